@@ -1,0 +1,46 @@
+"""What all tests share: the MNIST mirror, hypothesis settings, and no silent skips in CI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+IN_CI = os.environ.get("CI") == "true"
+
+# No deadline: a test must not fail because the machine is slow.
+settings.register_profile("reproml", deadline=None, derandomize=IN_CI)
+settings.load_profile("reproml")
+
+
+@pytest.fixture(scope="session")
+def mnist_mirror() -> Path:
+    """The folder with the four MNIST files, from REPROML_MIRROR."""
+    mirror = os.environ.get("REPROML_MIRROR")
+    if not mirror:
+        pytest.skip("needs MNIST: set REPROML_MIRROR to a folder with its four .gz files")
+    return Path(mirror)
+
+
+def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """In CI a skipped test is a test that nobody runs. (An expected failure has `wasxfail`.)"""
+    if IN_CI and report.outcome == "skipped" and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"no test may skip in CI: {report.longreprtext}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _fail_if_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _fail_if_skipped(report)
+    return report
