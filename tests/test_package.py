@@ -1,0 +1,102 @@
+"""Promises of the package as a whole: light import, lock without addresses, wheel with its data."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import reproml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Written in pieces, or this file would name what no file may name.
+PACKAGE_INDEXES = ["Py" + "PI", "py" + "pi.", "python" + "hosted", "ana" + "conda.", "npm" + "js."]
+
+# A requirement, perhaps with a marker, then its hashes and nothing else.
+LOCKED = re.compile(r"[a-z0-9-]+==[0-9a-z.+]+( ; [^\\]+)?( --hash=sha256:[0-9a-f]{64})+")
+
+
+def project_files() -> list[Path]:
+    """Every file of the project: what git would commit, or all of them where there is no git."""
+    if not (ROOT / ".git").exists():
+        return [path for path in ROOT.rglob("*") if path.is_file()]
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split("\0")
+    return [path for path in (ROOT / name for name in listed if name) if path.is_file()]
+
+
+@pytest.mark.parametrize("module", ["reproml", "reproml.cli"])
+def test_import_is_light(module):
+    script = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert {"torch", "numpy", "sklearn", "rich", "torchvision"}.isdisjoint(loaded)
+
+
+def test_no_file_names_a_package_index():
+    named = [
+        f"{path.relative_to(ROOT)}: {index}"
+        for path in project_files()
+        for index in PACKAGE_INDEXES
+        if index.encode() in path.read_bytes()
+    ]
+    assert named == []
+
+
+def test_no_lock_with_addresses():
+    names = {path.name for path in project_files()}
+    assert names.isdisjoint({"uv.lock", "pylock.toml", "poetry.lock", "pdm.lock", "Pipfile.lock"})
+
+
+def test_lock_is_hashed_and_has_no_address():
+    text = (ROOT / "requirements.lock").read_text()
+    assert "://" not in text and "file:" not in text and " @ " not in text
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    requirements = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines)).splitlines()
+    assert len(requirements) > 50
+    for requirement in requirements:
+        assert LOCKED.fullmatch(requirement), requirement[:100]
+
+
+def test_lock_holds_every_dependency():
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    declared = re.findall(r'^    "([a-z-]+)[^"]*",$', pyproject, flags=re.MULTILINE)
+    locked = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / "requirements.lock").read_text(), re.M))
+    assert len(declared) > 15 and locked.issuperset(declared)
+
+
+def test_citation_has_the_version():
+    assert f"\nversion: {reproml.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_wheel_carries_recipes_and_golden_files(tmp_path):
+    """Built from a copy: setuptools leaves its folders in the tree that it builds."""
+    source = tmp_path / "source"
+    for path in project_files():
+        target = source / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
+    (source / "reproml/golden_files").symlink_to("../golden")
+    build = "from setuptools.build_meta import build_wheel; import sys; build_wheel(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    recipes = {f"reproml/recipes/{path.name}" for path in ROOT.glob("reproml/recipes/*.toml")}
+    golden = {f"reproml/golden_files/{path.name}" for path in ROOT.glob("golden/*.json")}
+    modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("reproml/**/*.py")}
+    assert recipes and golden
+    assert inside >= recipes | golden | modules

@@ -1,0 +1,119 @@
+"""Each command and each example of the README works.
+
+Commands on digits and the examples are really run here; the long ones (MNIST, the matrix) are
+checked to be tasks and verbs with options that exist. `.ci/run` runs the first two as they stand.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from invoke.collection import Collection
+from invoke.parser import Parser
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced code blocks in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+# One command a line; `&&` joins several.
+LINES = [line for block in blocks("sh") for line in block.splitlines()]
+COMMANDS = [shlex.split(part, comments=True) for line in LINES for part in line.split("&&")]
+TASKS = [
+    command[1:]
+    for command in COMMANDS
+    if Path(command[0]).name == "invoke" and command[1] != "--list"  # invoke's own
+]
+# `python -m reproml` has the same verbs as invoke has tasks.
+VERBS = [command[3:] for command in COMMANDS if command[:3] == ["python", "-m", "reproml"]]
+VERBS += [args for args in TASKS if args not in VERBS]
+QUICK = [args for args in VERBS if "digits-mlp" in args and args[0] != "matrix"]
+
+
+def python(
+    *args: str, cwd: Path, setting: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """This interpreter in another folder, with this checkout's package."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **(setting or {})}
+    return subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def test_the_two_commands_come_first():
+    """`.ci/run` takes them from here."""
+    setup, tests = LINES[:2]
+    assert setup.startswith("python3 -m venv .venv && .venv/bin/pip install --require-hashes ")
+    assert setup.endswith(" && .venv/bin/invoke verify --recipe digits-mlp")
+    assert tests == ".venv/bin/pytest"
+
+
+def test_every_command_is_of_a_known_kind():
+    """A new kind of command needs a test of its own."""
+    known = {"invoke", "python", "python3", "pip", "pytest", ".", "sha256sum"}
+    assert {Path(command[0]).name or "." for command in COMMANDS} <= known
+
+
+def test_list_of_tasks():
+    result = python("-m", "invoke", "--list", cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert {args[0] for args in TASKS} <= set(result.stdout.split())
+
+
+@pytest.mark.parametrize("args", TASKS, ids=" ".join)
+def test_task_exists_with_these_options(args, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    tasks = Collection.from_module(importlib.import_module("tasks"))
+    (parsed,) = Parser(contexts=tasks.to_contexts()).parse_argv(args)  # raises ParseError
+    assert parsed.name == args[0]
+
+
+@pytest.mark.parametrize("args", VERBS, ids=" ".join)
+def test_verb_exists_with_these_options(args, tmp_path):
+    """With an unknown recipe it stops early, and complains of nothing else."""
+    result = python("-m", "reproml", *args, "--recipe", "no-such-recipe", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("reproml: ") and "no-such-recipe" in result.stderr
+
+
+@pytest.mark.parametrize("args", QUICK, ids=" ".join)
+def test_command_on_digits_runs(args, tmp_path):
+    result = python("-m", "reproml", *args, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_recipe_of_your_own(tmp_path):
+    (tmp_path / "golden").mkdir()
+    (text,) = blocks("toml")
+    (tmp_path / "my-mlp.toml").write_text(text)
+    commands = [args for args in VERBS if "my-mlp.toml" in args]
+    assert [args[0] for args in commands] == ["golden", "verify"]
+    for args in commands:
+        result = python("-m", "reproml", *args, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert [path.name for path in tmp_path.glob("golden/*")] == ["my-mlp.json"]
+
+
+def test_script_of_your_own_gives_one_digest(tmp_path):
+    (script,) = blocks("python")
+    other = {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
+    first = python("-c", script, cwd=tmp_path)
+    second = python("-c", script, cwd=tmp_path, setting=other)
+    assert re.fullmatch("[0-9a-f]{64}\n", first.stdout), first.stderr
+    assert second.stdout == first.stdout
+
+
+def test_files_and_links_exist():
+    for target in re.findall(r"\]\(([^):]+)\)", README):
+        assert (ROOT / target).exists(), target
+    assert (ROOT / "requirements.lock").is_file()
