@@ -19,8 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
@@ -76,6 +74,8 @@ def _state_dict(module: Any) -> Mapping[str, Any]:
 
 def _flat(name: str, value: Any) -> tuple[str, list[int], NDArray[Any]]:
     """Return dtype, shape, and the elements in row-major, little-endian order (floats as bits)."""
+    import numpy as np
+
     if isinstance(value, np.ndarray):
         dtype = value.dtype.name
     else:
@@ -105,6 +105,8 @@ def _from_torch(name: str, value: Any) -> tuple[str, NDArray[Any]]:
 def _canonical(dtype: str, part: NDArray[Any]) -> NDArray[Any]:
     if dtype not in _FLOATS:
         return part
+    import numpy as np
+
     unsigned, infinity, canonical = _FLOATS[dtype]
     magnitude = part & np.array((1 << (8 * part.itemsize - 1)) - 1, unsigned)
     nan = magnitude > np.array(infinity, unsigned)

@@ -1,0 +1,256 @@
+"""The command line: `python -m reproml VERB`, also behind the invoke tasks.
+
+Exit status: 0 good; 1 something differs; 2 bad input, told in one sentence; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Optional
+
+from reproml.arithmetic import NotExactError
+from reproml.errors import ReproError
+from reproml.terminal import Terminal
+
+if TYPE_CHECKING:
+    from reproml.recipe import Recipe
+
+Result = tuple[int, dict[str, Any]]  # exit status, what --json prints
+
+
+def data(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Get the recipe's data and check every hash."""
+    from reproml import data as datasets
+
+    dataset = datasets.load(_recipe(args).data.name, args.data)
+    for name, sha256 in dataset.hashes.items():
+        terminal.say(f"{sha256}  {name}")
+    return 0, {"dataset": dataset.name, "sha256": dataset.hashes}
+
+
+def train(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Train and evaluate the recipe; leave a run folder."""
+    from reproml import run
+
+    recipe = _recipe(args)
+    if args.steps is not None:
+        return _train_steps(args, recipe, terminal)
+    out = _out(args, recipe)
+    with run.place(out) as save, terminal.bar("train") as progress:
+        result = run.perform(recipe, args.data, args.numerics, terminal.say, progress)
+        save(result)
+    terminal.say(f"weights: {result.items['weights.safetensors.sha256']}  {out / run.WEIGHTS}")
+    return 0, {"run": str(out), "items": result.items}
+
+
+def _train_steps(args: argparse.Namespace, recipe: Recipe, terminal: Terminal) -> Result:
+    """Train some steps only: for a comparison of hashes, not a run, so it leaves no folder."""
+    from reproml.digest import digest
+    from reproml.run import prepare
+    from reproml.train import train
+
+    _, prepared, _ = prepare(recipe, args.data, args.numerics)
+    with terminal.bar("train") as progress:
+        trained = train(recipe, prepared, args.numerics, args.steps, terminal.say, progress)
+    sha256 = digest(trained.model)
+    terminal.say(f"weights after at most {args.steps} steps: {sha256}")
+    return 0, {"weights.state_dict.sha256": sha256}
+
+
+def evaluate(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Evaluate the weights of a run folder on the training and the test set."""
+    from reproml import run
+
+    recipe = _recipe(args)
+    out = _out(args, recipe)
+    _, prepared, _ = run.prepare(recipe, args.data, args.numerics)
+    model, _, _ = run.load(out, recipe, prepared, args.numerics)
+    return 0, {"run": str(out), "items": run.score(model, prepared, args.numerics, terminal.say)}
+
+
+def verify(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Train anew, or take the run folder --run DIR, and compare all of it with the golden file."""
+    from reproml import golden, run
+
+    _refuse_native(args)
+    recipe = _recipe(args)
+    path = golden.find(recipe.name)
+    expected = golden.read(path)
+    if args.run is None:
+        with terminal.bar("train") as progress:
+            found = run.perform(recipe, args.data, "exact", terminal.say, progress).items
+        comparisons = golden.compare(expected, found)
+    else:
+        found, recorded = run.recompute(args.run, recipe, args.data)
+        comparisons = golden.compare(expected, found)
+        comparisons += [
+            golden.Comparison(f"{c.item} in {args.run / run.METRICS}", c.expected, c.found)
+            for c in golden.compare(found, recorded)
+            if not c.match
+        ]
+    comparisons.sort(key=lambda c: c.match)  # what differs comes first, in the pipeline's order
+    differing = [c for c in comparisons if not c.match]
+    terminal.table(comparisons)
+    if differing:
+        terminal.say(
+            f"{recipe.name}: {len(differing)} of {len(comparisons)} items differ from {path}; "
+            f"the first is {differing[0].item}"
+        )
+    else:
+        terminal.say(f"{recipe.name}: verified, all {len(comparisons)} items are those of {path}")
+    return int(bool(differing)), {
+        "recipe": recipe.name,
+        "golden": str(path),
+        "verified": not differing,
+        "items": [
+            {"item": c.item, "expected": c.expected, "found": c.found, "match": c.match}
+            for c in comparisons
+        ],
+    }
+
+
+def pipeline(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Do it all in order: data, train, evaluate, verify (the run just trained)."""
+    from reproml import golden
+
+    _refuse_native(args)
+    recipe = _recipe(args)
+    golden.read(golden.find(recipe.name))  # found missing now, not after the training
+    args.run = _out(args, recipe)
+    status, results = 0, {}
+    for verb in (data, train, evaluate, verify):
+        terminal.say(f"== {verb.__name__}")
+        status, results[verb.__name__] = verb(args, terminal)
+    return status, results
+
+
+def golden(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Train the recipe and write what it comes to as its golden file."""
+    from reproml import golden as goldens
+    from reproml import run
+
+    _refuse_native(args)
+    recipe = _recipe(args)
+    path = goldens.place(recipe.name)
+    goldens.refuse_overwrite(path, args.force)
+    with terminal.bar("train") as progress:
+        items = run.perform(recipe, args.data, "exact", terminal.say, progress).items
+    goldens.save(items, path, args.force)
+    terminal.say(f"wrote {path}")
+    return 0, {"golden": str(path), "items": items}
+
+
+def matrix(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Train natively and exactly under every setting of this CPU: is there one exact hash?"""
+    from reproml import data as datasets
+    from reproml import matrix as matrices
+    from reproml.train import step_count
+
+    recipe = _recipe(args)
+    samples = len(datasets.load(recipe.data.name, args.data).train.labels)
+    steps = min(args.steps or sys.maxsize, step_count(recipe, samples))
+
+    def line(setting: str, native: str, exact: str) -> None:
+        terminal.say(f"{setting:<32} {native[:16]:<16} {exact[:16]}")
+
+    terminal.say(f"{recipe.name}, {steps} steps: SHA-256 of the weights (the first 16 digits)")
+    line("setting", "native", "exact")
+    rows = matrices.run(
+        args.recipe, steps, args.data, each=lambda row: line(row.setting, row.native, row.exact)
+    )
+    natives, exacts = {row.native for row in rows}, {row.exact for row in rows}
+    line("different hashes", str(len(natives)), str(len(exacts)))
+    return int(len(exacts) != 1), {
+        "recipe": recipe.name,
+        "steps": steps,
+        "settings": [vars(row) for row in rows],
+        "native_hashes": len(natives),
+        "exact_hashes": len(exacts),
+    }
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "--recipe": {"default": "mnist-mlp", "metavar": "NAME|PATH", "help": "default: mnist-mlp"},
+    "--data": {"type": Path, "metavar": "DIR", "help": "folder that holds the data files"},
+    "--out": {"type": Path, "metavar": "DIR", "help": "run folder, default: runs/RECIPE"},
+    "--run": {"type": Path, "metavar": "DIR", "help": "take this run folder, do not train"},
+    "--numerics": {
+        "choices": ["exact", "native"],
+        "default": "exact",
+        "help": "native: plain PyTorch with its determinism switches, for comparison",
+    },
+    "--steps": {
+        "type": _positive,
+        "metavar": "N",
+        "help": "stop after N steps and leave no run folder",
+    },
+    "--force": {"action": "store_true", "help": "replace the golden file"},
+    "--json": {"action": "store_true", "help": "print JSON"},
+}
+_VERBS: dict[Callable[..., Result], str] = {
+    data: "--recipe --data --json",
+    train: "--recipe --data --out --numerics --steps --json",
+    evaluate: "--recipe --data --out --numerics --json",
+    verify: "--recipe --data --run --numerics --json",
+    pipeline: "--recipe --data --out --numerics --json",
+    golden: "--recipe --data --numerics --force --json",
+    matrix: "--recipe --data --steps --json",
+}
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run one verb, return the exit status. Raises SystemExit only for a misspelt command line."""
+    args = _parser().parse_args(argv)
+    try:
+        status, result = args.verb(args, Terminal(to_stderr=args.json))
+        if args.json:
+            print(json.dumps(result, indent=2))
+        return int(status)
+    except (ReproError, NotExactError, OSError) as error:
+        print(f"reproml: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("reproml: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="reproml", description="Deep learning that is reproducible to the last bit."
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for verb, options in _VERBS.items():
+        sub = verbs.add_parser(verb.__name__, help=verb.__doc__, description=verb.__doc__)
+        sub.set_defaults(verb=verb)
+        for option in options.split():
+            sub.add_argument(option, **_OPTIONS[option])
+    return parser
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    from reproml.recipe import load
+
+    return load(args.recipe)
+
+
+def _out(args: argparse.Namespace, recipe: Recipe) -> Path:
+    suffix = "-native" if args.numerics == "native" else ""
+    return Path(args.out or Path("runs") / (recipe.name + suffix))
+
+
+def _refuse_native(args: argparse.Namespace) -> None:
+    if args.numerics == "native":
+        raise ReproError(
+            "native numerics have no golden file, as their result depends on the machine; "
+            "leave out --numerics native, or see the drift with: python -m reproml matrix"
+        )

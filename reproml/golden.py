@@ -1,0 +1,100 @@
+"""Golden files: what a recipe must come to, on any machine. `golden/<recipe>.json`.
+
+An item a line, sorted, under the names of a run's metrics.json: `diff` shows the same as `compare`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reproml.arithmetic import DEFINITIONS
+from reproml.errors import ReproError
+from reproml.run import Items, items_json, read_items, write
+
+_INSTALLED = Path(__file__).parent / "golden_files"
+_MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One item of a golden file against what was found."""
+
+    item: str
+    expected: str
+    found: str
+
+    @property
+    def match(self) -> bool:
+        return self.expected == self.found
+
+
+def find(recipe_name: str) -> Path:
+    """Return the golden file: the working directory's, else the one that came with reproml."""
+    candidates = [place(recipe_name), _INSTALLED / f"{recipe_name}.json"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ReproError(
+        f"{recipe_name} has no golden file {candidates[0]}; write one with: "
+        f"python -m reproml golden --recipe {recipe_name}"
+    )
+
+
+def place(recipe_name: str) -> Path:
+    """Return where the golden file of a recipe is written."""
+    return Path("golden") / f"{recipe_name}.json"
+
+
+def read(path: Path) -> Items:
+    """Return the items of a golden file made with the definitions that are in force here."""
+    items = read_items(path)
+    version = items.get("definitions.version")
+    if version == str(DEFINITIONS):
+        return items
+    if not str(version).isdecimal():
+        raise ReproError(f"{path}: definitions.version must be a whole number, not {version!r}")
+    remedy = "update reproml" if int(str(version)) > DEFINITIONS else "write it anew with --force"
+    raise ReproError(
+        f"{path} was made with version {version} of the definitions (definitions.version), "
+        f"this reproml has version {DEFINITIONS}; {remedy}"
+    )
+
+
+def compare(expected: Items, found: Items) -> list[Comparison]:
+    """Compare every item of either side, in the order of `found`, which is the pipeline's."""
+    names = list(dict.fromkeys([*found, *sorted(expected)]))
+    return [
+        Comparison(name, _text(expected.get(name, _MISSING)), _text(found.get(name, _MISSING)))
+        for name in names
+    ]
+
+
+def save(items: Items, path: Path, force: bool) -> None:
+    """Write a golden file, whole or not at all. Only `force` replaces one."""
+    refuse_overwrite(path, force)
+    part = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(part, items_json(items).encode())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise ReproError(f"cannot write the golden file {path}: {error.strerror}") from None
+
+
+def refuse_overwrite(path: Path, force: bool) -> None:
+    """Raise ReproError if the golden file is there and may not be replaced."""
+    if os.path.lexists(path) and not force:
+        raise ReproError(f"{path} is there already; --force replaces it")
+
+
+def _text(value: Any) -> str:
+    """Return a value as JSON writes it, without quotes: the same digits, the same number."""
+    return value if isinstance(value, str) else json.dumps(value)

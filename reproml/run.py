@@ -1,0 +1,307 @@
+"""A run: everything a recipe comes to, and the folder it leaves behind.
+
+    weights.safetensors   the final weights
+    metrics.json          every item that a golden file holds, under the same names
+    run.json              what was run: recipe, versions, machine, times
+    log.txt               what was printed
+
+The folder appears whole or not at all: it is written beside its place and renamed into it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Callable, Optional, Union
+
+import msgspec
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from reproml import data, environment
+from reproml.arithmetic import DEFINITIONS
+from reproml.data import Dataset
+from reproml.digest import digest
+from reproml.errors import ReproError
+from reproml.evaluate import evaluate
+from reproml.preprocess import Prepared, preprocess
+from reproml.recipe import Recipe
+from reproml.train import train
+
+# Name of an item: its value. The order is the pipeline's, so the first difference is the cause.
+Items = dict[str, Union[str, int, float, None]]
+
+WEIGHTS, METRICS, RUN, LOG = "weights.safetensors", "metrics.json", "run.json", "log.txt"
+_FILES = {WEIGHTS, METRICS, RUN, LOG}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, not yet on disk."""
+
+    items: Items
+    weights: bytes  # the file weights.safetensors
+    record: dict[str, Any]  # run.json
+    log: list[str]
+
+
+def perform(
+    recipe: Recipe,
+    data_folder: Optional[Path] = None,
+    numerics: str = "exact",
+    log: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Run:
+    """Run the whole recipe in memory: data, preprocessing, training, evaluation."""
+    times = {"started": _now()}
+    lines: list[str] = []
+
+    def tell(line: str) -> None:
+        lines.append(f"{_now()} {line}")
+        log(line)
+
+    tell(f"{recipe.name}: {numerics} numerics")
+    dataset, prepared, items = prepare(recipe, data_folder, numerics)
+    times["data_ready"] = _now()
+    trained = train(recipe, prepared, numerics, None, tell, progress)
+    times["trained"] = _now()
+    weights: bytes = safetensors.torch.save(trained.model.state_dict())
+
+    items["initial.state_dict.sha256"] = trained.initial_state_dict_sha256
+    width = len(str(recipe.train.epochs))  # 01 ... 10, so that sorted names are in order
+    for number, epoch in enumerate(trained.epochs, 1):
+        items[f"epoch.{number:0{width}}.loss"] = epoch.loss
+        items[f"epoch.{number:0{width}}.state_dict.sha256"] = epoch.state_dict_sha256
+    items["weights.safetensors.sha256"] = hashlib.sha256(weights).hexdigest()
+    items.update(score(trained.model, prepared, numerics, tell))
+    times["finished"] = _now()
+    record = {
+        "recipe": msgspec.to_builtins(recipe),
+        "recipe.sha256": recipe.sha256,
+        "numerics": numerics,
+        "definitions.version": DEFINITIONS,
+        "data.sha256": dataset.hashes,
+        "times": times,
+        **environment.describe(),
+    }
+    return Run(items, weights, record, lines)
+
+
+def prepare(
+    recipe: Recipe, data_folder: Optional[Path], numerics: str
+) -> tuple[Dataset, Prepared, Items]:
+    """Load and preprocess the recipe's data; return them and the items known before training."""
+    dataset = data.load(recipe.data.name, data_folder)
+    prepared = preprocess(dataset, recipe.preprocess)
+    items: Items = {
+        "recipe.name": recipe.name,
+        "recipe.canonical_json.sha256": recipe.sha256,
+        "definitions.version": DEFINITIONS if numerics == "exact" else "none: native numerics",
+    }
+    items.update({f"data.{name}.sha256": sha256 for name, sha256 in dataset.hashes.items()})
+    items["preprocessed.arrays.sha256"] = prepared.digest
+    return dataset, prepared, items
+
+
+def score(
+    model: nn.Module,
+    prepared: Prepared,
+    numerics: str,
+    log: Callable[[str], None] = lambda line: None,
+) -> Items:
+    """Return the items of an evaluation on the training and on the test set."""
+    items: Items = {}
+    for part, (x, y) in {"train": prepared.train, "test": prepared.test}.items():
+        result = evaluate(model, x, y, numerics)
+        log(f"{part}: {result}")
+        items[f"{part}.correct"] = result.correct
+        items[f"{part}.total"] = result.total
+        items[f"{part}.predictions.int64le.sha256"] = result.predictions_sha256
+    return items
+
+
+def load(
+    folder: Path, recipe: Recipe, prepared: Prepared, numerics: str
+) -> tuple[nn.Module, str, str]:
+    """Return a run's model, the digest of its initial weights, the SHA-256 of its weights file.
+
+    Raises ReproError if the folder is no whole run of this recipe in these numerics.
+    """
+    record = _json_object(_part(folder, RUN))
+    if record.get("recipe.sha256") != recipe.sha256:
+        raise ReproError(
+            f"{folder} is a run of another recipe than {recipe.name}, says its {RUN} "
+            "(recipe.sha256); name the right one with --recipe"
+        )
+    if record.get("numerics") != numerics:
+        raise ReproError(f"{folder} is not a run in {numerics} numerics, says its {RUN}")
+    path = _part(folder, WEIGHTS)
+    raw = _read(path)
+    try:
+        tensors = safetensors.torch.load(raw)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ReproError(
+            f"{path} is cut short or not a safetensors file ({error}); train again"
+        ) from None
+    fresh = train(recipe, prepared, numerics, steps=0)
+    if _shapes(tensors) != _shapes(fresh.model.state_dict()):
+        raise ReproError(f"{path} holds other tensors than a model of {recipe.name}; train again")
+    fresh.model.load_state_dict(tensors)
+    return fresh.model, fresh.initial_state_dict_sha256, hashlib.sha256(raw).hexdigest()
+
+
+def recompute(
+    folder: Path, recipe: Recipe, data_folder: Optional[Path] = None
+) -> tuple[Items, Items]:
+    """Return the items of an exact run on disk: (as found out anew, as its metrics.json has them).
+
+    Whatever follows from recipe, data and weights is computed anew. The trail of the training
+    (losses, weights after the earlier epochs) can only be taken from metrics.json.
+    """
+    recorded = read_items(_part(folder, METRICS))
+    _, prepared, items = prepare(recipe, data_folder, "exact")
+    model, initial_sha256, file_sha256 = load(folder, recipe, prepared, "exact")
+    items["initial.state_dict.sha256"] = initial_sha256
+    items.update({name: value for name, value in recorded.items() if name.startswith("epoch.")})
+    items[f"epoch.{recipe.train.epochs}.state_dict.sha256"] = digest(model)
+    items["weights.safetensors.sha256"] = file_sha256
+    items.update(score(model, prepared, "exact"))
+    unknown = {name: value for name, value in recorded.items() if name not in items}
+    return {**items, **unknown}, recorded
+
+
+def read_items(path: Path) -> Items:
+    """Return the items in a JSON file, numbers as they are written there: no digit is lost."""
+    items = _json_object(path)
+    for name, value in items.items():
+        if not isinstance(value, (str, type(None))):
+            raise ReproError(f"{path}: the value of {name!r} must be a string or a number")
+    return items
+
+
+def items_json(items: Items) -> str:
+    """Return the text of a golden file or metrics.json: an item a line, sorted."""
+    return json.dumps(items, indent=2, sort_keys=True) + "\n"
+
+
+@contextmanager
+def place(out: Path) -> Iterator[Callable[[Run], None]]:
+    """Reserve the run folder `out` and yield the function that saves a run there.
+
+    Entered before the training, so that a folder that cannot be written is found at once. A whole
+    run that is there already is replaced in one step; any other folder with content is refused.
+    """
+    out = Path(os.path.realpath(out))
+    part = out.with_name(f".{out.name or 'run'}.partial-{secrets.token_hex(4)}")
+    try:
+        _refuse_other_content(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir()
+    except OSError as error:
+        raise ReproError(f"cannot write the run folder {out}: {error.strerror}") from None
+
+    def save(run: Run) -> None:
+        try:
+            write(part / WEIGHTS, run.weights)
+            write(part / METRICS, items_json(run.items).encode())
+            write(part / RUN, (json.dumps(run.record, indent=2, sort_keys=True) + "\n").encode())
+            write(part / LOG, "".join(line + "\n" for line in run.log).encode())
+            _sync_folder(part)
+            _publish(part, out)
+            _sync_folder(out.parent)
+        except OSError as error:
+            raise ReproError(f"cannot write the run folder {out}: {error.strerror}") from None
+
+    try:
+        yield save
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # what was begun, or the run that was replaced
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a new file to the disk itself, so that a crash after a rename finds it whole."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(part: Path, out: Path) -> None:
+    try:
+        os.rename(part, out)  # POSIX: also over an empty folder
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        _refuse_other_content(out)
+        _exchange(part, out)
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap two folders: in one step where the system can, else by way of a third name."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2  # Linux
+        at_fdcwd, rename_exchange = -100, 2
+        if renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0:
+            return
+    except AttributeError:
+        pass
+    aside = a.with_name(a.name + "-old")
+    os.rename(b, aside)
+    os.rename(a, b)
+    os.rename(aside, a)
+
+
+def _refuse_other_content(out: Path) -> None:
+    if os.path.lexists(out) and set(os.listdir(out)) not in (set(), _FILES):
+        raise ReproError(f"{out} has content that is not a run; choose another folder with --out")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _part(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise ReproError(f"{folder} is not a whole run: it has no {name}; train first")
+    return folder / name
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ReproError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read(path), parse_float=str, parse_int=str, parse_constant=str)
+    except (ValueError, RecursionError) as error:
+        raise ReproError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ReproError(f"{path} must be a JSON object")
+    return value
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:
+    return {name: (tensor.dtype, *tensor.shape) for name, tensor in tensors.items()}
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,166 @@
+"""The invoke tasks, a line of work each: `invoke --list`, `invoke TASK --help`.
+
+`python -m reproml VERB` offers the pipeline's own without invoke.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import task
+
+_HELP = {
+    "recipe": "name or path of a recipe (TOML), default: mnist-mlp",
+    "data": "folder that holds the data files",
+    "out": "run folder, default: runs/RECIPE",
+    "run": "take this run folder, do not train",
+    "numerics": "exact (default), or native: plain PyTorch, for comparison",
+    "steps": "stop after so many steps",
+    "force": "replace the golden file",
+    "json": "print JSON",
+}
+
+
+def _task(function: Any) -> Any:
+    """Make a task whose options have their help from the one table above."""
+    options = list(signature(function).parameters)[1:]
+    return task(help={name: _HELP[name] for name in options})(function)
+
+
+def _reproml(verb: str, **options: Any) -> None:
+    """Call the command line's verb with the options that were given."""
+    from reproml.cli import main
+
+    arguments = [verb]
+    for name, value in options.items():
+        if value:
+            arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    status = main(arguments)
+    if status:
+        raise Exit(code=status)
+
+
+@_task
+def data(c: Context, recipe: str = "", data: str = "", json: bool = False) -> None:
+    """Get the recipe's data and check every hash."""
+    _reproml("data", recipe=recipe, data=data, json=json)
+
+
+@_task
+def train(
+    c: Context,
+    recipe: str = "",
+    data: str = "",
+    out: str = "",
+    numerics: str = "",
+    steps: str = "",
+    json: bool = False,
+) -> None:
+    """Train and evaluate the recipe; leave a run folder."""
+    _reproml("train", recipe=recipe, data=data, out=out, numerics=numerics, steps=steps, json=json)
+
+
+@_task
+def evaluate(
+    c: Context,
+    recipe: str = "",
+    data: str = "",
+    out: str = "",
+    numerics: str = "",
+    json: bool = False,
+) -> None:
+    """Evaluate the weights of a run folder on the training and the test set."""
+    _reproml("evaluate", recipe=recipe, data=data, out=out, numerics=numerics, json=json)
+
+
+@_task
+def verify(
+    c: Context,
+    recipe: str = "",
+    data: str = "",
+    run: str = "",
+    numerics: str = "",
+    json: bool = False,
+) -> None:
+    """Train anew, or take the run folder --run DIR, and compare all of it with the golden file."""
+    _reproml("verify", recipe=recipe, data=data, run=run, numerics=numerics, json=json)
+
+
+@_task
+def pipeline(
+    c: Context,
+    recipe: str = "",
+    data: str = "",
+    out: str = "",
+    numerics: str = "",
+    json: bool = False,
+) -> None:
+    """Do it all in order: data, train, evaluate, verify (the run just trained)."""
+    _reproml("pipeline", recipe=recipe, data=data, out=out, numerics=numerics, json=json)
+
+
+@_task
+def golden(
+    c: Context,
+    recipe: str = "",
+    data: str = "",
+    numerics: str = "",
+    force: bool = False,
+    json: bool = False,
+) -> None:
+    """Train the recipe and write what it comes to as its golden file."""
+    _reproml("golden", recipe=recipe, data=data, numerics=numerics, force=force, json=json)
+
+
+@_task
+def matrix(
+    c: Context, recipe: str = "", data: str = "", steps: str = "", json: bool = False
+) -> None:
+    """Train natively and exactly under every setting of this CPU: is there one exact hash?"""
+    _reproml("matrix", recipe=recipe, data=data, steps=steps, json=json)
+
+
+@task
+def test(c: Context) -> None:
+    """Run the tests."""
+    _python(c, "-m pytest")
+
+
+@task
+def lint(c: Context) -> None:
+    """Check style, formatting and types."""
+    for command in ("ruff check .", "ruff format --check .", "mypy"):
+        _python(c, f"-m {command}")
+
+
+@task
+def bench(c: Context) -> None:
+    """Run every benchmark."""
+    for script in sorted(Path("benchmarks").glob("[!_]*.py")):
+        _python(c, str(script))
+
+
+@task
+def second(c: Context) -> None:
+    """Verify the golden files in a second environment: another Python, another PyTorch."""
+    c.run(".ci/second", pty=sys.stdout.isatty())
+
+
+@task
+def clean(c: Context) -> None:
+    """Delete caches and what killed trainings left half-done; runs and data stay."""
+    patterns = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "build", "dist")
+    for pattern in (*patterns, "*.egg-info", "runs/.*.partial-*", "**/__pycache__"):
+        for path in Path().glob(pattern):
+            shutil.rmtree(path)
+
+
+def _python(c: Context, arguments: str) -> None:
+    c.run(f"{shlex.quote(sys.executable)} {arguments}", pty=sys.stdout.isatty())
