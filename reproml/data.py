@@ -1,0 +1,310 @@
+"""The data sets: get the bytes, check their SHA-256, decode them.
+
+    dataset = load("mnist")    # from REPROML_DATA_DIR, else the cache, else a mirror
+    dataset = load("digits")   # bundled with scikit-learn: needs no download
+
+Nothing is decoded, and nothing is kept, before its hash is right. What is hashed is what is
+decoded: each file is read once.
+
+Environment: REPROML_DATA_DIR, a folder with the files, which is then the only source.
+REPROML_MIRROR, a folder or an http(s) address, asked instead of the public mirrors.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import IO, Callable, NamedTuple, Optional
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reproml.errors import ReproError
+
+
+class Split(NamedTuple):
+    """Samples: images uint8 [n, h, w] (grey levels), labels int64 [n] (classes)."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set with pixels in range(levels) and labels in range(classes).
+
+    `hashes` maps what was hashed (a file's name, or an array's name and dtype) to its SHA-256.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    levels: int
+    classes: int
+    hashes: dict[str, str]
+
+
+def load(name: str, folder: Optional[Path] = None) -> Dataset:
+    """Return the data set "mnist" or "digits".
+
+    `folder` has MNIST's four .gz files (default: REPROML_DATA_DIR, else the cache and mirrors).
+    Raises ReproError if a file is missing, cut short or altered, cannot be got or cannot be kept.
+    """
+    return _LOADERS[name](folder)
+
+
+# --- MNIST (LeCun, Cortes, Burges), as first distributed ------------------------------------------
+
+
+class _File(NamedTuple):
+    size: int  # bytes
+    sha256: str
+
+
+MNIST = {
+    "train-images-idx3-ubyte.gz": _File(
+        9912422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"
+    ),
+    "train-labels-idx1-ubyte.gz": _File(
+        28881, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"
+    ),
+    "t10k-images-idx3-ubyte.gz": _File(
+        1648877, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"
+    ),
+    "t10k-labels-idx1-ubyte.gz": _File(
+        4542, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"
+    ),
+}
+MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+ROUNDS = 3  # how often all mirrors are asked for a file
+PAUSE = 1.0  # seconds between two rounds
+TIMEOUT = 30.0  # seconds without a byte
+
+
+def _mnist(folder: Optional[Path]) -> Dataset:
+    if folder is None and os.environ.get("REPROML_DATA_DIR"):
+        folder = Path(os.environ["REPROML_DATA_DIR"])
+    arrays = {}
+    for name in MNIST:
+        content = _get(name) if folder is None else _read(folder / name)
+        arrays[name] = _decode_idx(gzip.decompress(content))
+        del content  # ten megabytes that the next file need not share memory with
+    train_images, train_labels, test_images, test_labels = arrays.values()
+    return Dataset(
+        "mnist",
+        Split(train_images, train_labels.astype(np.int64)),
+        Split(test_images, test_labels.astype(np.int64)),
+        levels=256,
+        classes=10,
+        hashes={name: file.sha256 for name, file in MNIST.items()},  # all were checked above
+    )
+
+
+def _decode_idx(content: bytes) -> NDArray[np.uint8]:
+    """Decode IDX: 0, 0, type (8: uint8), number of dimensions, their big-endian sizes, elements."""
+    if content[:3] != b"\0\0\x08":
+        raise ValueError("not an IDX file of unsigned bytes")
+    shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape)
+
+
+def _read(path: Path) -> bytes:
+    """Read a file of MNIST whose bytes are right, or raise ReproError."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ReproError(f"{path} is not a file; put MNIST's {path.name} there")
+        with path.open("rb") as file:
+            content = file.read(MNIST[path.name].size + 1)  # one more byte shows a longer file
+    except FileNotFoundError:
+        raise ReproError(f"{path} is missing; put MNIST's file of that name there") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the folder's name
+        raise ReproError(f"{path} cannot be read: {_reason(error)}") from None
+    wrong = _wrong(path.name, content)
+    if wrong:
+        raise ReproError(f"{path} is not MNIST's file: {wrong}; replace it")
+    return content
+
+
+def _wrong(name: str, content: bytes) -> Optional[str]:
+    """Say what is wrong with the bytes of a file, None if they are right."""
+    size, sha256 = MNIST[name]
+    if len(content) < size:
+        return f"it ends after {len(content)} of {size} bytes"
+    if len(content) > size:
+        return f"it is longer than {size} bytes"
+    found = hashlib.sha256(content).hexdigest()
+    return None if found == sha256 else f"its SHA-256 is {found}, not {sha256}"
+
+
+def _get(name: str) -> bytes:
+    """Return a file of MNIST from the cache, else from a mirror."""
+    import platformdirs
+
+    path = platformdirs.user_cache_path("reproml", appauthor=False) / "mnist" / name
+    try:
+        cached = path.exists()
+    except OSError:
+        cached = False  # a folder that may not be searched: writing will say so
+    if cached:
+        try:
+            return _read(path)
+        except ReproError as error:
+            _say(f"{error}: getting it again")
+    mirror = os.environ.get("REPROML_MIRROR", "")
+    if mirror and "://" not in mirror:
+        return _read(Path(mirror) / name)  # on the disk already: no second copy
+    try:
+        with _appearing_whole(path) as file:
+            content = _download(name, (mirror,) if mirror else MIRRORS)
+            file.write(content)
+    except OSError as error:
+        raise ReproError(
+            f"cannot keep {path}: {_reason(error)}; "
+            "make room, or set REPROML_DATA_DIR to a folder that has MNIST's files"
+        ) from None
+    return content
+
+
+@contextmanager
+def _appearing_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a file that becomes `path` at the end of the block, or leaves no trace if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # Ctrl-C too
+        with suppress(FileNotFoundError):  # it may have its name already
+            os.unlink(temporary)
+        raise
+
+
+def _download(name: str, mirrors: tuple[str, ...]) -> bytes:
+    """Return a file's right bytes from the first mirror that has them, or raise ReproError."""
+    reasons: dict[str, str] = {}
+    for round in range(ROUNDS):
+        if round:
+            time.sleep(PAUSE)
+        for mirror in mirrors:
+            url = f"{mirror.rstrip('/')}/{name}"
+            _say(f"getting {url}")
+            content, reason = _fetch(url, MNIST[name].size)
+            reason = reason or _wrong(name, content)
+            if reason is None:
+                return content
+            reasons[url] = reason
+    tried = ", ".join(f"{url} ({reason})" for url, reason in reasons.items())
+    raise ReproError(
+        f"cannot get MNIST from {tried}: connect to the network, or set REPROML_MIRROR to a "
+        "mirror's address or a folder with the four files, or use the recipe digits-mlp, "
+        "which needs no download"
+    )
+
+
+def _fetch(url: str, size: int) -> tuple[bytes, Optional[str]]:
+    """Return at most size + 1 bytes of an http(s) address, and what went wrong, if anything."""
+    import urllib.request
+
+    if not url.startswith(("http://", "https://")):
+        return b"", "not an http(s) address"
+    content = bytearray()
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, _bar(size) as progress:
+            while len(content) <= size:
+                block = response.read1(1 << 16)
+                if not block:
+                    break
+                content += block
+                progress(len(content))
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: a malformed address
+        return b"", _reason(error)
+    return bytes(content[: size + 1]), None
+
+
+@contextmanager
+def _bar(size: int) -> Iterator[Callable[[int], None]]:
+    """Yield the function that shows how many bytes have come: a bar, on a terminal only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=size)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def _say(line: str) -> None:
+    print(f"reproml: {line}", file=sys.stderr)
+
+
+def _reason(error: Exception) -> str:
+    inner = getattr(error, "reason", None)  # urllib wraps the operating system's error
+    if isinstance(inner, Exception):
+        error = inner
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+# --- digits: scikit-learn's bundled 8x8 digits ----------------------------------------------------
+
+DIGITS_TRAIN = 1500
+DIGITS = {
+    "images.uint8": "8f26b2bd9d135c256808f68f14fdabddde6d9c7f869ae419704b051f0f14b3b3",
+    "labels.uint8": "8ba4f891220f5e4c9c819638d1602d74b83618f167043c6da52a2a247841ddf0",
+}
+
+
+def _digits(folder: Optional[Path]) -> Dataset:
+    """The first 1500 of 1797 digits for training, the rest for testing; `folder` is not used.
+
+    The split needs no random numbers, and the classes come out even: 146 to 153 of each for
+    training, 27 to 33 for testing.
+    """
+    import zlib
+
+    from sklearn.datasets import load_digits
+
+    try:
+        bunch = load_digits()
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        raise ReproError(
+            f"scikit-learn's digits cannot be read: {_reason(error)}; reinstall scikit-learn"
+        ) from None
+    arrays = {}
+    for name, values in (("images.uint8", bunch.images), ("labels.uint8", bunch.target)):
+        array = np.ascontiguousarray(values, dtype=np.uint8)
+        found = hashlib.sha256(array.data).hexdigest()
+        if found != DIGITS[name] or not np.array_equal(array, values):  # the cast may hide a change
+            raise ReproError(
+                f"scikit-learn's digits are altered: the SHA-256 of {name} is {found}, "
+                f"not {DIGITS[name]}; reinstall scikit-learn"
+            )
+        arrays[name] = array
+    images, labels = arrays["images.uint8"], arrays["labels.uint8"].astype(np.int64)
+    n = DIGITS_TRAIN
+    return Dataset(
+        "digits",
+        Split(images[:n], labels[:n]),
+        Split(images[n:], labels[n:]),
+        levels=17,
+        classes=10,
+        hashes=dict(DIGITS),
+    )
+
+
+_LOADERS = {"mnist": _mnist, "digits": _digits}
