@@ -22,7 +22,7 @@ from reproml import models
 from reproml.arithmetic import exact
 from reproml.digest import digest
 from reproml.preprocess import Prepared
-from reproml.recipe import Recipe
+from reproml.recipe import SGD, Adam, AdamW, Optimizer, Recipe
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def train(
     x, y = (torch.from_numpy(array) for array in prepared.train)
     with numerics_mode(numerics):
         torch.manual_seed(recipe.seed)
-        model = models.build(recipe, tuple(x.shape[1:]), int(y.max()) + 1)
-        optimizer = _optimizer(recipe, model)
+        model = models.build(recipe, tuple(x.shape[1:]), prepared.classes)
+        optimizer = _optimizer(recipe.optimizer, model)
         initial = digest(model)
         loader: Any = DataLoader(
             _Batches(x, y),
@@ -114,12 +114,16 @@ def _native() -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = before[1:]
 
 
-def _optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
-    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-    settings = msgspec.to_builtins(recipe.optimizer)
-    make: Any = kinds[settings.pop("kind")]
-    optimizer: torch.optim.Optimizer = make(
-        model.parameters(), lr=settings.pop("learning_rate"), **settings
+def _optimizer(chosen: Optimizer, model: torch.nn.Module) -> torch.optim.Optimizer:
+    kinds: dict[type, Any] = {
+        AdamW: torch.optim.AdamW,
+        Adam: torch.optim.Adam,
+        SGD: torch.optim.SGD,
+    }
+    settings = msgspec.structs.asdict(chosen)  # under PyTorch's own names, but for one
+    learning_rate = settings.pop("learning_rate")
+    optimizer: torch.optim.Optimizer = kinds[type(chosen)](
+        model.parameters(), lr=learning_rate, **settings
     )
     return optimizer
 

@@ -1,0 +1,56 @@
+"""A recipe that trains in a moment (the bundled digits, 6 steps), for the tests of the pipeline."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+from reproml.data import load as load_data
+from reproml.preprocess import Prepared, preprocess
+from reproml.recipe import Recipe
+from reproml.recipe import load as load_recipe
+from reproml.run import Run, perform
+
+TOML = """
+name = "tiny"
+seed = {seed}
+[data]
+name = "digits"
+[preprocess]
+kind = "standardize"
+[model]
+kind = "mlp"
+hidden = {hidden}
+[train]
+epochs = {epochs}
+batch_size = 500
+[optimizer]
+{optimizer}
+"""
+ADAMW = 'kind = "adamw"\nlearning_rate = 0.001'
+
+
+def toml(
+    folder: Path, seed: int = 1, hidden: str = "[8]", epochs: int = 2, optimizer: str = ADAMW
+) -> Path:
+    path = folder / "tiny.toml"
+    path.write_text(TOML.format(seed=seed, hidden=hidden, epochs=epochs, optimizer=optimizer))
+    return path
+
+
+@functools.cache
+def recipe(seed: int = 1, hidden: str = "[8]", epochs: int = 2, optimizer: str = ADAMW) -> Recipe:
+    with tempfile.TemporaryDirectory() as folder:
+        return load_recipe(str(toml(Path(folder), seed, hidden, epochs, optimizer)))
+
+
+@functools.cache
+def prepared() -> Prepared:
+    return preprocess(load_data("digits"), recipe().preprocess)
+
+
+@functools.cache
+def run() -> Run:
+    """The exact run of `recipe()`; read it only."""
+    return perform(recipe())
