@@ -123,7 +123,7 @@ def golden(
 def matrix(
     c: Context, recipe: str = "", data: str = "", steps: str = "", json: bool = False
 ) -> None:
-    """Train natively and exactly under every setting of this CPU: is there one exact hash?"""
+    """Train natively and exactly under every setting of this CPU; exact hashes must agree."""
     _reproml("matrix", recipe=recipe, data=data, steps=steps, json=json)
 
 

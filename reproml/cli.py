@@ -120,7 +120,7 @@ def pipeline(args: argparse.Namespace, terminal: Terminal) -> Result:
     _refuse_native(args)
     recipe = _recipe(args)
     golden.read(golden.find(recipe.name))  # found missing now, not after the training
-    args.run = _out(args, recipe)
+    args.run, args.steps = _out(args, recipe), None
     status, results = 0, {}
     for verb in (data, train, evaluate, verify):
         terminal.say(f"== {verb.__name__}")
@@ -145,7 +145,7 @@ def golden(args: argparse.Namespace, terminal: Terminal) -> Result:
 
 
 def matrix(args: argparse.Namespace, terminal: Terminal) -> Result:
-    """Train natively and exactly under every setting of this CPU: is there one exact hash?"""
+    """Train natively and exactly under every setting of this CPU; exact hashes must agree."""
     from reproml import data as datasets
     from reproml import matrix as matrices
     from reproml.train import step_count

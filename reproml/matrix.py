@@ -28,6 +28,7 @@ class Setting:
 
 def _threads(count: int) -> Setting:
     variables = {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}
+    variables["MKL_DYNAMIC"] = "FALSE"  # else PyTorch gets no more threads than the CPU has cores
     return Setting(f"{count} thread{'s' * (count > 1)}", variables)
 
 

@@ -204,7 +204,7 @@ def place(out: Path) -> Iterator[Callable[[Run], None]]:
     run that is there already is replaced in one step; any other folder with content is refused.
     """
     out = Path(os.path.realpath(out))
-    part = out.with_name(f".{out.name or 'run'}.partial-{secrets.token_hex(4)}")
+    part = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
     try:
         _refuse_other_content(out)
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from reproml import matrix
+from reproml.cli import main
+from reproml.digest import digest
+from reproml.errors import ReproError
+from reproml.train import train
+from tests import tiny
+
+
+def names(settings: list[matrix.Setting]) -> list[str]:
+    return [setting.name for setting in settings]
+
+
+@pytest.mark.parametrize(
+    ("capability", "mkl", "missing"),
+    [
+        ("AVX512", True, []),
+        ("AVX2", True, ["ATEN_CPU_CAPABILITY=avx512"]),
+        ("AVX2", False, ["ATEN_CPU_CAPABILITY=avx512", "MKL"]),
+        ("DEFAULT", False, ["ATEN_CPU_CAPABILITY=avx", "MKL"]),
+    ],
+)
+def test_only_what_the_machine_offers(monkeypatch, capability, mkl, missing):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    expected = [n for n in names(matrix.SETTINGS) if not n.startswith(tuple(missing))]
+    assert names(matrix.offered()) == expected
+
+
+def test_the_settings_are_those_promised():
+    assert names(matrix.SETTINGS) == [
+        "ATEN_CPU_CAPABILITY=default",
+        "ATEN_CPU_CAPABILITY=avx2",
+        "ATEN_CPU_CAPABILITY=avx512",
+        "1 thread",
+        "2 threads",
+        "7 threads",
+        "MKL_CBWR=COMPATIBLE",
+        "MKL_ENABLE_INSTRUCTIONS=SSE4_2",
+        "MKL_ENABLE_INSTRUCTIONS=AVX2",
+    ]
+
+
+def test_a_setting_takes_effect_in_a_fresh_process():
+    """The variables must still mean to PyTorch what the table says."""
+    script = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())"
+    variables = {
+        **matrix._variable("ATEN_CPU_CAPABILITY", "default").variables,
+        **matrix._threads(7).variables,
+    }
+    shown = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert shown[-1] == "7" and not shown[0].startswith("AVX")  # "DEFAULT" or "NO AVX"
+
+
+def test_every_process_comes_to_the_exact_hash(tmp_path):
+    expected = digest(train(tiny.recipe(), tiny.prepared(), steps=2).model)
+    rows: list[matrix.Row] = []
+    settings = matrix.SETTINGS[:1]  # the default capability: no FMA, as on another CPU
+    matrix.run(str(tiny.toml(tmp_path)), 2, settings=settings, each=rows.append)
+    assert [row.setting for row in rows] == names(settings)
+    assert {row.exact for row in rows} == {expected}
+    assert all(len(row.native) == 64 and row.native != expected for row in rows)
+
+
+def test_a_process_gets_its_setting_and_none_of_the_others(monkeypatch):
+    calls = []
+
+    def fake(command, env, **options):
+        calls.append((command, env))
+        output = json.dumps({"weights.state_dict.sha256": "0"})
+        return subprocess.CompletedProcess(command, 0, output, "")
+
+    monkeypatch.setenv("MKL_CBWR", "AVX2")
+    monkeypatch.setattr(subprocess, "run", fake)
+    matrix.run("tiny", 5, Path("folder"), [matrix._threads(7)])
+    commands = [command[1:] for command, _ in calls]
+    common = "-m reproml train --json --recipe tiny --steps 5 --numerics {} --data folder"
+    assert commands == [common.format(n).split() for n in ("native", "exact")]
+    for _, env in calls:
+        assert env["OMP_NUM_THREADS"] == "7" and "MKL_CBWR" not in env
+
+
+def test_a_failed_training_names_the_setting(tmp_path):
+    with pytest.raises(ReproError, match="1 thread and native numerics failed: .*no such file"):
+        matrix.run(str(tmp_path / "none.toml"), 1, settings=[matrix._threads(1)])
+
+
+@pytest.mark.parametrize(("hashes", "status"), [("aa", 0), ("ab", 1)])
+def test_the_exit_status_asks_for_one_exact_hash(monkeypatch, capsys, tmp_path, hashes, status):
+    def fake(setting, recipe, steps, data_folder, numerics):
+        assert steps == 6  # all: 2 epochs of 3 batches
+        return numerics + setting.name if numerics == "native" else hashes[setting.name[0] == "7"]
+
+    monkeypatch.setattr(matrix, "_train", fake)
+    monkeypatch.setattr(matrix, "offered", lambda: [matrix._threads(1), matrix._threads(7)])
+    recipe = str(tiny.toml(tmp_path))
+    assert main(["matrix", "--recipe", recipe]) == status
+    shown = capsys.readouterr().out
+    assert "different hashes                 2                " + str(1 + status) in shown
+    assert main(["matrix", "--recipe", recipe, "--json", "--steps", "100"]) == status
+    result = json.loads(capsys.readouterr().out)
+    assert (result["native_hashes"], result["exact_hashes"]) == (2, 1 + status)
