@@ -257,7 +257,9 @@ def _reason(error: Exception) -> str:
     inner = getattr(error, "reason", None)  # urllib wraps the operating system's error
     if isinstance(inner, Exception):
         error = inner
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    # A mirror can put anything into it: keep to one line that is fit to print.
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())[:200]
 
 
 # --- digits: scikit-learn's bundled 8x8 digits ----------------------------------------------------
