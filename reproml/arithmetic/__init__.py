@@ -1,0 +1,37 @@
+"""Exact arithmetic for PyTorch: every operator returns the correctly rounded result.
+
+    import reproml
+
+    with reproml.exact():
+        loss = model(x).sum()      # the binary32 number nearest to the exact sum
+        loss.backward()
+
+The folder reads in this order: `rounding` (from a real number to binary32), `ball` (real numbers
+with an error bound, on which a definition is written), `elementary` (exp, log, ... in binary64 with
+a proven error), `dot` (sums and products of matrices), `table` (one line for each operator),
+`mode` (the engine that looks each operator up). It knows nothing of recipes or data.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+# The version of the definitions: which exact value each operator returns. A golden file records it.
+# It is raised when, and only when, some operator is given another definition.
+DEFINITIONS = 1
+
+
+class NotExactError(RuntimeError):
+    """An operator has no exact definition here; the message names it, its operands and the caller."""
+
+
+if TYPE_CHECKING:
+    from reproml.arithmetic.mode import exact as exact
+
+
+def __getattr__(name: str) -> Any:
+    if name == "exact":  # loads PyTorch, so not before it is asked for
+        from reproml.arithmetic.mode import exact
+
+        return exact
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

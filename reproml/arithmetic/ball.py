@@ -1,0 +1,348 @@
+"""Real numbers with an error bound, on which the definition of an operator is written once.
+
+A definition is a Python function of real numbers, `formula(k, x, y, ...)`, written with + - * / and
+the functions of the field k (`k.exp(x)`, `k.sum(x)` over the last axis, ...). Three fields evaluate it:
+
+- `Binary64`, whole tensors at once: each number is a ball, a float64 centre and a bound of its error;
+- `Rational`, one row at a time: exact, as long as nothing transcendental comes up;
+- `MultiPrecision`, one row at a time: balls again, on mpmath's numbers of any length.
+
+`elementwise` and `rowwise` evaluate it in the first field, put Ziv's rounding test to the result and
+take the rare elements that fail to the second and third. So each output is rounded once.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any, Callable, List, Sequence, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reproml.arithmetic import elementary
+from reproml.arithmetic.rounding import U, gamma, nearest, settle
+
+Number = Union[int, Fraction]
+Formula = Callable[..., Any]
+
+
+class Ball:
+    """All real numbers v with |v - c| <= r |c| + e, elementwise.
+
+    c: the centre. r: a Python number, the relative bound, which products and quotients pass on for
+    nothing. e: the absolute bound, of c's shape, or a Python 0 where there is none.
+    """
+
+    __slots__ = ("c", "r", "e", "k")
+    __array_ufunc__ = None  # numpy leaves mixed operations to this class
+
+    def __init__(self, c: Any, r: Any, e: Any, k: Any) -> None:
+        self.c, self.r, self.e, self.k = c, r, e, k
+
+    @property
+    def error(self) -> Any:
+        """The absolute bound, a Python 0 for an exact number."""
+        return self.e if isinstance(self.r, int) else self.r * abs(self.c) + self.e
+
+    @property
+    def _relative(self) -> bool:
+        return isinstance(self.e, int)
+
+    def _lift(self, other: Union[Ball, Number]) -> Ball:
+        return other if isinstance(other, Ball) else self.k.constant(other)
+
+    def __add__(self, other: Union[Ball, Number]) -> Ball:
+        other = self._lift(other)
+        return Ball(self.c + other.c, self.k.u, self.error + other.error, self.k)
+
+    def __mul__(self, other: Union[Ball, Number]) -> Ball:
+        other = self._lift(other)
+        c, k = self.c * other.c, self.k
+        if self._relative and other._relative:
+            return Ball(c, k.passed(self.r, other.r), 0, k)
+        d, other_d = self.error, other.error
+        return Ball(c, k.u, d * (abs(other.c) + other_d) + other_d * abs(self.c), k)
+
+    def __truediv__(self, other: Union[Ball, Number]) -> Ball:
+        other = self._lift(other)
+        c, k = self.c / other.c, self.k
+        if self._relative and other._relative:
+            return Ball(c, k.passed(self.r, other.r), 0, k)
+        d, other_d = self.error, other.error
+        low = abs(other.c) - other_d  # |a/b - c| <= (da + |c| db) / (|b| - db)
+        return Ball(c, k.u, k.where(low > 0, (d + abs(c) * other_d) / low, k.infinity), k)
+
+    def __neg__(self) -> Ball:
+        return Ball(-self.c, self.r, self.e, self.k)
+
+    def __sub__(self, other: Union[Ball, Number]) -> Ball:
+        return self + -self._lift(other)
+
+    def __radd__(self, other: Number) -> Ball:
+        return self._lift(other) + self
+
+    def __rsub__(self, other: Number) -> Ball:
+        return self._lift(other) - self
+
+    __rmul__ = __mul__
+
+    def __rtruediv__(self, other: Number) -> Ball:
+        return self._lift(other) / self
+
+    def __abs__(self) -> Ball:
+        return Ball(abs(self.c), self.r, self.e, self.k)
+
+
+class _BallField:
+    """What the two fields of balls have in common: how errors pass through a function."""
+
+    u: Any
+    relative: Any
+    infinity: Any
+    exp_max: Any
+
+    def exact(self, c: Any) -> Ball:
+        return Ball(c, 0, 0, self)
+
+    def constant(self, x: Number) -> Ball:
+        c = self.number(x)
+        return Ball(c, 0 if c == x else self.u, 0, self)
+
+    def passed(self, r: Any, other: Any) -> Any:
+        """The relative bound of a rounded product or quotient (Higham, lemma 3.1, with room)."""
+        return (r + other + self.u) * (1 + 2.0**-20)
+
+    def exp(self, x: Ball) -> Ball:
+        c, d = self._exp(x.c), x.error
+        e = self.where(x.c <= self.exp_max, 0.0, self.infinity) if self.exp_max else 0
+        if not isinstance(d, int):  # exp(d) - 1 <= 2 d for d <= 1
+            e = e + self.where(d <= 1, 2 * c * d, self.infinity)
+        return Ball(c, self.relative, e, self)
+
+    def log(self, x: Ball) -> Ball:
+        c, d = self._log(x.c), x.error
+        if isinstance(d, int):
+            return Ball(c, self.relative, 0, self)
+        low = x.c - d
+        return Ball(c, self.relative, self.where(low > 0, d / low, self.infinity), self)
+
+    def sqrt(self, x: Ball) -> Ball:
+        c = self._sqrt(x.c)
+        if x._relative:  # sqrt(1 + r) <= 1 + r / 2, sqrt(1 - r) >= 1 - r
+            return Ball(c, self.passed(x.r, self.relative), 0, self)
+        d = x.error  # |sqrt(a + d) - sqrt(a)| <= d / sqrt(a), also <= sqrt(d)
+        e = self.where(d < x.c, d / c, self._sqrt(d) + c)
+        return Ball(c, self.relative, e, self)
+
+    def number(self, x: Number) -> Any:
+        raise NotImplementedError
+
+    _exp: Callable[[Any], Any]
+    _log: Callable[[Any], Any]
+    _sqrt: Callable[[Any], Any]
+    where: Callable[[Any, Any, Any], Any]
+
+
+class Binary64(_BallField):
+    """Balls on float64 tensors."""
+
+    u, relative, infinity, exp_max = U, elementary.RELATIVE, torch.inf, 709.0
+    _exp = staticmethod(elementary.exp)
+    _log = staticmethod(elementary.log)
+    _sqrt = staticmethod(torch.sqrt)
+
+    @staticmethod
+    def where(condition: Any, x: Any, y: Any) -> Any:
+        if isinstance(condition, bool):  # of a constant
+            return x if condition else y
+        return torch.where(condition, x, y)
+
+    def number(self, x: Number) -> float:
+        return float(x)
+
+    def sum(self, x: Ball) -> Ball:
+        """Over the last axis, which stays with length 1."""
+        e = (gamma(x.c.shape[-1]) + x.r) * x.c.abs().sum(-1, keepdim=True)
+        if not x._relative:
+            e = e + x.e.expand_as(x.c).sum(-1, keepdim=True)
+        return Ball(x.c.sum(-1, keepdim=True), 0, e, self)
+
+    def max(self, x: Ball) -> Ball:
+        """The largest of exact numbers over the last axis, which stays with length 1."""
+        return self.exact(x.c.amax(-1, keepdim=True))
+
+
+class MultiPrecision(_BallField):
+    """Balls on numpy arrays of mpmath numbers with `bits` binary digits."""
+
+    exp_max = None  # mpmath's exponents are unbounded
+
+    def __init__(self, bits: int) -> None:
+        import mpmath  # only for the rare elements that come here
+
+        self.mp = mpmath.MPContext()
+        self.mp.prec = bits
+        self.u = self.mp.ldexp(1, 1 - bits)
+        self.relative = 16 * self.u  # mpmath promises less than an ulp
+        self.infinity = self.mp.inf
+        self._exp = np.frompyfunc(self.mp.exp, 1, 1)
+        self._log = np.frompyfunc(self.mp.log, 1, 1)
+        self._sqrt = np.frompyfunc(self.mp.sqrt, 1, 1)
+
+    def number(self, x: Number) -> Any:
+        x = Fraction(x)
+        return self.mp.mpf(x.numerator) / x.denominator
+
+    @staticmethod
+    def where(condition: Any, x: Any, y: Any) -> Any:
+        return np.where(condition, x, y)
+
+    def sum(self, x: Ball) -> Ball:
+        n = x.c.shape[-1]
+        e = (2 * n * self.u + x.r) * np.sum(abs(x.c), -1, keepdims=True)
+        if not x._relative:
+            e = e + np.sum(np.broadcast_to(x.e, x.c.shape), -1, keepdims=True)
+        return Ball(np.sum(x.c, -1, keepdims=True), 0, e, self)
+
+    def max(self, x: Ball) -> Ball:
+        return self.exact(np.max(x.c, -1, keepdims=True))
+
+
+class Irrational(ArithmeticError):
+    """The exact field cannot give this function's value."""
+
+
+class Rational:
+    """Numpy arrays of fractions."""
+
+    @staticmethod
+    def _only_at(at: int, value: int) -> Callable[[Any], Any]:
+        def function(x: Fraction) -> Fraction:
+            if x != at:
+                raise Irrational
+            return Fraction(value)
+
+        return np.frompyfunc(function, 1, 1)
+
+    def __init__(self) -> None:
+        # By Lindemann's theorem these are the only rational points.
+        self.exp = self._only_at(0, 1)
+        self.log = self._only_at(1, 0)
+        self.sqrt = np.frompyfunc(self._sqrt, 1, 1)
+
+    @staticmethod
+    def _sqrt(x: Fraction) -> Fraction:
+        from math import isqrt
+
+        n, d = x.numerator, x.denominator
+        if x < 0 or isqrt(n) ** 2 != n or isqrt(d) ** 2 != d:
+            raise Irrational
+        return Fraction(isqrt(n), isqrt(d))
+
+    constant = Fraction
+    where = staticmethod(np.where)
+
+    @staticmethod
+    def sum(x: Any) -> Any:
+        return np.sum(x, -1, keepdims=True)
+
+    @staticmethod
+    def max(x: Any) -> Any:
+        return np.max(x, -1, keepdims=True)
+
+
+BINARY64 = Binary64()
+# A value of these functions that agrees with a midpoint of two binary32 numbers to 1,000 bits is
+# taken to be it: none is known that comes near 2^-120 of one without being one.
+_BITS = (120, 240, 480, 1100)
+
+
+def exact_values(formula: Formula, operands: Sequence[np.ndarray]) -> np.ndarray:
+    """The correctly rounded values of a formula on finite numbers.
+
+    operands: float64 arrays that broadcast together. Returns a float64 array of binary32 numbers.
+    Raises ZeroDivisionError where the formula divides by zero.
+    """
+    rationals = [_to_fraction(np.atleast_1d(x)) for x in operands]
+    try:
+        return _nearest(formula(Rational(), *rationals))
+    except Irrational:
+        pass
+    for bits in _BITS:
+        k = MultiPrecision(bits)
+        number = np.frompyfunc(k.number, 1, 1)
+        y = formula(k, *[k.exact(number(x)) for x in rationals])
+        low, high = (_nearest(_from_mp(end)) for end in (y.c - y.error, y.c + y.error))
+        if (low == high).all():
+            return high
+    return _nearest(_snap(_from_mp(y.c)))
+
+
+def _mp_to_fraction(x: Any) -> Fraction:
+    """A mpmath number as a fraction; what is out of binary32's range may stay anywhere out of it."""
+    sign, mantissa, exponent, bits = x._mpf_
+    if not mantissa and exponent:  # infinite
+        exponent, mantissa = 2000, 1
+    exponent = min(max(exponent, -2000 - bits), 2000)
+    q = Fraction(int(mantissa)) * Fraction(2) ** int(exponent)
+    return -q if sign else q
+
+
+def _to_60_bits(q: Fraction) -> Fraction:
+    """The nearest number of about 60 bits; a midpoint of binary32 has 25."""
+    unit = Fraction(2) ** (abs(q.numerator).bit_length() - q.denominator.bit_length() - 60)
+    return round(q / unit) * unit
+
+
+_to_fraction = np.frompyfunc(Fraction, 1, 1)
+_from_mp = np.frompyfunc(_mp_to_fraction, 1, 1)
+_snap = np.frompyfunc(_to_60_bits, 1, 1)
+_nearest = np.vectorize(nearest, otypes=[float])
+
+
+def _wide(x: Union[Tensor, float, int], device: torch.device) -> Tensor:
+    return torch.as_tensor(x, device=device).double()
+
+
+def elementwise(formula: Formula, *operands: Union[Tensor, float, int]) -> Tensor:
+    """The formula on each element of operands that broadcast together, rounded once to float32."""
+    device = next(x.device for x in operands if isinstance(x, Tensor))
+    wide = [_wide(x, device) for x in operands]
+    y = formula(BINARY64, *[BINARY64.exact(x) for x in wide])
+    shape = torch.broadcast_shapes(*[x.shape for x in wide])
+
+    def resolve(index: Tensor) -> List[float]:
+        where = torch.unravel_index(index, shape)
+        rows = torch.stack([x.expand(shape)[where] for x in wide], 1).cpu().numpy()
+        return [
+            float(exact_values(formula, list(row))[0]) if np.isfinite(row).all() else c
+            for row, c in zip(rows, y.c.expand(shape)[where].tolist())
+        ]
+
+    return settle(y.c.expand(shape), _wide(y.error, device).expand(shape), resolve)
+
+
+def rowwise(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
+    """The formula on each row along `dim`, of operands of one shape, rounded once to float32.
+
+    The formula gives a value for each element of the row, or one for each row (then `dim` has
+    length 1 in the result).
+    """
+    wide = [torch.atleast_1d(x.double()).movedim(dim, -1) for x in operands]
+    y = formula(BINARY64, *[BINARY64.exact(x) for x in wide])
+    n = y.c.shape[-1]
+
+    def resolve(index: Tensor) -> List[float]:
+        rows, row_of = torch.unique(index // n, return_inverse=True)
+        picked = torch.stack([x.reshape(-1, x.shape[-1])[rows] for x in wide], 1).cpu().numpy()
+        centre = y.c.reshape(-1, n)[rows].cpu().numpy()
+        # A row with an infinity has a limit for its value: nothing to round.
+        values = [
+            exact_values(formula, list(row)) if np.isfinite(row).all() else c
+            for row, c in zip(picked, centre)
+        ]
+        return np.stack(values)[row_of.cpu().numpy(), (index % n).cpu().numpy()].tolist()
+
+    result = settle(y.c, y.error, resolve).movedim(-1, dim)
+    return result if operands[0].dim() else result.reshape(())

@@ -1,0 +1,144 @@
+"""Sums and dot products, rounded once: Ziv's test on a binary64 sum in any order.
+
+The product of two binary32 numbers is exact in binary64. With |sum - exact| <= gamma_K * sum |a||b|
+(Higham, section 3.1) and sum |a||b| <= ||a|| ||b|| (Cauchy-Schwarz), one norm for each row and column
+bounds every element of a matrix product. Elements that fail the test go up three stairs: the bound
+from the product of the absolute values; a sum with its errors kept (TwoSum); exact fractions.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic.rounding import exact_sum, gamma, nearest, settle_sum
+
+# From this many failures on, a whole product of absolute values is cheaper than each by itself.
+_MANY = 64
+_CHUNK = 1 << 22  # elements gathered at once
+
+ONE = Fraction(1)
+
+
+def matmul(
+    a: Tensor, b: Tensor, bias: Optional[Tensor] = None, alpha: Fraction = ONE, beta: Fraction = ONE
+) -> Tensor:
+    """alpha * (a @ b) + beta * bias, rounded once.
+
+    a: float32 [..., m, k]; b: float32 [..., k, n], the same leading axes; bias: float32, broadcast to
+    [..., m, n]. alpha, beta: binary32 numbers. Returns float32 [..., m, n]; an exact zero is +0.
+    """
+    if beta == 0:
+        bias = None  # as in BLAS, not even its NaN counts
+    wide_a, wide_b = a.double(), b.double()
+    c = wide_a @ wide_b
+    row = torch.linalg.vector_norm(wide_a, dim=-1).unsqueeze(-1)
+    column = torch.linalg.vector_norm(wide_b, dim=-2).unsqueeze(-2)
+    size = row * column
+    wide_bias = None if bias is None else bias.double().expand(c.shape)
+
+    def scaled(c: Tensor, size: Tensor) -> Tuple[Tensor, Tensor]:
+        """The centre and the bound, once the product's own size is known."""
+        if alpha != 1:
+            c, size = c * float(alpha), size * abs(float(alpha))
+        if wide_bias is not None:
+            term = wide_bias if beta == 1 else wide_bias * float(beta)
+            c, size = c + term, size + term.abs()
+        return c, size * gamma(a.shape[-1] + 2)
+
+    def resolve(index: Tensor) -> Sequence[float]:
+        if len(index) < _MANY:
+            return few(index)
+        tight = settle_sum(*scaled(c, wide_a.abs() @ wide_b.abs()), few)
+        return tight.reshape(-1)[index].tolist()
+
+    def few(index: Tensor) -> Sequence[float]:
+        *batch, i, j = torch.unravel_index(index, c.shape)
+        terms = wide_a[(*batch, i)] * wide_b.transpose(-1, -2)[(*batch, j)]
+        if wide_bias is None:
+            return nearest_of_rows(terms, scale=alpha)
+        last = wide_bias[(*batch, i, j)].unsqueeze(1)
+        if alpha == beta == 1:
+            return nearest_of_rows(torch.cat([terms, last], 1))
+        return [
+            nearest(alpha * exact_sum(row) + beta * Fraction(x))
+            for row, x in zip(terms.tolist(), last.squeeze(1).tolist())
+        ]
+
+    return settle_sum(*scaled(c, size), resolve)
+
+
+def sum_over(
+    x: Tensor, dims: Sequence[int], keepdim: bool = False, divisor: int = 1, y: Optional[Tensor] = None
+) -> Tensor:
+    """The sum of x, or of the products x * y, over `dims`, divided by `divisor`, rounded once.
+
+    x, y: float32 of one shape; dims: empty for all. Returns float32.
+    """
+    dims = sorted(d % x.dim() for d in dims) if dims and x.dim() else list(range(x.dim()))
+    wide = x.double() if y is None else x.double() * y.double()
+    count = 1
+    for d in dims:
+        count *= x.shape[d]
+    if not dims:
+        c, size = wide, wide.abs()
+    else:
+        c, size = wide.sum(dims, keepdim=keepdim), wide.abs().sum(dims, keepdim=keepdim)
+    if divisor != 1:
+        c, size = c / divisor, size / divisor
+
+    def resolve(index: Tensor) -> List[float]:
+        kept = [d for d in range(x.dim()) if d not in dims]
+        rows = wide.permute(*kept, *dims).reshape(-1, count)
+        return nearest_of_rows(rows[index], scale=Fraction(1, divisor))
+
+    return settle_sum(c, size * gamma(count), resolve)
+
+
+def nearest_of_rows(terms: Tensor, scale: Fraction = ONE) -> List[float]:
+    """The correctly rounded sum of each row of finite float64 terms [rows, n], times `scale`."""
+    values: List[float] = []
+    for chunk in terms.split(max(1, _CHUNK // max(1, terms.shape[1]))):
+        if scale == 1 and len(chunk) >= _MANY:
+            values += _by_two_sum(chunk)
+        else:
+            values += [nearest(scale * exact_sum(row)) for row in chunk.tolist()]
+    return values
+
+
+def _by_two_sum(terms: Tensor) -> List[float]:
+    """nearest_of_rows by compensated sums (Ogita, Rump & Oishi, SIAM J. Sci. Comput. 26(6), 2005).
+
+    Each row becomes s + t with |s + t - exact| <= e. The rows for which this is not enough, and those
+    whose s + t rounds to a midpoint of binary32 in binary64 (which would round twice), go on.
+    """
+    s, n = terms, terms.shape[1]
+    t = torch.zeros(len(terms), dtype=torch.float64, device=terms.device)
+    size = torch.zeros_like(t)
+    while s.shape[1] > 1:
+        if s.shape[1] % 2:
+            s = torch.nn.functional.pad(s, (0, 1))
+        a, b = s.split(s.shape[1] // 2, 1)
+        s = a + b
+        z = s - a
+        error = (a - (s - z)) + (b - z)
+        t = t + error.sum(1)
+        size = size + error.abs().sum(1)
+    s = s.sum(1)
+    e = size * gamma(n) + 2.0**-1000 * (size > 0)
+    low, high = s + (t - e), s + (t + e)
+    result = high.float()
+    sure = (low.float() == result) & ~_maybe_midpoint(low) & ~_maybe_midpoint(high)
+    values: List[float] = (result + 0.0).tolist()
+    for i in (~sure).nonzero().squeeze(1).tolist():
+        values[i] = nearest(exact_sum(terms[i].tolist()))
+    return values
+
+
+def _maybe_midpoint(x: Tensor) -> Tensor:
+    """Whether float64 x may be halfway between two binary32 numbers (all subnormal ones may)."""
+    half = (x.view(torch.int64) & 0x1FFFFFFF) == 0x10000000
+    return half | ((x.abs() < 2.0**-125) & (x != 0))

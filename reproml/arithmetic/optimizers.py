@@ -1,0 +1,262 @@
+"""Optimizers' steps: each new parameter and each new state is one formula, rounded once.
+
+PyTorch has up to three forms of an optimizer, `for` loop, foreach and fused, which round differently,
+and the first two take powers of Python floats with the C library. While `exact()` is active all three
+are this one definition. A hyperparameter h enters as `single(h)`, rounded to binary32 as PyTorch does
+with any Python number that meets a float32 tensor; 1 - h is taken first, in binary64. (Were 0.9 taken
+as it is, 9/10 less 2^-55, then 0.9 m would be that near a tie for each tenth m.) Only the correction
+of Adam's bias takes the betas as given.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from reproml.arithmetic import NotExactError
+from reproml.arithmetic.ball import elementwise
+
+_STEP_BITS = 160
+
+
+@lru_cache(maxsize=64)
+def bias_correction(beta: float, step: int) -> Fraction:
+    """1 - beta^step, to 160 bits (the exact power would have 53 * step bits)."""
+    import mpmath
+
+    with mpmath.workprec(_STEP_BITS + 64):
+        return Fraction(int(mpmath.nint((1 - mpmath.power(beta, step)) * 2**_STEP_BITS)), 2**_STEP_BITS)
+
+
+def adam(
+    params: List[Tensor],
+    grads: List[Tensor],
+    exp_avgs: List[Tensor],
+    exp_avg_sqs: List[Tensor],
+    max_exp_avg_sqs: List[Tensor],
+    steps: List[int],
+    *,
+    lr: Any,
+    beta1: Any,
+    beta2: Any,
+    weight_decay: float,
+    eps: float,
+    amsgrad: bool,
+    maximize: bool,
+    decoupled: bool,
+) -> None:
+    """Adam (Kingma & Ba 2015, algorithm 1) and AdamW (Loshchilov & Hutter 2019, algorithm 2).
+
+    d = grad (+ weight_decay * param, unless decoupled);
+    m' = beta1 m + (1 - beta1) d,   v' = beta2 v + (1 - beta2) d^2,   each rounded once;
+    param' = param (1 - lr weight_decay, if decoupled)
+             - lr / (1 - beta1^t) * m' / (sqrt(v' / (1 - beta2^t)) + eps),   rounded once.
+    """
+    rate, decay, epsilon = single(lr), single(weight_decay), single(eps)
+    beta1, beta2 = float(beta1), float(beta2)
+    b1, rest1, b2, rest2 = single(beta1), single(1 - beta1), single(beta2), single(1 - beta2)
+    keep = 1 - rate * decay if decoupled else Fraction(1)
+    direction = _direction(Fraction(0) if decoupled else decay, maximize)
+    for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+        _check(p, g, m, v)
+        rate1 = rate / bias_correction(beta1, steps[i])
+        correction2 = bias_correction(beta2, steps[i])
+        new_m = elementwise(lambda k, p, g, m: b1 * m + rest1 * direction(p, g), p, g, m)
+
+        def second_moment(k: Any, p: Any, g: Any, v: Any) -> Any:
+            d = direction(p, g)
+            return b2 * v + rest2 * (d * d)
+
+        def parameter(k: Any, p: Any, m: Any, v: Any) -> Any:
+            return keep * p - rate1 * (m / (k.sqrt(v / correction2) + epsilon))
+
+        v.copy_(elementwise(second_moment, p, g, v))
+        m.copy_(new_m)
+        if amsgrad:
+            v = torch.maximum(max_exp_avg_sqs[i], v, out=max_exp_avg_sqs[i])
+        p.copy_(elementwise(parameter, p, m, v))
+
+
+def sgd(
+    params: List[Tensor],
+    grads: List[Tensor],
+    buffers: List[Optional[Tensor]],
+    *,
+    lr: Any,
+    weight_decay: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    """Stochastic gradient descent with momentum (Sutskever et al. 2013, as PyTorch states it).
+
+    d = grad + weight_decay * param
+    buffer' = momentum * buffer + (1 - dampening) d (at first: d), rounded once;
+    param' = param - lr * (buffer', or d + momentum * buffer' with nesterov), rounded once.
+    """
+    rate, decay, mu, fresh = single(lr), single(weight_decay), single(momentum), single(1 - dampening)
+    direction = _direction(decay, maximize)
+    for i, (p, g) in enumerate(zip(params, grads)):
+        _check(p, g)
+        if not mu:
+            p.copy_(elementwise(lambda k, p, g: p - rate * direction(p, g), p, g))
+            continue
+        buffer = buffers[i]
+        if buffer is None:
+            buffer = buffers[i] = elementwise(lambda k, p, g: direction(p, g), p, g)
+        else:
+            _check(buffer)
+            new = elementwise(lambda k, p, g, b: mu * b + fresh * direction(p, g), p, g, buffer)
+            buffer.copy_(new)
+        if nesterov:
+            new = elementwise(lambda k, p, g, b: p - rate * (direction(p, g) + mu * b), p, g, buffer)
+        else:
+            new = elementwise(lambda k, p, b: p - rate * b, p, buffer)
+        p.copy_(new)
+
+
+def _direction(decay: Fraction, maximize: bool) -> Callable[[Any, Any], Any]:
+    """The gradient to descend: with the sign of the aim, and weight decay as a penalty."""
+
+    def direction(p: Any, g: Any) -> Any:
+        g = -g if maximize else g
+        return g + decay * p if decay else g
+
+    return direction
+
+
+def single(x: Any) -> Fraction:
+    """A Python number, rounded to binary32."""
+    return Fraction(torch.tensor(float(x), dtype=torch.float32).item())
+
+
+def _check(*tensors: Tensor) -> None:
+    for x in tensors:
+        if x.dtype is not torch.float32 or x.is_sparse:
+            kind = "a sparse gradient" if x.is_sparse else f"{x.dtype}"
+            raise NotExactError(
+                f"The optimizer's step is defined for dense float32 tensors, not for {kind} "
+                f"of shape {list(x.shape)}; convert it or take the step out of reproml.exact()."
+            )
+
+
+# How PyTorch calls them: its Python functions (all three forms take the same arguments) ...
+
+
+def _refuse_unless(ok: bool, what: str) -> None:
+    if not ok:
+        raise NotExactError(f"The optimizer's step has no exact definition with {what}; leave it out.")
+
+
+def _python_adam(
+    params: Any, grads: Any, exp_avgs: Any, exp_avg_sqs: Any, max_exp_avg_sqs: Any, state_steps: Any, **options: Any
+) -> None:
+    _refuse_unless(not options["has_complex"], "complex parameters")
+    for step in state_steps:
+        step += 1
+    chosen = {k: options[k] for k in ("lr", "beta1", "beta2", "weight_decay", "eps", "amsgrad", "maximize")}
+    steps = [int(step) for step in state_steps]
+    decoupled = options["decoupled_weight_decay"]
+    adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, decoupled=decoupled, **chosen)
+
+
+def _python_sgd(params: Any, grads: Any, momentum_buffer_list: Any, **options: Any) -> None:
+    names = ("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize")
+    sgd(params, grads, momentum_buffer_list, **{k: options[k] for k in names})
+
+
+# ... and the operators of the fused form, when called directly.
+
+
+def fused_adam(
+    params: Any,
+    grads: Any,
+    exp_avgs: Any,
+    exp_avg_sqs: Any,
+    max_exp_avg_sqs: Any,
+    state_steps: Any,
+    *,
+    decoupled: bool = False,
+    grad_scale: Any = None,
+    found_inf: Any = None,
+    **options: Any,
+) -> None:
+    _refuse_unless(grad_scale is None and found_inf is None, "a gradient scaler")
+    steps = [int(step) for step in state_steps]
+    adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, decoupled=decoupled, **options)
+
+
+def fused_adamw(*lists: Any, **options: Any) -> None:
+    fused_adam(*lists, decoupled=True, **options)
+
+
+def fused_sgd(
+    params: Any,
+    grads: Any,
+    buffers: Any,
+    *,
+    is_first_step: bool,
+    grad_scale: Any = None,
+    found_inf: Any = None,
+    **options: Any,
+) -> None:
+    _refuse_unless(grad_scale is None and found_inf is None, "a gradient scaler")
+    if is_first_step:
+        firsts: List[Optional[Tensor]] = [None] * len(params)
+        sgd(params, grads, firsts, **options)
+        for buffer, first in zip(buffers, firsts):
+            if first is not None:
+                buffer.copy_(first)
+    else:
+        sgd(params, grads, buffers or [None] * len(params), **options)
+
+
+# module of torch.optim -> the one definition of its `_single_tensor_*`, `_multi_tensor_*`, `_fused_*`
+PYTHON_STEPS: Dict[str, Callable[..., None]] = {"adam": _python_adam, "sgd": _python_sgd}
+
+_lock = threading.Lock()
+_users = 0
+_originals: List[Tuple[Any, str, Any]] = []
+
+
+def _outside_modes(step: Callable[..., None]) -> Callable[..., None]:
+    def exact_step(*lists: Any, grad_scale: Any = None, found_inf: Any = None, **options: Any) -> None:
+        _refuse_unless(grad_scale is None and found_inf is None, "a gradient scaler")
+        _refuse_unless(not options.pop("differentiable", False), "differentiable=True")
+        with _disable_current_modes():
+            step(*lists, **options)
+
+    return exact_step
+
+
+def take_over() -> None:
+    """Make every form of PyTorch's optimizers the definitions above, until as many give_back()."""
+    global _users
+    with _lock:
+        _users += 1
+        if _users > 1:
+            return
+        for name, step in PYTHON_STEPS.items():
+            module = importlib.import_module(f"torch.optim.{name}")
+            for form in ("_single_tensor_", "_multi_tensor_", "_fused_"):
+                if hasattr(module, form + name):
+                    _originals.append((module, form + name, getattr(module, form + name)))
+                    setattr(module, form + name, _outside_modes(step))
+
+
+def give_back() -> None:
+    """Undo one take_over()."""
+    global _users
+    with _lock:
+        _users -= 1
+        if _users == 0:
+            while _originals:
+                setattr(*_originals.pop())
