@@ -14,7 +14,15 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.rounding import exact_sum, gamma, nearest, settle_sum
+from reproml.arithmetic import kernels
+from reproml.arithmetic.rounding import (
+    Resolve,
+    exact_sum,
+    gamma,
+    nearest,
+    settle_at,
+    settle_sum,
+)
 
 # From this many failures on, a whole product of absolute values is cheaper than each by itself.
 _MANY = 64
@@ -33,11 +41,9 @@ def matmul(
     """
     if beta == 0:
         bias = None  # as in BLAS, not even its NaN counts
-    wide_a, wide_b = a.double(), b.double()
+    wide_a, row = _widen(a, -1)
+    wide_b, column = _widen(b, -2)
     c = wide_a @ wide_b
-    row = torch.linalg.vector_norm(wide_a, dim=-1).unsqueeze(-1)
-    column = torch.linalg.vector_norm(wide_b, dim=-2).unsqueeze(-2)
-    size = row * column
     wide_bias = None if bias is None else bias.double().expand(c.shape)
 
     def scaled(c: Tensor, size: Tensor) -> Tuple[Tensor, Tensor]:
@@ -68,7 +74,41 @@ def matmul(
             for row, x in zip(terms.tolist(), last.squeeze(1).tolist())
         ]
 
-    return settle_sum(*scaled(c, size), resolve)
+    if alpha == beta == 1 and c.dim() == 2 and kernels.usable(c) and c.numel():
+        if bias is None or bias.stride() == (1,):
+            return _round_product(c, row, column, bias, gamma(a.shape[-1] + 2), resolve)
+    return settle_sum(*scaled(c, row * column), resolve)
+
+
+def _widen(x: Tensor, dim: int) -> Tuple[Tensor, Tensor]:
+    """x in binary64, and its Euclidean norms along `dim`, -1 or -2, which stays with length 1."""
+    flipped = x.dim() == 2 and not x.is_contiguous()
+    stored = x.t() if flipped else x
+    if x.dim() != 2 or not kernels.usable(stored):
+        wide = x.double()
+        return wide, torch.linalg.vector_norm(wide, dim=dim, keepdim=True)
+    by_row = (dim == -1) != flipped
+    rows, columns = stored.shape
+    wide = torch.empty(rows, columns, dtype=torch.float64)
+    norm = torch.empty(rows if by_row else columns, dtype=torch.float64)
+    kernels.library.reproml_widen(
+        stored.data_ptr(), rows, columns, by_row, wide.data_ptr(), norm.data_ptr()
+    )
+    return wide.t() if flipped else wide, norm.sqrt_().unsqueeze(dim)
+
+
+def _round_product(
+    c: Tensor, row: Tensor, column: Tensor, bias: Optional[Tensor], g: float, resolve: Resolve
+) -> Tensor:
+    out = torch.empty(c.shape)
+    failed = torch.empty(c.numel(), dtype=torch.int64)
+    pointers = (c, *c.shape, row, column, bias, g, out, failed)
+    count = kernels.library.reproml_round_product(
+        *(p.data_ptr() if isinstance(p, Tensor) else p for p in pointers)
+    )
+    if count:
+        settle_at(out, c if bias is None else c + bias, failed[:count], resolve)
+    return out
 
 
 def sum_over(

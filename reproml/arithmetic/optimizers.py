@@ -14,13 +14,13 @@ import importlib
 import threading
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from reproml.arithmetic import NotExactError
+from reproml.arithmetic import NotExactError, kernels
 from reproml.arithmetic.ball import elementwise
 
 _STEP_BITS = 160
@@ -63,25 +63,29 @@ def adam(
     beta1, beta2 = float(beta1), float(beta2)
     b1, rest1, b2, rest2 = single(beta1), single(1 - beta1), single(beta2), single(1 - beta2)
     keep = 1 - rate * decay if decoupled else Fraction(1)
-    direction = _direction(Fraction(0) if decoupled else decay, maximize)
+    sign = -1 if maximize else 1
+    direction = _direction(Fraction(0) if decoupled else decay, sign)
+
+    def step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, *v_max: Tensor) -> None:
+        m.copy_(elementwise(lambda k, p, g, m: b1 * m + rest1 * direction(p, g), p, g, m))
+        v.copy_(elementwise(lambda k, p, g, v: b2 * v + rest2 * square(direction(p, g)), p, g, v))
+        if v_max:
+            v = torch.maximum(v_max[0], v, out=v_max[0])
+        p.copy_(elementwise(moved, p, m, v))
+
+    def moved(k: Any, p: Any, m: Any, v: Any) -> Any:
+        return keep * p - rate1 * (m / (k.sqrt(v / correction2) + epsilon))
+
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
         _check(p, g, m, v)
         rate1 = rate / bias_correction(beta1, steps[i])
         correction2 = bias_correction(beta2, steps[i])
-        new_m = elementwise(lambda k, p, g, m: b1 * m + rest1 * direction(p, g), p, g, m)
-
-        def second_moment(k: Any, p: Any, g: Any, v: Any) -> Any:
-            d = direction(p, g)
-            return b2 * v + rest2 * (d * d)
-
-        def parameter(k: Any, p: Any, m: Any, v: Any) -> Any:
-            return keep * p - rate1 * (m / (k.sqrt(v / correction2) + epsilon))
-
-        v.copy_(elementwise(second_moment, p, g, v))
-        m.copy_(new_m)
         if amsgrad:
-            v = torch.maximum(max_exp_avg_sqs[i], v, out=max_exp_avg_sqs[i])
-        p.copy_(elementwise(parameter, p, m, v))
+            step(p, g, m, v, max_exp_avg_sqs[i])
+        else:
+            penalty = 0 if decoupled else decay
+            numbers = (penalty, keep, b1, rest1, b2, rest2, rate1, correction2, epsilon)
+            _with_kernel("reproml_adam", step, [p, g, m, v], [sign, *numbers])
 
 
 def sgd(
@@ -103,34 +107,72 @@ def sgd(
     param' = param - lr * (buffer', or d + momentum * buffer' with nesterov), rounded once.
     """
     rate, decay, mu, fresh = single(lr), single(weight_decay), single(momentum), single(1 - dampening)
-    direction = _direction(decay, maximize)
+    sign = -1 if maximize else 1
+    direction = _direction(decay, sign)
+
+    def plain(p: Tensor, g: Tensor) -> None:
+        p.copy_(elementwise(lambda k, p, g: p - rate * direction(p, g), p, g))
+
+    def first(p: Tensor, g: Tensor, b: Tensor) -> None:
+        b.copy_(elementwise(lambda k, p, g: direction(p, g), p, g))
+        move(p, g, b)
+
+    def later(p: Tensor, g: Tensor, b: Tensor) -> None:
+        b.copy_(elementwise(lambda k, p, g, b: mu * b + fresh * direction(p, g), p, g, b))
+        move(p, g, b)
+
+    def move(p: Tensor, g: Tensor, b: Tensor) -> None:
+        if nesterov:
+            p.copy_(elementwise(lambda k, p, g, b: p - rate * (direction(p, g) + mu * b), p, g, b))
+        else:
+            p.copy_(elementwise(lambda k, p, b: p - rate * b, p, b))
+
+    numbers = (nesterov, sign, decay, rate, mu, fresh)
     for i, (p, g) in enumerate(zip(params, grads)):
         _check(p, g)
-        if not mu:
-            p.copy_(elementwise(lambda k, p, g: p - rate * direction(p, g), p, g))
-            continue
         buffer = buffers[i]
-        if buffer is None:
-            buffer = buffers[i] = elementwise(lambda k, p, g: direction(p, g), p, g)
+        if not mu:
+            _with_kernel("reproml_sgd", plain, [p, g, None], [0, *numbers])
+        elif buffer is None:
+            buffer = buffers[i] = torch.zeros_like(p)
+            _with_kernel("reproml_sgd", first, [p, g, buffer], [1, *numbers])
         else:
             _check(buffer)
-            new = elementwise(lambda k, p, g, b: mu * b + fresh * direction(p, g), p, g, buffer)
-            buffer.copy_(new)
-        if nesterov:
-            new = elementwise(lambda k, p, g, b: p - rate * (direction(p, g) + mu * b), p, g, buffer)
-        else:
-            new = elementwise(lambda k, p, b: p - rate * b, p, buffer)
-        p.copy_(new)
+            _with_kernel("reproml_sgd", later, [p, g, buffer], [0, *numbers])
 
 
-def _direction(decay: Fraction, maximize: bool) -> Callable[[Any, Any], Any]:
+def square(x: Any) -> Any:
+    return x * x
+
+
+def _direction(decay: Fraction, sign: int) -> Callable[[Any, Any], Any]:
     """The gradient to descend: with the sign of the aim, and weight decay as a penalty."""
 
     def direction(p: Any, g: Any) -> Any:
-        g = -g if maximize else g
+        g = g if sign == 1 else -g
         return g + decay * p if decay else g
 
     return direction
+
+
+def _with_kernel(
+    name: str, step: Callable[..., None], state: Sequence[Optional[Tensor]], numbers: Sequence[Any]
+) -> None:
+    """The step in place: by the compiled loop, if there is one, and what it leaves by definition."""
+    tensors = [x for x in state if x is not None]
+    if not kernels.usable(*tensors):
+        return step(*tensors)
+    failed = torch.empty(tensors[0].numel(), dtype=torch.int64)
+    pointers = [None if x is None else x.data_ptr() for x in state]
+    scalars = [x if isinstance(x, (bool, int)) else float(x) for x in numbers]
+    kernel = getattr(kernels.library, name)
+    left = failed[: kernel(tensors[0].numel(), *pointers, *scalars, failed.data_ptr())]
+    if len(left):
+        few = [x.view(-1)[left] for x in tensors]
+        step(*few)
+        for x, y in zip(tensors, few):
+            x.view(-1)[left] = y
+    return None
 
 
 def single(x: Any) -> Fraction:

@@ -44,7 +44,7 @@ def settle(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
     result = c.float()
     failed = (c - e).float() != (c + e).float()  # also where c or e is NaN
     if failed.any():
-        _settle_failed(result, c, failed, resolve)
+        settle_at(result, c, failed.reshape(-1).nonzero().squeeze(1), resolve)
     return result
 
 
@@ -57,13 +57,13 @@ def settle_sum(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
     result = (c + e).float()
     failed = (c - e).float().view(torch.int32) != result.view(torch.int32)
     if failed.any():
-        _settle_failed(result, c, failed, resolve)
+        settle_at(result, c, failed.reshape(-1).nonzero().squeeze(1), resolve)
     return result
 
 
-def _settle_failed(result: Tensor, c: Tensor, failed: Tensor, resolve: Resolve) -> None:
-    index = failed.reshape(-1).nonzero().squeeze(1)
-    where = torch.unravel_index(index, failed.shape)
+def settle_at(result: Tensor, c: Tensor, index: Tensor, resolve: Resolve) -> None:
+    """Put the exact values into `result` at the flat indices where the test failed."""
+    where = torch.unravel_index(index, result.shape)
     at = c[where]
     value = at.float()  # right where c is NaN or infinite
     rest = at.isfinite()

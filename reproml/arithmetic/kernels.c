@@ -1,0 +1,198 @@
+/* The hot loops of the arithmetic: the same rounding test as in Python, in one pass.
+
+   Each function rounds what it can and returns how many elements it could not; their indices are in
+   `failed`, their operands untouched, and Python settles them by the definition. So no result depends
+   on this file being here: it needs no particular compiler, instruction set or contraction (-ffp-contract
+   only changes c within its bound), but never -ffast-math. Plain C on raw pointers: one build serves
+   every PyTorch and Python. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define U 0x1p-53    /* unit roundoff of binary64 */
+#define TINY 0x1p-1000
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define VECTORISED __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define VECTORISED
+#endif
+
+typedef int64_t integer;
+
+static inline int32_t bits(float x) {
+    int32_t b;
+    memcpy(&b, &x, sizeof b);
+    return b;
+}
+
+/* Widen a row-major matrix to binary64; squared norms of its rows (by_row) or columns go to `norm`. */
+VECTORISED
+void reproml_widen(const float *restrict x, integer rows, integer columns, int by_row,
+                   double *restrict wide, double *restrict norm) {
+    if (!by_row)
+        for (integer j = 0; j < columns; j++) norm[j] = 0;
+    for (integer i = 0; i < rows; i++) {
+        const float *restrict from = x + i * columns;
+        double *restrict to = wide + i * columns;
+        if (by_row) {
+            double part[8] = {0}, sum = 0;
+            integer j = 0;
+            for (; j + 8 <= columns; j += 8)
+                for (int t = 0; t < 8; t++) {
+                    double d = from[j + t];
+                    to[j + t] = d;
+                    part[t] += d * d;
+                }
+            for (; j < columns; j++) {
+                double d = from[j];
+                to[j] = d;
+                sum += d * d;
+            }
+            for (int t = 0; t < 8; t++) sum += part[t];
+            norm[i] = sum;
+        } else {
+            for (integer j = 0; j < columns; j++) {
+                double d = from[j];
+                to[j] = d;
+                norm[j] += d * d;
+            }
+        }
+    }
+}
+
+/* out = round(c + bias), |c - exact| <= g * row[i] * column[j]; bias: null or one for each column.
+   The test compares bit patterns, so that not even the sign of a zero comes from c. */
+VECTORISED
+integer reproml_round_product(const double *restrict c, integer rows, integer columns,
+                              const double *restrict row, const double *restrict column,
+                              const float *restrict bias, double g, float *restrict out,
+                              integer *restrict failed) {
+    integer count = 0;
+    for (integer i = 0; i < rows; i++) {
+        const double *restrict from = c + i * columns;
+        float *restrict to = out + i * columns;
+        double gi = g * row[i];
+        int32_t differ = 0;
+        for (integer j = 0; j < columns; j++) {
+            double b = bias ? (double)bias[j] : 0.0;
+            double x = from[j] + b;
+            double e = gi * column[j] + g * fabs(b);
+            float low = (float)(x - e), high = (float)(x + e);
+            to[j] = high;
+            differ |= bits(low) ^ bits(high);
+        }
+        if (differ)
+            for (integer j = 0; j < columns; j++) {
+                double b = bias ? (double)bias[j] : 0.0;
+                double x = from[j] + b;
+                double e = gi * column[j] + g * fabs(b);
+                if (bits((float)(x - e)) != bits((float)(x + e))) failed[count++] = i * columns + j;
+            }
+    }
+    return count;
+}
+
+/* Optimizers go block by block: a plain loop rounds a block into scratch, with how far both ends of
+   each interval lie apart after rounding; only what is sure is written back. */
+#define BLOCK 512
+
+typedef struct {
+    float value[BLOCK], apart[BLOCK];
+} rounded;
+
+/* The nearest binary32 number to what lies within e of c; apart != 0, or NaN, where it is not sure. */
+static inline void settle(double c, double e, float *value, float *apart) {
+    e += TINY;
+    *value = (float)c;
+    *apart = (float)(c + e) - (float)(c - e);
+}
+
+static inline integer write_back(integer n, integer at, const rounded *r, float *const *state, int states,
+                                 integer *failed, integer count) {
+    for (integer i = 0; i < n; i++) {
+        int sure = 1;
+        for (int s = 0; s < states; s++) sure &= r[s].apart[i] == 0;
+        if (sure)
+            for (int s = 0; s < states; s++) state[s][at + i] = r[s].value[i];
+        else
+            failed[count++] = at + i;
+    }
+    return count;
+}
+
+static inline int all_sure(integer n, const rounded *r, int states) {
+    float apart = 0;
+    for (int s = 0; s < states; s++)
+        for (integer i = 0; i < n; i++) apart += r[s].apart[i];
+    return apart == 0;
+}
+
+static inline integer finish(integer n, integer at, const rounded *r, float *const *state, int states,
+                             integer *failed, integer count) {
+    if (!all_sure(n, r, states)) return write_back(n, at, r, state, states, failed, count);
+    for (int s = 0; s < states; s++) memcpy(state[s] + at, r[s].value, (size_t)n * sizeof(float));
+    return count;
+}
+
+/* Adam's step (optimizers.adam has the definition), without amsgrad. sign: -1 to maximize; decay: weight
+   decay as a penalty; keep: 1 - lr * weight decay when decoupled.
+   Error bounds, in units of U and of the absolute values of the terms: d one rounding of two terms,
+   m' three, v' five, the quotient ten. */
+VECTORISED
+integer reproml_adam(integer n, float *p, const float *g, float *m, float *v, double sign, double decay,
+                     double keep, double b1, double rest1, double b2, double rest2, double rate,
+                     double correction2, double eps, integer *failed) {
+    rounded r[3];
+    float *const state[3] = {p, m, v};
+    integer count = 0;
+    for (integer at = 0; at < n; at += BLOCK) {
+        integer length = n - at < BLOCK ? n - at : BLOCK;
+        for (integer i = 0; i < length; i++) {
+            double old_p = p[at + i];
+            double penalty = decay * old_p, grad = sign * g[at + i], d = grad + penalty;
+            double size = fabs(grad) + fabs(penalty), ed = decay != 0 ? 3 * U * size : 0;
+            double m1 = b1 * m[at + i], m2 = rest1 * d, v1 = b2 * v[at + i], v2 = rest2 * (d * d);
+            settle(m1 + m2, 3 * U * (fabs(m1) + fabs(m2)) + 2 * rest1 * ed, &r[1].value[i], &r[1].apart[i]);
+            settle(v1 + v2, 6 * U * (v1 + v2) + 4 * rest2 * size * ed, &r[2].value[i], &r[2].apart[i]);
+            double held = keep * old_p;
+            double moved = rate * (r[1].value[i] / (sqrt(r[2].value[i] / correction2) + eps));
+            settle(held - moved, 4 * U * fabs(held) + 16 * U * fabs(moved), &r[0].value[i], &r[0].apart[i]);
+        }
+        count = finish(length, at, r, state, 3, failed, count);
+    }
+    return count;
+}
+
+/* SGD's step (optimizers.sgd). buffer: null without momentum. first: the buffer starts as d. */
+VECTORISED
+integer reproml_sgd(integer n, float *p, const float *g, float *buffer, int first, int nesterov,
+                    double sign, double decay, double rate, double momentum, double fresh,
+                    integer *failed) {
+    rounded r[2];
+    float *const state[2] = {p, buffer};
+    double keep = buffer && !first ? momentum : 0, take = buffer && !first ? fresh : 1;
+    integer count = 0;
+    for (integer at = 0; at < n; at += BLOCK) {
+        integer length = n - at < BLOCK ? n - at : BLOCK;
+        for (integer i = 0; i < length; i++) {
+            double old_p = p[at + i];
+            double penalty = decay * old_p, grad = sign * g[at + i], d = grad + penalty;
+            double size = fabs(grad) + fabs(penalty), e = decay != 0 ? 3 * U * size : 0, step = d;
+            if (buffer) {
+                double b1 = keep != 0 ? keep * buffer[at + i] : 0, b2 = take * d;
+                settle(b1 + b2, 3 * U * (fabs(b1) + fabs(b2)) + 2 * fabs(take) * e,
+                       &r[1].value[i], &r[1].apart[i]);
+                double b = r[1].value[i], ahead = momentum * b;
+                step = nesterov ? d + ahead : b;
+                size = nesterov ? size + fabs(ahead) : fabs(b);
+                e = nesterov ? e + 3 * U * size : 0;
+            }
+            settle(old_p - rate * step, 3 * U * (fabs(old_p) + fabs(rate) * size) + 2 * fabs(rate) * e,
+                   &r[0].value[i], &r[0].apart[i]);
+        }
+        count = finish(length, at, r, state, buffer ? 2 : 1, failed, count);
+    }
+    return count;
+}

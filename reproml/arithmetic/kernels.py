@@ -1,0 +1,45 @@
+"""The compiled loops of kernels.c, if they were built; otherwise `library` is None, for the same bits.
+
+A plain shared library loaded with ctypes: it knows nothing of PyTorch's or Python's binary interface.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from typing import Any, Optional
+
+from torch import Tensor
+
+_LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
+
+# name -> (result, arguments), as in kernels.c
+_SIGNATURES = {
+    "reproml_widen": (None, [_POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER]),
+    "reproml_round_product": (
+        _LONG,
+        [_POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _DOUBLE, _POINTER, _POINTER],
+    ),
+    "reproml_adam": (_LONG, [_LONG] + [_POINTER] * 4 + [_DOUBLE] * 10 + [_POINTER]),
+    "reproml_sgd": (_LONG, [_LONG] + [_POINTER] * 3 + [_INT] * 2 + [_DOUBLE] * 5 + [_POINTER]),
+}
+
+
+def _load() -> Optional[Any]:
+    spec = importlib.util.find_spec("reproml.arithmetic._kernels")
+    if spec is None or spec.origin is None or os.environ.get("REPROML_KERNELS") == "off":
+        return None
+    library = ctypes.CDLL(spec.origin)
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+library = _load()
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels can take these tensors: on the CPU, dense and contiguous."""
+    return library is not None and all(x.device.type == "cpu" and x.is_contiguous() for x in tensors)
