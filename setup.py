@@ -7,7 +7,12 @@ setup(
         Extension(
             "reproml.arithmetic._kernels",
             ["reproml/arithmetic/kernels.c"],
-            extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+            extra_compile_args=[
+                "-O3",
+                "-ffp-contract=off",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+            ],
             libraries=["m"],
             py_limited_api=True,  # one library for every Python: it does not touch its interface
             optional=True,  # without a compiler the package installs all the same, and is slower

@@ -13,11 +13,13 @@ take the rare elements that fail to the second and third. So each output is roun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Callable, List, Sequence, Union
+from typing import Any, Callable, Union
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from reproml.arithmetic import elementary
@@ -258,7 +260,7 @@ BINARY64 = Binary64()
 _BITS = (120, 240, 480, 1100)
 
 
-def exact_values(formula: Formula, operands: Sequence[np.ndarray]) -> np.ndarray:
+def exact_values(formula: Formula, operands: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """The correctly rounded values of a formula on finite numbers.
 
     operands: float64 arrays that broadcast together. Returns a float64 array of binary32 numbers.
@@ -266,7 +268,7 @@ def exact_values(formula: Formula, operands: Sequence[np.ndarray]) -> np.ndarray
     """
     rationals = [_to_fraction(np.atleast_1d(x)) for x in operands]
     try:
-        return _nearest(formula(Rational(), *rationals))
+        return np.asarray(_nearest(formula(Rational(), *rationals)))
     except Irrational:
         pass
     for bits in _BITS:
@@ -275,8 +277,8 @@ def exact_values(formula: Formula, operands: Sequence[np.ndarray]) -> np.ndarray
         y = formula(k, *[k.exact(number(x)) for x in rationals])
         low, high = (_nearest(_from_mp(end)) for end in (y.c - y.error, y.c + y.error))
         if (low == high).all():
-            return high
-    return _nearest(_snap(_from_mp(y.c)))
+            return np.asarray(high)
+    return np.asarray(_nearest(_snap(_from_mp(y.c))))
 
 
 def _mp_to_fraction(x: Any) -> Fraction:
@@ -295,10 +297,10 @@ def _to_60_bits(q: Fraction) -> Fraction:
     return round(q / unit) * unit
 
 
-_to_fraction = np.frompyfunc(Fraction, 1, 1)
-_from_mp = np.frompyfunc(_mp_to_fraction, 1, 1)
-_snap = np.frompyfunc(_to_60_bits, 1, 1)
-_nearest = np.vectorize(nearest, otypes=[float])
+_to_fraction: Any = np.frompyfunc(Fraction, 1, 1)
+_from_mp: Any = np.frompyfunc(_mp_to_fraction, 1, 1)
+_snap: Any = np.frompyfunc(_to_60_bits, 1, 1)
+_nearest: Any = np.vectorize(nearest, otypes=[float])
 
 
 def _wide(x: Union[Tensor, float, int], device: torch.device) -> Tensor:
@@ -312,7 +314,7 @@ def elementwise(formula: Formula, *operands: Union[Tensor, float, int]) -> Tenso
     y = formula(BINARY64, *[BINARY64.exact(x) for x in wide])
     shape = torch.broadcast_shapes(*[x.shape for x in wide])
 
-    def resolve(index: Tensor) -> List[float]:
+    def resolve(index: Tensor) -> list[float]:
         where = torch.unravel_index(index, shape)
         rows = torch.stack([x.expand(shape)[where] for x in wide], 1).cpu().numpy()
         return [
@@ -333,7 +335,7 @@ def rowwise(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
     y = formula(BINARY64, *[BINARY64.exact(x) for x in wide])
     n = y.c.shape[-1]
 
-    def resolve(index: Tensor) -> List[float]:
+    def resolve(index: Tensor) -> list[float]:
         rows, row_of = torch.unique(index // n, return_inverse=True)
         picked = torch.stack([x.reshape(-1, x.shape[-1])[rows] for x in wide], 1).cpu().numpy()
         centre = y.c.reshape(-1, n)[rows].cpu().numpy()
@@ -342,7 +344,8 @@ def rowwise(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
             exact_values(formula, list(row)) if np.isfinite(row).all() else c
             for row, c in zip(picked, centre)
         ]
-        return np.stack(values)[row_of.cpu().numpy(), (index % n).cpu().numpy()].tolist()
+        picks = row_of.cpu().numpy(), (index % n).cpu().numpy()
+        return list(np.stack(values)[picks])
 
     result = settle(y.c, y.error, resolve).movedim(-1, dim)
     return result if operands[0].dim() else result.reshape(())

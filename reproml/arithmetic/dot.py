@@ -8,8 +8,9 @@ from the product of the absolute values; a sum with its errors kept (TwoSum); ex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import List, Optional, Sequence, Tuple
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def matmul(
     c = wide_a @ wide_b
     wide_bias = None if bias is None else bias.double().expand(c.shape)
 
-    def scaled(c: Tensor, size: Tensor) -> Tuple[Tensor, Tensor]:
+    def scaled(c: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """The centre and the bound, once the product's own size is known."""
         if alpha != 1:
             c, size = c * float(alpha), size * abs(float(alpha))
@@ -80,7 +81,7 @@ def matmul(
     return settle_sum(*scaled(c, row * column), resolve)
 
 
-def _widen(x: Tensor, dim: int) -> Tuple[Tensor, Tensor]:
+def _widen(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """x in binary64, and its Euclidean norms along `dim`, -1 or -2, which stays with length 1."""
     flipped = x.dim() == 2 and not x.is_contiguous()
     stored = x.t() if flipped else x
@@ -112,7 +113,11 @@ def _round_product(
 
 
 def sum_over(
-    x: Tensor, dims: Sequence[int], keepdim: bool = False, divisor: int = 1, y: Optional[Tensor] = None
+    x: Tensor,
+    dims: Sequence[int],
+    keepdim: bool = False,
+    divisor: int = 1,
+    y: Optional[Tensor] = None,
 ) -> Tensor:
     """The sum of x, or of the products x * y, over `dims`, divided by `divisor`, rounded once.
 
@@ -130,7 +135,7 @@ def sum_over(
     if divisor != 1:
         c, size = c / divisor, size / divisor
 
-    def resolve(index: Tensor) -> List[float]:
+    def resolve(index: Tensor) -> list[float]:
         kept = [d for d in range(x.dim()) if d not in dims]
         rows = wide.permute(*kept, *dims).reshape(-1, count)
         return nearest_of_rows(rows[index], scale=Fraction(1, divisor))
@@ -138,9 +143,9 @@ def sum_over(
     return settle_sum(c, size * gamma(count), resolve)
 
 
-def nearest_of_rows(terms: Tensor, scale: Fraction = ONE) -> List[float]:
+def nearest_of_rows(terms: Tensor, scale: Fraction = ONE) -> list[float]:
     """The correctly rounded sum of each row of finite float64 terms [rows, n], times `scale`."""
-    values: List[float] = []
+    values: list[float] = []
     for chunk in terms.split(max(1, _CHUNK // max(1, terms.shape[1]))):
         if scale == 1 and len(chunk) >= _MANY:
             values += _by_two_sum(chunk)
@@ -149,7 +154,7 @@ def nearest_of_rows(terms: Tensor, scale: Fraction = ONE) -> List[float]:
     return values
 
 
-def _by_two_sum(terms: Tensor) -> List[float]:
+def _by_two_sum(terms: Tensor) -> list[float]:
     """nearest_of_rows by compensated sums (Ogita, Rump & Oishi, SIAM J. Sci. Comput. 26(6), 2005).
 
     Each row becomes s + t with |s + t - exact| <= e. The rows for which this is not enough, and those
@@ -172,7 +177,7 @@ def _by_two_sum(terms: Tensor) -> List[float]:
     low, high = s + (t - e), s + (t + e)
     result = high.float()
     sure = (low.float() == result) & ~_maybe_midpoint(low) & ~_maybe_midpoint(high)
-    values: List[float] = (result + 0.0).tolist()
+    values: list[float] = (result + 0.0).tolist()
     for i in (~sure).nonzero().squeeze(1).tolist():
         values[i] = nearest(exact_sum(terms[i].tolist()))
     return values

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from typing import Any, Optional
+from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ _SIGNATURES = {
 }
 
 
-def _load() -> Optional[Any]:
+def _load() -> Any:
     spec = importlib.util.find_spec("reproml.arithmetic._kernels")
     if spec is None or spec.origin is None or os.environ.get("REPROML_KERNELS") == "off":
         return None
@@ -42,4 +42,6 @@ library = _load()
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels can take these tensors: on the CPU, dense and contiguous."""
-    return library is not None and all(x.device.type == "cpu" and x.is_contiguous() for x in tensors)
+    return library is not None and all(
+        x.device.type == "cpu" and x.is_contiguous() for x in tensors
+    )

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import threading
 import traceback
+from collections.abc import Iterator
 from contextlib import ContextDecorator
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
@@ -30,10 +31,14 @@ class ExactMode(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._handlers: Dict[Any, Handler] = {}
+        self._handlers: dict[Any, Handler] = {}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Optional[Dict[str, Any]] = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Optional[dict[str, Any]] = None,
     ) -> Any:
         handler = self._handlers.get(func)
         if handler is None:
@@ -103,7 +108,7 @@ def _in_place(exact: Handler) -> Handler:
     return in_place
 
 
-def _with_out(exact: Handler, names: List[str]) -> Handler:
+def _with_out(exact: Handler, names: list[str]) -> Handler:
     def with_out(*args: Any, **kwargs: Any) -> Any:
         outputs = [kwargs.pop(name) for name in names]
         results = exact(*args, **kwargs)

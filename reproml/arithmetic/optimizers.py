@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import importlib
 import threading
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
@@ -32,16 +33,18 @@ def bias_correction(beta: float, step: int) -> Fraction:
     import mpmath
 
     with mpmath.workprec(_STEP_BITS + 64):
-        return Fraction(int(mpmath.nint((1 - mpmath.power(beta, step)) * 2**_STEP_BITS)), 2**_STEP_BITS)
+        return Fraction(
+            int(mpmath.nint((1 - mpmath.power(beta, step)) * 2**_STEP_BITS)), 2**_STEP_BITS
+        )
 
 
 def adam(
-    params: List[Tensor],
-    grads: List[Tensor],
-    exp_avgs: List[Tensor],
-    exp_avg_sqs: List[Tensor],
-    max_exp_avg_sqs: List[Tensor],
-    steps: List[int],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[int],
     *,
     lr: Any,
     beta1: Any,
@@ -89,9 +92,9 @@ def adam(
 
 
 def sgd(
-    params: List[Tensor],
-    grads: List[Tensor],
-    buffers: List[Optional[Tensor]],
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Optional[Tensor]],
     *,
     lr: Any,
     weight_decay: float,
@@ -106,7 +109,12 @@ def sgd(
     buffer' = momentum * buffer + (1 - dampening) d (at first: d), rounded once;
     param' = param - lr * (buffer', or d + momentum * buffer' with nesterov), rounded once.
     """
-    rate, decay, mu, fresh = single(lr), single(weight_decay), single(momentum), single(1 - dampening)
+    rate, decay, mu, fresh = (
+        single(lr),
+        single(weight_decay),
+        single(momentum),
+        single(1 - dampening),
+    )
     sign = -1 if maximize else 1
     direction = _direction(decay, sign)
 
@@ -195,19 +203,32 @@ def _check(*tensors: Tensor) -> None:
 
 def _refuse_unless(ok: bool, what: str) -> None:
     if not ok:
-        raise NotExactError(f"The optimizer's step has no exact definition with {what}; leave it out.")
+        raise NotExactError(
+            f"The optimizer's step has no exact definition with {what}; leave it out."
+        )
 
 
 def _python_adam(
-    params: Any, grads: Any, exp_avgs: Any, exp_avg_sqs: Any, max_exp_avg_sqs: Any, state_steps: Any, **options: Any
+    params: Any,
+    grads: Any,
+    exp_avgs: Any,
+    exp_avg_sqs: Any,
+    max_exp_avg_sqs: Any,
+    state_steps: Any,
+    **options: Any,
 ) -> None:
     _refuse_unless(not options["has_complex"], "complex parameters")
     for step in state_steps:
         step += 1
-    chosen = {k: options[k] for k in ("lr", "beta1", "beta2", "weight_decay", "eps", "amsgrad", "maximize")}
+    chosen = {
+        k: options[k]
+        for k in ("lr", "beta1", "beta2", "weight_decay", "eps", "amsgrad", "maximize")
+    }
     steps = [int(step) for step in state_steps]
     decoupled = options["decoupled_weight_decay"]
-    adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, decoupled=decoupled, **chosen)
+    adam(
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, decoupled=decoupled, **chosen
+    )
 
 
 def _python_sgd(params: Any, grads: Any, momentum_buffer_list: Any, **options: Any) -> None:
@@ -233,7 +254,9 @@ def fused_adam(
 ) -> None:
     _refuse_unless(grad_scale is None and found_inf is None, "a gradient scaler")
     steps = [int(step) for step in state_steps]
-    adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, decoupled=decoupled, **options)
+    adam(
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, decoupled=decoupled, **options
+    )
 
 
 def fused_adamw(*lists: Any, **options: Any) -> None:
@@ -252,7 +275,7 @@ def fused_sgd(
 ) -> None:
     _refuse_unless(grad_scale is None and found_inf is None, "a gradient scaler")
     if is_first_step:
-        firsts: List[Optional[Tensor]] = [None] * len(params)
+        firsts: list[Optional[Tensor]] = [None] * len(params)
         sgd(params, grads, firsts, **options)
         for buffer, first in zip(buffers, firsts):
             if first is not None:
@@ -262,15 +285,17 @@ def fused_sgd(
 
 
 # module of torch.optim -> the one definition of its `_single_tensor_*`, `_multi_tensor_*`, `_fused_*`
-PYTHON_STEPS: Dict[str, Callable[..., None]] = {"adam": _python_adam, "sgd": _python_sgd}
+PYTHON_STEPS: dict[str, Callable[..., None]] = {"adam": _python_adam, "sgd": _python_sgd}
 
 _lock = threading.Lock()
 _users = 0
-_originals: List[Tuple[Any, str, Any]] = []
+_originals: list[tuple[Any, str, Any]] = []
 
 
 def _outside_modes(step: Callable[..., None]) -> Callable[..., None]:
-    def exact_step(*lists: Any, grad_scale: Any = None, found_inf: Any = None, **options: Any) -> None:
+    def exact_step(
+        *lists: Any, grad_scale: Any = None, found_inf: Any = None, **options: Any
+    ) -> None:
         _refuse_unless(grad_scale is None and found_inf is None, "a gradient scaler")
         _refuse_unless(not options.pop("differentiable", False), "differentiable=True")
         with _disable_current_modes():

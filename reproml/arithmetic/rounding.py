@@ -7,8 +7,9 @@ both ends round to the same binary32 number, rounding being monotone, so does th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Callable, List, Sequence
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def nearest(x: Fraction) -> float:
     return -value if x < 0 else value
 
 
-def exact_sum(terms: List[float]) -> Fraction:
+def exact_sum(terms: list[float]) -> Fraction:
     """The exact sum of finite binary64 numbers.
 
     `math.fsum` rounds the exact sum correctly (Shewchuk, Discrete & Computational Geometry 18, 1997);

@@ -8,12 +8,13 @@ against an exact oracle in tests/arithmetic/test_table.py, which fails for a lin
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
 
-from reproml.arithmetic import optimizers
+from reproml.arithmetic import NotExactError, optimizers
 from reproml.arithmetic.ball import elementwise, rowwise
 from reproml.arithmetic.dot import matmul, sum_over
 from reproml.arithmetic.optimizers import single
@@ -55,8 +56,6 @@ def _dims(dim: Any) -> Sequence[int]:
 
 def _only_float32(dtype: Any) -> None:
     if dtype not in (None, torch.float32):
-        from reproml.arithmetic import NotExactError
-
         raise NotExactError(f"A result of {dtype} has no exact definition here; ask for float32.")
 
 
@@ -66,13 +65,13 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float 
 
 def _add(x: Any, y: Any, *, alpha: float = 1) -> Tensor:
     if alpha == 1:
-        return aten.add(x, y)  # one IEEE 754 operation
+        return torch.add(x, y)  # one IEEE 754 operation
     a = single(alpha)
     return elementwise(lambda k, x, y: x + a * y, *_float32(x, y))
 
 
 def _sub(x: Any, y: Any, *, alpha: float = 1) -> Tensor:
-    return aten.sub(x, y) if alpha == 1 else _add(x, y, alpha=-alpha)
+    return torch.sub(x, y) if alpha == 1 else _add(x, y, alpha=-alpha)
 
 
 def _rsub(x: Tensor, y: Any, alpha: float = 1) -> Tensor:
@@ -80,15 +79,20 @@ def _rsub(x: Tensor, y: Any, alpha: float = 1) -> Tensor:
 
 
 def _div(x: Any, y: Any, *, rounding_mode: Optional[str] = None) -> Tensor:
-    """A quotient of binary32 numbers rounded to binary64 first rounds twice without harm: 53 >= 2 * 24 + 2
-    (Figueroa, ACM SIGNUM Newsletter 30(3), 1995); and it is never a scalar's reciprocal."""
+    """x / y, never by a scalar's reciprocal.
+
+    A quotient of binary32 numbers that is rounded to binary64 first rounds twice without harm, as
+    53 >= 2 * 24 + 2 (Figueroa, ACM SIGNUM Newsletter 30(3), 1995).
+    """
     if rounding_mode is not None:
-        raise NotImplementedError
-    x, y = _float32(x, y)
-    return (x.double() / y.double()).float()
+        raise NotExactError(
+            f"A division with rounding_mode={rounding_mode!r} has no exact definition."
+        )
+    wide_x, wide_y = (x.double() for x in _float32(x, y))
+    return (wide_x / wide_y).float()
 
 
-def _float32(*operands: Any) -> Tuple[Tensor, ...]:
+def _float32(*operands: Any) -> tuple[Tensor, ...]:
     """Python numbers, integers and 0-dim float64 tensors as they meet a float32 tensor."""
     device = next(x.device for x in operands if isinstance(x, Tensor))
     return tuple(torch.as_tensor(x, device=device).to(torch.float32) for x in operands)
@@ -102,7 +106,7 @@ def _sqrt(x: Tensor) -> Tensor:
 
 def _nll_loss(
     x: Tensor, target: Tensor, weight: Optional[Tensor], reduction: int, ignore_index: int
-) -> Tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """-sum w x[target] / sum w (reduction 1, mean), without the division (2, sum), or each (0)."""
     if x.dim() == 1:
         x, target = x.unsqueeze(0), target.unsqueeze(0)
@@ -123,7 +127,13 @@ def _nll_loss(
 
 
 def _nll_loss_backward(
-    grad: Tensor, x: Tensor, target: Tensor, weight: Optional[Tensor], reduction: int, ignore_index: int, total: Tensor
+    grad: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Optional[Tensor],
+    reduction: int,
+    ignore_index: int,
+    total: Tensor,
 ) -> Tensor:
     """-grad * w / total at the target, 0 elsewhere."""
     rows, row_target = (x.unsqueeze(0), target.reshape(1)) if x.dim() == 1 else (x, target)
@@ -147,10 +157,12 @@ def _uniform(x: Tensor, low: float = 0, high: float = 1, *, generator: Any = Non
     """u (high - low) + low, u PyTorch's own random multiples of 2^-24 in [0, 1)."""
     u = torch.empty(x.shape).uniform_(generator=generator).to(x.device)
     a, b = single(low), single(high)
-    return x.copy_(u if (a, b) == (0, 1) else elementwise(lambda k, u: u * (b - a) + a, u))
+    return x.copy_(u if (low, high) == (0, 1) else elementwise(lambda k, u: u * (b - a) + a, u))
 
 
-def _rand(size: Sequence[int], *, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+def _rand(
+    size: Sequence[int], *, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any
+) -> Tensor:
     """PyTorch's random multiples of 2^-24 in [0, 1), drawn on the CPU whatever the device."""
     _only_float32(dtype)
     return torch.rand(size, generator=generator).to(device or "cpu")
@@ -158,7 +170,7 @@ def _rand(size: Sequence[int], *, generator: Any = None, dtype: Any = None, devi
 
 Definition = Callable[..., Any]
 
-EXACT: Dict[str, Definition] = {
+EXACT: dict[str, Definition] = {
     # ---- one IEEE 754 operation ------------------------------------------------------------------
     "add": _add,
     "sub": _sub,
