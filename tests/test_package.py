@@ -100,3 +100,8 @@ def test_wheel_carries_recipes_and_golden_files(tmp_path):
     modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("reproml/**/*.py")}
     assert recipes and golden
     assert inside >= recipes | golden | modules
+
+
+def test_the_public_names_are_functions_whatever_was_imported_before() -> None:
+    code = "import reproml.train, reproml; assert reproml.digest({}) and reproml.exact()"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -138,7 +138,7 @@ def sgd(
     numbers = (nesterov, sign, decay, rate, mu, fresh)
     for i, (p, g) in enumerate(zip(params, grads)):
         _check(p, g)
-        buffer = buffers[i]
+        buffer = buffers[i] if mu else None
         if not mu:
             _with_kernel("reproml_sgd", plain, [p, g, None], [0, *numbers])
         elif buffer is None:
