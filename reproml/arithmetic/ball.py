@@ -13,8 +13,11 @@ take the rare elements that fail to the second and third. So each output is roun
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Sequence
 from fractions import Fraction
+from math import isqrt
 from typing import Any, Callable, Union
 
 import numpy as np
@@ -92,6 +95,10 @@ class Ball:
     def __rtruediv__(self, other: Number) -> Ball:
         return self._lift(other) / self
 
+    def __lt__(self, other: int) -> Any:
+        """Elementwise, of an exact number."""
+        return self.c < other
+
     def __abs__(self) -> Ball:
         return Ball(abs(self.c), self.r, self.e, self.k)
 
@@ -103,6 +110,7 @@ class _BallField:
     relative: Any
     infinity: Any
     exp_max: Any
+    sin_max: Any
 
     def exact(self, c: Any) -> Ball:
         return Ball(c, 0, 0, self)
@@ -137,12 +145,88 @@ class _BallField:
         e = self.where(d < x.c, d / c, self._sqrt(d) + c)
         return Ball(c, self.relative, e, self)
 
+    def tanh(self, x: Ball) -> Ball:
+        """-t / (2 + t) with t = exp(-2 |x|) - 1, so that nothing cancels; and x's sign."""
+        t = self.expm1(-2 * abs(x))
+        y = -t / (2 + t)
+        return self.choose(x < 0, -y, y)
+
+    def sigmoid(self, x: Ball) -> Ball:
+        """1 / (1 + t) or t / (1 + t) with t = exp(-|x|)."""
+        t = self.exp(-abs(x))
+        return self.choose(x < 0, t, self.exact(t.c * 0 + 1)) / (1 + t)
+
+    def choose(self, condition: Any, x: Ball, y: Ball) -> Ball:
+        """x where the condition on exact numbers holds, else y. Neither may divide by zero."""
+        c = self.where(condition, x.c, y.c)
+        if x._relative and y._relative:
+            return Ball(c, max(x.r, y.r), 0, self)
+        return Ball(c, 0, self.where(condition, x.error + 0 * c, y.error + 0 * c), self)
+
+    def expm1(self, x: Ball) -> Ball:
+        c, d = self._expm1(x.c), x.error
+        if isinstance(d, int):
+            e = self.where(x.c <= self.exp_max, 0.0, self.infinity) if self.exp_max else 0
+        else:  # the derivative is 1 + expm1
+            e = self.where((d <= 1) & (x.c <= 700), 2 * (1 + abs(c)) * d, self.infinity)
+        return Ball(c, self.relative, e, self)
+
+    def log1p(self, x: Ball) -> Ball:
+        c, d = self._log1p(x.c), x.error
+        if isinstance(d, int):
+            return Ball(c, self.relative, 0, self)
+        low = 1 + x.c - d
+        return Ball(c, self.relative, self.where(low > 0, 2 * d / low, self.infinity), self)
+
+    def sin(self, x: Ball) -> Ball:
+        return self._periodic(self._sin(x.c), x)
+
+    def cos(self, x: Ball) -> Ball:
+        return self._periodic(self._cos(x.c), x)
+
+    def _periodic(self, c: Any, x: Ball) -> Ball:
+        e = x.error  # no derivative exceeds 1
+        if self.sin_max:
+            e = e + self.where(abs(x.c) <= self.sin_max, 0.0, self.infinity)
+        return Ball(c, self.relative, e, self)
+
+    def sinpi(self, x: Ball) -> Ball:
+        return Ball(self._sinpi(x.c), self.relative, 4 * x.error, self)
+
+    def cospi(self, x: Ball) -> Ball:
+        return Ball(self._cospi(x.c), self.relative, 4 * x.error, self)
+
+    def erf(self, x: Ball) -> Ball:
+        return Ball(self._erf(x.c), self.relative, 2 * x.error, self)
+
+    def erfc(self, x: Ball) -> Ball:
+        c, d = self._erfc(x.c), x.error
+        e = self.where(x.c <= 11, 0.0, 2.0**-178) if self.exp_max else 0
+        if not isinstance(d, int):  # |erfc'| <= 1.13 exp(-t^2), t the end of the ball next to 0
+            t = abs(x.c) - d
+            t = self.where(t > 0, t, 0 * t)
+            e = e + 2 * d * self._exp(-(t * t))
+        return Ball(c, self.relative, e, self)
+
+    def erfinv(self, x: Ball) -> Ball:
+        """Of an exact number."""
+        return Ball(self._erfinv(x.c), self.relative, 0, self)
+
     def number(self, x: Number) -> Any:
         raise NotImplementedError
 
     _exp: Callable[[Any], Any]
     _log: Callable[[Any], Any]
     _sqrt: Callable[[Any], Any]
+    _expm1: Callable[[Any], Any]
+    _log1p: Callable[[Any], Any]
+    _sin: Callable[[Any], Any]
+    _cos: Callable[[Any], Any]
+    _sinpi: Callable[[Any], Any]
+    _cospi: Callable[[Any], Any]
+    _erf: Callable[[Any], Any]
+    _erfc: Callable[[Any], Any]
+    _erfinv: Callable[[Any], Any]
     where: Callable[[Any, Any, Any], Any]
 
 
@@ -152,13 +236,27 @@ class Binary64(_BallField):
     u, relative, infinity, exp_max = U, elementary.RELATIVE, torch.inf, 709.0
     _exp = staticmethod(elementary.exp)
     _log = staticmethod(elementary.log)
-    _sqrt = staticmethod(torch.sqrt)
+    _sqrt = staticmethod(lambda x: math.sqrt(x) if isinstance(x, float) else torch.sqrt(x))
+    _expm1 = staticmethod(elementary.expm1)
+    _log1p = staticmethod(elementary.log1p)
+    _sin = staticmethod(lambda x: elementary.sin_cos(x)[0])
+    _cos = staticmethod(lambda x: elementary.sin_cos(x)[1])
+    _sinpi = staticmethod(lambda x: elementary.sin_cos_pi(x)[0])
+    _cospi = staticmethod(lambda x: elementary.sin_cos_pi(x)[1])
+    _erf = staticmethod(elementary.erf)
+    _erfc = staticmethod(elementary.erfc)
+    _erfinv = staticmethod(elementary.erfinv)
+    sin_max = elementary.SIN_MAX
 
     @staticmethod
     def where(condition: Any, x: Any, y: Any) -> Any:
         if isinstance(condition, bool):  # of a constant
             return x if condition else y
         return torch.where(condition, x, y)
+
+    @property
+    def pi(self) -> Ball:
+        return Ball(math.pi, self.u, 0, self)
 
     def number(self, x: Number) -> float:
         return float(x)
@@ -168,17 +266,37 @@ class Binary64(_BallField):
         e = (gamma(x.c.shape[-1]) + x.r) * x.c.abs().sum(-1, keepdim=True)
         if not x._relative:
             e = e + x.e.expand_as(x.c).sum(-1, keepdim=True)
-        return Ball(x.c.sum(-1, keepdim=True), 0, e, self)
+        # + 0.0: a sum of -0's is 0 in whatever order it was taken
+        return Ball(x.c.sum(-1, keepdim=True) + 0.0, 0, e, self)
 
     def max(self, x: Ball) -> Ball:
         """The largest of exact numbers over the last axis, which stays with length 1."""
         return self.exact(x.c.amax(-1, keepdim=True))
 
 
+# Each function with its one rational point (Lindemann-Weierstrass; of erf nothing more is known).
+_TRANSCENDENTAL = {
+    "exp": (0, Fraction(1)),
+    "log": (1, Fraction(0)),
+    "sqrt": (0, Fraction(0)),
+    "expm1": (0, Fraction(0)),
+    "log1p": (0, Fraction(0)),
+    "sin": (0, Fraction(0)),
+    "cos": (0, Fraction(1)),
+    "sinpi": (0, Fraction(0)),
+    "cospi": (0, Fraction(1)),
+    "tanh": (0, Fraction(0)),
+    "sigmoid": (0, Fraction(1, 2)),
+    "erf": (0, Fraction(0)),
+    "erfc": (0, Fraction(1)),
+    "erfinv": (0, Fraction(0)),
+}
+
+
 class MultiPrecision(_BallField):
     """Balls on numpy arrays of mpmath numbers with `bits` binary digits."""
 
-    exp_max = None  # mpmath's exponents are unbounded
+    exp_max = sin_max = None  # mpmath's exponents are unbounded, its reduction has no limit
 
     def __init__(self, bits: int) -> None:
         import mpmath  # only for the rare elements that come here
@@ -188,9 +306,13 @@ class MultiPrecision(_BallField):
         self.u = self.mp.ldexp(1, 1 - bits)
         self.relative = 16 * self.u  # mpmath promises less than an ulp
         self.infinity = self.mp.inf
-        self._exp = np.frompyfunc(self.mp.exp, 1, 1)
-        self._log = np.frompyfunc(self.mp.log, 1, 1)
-        self._sqrt = np.frompyfunc(self.mp.sqrt, 1, 1)
+        for name in _TRANSCENDENTAL:
+            if name not in ("tanh", "sigmoid"):  # these are compositions
+                setattr(self, f"_{name}", np.frompyfunc(getattr(self.mp, name), 1, 1))
+
+    @property
+    def pi(self) -> Ball:
+        return Ball(+self.mp.pi, self.u, 0, self)
 
     def number(self, x: Number) -> Any:
         x = Fraction(x)
@@ -215,33 +337,43 @@ class Irrational(ArithmeticError):
     """The exact field cannot give this function's value."""
 
 
+def _only_at(at: int, value: Fraction) -> Any:
+    def function(x: Fraction) -> Fraction:
+        if x != at:
+            raise Irrational
+        return value
+
+    return np.frompyfunc(function, 1, 1)
+
+
+def _root(x: Fraction) -> Fraction:
+    n, d = x.numerator, x.denominator
+    if x < 0 or isqrt(n) ** 2 != n or isqrt(d) ** 2 != d:
+        raise Irrational
+    return Fraction(isqrt(n), isqrt(d))
+
+
+def _turning(quarter: int) -> Any:
+    """sin(pi (x + quarter / 2)) where x is a multiple of 1/2."""
+
+    def function(x: Fraction) -> Fraction:
+        if (2 * x).denominator != 1:
+            raise Irrational
+        return Fraction((0, 1, 0, -1)[(int(2 * x) + quarter) % 4])
+
+    return np.frompyfunc(function, 1, 1)
+
+
 class Rational:
     """Numpy arrays of fractions."""
 
-    @staticmethod
-    def _only_at(at: int, value: int) -> Callable[[Any], Any]:
-        def function(x: Fraction) -> Fraction:
-            if x != at:
-                raise Irrational
-            return Fraction(value)
-
-        return np.frompyfunc(function, 1, 1)
-
     def __init__(self) -> None:
-        # By Lindemann's theorem these are the only rational points.
-        self.exp = self._only_at(0, 1)
-        self.log = self._only_at(1, 0)
-        self.sqrt = np.frompyfunc(self._sqrt, 1, 1)
+        for name, (at, value) in _TRANSCENDENTAL.items():
+            setattr(self, name, _only_at(at, value))
+        self.sqrt = np.frompyfunc(_root, 1, 1)
+        self.sinpi, self.cospi = _turning(0), _turning(1)
 
-    @staticmethod
-    def _sqrt(x: Fraction) -> Fraction:
-        from math import isqrt
-
-        n, d = x.numerator, x.denominator
-        if x < 0 or isqrt(n) ** 2 != n or isqrt(d) ** 2 != d:
-            raise Irrational
-        return Fraction(isqrt(n), isqrt(d))
-
+    choose = staticmethod(np.where)
     constant = Fraction
     where = staticmethod(np.where)
 
@@ -255,9 +387,12 @@ class Rational:
 
 
 BINARY64 = Binary64()
-# A value of these functions that agrees with a midpoint of two binary32 numbers to 1,000 bits is
-# taken to be it: none is known that comes near 2^-120 of one without being one.
+# A value that agrees with a midpoint of two binary32 numbers to 1,000 bits is taken to be it. This is
+# part of the contract: a term that is 2^-1000 times smaller than the rest counts as zero.
 _BITS = (120, 240, 480, 1100)
+
+
+_lock = threading.Lock()  # mpmath's caches are not made for threads
 
 
 def exact_values(formula: Formula, operands: Sequence[NDArray[Any]]) -> NDArray[Any]:
@@ -271,14 +406,20 @@ def exact_values(formula: Formula, operands: Sequence[NDArray[Any]]) -> NDArray[
         return np.asarray(_nearest(formula(Rational(), *rationals)))
     except Irrational:
         pass
+    with _lock:
+        return _multi_precision(formula, rationals)
+
+
+def _multi_precision(formula: Formula, rationals: Sequence[Any]) -> NDArray[Any]:
     for bits in _BITS:
         k = MultiPrecision(bits)
         number = np.frompyfunc(k.number, 1, 1)
         y = formula(k, *[k.exact(number(x)) for x in rationals])
         low, high = (_nearest(_from_mp(end)) for end in (y.c - y.error, y.c + y.error))
-        if (low == high).all():
+        same = (low == high) & (np.signbit(low) == np.signbit(high))
+        if same.all():
             return np.asarray(high)
-    return np.asarray(_nearest(_snap(_from_mp(y.c))))
+    return np.where(same, high, _nearest(_snap(_from_mp(y.c))))
 
 
 def _mp_to_fraction(x: Any) -> Fraction:
@@ -326,11 +467,12 @@ def elementwise(formula: Formula, *operands: Union[Tensor, float, int]) -> Tenso
 
 
 def rowwise(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
-    """The formula on each row along `dim`, of operands of one shape, rounded once to float32.
+    """The formula on each row along `dim`, of operands that broadcast, rounded once to float32.
 
     The formula gives a value for each element of the row, or one for each row (then `dim` has
     length 1 in the result).
     """
+    operands = torch.broadcast_tensors(*operands)
     wide = [torch.atleast_1d(x.double()).movedim(dim, -1) for x in operands]
     y = formula(BINARY64, *[BINARY64.exact(x) for x in wide])
     n = y.c.shape[-1]

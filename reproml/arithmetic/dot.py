@@ -14,8 +14,9 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch._prims_common import canonicalize_dims
 
-from reproml.arithmetic import kernels
+from reproml.arithmetic import NotExactError, kernels
 from reproml.arithmetic.rounding import (
     Resolve,
     exact_sum,
@@ -40,6 +41,13 @@ def matmul(
     a: float32 [..., m, k]; b: float32 [..., k, n], the same leading axes; bias: float32, broadcast to
     [..., m, n]. alpha, beta: binary32 numbers. Returns float32 [..., m, n]; an exact zero is +0.
     """
+    for x in (a, b) if bias is None else (a, b, bias):
+        if x.dtype is not torch.float32:
+            raise NotExactError(f"A product of matrices is defined for float32, not for {x.dtype}.")
+    if a.dim() != b.dim() or a.shape[-1] != b.shape[-2]:
+        raise RuntimeError(
+            f"matrices of shapes {list(a.shape)} and {list(b.shape)} do not multiply"
+        )
     if beta == 0:
         bias = None  # as in BLAS, not even its NaN counts
     wide_a, row = _widen(a, -1)
@@ -75,8 +83,9 @@ def matmul(
             for row, x in zip(terms.tolist(), last.squeeze(1).tolist())
         ]
 
-    if alpha == beta == 1 and c.dim() == 2 and kernels.usable(c) and c.numel():
-        if bias is None or bias.stride() == (1,):
+    if alpha == beta == 1 and c.dim() == 2 and kernels.library and c.is_contiguous():
+        on_cpu = c.device.type == "cpu" and c.numel() > 0
+        if on_cpu and (bias is None or (bias.shape == c.shape[1:] and kernels.usable(bias))):
             return _round_product(c, row, column, bias, gamma(a.shape[-1] + 2), resolve)
     return settle_sum(*scaled(c, row * column), resolve)
 
@@ -90,8 +99,8 @@ def _widen(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         return wide, torch.linalg.vector_norm(wide, dim=dim, keepdim=True)
     by_row = (dim == -1) != flipped
     rows, columns = stored.shape
-    wide = torch.empty(rows, columns, dtype=torch.float64)
-    norm = torch.empty(rows if by_row else columns, dtype=torch.float64)
+    wide = torch.empty(rows, columns, dtype=torch.float64, device="cpu")
+    norm = torch.empty(rows if by_row else columns, dtype=torch.float64, device="cpu")
     kernels.library.reproml_widen(
         stored.data_ptr(), rows, columns, by_row, wide.data_ptr(), norm.data_ptr()
     )
@@ -101,8 +110,8 @@ def _widen(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def _round_product(
     c: Tensor, row: Tensor, column: Tensor, bias: Optional[Tensor], g: float, resolve: Resolve
 ) -> Tensor:
-    out = torch.empty(c.shape)
-    failed = torch.empty(c.numel(), dtype=torch.int64)
+    out = torch.empty(c.shape, dtype=torch.float32, device="cpu")
+    failed = torch.empty(c.numel(), dtype=torch.int64, device="cpu")
     pointers = (c, *c.shape, row, column, bias, g, out, failed)
     count = kernels.library.reproml_round_product(
         *(p.data_ptr() if isinstance(p, Tensor) else p for p in pointers)
@@ -123,7 +132,8 @@ def sum_over(
 
     x, y: float32 of one shape; dims: empty for all. Returns float32.
     """
-    dims = sorted(d % x.dim() for d in dims) if dims and x.dim() else list(range(x.dim()))
+    dims = sorted(canonicalize_dims(x.dim(), tuple(dims))) if dims else list(range(x.dim()))
+    dims = dims if x.dim() else []
     wide = x.double() if y is None else x.double() * y.double()
     count = 1
     for d in dims:

@@ -1,4 +1,4 @@
-"""exp and log in binary64, from +, -, *, / alone, with a proven error.
+"""exp, log, sin, erf and their like in binary64, from +, -, *, / alone, with a proven error.
 
 Each is a fixed sequence of IEEE 754 operations on whole tensors, one rounding each (PyTorch's eager
 kernels of single operators do not contract to FMA), so it gives the same bits on every machine, and
@@ -7,6 +7,7 @@ what has been verified on one machine holds on all. No vendor's libm is trusted.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import factorial
 
 import torch
@@ -71,3 +72,129 @@ def log(x: Tensor) -> Tensor:
     y = (2 * s + s * (_horner(s2, _LOG) * s2) + k * _LN2_LOW) + k * _LN2_HIGH
     y = torch.where(x > 0, y, torch.where(x == 0, -torch.inf, torch.nan))
     return torch.where(x == torch.inf, x, y)
+
+
+_EXPM1 = [1 / factorial(n) for n in range(15, 0, -1)]
+
+
+def expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1, float64 in and out, for x <= 709.
+
+    Below 0.35 Taylor without its first term, so that nothing cancels; above, exp(x) >= 1.41 or <= 0.71
+    and the subtraction loses two bits at most.
+    """
+    small = x.clamp(-0.35, 0.35)
+    return torch.where(x.abs() < 0.35, _horner(small, _EXPM1) * small, exp(x) - 1)
+
+
+def log1p(x: Tensor) -> Tensor:
+    """log(1 + x), float64 in and out. Near 0 the series of `log`, with x for its m - 1."""
+    s = x.clamp(-0.25, 0.25)
+    s = s / (2 + s)
+    s2 = s * s
+    near = 2 * s + s * (_horner(s2, _LOG) * s2)
+    # For |x| >= 1/4 the rounding of 1 + x moves its logarithm by less than 2^-53 / 0.75.
+    return torch.where(x.abs() < 0.25, near, log(1 + x))
+
+
+# pi / 2 in three parts: 33, 33 and 53 bits, so that k times the first two is exact for k < 2^20.
+_PIO2 = [float.fromhex(h) for h in ("0x1.921fb544p+0", "0x1.0b4611a6p-34", "0x1.3198a2e037073p-69")]
+_SIN = [(-1) ** n / factorial(2 * n + 1) for n in range(8, 0, -1)]
+_COS = [(-1) ** n / factorial(2 * n) for n in range(9, 0, -1)]
+SIN_MAX = 2.0**19  # beyond this the reduction is not good enough
+
+
+def _sin_cos(r: Tensor, quadrant: Tensor) -> tuple[Tensor, Tensor]:
+    """sin and cos of r + quadrant * pi / 2, |r| <= 0.79. Taylor; the remainders are below 2^-62."""
+    r2 = r * r
+    s = r + r * (_horner(r2, _SIN) * r2)
+    c = 1 + _horner(r2, _COS) * r2
+    odd, q = quadrant.remainder(2) == 1, quadrant.remainder(4)
+    sine = torch.where(odd, c, s) * torch.where(q >= 2, -1.0, 1.0)
+    cosine = torch.where(odd, s, c) * torch.where((q == 1) | (q == 2), -1.0, 1.0)
+    return sine, cosine
+
+
+def sin_cos(x: Tensor) -> tuple[Tensor, Tensor]:
+    """sin(x) and cos(x), float64 in and out, for |x| <= 2^19 (Cody & Waite reduction)."""
+    k = torch.round(x.clamp(-SIN_MAX, SIN_MAX) * (1 / _PIO2[0]))
+    r = ((x - k * _PIO2[0]) - k * _PIO2[1]) - k * _PIO2[2]
+    return _sin_cos(r, k)
+
+
+def sin_cos_pi(x: Tensor) -> tuple[Tensor, Tensor]:
+    """sin(pi x) and cos(pi x), float64 in and out; the reduction is exact."""
+    k = torch.round(2 * x)
+    return _sin_cos((x - k * 0.5) * 3.141592653589793, k)
+
+
+_ERF = [
+    2 / 3.141592653589793**0.5 * (-1) ** n / (factorial(n) * (2 * n + 1)) for n in range(15, -1, -1)
+]
+_ERFC_STEP, _ERFC_MAX, _ERFC_TERMS = 16, 11, 17
+
+
+@lru_cache(maxsize=1)
+def _erfc_table() -> Tensor:
+    """Taylor coefficients of erfc around i / 16: [terms, nodes], each correctly rounded.
+
+    erfc^(n)(a) = -2 / sqrt(pi) * (-1)^(n-1) H_(n-1)(a) exp(-a^2), H the Hermite polynomials.
+    """
+    import mpmath
+
+    rows, mp = [], mpmath.MPContext()
+    mp.prec = 200
+    for i in range(_ERFC_MAX * _ERFC_STEP + 1):
+        a = mp.mpf(i) / _ERFC_STEP
+        scale = -2 / mp.sqrt(mp.pi) * mp.exp(-a * a)
+        hermite, previous, row = mp.mpf(1), mp.mpf(0), [mp.erfc(a)]
+        for n in range(1, _ERFC_TERMS):
+            row.append(scale * (-1) ** (n - 1) * hermite / mp.factorial(n))
+            hermite, previous = 2 * a * hermite - 2 * (n - 1) * previous, hermite
+        rows.append([float(x) for x in row])
+    return torch.tensor(rows, dtype=torch.float64).t().contiguous()
+
+
+def erf(x: Tensor) -> Tensor:
+    """erf(x), float64 in and out: Maclaurin's series below 1/2, 1 - erfc(|x|) above."""
+    small = x.clamp(-0.5, 0.5)
+    far = 1 - erfc(x.abs())
+    return torch.where(
+        x.abs() < 0.5, small * _horner(small * small, _ERF), torch.where(x < 0, -far, far)
+    )
+
+
+def erfc(x: Tensor) -> Tensor:
+    """erfc(x), float64 in and out, for x <= 11; beyond, its value at 11, 2^-179, stands in.
+
+    Taylor of 17 terms around the nearest i / 16: a term is below (2 |x| / 32)^n / n! times erfc, all
+    terms together below twice erfc, and the remainder below 2^-55 of it. Below 0, 2 - erfc(-x).
+    """
+    t = x.abs().clamp(max=float(_ERFC_MAX))
+    node = torch.round(t * _ERFC_STEP)
+    h, index, table = (
+        t - node / _ERFC_STEP,
+        node.nan_to_num().to(torch.int64),
+        _erfc_table().to(x.device),
+    )
+    y = table[_ERFC_TERMS - 1][index]
+    for n in range(_ERFC_TERMS - 2, -1, -1):
+        y = y * h + table[n][index]
+    return torch.where(x < 0, 2 - y, y)
+
+
+def erfinv(x: Tensor) -> Tensor:
+    """The inverse of erf, float64 in and out, for |x| < 1; infinite at 1, NaN beyond.
+
+    The library's float64 value is only a start: two Newton steps with our own erf or, towards 1, erfc,
+    leave the error of these, relative to x or 1 - |x|, over the logarithmic slope there, which is above
+    a third: x / (y erf'(y)) <= 1 and erfc(y) / (y erfc'(y)) <= 1.
+    """
+    t = x.abs()
+    y = torch.erfinv(t.clamp(max=1 - 2.0**-30))
+    for _ in range(2):
+        slope = 1.1283791670955126 * exp(-y * y)
+        step = torch.where(t < 0.5, erf(y) - t, (1 - t) - erfc(y))
+        y = y - step / slope
+    y = torch.where(t < 1, y, torch.where(t == 1, torch.inf, torch.nan))
+    return torch.where(x < 0, -y, torch.where(x == 0, x, y))

@@ -2,13 +2,23 @@
 
    Each function rounds what it can and returns how many elements it could not; their indices are in
    `failed`, their operands untouched, and Python settles them by the definition. So no result depends
-   on this file being here: it needs no particular compiler, instruction set or contraction (-ffp-contract
-   only changes c within its bound), but never -ffast-math. Plain C on raw pointers: one build serves
+   on this file being here: it needs no particular compiler, instruction set or contraction (which only
+   changes c within its bound), but never -ffast-math. Plain C on raw pointers: one build serves
    every PyTorch and Python. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#define REPROML_VERSION 2 /* raised with any change here, together with kernels.py */
+
+#ifdef __FAST_MATH__
+#error "The rounding test needs IEEE arithmetic: build without -ffast-math."
+#endif
+#if FLT_EVAL_METHOD != 0
+#error "The rounding test needs each operation rounded to its own type (on x86: -msse2 -mfpmath=sse)."
+#endif
 
 #define U 0x1p-53    /* unit roundoff of binary64 */
 #define TINY 0x1p-1000
@@ -26,6 +36,8 @@ static inline int32_t bits(float x) {
     memcpy(&b, &x, sizeof b);
     return b;
 }
+
+integer reproml_version(void) { return REPROML_VERSION; }
 
 /* Widen a row-major matrix to binary64; squared norms of its rows (by_row) or columns go to `norm`. */
 VECTORISED
@@ -88,7 +100,8 @@ integer reproml_round_product(const double *restrict c, integer rows, integer co
                 double b = bias ? (double)bias[j] : 0.0;
                 double x = from[j] + b;
                 double e = gi * column[j] + g * fabs(b);
-                if (bits((float)(x - e)) != bits((float)(x + e))) failed[count++] = i * columns + j;
+                to[j] = (float)(x + e);
+                if (bits((float)(x - e)) != bits(to[j])) failed[count++] = i * columns + j;
             }
     }
     return count;
@@ -138,8 +151,9 @@ static inline integer finish(integer n, integer at, const rounded *r, float *con
 
 /* Adam's step (optimizers.adam has the definition), without amsgrad. sign: -1 to maximize; decay: weight
    decay as a penalty; keep: 1 - lr * weight decay when decoupled.
-   Error bounds, in units of U and of the absolute values of the terms: d one rounding of two terms,
-   m' three, v' five, the quotient ten. */
+   Error bounds, in units of U and of the absolute values of the terms, with room for second-order
+   terms and the test's own roundings: d one rounding of two terms, m' two, v' four, the quotient
+   ten, p' three. */
 VECTORISED
 integer reproml_adam(integer n, float *p, const float *g, float *m, float *v, double sign, double decay,
                      double keep, double b1, double rest1, double b2, double rest2, double rate,
@@ -151,14 +165,15 @@ integer reproml_adam(integer n, float *p, const float *g, float *m, float *v, do
         integer length = n - at < BLOCK ? n - at : BLOCK;
         for (integer i = 0; i < length; i++) {
             double old_p = p[at + i];
-            double penalty = decay * old_p, grad = sign * g[at + i], d = grad + penalty;
+            double penalty = decay * old_p, grad = sign * g[at + i];
+            double d = decay != 0 ? grad + penalty : grad; /* + 0 would lose the sign of -0 */
             double size = fabs(grad) + fabs(penalty), ed = decay != 0 ? 3 * U * size : 0;
             double m1 = b1 * m[at + i], m2 = rest1 * d, v1 = b2 * v[at + i], v2 = rest2 * (d * d);
-            settle(m1 + m2, 3 * U * (fabs(m1) + fabs(m2)) + 2 * rest1 * ed, &r[1].value[i], &r[1].apart[i]);
-            settle(v1 + v2, 6 * U * (v1 + v2) + 4 * rest2 * size * ed, &r[2].value[i], &r[2].apart[i]);
+            settle(m1 + m2, 5 * U * (fabs(m1) + fabs(m2)) + 2 * fabs(rest1) * ed, &r[1].value[i], &r[1].apart[i]);
+            settle(v1 + v2, 8 * U * (fabs(v1) + fabs(v2)) + 4 * fabs(rest2) * size * ed, &r[2].value[i], &r[2].apart[i]);
             double held = keep * old_p;
             double moved = rate * (r[1].value[i] / (sqrt(r[2].value[i] / correction2) + eps));
-            settle(held - moved, 4 * U * fabs(held) + 16 * U * fabs(moved), &r[0].value[i], &r[0].apart[i]);
+            settle(held - moved, 6 * U * fabs(held) + 20 * U * fabs(moved), &r[0].value[i], &r[0].apart[i]);
         }
         count = finish(length, at, r, state, 3, failed, count);
     }
@@ -178,18 +193,19 @@ integer reproml_sgd(integer n, float *p, const float *g, float *buffer, int firs
         integer length = n - at < BLOCK ? n - at : BLOCK;
         for (integer i = 0; i < length; i++) {
             double old_p = p[at + i];
-            double penalty = decay * old_p, grad = sign * g[at + i], d = grad + penalty;
+            double penalty = decay * old_p, grad = sign * g[at + i];
+            double d = decay != 0 ? grad + penalty : grad; /* + 0 would lose the sign of -0 */
             double size = fabs(grad) + fabs(penalty), e = decay != 0 ? 3 * U * size : 0, step = d;
             if (buffer) {
-                double b1 = keep != 0 ? keep * buffer[at + i] : 0, b2 = take * d;
-                settle(b1 + b2, 3 * U * (fabs(b1) + fabs(b2)) + 2 * fabs(take) * e,
+                double b1 = keep != 0 ? keep * buffer[at + i] : -0.0, b2 = take * d;
+                settle(b1 + b2, 5 * U * (fabs(b1) + fabs(b2)) + 2 * fabs(take) * e,
                        &r[1].value[i], &r[1].apart[i]);
                 double b = r[1].value[i], ahead = momentum * b;
                 step = nesterov ? d + ahead : b;
                 size = nesterov ? size + fabs(ahead) : fabs(b);
                 e = nesterov ? e + 3 * U * size : 0;
             }
-            settle(old_p - rate * step, 3 * U * (fabs(old_p) + fabs(rate) * size) + 2 * fabs(rate) * e,
+            settle(old_p - rate * step, 6 * U * (fabs(old_p) + fabs(rate) * size) + 2 * fabs(rate) * e,
                    &r[0].value[i], &r[0].apart[i]);
         }
         count = finish(length, at, r, state, buffer ? 2 : 1, failed, count);

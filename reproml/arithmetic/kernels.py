@@ -14,6 +14,8 @@ from torch import Tensor
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
+_VERSION = 2  # REPROML_VERSION of kernels.c, raised with any change there
+
 # name -> (result, arguments), as in kernels.c
 _SIGNATURES = {
     "reproml_widen": (None, [_POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER]),
@@ -30,10 +32,15 @@ def _load() -> Any:
     spec = importlib.util.find_spec("reproml.arithmetic._kernels")
     if spec is None or spec.origin is None or os.environ.get("REPROML_KERNELS") == "off":
         return None
-    library = ctypes.CDLL(spec.origin)
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+    try:
+        library = ctypes.CDLL(spec.origin)
+        if library.reproml_version() != _VERSION:
+            return None  # built from an older kernels.c
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError):  # built for another machine, or not by us
+        return None
     return library
 
 

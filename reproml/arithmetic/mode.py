@@ -11,9 +11,10 @@ A `TorchDispatchMode` sees every operator below autograd, the backward ones incl
 
 from __future__ import annotations
 
+import inspect
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ContextDecorator
 from typing import Any, Callable, Optional
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reproml.arithmetic import NotExactError, optimizers, table
+from reproml.arithmetic import NotExactError, settings, table
 
 Handler = Callable[..., Any]
 
@@ -40,27 +41,65 @@ class ExactMode(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Optional[dict[str, Any]] = None,
     ) -> Any:
+        for t in types:
+            if t.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+                return NotImplemented  # a subclass of its own: it unwraps, and what is inside comes here
         handler = self._handlers.get(func)
         if handler is None:
             handler = self._handlers[func] = self._find(func)
-        return handler(*args, **kwargs) if kwargs else handler(*args)
+        try:
+            return handler(*args, **kwargs) if kwargs else handler(*args)
+        except NotExactError as error:
+            if getattr(error, "named", False):
+                raise
+            raise refusal(func, args, str(error)) from None
 
     def _find(self, func: Any) -> Handler:
         name = func._schema.name
         if not name.startswith("aten::"):
             return func if name.startswith(("profiler::", "prim::")) else _guarded(func)
         name = name[len("aten::") :]
-        if name in table.MOVES or name.rstrip("_") in table.MOVES:
-            return func  # type: ignore[no-any-return]
+        if name not in table.EXACT and (name in table.MOVES or name.rstrip("_") in table.MOVES):
+            return _strided(func)
+        if name in table.CASTS:
+            return _strided(table.CASTS[name])
         outputs = [a.name for a in func._schema.arguments if a.is_out]
         if name in table.EXACT:
-            exact = _for_float32(table.EXACT[name], func)
-            return _with_out(exact, outputs) if outputs else exact
+            return _for_float32(name, func, outputs)
         if name.endswith("_") and name[:-1] in table.EXACT:
-            return _in_place(_for_float32(table.EXACT[name[:-1]], func))
+            return _for_float32(name[:-1], func, ["self"])
+        if name.startswith("_foreach_"):
+            return self._for_each(name[len("_foreach_") :], func)
         if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
             return self._taken_apart(func)
         return _guarded(func)
+
+    def _for_each(self, name: str, func: Any) -> Handler:
+        """The plain operator on each position of the lists."""
+        plain, in_place = name.rstrip("_"), name.endswith("_")
+        plain = {"norm": "linalg_vector_norm"}.get(plain, plain)
+        if plain in table.EXACT:
+            exact = _for_float32(plain, getattr(torch.ops.aten, plain))
+        elif plain in table.MOVES:
+            exact = getattr(torch.ops.aten, plain)
+        else:
+            return _guarded(func)
+
+        def each(*args: Any, **kwargs: Any) -> Any:
+            def at(i: int, x: Any) -> Any:
+                return x[i] if isinstance(x, (list, tuple)) else x
+
+            results = [
+                exact(*[at(i, x) for x in args], **{key: at(i, x) for key, x in kwargs.items()})
+                for i in range(len(args[0]))
+            ]
+            if not in_place:
+                return results
+            for x, y in zip(args[0], results):
+                x.copy_(y)
+            return None
+
+        return each
 
     def _taken_apart(self, func: Any) -> Handler:
         def composite(*args: Any, **kwargs: Any) -> Any:
@@ -82,47 +121,75 @@ def _inexact(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-def _for_float32(definition: Handler, func: Any) -> Handler:
-    """The definition, for float32 operands; integers go natively, other floats are refused."""
+def _strided(func: Handler) -> Handler:
+    """Of complex and sparse tensors even a copy may compute: refused."""
+
+    def strided(*args: Any, **kwargs: Any) -> Any:
+        for x in args:
+            if isinstance(x, Tensor) and (x.layout is not torch.strided or x.is_complex()):
+                raise NotExactError(f"it is not defined for {x.dtype} of layout {x.layout}")
+        return func(*args, **kwargs)
+
+    return strided
+
+
+def _for_float32(name: str, func: Any, outputs: Sequence[str] = ()) -> Handler:
+    """The definition, for float32 operands; integers go natively, other floats are refused.
+
+    outputs: of the out= form the names of the results to fill, of the in-place form "self".
+    """
+    definition = table.EXACT[name]
+    in_place = tuple(outputs) == ("self",)
 
     def exact(*args: Any, **kwargs: Any) -> Any:
-        floating = False
-        for x in _tensors(args):
-            if x.dtype is torch.float32:
-                floating = True
-            elif _inexact(x) and not (x.dim() == 0 and x.dtype is torch.float64):
-                raise refusal(func, args, f"it is defined for float32, not for {x.dtype}")
-        if not floating and not any(_inexact(y) for y in _tensors([kwargs.get("out")])):
-            result = func(*args, **kwargs)
-            if not (isinstance(result, Tensor) and _inexact(result)):
-                return result
-        return definition(*args, **kwargs)
+        given = list(_tensors([*args, *kwargs.values()]))
+        if given and not _is_exact(name, given, [*args, *kwargs.values()]):
+            return func(*args, **kwargs)
+        if in_place:
+            return _fill(args[0], definition(*args, **kwargs))
+        filled = [kwargs.pop(output) for output in outputs]
+        results = definition(*args, **kwargs)
+        if not filled:
+            return results
+        for out, result in zip(filled, results if len(filled) > 1 else [results]):
+            _fill(out.resize_(result.shape), result)
+        return filled[0] if len(filled) == 1 else tuple(filled)
 
     return exact
 
 
-def _in_place(exact: Handler) -> Handler:
-    def in_place(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.copy_(exact(self, *args, **kwargs))
+def _is_exact(name: str, given: list[Tensor], args: list[Any]) -> bool:
+    """Whether the definition applies: False for integers alone. Raises where it would not be exact."""
+    if any(isinstance(x, complex) for x in args):
+        raise NotExactError("it is not defined for complex numbers")
+    single = any(x.dtype is torch.float32 and x.dim() for x in given)
+    for x in given:
+        if x.layout is not torch.strided:
+            raise NotExactError(f"it is not defined for layout {x.layout}")
+        if x.dtype is torch.float64 and not x.dim() and single:
+            continue  # beside a float32 tensor it counts like a Python number
+        if _inexact(x) and x.dtype is not torch.float32:
+            raise NotExactError(f"it is defined for float32, not for {x.dtype}")
+    floating = any(map(_inexact, given)) or any(isinstance(x, float) for x in args)
+    return floating or name not in table.INTEGER
 
-    return in_place
 
-
-def _with_out(exact: Handler, names: list[str]) -> Handler:
-    def with_out(*args: Any, **kwargs: Any) -> Any:
-        outputs = [kwargs.pop(name) for name in names]
-        results = exact(*args, **kwargs)
-        for out, result in zip(outputs, results if len(outputs) > 1 else [results]):
-            out.resize_(result.shape).copy_(result)
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    return with_out
+def _fill(out: Tensor, result: Any) -> Tensor:
+    if not torch.can_cast(result.dtype, out.dtype):
+        raise RuntimeError(
+            f"result type {result.dtype} can't be cast to the output type {out.dtype}"
+        )
+    return out if out is result else out.copy_(result)
 
 
 def _guarded(func: Any) -> Handler:
     """An operator outside the table: only if no floating-point number goes in or comes out."""
 
+    counts = any(str(a.type) == "float" for a in func._schema.arguments)
+
     def guarded(*args: Any, **kwargs: Any) -> Any:
+        if counts or any(isinstance(x, (float, complex)) for x in args):
+            raise refusal(func, args, "it is not in the table of exact operators")
         if any(_inexact(x) for x in _tensors([*args, *kwargs.values()])):
             raise refusal(func, args, "it is not in the table of exact operators")
         result = func(*args, **kwargs)
@@ -134,11 +201,14 @@ def _guarded(func: Any) -> Handler:
 
 
 def refusal(func: Any, args: Any, why: str) -> NotExactError:
+    """The error, with the operator, its operands and the line of the caller."""
     operands = ", ".join(f"{x.dtype}{list(x.shape)}".replace("torch.", "") for x in _tensors(args))
-    return NotExactError(
+    error = NotExactError(
         f"{func} has no exact result for ({operands}), called at {_caller()}: {why}; "
         "write it with operators of the table, or take this part out of reproml.exact()."
     )
+    error.named = True  # type: ignore[attr-defined]
+    return error
 
 
 def _caller() -> str:
@@ -160,25 +230,35 @@ class exact(ContextDecorator):  # noqa: N801 (used like a function: `with reprom
         def train(): ...
 
     Raises NotExactError for an operator that has no exact definition. Use inside another exact() is
-    allowed and changes nothing.
+    allowed and changes nothing. Like every mode of PyTorch it holds for the thread that enters it.
     """
 
-    _active = threading.local()
+    def __call__(self, func: Any) -> Any:
+        if inspect.isgeneratorfunction(func) or inspect.iscoroutinefunction(func):
+            raise TypeError(
+                f"reproml.exact() does not reach into {func.__name__}, which runs after it returned; "
+                "use `with reproml.exact():` inside."
+            )
+        return super().__call__(func)
 
     def __enter__(self) -> exact:
-        depth = getattr(self._active, "depth", 0)
+        depth = settings.active.depth
         if depth == 0:
             import torch._dynamo  # noqa: F401  (optimizers import it; here it meets no mode)
 
-            optimizers.take_over()
+            if torch.tensor(2.0**-140).mul(1).item() == 0:
+                raise NotExactError(
+                    "Subnormal numbers are flushed to zero; torch.set_flush_denormal(False)."
+                )
+            settings.take_over()
             mode = ExactMode()
             mode.__enter__()
-            self._active.mode = mode
-        self._active.depth = depth + 1
+            settings.active.mode = mode
+        settings.active.depth = depth + 1
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self._active.depth -= 1
-        if self._active.depth == 0:
-            self._active.mode.__exit__(*exc)
-            optimizers.give_back()
+        settings.active.depth -= 1
+        if settings.active.depth == 0:
+            settings.active.mode.__exit__(*exc)
+            settings.give_back()

@@ -11,7 +11,6 @@ of Adam's bias takes the betas as given.
 from __future__ import annotations
 
 import importlib
-import threading
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -22,9 +21,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from reproml.arithmetic import NotExactError, kernels
+from reproml.arithmetic.activations import single
 from reproml.arithmetic.ball import elementwise
 
-_STEP_BITS = 160
+_STEP_BITS, _GUARD_BITS = 160, 256
 
 
 @lru_cache(maxsize=64)
@@ -149,6 +149,112 @@ def sgd(
             _with_kernel("reproml_sgd", later, [p, g, buffer], [0, *numbers])
 
 
+def rmsprop(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    grad_avgs: list[Tensor],
+    buffers: list[Tensor],
+    *,
+    lr: Any,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    centered: bool,
+    maximize: bool,
+) -> None:
+    """RMSprop (Hinton 2012; centered: Graves 2013), as PyTorch states it.
+
+    d = grad + weight_decay * param;
+    v' = alpha v + (1 - alpha) d^2 and, centered, a' = alpha a + (1 - alpha) d, each rounded once;
+    u = d / (sqrt(v' - a'^2) + eps); without momentum param' = param - lr u, rounded once; else
+    buffer' = momentum * buffer + u and param' = param - lr * buffer', each rounded once.
+    """
+    rate, keep, rest = single(lr), single(alpha), single(1 - alpha)
+    epsilon, mu = single(eps), single(momentum)
+    direction = _direction(single(weight_decay), -1 if maximize else 1)
+
+    def update(k: Any, p: Any, g: Any, v: Any, a: Any) -> Any:
+        return direction(p, g) / (k.sqrt(v - a * a if centered else v) + epsilon)
+
+    for i, (p, g, v) in enumerate(zip(params, grads, square_avgs)):
+        _check(p, g, v)
+        v.copy_(elementwise(lambda k, p, g, v: keep * v + rest * square(direction(p, g)), p, g, v))
+        a = grad_avgs[i] if centered else v
+        if centered:
+            a.copy_(elementwise(lambda k, p, g, a: keep * a + rest * direction(p, g), p, g, a))
+        if mu:
+            b = buffers[i]
+            b.copy_(
+                elementwise(lambda k, p, g, v, a, b: mu * b + update(k, p, g, v, a), p, g, v, a, b)
+            )
+            p.copy_(elementwise(lambda k, p, b: p - rate * b, p, b))
+        else:
+            p.copy_(elementwise(lambda k, p, g, v, a: p - rate * update(k, p, g, v, a), p, g, v, a))
+
+
+def adagrad(
+    params: list[Tensor],
+    grads: list[Tensor],
+    state_sums: list[Tensor],
+    steps: list[int],
+    *,
+    lr: Any,
+    weight_decay: float,
+    lr_decay: float,
+    eps: float,
+    maximize: bool,
+) -> None:
+    """Adagrad (Duchi, Hazan & Singer 2011).
+
+    d = grad + weight_decay * param;   s' = s + d^2, rounded once;
+    param' = param - lr / (1 + (t - 1) lr_decay) * d / (sqrt(s') + eps), rounded once.
+    """
+    epsilon, direction = single(eps), _direction(single(weight_decay), -1 if maximize else 1)
+    for p, g, s, step in zip(params, grads, state_sums, steps):
+        _check(p, g, s)
+        rate = single(lr) / (1 + (step - 1) * single(lr_decay))
+        s.copy_(elementwise(lambda k, p, g, s: s + square(direction(p, g)), p, g, s))
+
+        def moved(k: Any, p: Any, g: Any, s: Any, rate: Fraction = rate) -> Any:
+            return p - rate * (direction(p, g) / (k.sqrt(s) + epsilon))
+
+        p.copy_(elementwise(moved, p, g, s))
+
+
+def adadelta(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    acc_deltas: list[Tensor],
+    *,
+    lr: Any,
+    rho: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    """Adadelta (Zeiler 2012).
+
+    d = grad + weight_decay * param;   v' = rho v + (1 - rho) d^2, rounded once;
+    u = sqrt(a + eps) / sqrt(v' + eps) * d, rounded once;   a' = rho a + (1 - rho) u^2 and
+    param' = param - lr * u, each rounded once.
+    """
+    rate, keep, rest, epsilon = single(lr), single(rho), single(1 - rho), single(eps)
+    direction = _direction(single(weight_decay), -1 if maximize else 1)
+
+    def update(k: Any, p: Any, g: Any, v: Any, a: Any) -> Any:
+        return k.sqrt(a + epsilon) / k.sqrt(v + epsilon) * direction(p, g)
+
+    for p, g, v, a in zip(params, grads, square_avgs, acc_deltas):
+        _check(p, g, v, a)
+        v.copy_(elementwise(lambda k, p, g, v: keep * v + rest * square(direction(p, g)), p, g, v))
+        u = elementwise(update, p, g, v, a)
+        a.copy_(elementwise(lambda k, a, u: keep * a + rest * (u * u), a, u))
+        p.copy_(elementwise(lambda k, p, u: p - rate * u, p, u))
+
+
 def square(x: Any) -> Any:
     return x * x
 
@@ -170,7 +276,7 @@ def _with_kernel(
     tensors = [x for x in state if x is not None]
     if not kernels.usable(*tensors):
         return step(*tensors)
-    failed = torch.empty(tensors[0].numel(), dtype=torch.int64)
+    failed = torch.empty(tensors[0].numel(), dtype=torch.int64, device="cpu")
     pointers = [None if x is None else x.data_ptr() for x in state]
     scalars = [x if isinstance(x, (bool, int)) else float(x) for x in numbers]
     kernel = getattr(kernels.library, name)
@@ -181,11 +287,6 @@ def _with_kernel(
         for x, y in zip(tensors, few):
             x.view(-1)[left] = y
     return None
-
-
-def single(x: Any) -> Fraction:
-    """A Python number, rounded to binary32."""
-    return Fraction(torch.tensor(float(x), dtype=torch.float32).item())
 
 
 def _check(*tensors: Tensor) -> None:
@@ -234,6 +335,43 @@ def _python_adam(
 def _python_sgd(params: Any, grads: Any, momentum_buffer_list: Any, **options: Any) -> None:
     names = ("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize")
     sgd(params, grads, momentum_buffer_list, **{k: options[k] for k in names})
+
+
+def _python_rmsprop(
+    params: Any,
+    grads: Any,
+    square_avgs: Any,
+    grad_avgs: Any,
+    buffers: Any,
+    state_steps: Any,
+    **options: Any,
+) -> None:
+    _refuse_unless(not options["has_complex"], "complex parameters")
+    for step in state_steps:
+        step += 1
+    names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
+    rmsprop(params, grads, square_avgs, grad_avgs, buffers, **{k: options[k] for k in names})
+
+
+def _python_adagrad(
+    params: Any, grads: Any, state_sums: Any, state_steps: Any, **options: Any
+) -> None:
+    _refuse_unless(not options["has_complex"], "complex parameters")
+    for step in state_steps:
+        step += 1
+    names = ("lr", "weight_decay", "lr_decay", "eps", "maximize")
+    steps = [int(step) for step in state_steps]
+    adagrad(params, grads, state_sums, steps, **{k: options[k] for k in names})
+
+
+def _python_adadelta(
+    params: Any, grads: Any, square_avgs: Any, acc_deltas: Any, state_steps: Any, **options: Any
+) -> None:
+    _refuse_unless(not options["has_complex"], "complex parameters")
+    for step in state_steps:
+        step += 1
+    names = ("lr", "rho", "eps", "weight_decay", "maximize")
+    adadelta(params, grads, square_avgs, acc_deltas, **{k: options[k] for k in names})
 
 
 # ... and the operators of the fused form, when called directly.
@@ -285,45 +423,58 @@ def fused_sgd(
 
 
 # module of torch.optim -> the one definition of its `_single_tensor_*`, `_multi_tensor_*`, `_fused_*`
-PYTHON_STEPS: dict[str, Callable[..., None]] = {"adam": _python_adam, "sgd": _python_sgd}
+PYTHON_STEPS: dict[str, Callable[..., None]] = {
+    "adam": _python_adam,
+    "sgd": _python_sgd,
+    "rmsprop": _python_rmsprop,
+    "adagrad": _python_adagrad,
+    "adadelta": _python_adadelta,
+}
+# Optimizers whose steps take powers of Python floats with the C library: refused.
+_REFUSED = ("nadam", "radam", "adamax", "asgd")
 
-_lock = threading.Lock()
-_users = 0
 _originals: list[tuple[Any, str, Any]] = []
 
 
-def _outside_modes(step: Callable[..., None]) -> Callable[..., None]:
-    def exact_step(
-        *lists: Any, grad_scale: Any = None, found_inf: Any = None, **options: Any
-    ) -> None:
-        _refuse_unless(grad_scale is None and found_inf is None, "a gradient scaler")
+def _instead(
+    original: Callable[..., None], step: Callable[..., None], active: Callable[[], bool]
+) -> Any:
+    """The exact step in a thread that is in `exact()`, PyTorch's own elsewhere."""
+
+    def either(*lists: Any, **options: Any) -> None:
+        if not active():
+            return original(*lists, **options)
+        scaled = options.pop("grad_scale", None), options.pop("found_inf", None)
+        _refuse_unless(scaled == (None, None), "a gradient scaler")
         _refuse_unless(not options.pop("differentiable", False), "differentiable=True")
         with _disable_current_modes():
-            step(*lists, **options)
+            return step(*lists, **options)
 
-    return exact_step
+    return either
 
 
-def take_over() -> None:
-    """Make every form of PyTorch's optimizers the definitions above, until as many give_back()."""
-    global _users
-    with _lock:
-        _users += 1
-        if _users > 1:
-            return
-        for name, step in PYTHON_STEPS.items():
-            module = importlib.import_module(f"torch.optim.{name}")
-            for form in ("_single_tensor_", "_multi_tensor_", "_fused_"):
-                if hasattr(module, form + name):
-                    _originals.append((module, form + name, getattr(module, form + name)))
-                    setattr(module, form + name, _outside_modes(step))
+def _refused(name: str) -> Callable[..., None]:
+    def step(*lists: Any, **options: Any) -> None:
+        raise NotExactError(
+            f"torch.optim's {name} has no exact definition; use Adam, AdamW or SGD."
+        )
+
+    return step
+
+
+def take_over(active: Callable[[], bool]) -> None:
+    """Make every form of PyTorch's optimizers the definitions above."""
+    steps = {**PYTHON_STEPS, **{name: _refused(name) for name in _REFUSED}}
+    for name, step in steps.items():
+        module = importlib.import_module(f"torch.optim.{name}")
+        for form in ("_single_tensor_", "_multi_tensor_", "_fused_"):
+            original = getattr(module, form + name, None)
+            if original is not None:
+                _originals.append((module, form + name, original))
+                setattr(module, form + name, _instead(original, step, active))
 
 
 def give_back() -> None:
-    """Undo one take_over()."""
-    global _users
-    with _lock:
-        _users -= 1
-        if _users == 0:
-            while _originals:
-                setattr(*_originals.pop())
+    """Undo take_over()."""
+    while _originals:
+        setattr(*_originals.pop())

@@ -44,6 +44,8 @@ def settle(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
     e = e * SLACK + TINY
     result = c.float()
     failed = (c - e).float() != (c + e).float()  # also where c or e is NaN
+    # Of what underflows, the sign has to be sure as well.
+    failed |= (result == 0) & (c != 0) & (c.abs() <= e) & (e > 2 * TINY)
     if failed.any():
         settle_at(result, c, failed.reshape(-1).nonzero().squeeze(1), resolve)
     return result
@@ -64,6 +66,8 @@ def settle_sum(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
 
 def settle_at(result: Tensor, c: Tensor, index: Tensor, resolve: Resolve) -> None:
     """Put the exact values into `result` at the flat indices where the test failed."""
+    if not result.dim():
+        return settle_at(result.view(1), c.view(1), index, resolve)
     where = torch.unravel_index(index, result.shape)
     at = c[where]
     value = at.float()  # right where c is NaN or infinite
@@ -72,6 +76,7 @@ def settle_at(result: Tensor, c: Tensor, index: Tensor, resolve: Resolve) -> Non
         exact = torch.tensor(resolve(index[rest]), dtype=torch.float64, device=value.device)
         value[rest] = exact.float()
     result[where] = value
+    return None
 
 
 def nearest(x: Fraction) -> float:

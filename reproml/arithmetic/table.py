@@ -1,76 +1,66 @@
 """The table of operators: what each returns, one line each.
 
 MOVES copy, select or compare numbers and do no arithmetic: any implementation gives the same bits.
-EXACT gives each arithmetic operator its definition: a value per element that is rounded once. Keys
-are ATen names; the in-place and out= forms follow from the plain one. Each line of EXACT has its test
-against an exact oracle in tests/arithmetic/test_table.py, which fails for a line without one.
+EXACT gives each arithmetic operator its definition: a value per element that is rounded once, or a
+short expression of such values. Keys are ATen names; the in-place, out= and foreach forms follow from
+the plain one. Each line of EXACT has its test against an exact oracle in
+tests/arithmetic/test_table.py, which fails for a line without one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
 
-from reproml.arithmetic import NotExactError, optimizers
-from reproml.arithmetic.ball import elementwise, rowwise
+from reproml.arithmetic import (
+    NotExactError,
+    activations,
+    convolution,
+    indexing,
+    normalization,
+    optimizers,
+    randomness,
+    reductions,
+)
+from reproml.arithmetic.activations import single
+from reproml.arithmetic.ball import elementwise
 from reproml.arithmetic.dot import matmul, sum_over
-from reproml.arithmetic.optimizers import single
 
 aten = torch.ops.aten
 
 # fmt: off
 MOVES = frozenset("""
-alias as_strided cat chunk clone contiguous copy_ detach diagonal expand flatten flip lift lift_fresh
-narrow permute repeat reshape resize_ roll select slice split split_with_sizes squeeze stack t
-transpose tril triu unbind unfold unsqueeze view _reshape_alias _unsafe_view _to_copy
+alias as_strided cat chunk clone constant_pad_nd contiguous detach diagonal diagonal_copy expand flatten
+flip lift lift_fresh narrow permute pixel_shuffle pixel_unshuffle repeat reshape resize_ roll select slice
+split split_with_sizes squeeze stack t transpose tril triu unbind unfold unsafe_split unsqueeze view
+_reshape_alias _unsafe_view select_backward slice_backward reflection_pad1d reflection_pad2d
+replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d _pack_padded_sequence
 empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like
 new_ones full full_like new_full fill zero scalar_tensor eye _local_scalar_dense item
-eq ne lt le gt ge isnan isinf isfinite equal is_nonzero sign signbit logical_not logical_and logical_or
-where masked_fill masked_select gather index index_select take nonzero
-max min amax amin argmax argmin maximum minimum fmax fmin clamp clamp_min clamp_max sort topk
-abs neg relu threshold_backward max_pool2d_with_indices
-bernoulli_ random_ randperm randint
+eq ne lt le gt ge isnan isinf isfinite equal is_nonzero sign sgn
+logical_not logical_and logical_or
+where masked_fill masked_select gather index _unsafe_index index_select index_fill take nonzero embedding
+scatter
+argmax argmin hardtanh sort topk
+abs neg relu threshold threshold_backward max_pool2d_with_indices adaptive_max_pool2d
+floor ceil round trunc
 """.split())
 # fmt: on
 
 
-def _sum(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-    _only_float32(dtype)
-    return sum_over(x.float(), _dims(dim), keepdim)
+Definition = Callable[..., Any]
 
 
-def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-    _only_float32(dtype)
-    count = 1
-    for d in _dims(dim) or range(x.dim()):
-        count *= x.shape[d]
-    return sum_over(x.float(), _dims(dim), keepdim, divisor=count)
-
-
-def _dims(dim: Any) -> Sequence[int]:
-    return () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
-
-
-def _only_float32(dtype: Any) -> None:
-    if dtype not in (None, torch.float32):
-        raise NotExactError(f"A result of {dtype} has no exact definition here; ask for float32.")
-
-
-def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return matmul(a, b, bias, single(alpha), single(beta))
-
-
-def _add(x: Any, y: Any, *, alpha: float = 1) -> Tensor:
+def _add(x: Any, y: Any, alpha: float = 1) -> Tensor:
     if alpha == 1:
         return torch.add(x, y)  # one IEEE 754 operation
     a = single(alpha)
     return elementwise(lambda k, x, y: x + a * y, *_float32(x, y))
 
 
-def _sub(x: Any, y: Any, *, alpha: float = 1) -> Tensor:
+def _sub(x: Any, y: Any, alpha: float = 1) -> Tensor:
     return torch.sub(x, y) if alpha == 1 else _add(x, y, alpha=-alpha)
 
 
@@ -100,102 +90,233 @@ def _float32(*operands: Any) -> tuple[Tensor, ...]:
 
 def _sqrt(x: Tensor) -> Tensor:
     """Innocuous double rounding again; an error of an ulp of binary64 changes nothing either, as a root
-    of a binary32 number stays 2^-49 away from every midpoint (relatively)."""
+    of a binary32 number stays 2^-51 away from every midpoint (relatively)."""
     return x.double().sqrt().float()
 
 
-def _nll_loss(
-    x: Tensor, target: Tensor, weight: Optional[Tensor], reduction: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """-sum w x[target] / sum w (reduction 1, mean), without the division (2, sum), or each (0)."""
-    if x.dim() == 1:
-        x, target = x.unsqueeze(0), target.unsqueeze(0)
-        if reduction == 0:
-            loss, total = _nll_loss(x, target, weight, 0, ignore_index)
-            return loss.squeeze(0), total
-    counted = target != ignore_index
-    at = torch.where(counted, target, 0)
-    picked = torch.where(counted, x.gather(1, at.unsqueeze(1)).squeeze(1), 0.0)
-    w = counted.float() if weight is None else torch.where(counted, weight[at], 0.0)
-    if reduction == 0:
-        return -(picked * w), torch.zeros((), device=x.device)
-    total = sum_over(w, ())
-    if reduction == 2:
-        return -sum_over(picked, (), y=w), total
-    mean = rowwise(lambda k, x, w: -(k.sum(x * w) / k.sum(w)), 0, picked, w).reshape(())
-    return mean, total
+def _elementary(name: str) -> Definition:
+    """An operator that is one function of a field."""
+    return lambda x: elementwise(lambda k, x: getattr(k, name)(x), *_float32(x))
 
 
-def _nll_loss_backward(
-    grad: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Optional[Tensor],
-    reduction: int,
-    ignore_index: int,
-    total: Tensor,
-) -> Tensor:
-    """-grad * w / total at the target, 0 elsewhere."""
-    rows, row_target = (x.unsqueeze(0), target.reshape(1)) if x.dim() == 1 else (x, target)
-    counted = row_target != ignore_index
-    at = torch.where(counted, row_target, 0)
-    w = torch.ones_like(at, dtype=torch.float32) if weight is None else weight[at]
-    if reduction == 1:
-        value = elementwise(lambda k, g, w, t: -(g * w / t), grad, w, total)
-    else:
-        value = -(grad * w)
-    value = torch.where(counted, value, 0.0)
-    return torch.zeros_like(rows).scatter(1, at.unsqueeze(1), value.unsqueeze(1)).reshape(x.shape)
+def _formula(formula: Definition) -> Definition:
+    """An operator that is one formula of its operands, all of them numbers or tensors."""
+    return lambda *operands: elementwise(formula, *operands)
 
 
-def _log_softmax(k: Any, x: Any) -> Any:
-    shifted = x - k.max(x)
-    return shifted - k.log(k.sum(k.exp(shifted)))
+def _maximum(x: Tensor, y: Tensor) -> Tensor:
+    """The larger, +0 before -0 (IEEE 754-2019): native kernels differ in this."""
+    return torch.where((x == 0) & (y == 0), x + y, torch.maximum(x, y))
 
 
-def _uniform(x: Tensor, low: float = 0, high: float = 1, *, generator: Any = None) -> Tensor:
-    """u (high - low) + low, u PyTorch's own random multiples of 2^-24 in [0, 1)."""
-    u = torch.empty(x.shape).uniform_(generator=generator).to(x.device)
-    a, b = single(low), single(high)
-    return x.copy_(u if (low, high) == (0, 1) else elementwise(lambda k, u: u * (b - a) + a, u))
+def _minimum(x: Tensor, y: Tensor) -> Tensor:
+    return torch.where((x == 0) & (y == 0), -((-x) + (-y)), torch.minimum(x, y))
 
 
-def _rand(
-    size: Sequence[int], *, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any
-) -> Tensor:
-    """PyTorch's random multiples of 2^-24 in [0, 1), drawn on the CPU whatever the device."""
-    _only_float32(dtype)
-    return torch.rand(size, generator=generator).to(device or "cpu")
+def _clamp(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
+    """min(max(x, low), high)."""
+    if low is not None:
+        x = _maximum(x, low) if isinstance(low, Tensor) else torch.clamp(x, min=low)
+    if high is not None:
+        x = _minimum(x, high) if isinstance(high, Tensor) else torch.clamp(x, max=high)
+    return x
 
 
-Definition = Callable[..., Any]
+def _extreme(name: str) -> Definition:
+    """max, min, amax and amin; a zero is +0, as the order decides between 0 and -0 natively."""
+
+    def extreme(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > 1 and isinstance(args[1], Tensor):
+            return (_maximum if "max" in name else _minimum)(*args)
+        result = getattr(aten, name)(*args, **kwargs)
+        if not args[0].is_floating_point():
+            return result
+        return result + 0.0 if isinstance(result, Tensor) else (result[0] + 0.0, result[1])
+
+    return extreme
+
+
+def _to_copy(x: Tensor, *, dtype: Any = None, **options: Any) -> Tensor:
+    _check_cast(x, dtype or x.dtype)
+    return aten._to_copy(x, dtype=dtype, **options)  # type: ignore[no-any-return]
+
+
+def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    _check_cast(source, x.dtype)
+    return x.copy_(source, non_blocking)
+
+
+def _check_cast(x: Tensor, dtype: torch.dtype) -> None:
+    """A cast rounds once, except from float64 to 16 bits, which goes by way of float32; and what a
+    number out of an integer's range becomes depends on the machine."""
+    if x.dtype is torch.float64 and dtype in (torch.float16, torch.bfloat16):
+        raise NotExactError(f"A cast from float64 to {dtype} rounds twice; cast to float32 first.")
+    if x.dtype in (torch.int64, torch.int32) and dtype in (torch.float16, torch.bfloat16):
+        raise NotExactError(
+            f"A cast from {x.dtype} to {dtype} rounds twice; cast to float32 first."
+        )
+    if x.is_floating_point() and not (
+        dtype.is_floating_point or dtype.is_complex or dtype is torch.bool
+    ):
+        bounds = torch.iinfo(dtype)
+        if not bool(((x >= bounds.min) & (x <= bounds.max)).all()):
+            raise NotExactError(
+                f"A cast of NaN, infinity or a number out of range to {dtype} depends on the machine."
+            )
+
+
+# With integers alone these stay integers, and PyTorch does them.
+INTEGER = frozenset(
+    """
+add sub rsub mul sum cumsum mm bmm mv dot addmm baddbmm addmv trace pow addcmul scatter_add index_add
+index_put index_put_
+""".split()
+)
+
+# Casts, of any dtype.
+CASTS: dict[str, Definition] = {"_to_copy": _to_copy, "copy_": _copy}
 
 EXACT: dict[str, Definition] = {
     # ---- one IEEE 754 operation ------------------------------------------------------------------
     "add": _add,
     "sub": _sub,
     "rsub": _rsub,
-    "mul": aten.mul,
+    "mul": lambda x, y: torch.mul(x, y),
     "div": _div,
+    "reciprocal": lambda x: _div(1.0, x),
     "sqrt": _sqrt,
-    # ---- sums and products of matrices -----------------------------------------------------------
-    "sum": _sum,
-    "mean": _mean,
+    "max": _extreme("max"),
+    "min": _extreme("min"),
+    "amax": _extreme("amax"),
+    "amin": _extreme("amin"),
+    "maximum": _maximum,
+    "minimum": _minimum,
+    "clamp": _clamp,
+    "clamp_min": lambda x, low: _clamp(x, low),
+    "clamp_max": lambda x, high: _clamp(x, None, high),
+    "signbit": lambda x: torch.signbit(x) & ~x.isnan(),
+    # ---- short expressions -----------------------------------------------------------------------
+    "addcmul": reductions.addcmul,
+    "addcdiv": reductions.addcdiv,
+    "lerp": reductions.lerp,
+    "pow": reductions.power,
+    "rsqrt": _formula(lambda k, x: 1 / k.sqrt(x)),
+    "arange": reductions.arange,
+    "linspace": reductions.linspace,
+    # ---- sums ------------------------------------------------------------------------------------
+    "sum": reductions.total,
+    "mean": reductions.mean,
+    "cumsum": reductions.cumsum,
+    "var": reductions.variance,
+    "std": reductions.deviation,
+    "linalg_vector_norm": reductions.vector_norm,
+    "norm": reductions.norm,
+    "trace": lambda x: sum_over(x.diagonal(), ()),
+    "scatter_add": indexing.scatter_add,
+    "index_add": indexing.index_add,
+    "index_put": indexing.index_put,
+    "index_put_": indexing.index_put_,
+    "embedding_dense_backward": indexing.embedding_backward,
+    "upsample_nearest2d_backward": reductions.upsample_nearest_backward,
+    # ---- products of matrices --------------------------------------------------------------------
     "mm": matmul,
-    "addmm": _addmm,
+    "bmm": matmul,
+    "mv": lambda a, b: matmul(a, b.unsqueeze(1)).squeeze(1),
+    "dot": lambda a, b: sum_over(a, (), y=b),
+    "addmm": reductions.baddbmm,
+    "baddbmm": reductions.baddbmm,
+    "addmv": reductions.addmv,
+    # ---- convolution and pooling -----------------------------------------------------------------
+    "convolution": convolution.convolution,
+    "convolution_backward": convolution.convolution_backward,
+    "avg_pool2d": convolution.avg_pool2d,
+    "avg_pool2d_backward": convolution.avg_pool2d_backward,
+    "_adaptive_avg_pool2d": convolution.adaptive_avg_pool2d,
+    "_adaptive_avg_pool2d_backward": convolution.adaptive_avg_pool2d_backward,
+    "max_pool2d_with_indices_backward": indexing.max_pool_backward,
+    "adaptive_max_pool2d_backward": indexing.max_pool_backward,
+    # ---- normalisation ---------------------------------------------------------------------------
+    "native_batch_norm": normalization.batch_norm,
+    "_native_batch_norm_legit": normalization.batch_norm_legit,
+    "_native_batch_norm_legit_no_training": normalization.batch_norm_inference,
+    "native_batch_norm_backward": normalization.batch_norm_backward,
+    "native_layer_norm": normalization.layer_norm,
+    "native_layer_norm_backward": normalization.layer_norm_backward,
+    "native_group_norm": normalization.group_norm,
+    "native_group_norm_backward": normalization.group_norm_backward,
     # ---- elementary functions --------------------------------------------------------------------
-    "exp": lambda x: elementwise(lambda k, x: k.exp(x), *_float32(x)),
-    "log": lambda x: elementwise(lambda k, x: k.log(x), *_float32(x)),
+    "exp": _elementary("exp"),
+    "expm1": _elementary("expm1"),
+    "log": _elementary("log"),
+    "log1p": _elementary("log1p"),
+    "sin": _elementary("sin"),
+    "cos": _elementary("cos"),
+    "tanh": _elementary("tanh"),
+    "sigmoid": _elementary("sigmoid"),
+    "erf": _elementary("erf"),
+    "erfc": _elementary("erfc"),
+    "erfinv": _elementary("erfinv"),
+    # ---- activations -----------------------------------------------------------------------------
+    "tanh_backward": _formula(lambda k, g, y: g * (1 - y * y)),
+    "sigmoid_backward": _formula(lambda k, g, y: g * y * (1 - y)),
+    "gelu": activations.gelu,
+    "gelu_backward": activations.gelu_backward,
+    "silu": _formula(lambda k, x: x * k.sigmoid(x)),
+    "silu_backward": activations.silu_backward,
+    "softplus": activations.softplus,
+    "softplus_backward": activations.softplus_backward,
+    "mish": activations.mish,
+    "mish_backward": activations.mish_backward,
+    "log_sigmoid_forward": activations.log_sigmoid,
+    "log_sigmoid_backward": activations.log_sigmoid_backward,
+    "leaky_relu": activations.leaky_relu,
+    "leaky_relu_backward": activations.leaky_relu_backward,
+    "_prelu_kernel": activations.prelu,
+    "_prelu_kernel_backward": activations.prelu_backward,
+    "elu": activations.elu,
+    "celu": activations.celu,
+    "elu_backward": activations.elu_backward,
+    "hardtanh_backward": activations.hardtanh_backward,
+    "hardsigmoid": activations.hardsigmoid,
+    "hardsigmoid_backward": activations.hardsigmoid_backward,
+    "hardswish": activations.hardswish,
+    "hardswish_backward": activations.hardswish_backward,
     # ---- softmax and losses ----------------------------------------------------------------------
-    "_log_softmax": lambda x, dim, half_to_float: rowwise(_log_softmax, dim, x),
-    "_log_softmax_backward_data": lambda g, y, dim, dtype: rowwise(
-        lambda k, g, y: g - k.exp(y) * k.sum(g), dim, g, y
-    ),
-    "nll_loss_forward": _nll_loss,
-    "nll_loss_backward": _nll_loss_backward,
+    "_softmax": activations.softmax,
+    "_safe_softmax": activations.safe_softmax,
+    "_softmax_backward_data": activations.softmax_backward,
+    "_log_softmax": activations.log_softmax,
+    "_log_softmax_backward_data": activations.log_softmax_backward,
+    "logsumexp": activations.logsumexp,
+    "nll_loss_forward": activations.nll_loss,
+    "nll_loss_backward": activations.nll_loss_backward,
+    "nll_loss2d_forward": activations.nll_loss2d,
+    "nll_loss2d_backward": activations.nll_loss2d_backward,
+    "mse_loss": activations.mse_loss,
+    "mse_loss_backward": activations.mse_loss_backward,
+    "smooth_l1_loss": activations.smooth_l1_loss,
+    "smooth_l1_loss_backward": activations.smooth_l1_loss_backward,
+    "huber_loss": activations.huber_loss,
+    "huber_loss_backward": activations.huber_loss_backward,
+    "binary_cross_entropy": activations.bce,
+    "binary_cross_entropy_backward": activations.bce_backward,
+    "binary_cross_entropy_with_logits": activations.bce_with_logits,
+    "xlogy": activations.xlogy,
     # ---- random numbers --------------------------------------------------------------------------
-    "rand": _rand,
-    "uniform_": _uniform,
+    "rand": randomness.rand,
+    "rand_like": randomness.like(randomness.rand),
+    "uniform_": randomness.uniform,
+    "randn": randomness.randn,
+    "randn_like": randomness.like(randomness.randn),
+    "normal": randomness.normal_of,
+    "normal_": randomness.normal,
+    "bernoulli": randomness.bernoulli,
+    "bernoulli_": randomness.bernoulli_,
+    "exponential_": randomness.exponential,
+    "multinomial": randomness.multinomial,
+    "randperm": randomness.on_cpu(torch.randperm),
+    "randint": randomness.on_cpu(torch.randint),
+    "random_": randomness.random_,
     # ---- optimizers ------------------------------------------------------------------------------
     "_fused_adam_": optimizers.fused_adam,
     "_fused_adamw_": optimizers.fused_adamw,

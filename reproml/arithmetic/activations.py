@@ -1,0 +1,456 @@
+"""Definitions of activation functions and losses: formulas of real numbers, each rounded once.
+
+`formula(k, x, ...)` as in ball.py. Where a branch depends on the sign of an exact operand, `k.choose`
+takes it. Names are those of PyTorch's operators.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any, Callable, Optional
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic import NotExactError
+from reproml.arithmetic.ball import elementwise, rowwise
+from reproml.arithmetic.dot import sum_over
+
+HALF = Fraction(1, 2)
+
+
+def single(x: Any) -> Fraction:
+    """A Python number, rounded to binary32 as PyTorch does where it meets a float32 tensor."""
+    value = torch.tensor(float(x), dtype=torch.float32, device="cpu").item()
+    if not math.isfinite(value):
+        raise NotExactError(
+            f"The number {x} is not finite in float32, so nothing exact follows from it."
+        )
+    return Fraction(value)
+
+
+# ---- activations -----------------------------------------------------------------------------------
+
+
+def _phi(k: Any, x: Any) -> Any:
+    """The normal distribution function, erfc(-x / sqrt 2) / 2."""
+    return k.erfc(-x / k.sqrt(k.constant(Fraction(2)))) * HALF
+
+
+def _density(k: Any, x: Any) -> Any:
+    return k.exp(-(x * x) * HALF) / k.sqrt(k.constant(Fraction(2)) * k.pi)
+
+
+def _gelu_inner(k: Any, x: Any) -> Any:
+    return k.sqrt(2 / k.pi) * (x + Fraction(44715, 1000000) * (x * x * x))
+
+
+def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    """x Phi(x); approximate "tanh": x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    if approximate == "none":
+        return elementwise(lambda k, x: x * _phi(k, x), x)
+    # 1 + tanh(a) = 2 sigmoid(2 a)
+    return elementwise(lambda k, x: x * k.sigmoid(2 * _gelu_inner(k, x)), x)
+
+
+def gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
+    """g times the derivative of gelu at x."""
+    if approximate == "none":
+        return elementwise(lambda k, g, x: g * (_phi(k, x) + x * _density(k, x)), g, x)
+
+    def formula(k: Any, g: Any, x: Any) -> Any:
+        s = k.sigmoid(2 * _gelu_inner(k, x))
+        slope = k.sqrt(2 / k.pi) * (1 + 3 * Fraction(44715, 1000000) * (x * x))
+        return g * (s + 2 * x * s * (1 - s) * slope)
+
+    return elementwise(formula, g, x)
+
+
+def silu_backward(g: Tensor, x: Tensor) -> Tensor:
+    """g s (1 + x (1 - s)), s = sigmoid(x)."""
+
+    def formula(k: Any, g: Any, x: Any) -> Any:
+        s = k.sigmoid(x)
+        return g * (s * (1 + x * k.sigmoid(-x)))
+
+    return elementwise(formula, g, x)
+
+
+def _softplus(k: Any, x: Any) -> Any:
+    """log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|))."""
+    return k.choose(x < 0, 0 * x, x) + k.log1p(k.exp(-abs(x)))
+
+
+def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    """log(1 + exp(beta x)) / beta; x itself where beta x > threshold."""
+    b = single(beta)
+    y = elementwise(lambda k, x: _softplus(k, b * x) / b, x)
+    return torch.where(x * float(b) > threshold, x, y)
+
+
+def softplus_backward(g: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
+    b = single(beta)
+    y = elementwise(lambda k, g, x: g * k.sigmoid(b * x), g, x)
+    return torch.where(x * float(b) > threshold, g, y)
+
+
+def mish(x: Tensor) -> Tensor:
+    """x tanh(softplus(x))."""
+    return elementwise(lambda k, x: x * k.tanh(_softplus(k, x)), x)
+
+
+def mish_backward(g: Tensor, x: Tensor) -> Tensor:
+    def formula(k: Any, g: Any, x: Any) -> Any:
+        t = k.tanh(_softplus(k, x))
+        return g * (t + x * k.sigmoid(x) * (1 - t * t))
+
+    return elementwise(formula, g, x)
+
+
+def log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
+    """-softplus(-x), and PyTorch's buffer, which is not used."""
+    return elementwise(lambda k, x: -_softplus(k, -x), x), x.new_empty(0)
+
+
+def log_sigmoid_backward(g: Tensor, x: Tensor, buffer: Tensor) -> Tensor:
+    return elementwise(lambda k, g, x: g * k.sigmoid(-x), g, x)
+
+
+def leaky_relu(x: Tensor, slope: float = 0.01) -> Tensor:
+    return torch.where(x > 0, x, x * slope)
+
+
+def leaky_relu_backward(g: Tensor, x: Tensor, slope: float, is_result: bool) -> Tensor:
+    return torch.where(x > 0, g, g * slope)
+
+
+def elu(x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
+    """scale x, or scale alpha (exp(input_scale x) - 1) below 0."""
+    a, s, i = single(alpha), single(scale), single(input_scale)
+    below = elementwise(lambda k, x: s * a * k.expm1(i * x), x.clamp(max=0))
+    return torch.where(x > 0, x * float(s), below)
+
+
+def celu(x: Tensor, alpha: float = 1) -> Tensor:
+    """x, or alpha (exp(x / alpha) - 1) below 0."""
+    return elu(x, alpha, 1, float(1 / single(alpha)))
+
+
+def elu_backward(
+    g: Tensor, alpha: float, scale: float, input_scale: float, is_result: bool, x: Tensor
+) -> Tensor:
+    a, s, i = single(alpha), single(scale), single(input_scale)
+    low = x.clamp(max=0)
+    if is_result:  # x is elu's result y, and s a exp(i x) = y + s a
+        below = elementwise(lambda k, g, y: g * i * (y + s * a), g, low)
+    else:
+        below = elementwise(lambda k, g, x: g * i * s * a * k.exp(i * x), g, low)
+    return torch.where(x > 0, g * float(s), below)
+
+
+def hardtanh_backward(g: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    return torch.where((x > low) & (x < high), g, 0.0)
+
+
+def hardsigmoid(x: Tensor) -> Tensor:
+    """min(max(x + 3, 0), 6) / 6."""
+    return elementwise(lambda k, x: (x + 3) / 6, x.clamp(-3, 3))
+
+
+def hardsigmoid_backward(g: Tensor, x: Tensor) -> Tensor:
+    return torch.where((x > -3) & (x < 3), elementwise(lambda k, g: g / 6, g), 0.0)
+
+
+def hardswish(x: Tensor) -> Tensor:
+    """x min(max(x + 3, 0), 6) / 6."""
+    return elementwise(lambda k, x, c: x * (c + 3) / 6, x, x.clamp(-3, 3))
+
+
+def hardswish_backward(g: Tensor, x: Tensor) -> Tensor:
+    middle = elementwise(lambda k, g, x: g * (2 * x + 3) / 6, g, x)
+    return torch.where(x <= -3, 0.0, torch.where(x < 3, middle, g))
+
+
+def prelu(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.where(x > 0, x, x * weight)
+
+
+def prelu_backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.where(x > 0, g, g * weight), torch.where(x > 0, 0.0, g * x)
+
+
+# ---- softmax ---------------------------------------------------------------------------------------
+
+
+def _shifted(k: Any, x: Any) -> Any:
+    return x - k.max(x)
+
+
+def _log_softmax(k: Any, x: Any, others: Any) -> Any:
+    """x - max - log(1 + the sum of exp over all but the largest), so that nothing cancels."""
+    d = _shifted(k, x)
+    return d - k.log1p(k.sum(others * k.exp(d)))
+
+
+def _softmax(k: Any, x: Any, present: Any) -> Any:
+    e = present * k.exp(_shifted(k, x))
+    return e / k.sum(e)
+
+
+def _present(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """x with each -inf replaced by the row's largest, and 0 where that was done (exp(-inf) = 0), else 1."""
+    absent = x == -torch.inf
+    return torch.where(absent, x.amax(dim, keepdim=True), x), (~absent).float()
+
+
+def _others(x: Tensor, present: Tensor, dim: int) -> Tensor:
+    """`present`, with 0 at the first largest element of each row as well."""
+    if not x.dim():
+        return torch.zeros_like(x)
+    return present.scatter(dim, x.argmax(dim, keepdim=True), 0.0)
+
+
+def log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+    if not x.numel():
+        return x.clone()
+    filled, present = _present(x, dim)
+    y = rowwise(_log_softmax, dim, filled, _others(x, present, dim))
+    return torch.where((x == -torch.inf) & ~y.isnan(), -torch.inf, y)
+
+
+def log_softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    """g - exp(y) sum(g)."""
+    return rowwise(
+        lambda k, g, y, present: g - present * k.exp(y) * k.sum(g),
+        dim,
+        g,
+        torch.where(y == -torch.inf, 0.0, y),
+        (y != -torch.inf).float(),
+    )
+
+
+def softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+    if not x.numel():
+        return x.clone()
+    return rowwise(_softmax, dim, *_present(x, dim))
+
+
+def safe_softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    """softmax, with zeros for a row that is -inf throughout."""
+    return torch.where((x == -torch.inf).all(dim, keepdim=True), 0.0, softmax(x, dim))
+
+
+def softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    """y (g - sum(g y))."""
+    return rowwise(lambda k, g, y: y * (g - k.sum(g * y)), dim, g, y)
+
+
+def logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    dims = [dim] if isinstance(dim, int) else list(dim)
+    if len(dims) != 1:
+        raise NotExactError(
+            f"logsumexp over {len(dims)} axes has no exact definition; flatten them."
+        )
+    filled, present = _present(x, dims[0])
+    y = rowwise(
+        lambda k, x, others: k.max(x) + k.log1p(k.sum(others * k.exp(_shifted(k, x)))),
+        dims[0],
+        filled,
+        _others(x, present, dims[0]),
+    )
+    lost = (x == -torch.inf).all(dims[0], keepdim=True)
+    y = torch.where(lost, -torch.inf, y)
+    return y if keepdim or not x.dim() else y.squeeze(dims[0])
+
+
+# ---- losses ----------------------------------------------------------------------------------------
+
+NONE, MEAN, SUM = 0, 1, 2
+
+
+def _reduced(formula: Callable[..., Any], reduction: int, *operands: Tensor) -> Tensor:
+    """The formula's sum or mean over all elements, rounded once; or each element."""
+    if reduction == NONE:
+        return elementwise(formula, *operands)
+    wide = torch.broadcast_tensors(*operands)
+    n = wide[0].numel() if reduction == MEAN else 1
+    flat = [x.reshape(-1) for x in wide]
+    return rowwise(lambda k, *x: k.sum(formula(k, *x)) / n, 0, *flat).reshape(())
+
+
+def _spread(formula: Callable[..., Any], reduction: int, g: Tensor, *operands: Tensor) -> Tensor:
+    """g times the formula, divided by the number of elements for a mean."""
+    n = torch.broadcast_tensors(*operands)[0].numel() if reduction == MEAN else 1
+    return elementwise(lambda k, g, *x: g * formula(k, *x) / n, g, *operands)
+
+
+def mse_loss(x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
+    return _reduced(lambda k, x, y: (x - y) * (x - y), reduction, x, y)
+
+
+def mse_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:
+    return _spread(lambda k, x, y: 2 * (x - y), reduction, g, x, y)
+
+
+def smooth_l1_loss(x: Tensor, y: Tensor, reduction: int = MEAN, beta: float = 1.0) -> Tensor:
+    """d^2 / (2 beta) where |d| < beta, else |d| - beta / 2, with d = x - y."""
+    b = Fraction(beta)
+
+    def formula(k: Any, x: Any, y: Any, near: Any) -> Any:
+        d = abs(x - y)
+        return near * (d * d / (2 * b)) + (1 - near) * (d - b * HALF) if b else d
+
+    return _reduced(formula, reduction, x, y, _within(x, y, beta))
+
+
+def smooth_l1_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int, beta: float) -> Tensor:
+    b = Fraction(beta)
+
+    def formula(k: Any, x: Any, y: Any, near: Any, sign: Any) -> Any:
+        return near * ((x - y) / b) + (1 - near) * sign if b else sign
+
+    return _spread(formula, reduction, g, x, y, _within(x, y, beta), _sign(x, y))
+
+
+def huber_loss(x: Tensor, y: Tensor, reduction: int = MEAN, delta: float = 1.0) -> Tensor:
+    """d^2 / 2 where |d| <= delta, else delta (|d| - delta / 2)."""
+    b = Fraction(delta)
+
+    def formula(k: Any, x: Any, y: Any, near: Any) -> Any:
+        d = abs(x - y)
+        return near * (d * d * HALF) + (1 - near) * (b * (d - b * HALF))
+
+    return _reduced(formula, reduction, x, y, _within(x, y, delta))
+
+
+def huber_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int, delta: float) -> Tensor:
+    b = Fraction(delta)
+
+    def formula(k: Any, x: Any, y: Any, near: Any, sign: Any) -> Any:
+        return near * (x - y) + (1 - near) * (b * sign)
+
+    return _spread(formula, reduction, g, x, y, _within(x, y, delta), _sign(x, y))
+
+
+def _within(x: Tensor, y: Tensor, bound: float) -> Tensor:
+    """1 where |x - y| < bound exactly, else 0 (at the bound both branches agree)."""
+    # x - y in binary64 may round, but not across the bound, itself a binary64 number.
+    return ((x.double() - y.double()).abs() < bound).float()
+
+
+def _sign(x: Tensor, y: Tensor) -> Tensor:
+    return (x > y).float() - (x < y).float()
+
+
+def bce(x: Tensor, y: Tensor, weight: Optional[Tensor] = None, reduction: int = MEAN) -> Tensor:
+    """-w (y log x + (1 - y) log(1 - x)), each logarithm no less than -100."""
+
+    def formula(k: Any, x: Any, y: Any, w: Any, zero: Any, one: Any) -> Any:
+        # where x is 0 or 1 the logarithm of a stand-in is multiplied away and -100 takes its place
+        log_x = (1 - zero) * k.log(x + zero) - 100 * zero
+        log_1_x = (1 - one) * k.log1p(-x * (1 - one)) - 100 * one
+        return -w * (y * log_x + (1 - y) * log_1_x)
+
+    zero = (x.double() < 3.720075976020836e-44).float()  # exp(-100)
+    one = (x == 1).float()
+    return _reduced(formula, reduction, x, y, _ones(weight, x), zero, one)
+
+
+def bce_backward(
+    g: Tensor, x: Tensor, y: Tensor, weight: Optional[Tensor] = None, reduction: int = MEAN
+) -> Tensor:
+    """g w (x - y) / max(x (1 - x), 1e-12)."""
+    small = Fraction(1, 10**12)
+    tiny = ((x.double() * (1 - x.double())) < 1e-12).float()
+
+    def formula(k: Any, x: Any, y: Any, w: Any, tiny: Any) -> Any:
+        return w * (x - y) / ((1 - tiny) * (x * (1 - x)) + tiny * small)
+
+    return _spread(formula, reduction, g, x, y, _ones(weight, x), tiny)
+
+
+def bce_with_logits(
+    x: Tensor,
+    y: Tensor,
+    weight: Optional[Tensor] = None,
+    pos_weight: Optional[Tensor] = None,
+    reduction: int = MEAN,
+) -> Tensor:
+    """w ((1 - y) x + (1 + (p - 1) y) softplus(-x)), p the weight of positives."""
+
+    def formula(k: Any, x: Any, y: Any, w: Any, p: Any) -> Any:
+        return w * ((1 - y) * x + (1 + (p - 1) * y) * _softplus(k, -x))
+
+    return _reduced(formula, reduction, x, y, _ones(weight, x), _ones(pos_weight, x))
+
+
+def _ones(weight: Optional[Tensor], x: Tensor) -> Tensor:
+    return torch.ones((), device=x.device) if weight is None else weight
+
+
+def nll_loss(
+    x: Tensor, target: Tensor, weight: Optional[Tensor], reduction: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """-sum w x[target] / sum w for a mean, -sum w x[target], or each; and sum w."""
+    if x.dim() == 1:
+        loss, total = nll_loss(x.unsqueeze(0), target.reshape(1), weight, reduction, ignore_index)
+        return (loss.squeeze(0) if reduction == NONE else loss), total
+    counted = target != ignore_index
+    at = torch.where(counted, target, 0)
+    picked = torch.where(counted, x.gather(1, at.unsqueeze(1)).squeeze(1), 0.0)
+    w = counted.float() if weight is None else torch.where(counted, weight[at], 0.0)
+    if reduction == NONE:
+        return torch.where(counted, -(picked * w), 0.0), torch.zeros((), device=x.device)
+    total = sum_over(w, ())
+    if reduction == SUM:
+        return -sum_over(picked, (), y=w), total
+    return rowwise(lambda k, x, w: -(k.sum(x * w) / k.sum(w)), 0, picked, w).reshape(()), total
+
+
+def nll_loss_backward(
+    g: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Optional[Tensor],
+    reduction: int,
+    ignore_index: int,
+    total: Tensor,
+) -> Tensor:
+    """-g w / total at the target, 0 elsewhere."""
+    rows, row_target = (x.unsqueeze(0), target.reshape(1)) if x.dim() == 1 else (x, target)
+    counted = row_target != ignore_index
+    at = torch.where(counted, row_target, 0)
+    w = torch.ones_like(at, dtype=torch.float32) if weight is None else weight[at]
+    if reduction == MEAN:
+        value = elementwise(lambda k, g, w, t: -(g * w / t), g, w, total)
+    else:
+        value = -(g * w)
+    value = torch.where(counted, value, 0.0)
+    return torch.zeros_like(rows).scatter(1, at.unsqueeze(1), value.unsqueeze(1)).reshape(x.shape)
+
+
+def nll_loss2d(
+    x: Tensor, target: Tensor, weight: Optional[Tensor], reduction: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """nll_loss of each place: x [n, c, h, w], target [n, h, w]."""
+    loss, total = nll_loss(_places(x), target.reshape(-1), weight, reduction, ignore_index)
+    return loss.reshape(target.shape) if reduction == NONE else loss, total
+
+
+def nll_loss2d_backward(g: Tensor, x: Tensor, target: Tensor, *rest: Any) -> Tensor:
+    n, c, h, w = x.shape
+    flat = nll_loss_backward(g.reshape(-1) if g.dim() else g, _places(x), target.reshape(-1), *rest)
+    return flat.reshape(n, h, w, c).permute(0, 3, 1, 2).contiguous()
+
+
+def _places(x: Tensor) -> Tensor:
+    """[n, c, h, w] -> [n * h * w, c]."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def xlogy(x: Any, y: Any) -> Tensor:
+    """x log y, 0 where x is 0 (unless y is NaN)."""
+    x, y = (t if isinstance(t, Tensor) else torch.tensor(float(t)) for t in (x, y))
+    value = elementwise(lambda k, x, y: x * k.log(y), x, torch.where(x == 0, 1.0, y))
+    return torch.where(y.isnan(), y, value)

@@ -1,0 +1,273 @@
+"""Convolutions and pooling as the sums they are: patches are laid out (im2col), then each output is one
+dot product or one sum, rounded once. One- and two-dimensional; one dimension is two with a height of 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, unfold
+
+from reproml.arithmetic import NotExactError
+from reproml.arithmetic.ball import rowwise
+from reproml.arithmetic.dot import matmul, sum_over
+
+
+def _patches(
+    x: Tensor, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """[n, c, h, w] -> [n, groups, c / groups * kh * kw, places]."""
+    columns = unfold(x, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
+    return columns.reshape(len(x), groups, -1, columns.shape[-1])
+
+
+def _correlate(
+    x: Tensor,
+    w: Tensor,
+    bias: Optional[Tensor],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    size: Any,
+) -> Tensor:
+    """x [n, c, h, w], w [o, c / groups, kh, kw], bias [o] -> [n, o, *size]."""
+    columns = _patches(x, w.shape[2:], stride, padding, dilation, groups)
+    n, out = len(x), len(w)
+    kernels = w.reshape(1, groups, out // groups, -1).expand(n, -1, -1, -1)
+    b = None if bias is None else bias.reshape(1, groups, -1, 1)
+    return matmul(kernels, columns, b).reshape(n, out, *size)
+
+
+def _flipped(w: Tensor, groups: int) -> Tensor:
+    """[o, c / groups, kh, kw] -> [c, o / groups, kh, kw], turned by 180 degrees."""
+    split = w.reshape(groups, -1, *w.shape[1:]).transpose(1, 2)
+    return split.reshape(-1, len(w) // groups, *w.shape[2:]).flip(2, 3)
+
+
+def _spread(
+    g: Tensor, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, size: Any
+) -> Tensor:
+    """g with stride - 1 zeros between its elements, padded so that sliding the kernel over it at stride
+    1 without further padding gives `size` places: what a transposed convolution slides over."""
+    n, c, h, w = g.shape
+    wide = g.new_zeros(n, c, (h - 1) * stride[0] + 1, (w - 1) * stride[1] + 1)
+    wide[:, :, :: stride[0], :: stride[1]] = g
+    margins = []
+    for axis in (1, 0):  # the last axis first, as `pad` wants it
+        reach = dilation[axis] * (kernel[axis] - 1)
+        before = reach - padding[axis]
+        margins += [before, size[axis] + reach - wide.shape[2 + axis] - before]
+    return pad(wide, margins)
+
+
+def _transposed(
+    g: Tensor,
+    w: Tensor,
+    bias: Optional[Tensor],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    size: Any,
+) -> Tensor:
+    """The convolution's transpose: g [n, o, ...], w [o, c / groups, kh, kw] -> [n, c, *size]."""
+    wide = _spread(g, w.shape[2:], stride, padding, dilation, size)
+    return _correlate(wide, _flipped(w, groups), bias, (1, 1), (0, 0), dilation, groups, size)
+
+
+def convolution(
+    x: Tensor,
+    w: Tensor,
+    bias: Optional[Tensor],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Tensor:
+    """aten.convolution: each output, bias included, is one dot product."""
+    if x.dim() == 3:
+        stride, dilation = [1, *stride], [1, *dilation]
+        padding, output_padding = [0, *padding], [0, *output_padding]
+        flat = convolution(
+            x.unsqueeze(2),
+            w.unsqueeze(2),
+            bias,
+            stride,
+            padding,
+            dilation,
+            transposed,
+            output_padding,
+            groups,
+        )
+        return flat.squeeze(2)
+    _only_two_dimensions(x)
+    reach = [d * (k - 1) for d, k in zip(dilation, w.shape[2:])]
+    sides = list(zip(x.shape[2:], stride, padding, reach, output_padding))
+    if transposed:
+        size = [(i - 1) * s - 2 * p + r + o + 1 for i, s, p, r, o in sides]
+        return _transposed(x, w, bias, stride, padding, dilation, groups, size)
+    size = [(i + 2 * p - r - 1) // s + 1 for i, s, p, r, _ in sides]
+    return _correlate(x, w, bias, stride, padding, dilation, groups, size)
+
+
+def _only_two_dimensions(x: Tensor) -> None:
+    if x.dim() != 4:
+        raise NotExactError(
+            f"A convolution or pooling of an input of shape {list(x.shape)} has no exact definition here; "
+            "one and two dimensions with a batch have."
+        )
+
+
+def convolution_backward(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias_sizes: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    mask: list[bool],
+) -> tuple[Optional[Tensor], ...]:
+    """aten.convolution_backward: each element of each gradient is one dot product or one sum."""
+    grad_bias = sum_over(g, [0, *range(2, g.dim())]) if mask[2] else None
+    one_dimension = x.dim() == 3
+    if one_dimension:
+        g, x, w = g.unsqueeze(2), x.unsqueeze(2), w.unsqueeze(2)
+        stride, dilation, padding = [1, *stride], [1, *dilation], [0, *padding]
+    _only_two_dimensions(x)
+    grad_x = grad_w = None
+    if mask[0]:
+        if transposed:
+            grad_x = _correlate(g, w, None, stride, padding, dilation, groups, x.shape[2:])
+        else:
+            grad_x = _transposed(g, w, None, stride, padding, dilation, groups, x.shape[2:])
+    if mask[1]:
+        # Of a transposed convolution, x and g change places.
+        still, slid = (x, g) if transposed else (g, x)
+        columns = _patches(slid, w.shape[2:], stride, padding, dilation, groups)[
+            ..., : still[0, 0].numel()
+        ]
+        columns = columns.permute(1, 0, 3, 2).reshape(groups, -1, columns.shape[2])
+        rows = still.reshape(len(g), groups, -1, still[0, 0].numel()).permute(1, 2, 0, 3)
+        grad_w = matmul(rows.reshape(groups, rows.shape[1], -1), columns).reshape(w.shape)
+    if one_dimension:
+        grad_x = None if grad_x is None else grad_x.squeeze(2)
+        grad_w = None if grad_w is None else grad_w.squeeze(2)
+    return grad_x, grad_w, grad_bias
+
+
+# ---- pooling ---------------------------------------------------------------------------------------
+
+
+def _pair(x: Any) -> list[int]:
+    return [x[0], x[-1]] if isinstance(x, (list, tuple)) else [x, x]
+
+
+def _pooling(
+    x: Tensor, kernel: Any, stride: Any, padding: Any, ceil: bool, count_padding: bool, divisor: Any
+) -> tuple[list[int], list[int], list[int], int]:
+    kernel, padding = _pair(kernel), _pair(padding)
+    stride = _pair(stride) if stride else kernel
+    whole = all((i - k) % s == 0 for i, k, s in zip(x.shape[-2:], kernel, stride))
+    if (ceil and not whole) or (any(padding) and not count_padding and divisor is None):
+        raise NotExactError(
+            "Average pooling whose windows are of different size at the border has no exact definition "
+            "here; use ceil_mode=False and count_include_pad=True."
+        )
+    return kernel, stride, padding, divisor or kernel[0] * kernel[1]
+
+
+def avg_pool2d(
+    x: Tensor,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: Optional[int] = None,
+) -> Tensor:
+    """The mean of each window, rounded once. x [n, c, h, w] or [c, h, w]."""
+    if x.dim() == 3:
+        x4 = x.unsqueeze(0)
+        return avg_pool2d(
+            x4, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
+        ).squeeze(0)
+    kernel, stride, padding, divisor = _pooling(
+        x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
+    )
+    columns = _patches(x, kernel, stride, padding, (1, 1), x.shape[1])
+    size = [(i + 2 * p - k) // s + 1 for i, k, s, p in zip(x.shape[2:], kernel, stride, padding)]
+    return sum_over(columns, (2,), divisor=divisor).reshape(*x.shape[:2], *size)
+
+
+def avg_pool2d_backward(
+    g: Tensor,
+    x: Tensor,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: Optional[int],
+) -> Tensor:
+    """The sum of the gradients of the windows over an element, divided by the window's size."""
+    if x.dim() == 3:
+        rest = (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
+        return avg_pool2d_backward(g.unsqueeze(0), x.unsqueeze(0), *rest).squeeze(0)
+    kernel, stride, padding, divisor = _pooling(
+        x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
+    )
+    wide = _spread(g, kernel, stride, padding, (1, 1), x.shape[2:])
+    columns = _patches(wide, kernel, (1, 1), (0, 0), (1, 1), x.shape[1])
+    return sum_over(columns, (2,), divisor=divisor).reshape(x.shape)
+
+
+def _windows(n: int, parts: int) -> list[tuple[int, int]]:
+    """Of n elements, the `parts` windows of adaptive pooling."""
+    return [(i * n // parts, -(-(i + 1) * n // parts)) for i in range(parts)]
+
+
+def adaptive_avg_pool2d(x: Tensor, size: Any) -> Tensor:
+    """The mean of each window, rounded once. x [..., h, w]."""
+    rows, columns = (_windows(n, p) for n, p in zip(x.shape[-2:], _pair(size)))
+    means = [
+        sum_over(x[..., top:bottom, left:right], (-2, -1), divisor=(bottom - top) * (right - left))
+        for top, bottom in rows
+        for left, right in columns
+    ]
+    return torch.stack(means, -1).reshape(*x.shape[:-2], len(rows), len(columns))
+
+
+def adaptive_avg_pool2d_backward(g: Tensor, x: Tensor) -> Tensor:
+    """For each element the sum of gradient / size over the windows that hold it, rounded once."""
+    rows, columns = (_windows(n, p) for n, p in zip(x.shape[-2:], g.shape[-2:]))
+    holders = [
+        (
+            [i for i, (a, b) in enumerate(rows) if a <= y < b],
+            [j for j, (a, b) in enumerate(columns) if a <= z < b],
+        )
+        for y in range(x.shape[-2])
+        for z in range(x.shape[-1])
+    ]
+    height = torch.tensor([b - a for a, b in rows], dtype=torch.float32, device=g.device)
+    width = torch.tensor([b - a for a, b in columns], dtype=torch.float32, device=g.device)
+    area = height.unsqueeze(1) * width
+    grads = [
+        rowwise(
+            lambda k, g, a: k.sum(g / a),
+            -1,
+            g[..., ys, :][..., zs].flatten(-2),
+            area[ys][:, zs].flatten(),
+        )
+        for ys, zs in holders
+    ]
+    return torch.cat(grads, -1).reshape(x.shape)

@@ -1,0 +1,93 @@
+"""Sums over indices: each output is the exact sum of what is put there, rounded once, in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic import NotExactError
+from reproml.arithmetic.dot import nearest_of_rows
+from reproml.arithmetic.rounding import gamma, settle_sum
+
+
+def sum_at(index: Tensor, values: Tensor, size: int, start: Optional[Tensor] = None) -> Tensor:
+    """start + the sum of the values of each index. index int64 [n], values float32 [n] -> [size]."""
+    wide = values.double()
+    if start is not None:
+        index = torch.cat([torch.arange(size, device=index.device), index])
+        wide = torch.cat([start.double(), wide])
+    zeros = torch.zeros(size, dtype=torch.float64, device=values.device)
+    c, bound = zeros.scatter_add(0, index, wide), zeros.scatter_add(0, index, wide.abs())
+    most = int(torch.bincount(index, minlength=1).max()) if len(index) else 0
+
+    def resolve(at: Tensor) -> Sequence[float]:
+        return [nearest_of_rows(wide[index == i].unsqueeze(0))[0] for i in at.tolist()]
+
+    return settle_sum(c, bound * gamma(most), resolve)
+
+
+def _places(x: Tensor) -> Tensor:
+    """The flat index of each element of x."""
+    return torch.arange(x.numel(), device=x.device).reshape(x.shape)
+
+
+def _add_at(x: Tensor, at: Tensor, source: Tensor) -> Tensor:
+    flat = sum_at(at.reshape(-1), source.expand(at.shape).reshape(-1), x.numel(), x.reshape(-1))
+    return flat.reshape(x.shape)
+
+
+def scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    if not x.dim():
+        return _add_at(x, index * 0, source)
+    used = [slice(0, n) for n in index.shape]
+    whole = list(used)
+    whole[dim] = slice(None)
+    return _add_at(x, _places(x)[tuple(whole)].gather(dim, index), source[tuple(used)])
+
+
+def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
+    source = source if alpha == 1 else source * alpha
+    return _add_at(x, _places(x).index_select(dim, index), source)
+
+
+def index_put(
+    x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, unsafe: bool = False
+) -> Tensor:
+    if not accumulate:
+        return torch.index_put(x, indices, values)
+    return _add_at(x, torch.ops.aten.index(_places(x), indices), values)
+
+
+def index_put_(
+    x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, unsafe: bool = False
+) -> Tensor:
+    if not accumulate:
+        return x.index_put_(indices, values)
+    return x.copy_(index_put(x, indices, values, True))
+
+
+def embedding_backward(
+    g: Tensor, indices: Tensor, rows: int, padding: int, scale_by_freq: bool
+) -> Tensor:
+    """embedding_dense_backward: of each row of the table, the sum of its gradients."""
+    if scale_by_freq:
+        raise NotExactError(
+            "An embedding with scale_grad_by_freq=True has no exact definition; leave it out."
+        )
+    flat, width = indices.reshape(-1), g.shape[-1]
+    grads = torch.where((flat == padding).unsqueeze(1), 0.0, g.reshape(-1, width))
+    at = flat.unsqueeze(1) * width + torch.arange(width, device=g.device)
+    return sum_at(at.reshape(-1), grads.reshape(-1), rows * width).reshape(rows, width)
+
+
+def max_pool_backward(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    """The gradients of all windows whose largest element is this one; the indices come last."""
+    indices = rest[-1]
+    planes = g.shape[:-2].numel()
+    area = x.shape[-2] * x.shape[-1]
+    first = torch.arange(planes, device=g.device).unsqueeze(1) * area
+    at = indices.reshape(planes, -1) + first
+    return sum_at(at.reshape(-1), g.reshape(-1), x.numel()).reshape(x.shape)

@@ -1,0 +1,263 @@
+"""Batch, group and layer normalisation: written expressions of correctly rounded steps.
+
+Of each group of numbers the mean and 1 / sqrt(variance + eps) are rounded once, from the exact mean
+and variance; then each output once, from these. Backward likewise: the sums over a group are rounded,
+then each element. `rows` are float32 [groups, n]; statistics are float32 [groups, 1].
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic.ball import elementwise, rowwise
+from reproml.arithmetic.dot import sum_over
+
+
+def statistics(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The mean and 1 / sqrt(variance + eps) of each row, the variance divided by n."""
+    n, epsilon = rows.shape[1], Fraction(eps)
+
+    def inverse_deviation(k: Any, x: Any) -> Any:
+        return 1 / k.sqrt(_variance(k, x, n, 0) + epsilon)
+
+    return sum_over(rows, (1,), keepdim=True, divisor=n), rowwise(inverse_deviation, 1, rows)
+
+
+def variance(rows: Tensor, correction: int, root: bool = False) -> Tensor:
+    """The variance of each row, divided by n - correction, or its square root, [groups, 1]."""
+    n = rows.shape[1]
+    if n <= correction:
+        return rows.new_full((len(rows), 1), torch.nan)
+
+    def formula(k: Any, x: Any) -> Any:
+        v = _variance(k, x, n, correction)
+        return k.sqrt(v) if root else v
+
+    return rowwise(formula, 1, rows)
+
+
+def _variance(k: Any, x: Any, n: int, correction: int) -> Any:
+    d = x - k.sum(x) / n
+    return k.sum(d * d) / (n - correction)
+
+
+def normalize(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Optional[Tensor], bias: Optional[Tensor]
+) -> Tensor:
+    """(x - mean) * rstd * weight + bias; all broadcast against x."""
+    one, zero = torch.ones((), device=x.device), torch.zeros((), device=x.device)
+    w, b = one if weight is None else weight, zero if bias is None else bias
+    return elementwise(lambda k, x, m, r, w, b: (x - m) * r * w + b, x, mean, rstd, w, b)
+
+
+def group_backward(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of rows that were normalised with their own statistics.
+
+    rstd * (w g - a / n - (x - mean) * rstd * b / n), with a = sum w g and b = sum w g (x - mean) rstd
+    over the row, each rounded once. g, x [groups, n]; weight broadcast to them.
+    """
+    n = x.shape[1]
+    weight = weight.expand(x.shape)
+    a = sum_over(g, (1,), keepdim=True, y=weight)
+    b = rowwise(lambda k, g, w, x, m, r: k.sum(w * g * (x - m) * r), 1, g, weight, x, mean, rstd)
+
+    def gradient(k: Any, g: Any, w: Any, x: Any, m: Any, r: Any, a: Any, b: Any) -> Any:
+        return r * (w * g - (a + (x - m) * r * b) / n)
+
+    return elementwise(gradient, g, weight, x, mean, rstd, a, b)
+
+
+def scaled_sum(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """sum g (x - mean) rstd over the last axis: the gradient of a weight. [groups, n] -> [groups]."""
+    return rowwise(lambda k, g, x, m, r: k.sum(g * (x - m) * r), 1, g, x, mean, rstd).squeeze(1)
+
+
+# ---- PyTorch's operators ---------------------------------------------------------------------------
+
+
+def _channels(x: Tensor) -> Tensor:
+    """[n, c, ...] -> [c, n * ...]."""
+    return x.transpose(0, 1).reshape(x.shape[1], -1)
+
+
+def _back(rows: Tensor, like: Tensor) -> Tensor:
+    n, c, *rest = like.shape
+    return rows.reshape(c, n, *rest).transpose(0, 1).contiguous()
+
+
+def _column(x: Optional[Tensor]) -> Optional[Tensor]:
+    return None if x is None else x.unsqueeze(1)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """native_batch_norm: the output, and the mean and rstd that were used. x [n, c, ...].
+
+    Running statistics become (1 - momentum) * old + momentum * new, rounded once, with the rounded mean
+    and the rounded unbiased variance for the new.
+    """
+    rows = _channels(x)
+    if training:
+        mean, rstd = statistics(rows, eps)
+        if running_mean is not None:
+            _follow(running_mean, mean.squeeze(1), momentum)
+        if running_var is not None:
+            _follow(running_var, variance(rows, 1).squeeze(1), momentum)
+    else:
+        assert running_mean is not None and running_var is not None
+        mean, rstd = running_mean.unsqueeze(1), _rstd(running_var, eps).unsqueeze(1)
+    out = _back(normalize(rows, mean, rstd, _column(weight), _column(bias)), x)
+    if not training:
+        return out, x.new_empty(0), x.new_empty(0)
+    return out, mean.squeeze(1), rstd.squeeze(1)
+
+
+def batch_norm_legit(
+    x: Tensor, weight: Any, bias: Any, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """_native_batch_norm_legit, with running statistics or (`no_stats`) without."""
+    stats = rest[:-3] or (None, None)
+    return batch_norm(x, weight, bias, *stats, *rest[-3:])
+
+
+def batch_norm_inference(
+    x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return batch_norm(x, weight, bias, mean, var, False, momentum, eps)
+
+
+def _rstd(variance: Tensor, eps: float) -> Tensor:
+    return elementwise(lambda k, v: 1 / k.sqrt(v + Fraction(eps)), variance)
+
+
+def _follow(running: Tensor, new: Tensor, momentum: float) -> None:
+    m = Fraction(torch.tensor(momentum, dtype=torch.float32).item())
+    running.copy_(elementwise(lambda k, old, new: (1 - m) * old + m * new, running, new))
+
+
+def batch_norm_backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Optional[Tensor],
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    mean: Optional[Tensor],
+    rstd: Optional[Tensor],
+    train: bool,
+    eps: float,
+    mask: list[bool],
+) -> tuple[Optional[Tensor], ...]:
+    """native_batch_norm_backward: gradients of x, weight and bias."""
+    rows, g_rows = _channels(x), _channels(g)
+    if not train:
+        assert running_mean is not None and running_var is not None
+        mean, rstd = running_mean, _rstd(running_var, eps)
+    assert mean is not None and rstd is not None
+    mean, rstd = mean.unsqueeze(1), rstd.unsqueeze(1)
+    w = torch.ones_like(mean) if weight is None else weight.unsqueeze(1)
+    grad_x = None
+    if mask[0] and train:
+        grad_x = _back(group_backward(g_rows, rows, mean, rstd, w), x)
+    elif mask[0]:
+        grad_x = _back(elementwise(lambda k, g, w, r: g * w * r, g_rows, w, rstd), x)
+    grad_weight = scaled_sum(g_rows, rows, mean, rstd) if mask[1] else None
+    return grad_x, grad_weight, sum_over(g_rows, (1,)) if mask[2] else None
+
+
+def layer_norm(
+    x: Tensor, shape: list[int], weight: Optional[Tensor], bias: Optional[Tensor], eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """native_layer_norm over the last axes `shape`: the output, and each row's mean and rstd."""
+    outer = x.shape[: x.dim() - len(shape)]
+    rows = x.reshape(outer.numel(), -1)
+    mean, rstd = statistics(rows, eps)
+    flat = [None if p is None else p.reshape(1, -1) for p in (weight, bias)]
+    kept = (*outer, *[1] * len(shape))
+    return (
+        normalize(rows, mean, rstd, *flat).reshape(x.shape),
+        mean.reshape(kept),
+        rstd.reshape(kept),
+    )
+
+
+def layer_norm_backward(
+    g: Tensor,
+    x: Tensor,
+    shape: list[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    mask: list[bool],
+) -> tuple[Optional[Tensor], ...]:
+    """native_layer_norm_backward: gradients of x, weight and bias."""
+    rows, g_rows = (t.reshape(mean.numel(), -1) for t in (x, g))
+    mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
+    w = torch.ones_like(rows[:1]) if weight is None else weight.reshape(1, -1)
+    grad_x = group_backward(g_rows, rows, mean, rstd, w).reshape(x.shape) if mask[0] else None
+    across = [t.expand(rows.shape).t() for t in (g_rows, rows, mean, rstd)]
+    grad_weight = scaled_sum(*across).reshape(shape) if mask[1] else None
+    return grad_x, grad_weight, sum_over(g_rows, (0,)).reshape(shape) if mask[2] else None
+
+
+def group_norm(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    n: int,
+    c: int,
+    hw: int,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """native_group_norm: the output, and mean and rstd [n, groups]. x [n, c, ...]."""
+    rows = x.reshape(n * groups, -1)
+    mean, rstd = statistics(rows, eps)
+    split = (n, groups, c // groups, hw)
+    flat = [None if p is None else p.reshape(1, groups, -1, 1) for p in (weight, bias)]
+    stats = (t.reshape(n, groups, 1, 1) for t in (mean, rstd))
+    out = normalize(x.reshape(split), *stats, *flat).reshape(x.shape)
+    return out, mean.reshape(n, groups), rstd.reshape(n, groups)
+
+
+def group_norm_backward(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Optional[Tensor],
+    n: int,
+    c: int,
+    hw: int,
+    groups: int,
+    mask: list[bool],
+) -> tuple[Optional[Tensor], ...]:
+    """native_group_norm_backward: gradients of x, weight and bias."""
+    split = (n, groups, c // groups, hw)
+    w = (torch.ones(c, device=x.device) if weight is None else weight).reshape(1, groups, -1, 1)
+    grad_x = None
+    if mask[0]:
+        g_rows, rows = (t.reshape(n * groups, -1) for t in (g, x))
+        row_mean, row_rstd = (t.reshape(n * groups, 1) for t in (mean, rstd))
+        w_rows = w.expand(split).reshape(n * groups, -1)
+        grad_x = group_backward(g_rows, rows, row_mean, row_rstd, w_rows).reshape(x.shape)
+
+    def by_channel(t: Tensor) -> Tensor:
+        return t.expand(split).permute(1, 2, 0, 3).reshape(c, -1)
+
+    g4, x4 = g.reshape(split), x.reshape(split)
+    m4, r4 = (t.reshape(n, groups, 1, 1) for t in (mean, rstd))
+    grad_weight = scaled_sum(*map(by_channel, (g4, x4, m4, r4))) if mask[1] else None
+    return grad_x, grad_weight, sum_over(by_channel(g4), (1,)) if mask[2] else None

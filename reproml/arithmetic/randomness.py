@@ -1,0 +1,162 @@
+"""Random numbers: PyTorch's own stream of random integers, through correctly rounded formulas.
+
+A float32 of `rand` is a multiple of 2^-24, a float64 of 2^-53: integer work, the same everywhere. All
+numbers are drawn on the CPU from the CPU's generator, whatever the device. What follows each draw is
+PyTorch's own algorithm on the CPU, with its functions replaced by exact ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic import NotExactError
+from reproml.arithmetic.activations import single
+from reproml.arithmetic.ball import elementwise
+
+
+def _only_float32(dtype: Any) -> None:
+    if (dtype or torch.get_default_dtype()) is not torch.float32:
+        raise NotExactError(f"Random numbers of {dtype} have no exact definition; ask for float32.")
+
+
+def _on_cpu(generator: Optional[torch.Generator]) -> None:
+    if generator is not None and generator.device.type != "cpu":
+        raise NotExactError(
+            f"A generator on {generator.device} has no exact stream; use one on the CPU."
+        )
+
+
+def rand(
+    size: Sequence[int], *, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any
+) -> Tensor:
+    """Multiples of 2^-24 in [0, 1)."""
+    _only_float32(dtype)
+    _on_cpu(generator)
+    return torch.rand(size, generator=generator, dtype=torch.float32).to(device or "cpu")
+
+
+def uniform(x: Tensor, low: float = 0, high: float = 1, *, generator: Any = None) -> Tensor:
+    """u (high - low) + low, rounded once."""
+    _on_cpu(generator)
+    # x's own strides, as PyTorch fills a tensor in the order of its memory
+    u = torch.empty_like(x, device="cpu").uniform_(generator=generator).to(x.device)
+    a, b = single(low), single(high)
+    return x.copy_(u if (low, high) == (0, 1) else elementwise(lambda k, u: u * (b - a) + a, u))
+
+
+def normal(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None) -> Tensor:
+    """std sqrt(-2 log(u)) cos(2 pi v) + mean, and the same with sin (Box & Muller 1958), rounded once.
+
+    From 16 elements on PyTorch takes u = 1 - u' and v from each 16 numbers of `rand`, u' the first 8
+    and v the others, and draws the last 16 elements anew where 16 does not divide their number. For
+    fewer elements it draws pairs (v, u') of float64; the second number of the last pair, where there is
+    one too many, is dropped.
+    """
+    _on_cpu(generator)
+    m, s = single(mean), single(std)
+
+    def pairs(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        radius_of = lambda k, u: s * k.sqrt(-2 * k.log1p(-u))  # noqa: E731
+        cosine = elementwise(lambda k, u, v: radius_of(k, u) * k.cospi(2 * v) + m, u, v)
+        return cosine, elementwise(lambda k, u, v: radius_of(k, u) * k.sinpi(2 * v) + m, u, v)
+
+    def blocks(u: Tensor) -> Tensor:
+        u = u.reshape(-1, 2, 8)
+        return torch.stack(pairs(u[:, 0], u[:, 1]), 1).reshape(-1)
+
+    n = x.numel()
+    if n >= 16 and x.is_contiguous():
+        u = torch.rand(n, generator=generator, dtype=torch.float32)
+        flat = torch.cat([blocks(u[: n - n % 16]), u[n - n % 16 :]])
+        if n % 16:
+            flat[-16:] = blocks(torch.rand(16, generator=generator, dtype=torch.float32))
+    else:
+        draws = torch.rand((n + 1) // 2, 2, generator=generator, dtype=torch.float64)
+        flat = torch.stack(pairs(draws[:, 1], draws[:, 0]), 1).reshape(-1)[:n]
+    return x.copy_(flat.reshape(x.shape))
+
+
+def randn(
+    size: Sequence[int], *, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any
+) -> Tensor:
+    _only_float32(dtype)
+    return normal(torch.empty(size, dtype=torch.float32), generator=generator).to(device or "cpu")
+
+
+def normal_of(
+    mean: Any, std: Any = 1.0, size: Any = None, *, generator: Any = None, **_: Any
+) -> Tensor:
+    """torch.normal: numbers, or tensors of means and deviations (std z + mean, rounded once)."""
+    if size is not None:
+        return normal(torch.empty(size, dtype=torch.float32), mean, std, generator=generator)
+    shape = torch.broadcast_shapes(*[x.shape for x in (mean, std) if isinstance(x, Tensor)])
+    z = normal(torch.empty(shape, dtype=torch.float32), generator=generator)
+    return elementwise(lambda k, z, s, m: z * s + m, z, std, mean)
+
+
+def like(draw: Any) -> Any:
+    """rand_like and randn_like of rand and randn."""
+
+    def drawn(x: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+        result: Tensor = draw(x.shape, dtype=dtype or x.dtype, device=device or x.device)
+        return result
+
+    return drawn
+
+
+def bernoulli(x: Tensor, p: Any = None, *, generator: Any = None) -> Tensor:
+    """1 where `rand` is below the probability: p, or x itself. rand of p's dtype, float64 for a number."""
+    _on_cpu(generator)
+    p = x if p is None else p
+    dtype = p.dtype if isinstance(p, Tensor) else torch.float64
+    draws = torch.rand(x.shape, generator=generator, dtype=dtype).to(x.device)
+    return torch.lt(draws, p).to(x.dtype)
+
+
+def bernoulli_(x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
+    return x.copy_(bernoulli(x, p, generator=generator))
+
+
+def exponential(x: Tensor, rate: float = 1, *, generator: Any = None) -> Tensor:
+    """-log(1 - u) / rate, u a float64 of `rand`."""
+    _on_cpu(generator)
+    u = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+    r = single(rate)
+    return x.copy_(elementwise(lambda k, u: -k.log1p(-u) / r, u))
+
+
+def on_cpu(draw: Any) -> Any:
+    """A function that draws integers, on the CPU whatever the device."""
+
+    def drawn(*args: Any, device: Any = None, pin_memory: Any = None, **options: Any) -> Tensor:
+        _on_cpu(options.get("generator"))
+        result: Tensor = draw(*args, **options)
+        return result.to(device or "cpu")
+
+    return drawn
+
+
+def random_(x: Tensor, *bounds: int, generator: Any = None) -> Tensor:
+    _on_cpu(generator)
+    return x.copy_(torch.empty(x.shape, dtype=x.dtype).random_(*bounds, generator=generator))
+
+
+def multinomial(
+    x: Tensor, count: int, replacement: bool = False, *, generator: Any = None
+) -> Tensor:
+    """The indices of the largest x / q, q exponential (PyTorch's own way for one sample or none put back).
+
+    Raises NotExactError for several samples with replacement.
+    """
+    if replacement and count > 1:
+        raise NotExactError(
+            "Several samples with replacement have no exact definition; draw one at a time."
+        )
+    q = exponential(torch.empty_like(x), generator=generator)
+    ratio = (x.double() / q.double()).float()
+    order: Tensor = ratio.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :count]

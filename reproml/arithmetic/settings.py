@@ -1,0 +1,110 @@
+"""What else has to change around the operators while `exact()` is active, and back afterwards.
+
+- PyTorch's switches for kernels that do a whole layer as one operator (oneDNN, cuDNN, fused attention,
+  the transformer's fast path): off, so that the layers arrive as the operators they are made of.
+- `math` in PyTorch's schedulers and initialisers: the C library's cos, erf, ... differ between systems;
+  `ExactMath` rounds them correctly.
+- The optimizers' steps (see optimizers.py).
+
+These are settings of the process, so they stay until the last `exact()` of any thread ends.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any, Callable
+
+import torch
+import torch.nn.init
+import torch.optim.lr_scheduler
+
+from reproml.arithmetic import optimizers
+
+_SWITCHES: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
+    (torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash),
+    (torch._C._get_mem_efficient_sdp_enabled, torch._C._set_sdp_use_mem_efficient),
+    (torch._C._get_cudnn_sdp_enabled, torch._C._set_sdp_use_cudnn),
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+]
+
+
+class ExactMath:
+    """Python's `math`, its transcendental functions correctly rounded to binary64 by mpmath."""
+
+    _ROUNDED = (
+        "cos",
+        "sin",
+        "tan",
+        "exp",
+        "log",
+        "tanh",
+        "erf",
+        "acos",
+        "asin",
+        "atan",
+        "cosh",
+        "sinh",
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._ROUNDED:
+            return getattr(math, name)
+
+        def rounded(x: float) -> float:
+            import mpmath
+
+            with mpmath.workprec(
+                200
+            ):  # Table maker's dilemma: no binary64 case is known past 2^-120
+                return float(getattr(mpmath, name)(mpmath.mpf(x)))
+
+        return rounded
+
+
+_exact_math: Any = ExactMath()
+_USERS_OF_MATH: list[Any] = [torch.nn.init, torch.optim.lr_scheduler]
+
+
+class _Active(threading.local):
+    """How many `exact()` this thread is in, and its mode."""
+
+    depth = 0
+    mode: Any = None
+
+
+active = _Active()
+_lock = threading.Lock()
+_users = 0
+_before: list[bool] = []
+
+
+def take_over() -> None:
+    """Change all of it, until as many calls of `give_back`."""
+    global _users
+    with _lock:
+        _users += 1
+        if _users > 1:
+            return
+        _before[:] = [get() for get, _ in _SWITCHES]
+        for _, set_to in _SWITCHES:
+            set_to(False)
+        for module in _USERS_OF_MATH:
+            module.math = _exact_math
+        optimizers.take_over(lambda: active.depth > 0)
+
+
+def give_back() -> None:
+    """Undo one `take_over`."""
+    global _users
+    with _lock:
+        _users -= 1
+        if _users:
+            return
+        for (_, set_to), value in zip(_SWITCHES, _before):
+            set_to(value)
+        for module in _USERS_OF_MATH:
+            module.math = math
+        optimizers.give_back()
