@@ -18,6 +18,7 @@ from invoke.tasks import task
 
 _HELP = {
     "recipe": "name or path of a recipe (TOML), default: mnist-mlp",
+    "script": "'SCRIPT.py ARGS': a training script instead of a recipe",
     "data": "folder that holds the data files",
     "out": "run folder, default: runs/RECIPE",
     "run": "take this run folder, do not train",
@@ -121,10 +122,15 @@ def golden(
 
 @_task
 def matrix(
-    c: Context, recipe: str = "", data: str = "", steps: str = "", json: bool = False
+    c: Context,
+    recipe: str = "",
+    script: str = "",
+    data: str = "",
+    steps: str = "",
+    json: bool = False,
 ) -> None:
     """Train natively and exactly under every setting of this CPU; exact hashes must agree."""
-    _reproml("matrix", recipe=recipe, data=data, steps=steps, json=json)
+    _reproml("matrix", recipe=recipe, script=script, data=data, steps=steps, json=json)
 
 
 @task
@@ -151,6 +157,12 @@ def bench(c: Context) -> None:
 def second(c: Context) -> None:
     """Verify the golden files in a second environment: another Python, another PyTorch."""
     c.run(".ci/second", pty=sys.stdout.isatty())
+
+
+@task
+def lock(c: Context) -> None:
+    """Regenerate requirements.lock and Nix's table of wheels together."""
+    _python(c, "nix/lock.py")
 
 
 @task

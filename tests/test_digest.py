@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_a_large_array_is_hashed_in_chunks_without_a_seam(monkeypatch):
     x = np.arange(1000, dtype=np.float32)
     x[[6, 7, 8]] = np.nan
     whole = digest({"x": x})
-    monkeypatch.setattr("reproml.digest._CHUNK", 7)
+    monkeypatch.setattr(sys.modules["reproml.digest"], "_CHUNK", 7)
     assert digest({"x": x}) == whole
 
 

@@ -60,7 +60,7 @@ def test_the_two_commands_come_first():
 
 def test_every_command_is_of_a_known_kind():
     """A new kind of command needs a test of its own."""
-    known = {"invoke", "python", "python3", "pip", "pytest", ".", "sha256sum"}
+    known = {"invoke", "nix", "python", "python3", "pip", "pytest", ".", "sha256sum"}
     assert {Path(command[0]).name or "." for command in COMMANDS} <= known
 
 
