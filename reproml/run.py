@@ -219,15 +219,22 @@ def place(out: Path) -> Iterator[Callable[[Run], None]]:
             write(part / RUN, (json.dumps(run.record, indent=2, sort_keys=True) + "\n").encode())
             write(part / LOG, "".join(line + "\n" for line in run.log).encode())
             _sync_folder(part)
-            _publish(part, out)
-            _sync_folder(out.parent)
         except OSError as error:
             raise ReproError(f"cannot write the run folder {out}: {error.strerror}") from None
+        try:
+            _publish(part, out)
+            _sync_folder(out.parent)
+        except (OSError, ReproError) as error:  # the training is done: not to be lost
+            kept.append(part)
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ReproError(f"the run is whole but stays in {part}: {why}") from None
 
+    kept: list[Path] = []
     try:
         yield save
     finally:
-        shutil.rmtree(part, ignore_errors=True)  # what was begun, or the run that was replaced
+        if part not in kept:
+            shutil.rmtree(part, ignore_errors=True)  # what was begun, or the run that was replaced
 
 
 def write(path: Path, data: bytes) -> None:

@@ -97,6 +97,8 @@ def step_count(recipe: Recipe, samples: int) -> int:
 
 def numerics_mode(numerics: str) -> AbstractContextManager[Any]:
     """Return `reproml.exact()`, or for "native" PyTorch with its determinism switches on."""
+    if numerics not in ("exact", "native"):
+        raise ValueError(f"numerics must be 'exact' or 'native', not {numerics!r}")
     return _native() if numerics == "native" else exact()
 
 
@@ -105,12 +107,13 @@ def _native() -> Iterator[None]:
     """All that PyTorch itself offers for reproducibility; put back at the end."""
     cudnn: Any = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        torch.use_deterministic_algorithms(before[0], warn_only=warn_only)
         cudnn.deterministic, cudnn.benchmark = before[1:]
 
 

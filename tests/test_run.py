@@ -123,13 +123,16 @@ def test_other_content_is_refused_and_kept(tmp_path, stray):
     assert everything(tmp_path) == {f"run/{stray}": b"mine"}
 
 
-def test_content_that_came_during_the_training_is_kept(tmp_path):
+def test_content_that_came_during_the_training_is_kept_and_so_is_the_run(tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(ReproError, match="not a run"), place(out) as write:
-        out.mkdir()
-        (out / "notes.txt").write_text("mine")
-        write(tiny.run())
-    assert everything(tmp_path) == {"run/notes.txt": b"mine"}
+    with pytest.raises(ReproError, match=r"stays in .*/\.run\.partial-.*: .* not a run"):
+        with place(out) as write:
+            out.mkdir()
+            (out / "notes.txt").write_text("mine")
+            write(tiny.run())
+    assert (out / "notes.txt").read_text() == "mine"
+    (kept,) = tmp_path.glob(".run.partial-*")
+    assert sorted(os.listdir(kept)) == FILES
 
 
 def test_two_runs_into_one_folder_leave_one_whole_run(tmp_path):
