@@ -444,12 +444,34 @@ _snap: Any = np.frompyfunc(_to_60_bits, 1, 1)
 _nearest: Any = np.vectorize(nearest, otypes=[float])
 
 
+# Elements at once: the float64 temporaries of a formula stay in a processor's cache.
+_CHUNK = 1 << 15
+
+
 def _wide(x: Union[Tensor, float, int], device: torch.device) -> Tensor:
     return torch.as_tensor(x, device=device).double()
 
 
 def elementwise(formula: Formula, *operands: Union[Tensor, float, int]) -> Tensor:
     """The formula on each element of operands that broadcast together, rounded once to float32."""
+    shape = torch.broadcast_shapes(*[x.shape for x in operands if isinstance(x, Tensor)])
+    n = shape.numel()
+    device = next(x.device for x in operands if isinstance(x, Tensor))
+    if n <= _CHUNK or device.type != "cpu":
+        return _elementwise(formula, *operands)
+    result = torch.empty(n, dtype=torch.float32, device=device)
+    flat = [
+        x.expand(shape).reshape(-1) if isinstance(x, Tensor) and x.numel() > 1 else x
+        for x in operands
+    ]
+    for at in range(0, n, _CHUNK):
+        part = slice(at, at + _CHUNK)
+        chunk = [x[part] if isinstance(x, Tensor) and x.numel() == n else x for x in flat]
+        result[part] = _elementwise(formula, *chunk).reshape(-1)
+    return result.reshape(shape)
+
+
+def _elementwise(formula: Formula, *operands: Union[Tensor, float, int]) -> Tensor:
     device = next(x.device for x in operands if isinstance(x, Tensor))
     wide = [_wide(x, device) for x in operands]
     y = formula(BINARY64, *[BINARY64.exact(x) for x in wide])
@@ -472,8 +494,8 @@ def rowwise(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
     The formula gives a value for each element of the row, or one for each row (then `dim` has
     length 1 in the result).
     """
-    operands = torch.broadcast_tensors(*operands)
-    wide = [torch.atleast_1d(x.double()).movedim(dim, -1) for x in operands]
+    operands = torch.broadcast_tensors(*[x.double() for x in operands])
+    wide = [torch.atleast_1d(x).movedim(dim, -1) for x in operands]
     y = formula(BINARY64, *[BINARY64.exact(x) for x in wide])
     n = y.c.shape[-1]
 

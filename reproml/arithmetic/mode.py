@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ContextDecorator
 from typing import Any, Callable, Optional
@@ -30,9 +31,11 @@ Handler = Callable[..., Any]
 class ExactMode(TorchDispatchMode):
     """Runs every operator by the table."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_unknown: str = "raise") -> None:
         super().__init__()
         self._handlers: dict[Any, Handler] = {}
+        self._on_unknown = on_unknown
+        self.passed: dict[str, str] = {}  # operators let through natively -> the first caller
 
     def __torch_dispatch__(
         self,
@@ -50,6 +53,9 @@ class ExactMode(TorchDispatchMode):
         try:
             return handler(*args, **kwargs) if kwargs else handler(*args)
         except NotExactError as error:
+            if self._on_unknown == "warn":
+                self.passed.setdefault(str(func), _caller())
+                return func(*args, **(kwargs or {}))
             if getattr(error, "named", False):
                 raise
             raise refusal(func, args, str(error)) from None
@@ -229,9 +235,16 @@ class exact(ContextDecorator):  # noqa: N801 (used like a function: `with reprom
         @reproml.exact()
         def train(): ...
 
-    Raises NotExactError for an operator that has no exact definition. Use inside another exact() is
-    allowed and changes nothing. Like every mode of PyTorch it holds for the thread that enters it.
+    Raises NotExactError for an operator that has no exact definition; with `on_unknown="warn"` such
+    operators run natively, and a warning at the end lists all that may have cost the guarantee. Use
+    inside another exact() is allowed and changes nothing. Like every mode of PyTorch it holds for the
+    thread that enters it.
     """
+
+    def __init__(self, on_unknown: str = "raise") -> None:
+        if on_unknown not in ("raise", "warn"):
+            raise ValueError(f"on_unknown must be 'raise' or 'warn', not {on_unknown!r}")
+        self._on_unknown = on_unknown
 
     def __call__(self, func: Any) -> Any:
         if inspect.isgeneratorfunction(func) or inspect.iscoroutinefunction(func):
@@ -251,7 +264,7 @@ class exact(ContextDecorator):  # noqa: N801 (used like a function: `with reprom
                     "Subnormal numbers are flushed to zero; torch.set_flush_denormal(False)."
                 )
             settings.take_over()
-            mode = ExactMode()
+            mode = ExactMode(self._on_unknown)
             mode.__enter__()
             settings.active.mode = mode
         settings.active.depth = depth + 1
@@ -262,3 +275,8 @@ class exact(ContextDecorator):  # noqa: N801 (used like a function: `with reprom
         if settings.active.depth == 0:
             settings.active.mode.__exit__(*exc)
             settings.give_back()
+            if settings.active.mode.passed:
+                listed = ", ".join(f"{op} ({at})" for op, at in settings.active.mode.passed.items())
+                warnings.warn(
+                    f"not exact, so the bits may differ elsewhere: {listed}", stacklevel=2
+                )
