@@ -299,7 +299,7 @@ def smooth_l1_loss(x: Tensor, y: Tensor, reduction: int = MEAN, beta: float = 1.
 
     def formula(k: Any, x: Any, y: Any, near: Any) -> Any:
         d = abs(x - y)
-        return near * (d * d / (2 * b)) + (1 - near) * (d - b * HALF) if b else d
+        return k.choose(near < 1, d - b * HALF, d * d / (2 * b)) if b else d
 
     return _reduced(formula, reduction, x, y, _within(x, y, beta))
 
@@ -308,7 +308,7 @@ def smooth_l1_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int, bet
     b = Fraction(beta)
 
     def formula(k: Any, x: Any, y: Any, near: Any, sign: Any) -> Any:
-        return near * ((x - y) / b) + (1 - near) * sign if b else sign
+        return k.choose(near < 1, sign, (x - y) / b) if b else sign
 
     return _spread(formula, reduction, g, x, y, _within(x, y, beta), _sign(x, y))
 
@@ -319,7 +319,7 @@ def huber_loss(x: Tensor, y: Tensor, reduction: int = MEAN, delta: float = 1.0) 
 
     def formula(k: Any, x: Any, y: Any, near: Any) -> Any:
         d = abs(x - y)
-        return near * (d * d * HALF) + (1 - near) * (b * (d - b * HALF))
+        return k.choose(near < 1, b * (d - b * HALF), d * d * HALF)
 
     return _reduced(formula, reduction, x, y, _within(x, y, delta))
 
@@ -328,7 +328,7 @@ def huber_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int, delta: 
     b = Fraction(delta)
 
     def formula(k: Any, x: Any, y: Any, near: Any, sign: Any) -> Any:
-        return near * (x - y) + (1 - near) * (b * sign)
+        return k.choose(near < 1, b * sign, x - y)
 
     return _spread(formula, reduction, g, x, y, _within(x, y, delta), _sign(x, y))
 
@@ -453,4 +453,4 @@ def xlogy(x: Any, y: Any) -> Tensor:
     """x log y, 0 where x is 0 (unless y is NaN)."""
     x, y = (t if isinstance(t, Tensor) else torch.tensor(float(t)) for t in (x, y))
     value = elementwise(lambda k, x, y: x * k.log(y), x, torch.where(x == 0, 1.0, y))
-    return torch.where(y.isnan(), y, value)
+    return torch.where(y.isnan(), y, torch.where(x == 0, 0.0, value))

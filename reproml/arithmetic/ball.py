@@ -201,7 +201,10 @@ class _BallField:
 
     def erfc(self, x: Ball) -> Ball:
         c, d = self._erfc(x.c), x.error
-        e = self.where(x.c <= 11, 0.0, 2.0**-178) if self.exp_max else 0
+        e: Any = 0
+        if self.exp_max:  # beyond 11 only 0 < erfc(x) < exp(-x^2)
+            far = x.c > 11
+            c, e = self.where(far, 0.0, c), self.where(far, self._exp(-(x.c * x.c)), 0.0)
         if not isinstance(d, int):  # |erfc'| <= 1.13 exp(-t^2), t the end of the ball next to 0
             t = abs(x.c) - d
             t = self.where(t > 0, t, 0 * t)
@@ -476,12 +479,15 @@ def _elementwise(formula: Formula, *operands: Union[Tensor, float, int]) -> Tens
     wide = [_wide(x, device) for x in operands]
     y = formula(BINARY64, *[BINARY64.exact(x) for x in wide])
     shape = torch.broadcast_shapes(*[x.shape for x in wide])
+    if not shape:
+        return _elementwise(formula, *[x.reshape(1) for x in wide]).reshape(())
 
     def resolve(index: Tensor) -> list[float]:
         where = torch.unravel_index(index, shape)
         rows = torch.stack([x.expand(shape)[where] for x in wide], 1).cpu().numpy()
         return [
-            float(exact_values(formula, list(row))[0]) if np.isfinite(row).all() else c
+            # An exact zero has the sign that IEEE arithmetic gives it step by step, where it gives 0.
+            (float(exact_values(formula, list(row))[0]) or 0.0 * c) if np.isfinite(row).all() else c
             for row, c in zip(rows, y.c.expand(shape)[where].tolist())
         ]
 

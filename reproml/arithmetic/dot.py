@@ -147,7 +147,7 @@ def sum_over(
 
     def resolve(index: Tensor) -> list[float]:
         kept = [d for d in range(x.dim()) if d not in dims]
-        rows = wide.permute(*kept, *dims).reshape(-1, count)
+        rows = wide.permute([*kept, *dims]).reshape(-1, count)
         return nearest_of_rows(rows[index], scale=Fraction(1, divisor))
 
     return settle_sum(c, size * gamma(count), resolve)

@@ -119,7 +119,7 @@ def sin_cos(x: Tensor) -> tuple[Tensor, Tensor]:
     """sin(x) and cos(x), float64 in and out, for |x| <= 2^19 (Cody & Waite reduction)."""
     k = torch.round(x.clamp(-SIN_MAX, SIN_MAX) * (1 / _PIO2[0]))
     r = ((x - k * _PIO2[0]) - k * _PIO2[1]) - k * _PIO2[2]
-    return _sin_cos(r, k)
+    return _sin_cos(torch.where(x.abs() <= SIN_MAX, r, x * 0), k)
 
 
 def sin_cos_pi(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,6 +65,8 @@ class ExactMode(TorchDispatchMode):
         if not name.startswith("aten::"):
             return func if name.startswith(("profiler::", "prim::")) else _guarded(func)
         name = name[len("aten::") :]
+        if f"{name.rstrip('_')}.{func._overloadname.replace('_out', '')}" in table.NOT_MOVES:
+            return _guarded(func)
         if name not in table.EXACT and (name in table.MOVES or name.rstrip("_") in table.MOVES):
             return _strided(func)
         if name in table.CASTS:
@@ -95,6 +97,8 @@ class ExactMode(TorchDispatchMode):
             def at(i: int, x: Any) -> Any:
                 return x[i] if isinstance(x, (list, tuple)) else x
 
+            if "scalars" in kwargs:
+                kwargs["value"] = kwargs.pop("scalars")
             results = [
                 exact(*[at(i, x) for x in args], **{key: at(i, x) for key, x in kwargs.items()})
                 for i in range(len(args[0]))

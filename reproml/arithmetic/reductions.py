@@ -47,7 +47,7 @@ def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor, dim: Any, keepdim:
     dims = dims if x.dim() else []
     kept = [d for d in range(x.dim()) if d not in dims]
     shape = [x.shape[d] for d in kept]
-    rows = x.permute(*kept, *dims).reshape(torch.Size(shape).numel(), -1)
+    rows = x.permute([*kept, *dims]).reshape(torch.Size(shape).numel(), -1)
     y = function(rows).reshape(shape)
     return y.reshape([1 if d in dims else n for d, n in enumerate(x.shape)]) if keepdim else y
 
@@ -86,6 +86,8 @@ def norm(
 def cumsum(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
     """Each element is the exact sum of those up to it, rounded once."""
     only_float32(dtype)
+    if not x.numel():
+        return x.clone()
     rows = torch.atleast_1d(x.double()).movedim(dim, -1)
     n = rows.shape[-1]
     flat = rows.reshape(-1, n)
@@ -104,6 +106,8 @@ def power(x: Any, exponent: Any) -> Tensor:
         p = single(exponent)
         if p == 2:
             return x * x
+        if p == 0:
+            return torch.ones_like(x)
         if p.denominator == 1 and abs(p) <= 64:
             return elementwise(lambda k, x: _whole_power(x, int(p)), x)
         y = elementwise(lambda k, x: k.exp(p * k.log(x)), torch.where(x > 0, x, 1.0))
@@ -115,18 +119,18 @@ def power(x: Any, exponent: Any) -> Tensor:
 def _whole_power(x: Any, n: int) -> Any:
     if n < 0:
         return 1 / _whole_power(x, -n)
-    y = 0 * x + 1
-    for _ in range(n):
+    y = x
+    for _ in range(n - 1):
         y = y * x
     return y
 
 
-def addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+def addcmul(x: Tensor, a: Tensor, b: Tensor, value: float = 1) -> Tensor:
     v = single(value)
     return elementwise(lambda k, x, a, b: x + v * a * b, x, a, b)
 
 
-def addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+def addcdiv(x: Tensor, a: Tensor, b: Tensor, value: float = 1) -> Tensor:
     v = single(value)
     return elementwise(lambda k, x, a, b: x + v * a / b, x, a, b)
 

@@ -45,7 +45,7 @@ def settle(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
     result = c.float()
     failed = (c - e).float() != (c + e).float()  # also where c or e is NaN
     # Of what underflows, the sign has to be sure as well.
-    failed |= (result == 0) & (c != 0) & (c.abs() <= e) & (e > 2 * TINY)
+    failed |= (result == 0) & (c.abs() <= e) & (e > 2 * TINY)
     if failed.any():
         settle_at(result, c, failed.reshape(-1).nonzero().squeeze(1), resolve)
     return result

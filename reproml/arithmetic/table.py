@@ -95,8 +95,17 @@ def _sqrt(x: Tensor) -> Tensor:
 
 
 def _elementary(name: str) -> Definition:
-    """An operator that is one function of a field."""
-    return lambda x: elementwise(lambda k, x: getattr(k, name)(x), *_float32(x))
+    """An operator that is one function of a field; an odd one keeps the sign of a zero."""
+
+    def function(x: Tensor) -> Tensor:
+        (x,) = _float32(x)
+        y = elementwise(lambda k, x: getattr(k, name)(x), x)
+        return torch.where(x == 0, x, y) if name in _ODD else y
+
+    return function
+
+
+_ODD = ("sin", "tanh", "erf", "erfinv", "expm1", "log1p")
 
 
 def _formula(formula: Definition) -> Definition:
@@ -172,6 +181,9 @@ add sub rsub mul sum cumsum mm bmm mv dot addmm baddbmm addmv trace pow addcmul 
 index_put index_put_
 """.split()
 )
+
+# Overloads of a MOVE that do compute.
+NOT_MOVES = frozenset(["round.decimals", "scatter.reduce", "scatter.value_reduce"])
 
 # Casts, of any dtype.
 CASTS: dict[str, Definition] = {"_to_copy": _to_copy, "copy_": _copy}
