@@ -446,7 +446,8 @@ def _instead(
             return original(*lists, **options)
         scaled = options.pop("grad_scale", None), options.pop("found_inf", None)
         _refuse_unless(scaled == (None, None), "a gradient scaler")
-        _refuse_unless(not options.pop("differentiable", False), "differentiable=True")
+        options.pop("differentiable", None)
+        _refuse_unless(not torch.is_grad_enabled(), "differentiable=True")
         with _disable_current_modes():
             return step(*lists, **options)
 

@@ -41,9 +41,7 @@ def rand(
 
 def uniform(x: Tensor, low: float = 0, high: float = 1, *, generator: Any = None) -> Tensor:
     """u (high - low) + low, rounded once."""
-    _on_cpu(generator)
-    # x's own strides, as PyTorch fills a tensor in the order of its memory
-    u = torch.empty_like(x, device="cpu").uniform_(generator=generator).to(x.device)
+    u = _draws(x, torch.float32, generator)
     a, b = single(low), single(high)
     return x.copy_(u if (low, high) == (0, 1) else elementwise(lambda k, u: u * (b - a) + a, u))
 
@@ -77,7 +75,16 @@ def normal(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None)
     else:
         draws = torch.rand((n + 1) // 2, 2, generator=generator, dtype=torch.float64)
         flat = torch.stack(pairs(draws[:, 1], draws[:, 0]), 1).reshape(-1)[:n]
-    return x.copy_(flat.reshape(x.shape))
+    in_memory_order = torch.empty_like(x, device="cpu")
+    in_memory_order.as_strided((n,), (1,)).copy_(flat)
+    return x.copy_(in_memory_order)
+
+
+def _draws(x: Tensor, dtype: torch.dtype, generator: Any) -> Tensor:
+    """Numbers of `rand` in the shape of x, in the order of its memory, as PyTorch draws them."""
+    _on_cpu(generator)
+    u = torch.empty_like(x, dtype=dtype, device="cpu").uniform_(generator=generator)
+    return u.to(x.device)
 
 
 def randn(
@@ -110,11 +117,9 @@ def like(draw: Any) -> Any:
 
 def bernoulli(x: Tensor, p: Any = None, *, generator: Any = None) -> Tensor:
     """1 where `rand` is below the probability: p, or x itself. rand of p's dtype, float64 for a number."""
-    _on_cpu(generator)
     p = x if p is None else p
     dtype = p.dtype if isinstance(p, Tensor) else torch.float64
-    draws = torch.rand(x.shape, generator=generator, dtype=dtype).to(x.device)
-    return torch.lt(draws, p).to(x.dtype)
+    return torch.lt(_draws(x, dtype, generator), p).to(x.dtype)
 
 
 def bernoulli_(x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
@@ -123,8 +128,7 @@ def bernoulli_(x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
 
 def exponential(x: Tensor, rate: float = 1, *, generator: Any = None) -> Tensor:
     """-log(1 - u) / rate, u a float64 of `rand`."""
-    _on_cpu(generator)
-    u = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+    u = _draws(x, torch.float64, generator)
     r = single(rate)
     return x.copy_(elementwise(lambda k, u: -k.log1p(-u) / r, u))
 
@@ -142,7 +146,8 @@ def on_cpu(draw: Any) -> Any:
 
 def random_(x: Tensor, *bounds: int, generator: Any = None) -> Tensor:
     _on_cpu(generator)
-    return x.copy_(torch.empty(x.shape, dtype=x.dtype).random_(*bounds, generator=generator))
+    draws = torch.empty_like(x, device="cpu")  # x's strides: PyTorch draws in the order of memory
+    return x.copy_(draws.random_(*bounds, generator=generator))
 
 
 def multinomial(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Callable, Optional
@@ -162,7 +163,7 @@ def arange(*bounds: float, dtype: Any = None, device: Any = None, **_: Any) -> T
     start, end, step = (
         (0, bounds[0], 1) if len(bounds) == 1 else (*bounds, 1) if len(bounds) == 2 else bounds
     )
-    count = -((Fraction(start) - Fraction(end)) // Fraction(step))
+    count = math.ceil((end - start) / step)  # in binary64, as PyTorch counts
     i = torch.arange(max(count, 0), dtype=torch.int64)
     return elementwise(lambda k, i: Fraction(start) + i * Fraction(step), i).to(device or "cpu")
 

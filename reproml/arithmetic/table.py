@@ -167,8 +167,8 @@ def _check_cast(x: Tensor, dtype: torch.dtype) -> None:
     if x.is_floating_point() and not (
         dtype.is_floating_point or dtype.is_complex or dtype is torch.bool
     ):
-        bounds = torch.iinfo(dtype)
-        if not bool(((x >= bounds.min) & (x <= bounds.max)).all()):
+        whole, bounds = x.double().trunc(), torch.iinfo(dtype)
+        if not bool(((whole >= bounds.min) & (whole < bounds.max + 1.0)).all()):
             raise NotExactError(
                 f"A cast of NaN, infinity or a number out of range to {dtype} depends on the machine."
             )
