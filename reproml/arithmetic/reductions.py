@@ -192,3 +192,28 @@ def upsample_nearest_backward(
             f"Upsampling from {[h, w]} to {list(g.shape[2:])} has no exact backward; use whole factors."
         )
     return sum_over(g.reshape(n, c, h, g.shape[2] // h, w, g.shape[3] // w), (3, 5))
+
+
+def qr(a: Tensor, mode: str = "reduced") -> tuple[Tensor, Tensor]:
+    """A = Q R with a positive diagonal, of [m, n], by Gram & Schmidt, each column twice (Kahan: twice is
+    enough; Parlett, The Symmetric Eigenvalue Problem, section 6.9): v - Q (Q^T v) with both products
+    rounded once, then v / |v| rounded once; R = Q^T A rounded once, zero below its diagonal.
+
+    Raises NotExactError for another mode, a batch, or columns that depend on each other.
+    """
+    if mode != "reduced" or a.dim() != 2:
+        raise NotExactError("A QR factorisation is defined for one matrix and mode='reduced'.")
+    q = a.new_zeros(a.shape[0], min(a.shape))
+    for j in range(q.shape[1]):
+        v = a[:, j : j + 1]
+        for _ in range(2 if j else 0):
+            past = q[:, :j]
+            along = matmul(past.t(), v)
+            v = matmul(-past, along, v)
+        length = vector_norm(v)
+        if not length > 0:
+            raise NotExactError(
+                "The columns depend on each other: their QR factorisation is not unique."
+            )
+        q[:, j : j + 1] = elementwise(lambda k, v, n: v / n, v, length)
+    return q, matmul(q.t(), a).triu()

@@ -238,6 +238,7 @@ EXACT: dict[str, Definition] = {
     "addmm": reductions.baddbmm,
     "baddbmm": reductions.baddbmm,
     "addmv": reductions.addmv,
+    "linalg_qr": reductions.qr,
     # ---- convolution and pooling -----------------------------------------------------------------
     "convolution": convolution.convolution,
     "convolution_backward": convolution.convolution_backward,
