@@ -21,7 +21,7 @@ def _patches(
 ) -> Tensor:
     """[n, c, h, w] -> [n, groups, c / groups * kh * kw, places]."""
     columns = unfold(x, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
-    return columns.reshape(len(x), groups, -1, columns.shape[-1])
+    return columns.reshape(len(x), groups, columns.shape[1] // groups, columns.shape[-1])
 
 
 def _correlate(
@@ -107,6 +107,9 @@ def convolution(
         )
         return flat.squeeze(2)
     _only_two_dimensions(x)
+    stride, padding, dilation, output_padding = map(
+        _pair, (stride, padding, dilation, output_padding)
+    )
     reach = [d * (k - 1) for d, k in zip(dilation, w.shape[2:])]
     sides = list(zip(x.shape[2:], stride, padding, reach, output_padding))
     if transposed:
@@ -144,6 +147,7 @@ def convolution_backward(
         g, x, w = g.unsqueeze(2), x.unsqueeze(2), w.unsqueeze(2)
         stride, dilation, padding = [1, *stride], [1, *dilation], [0, *padding]
     _only_two_dimensions(x)
+    stride, padding, dilation = map(_pair, (stride, padding, dilation))
     grad_x = grad_w = None
     if mask[0]:
         if transposed:
@@ -177,7 +181,8 @@ def _pooling(
 ) -> tuple[list[int], list[int], list[int], int]:
     kernel, padding = _pair(kernel), _pair(padding)
     stride = _pair(stride) if stride else kernel
-    whole = all((i - k) % s == 0 for i, k, s in zip(x.shape[-2:], kernel, stride))
+    sides = zip(x.shape[-2:], kernel, stride, padding)
+    whole = all((i + 2 * p - k) % s == 0 for i, k, s, p in sides)
     if (ceil and not whole) or (any(padding) and not count_padding and divisor is None):
         raise NotExactError(
             "Average pooling whose windows are of different size at the border has no exact definition "

@@ -7,6 +7,7 @@ then each element. `rows` are float32 [groups, n]; statistics are float32 [group
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any, Optional
 
@@ -22,25 +23,27 @@ def statistics(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     n, epsilon = rows.shape[1], Fraction(eps)
 
     def inverse_deviation(k: Any, x: Any) -> Any:
-        return 1 / k.sqrt(_variance(k, x, n, 0) + epsilon)
+        return 1 / k.sqrt(_variance(k, x, n, Fraction(0)) + epsilon)
 
     return sum_over(rows, (1,), keepdim=True, divisor=n), rowwise(inverse_deviation, 1, rows)
 
 
-def variance(rows: Tensor, correction: int, root: bool = False) -> Tensor:
+def variance(rows: Tensor, correction: float, root: bool = False) -> Tensor:
     """The variance of each row, divided by n - correction, or its square root, [groups, 1]."""
-    n = rows.shape[1]
-    if n <= correction:
-        return rows.new_full((len(rows), 1), torch.nan)
+    n, c = rows.shape[1], Fraction(correction)
+    divisor = n - c if n > c else Fraction(1)
 
     def formula(k: Any, x: Any) -> Any:
-        v = _variance(k, x, n, correction)
+        v = _variance(k, x, n, n - divisor)
         return k.sqrt(v) if root else v
 
-    return rowwise(formula, 1, rows)
+    if not n:
+        return rows.new_full((len(rows), 1), torch.nan)
+    result = rowwise(formula, 1, rows)
+    return result if n > c else result / 0.0  # like PyTorch: infinite, or NaN of equal numbers
 
 
-def _variance(k: Any, x: Any, n: int, correction: int) -> Any:
+def _variance(k: Any, x: Any, n: int, correction: Fraction) -> Any:
     d = x - k.sum(x) / n
     return k.sum(d * d) / (n - correction)
 
@@ -81,7 +84,7 @@ def scaled_sum(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 
 def _channels(x: Tensor) -> Tensor:
     """[n, c, ...] -> [c, n * ...]."""
-    return x.transpose(0, 1).reshape(x.shape[1], -1)
+    return x.transpose(0, 1).reshape(x.shape[1], x[:, :1].numel())
 
 
 def _back(rows: Tensor, like: Tensor) -> Tensor:
@@ -181,7 +184,7 @@ def layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """native_layer_norm over the last axes `shape`: the output, and each row's mean and rstd."""
     outer = x.shape[: x.dim() - len(shape)]
-    rows = x.reshape(outer.numel(), -1)
+    rows = x.reshape(outer.numel(), math.prod(shape))
     mean, rstd = statistics(rows, eps)
     flat = [None if p is None else p.reshape(1, -1) for p in (weight, bias)]
     kept = (*outer, *[1] * len(shape))
@@ -203,7 +206,7 @@ def layer_norm_backward(
     mask: list[bool],
 ) -> tuple[Optional[Tensor], ...]:
     """native_layer_norm_backward: gradients of x, weight and bias."""
-    rows, g_rows = (t.reshape(mean.numel(), -1) for t in (x, g))
+    rows, g_rows = (t.reshape(mean.numel(), math.prod(shape)) for t in (x, g))
     mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
     w = torch.ones_like(rows[:1]) if weight is None else weight.reshape(1, -1)
     grad_x = group_backward(g_rows, rows, mean, rstd, w).reshape(x.shape) if mask[0] else None
@@ -223,7 +226,7 @@ def group_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """native_group_norm: the output, and mean and rstd [n, groups]. x [n, c, ...]."""
-    rows = x.reshape(n * groups, -1)
+    rows = x.reshape(n * groups, c // groups * hw)
     mean, rstd = statistics(rows, eps)
     split = (n, groups, c // groups, hw)
     flat = [None if p is None else p.reshape(1, groups, -1, 1) for p in (weight, bias)]
@@ -249,13 +252,13 @@ def group_norm_backward(
     w = (torch.ones(c, device=x.device) if weight is None else weight).reshape(1, groups, -1, 1)
     grad_x = None
     if mask[0]:
-        g_rows, rows = (t.reshape(n * groups, -1) for t in (g, x))
+        g_rows, rows = (t.reshape(n * groups, c // groups * hw) for t in (g, x))
         row_mean, row_rstd = (t.reshape(n * groups, 1) for t in (mean, rstd))
-        w_rows = w.expand(split).reshape(n * groups, -1)
+        w_rows = w.expand(split).reshape(n * groups, c // groups * hw)
         grad_x = group_backward(g_rows, rows, row_mean, row_rstd, w_rows).reshape(x.shape)
 
     def by_channel(t: Tensor) -> Tensor:
-        return t.expand(split).permute(1, 2, 0, 3).reshape(c, -1)
+        return t.expand(split).permute(1, 2, 0, 3).reshape(c, n * hw)
 
     g4, x4 = g.reshape(split), x.reshape(split)
     m4, r4 = (t.reshape(n, groups, 1, 1) for t in (mean, rstd))

@@ -54,13 +54,13 @@ def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor, dim: Any, keepdim:
 
 
 def variance(x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Tensor:
-    c = 1 if correction is None else int(correction)
+    c = 1 if correction is None else correction
     return _by_rows(lambda rows: normalization.variance(rows, c), x, dim, keepdim)
 
 
 def deviation(x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Tensor:
     """The square root of the exact variance."""
-    c = 1 if correction is None else int(correction)
+    c = 1 if correction is None else correction
     return _by_rows(lambda rows: normalization.variance(rows, c, root=True), x, dim, keepdim)
 
 
@@ -169,11 +169,11 @@ def arange(*bounds: float, dtype: Any = None, device: Any = None, **_: Any) -> T
 
 
 def linspace(
-    start: float, end: float, steps: int, *, dtype: Any = None, device: Any = None, **_: Any
+    start: Any, end: Any, steps: int, *, dtype: Any = None, device: Any = None, **_: Any
 ) -> Tensor:
     """start + i (end - start) / (steps - 1)."""
     only_float32(dtype)
-    a, b = Fraction(start), Fraction(end)
+    a, b = Fraction(float(start)), Fraction(float(end))
     i = torch.arange(steps, dtype=torch.int64)
     return elementwise(lambda k, i: a + i * ((b - a) / max(steps - 1, 1)), i).to(device or "cpu")
 
