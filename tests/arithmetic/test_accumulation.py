@@ -119,14 +119,22 @@ def test_neither_threads_nor_what_ran_before_changes_the_order(threads):
 
 def test_hooks_see_the_whole_gradient_in_order_of_registration():
     seen = []
+
+    def scale(name, factor):
+        def hook(g):
+            seen.append((name, g.item()))
+            return g * factor
+
+        return hook
+
     with reproml.exact():
         x = torch.ones(1, requires_grad=True)
         h = x * 1.0
-        h.register_hook(lambda g: seen.append(("first", g.item())) or g * 3.0)
-        h.register_hook(lambda g: seen.append(("second", g.item())) or g * 0.1)
+        h.register_hook(scale("first", 3.0))
+        h.register_hook(scale("second", 0.1))
         x.register_hook(lambda g: seen.append(("leaf", g.item())))
         x.register_post_accumulate_grad_hook(lambda x: seen.append(("after", x.grad.item())))
-        sum(h * f for f in (1.0, 2.0**-24, 2.0**-24)).sum().backward()
+        torch.cat([h * f for f in (1.0, 2.0**-24, 2.0**-24)]).sum().backward()
     whole = fold([2.0**-24, 2.0**-24, 1.0])
     scaled = float(np.float32(whole) * np.float32(3.0))
     end = float(np.float32(scaled) * np.float32(0.1))
