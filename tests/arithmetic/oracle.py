@@ -1,0 +1,288 @@
+"""An exact oracle, which shares nothing with reproml.arithmetic.
+
+`Real` is a real number: a fraction as long as it is rational, 1,200 bits of mpmath where it is not; with
+the infinities, NaN, and IEEE 754's sign of an exact zero, step by step. `bits_of` rounds it once to
+binary32, by integers. `check` compares an operator's result with it bit by bit; any NaN is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any, Callable
+
+import mpmath
+import numpy as np
+import torch
+
+mp = mpmath.MPContext()
+mp.prec = 1200
+INF, NAN = mp.inf, mp.nan
+
+
+class Real:
+    __slots__ = ("v", "minus")
+
+    def __init__(self, v: Any, minus: bool = False) -> None:
+        """v: a Python number, a fraction, or mpmath's. minus: the sign of a zero."""
+        if isinstance(v, float):
+            minus = math.copysign(1, v) < 0
+            v = Fraction(v) if math.isfinite(v) else mp.mpf(v)
+        elif isinstance(v, int) or (isinstance(v, mp.mpf) and v == 0):
+            v = Fraction(int(v))
+        self.v: Any = v
+        self.minus: bool = minus if v == 0 else bool(v < 0)
+
+    @property
+    def mpf(self) -> Any:
+        v = self.v
+        return mp.mpf(v.numerator) / v.denominator if isinstance(v, Fraction) else v
+
+    @property
+    def finite(self) -> bool:
+        return isinstance(self.v, Fraction) or bool(mp.isfinite(self.v))
+
+    def __add__(self, other: Any) -> Real:
+        other = real(other)
+        return Real(_do(lambda a, b: a + b, self, other), self.minus and other.minus)
+
+    def __mul__(self, other: Any) -> Real:
+        other = real(other)
+        return Real(_do(lambda a, b: a * b, self, other), self.minus != other.minus)
+
+    def __truediv__(self, other: Any) -> Real:
+        other = real(other)
+        minus = self.minus != other.minus
+        if other.v == 0:
+            return Real(NAN if self.v == 0 or self.v != self.v else -INF if minus else INF)
+        if other.v in (INF, -INF) and self.finite:
+            return Real(0, minus)
+        return Real(_do(lambda a, b: a / b, self, other), minus)
+
+    def __neg__(self) -> Real:
+        return Real(-self.v, not self.minus)
+
+    def __sub__(self, other: Any) -> Real:
+        return self + -real(other)
+
+    def __abs__(self) -> Real:
+        return Real(abs(self.v))
+
+    def __radd__(self, other: Any) -> Real:
+        return real(other) + self
+
+    def __rsub__(self, other: Any) -> Real:
+        return real(other) - self
+
+    def __rmul__(self, other: Any) -> Real:
+        return real(other) * self
+
+    def __rtruediv__(self, other: Any) -> Real:
+        return real(other) / self
+
+    def __lt__(self, other: Any) -> bool:
+        return bool(self.mpf < real(other).mpf)
+
+    def __le__(self, other: Any) -> bool:
+        return bool(self.mpf <= real(other).mpf)
+
+    def __gt__(self, other: Any) -> bool:
+        return bool(self.mpf > real(other).mpf)
+
+    def __ge__(self, other: Any) -> bool:
+        return bool(self.mpf >= real(other).mpf)
+
+    def __repr__(self) -> str:
+        return f"Real({'-' if self.v == 0 and self.minus else ''}{mp.nstr(self.mpf, 20)})"
+
+
+def real(x: Any) -> Real:
+    result: Real = x if isinstance(x, Real) else Real(x)
+    return result
+
+
+def _do(operation: Callable[[Any, Any], Any], a: Real, b: Real) -> Any:
+    if isinstance(a.v, Fraction) and isinstance(b.v, Fraction):
+        return operation(a.v, b.v)
+    return operation(a.mpf, b.mpf)
+
+
+def _function(
+    f: Callable[[Any], Any], at_zero: Any, high: Any, low: Any, odd: bool = False
+) -> Callable[[Any], Any]:
+    """A real function, its value at 0 (exact), and its limits at the infinities."""
+
+    def function(x: Any) -> Any:
+        x = real(x)
+        if x.v != x.v:
+            return x
+        if x.v == 0:
+            return Real(0, x.minus) if odd else Real(at_zero)
+        if not x.finite:
+            return real(high if x.v > 0 else low)
+        return Real(f(x.mpf))
+
+    return function
+
+
+exp = _function(mp.exp, 1, INF, 0)
+expm1 = _function(mp.expm1, 0, INF, -1, odd=True)
+sin = _function(mp.sin, 0, NAN, NAN, odd=True)
+cos = _function(mp.cos, 1, NAN, NAN)
+tanh = _function(mp.tanh, 0, 1, -1, odd=True)
+erf = _function(mp.erf, 0, 1, -1, odd=True)
+erfc = _function(mp.erfc, 1, 0, 2)
+sigmoid = _function(lambda x: 1 / (1 + mp.exp(-x)), Fraction(1, 2), 1, 0)
+
+
+def log(x: Any) -> Any:
+    x = real(x)
+    if x.v == 0:
+        return Real(-INF)
+    if x.v < 0:
+        return Real(NAN)
+    return Real(0) if x.v == 1 else Real(mp.log(x.mpf))
+
+
+def log1p(x: Any) -> Any:
+    x = real(x)
+    if x.v == 0 or x.v == INF or x.v <= -1 or x.v != x.v:
+        return x if x.v == 0 else log(x + 1)
+    return Real(mp.log1p(x.mpf))
+
+
+def sqrt(x: Any) -> Any:
+    x = real(x)
+    if x.v == 0:
+        return x
+    if x.v < 0:
+        return Real(NAN)
+    if isinstance(x.v, Fraction):
+        n, d = math.isqrt(x.v.numerator), math.isqrt(x.v.denominator)
+        if (n * n, d * d) == (x.v.numerator, x.v.denominator):
+            return Real(Fraction(n, d))
+    return Real(mp.sqrt(x.mpf))
+
+
+def erfinv(x: Any) -> Any:
+    x = real(x)
+    if x.v == 0:
+        return x
+    if not abs(x) < 1:
+        return Real(x.v * INF) if abs(x.v) == 1 else Real(NAN)
+    # Newton's method doubles the digits: mpmath's own start is good to 53 bits
+    y = mp.erfinv(x.mpf)
+    return Real(y - (mp.erf(y) - x.mpf) * mp.sqrt(mp.pi) / 2 * mp.exp(y * y))
+
+
+def softplus(x: Any) -> Any:
+    x = real(x)
+    return (x if x > 0 else Real(0)) + log1p(exp(-abs(x))) if x.v == x.v else x
+
+
+def total(terms: Any) -> Real:
+    """A sum; an exact zero is +0."""
+    result = Real(0)
+    for term in np.asarray(terms, dtype=object).ravel():
+        result = result + term
+    return result
+
+
+def dot(a: Any, b: Any) -> Real:
+    return total([x * y for x, y in zip(np.ravel(a), np.ravel(b))])
+
+
+def single(x: float) -> Real:
+    """A Python number as it meets a float32 tensor."""
+    return Real(struct_float32(x))
+
+
+def struct_float32(x: float) -> float:
+    return float(np.float64(x).astype(np.float32))
+
+
+def bits_of(x: Real) -> int:
+    """The bit pattern of the nearest binary32 number, ties to even; -1 for NaN."""
+    v = x.v
+    sign = (1 << 31) * x.minus
+    if isinstance(v, Fraction):
+        # v = m 2^e with a sticky last bit, 64 bits long or exact
+        n, d = abs(v.numerator), v.denominator
+        e = n.bit_length() - d.bit_length() - 64
+        m, rest = divmod(n << max(-e, 0), d << max(e, 0))
+        m, e = 2 * m + (rest != 0), e - 1
+    elif v != v:
+        return -1
+    elif not mp.isfinite(v):
+        return sign | 0x7F800000
+    else:
+        _, m, e, _ = v._mpf_
+        m, e = int(m), int(e)
+    if m == 0 or m.bit_length() + e < -160:
+        return sign
+    if m.bit_length() + e > 200:
+        return sign | 0x7F800000
+    last = max(m.bit_length() + e - 24, -149)  # exponent of the last place
+    if last <= e:
+        q = m << (e - last)
+    else:
+        q, rest, half = m >> (last - e), m & ((1 << (last - e)) - 1), 1 << (last - e - 1)
+        q += rest > half or (rest == half and q & 1)
+    # q has the hidden bit, which adds 1 to the exponent field; a subnormal number has neither
+    return sign | min(q + ((last + 149) << 23), 0x7F800000)
+
+
+def float_of(x: Real) -> float:
+    """The nearest binary32 number, as a Python float."""
+    bits = bits_of(x)
+    return math.nan if bits < 0 else float(np.uint32(bits).view(np.float32))
+
+
+def rounded(x: Any) -> Any:
+    """One Real, or an array of them, rounded to binary32."""
+    if isinstance(x, Real):
+        return Real(float_of(x))
+    return np.vectorize(rounded, otypes=[object])(x) if x.size else x
+
+
+def reals(x: torch.Tensor) -> Any:
+    """A tensor as an array of Real."""
+    array = x.detach().double().numpy()
+    out = np.empty(array.shape, dtype=object)
+    for i in np.ndindex(array.shape):
+        out[i] = Real(float(array[i]))
+    return out
+
+
+def bits_of_tensor(x: torch.Tensor) -> list[int]:
+    assert x.dtype is torch.float32, x.dtype
+    values = x.detach().contiguous().reshape(-1)
+    patterns = values.view(torch.int32).tolist()
+    return [-1 if n else b & 0xFFFFFFFF for b, n in zip(patterns, values.isnan().tolist())]
+
+
+def check(actual: torch.Tensor, expected: Any, any_zero: bool = False) -> None:
+    """The tensor is the array of Real, rounded once, to the last bit and the sign of zero.
+
+    any_zero: an exact zero may have either sign.
+    """
+    expected = np.asarray(expected, dtype=object)
+    assert tuple(actual.shape) == expected.shape, (tuple(actual.shape), expected.shape)
+    found, wanted = bits_of_tensor(actual), [bits_of(real(x)) for x in expected.ravel()]
+    for i, (f, w) in enumerate(zip(found, wanted)):
+        zero = any_zero and real(expected.ravel()[i]).v == 0 and f & 0x7FFFFFFF == 0
+        if f != w and not zero:
+            at = np.unravel_index(i, expected.shape)
+            value = actual.detach().contiguous().reshape(-1)[i].item()
+            raise AssertionError(
+                f"element {tuple(map(int, at))}: found {value!r} ({f:#x}), "
+                f"exact {expected.ravel()[i]!r} ({w:#x})"
+            )
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype is not b.dtype:
+        return False
+    if a.dtype is torch.float32:
+        return bits_of_tensor(a) == bits_of_tensor(b)
+    return torch.equal(a, b) if not a.is_floating_point() else torch.allclose(a, b, 0, 0, True)
