@@ -1,4 +1,4 @@
-"""An autoencoder of scikit-learn's digits: mean squared error, Adadelta, two samples at a time."""
+"""An autoencoder of scikit-learn's digits: mean squared error, Adadelta, two batches to a step."""
 
 import argparse
 

@@ -144,33 +144,62 @@ def golden(args: argparse.Namespace, terminal: Terminal) -> Result:
     return 0, {"golden": str(path), "items": items}
 
 
+def run(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Run a training script, unmodified, and print the digests of what it trained and saved."""
+    from reproml import script
+
+    wish, result = script.run(args.script, args.arguments, args.numerics, args.digest)
+    for line in script.lines(result):
+        terminal.say(line)
+    if wish is not None:
+        raise wish  # with any status that the script chose
+    return 0, result
+
+
 def matrix(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Train natively and exactly under every setting of this CPU; exact hashes must agree."""
-    from reproml import data as datasets
     from reproml import matrix as matrices
-    from reproml.train import step_count
-
-    recipe = _recipe(args)
-    samples = len(datasets.load(recipe.data.name, args.data).train.labels)
-    steps = min(args.steps or sys.maxsize, step_count(recipe, samples))
 
     def line(setting: str, native: str, exact: str) -> None:
         terminal.say(f"{setting:<32} {native[:16]:<16} {exact[:16]}")
 
-    terminal.say(f"{recipe.name}, {steps} steps: SHA-256 of the weights (the first 16 digits)")
-    line("setting", "native", "exact")
-    rows = matrices.run(
-        args.recipe, steps, args.data, each=lambda row: line(row.setting, row.native, row.exact)
-    )
+    def each(row: matrices.Row) -> None:
+        line(row.setting, row.native, row.exact)
+
+    subject: dict[str, Any]
+    if args.script:
+        if args.steps is not None:
+            raise ReproError("a script takes its steps itself: --script 'train.py --steps 5', say")
+        subject = {"script": args.script}
+        terminal.say(f"{args.script}: SHA-256 of all it trained and saved (the first 16 digits)")
+        line("setting", "native", "exact")
+        rows = matrices.run_script(args.script, each=each)
+    else:
+        steps = _steps(args)
+        subject = {"recipe": _recipe(args).name, "steps": steps}
+        terminal.say(
+            f"{subject['recipe']}, {steps} steps: SHA-256 of the weights (the first 16 digits)"
+        )
+        line("setting", "native", "exact")
+        rows = matrices.run(args.recipe, steps, args.data, each=each)
     natives, exacts = {row.native for row in rows}, {row.exact for row in rows}
     line("different hashes", str(len(natives)), str(len(exacts)))
     return int(len(exacts) != 1), {
-        "recipe": recipe.name,
-        "steps": steps,
+        **subject,
         "settings": [vars(row) for row in rows],
         "native_hashes": len(natives),
         "exact_hashes": len(exacts),
     }
+
+
+def _steps(args: argparse.Namespace) -> int:
+    """Return --steps, or the number of steps that the recipe's training has."""
+    from reproml import data as datasets
+    from reproml.train import step_count
+
+    recipe = _recipe(args)
+    samples = len(datasets.load(recipe.data.name, args.data).train.labels)
+    return min(args.steps or sys.maxsize, step_count(recipe, samples))
 
 
 def _positive(text: str) -> int:
@@ -196,6 +225,13 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--force": {"action": "store_true", "help": "replace the golden file"},
     "--json": {"action": "store_true", "help": "print JSON"},
+    "--digest": {"type": Path, "metavar": "FILE", "help": "write the digests here too, as JSON"},
+    "--script": {
+        "metavar": "'SCRIPT.py ARGS'",
+        "help": "run this training script instead of a recipe",
+    },
+    "script": {"metavar": "SCRIPT.py", "help": "a training script"},
+    "arguments": {"metavar": "ARGS", "nargs": argparse.REMAINDER, "help": "all for the script"},
 }
 _VERBS: dict[Callable[..., Result], str] = {
     data: "--recipe --data --json",
@@ -204,7 +240,8 @@ _VERBS: dict[Callable[..., Result], str] = {
     verify: "--recipe --data --run --numerics --json",
     pipeline: "--recipe --data --out --numerics --json",
     golden: "--recipe --data --numerics --force --json",
-    matrix: "--recipe --data --steps --json",
+    run: "--numerics --digest script arguments",
+    matrix: "--recipe --script --data --steps --json",
 }
 
 
@@ -231,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for verb, options in _VERBS.items():
         sub = verbs.add_parser(verb.__name__, help=verb.__doc__, description=verb.__doc__)
-        sub.set_defaults(verb=verb)
+        sub.set_defaults(verb=verb, json=False)
         for option in options.split():
             sub.add_argument(option, **_OPTIONS[option])
     return parser

@@ -1,16 +1,19 @@
-"""Run a recipe in fresh processes under every setting of this CPU that changes native results.
+"""Run a recipe or a script in fresh processes under every setting of this CPU that changes native results.
 
 Native PyTorch comes to another hash for many of them; exact arithmetic has one for all.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Callable, Optional
 
 from reproml.errors import ReproError
@@ -82,12 +85,40 @@ def run(
 
     `recipe` is a name or path. Raises ReproError if a training fails, naming the setting.
     """
+
+    def train(setting: Setting, numerics: str) -> str:
+        return _train(setting, recipe, steps, data_folder, numerics)
+
+    return _rows(train, settings, each)
+
+
+def run_script(
+    command: str,
+    settings: Optional[list[Setting]] = None,
+    each: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """Run a training script under each setting, as `run` does a recipe.
+
+    `command` is the script's path and its arguments, quoted as for a shell. A row has the digest of
+    what it trained and saved; if there are several, the SHA-256 of their lines.
+    Raises ReproError if the script fails or leaves no digest.
+    """
+    words = shlex.split(command)
+
+    def run_it(setting: Setting, numerics: str) -> str:
+        return _run_script(setting, words, numerics)
+
+    return _rows(run_it, settings, each)
+
+
+def _rows(
+    measure: Callable[[Setting, str], str],
+    settings: Optional[list[Setting]],
+    each: Callable[[Row], None],
+) -> list[Row]:
     rows = []
     for setting in offered() if settings is None else settings:
-        native, exact = (
-            _train(setting, recipe, steps, data_folder, numerics)
-            for numerics in ("native", "exact")
-        )
+        native, exact = (measure(setting, numerics) for numerics in ("native", "exact"))
         rows.append(Row(setting.name, native, exact))
         each(rows[-1])
     return rows
@@ -97,15 +128,38 @@ def _train(
     setting: Setting, recipe: str, steps: int, data_folder: Optional[Path], numerics: str
 ) -> str:
     """Return the digest of the weights that a fresh process ends with."""
+    arguments = ["train", "--json", "--recipe", recipe, "--steps", str(steps)]
+    arguments += ["--numerics", numerics]
+    arguments += ["--data", str(data_folder)] if data_folder else []
+    return str(json.loads(_reproml(setting, arguments, numerics))["weights.state_dict.sha256"])
+
+
+def _run_script(setting: Setting, words: list[str], numerics: str) -> str:
+    """Return one digest for all that a script trains and saves in a fresh process."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "digest.json"
+        _reproml(setting, ["run", "--numerics", numerics, "--digest", str(file), *words], numerics)
+        result = json.loads(file.read_text())
+    found = [o["parameters.sha256"] for o in result["optimizers"]]
+    found += [s["state_dict.sha256"] for s in result["saved"]]
+    if not found:
+        raise ReproError(f"{words[0]} neither stepped an optimizer nor saved a state dict")
+    lines = "".join(f"{sha256}\n" for sha256 in found)
+    return found[0] if len(found) == 1 else hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _reproml(setting: Setting, arguments: list[str], numerics: str) -> str:
+    """Return what a fresh `python -m reproml` prints under the setting."""
     varied = {name for other in SETTINGS for name in other.variables}
     variables = {name: value for name, value in os.environ.items() if name not in varied}
-    command = [sys.executable, "-m", "reproml", "train", "--json", "--recipe", recipe]
-    command += ["--steps", str(steps), "--numerics", numerics]
-    command += ["--data", str(data_folder)] if data_folder else []
     child = subprocess.run(
-        command, env={**variables, **setting.variables}, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "reproml", *arguments],
+        env={**variables, **setting.variables},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if child.returncode == 0:
-        return str(json.loads(child.stdout)["weights.state_dict.sha256"])
+        return child.stdout
     last = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
     raise ReproError(f"training with {setting.name} and {numerics} numerics failed: {last}")

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import reproml
+from reproml.script import _state_dicts
+from tests.forked import Reproml, Shown, environment
+
+TRAIN = """
+import torch
+
+torch.manual_seed(1)
+model = torch.nn.Linear(3, 2)
+idle = torch.optim.SGD(model.parameters(), lr=0.1)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+for _ in range(2):
+    optimizer.zero_grad()
+    model(torch.rand(4, 3)).sum().backward()
+    optimizer.step()
+"""
+
+
+def python(folder: Path, *arguments: str) -> Shown:
+    child = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Shown(child.returncode, child.stdout, child.stderr)
+
+
+@pytest.fixture(scope="module")
+def reproml_in() -> Iterator[Reproml]:
+    with Reproml() as server:
+        yield server
+
+
+@pytest.fixture
+def reproml_run(reproml_in: Reproml, tmp_path: Path) -> Callable[..., Shown]:
+    """`python -m reproml run ARGUMENTS` in tmp_path, where script.py holds `source`."""
+
+    def run(*arguments: str, source: Optional[str] = None) -> Shown:
+        if source is not None:
+            (tmp_path / "script.py").write_text(source)
+        return reproml_in(tmp_path, "run", *arguments)
+
+    return run
+
+
+def trained() -> torch.nn.Linear:
+    names: dict[str, Any] = {}
+    with reproml.exact():
+        exec(TRAIN, names)
+    model = names["model"]
+    assert isinstance(model, torch.nn.Linear)
+    return model
+
+
+def test_the_digests_of_what_was_stepped_and_saved(tmp_path):
+    source = TRAIN + (
+        "from safetensors.torch import save_file\n"
+        "torch.save(model.state_dict(), 'plain.pt')\n"
+        "torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(),"
+        " 'epoch': 3}, 'checkpoint.pt')\n"
+        "save_file(model.state_dict(), 'model.safetensors')\n"
+        "torch.save([1, 2], 'other.pt')\n"
+    )
+    (tmp_path / "script.py").write_text(source)
+    shown = python(tmp_path, "-m", "reproml", "run", "--digest", "digest.json", "script.py")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    model = trained()
+    stepped = reproml.digest({"0": model.weight, "1": model.bias})
+    state = reproml.digest(model)
+    files = ["plain.pt", "checkpoint.pt['model']", "model.safetensors"]
+    assert shown.stdout.splitlines() == [
+        f"{stepped}  parameters of optimizer 1: AdamW, 2 tensors",  # the idle one took no step
+        *[f"{state}  state dict saved: {file}" for file in files],
+    ]
+    assert json.loads((tmp_path / "digest.json").read_text()) == {
+        "definitions": reproml.arithmetic.DEFINITIONS,
+        "numerics": "exact",
+        "optimizers": [{"optimizer": "AdamW", "tensors": 2, "parameters.sha256": stepped}],
+        "saved": [{"file": file, "state_dict.sha256": state} for file in files],
+    }
+    assert reproml.digest(load_file(tmp_path / "model.safetensors")) == state
+    assert reproml.digest(torch.load(tmp_path / "plain.pt", weights_only=True)) == state
+
+
+def test_optimizers_come_in_the_order_of_their_creation(reproml_run):
+    source = (
+        "import copy, torch\n"
+        "p, q, r = (torch.nn.Parameter(torch.tensor([float(i)])) for i in range(3))\n"
+        "first = torch.optim.SGD([p], lr=1)\n"
+        "class Mine(torch.optim.SGD): pass\n"
+        "second = Mine([q], lr=1)\n"
+        "third = copy.deepcopy(first)\n"  # has no creation to watch: it comes when it steps
+        "for optimizer in (third, second, first):\n"
+        "    for x in optimizer.param_groups[0]['params']:\n"
+        "        x.grad = torch.ones(1)\n"
+        "    optimizer.step()\n"
+        "first.add_param_group({'params': [r]})\n"
+        "first.step()\n"
+        "del first, second, third, optimizer\n"
+    )
+    shown = reproml_run("script.py", source=source)
+    assert shown.stderr == ""
+    one = torch.ones(1)
+    assert shown.stdout.splitlines() == [
+        f"{reproml.digest({'0': -2 * one, '1': 2 * one})}  "
+        "parameters of optimizer 1: SGD, 2 tensors",
+        f"{reproml.digest({'0': 0 * one})}  parameters of optimizer 2: Mine, 1 tensor",
+        f"{reproml.digest({'0': -one})}  parameters of optimizer 3: SGD, 1 tensor",
+    ]
+
+
+def test_native_numerics_are_plain_pytorch(reproml_run):
+    exp = "import torch; torch.save({'x': torch.linspace(0, 1, 5).cosh()}, 'x.pt')\n"
+    assert reproml_run("script.py", source=exp).returncode == 1
+    shown = reproml_run("--numerics", "native", "script.py", source=exp)
+    assert shown.stdout.split()[0] == reproml.digest({"x": torch.linspace(0, 1, 5).cosh()})
+
+
+AS_USUAL = {
+    "the surroundings": (
+        "import os, sys\n"
+        "import beside\n"
+        "print(sys.argv, sys.path[0], os.getcwd(), __name__, __file__, __spec__, __package__)\n"
+        "print(__doc__, sys.modules['__main__'].__dict__ is globals())\n"
+    ),
+    "a docstring": "'What this is.'\nprint(__doc__)\n",
+    "pickling a class of its own": (
+        "import pickle\nclass A: pass\nprint(pickle.loads(pickle.dumps(A())).__class__ is A)\n"
+    ),
+    "exit 3": "import sys; sys.exit(3)",
+    "exit None": "import sys; sys.exit()",
+    "exit with words": "import sys; sys.exit('no good')",
+    "exit with a bool": "raise SystemExit(True)",
+    "exit at the end": "import atexit; atexit.register(print, 'bye'); print('hello')",
+    "an exception": "def f():\n    raise ValueError('bad')\nprint('before')\nf()\n",
+    "a chain": "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise ValueError('x') from e\n",
+    "a syntax error": "x = = 1\n",
+    "its own excepthook": "import sys; sys.excepthook = lambda *e: print(e[0])\n1 / 0\n",
+    "an encoding": "# coding: latin-1\nprint('\u00e4')\n",
+}
+
+
+@pytest.mark.parametrize("what", AS_USUAL)
+def test_a_script_sees_and_shows_what_python_would(tmp_path, reproml_run, what):
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    (folder / "beside.py").write_text("")
+    encoding = "latin-1" if what == "an encoding" else "utf-8"
+    (folder / "script.py").write_text(AS_USUAL[what], encoding=encoding)
+    arguments = ["scripts/script.py", "-h", "--digest", "x", "--", "--steps=3", "a b"]
+    expected = python(tmp_path, *arguments)
+    shown = reproml_run(*arguments)
+    assert shown.returncode == expected.returncode
+    assert shown.stdout == expected.stdout
+    assert shown.stderr == expected.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_script_that_ends_itself_still_has_its_digests(tmp_path, reproml_run):
+    source = TRAIN + "raise SystemExit(4)\n"
+    shown = reproml_run("--digest", "digest.json", "script.py", source=source)
+    assert (shown.returncode, shown.stderr) == (4, "")
+    assert "optimizer 1" in shown.stdout and (tmp_path / "digest.json").exists()
+
+
+def test_a_script_that_fails_has_none(tmp_path, reproml_run):
+    (tmp_path / "digest.json").write_text("old")
+    shown = reproml_run("--digest", "digest.json", "script.py", source=TRAIN + "1 / 0\n")
+    assert (shown.returncode, shown.stdout) == (1, "")
+    assert (tmp_path / "digest.json").read_text() == "old"
+
+
+def test_what_is_not_exact_is_refused_with_the_line_that_called_it(reproml_run):
+    shown = reproml_run("script.py", source="import torch\n\ntorch.ones(3).cosh()\n")
+    assert shown.returncode == 1
+    last = shown.stderr.splitlines()[-1]
+    assert "NotExactError" in last and "aten.cosh" in last and "script.py:3" in last
+
+
+def test_the_digest_file_stays_where_it_was_asked_for(tmp_path, reproml_run):
+    (tmp_path / "elsewhere").mkdir()
+    source = "import os; os.chdir('elsewhere')"
+    assert reproml_run("--digest", "d.json", "script.py", source=source).returncode == 0
+    assert (tmp_path / "d.json").exists() and os.listdir(tmp_path / "elsewhere") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["none.py"], "cannot read the script none.py: No such file"),
+        (["."], "cannot read the script .: Is a directory"),
+        (["--digest", "no/such/d.json", "script.py"], "cannot write .*/no/such/d.json"),
+        (["--digest", ".", "script.py"], "cannot write .*: give a file name"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_runs(tmp_path, reproml_run, arguments, words):
+    (tmp_path / "script.py").write_text("print('ran')")
+    shown = reproml_run(*arguments)
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr.count("\n") == 1
+    assert re.search(words, shown.stderr)
+
+
+def test_an_interrupt_is_one_line(tmp_path):
+    (tmp_path / "script.py").write_text("import time; print('on', flush=True); time.sleep(60)")
+    child = subprocess.Popen(
+        [sys.executable, "-m", "reproml", "run", "script.py"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout and child.stdout.readline() == "on\n"
+    time.sleep(0.2)  # into the sleep
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate()
+    assert (child.returncode, errors) == (130, "reproml: interrupted\n")
+
+
+def test_state_dicts_are_found_below_names_only():
+    x = torch.ones(2)
+    linear = torch.nn.Linear(1, 1)
+    content = {
+        "model": linear,
+        "ema": {"x": x},
+        "optimizer": {"state": {0: {"step": x}}, "param_groups": [{"params": [0]}]},
+        "loss": 0.5,
+        "mixed": {"x": x, "y": 1},
+        "empty": {},
+        "sparse": {"x": x.to_sparse()},
+        "deep": {"er": {"x": x}},
+    }
+    found = {place: sorted(state) for place, state in _state_dicts("f", content)}
+    assert found == {
+        "f['model']": ["bias", "weight"],
+        "f['ema']": ["x"],
+        "f['deep']['er']": ["x"],
+    }
+    assert list(_state_dicts("f", x)) == []
