@@ -189,8 +189,8 @@ def _shifted(k: Any, x: Any) -> Any:
 
 def _log_softmax(k: Any, x: Any, others: Any) -> Any:
     """x - max - log(1 + the sum of exp over all but the largest), so that nothing cancels."""
-    d = _shifted(k, x)
-    return d - k.log1p(k.sum(others * k.exp(d)))
+    d = k.difference(x, k.max(x))
+    return k.plus(d, -k.log1p(k.sum(others * k.exp(d))))
 
 
 def _softmax(k: Any, x: Any, present: Any) -> Any:

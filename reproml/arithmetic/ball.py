@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reproml.arithmetic import elementary
-from reproml.arithmetic.rounding import U, gamma, nearest, settle
+from reproml.arithmetic.rounding import U, gamma, nearest, settle, two_sum
 
 Number = Union[int, Fraction]
 Formula = Callable[..., Any]
@@ -142,7 +142,7 @@ class _BallField:
         if x._relative:  # sqrt(1 + r) <= 1 + r / 2, sqrt(1 - r) >= 1 - r
             return Ball(c, self.passed(x.r, self.relative), 0, self)
         d = x.error  # |sqrt(a + d) - sqrt(a)| <= d / sqrt(a), also <= sqrt(d)
-        e = self.where(d < x.c, d / c, self._sqrt(d) + c)
+        e = self.where(d < x.c, d / self.where(c == 0, 1, c), self._sqrt(d) + c)
         return Ball(c, self.relative, e, self)
 
     def tanh(self, x: Ball) -> Ball:
@@ -272,6 +272,23 @@ class Binary64(_BallField):
         # + 0.0: a sum of -0's is 0 in whatever order it was taken
         return Ball(x.c.sum(-1, keepdim=True) + 0.0, 0, e, self)
 
+    def difference(self, x: Ball, y: Ball) -> Ball:
+        """x - y of exact numbers, known to be exact where it is (TwoSum's error is the bound)."""
+        s, t = two_sum(x.c, -y.c)
+        return Ball(s, 0, t.abs(), self)
+
+    def plus(self, x: Ball, y: Ball) -> Ball:
+        """x + y, the last step of a formula where y may be far below x.
+
+        If x + y rounds to a midpoint of binary32 in binary64, TwoSum's error tells the side: no other
+        midpoint is within an ulp of binary64, so any number on that side rounds like the true one.
+        """
+        s, t = two_sum(x.c, y.c)
+        e = x.error + y.error
+        toward = torch.nextafter(s, torch.where(t > 0, torch.inf, -torch.inf).to(s))
+        sided = ((s.contiguous().view(torch.int64) & 0x1FFFFFFF) == 0x10000000) & (t.abs() > e)
+        return Ball(torch.where(sided, toward, s), 0, torch.where(sided, 0.0, t.abs() + e), self)
+
     def max(self, x: Ball) -> Ball:
         """The largest of exact numbers over the last axis, which stays with length 1."""
         return self.exact(x.c.amax(-1, keepdim=True))
@@ -332,6 +349,12 @@ class MultiPrecision(_BallField):
             e = e + np.sum(np.broadcast_to(x.e, x.c.shape), -1, keepdims=True)
         return Ball(np.sum(x.c, -1, keepdims=True), 0, e, self)
 
+    def difference(self, x: Ball, y: Ball) -> Ball:
+        return x - y
+
+    def plus(self, x: Ball, y: Ball) -> Ball:
+        return x + y
+
     def max(self, x: Ball) -> Ball:
         return self.exact(np.max(x.c, -1, keepdims=True))
 
@@ -383,6 +406,14 @@ class Rational:
     @staticmethod
     def sum(x: Any) -> Any:
         return np.sum(x, -1, keepdims=True)
+
+    @staticmethod
+    def difference(x: Any, y: Any) -> Any:
+        return x - y
+
+    @staticmethod
+    def plus(x: Any, y: Any) -> Any:
+        return x + y
 
     @staticmethod
     def max(x: Any) -> Any:

@@ -24,6 +24,7 @@ from reproml.arithmetic.rounding import (
     nearest,
     settle_at,
     settle_sum,
+    two_sum,
 )
 
 # From this many failures on, a whole product of absolute values is cheaper than each by itself.
@@ -176,10 +177,7 @@ def _by_two_sum(terms: Tensor) -> list[float]:
     while s.shape[1] > 1:
         if s.shape[1] % 2:
             s = torch.nn.functional.pad(s, (0, 1))
-        a, b = s.split(s.shape[1] // 2, 1)
-        s = a + b
-        z = s - a
-        error = (a - (s - z)) + (b - z)
+        s, error = two_sum(*s.split(s.shape[1] // 2, 1))
         t = t + error.sum(1)
         size = size + error.abs().sum(1)
     s = s.sum(1)

@@ -180,7 +180,9 @@ def _is_exact(name: str, given: list[Tensor], args: list[Any]) -> bool:
             continue  # beside a float32 tensor it counts like a Python number
         if _inexact(x) and x.dtype is not torch.float32:
             raise NotExactError(f"it is defined for float32, not for {x.dtype}")
-    floating = any(map(_inexact, given)) or any(isinstance(x, float) for x in args)
+    floating = any(map(_inexact, given)) or any(
+        isinstance(x, float) or (isinstance(x, torch.dtype) and x.is_floating_point) for x in args
+    )
     return floating or name not in table.INTEGER
 
 

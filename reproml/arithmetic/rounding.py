@@ -98,6 +98,13 @@ def nearest(x: Fraction) -> float:
     return -value if x < 0 else value
 
 
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """s + t = a + b exactly, s rounded (Knuth, The Art of Computer Programming 2, section 4.2.2)."""
+    s = a + b
+    z = s - a
+    return s, (a - (s - z)) + (b - z)
+
+
 def exact_sum(terms: list[float]) -> Fraction:
     """The exact sum of finite binary64 numbers.
 
