@@ -20,7 +20,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any, NamedTuple, Optional
 from unittest import TestCase
 
@@ -293,7 +293,9 @@ def _compare(
 
 def operators(names: Any = ()) -> Iterator[Any]:
     # PyTorch's samples import it for a base class of tests, which are not wanted here.
-    sys.modules.setdefault("expecttest", SimpleNamespace(TestCase=TestCase))  # type: ignore[arg-type]
+    stand_in = ModuleType("expecttest")  # a module, as hypothesis reads all of sys.modules
+    stand_in.TestCase = TestCase  # type: ignore[attr-defined]
+    sys.modules.setdefault("expecttest", stand_in)
     from torch.testing._internal.common_methods_invocations import op_db
 
     for op in op_db:
