@@ -287,6 +287,7 @@ class Binary64(_BallField):
         e = x.error + y.error
         toward = torch.nextafter(s, torch.where(t > 0, torch.inf, -torch.inf).to(s))
         sided = ((s.contiguous().view(torch.int64) & 0x1FFFFFFF) == 0x10000000) & (t.abs() > e)
+        sided &= t.abs() > 2.0**-900 * s.abs()  # what is smaller may count as zero: see _BITS
         return Ball(torch.where(sided, toward, s), 0, torch.where(sided, 0.0, t.abs() + e), self)
 
     def max(self, x: Ball) -> Ball:
