@@ -67,7 +67,7 @@ class Watch:
             groups = optimizer.param_groups  # may have grown; a copied optimizer is new here
             parameters(optimizer)[:] = [p for group in groups for p in group["params"]]
 
-        Optimizer.__init__ = init  # type: ignore[method-assign]
+        Optimizer.__init__ = init  # type: ignore[method-assign, assignment]
         register_optimizer_step_post_hook(after_step)
         torch.save = torch.serialization.save = self._recording(torch.save)
         safetensors.torch.save_file = self._recording(safetensors.torch.save_file)
