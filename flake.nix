@@ -9,9 +9,12 @@
     let
       inherit (nixpkgs) lib;
 
-      # A recipe with a golden file gets its packages and its check from the file being there.
-      recipes = map (lib.removeSuffix ".json") (
-        lib.filter (lib.hasSuffix ".json") (lib.attrNames (builtins.readDir ./golden))
+      # A recipe in reproml/recipes with a golden file gets its packages and its check from that. A golden
+      # file alone belongs to a recipe that lies elsewhere.
+      recipes = lib.filter (recipe: builtins.pathExists (./reproml/recipes + "/${recipe}.toml")) (
+        map (lib.removeSuffix ".json") (
+          lib.filter (lib.hasSuffix ".json") (lib.attrNames (builtins.readDir ./golden))
+        )
       );
 
       outputsOf =
