@@ -103,7 +103,10 @@ def run_script(
     what it trained and saved; if there are several, the SHA-256 of their lines.
     Raises ReproError if the script fails or leaves no digest.
     """
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ReproError(f"cannot read the script's command line {command!r}: {error}") from None
 
     def run_it(setting: Setting, numerics: str) -> str:
         return _run_script(setting, words, numerics)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -116,3 +117,57 @@ def test_the_exit_status_asks_for_one_exact_hash(monkeypatch, capsys, tmp_path, 
     assert main(["matrix", "--recipe", recipe, "--json", "--steps", "100"]) == status
     result = json.loads(capsys.readouterr().out)
     assert (result["native_hashes"], result["exact_hashes"]) == (2, 1 + status)
+
+
+SCRIPT = """
+import sys, torch
+p = torch.nn.Parameter(torch.ones(int(sys.argv[1])))
+for optimizer in [torch.optim.SGD([p], lr=1.0) for _ in range(int(sys.argv[2]))]:
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+"""
+
+
+def test_a_script_has_the_digest_of_what_it_stepped(tmp_path):
+    (tmp_path / "a script.py").write_text(SCRIPT)
+    command = f"'{tmp_path}/a script.py' 3 {{}}"
+    rows: list[matrix.Row] = []
+    settings = [matrix._threads(1)]
+    assert matrix.run_script(command.format(1), settings, rows.append) == rows
+    one = digest({"0": torch.zeros(3)})
+    assert rows == [matrix.Row("1 thread", one, one)]
+    [two] = matrix.run_script(command.format(2), settings)
+    both = 2 * (digest({"0": -torch.ones(3)}) + "\n")  # the same parameters, stepped by two
+    assert two.exact == hashlib.sha256(both.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [("3 0", "neither stepped an optimizer nor saved"), ("x 1", "native numerics failed: .*'x'")],
+)
+def test_a_script_without_digest_is_bad_input(tmp_path, arguments, words):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    with pytest.raises(ReproError, match=words):
+        matrix.run_script(f"{tmp_path}/script.py {arguments}", [matrix._threads(1)])
+
+
+def test_a_command_line_without_its_closing_quote_is_bad_input():
+    with pytest.raises(ReproError, match="No closing quotation"):
+        matrix.run_script("'train.py", [])
+
+
+def test_matrix_of_a_script(monkeypatch, capsys):
+    def fake(setting, words, numerics):
+        assert words == ["train.py", "--steps", "5"]
+        return numerics
+
+    monkeypatch.setattr(matrix, "_run_script", fake)
+    monkeypatch.setattr(matrix, "offered", lambda: [matrix._threads(1), matrix._threads(7)])
+    command = "train.py --steps 5"
+    assert main(["matrix", "--script", command, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"{command}: SHA-256 of all it trained and saved")
+    result = json.loads(captured.out)
+    assert (result["script"], result["exact_hashes"], len(result["settings"])) == (command, 1, 2)
+    assert main(["matrix", "--script", "train.py", "--steps", "5"]) == 2
+    assert "a script takes its steps itself" in capsys.readouterr().err
