@@ -21,7 +21,7 @@ _HELP = {
     "script": "'SCRIPT.py ARGS': a training script instead of a recipe",
     "data": "folder that holds the data files",
     "out": "run folder, default: runs/RECIPE",
-    "run": "take this run folder, do not train",
+    "run": "run folder; default: verify trains, evaluate takes runs/RECIPE",
     "numerics": "exact (default), or native: plain PyTorch, for comparison",
     "steps": "stop after so many steps",
     "force": "replace the golden file",
@@ -73,12 +73,12 @@ def evaluate(
     c: Context,
     recipe: str = "",
     data: str = "",
-    out: str = "",
+    run: str = "",
     numerics: str = "",
     json: bool = False,
 ) -> None:
     """Evaluate the weights of a run folder on the training and the test set."""
-    _reproml("evaluate", recipe=recipe, data=data, out=out, numerics=numerics, json=json)
+    _reproml("evaluate", recipe=recipe, data=data, run=run, numerics=numerics, json=json)
 
 
 @_task

@@ -45,7 +45,7 @@ rec {
     mkdir run
     ln -s ${weights} run/weights.safetensors
     echo '${builtins.toJSON run}' > run/run.json
-    reproml evaluate --recipe ${recipe} --out run --json > $out
+    reproml evaluate --recipe ${recipe} --run run --json > $out
   '';
 
   verify = step "verified" { } ''

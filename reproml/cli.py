@@ -43,7 +43,8 @@ def train(args: argparse.Namespace, terminal: Terminal) -> Result:
     with run.place(out) as save, terminal.bar("train") as progress:
         result = run.perform(recipe, args.data, args.numerics, terminal.say, progress)
         save(result)
-    terminal.say(f"weights: {result.items['weights.safetensors.sha256']}  {out / run.WEIGHTS}")
+    sha256 = result.items["weights.safetensors.sha256"]
+    terminal.say(f"SHA-256 of the file {out / run.WEIGHTS}: {sha256}")
     return 0, {"run": str(out), "items": result.items}
 
 
@@ -57,7 +58,7 @@ def _train_steps(args: argparse.Namespace, recipe: Recipe, terminal: Terminal) -
     with terminal.bar("train") as progress:
         trained = train(recipe, prepared, args.numerics, args.steps, terminal.say, progress)
     sha256 = digest(trained.model)
-    terminal.say(f"weights after at most {args.steps} steps: {sha256}")
+    terminal.say(f"digest of the state dict after at most {args.steps} steps: {sha256}")
     return 0, {"weights.state_dict.sha256": sha256}
 
 
@@ -66,10 +67,10 @@ def evaluate(args: argparse.Namespace, terminal: Terminal) -> Result:
     from reproml import run
 
     recipe = _recipe(args)
-    out = _out(args, recipe)
+    folder = args.run or _default_run(args, recipe)
     _, prepared, _ = run.prepare(recipe, args.data, args.numerics)
-    model, _, _ = run.load(out, recipe, prepared, args.numerics)
-    return 0, {"run": str(out), "items": run.score(model, prepared, args.numerics, terminal.say)}
+    model, _, _ = run.load(folder, recipe, prepared, args.numerics)
+    return 0, {"run": str(folder), "items": run.score(model, prepared, args.numerics, terminal.say)}
 
 
 def verify(args: argparse.Namespace, terminal: Terminal) -> Result:
@@ -178,7 +179,7 @@ def matrix(args: argparse.Namespace, terminal: Terminal) -> Result:
         steps = _steps(args)
         subject = {"recipe": _recipe(args).name, "steps": steps}
         terminal.say(
-            f"{subject['recipe']}, {steps} steps: SHA-256 of the weights (the first 16 digits)"
+            f"{subject['recipe']}, {steps} steps: digest of the state dict (the first 16 digits)"
         )
         line("setting", "native", "exact")
         rows = matrices.run(args.recipe, steps, args.data, each=each)
@@ -212,7 +213,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--recipe": {"default": "mnist-mlp", "metavar": "NAME|PATH", "help": "default: mnist-mlp"},
     "--data": {"type": Path, "metavar": "DIR", "help": "folder that holds the data files"},
     "--out": {"type": Path, "metavar": "DIR", "help": "run folder, default: runs/RECIPE"},
-    "--run": {"type": Path, "metavar": "DIR", "help": "take this run folder, do not train"},
+    "--run": {
+        "type": Path,
+        "metavar": "DIR",
+        "help": "run folder; default: verify trains, evaluate takes runs/RECIPE",
+    },
     "--numerics": {
         "choices": ["exact", "native"],
         "default": "exact",
@@ -225,7 +230,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--force": {"action": "store_true", "help": "replace the golden file"},
     "--json": {"action": "store_true", "help": "print JSON"},
-    "--digest": {"type": Path, "metavar": "FILE", "help": "write the digests here too, as JSON"},
+    "--digest": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "write the digests here too, as JSON; stands before SCRIPT.py",
+    },
     "--script": {
         "metavar": "'SCRIPT.py ARGS'",
         "help": "run this training script instead of a recipe",
@@ -236,7 +245,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 _VERBS: dict[Callable[..., Result], str] = {
     data: "--recipe --data --json",
     train: "--recipe --data --out --numerics --steps --json",
-    evaluate: "--recipe --data --out --numerics --json",
+    evaluate: "--recipe --data --run --numerics --json",
     verify: "--recipe --data --run --numerics --json",
     pipeline: "--recipe --data --out --numerics --json",
     golden: "--recipe --data --numerics --force --json",
@@ -247,7 +256,9 @@ _VERBS: dict[Callable[..., Result], str] = {
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one verb, return the exit status. Raises SystemExit only for a misspelt command line."""
-    args = _parser().parse_args(argv)
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        args.refuse(f"unrecognized arguments: {' '.join(unknown)}")  # with the usage of the verb
     try:
         status, result = args.verb(args, Terminal(to_stderr=args.json))
         if args.json:
@@ -268,9 +279,11 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for verb, options in _VERBS.items():
         sub = verbs.add_parser(verb.__name__, help=verb.__doc__, description=verb.__doc__)
-        sub.set_defaults(verb=verb, json=False)
+        sub.set_defaults(verb=verb, json=False, refuse=sub.error)
         for option in options.split():
-            sub.add_argument(option, **_OPTIONS[option])
+            action = sub.add_argument(option, **_OPTIONS[option])
+            if action.nargs == argparse.REMAINDER:
+                action.required = False  # a script may have no arguments
     return parser
 
 
@@ -281,8 +294,12 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _out(args: argparse.Namespace, recipe: Recipe) -> Path:
+    return args.out or _default_run(args, recipe)
+
+
+def _default_run(args: argparse.Namespace, recipe: Recipe) -> Path:
     suffix = "-native" if args.numerics == "native" else ""
-    return Path(args.out or Path("runs") / (recipe.name + suffix))
+    return Path("runs") / (recipe.name + suffix)
 
 
 def _refuse_native(args: argparse.Namespace) -> None:

@@ -49,7 +49,7 @@ def test_train_evaluate_verify(capsys, at_work):
     shown = capsys.readouterr().out
     assert "epoch 2 of 2: loss" in shown and "runs/tiny/weights.safetensors" in shown
     sha256 = tiny.run().items["weights.safetensors.sha256"]
-    assert f"weights: {sha256}" in shown
+    assert f"SHA-256 of the file runs/tiny/weights.safetensors: {sha256}" in shown
 
     assert main(["evaluate", *TINY]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -103,6 +103,10 @@ def test_steps_print_a_digest_and_leave_nothing(capsys, at_work):
     result = json.loads(capsys.readouterr().out)
     assert len(result["weights.state_dict.sha256"]) == 64
     assert os.listdir(at_work) == ["tiny.toml"]
+    assert main(["train", *TINY, "--steps", "6"]) == 0  # all: 2 epochs of 3 batches
+    sha256 = tiny.run().items["epoch.2.state_dict.sha256"]
+    line = f"digest of the state dict after at most 6 steps: {sha256}"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_a_native_run_has_a_folder_of_its_own_and_no_golden_file(capsys, at_work):
@@ -110,6 +114,8 @@ def test_a_native_run_has_a_folder_of_its_own_and_no_golden_file(capsys, at_work
     assert os.listdir(at_work / "runs") == ["tiny-native"]
     capsys.readouterr()
     assert main(["evaluate", *TINY, "--numerics", "native"]) == 0
+    capsys.readouterr()
+    assert "not a run in exact" in refused(["evaluate", *TINY, "--run", "runs/tiny-native"], capsys)
     capsys.readouterr()
     for verb in ("verify", "golden", "pipeline"):
         error = refused([verb, *TINY, "--numerics", "native"], capsys)
@@ -167,6 +173,19 @@ def test_a_misspelt_command_line(arguments, capsys):
         main(arguments)
     assert caught.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_misspelt_option_shows_the_usage_of_its_verb(capsys):
+    for arguments in (["evaluate", "--out", "x"], ["evaluate", "--numerics", "fast"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert capsys.readouterr().err.startswith("usage: reproml evaluate [-h] [--recipe ")
+
+
+def test_a_script_is_required_and_its_arguments_are_not(capsys):
+    with pytest.raises(SystemExit):
+        main(["run"])
+    assert capsys.readouterr().err.endswith("arguments are required: SCRIPT.py\n")
 
 
 def test_ctrl_c_while_training_leaves_nothing(at_work):
