@@ -246,6 +246,7 @@ def test_overlapping_memory():
         assert x.tolist() == [1.0, 2.0, 1.5, rounded(Real(4) / 3).v]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
 def test_sparse_tensors_are_refused():
     sparse = torch.sparse_coo_tensor(
         torch.tensor([[0, 0, 0]]), torch.tensor([1.0, 2.0**-24, 2.0**-24]), (3,)
@@ -595,3 +596,77 @@ def test_zero_dim():
         assert torch.tensor(0.0).sub(torch.tensor(1.0), alpha=3).item() == -3
         zero = torch.tensor(-0.0).mean()
         assert zero == 0 and not zero.signbit() and torch.tensor(1.0).mean(0).item() == 1
+
+
+# Not strict: by chance the threads may come in order.
+_RACE = pytest.mark.xfail(strict=False, reason="the last of several threads to write is not fixed")
+
+
+@pytest.mark.parametrize("function", [
+    pytest.param(lambda x, i, v: x.index_put((i,), v), id="index_put", marks=_RACE),
+    pytest.param(lambda x, i, v: put(x, i, v), id="setitem", marks=_RACE),
+    pytest.param(lambda x, i, v: x.scatter(0, i, v), id="scatter"),
+])  # fmt: skip
+def test_duplicate_indices(function):
+    """Which of them is written last must not be left to the threads: the last one, or refused."""
+    random = torch.Generator().manual_seed(0)
+    i = torch.randint(0, 50, (400_000,), generator=random)
+    v = torch.randn(400_000, generator=random)
+    expected = np.zeros(50, np.float32)
+    expected[i.numpy()] = v.numpy()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(3):
+            try:
+                found = exactly(function, torch.zeros(50), i, v)
+            except NotExactError:
+                return
+            assert same_bits(found, torch.from_numpy(expected))
+    finally:
+        torch.set_num_threads(before)
+
+
+def put(x, index, values):
+    x[index] = values
+    return x
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("warm", [False, True])
+def test_compiled_code_does_not_escape(warm):
+    """TorchScript, also when its optimised form was made outside."""
+    script = torch.jit.script(softened)
+    x = torch.linspace(-3, 3, 1000)
+    for _ in range(3 if warm else 0):
+        script(x)
+    expected = exactly(softened, x)
+    for _ in range(3):
+        assert same_bits(exactly(script, x), expected)
+
+
+def softened(x: torch.Tensor) -> torch.Tensor:
+    return (x.exp() * x.sigmoid()).tanh()
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "TransformerEncoderLayer", "attention"])
+def test_whole_layers_give_the_same_bits_in_every_grad_mode(kind):
+    """Without gradients PyTorch takes fused operators for these: they must be taken apart alike."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 8)
+    layers: dict[str, Any] = {
+        "attention": lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+        "TransformerEncoderLayer": torch.nn.TransformerEncoderLayer(8, 2, 16).eval(),
+    }
+    layer = layers.get(kind) or getattr(torch.nn, kind)(8, 4, bidirectional=True)
+
+    def call() -> Any:
+        y = layer(x)
+        return y[0] if isinstance(y, tuple) else y
+
+    with reproml.exact():
+        expected = call().detach()
+        with torch.no_grad():
+            assert same_bits(call(), expected)
+        with torch.inference_mode():
+            assert same_bits(call().clone(), expected)
