@@ -215,9 +215,11 @@ def _guarded(func: Any) -> Handler:
 def refusal(func: Any, args: Any, why: str) -> NotExactError:
     """The error, with the operator, its operands and the line of the caller."""
     operands = ", ".join(f"{x.dtype}{list(x.shape)}".replace("torch.", "") for x in _tensors(args))
+    operands = f" for ({operands})" * bool(operands)
     error = NotExactError(
-        f"{func} has no exact result for ({operands}), called at {_caller()}: {why}; "
-        "write it with operators of the table, or take this part out of reproml.exact()."
+        f"{func} has no exact result{operands}, called at {_caller()}: {why.rstrip('.')}; "
+        "write it with operators that have a definition (docs/exact.md), "
+        "or take this part out of reproml.exact()."
     )
     error.named = True  # type: ignore[attr-defined]
     return error

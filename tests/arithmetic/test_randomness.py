@@ -187,3 +187,11 @@ def test_default_dtype_is_heeded():
                 torch.rand(3)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_refusal_without_operands_reads_well():
+    with pytest.raises(reproml.NotExactError) as caught, reproml.exact():
+        torch.randn(3, dtype=torch.float64)
+    message = str(caught.value)
+    assert "has no exact result, called at " in message and "()," not in message
+    assert ".;" not in message and "float32; write it with" in message
