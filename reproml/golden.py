@@ -14,10 +14,10 @@ from typing import Any
 
 from reproml.arithmetic import DEFINITIONS
 from reproml.errors import ReproError
-from reproml.run import Items, items_json, read_items, write
+from reproml.run import Items, Number, items_json, read_items, write
 
 _INSTALLED = Path(__file__).parent / "golden_files"
-_MISSING = "missing"
+_MISSING = Number("missing")  # unlike any value of an item
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,15 @@ def read(path: Path) -> Items:
     """Return the items of a golden file made with the definitions that are in force here."""
     items = read_items(path)
     version = items.get("definitions.version")
+    if "definitions.version" not in items:
+        raise ReproError(f"{path} is not a golden file: it has no definitions.version")
+    if not isinstance(version, Number) or not version.isdecimal():
+        raise ReproError(
+            f"{path}: definitions.version must be a whole number, not {_texts(version, None)[0]}"
+        )
     if version == str(DEFINITIONS):
         return items
-    if not str(version).isdecimal():
-        raise ReproError(f"{path}: definitions.version must be a whole number, not {version!r}")
-    remedy = "update reproml" if int(str(version)) > DEFINITIONS else "write it anew with --force"
+    remedy = "update reproml" if int(version) > DEFINITIONS else "write it anew with --force"
     raise ReproError(
         f"{path} was made with version {version} of the definitions (definitions.version), "
         f"this reproml has version {DEFINITIONS}; {remedy}"
@@ -69,7 +73,7 @@ def compare(expected: Items, found: Items) -> list[Comparison]:
     """Compare every item of either side, in the order of `found`, which is the pipeline's."""
     names = list(dict.fromkeys([*found, *sorted(expected)]))
     return [
-        Comparison(name, _text(expected.get(name, _MISSING)), _text(found.get(name, _MISSING)))
+        Comparison(name, *_texts(expected.get(name, _MISSING), found.get(name, _MISSING)))
         for name in names
     ]
 
@@ -95,6 +99,15 @@ def refuse_overwrite(path: Path, force: bool) -> None:
         raise ReproError(f"{path} is there already; --force replaces it")
 
 
-def _text(value: Any) -> str:
-    """Return a value as JSON writes it, without quotes: the same digits, the same number."""
-    return value if isinstance(value, str) else json.dumps(value)
+def _texts(expected: Any, found: Any) -> tuple[str, str]:
+    """Return the values as JSON writes them: the same digits, the same number.
+
+    Two strings go without their quotes; a string against a number has them, and so differs.
+    """
+    if not (_is_string(expected) and _is_string(found)):
+        expected, found = (v if isinstance(v, Number) else json.dumps(v) for v in (expected, found))
+    return str(expected), str(found)
+
+
+def _is_string(value: Any) -> bool:
+    return isinstance(value, str) and not isinstance(value, Number)

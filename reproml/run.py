@@ -43,6 +43,11 @@ from reproml.train import train
 # Name of an item: its value. The order is the pipeline's, so the first difference is the cause.
 Items = dict[str, Union[str, int, float, None]]
 
+
+class Number(str):
+    """A number of a JSON file as it is written there, to tell it from a string."""
+
+
 WEIGHTS, METRICS, RUN, LOG = "weights.safetensors", "metrics.json", "run.json", "log.txt"
 _FILES = {WEIGHTS, METRICS, RUN, LOG}
 
@@ -284,6 +289,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _part(folder: Path, name: str) -> Path:
+    if not folder.exists():
+        raise ReproError(f"the run folder {folder} does not exist; train first, or name another")
     if not (folder / name).is_file():
         raise ReproError(f"{folder} is not a whole run: it has no {name}; train first")
     return folder / name
@@ -298,11 +305,26 @@ def _read(path: Path) -> bytes:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(_read(path), parse_float=str, parse_int=str, parse_constant=str)
+        value = json.loads(
+            _read(path),
+            parse_float=Number,
+            parse_int=Number,
+            parse_constant=Number,
+            object_pairs_hook=_unique,
+        )
     except (ValueError, RecursionError) as error:
         raise ReproError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ReproError(f"{path} must be a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value:
+            raise ValueError(f"the key {key!r} is there twice")
+        value[key] = item
     return value
 
 

@@ -140,7 +140,7 @@ def test_bad_input_is_one_sentence(capsys, at_work):
     assert "golden/tiny.json" in refused(["verify", *TINY], capsys)
     assert "golden/tiny.json" in refused(["pipeline", *TINY], capsys)
     assert "file/run" in refused(["train", *TINY, "--out", "file/run"], capsys)
-    assert "runs/tiny" in refused(["evaluate", *TINY], capsys)
+    assert "runs/tiny does not exist" in refused(["evaluate", *TINY], capsys)
     (at_work / "golden/tiny.json").write_text("{}")
     assert "definitions.version" in refused(["verify", *TINY], capsys)
     (at_work / "golden/tiny.json").write_text("not")

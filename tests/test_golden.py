@@ -14,7 +14,7 @@ from reproml import golden
 from reproml.arithmetic import DEFINITIONS
 from reproml.cli import main
 from reproml.errors import ReproError
-from reproml.run import Items, items_json, place
+from reproml.run import Items, Number, items_json, place
 from tests import tiny
 
 ITEMS = {
@@ -132,12 +132,21 @@ def test_any_other_character_in_a_golden_value_is_a_difference(data):
 
 def test_missing_and_unknown_items_are_differences():
     found: Items = {"b": 1, "a": 2}
-    rows = golden.compare({"c": "3", "a": "2"}, found)
+    rows = golden.compare({"c": Number("3"), "a": Number("2")}, found)
     assert [(c.item, c.expected, c.found, c.match) for c in rows] == [
         ("b", "missing", "1", False),
         ("a", "2", "2", True),
         ("c", "3", "missing", False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "shown"),
+    [("297", 297, '"297"'), ("null", None, '"null"'), ("missing", ..., '"missing"')],
+)
+def test_a_string_is_no_number(expected, found, shown):
+    [row] = golden.compare({"a": expected}, {} if found is ... else {"a": found})
+    assert (row.expected, row.match) == (shown, False)
 
 
 # --- the file -------------------------------------------------------------------------------------
@@ -151,6 +160,7 @@ def test_missing_and_unknown_items_are_differences():
         (DEFINITIONS - 1, "write it anew with --force"),
         ("none: native numerics", "must be a whole number"),
         (1.5, "must be a whole number"),
+        (str(DEFINITIONS), f'must be a whole number, not "{DEFINITIONS}"'),
         (None, "must be a whole number"),
     ],
 )
@@ -159,6 +169,12 @@ def test_other_definitions_are_refused(tmp_path, version, message):
     path.write_text(json.dumps({**ITEMS, "definitions.version": version}))
     with pytest.raises(ReproError, match=f"definitions.version.*{message}"):
         golden.read(path)
+
+
+def test_a_golden_file_without_a_version_is_none(tmp_path):
+    (tmp_path / "golden.json").write_text("{}")
+    with pytest.raises(ReproError, match="is not a golden file: it has no definitions.version"):
+        golden.read(tmp_path / "golden.json")
 
 
 def test_a_golden_file_is_readable_and_sorted(tmp_path):

@@ -193,7 +193,7 @@ def test_a_missing_file_is_named(folder, name):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(ReproError, match="not a whole run"):
+    with pytest.raises(ReproError, match="does not exist"):
         recompute(tmp_path / "none", tiny.recipe())
 
 
@@ -264,6 +264,7 @@ def test_a_native_run(tmp_path):
         ("[]", "must be a JSON object"),
         ('{"a": {}}', "the value of 'a' must be"),
         ('{"a": true}', "the value of 'a' must be"),
+        ('{"a": 1, "b": 2, "a": 1}', "is not JSON: the key 'a' is there twice"),
     ],
 )
 def test_a_file_of_items_that_is_none(tmp_path, text, message):
