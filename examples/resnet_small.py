@@ -31,7 +31,8 @@ def stripes(count, size=16):
     y = torch.randint(3, (count,))
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     patterns = torch.stack([rows, columns, rows + columns]) // 2 % 2
-    return patterns[y].float().unsqueeze(1).repeat(1, 3, 1, 1) + torch.randn(count, 3, size, size), y
+    x = patterns[y].float().unsqueeze(1).repeat(1, 3, 1, 1)
+    return x + torch.randn_like(x), y
 
 
 parser = argparse.ArgumentParser(description=__doc__)

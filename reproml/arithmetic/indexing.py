@@ -56,17 +56,22 @@ def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: floa
 def index_put(
     x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, unsafe: bool = False
 ) -> Tensor:
-    if not accumulate:
-        return torch.index_put(x, indices, values)
-    return _add_at(x, torch.ops.aten.index(_places(x), indices), values)
+    return index_put_(x.clone(), indices, values, accumulate)
 
 
 def index_put_(
     x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, unsafe: bool = False
 ) -> Tensor:
-    if not accumulate:
+    """Of several values for one place the last stays; with `accumulate` their exact sum is added."""
+    if accumulate:
+        return x.copy_(_add_at(x, torch.ops.aten.index(_places(x), indices), values))
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)  # one thread writes, in order
+    try:
         return x.index_put_(indices, values)
-    return x.copy_(index_put(x, indices, values, True))
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def embedding_backward(

@@ -7,6 +7,7 @@ PyTorch's own algorithm on the CPU, with its functions replaced by exact ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -165,3 +166,19 @@ def multinomial(
     ratio = (x.double() / q.double()).float()
     order: Tensor = ratio.sort(dim=-1, descending=True, stable=True).indices
     return order[..., :count]
+
+
+def trunc_normal_(
+    x: Tensor, mean: float, std: float, low: float, high: float, generator: Any = None
+) -> Tensor:
+    """torch.nn.init.trunc_normal_ as PyTorch 2.8 has it (later versions draw other numbers): std sqrt(2)
+    erfinv(u) + mean, u uniform between the erf of both bounds, then clamped; each step rounded once."""
+    from reproml.arithmetic.settings import ExactMath
+
+    def distribution(bound: float) -> float:
+        result: float = (1.0 + ExactMath().erf((bound - mean) / std / math.sqrt(2.0))) / 2.0
+        return result
+
+    with torch.no_grad():
+        x.uniform_(2 * distribution(low) - 1, 2 * distribution(high) - 1, generator=generator)
+        return x.erfinv_().mul_(std * math.sqrt(2.0)).add_(mean).clamp_(min=low, max=high)

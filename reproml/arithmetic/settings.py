@@ -4,6 +4,7 @@
   the transformer's fast path): off, so that the layers arrive as the operators they are made of.
 - `math` in PyTorch's schedulers and initialisers: the C library's cos, erf, ... differ between systems;
   `ExactMath` rounds them correctly.
+- `trunc_normal_`, whose algorithm changed between versions of PyTorch: one of them (randomness.py).
 - The optimizers' steps (see optimizers.py).
 
 These are settings of the process, so they stay until the last `exact()` of any thread ends.
@@ -19,7 +20,7 @@ import torch
 import torch.nn.init
 import torch.optim.lr_scheduler
 
-from reproml.arithmetic import optimizers
+from reproml.arithmetic import optimizers, randomness
 
 _SWITCHES: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
     (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
@@ -68,6 +69,15 @@ _exact_math: Any = ExactMath()
 _USERS_OF_MATH: list[Any] = [torch.nn.init, torch.optim.lr_scheduler]
 
 
+_plain_trunc_normal = torch.nn.init._no_grad_trunc_normal_
+
+
+def _trunc_normal(*args: Any, **kwargs: Any) -> Any:
+    if not active.depth:
+        return _plain_trunc_normal(*args, **kwargs)
+    return randomness.trunc_normal_(*args, **kwargs)
+
+
 class _Active(threading.local):
     """How many `exact()` this thread is in, and its mode."""
 
@@ -93,6 +103,7 @@ def take_over() -> None:
             set_to(False)
         for module in _USERS_OF_MATH:
             module.math = _exact_math
+        torch.nn.init._no_grad_trunc_normal_ = _trunc_normal
         optimizers.take_over(lambda: active.depth > 0)
 
 
@@ -107,4 +118,5 @@ def give_back() -> None:
             set_to(value)
         for module in _USERS_OF_MATH:
             module.math = math
+        torch.nn.init._no_grad_trunc_normal_ = _plain_trunc_normal
         optimizers.give_back()

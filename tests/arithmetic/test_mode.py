@@ -598,13 +598,9 @@ def test_zero_dim():
         assert zero == 0 and not zero.signbit() and torch.tensor(1.0).mean(0).item() == 1
 
 
-# Not strict: by chance the threads may come in order.
-_RACE = pytest.mark.xfail(strict=False, reason="the last of several threads to write is not fixed")
-
-
 @pytest.mark.parametrize("function", [
-    pytest.param(lambda x, i, v: x.index_put((i,), v), id="index_put", marks=_RACE),
-    pytest.param(lambda x, i, v: put(x, i, v), id="setitem", marks=_RACE),
+    pytest.param(lambda x, i, v: x.index_put((i,), v), id="index_put"),
+    pytest.param(lambda x, i, v: put(x, i, v), id="setitem"),
     pytest.param(lambda x, i, v: x.scatter(0, i, v), id="scatter"),
 ])  # fmt: skip
 def test_duplicate_indices(function):

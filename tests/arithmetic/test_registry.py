@@ -173,7 +173,12 @@ def test_every_name_of_the_table_is_an_operator(key):
 
 # ---- moves -----------------------------------------------------------------------------------------
 
-ROUNDED: dict[str, Any] = {"floor": math.floor, "ceil": math.ceil, "round": round, "trunc": math.trunc}
+ROUNDED: dict[str, Any] = {
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "round": round,
+    "trunc": math.trunc,
+}
 SIGNS = {"abs", "neg", "sign", "sgn"}
 
 
