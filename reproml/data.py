@@ -7,7 +7,7 @@ Nothing is decoded, and nothing is kept, before its hash is right. What is hashe
 decoded: each file is read once.
 
 Environment: REPROML_DATA_DIR, a folder with the files, which is then the only source.
-REPROML_MIRROR, a folder or an http(s) address, asked instead of the public mirrors.
+REPROML_MIRROR, a folder, a file:// or an http(s) address, asked instead of the public mirrors.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ TIMEOUT = 30.0  # seconds without a byte
 
 def _mnist(folder: Optional[Path]) -> Dataset:
     if folder is None and os.environ.get("REPROML_DATA_DIR"):
-        folder = Path(os.environ["REPROML_DATA_DIR"])
+        with _named("REPROML_DATA_DIR"):
+            return _mnist(_folder(os.environ["REPROML_DATA_DIR"]))
     arrays = {}
     for name in MNIST:
         content = _get(name) if folder is None else _read(folder / name)
@@ -163,8 +164,9 @@ def _get(name: str) -> bytes:
         except ReproError as error:
             _say(f"{error}: getting it again")
     mirror = os.environ.get("REPROML_MIRROR", "")
-    if mirror and "://" not in mirror:
-        return _read(Path(mirror) / name)  # on the disk already: no second copy
+    if mirror and not mirror.startswith(("http://", "https://")):
+        with _named("REPROML_MIRROR"):
+            return _read(_folder(mirror) / name)  # on the disk already: no second copy
     try:
         with _appearing_whole(path) as file:
             content = _download(name, (mirror,) if mirror else MIRRORS)
@@ -175,6 +177,29 @@ def _get(name: str) -> bytes:
             "make room, or set REPROML_DATA_DIR to a folder that has MNIST's files"
         ) from None
     return content
+
+
+def _folder(text: str) -> Path:
+    """Return the folder that a path, with `~` or not, or a file:// address names."""
+    from urllib.parse import unquote
+
+    if text.startswith("file:///"):
+        text = unquote(text[len("file://") :])
+    elif "://" in text:
+        raise ReproError(f"{text} does not name a folder: give its path, or file:///PATH")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user
+        return Path(text)
+
+
+@contextmanager
+def _named(variable: str) -> Iterator[None]:
+    """Say in a ReproError of the block which environment variable led there."""
+    try:
+        yield
+    except ReproError as error:
+        raise ReproError(f"{error} (from the environment variable {variable})") from None
 
 
 @contextmanager
@@ -220,8 +245,6 @@ def _fetch(url: str, size: int) -> tuple[bytes, Optional[str]]:
     """Return at most size + 1 bytes of an http(s) address, and what went wrong, if anything."""
     import urllib.request
 
-    if not url.startswith(("http://", "https://")):
-        return b"", "not an http(s) address"
     content = bytearray()
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response, _bar(size) as progress:

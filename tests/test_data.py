@@ -484,10 +484,33 @@ def test_offline_with_nothing_cached(tiny: None, monkeypatch: pytest.MonkeyPatch
     assert "REPROML_MIRROR" in message and "digits-mlp" in message
 
 
-@pytest.mark.parametrize("url", ["ftp://x/", "file:///etc/", "http://", "http://[", "http://a b/"])
+@pytest.mark.parametrize("url", ["http://", "http://[", "http://a b/"])
 def test_addresses_that_are_none(url: str, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPROML_MIRROR", url)
     assert "cannot get MNIST from" in refusal()
+
+
+@pytest.mark.parametrize("url", ["ftp://x/", "file://host/mnist"])
+def test_addresses_of_another_kind(url: str, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPROML_MIRROR", url)
+    message = refusal()
+    assert message.startswith(f"{url} does not name a folder: give its path")
+    assert "REPROML_MIRROR" in message
+
+
+@pytest.mark.parametrize("variable", ["REPROML_DATA_DIR", "REPROML_MIRROR"])
+@pytest.mark.parametrize("form", ["~", "file"])
+def test_forms_of_a_folder(
+    form: str, variable: str, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = folder.rename(folder.with_name("a folder"))
+    monkeypatch.setenv("HOME", str(named.parent))
+    address = f"file://{named}".replace(" ", "%20")
+    monkeypatch.setenv(variable, address if form == "file" else f"~/{named.name}")
+    check_tiny(data.load("mnist"))
+    (named / IMAGES).unlink()
+    message = refusal()
+    assert f"{named / IMAGES} is missing" in message and variable in message
 
 
 def test_redirected_output_has_plain_lines(mirror, capsys) -> None:
