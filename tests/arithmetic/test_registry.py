@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 import reproml
@@ -202,10 +202,10 @@ class MoveChecker(TorchDispatchMode):
         key = name if name in table.MOVES else name.rstrip("_")
         if key not in table.MOVES or "empty" in key or key == "resize_":
             return func(*args, **kwargs)
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             before = tree_map(memory_of, [args, kwargs])
         result = func(*args, **kwargs)
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             outputs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
             outputs = [t for t in outputs if t.dtype is torch.float32 and t.numel()]
             if outputs:
