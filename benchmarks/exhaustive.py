@@ -1,6 +1,6 @@
 """All 2^32 float32 inputs of a function of one variable, or every N-th, against other evaluations.
 
-    python benchmarks/exhaustive.py [--function NAME ...] [--stride N]    # default: all, stride 65537
+    python -m benchmarks.exhaustive [--function NAME ...] [--stride N]    # default: all, stride 65537
 
 Each result is compared with PyTorch's native float64 function, cast to float32. Where the two differ, and
 where the rounding test failed, and at a random sample, mpmath with 1,200 bits decides. Stride 1 takes

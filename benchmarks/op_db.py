@@ -1,6 +1,6 @@
 """PyTorch's own operator samples under exact arithmetic, each against a float64 reference.
 
-    python benchmarks/op_db.py [NAME ...]            # default: every operator of op_db
+    python -m benchmarks.op_db [NAME ...]            # default: every operator of op_db
 
 For each float32 sample of `torch.testing._internal.common_methods_invocations.op_db` that exact() does
 not refuse, forward and backward, three things are compared:
