@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -134,7 +134,8 @@ def known() -> list[str]:
 
 
 def load(name_or_path: str) -> Recipe:
-    """Read and check a recipe: a name from `known()`, or a path (with a `/` or ending in `.toml`).
+    """Read and check a recipe: a name from `known()`, or a path (with a `/`, ending in `.toml`, or of a
+    file that is there).
 
     Raises ReproError with the reason: no such recipe, not readable, not TOML, or the key that is
     unknown, missing, of the wrong type or out of range.
@@ -143,6 +144,8 @@ def load(name_or_path: str) -> Recipe:
         path = Path(name_or_path)
     elif name_or_path in known():
         path = _FOLDER / f"{name_or_path}.toml"
+    elif _is_file(name_or_path):
+        path = Path(name_or_path)
     else:
         raise ReproError(
             f"no recipe is called {name_or_path!r}: there are {', '.join(known())}, "
@@ -154,7 +157,7 @@ def load(name_or_path: str) -> Recipe:
     except UnicodeDecodeError as error:
         reason = f"byte {error.start + 1} is not UTF-8"
     except msgspec.ValidationError as error:
-        reason = _readable(str(error))
+        reason = _readable(str(error)) + _allowed(str(error), content)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         reason = f"not TOML: {error}"
     raise ReproError(f"recipe {path}: {reason}")
@@ -183,6 +186,39 @@ def _decode(content: bytes) -> Recipe:
         if "kind" not in values[table]:
             raise msgspec.ValidationError(f"Object missing required field `kind` - at `$.{table}`")
     return recipe
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # too long for a name; a NUL in it
+        return False
+
+
+def _allowed(message: str, content: bytes) -> str:
+    """Return what may stand where msgspec found something else, or nothing if its message says so."""
+    what, _, where = message.partition(" - at `$")
+    table, _, key = where.strip(".`").partition(".")
+    if table == "name" and "matching regex" in what:
+        return "; a name has small letters, digits and hyphens, and begins with no hyphen"
+    if (table, key) == ("data", "name") and "enum" in what:
+        return f"; allowed: {', '.join(get_args(get_type_hints(Data)['name']))}"
+    tables: dict[str, Any] = {"": Recipe, "data": Data, "preprocess": Preprocess, "model": Model}
+    tables.update(train=Train, optimizer=Optimizer)
+    if table not in tables:
+        return ""
+    classes = get_args(tables[table]) or (tables[table],)
+    kinds = {cls.__struct_config__.tag: cls for cls in classes}
+    if key == "kind" or "missing required field `kind`" in what:
+        return f"; allowed: {', '.join(kinds)}"
+    if "unknown field" in what:
+        values = msgspec.toml.decode(content).get(table)
+        kind = values.get("kind") if isinstance(values, dict) else None
+        cls = kinds.get(str(kind), classes[0])
+        return (
+            f"; its keys are {', '.join(['kind'] * (None not in kinds) + [*cls.__struct_fields__])}"
+        )
+    return ""
 
 
 def _readable(message: str) -> str:

@@ -86,17 +86,29 @@ def test_defaults_are_pytorchs(kind: str) -> None:
 
 # Each pair: a change of the text above, and words that the message must have.
 REFUSED = [
-    ("batch_size = 64", "bach_size = 64", "train: contains unknown key `bach_size`"),
-    ("[model]", "[modle]", "contains unknown key `modle`"),
-    ("0.001", "0.001\nmomentum = 0.9", "optimizer: contains unknown key `momentum`"),
-    ('kind = "standardize"', "scale = 2", "preprocess: contains unknown key `scale`"),
+    (
+        "batch_size = 64",
+        "bach_size = 64",
+        "unknown key `bach_size`; its keys are epochs, batch_size",
+    ),
+    ("[model]", "[modle]", "contains unknown key `modle`; its keys are name, seed, data"),
+    (
+        "0.001",
+        "0.001\nmomentum = 0.9",
+        "unknown key `momentum`; its keys are kind, learning_rate, betas",
+    ),
+    (
+        'kind = "standardize"',
+        "scale = 2",
+        "preprocess: contains unknown key `scale`; its keys are kind",
+    ),
     ("epochs = 2\n", "", "train: missing required key `epochs`"),
     ('kind = "mlp"\n', "", "model: missing required key `kind`"),
     ('kind = "standardize"\n', "", "preprocess: missing required key `kind`"),
-    ('kind = "adamw"\n', "", "optimizer: missing required key `kind`"),
-    ('"mlp"', '"lstm"', "model.kind: invalid value 'lstm'"),
-    ('"adamw"', '"lion"', "optimizer.kind: invalid value 'lion'"),
-    ('"digits"', '"../digits"', "data.name: invalid enum value '../digits'"),
+    ('kind = "adamw"\n', "", "missing required key `kind`; allowed: adamw, adam, sgd"),
+    ('"mlp"', '"lstm"', "model.kind: invalid value 'lstm'; allowed: mlp"),
+    ('"adamw"', '"lion"', "invalid value 'lion'; allowed: adamw, adam, sgd"),
+    ('"digits"', '"../digits"', "invalid enum value '../digits'; allowed: mnist, digits"),
     ("64", "-64", "train.batch_size: expected `int` >= 1"),
     ("64", "0", "train.batch_size: expected `int` >= 1"),
     ("64", '"64"', "train.batch_size: expected `int`, got `str`"),
@@ -127,7 +139,7 @@ REFUSED = [
     ('"mine"', '"../mine"', "name: expected `str` matching"),
     ('"mine"', '"mine\\n"', "name: expected `str` matching"),
     ('"mine"', '"-mine"', "name: expected `str` matching"),
-    ('"mine"', '""', "name: expected `str` matching"),
+    ('"mine"', '""', "; a name has small letters, digits and hyphens"),
     ('"mine"', '"' + "m" * 65 + '"', "name: expected `str` of length <= 64"),
     ("[train]", "[train", "not TOML"),
     ("seed = 1", "seed = 1\nseed = 2", "not TOML"),
@@ -163,13 +175,16 @@ def test_no_name_reaches_beyond_the_bundled_recipes(name: str) -> None:
         recipe.load(name)
 
 
-def test_files_that_are_no_recipe(tmp_path: Path, write) -> None:
+def test_files_that_are_no_recipe(tmp_path: Path, write, monkeypatch) -> None:
+    write("# Not TOML\nat all", "there.md")
+    monkeypatch.chdir(tmp_path)
     for path, words in [
         (str(tmp_path / "none.toml"), "no such file"),
         ("a\0b.toml", "cannot be read"),
         (str(tmp_path) + "/", "not a file"),
         ("/dev/zero", "not a file"),
         (write(b"name = '\xff'", "latin.toml"), "byte 9 is not UTF-8"),
+        ("there.md", "not TOML"),
         (write(b"", "empty.toml"), "missing required key `name`"),
         (write(b"#" * (2 << 20), "large.toml"), "larger than"),
         (write("", "file") + "/x.toml", "cannot be read: Not a directory"),
