@@ -519,7 +519,9 @@ def _elementwise(formula: Formula, *operands: Union[Tensor, float, int]) -> Tens
         rows = torch.stack([x.expand(shape)[where] for x in wide], 1).cpu().numpy()
         return [
             # An exact zero has the sign that IEEE arithmetic gives it step by step, where it gives 0.
-            (float(exact_values(formula, list(row))[0]) or 0.0 * c) if np.isfinite(row).all() else c
+            (float(exact_values(formula, list(row))[0]) or (0.0 if c else c))
+            if np.isfinite(row).all()
+            else c
             for row, c in zip(rows, y.c.expand(shape)[where].tolist())
         ]
 
@@ -549,5 +551,6 @@ def rowwise(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
         picks = row_of.cpu().numpy(), (index % n).cpu().numpy()
         return list(np.stack(values)[picks])
 
-    result = settle(y.c, y.error, resolve).movedim(-1, dim)
+    # + 0.0: an exact zero is +0, as the order of a sum may decide its sign natively
+    result = settle(y.c + 0.0, y.error, resolve).movedim(-1, dim)
     return result if operands[0].dim() else result.reshape(())

@@ -89,7 +89,7 @@ class ExactMode(TorchDispatchMode):
         if plain in table.EXACT:
             exact = _for_float32(plain, getattr(torch.ops.aten, plain))
         elif plain in table.MOVES:
-            exact = getattr(torch.ops.aten, plain)
+            exact = _strided(getattr(torch.ops.aten, plain))
         else:
             return _guarded(func)
 

@@ -984,7 +984,18 @@ def test_each_line_of_the_table_has_a_case():
 ANY_ZERO = """
 smooth_l1_loss smooth_l1_loss_backward huber_loss huber_loss_backward binary_cross_entropy
 binary_cross_entropy_backward binary_cross_entropy_with_logits
+_softmax _safe_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp
+nll_loss_forward nll_loss2d_forward mse_loss native_batch_norm_backward native_layer_norm_backward
+native_group_norm_backward
 """.split()
+
+
+def test_an_exact_zero_of_a_row_is_positive():
+    g = torch.tensor([[-0.0, 1.0, -1.0]])
+    with reproml.exact():
+        found = torch.ops.aten._log_softmax_backward_data(g, torch.zeros(1, 3), 1, torch.float32)
+        empty = torch.ops.aten._softmax_backward_data(-torch.zeros(1, 3), g, 1, torch.float32)
+    assert found[0, 0] == 0 and not found[0, 0].signbit() and not empty.signbit().any()
 
 
 def compare(name: str, case: Case, arguments: Sequence[Any]) -> None:
