@@ -78,7 +78,12 @@ def test_task_exists_with_these_options(args, monkeypatch):
     assert parsed.name == args[0]
 
 
-@pytest.mark.parametrize("args", VERBS, ids=" ".join)
+def test_scripts_to_run_exist():
+    scripts = [args[1] for args in VERBS if args[0] == "run"]
+    assert scripts and all((ROOT / script).is_file() for script in scripts)
+
+
+@pytest.mark.parametrize("args", [a for a in VERBS if a[0] != "run"], ids=" ".join)
 def test_verb_exists_with_these_options(args, tmp_path):
     """With an unknown recipe it stops early, and complains of nothing else."""
     result = python("-m", "reproml", *args, "--recipe", "no-such-recipe", cwd=tmp_path)
