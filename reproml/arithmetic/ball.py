@@ -514,16 +514,17 @@ def _elementwise(formula: Formula, *operands: Union[Tensor, float, int]) -> Tens
     if not shape:
         return _elementwise(formula, *[x.reshape(1) for x in wide]).reshape(())
 
+    def value(row: NDArray[Any], c: float) -> float:
+        if not np.isfinite(row).all():
+            return c  # a limit: nothing to round
+        exact = float(exact_values(formula, list(row))[0])
+        # An exact zero has the sign that IEEE arithmetic gives it step by step, where it gives 0.
+        return c if c == 0 and exact == 0 and not np.signbit(exact) else exact
+
     def resolve(index: Tensor) -> list[float]:
         where = torch.unravel_index(index, shape)
         rows = torch.stack([x.expand(shape)[where] for x in wide], 1).cpu().numpy()
-        return [
-            # An exact zero has the sign that IEEE arithmetic gives it step by step, where it gives 0.
-            (float(exact_values(formula, list(row))[0]) or (0.0 if c else c))
-            if np.isfinite(row).all()
-            else c
-            for row, c in zip(rows, y.c.expand(shape)[where].tolist())
-        ]
+        return [value(row, c) for row, c in zip(rows, y.c.expand(shape)[where].tolist())]
 
     return settle(y.c.expand(shape), _wide(y.error, device).expand(shape), resolve)
 

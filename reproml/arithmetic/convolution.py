@@ -17,11 +17,22 @@ from reproml.arithmetic.dot import matmul, sum_over
 
 
 def _patches(
-    x: Tensor, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    size: Sequence[int],
 ) -> Tensor:
-    """[n, c, h, w] -> [n, groups, c / groups * kh * kw, places]."""
+    """The first `size` places of a kernel: [n, c, h, w] -> [n, groups, c / groups * kh * kw, places]."""
     columns = unfold(x, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
-    return columns.reshape(len(x), groups, columns.shape[1] // groups, columns.shape[-1])
+    sides = zip(x.shape[2:], kernel, stride, padding, dilation)
+    places = [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in sides]
+    if places != list(size):  # a transposed convolution with output_padding has more
+        columns = columns.reshape(*columns.shape[:2], *places)[..., : size[0], : size[1]]
+    length = columns.shape[1] // groups
+    return columns.reshape(len(x), groups, length, size[0] * size[1])
 
 
 def _correlate(
@@ -35,7 +46,7 @@ def _correlate(
     size: Any,
 ) -> Tensor:
     """x [n, c, h, w], w [o, c / groups, kh, kw], bias [o] -> [n, o, *size]."""
-    columns = _patches(x, w.shape[2:], stride, padding, dilation, groups)
+    columns = _patches(x, w.shape[2:], stride, padding, dilation, groups, size)
     n, out = len(x), len(w)
     kernels = w.reshape(1, groups, out // groups, -1).expand(n, -1, -1, -1)
     b = None if bias is None else bias.reshape(1, groups, -1, 1)
@@ -157,9 +168,8 @@ def convolution_backward(
     if mask[1]:
         # Of a transposed convolution, x and g change places.
         still, slid = (x, g) if transposed else (g, x)
-        columns = _patches(slid, w.shape[2:], stride, padding, dilation, groups)[
-            ..., : still[0, 0].numel()
-        ]
+        size = still.shape[2:]
+        columns = _patches(slid, w.shape[2:], stride, padding, dilation, groups, size)
         columns = columns.permute(1, 0, 3, 2).reshape(groups, -1, columns.shape[2])
         rows = still.reshape(len(g), groups, -1, still[0, 0].numel()).permute(1, 2, 0, 3)
         grad_w = matmul(rows.reshape(groups, rows.shape[1], -1), columns).reshape(w.shape)
@@ -209,8 +219,8 @@ def avg_pool2d(
     kernel, stride, padding, divisor = _pooling(
         x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
     )
-    columns = _patches(x, kernel, stride, padding, (1, 1), x.shape[1])
     size = [(i + 2 * p - k) // s + 1 for i, k, s, p in zip(x.shape[2:], kernel, stride, padding)]
+    columns = _patches(x, kernel, stride, padding, (1, 1), x.shape[1], size)
     return sum_over(columns, (2,), divisor=divisor).reshape(*x.shape[:2], *size)
 
 
@@ -232,7 +242,7 @@ def avg_pool2d_backward(
         x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
     )
     wide = _spread(g, kernel, stride, padding, (1, 1), x.shape[2:])
-    columns = _patches(wide, kernel, (1, 1), (0, 0), (1, 1), x.shape[1])
+    columns = _patches(wide, kernel, (1, 1), (0, 0), (1, 1), x.shape[1], x.shape[2:])
     return sum_over(columns, (2,), divisor=divisor).reshape(x.shape)
 
 

@@ -135,8 +135,8 @@ def _strided(func: Handler) -> Handler:
     """Of complex and sparse tensors even a copy may compute: refused."""
 
     def strided(*args: Any, **kwargs: Any) -> Any:
-        for x in args:
-            if isinstance(x, Tensor) and (x.layout is not torch.strided or x.is_complex()):
+        for x in _tensors(args):
+            if x.layout is not torch.strided or x.is_complex():
                 raise NotExactError(f"it is not defined for {x.dtype} of layout {x.layout}")
         return func(*args, **kwargs)
 

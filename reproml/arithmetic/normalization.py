@@ -61,9 +61,12 @@ def group_backward(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Ten
     """The gradient of rows that were normalised with their own statistics.
 
     rstd * (w g - a / n - (x - mean) * rstd * b / n), with a = sum w g and b = sum w g (x - mean) rstd
-    over the row, each rounded once. g, x [groups, n]; weight broadcast to them.
+    over the row, each rounded once; 0 for rows of one element, which normalise to a constant. g, x
+    [groups, n]; weight broadcast to them.
     """
     n = x.shape[1]
+    if n == 1:
+        return torch.zeros_like(x)
     weight = weight.expand(x.shape)
     a = sum_over(g, (1,), keepdim=True, y=weight)
     b = rowwise(lambda k, g, w, x, m, r: k.sum(w * g * (x - m) * r), 1, g, weight, x, mean, rstd)
