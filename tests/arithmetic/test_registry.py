@@ -141,6 +141,10 @@ def test_every_operator_outside_the_table_refuses_floats():
     assert counts["refused"] >= 0.95 * sum(counts.values()), counts
 
 
+# Composites that may hand their operand back before the mode sees anything.
+RETURNS_ITS_OPERAND = {"contiguous", "detach"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
 def test_other_floats_are_refused(dtype):
     """By every line of EXACT; complex numbers by every move as well, as their abs is arithmetic."""
@@ -151,6 +155,8 @@ def test_other_floats_are_refused(dtype):
             name = func._schema.name[len("aten::") :].replace("_foreach_", "").rstrip("_")
             moved = name in table.MOVES or name in table.CASTS or name == "copy"
             if (moved and not dtype.is_complex) or not takes_tensors(func) or name + "_" in VIEWS:
+                continue
+            if name in RETURNS_ITS_OPERAND:
                 continue
             outcome = attempt(func, dtype)
             assert outcome != "returned floats", func
