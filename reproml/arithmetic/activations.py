@@ -49,7 +49,11 @@ def _gelu_inner(k: Any, x: Any) -> Any:
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """x Phi(x); approximate "tanh": x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
     if approximate == "none":
-        return elementwise(lambda k, x: x * _phi(k, x), x)
+        y = elementwise(lambda k, x: x * _phi(k, x), x.clamp(min=-15))
+        # 15 Phi(-15) < 2^-150: what is beyond rounds to -0
+        return torch.where(
+            (x < -15) & (x > -torch.inf), -0.0, torch.where(x == -torch.inf, torch.nan, y)
+        )
     # 1 + tanh(a) = 2 sigmoid(2 a)
     return elementwise(lambda k, x: x * k.sigmoid(2 * _gelu_inner(k, x)), x)
 

@@ -99,12 +99,16 @@ def _elementary(name: str) -> Definition:
 
     def function(x: Tensor) -> Tensor:
         (x,) = _float32(x)
+        if name in _FLAT:
+            x = x.clamp(*_FLAT[name])
         y = elementwise(lambda k, x: getattr(k, name)(x), x)
         return torch.where(x == 0, x, y) if name in _ODD else y
 
     return function
 
 
+# Beyond these ends the rounded value is that at the end: 1, infinity, 0 or -1.
+_FLAT = {"tanh": (-20, 20), "exp": (-120, 100), "expm1": (-120, 100)}
 _ODD = ("sin", "tanh", "erf", "erfinv", "expm1", "log1p")
 
 
