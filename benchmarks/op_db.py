@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple, Optional
-from unittest import TestCase
+from unittest import TestCase, mock
 
 import torch
 from torch import Tensor
@@ -296,7 +296,8 @@ def operators(names: Any = ()) -> Iterator[Any]:
     stand_in = ModuleType("expecttest")  # a module, as hypothesis reads all of sys.modules
     stand_in.TestCase = TestCase  # type: ignore[attr-defined]
     sys.modules.setdefault("expecttest", stand_in)
-    from torch.testing._internal.common_methods_invocations import op_db
+    with mock.patch("torch.backends.disable_global_flags"):  # it would outlive the import
+        from torch.testing._internal.common_methods_invocations import op_db
 
     for op in op_db:
         if (not names or op.name in names) and torch.float32 in op.supported_dtypes("cpu"):
