@@ -17,6 +17,7 @@ from torch import Tensor
 from reproml.arithmetic import NotExactError
 from reproml.arithmetic.activations import single
 from reproml.arithmetic.ball import elementwise
+from reproml.arithmetic.exact_math import ExactMath
 
 
 def _only_float32(dtype: Any) -> None:
@@ -173,7 +174,6 @@ def trunc_normal_(
 ) -> Tensor:
     """torch.nn.init.trunc_normal_ as PyTorch 2.8 has it (later versions draw other numbers): std sqrt(2)
     erfinv(u) + mean, u uniform between the erf of both bounds, then clamped; each step rounded once."""
-    from reproml.arithmetic.settings import ExactMath
 
     def distribution(bound: float) -> float:
         result: float = (1.0 + ExactMath().erf((bound - mean) / std / math.sqrt(2.0))) / 2.0

@@ -21,6 +21,7 @@ import torch.nn.init
 import torch.optim.lr_scheduler
 
 from reproml.arithmetic import optimizers, randomness
+from reproml.arithmetic.exact_math import ExactMath
 
 _SWITCHES: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
     (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
@@ -30,39 +31,6 @@ _SWITCHES: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
     (torch._C._get_cudnn_sdp_enabled, torch._C._set_sdp_use_cudnn),
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
 ]
-
-
-class ExactMath:
-    """Python's `math`, its transcendental functions correctly rounded to binary64 by mpmath."""
-
-    _ROUNDED = (
-        "cos",
-        "sin",
-        "tan",
-        "exp",
-        "log",
-        "tanh",
-        "erf",
-        "acos",
-        "asin",
-        "atan",
-        "cosh",
-        "sinh",
-    )
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in self._ROUNDED:
-            return getattr(math, name)
-
-        def rounded(x: float) -> float:
-            import mpmath
-
-            with mpmath.workprec(
-                200
-            ):  # Table maker's dilemma: no binary64 case is known past 2^-120
-                return float(getattr(mpmath, name)(mpmath.mpf(x)))
-
-        return rounded
 
 
 _exact_math: Any = ExactMath()
