@@ -53,7 +53,7 @@ def adam(
     eps: float,
     amsgrad: bool,
     maximize: bool,
-    decoupled: bool,
+    decoupled_weight_decay: bool,
 ) -> None:
     """Adam (Kingma & Ba 2015, algorithm 1) and AdamW (Loshchilov & Hutter 2019, algorithm 2).
 
@@ -65,9 +65,9 @@ def adam(
     rate, decay, epsilon = single(lr), single(weight_decay), single(eps)
     beta1, beta2 = float(beta1), float(beta2)
     b1, rest1, b2, rest2 = single(beta1), single(1 - beta1), single(beta2), single(1 - beta2)
-    keep = 1 - rate * decay if decoupled else Fraction(1)
+    keep = 1 - rate * decay if decoupled_weight_decay else Fraction(1)
     sign = -1 if maximize else 1
-    direction = _direction(Fraction(0) if decoupled else decay, sign)
+    direction = _direction(Fraction(0) if decoupled_weight_decay else decay, sign)
 
     def step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, *v_max: Tensor) -> None:
         m.copy_(elementwise(lambda k, p, g, m: b1 * m + rest1 * direction(p, g), p, g, m))
@@ -86,7 +86,7 @@ def adam(
         if amsgrad:
             step(p, g, m, v, max_exp_avg_sqs[i])
         else:
-            penalty = 0 if decoupled else decay
+            penalty = 0 if decoupled_weight_decay else decay
             numbers = (penalty, keep, b1, rest1, b2, rest2, rate1, correction2, epsilon)
             _with_kernel("reproml_adam", step, [p, g, m, v], [sign, *numbers])
 
@@ -309,69 +309,23 @@ def _refuse_unless(ok: bool, what: str) -> None:
         )
 
 
-def _python_adam(
-    params: Any,
-    grads: Any,
-    exp_avgs: Any,
-    exp_avg_sqs: Any,
-    max_exp_avg_sqs: Any,
-    state_steps: Any,
-    **options: Any,
-) -> None:
-    _refuse_unless(not options["has_complex"], "complex parameters")
-    for step in state_steps:
-        step += 1
-    chosen = {
-        k: options[k]
-        for k in ("lr", "beta1", "beta2", "weight_decay", "eps", "amsgrad", "maximize")
-    }
-    steps = [int(step) for step in state_steps]
-    decoupled = options["decoupled_weight_decay"]
-    adam(
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, decoupled=decoupled, **chosen
-    )
+def _python(
+    step: Callable[..., None], names: str, counters: bool = True, steps: bool = False
+) -> Callable[..., None]:
+    """What PyTorch calls, with the options `names`: the last list counts the steps (`counters`), and
+    goes on to the definition as whole numbers (`steps`)."""
 
+    def called(*lists: Any, **options: Any) -> None:
+        _refuse_unless(not options.get("has_complex"), "complex parameters")
+        if counters:
+            *lists, counted = lists  # type: ignore[assignment]
+            for counter in counted:
+                counter += 1
+            if steps:
+                lists = (*lists, [int(counter) for counter in counted])
+        step(*lists, **{name: options[name] for name in names.split()})
 
-def _python_sgd(params: Any, grads: Any, momentum_buffer_list: Any, **options: Any) -> None:
-    names = ("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize")
-    sgd(params, grads, momentum_buffer_list, **{k: options[k] for k in names})
-
-
-def _python_rmsprop(
-    params: Any,
-    grads: Any,
-    square_avgs: Any,
-    grad_avgs: Any,
-    buffers: Any,
-    state_steps: Any,
-    **options: Any,
-) -> None:
-    _refuse_unless(not options["has_complex"], "complex parameters")
-    for step in state_steps:
-        step += 1
-    names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
-    rmsprop(params, grads, square_avgs, grad_avgs, buffers, **{k: options[k] for k in names})
-
-
-def _python_adagrad(
-    params: Any, grads: Any, state_sums: Any, state_steps: Any, **options: Any
-) -> None:
-    _refuse_unless(not options["has_complex"], "complex parameters")
-    for step in state_steps:
-        step += 1
-    names = ("lr", "weight_decay", "lr_decay", "eps", "maximize")
-    steps = [int(step) for step in state_steps]
-    adagrad(params, grads, state_sums, steps, **{k: options[k] for k in names})
-
-
-def _python_adadelta(
-    params: Any, grads: Any, square_avgs: Any, acc_deltas: Any, state_steps: Any, **options: Any
-) -> None:
-    _refuse_unless(not options["has_complex"], "complex parameters")
-    for step in state_steps:
-        step += 1
-    names = ("lr", "rho", "eps", "weight_decay", "maximize")
-    adadelta(params, grads, square_avgs, acc_deltas, **{k: options[k] for k in names})
+    return called
 
 
 # ... and the operators of the fused form, when called directly.
@@ -393,7 +347,14 @@ def fused_adam(
     _refuse_unless(grad_scale is None and found_inf is None, "a gradient scaler")
     steps = [int(step) for step in state_steps]
     adam(
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, decoupled=decoupled, **options
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        steps,
+        decoupled_weight_decay=decoupled,
+        **options,
     )
 
 
@@ -419,16 +380,20 @@ def fused_sgd(
             if first is not None:
                 buffer.copy_(first)
     else:
-        sgd(params, grads, buffers or [None] * len(params), **options)
+        sgd(params, grads, buffers, **options)
 
 
 # module of torch.optim -> the one definition of its `_single_tensor_*`, `_multi_tensor_*`, `_fused_*`
 PYTHON_STEPS: dict[str, Callable[..., None]] = {
-    "adam": _python_adam,
-    "sgd": _python_sgd,
-    "rmsprop": _python_rmsprop,
-    "adagrad": _python_adagrad,
-    "adadelta": _python_adadelta,
+    "adam": _python(
+        adam,
+        "lr beta1 beta2 weight_decay eps amsgrad maximize decoupled_weight_decay",
+        steps=True,
+    ),
+    "sgd": _python(sgd, "lr weight_decay momentum dampening nesterov maximize", counters=False),
+    "rmsprop": _python(rmsprop, "lr alpha eps weight_decay momentum centered maximize"),
+    "adagrad": _python(adagrad, "lr weight_decay lr_decay eps maximize", steps=True),
+    "adadelta": _python(adadelta, "lr rho eps weight_decay maximize"),
 }
 # Optimizers whose steps take powers of Python floats with the C library: refused.
 _REFUSED = ("nadam", "radam", "adamax", "asgd")
