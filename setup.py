@@ -1,12 +1,15 @@
 """Builds the compiled loops; everything else about the package is in pyproject.toml."""
 
+from glob import glob
+
 from setuptools import Extension, setup
 
 setup(
     ext_modules=[
         Extension(
             "reproml.arithmetic._kernels",
-            ["reproml/arithmetic/kernels.c"],
+            sorted(glob("reproml/arithmetic/c/*.c")),
+            depends=sorted(glob("reproml/arithmetic/c/*.h")),
             extra_compile_args=[
                 "-O3",
                 "-ffp-contract=off",

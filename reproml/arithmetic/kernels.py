@@ -1,4 +1,4 @@
-"""The compiled loops of kernels.c, if they were built; otherwise `library` is None, for the same bits.
+"""The compiled loops of c/, if they were built; otherwise `library` is None, for the same bits.
 
 A plain shared library loaded with ctypes: it knows nothing of PyTorch's or Python's binary interface.
 """
@@ -14,10 +14,11 @@ from torch import Tensor
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
-_VERSION = 2  # REPROML_VERSION of kernels.c, raised with any change there
+_VERSION = 3  # REPROML_VERSION of c/parallel.c, raised with any change there
 
-# name -> (result, arguments), as in kernels.c
+# name -> (result, arguments), as in c/*.c
 _SIGNATURES = {
+    "reproml_set_threads": (None, [_INT]),
     "reproml_widen": (None, [_POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER]),
     "reproml_round_product": (
         _LONG,
@@ -35,7 +36,7 @@ def _load() -> Any:
     try:
         library = ctypes.CDLL(spec.origin)
         if library.reproml_version() != _VERSION:
-            return None  # built from an older kernels.c
+            return None  # built from older sources
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments

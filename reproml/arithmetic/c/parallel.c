@@ -1,0 +1,40 @@
+/* Threads: PyTorch's own pool, so that no second one competes with it for the processors. */
+
+#include "common.h"
+
+/* GNU OpenMP's entry points, which PyTorch has loaded before us; absent (macOS), one thread does it all. */
+extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
+extern int omp_get_thread_num(void) __attribute__((weak));
+extern int omp_get_num_threads(void) __attribute__((weak));
+
+static int threads = 1;
+
+/* How many threads the next loops may use: torch.get_num_threads(). */
+void reproml_set_threads(int count) { threads = count; }
+
+typedef struct {
+    void (*work)(integer, void *);
+    void *data;
+    integer tasks;
+} job;
+
+static void part(void *argument) {
+    const job *j = argument;
+    integer share = (j->tasks + omp_get_num_threads() - 1) / omp_get_num_threads();
+    integer first = omp_get_thread_num() * share, end = first + share;
+    for (integer task = first; task < end && task < j->tasks; task++) j->work(task, j->data);
+}
+
+void reproml_parallel(void (*work)(integer, void *), void *data, integer tasks) {
+    integer count = tasks < threads ? tasks : threads;
+    if (count < 2 || !GOMP_parallel || !omp_get_thread_num || !omp_get_num_threads) {
+        for (integer task = 0; task < tasks; task++) work(task, data);
+        return;
+    }
+    job j = {work, data, tasks};
+    GOMP_parallel(part, &j, (unsigned)count, 0);
+}
+
+#define REPROML_VERSION 3 /* raised with any change of these files, together with kernels.py */
+
+int reproml_version(void) { return REPROML_VERSION; }
