@@ -60,6 +60,10 @@ class MLP(_Kind, frozen=True, tag="mlp"):
     hidden: Annotated[tuple[_Width, ...], Meta(max_length=64)]
 
 
+class LeNet5(_Kind, frozen=True, tag="lenet5"):
+    """LeNet-5 (LeCun et al., 1998) with ReLU and max pooling, as it is trained today."""
+
+
 class Train(_Table, frozen=True):
     epochs: _Count
     batch_size: _Count
@@ -101,7 +105,7 @@ class SGD(_Kind, frozen=True, tag="sgd"):
 
 # A new kind is a class above and a name here. Each class is one `kind` of its table.
 Preprocess = Union[Standardize]
-Model = Union[MLP]
+Model = Union[MLP, LeNet5]
 Optimizer = Union[AdamW, Adam, SGD]
 
 
@@ -182,9 +186,8 @@ def _read(path: Path) -> bytes:
 def _decode(content: bytes) -> Recipe:
     values: Any = msgspec.toml.decode(content)
     recipe = msgspec.convert(values, Recipe)
-    for table in ("preprocess", "model"):  # with one kind only, msgspec would let it be left out
-        if "kind" not in values[table]:
-            raise msgspec.ValidationError(f"Object missing required field `kind` - at `$.{table}`")
+    if "kind" not in values["preprocess"]:  # with one kind only, msgspec would let it be left out
+        raise msgspec.ValidationError("Object missing required field `kind` - at `$.preprocess`")
     return recipe
 
 

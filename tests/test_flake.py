@@ -159,4 +159,4 @@ def test_weights_have_the_golden_hash(name):
 
 
 def test_there_are_recipes():
-    assert {"digits-mlp", "mnist-mlp"} <= set(RECIPES)
+    assert {"digits-mlp", "mnist-cnn", "mnist-mlp"} <= set(RECIPES)

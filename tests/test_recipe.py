@@ -51,7 +51,7 @@ def write(tmp_path: Path):
 
 
 def test_the_bundled_recipes_are_named_as_their_files() -> None:
-    assert recipe.known() == ["digits-mlp", "mnist-mlp"]
+    assert recipe.known() == ["digits-mlp", "mnist-cnn", "mnist-mlp"]
     for name in recipe.known():
         assert recipe.load(name).name == name
 
@@ -65,6 +65,18 @@ def test_mnist_mlp_is_the_experiment_of_the_readme() -> None:
         model=recipe.MLP((128,)),
         train=recipe.Train(epochs=2, batch_size=64),
         optimizer=recipe.AdamW(learning_rate=0.001),
+    )
+
+
+def test_mnist_cnn_is_lenet5_on_the_same_images() -> None:
+    assert recipe.load("mnist-cnn") == recipe.Recipe(
+        name="mnist-cnn",
+        seed=1,
+        data=recipe.Data("mnist"),
+        preprocess=recipe.Standardize(),
+        model=recipe.LeNet5(),
+        train=recipe.Train(epochs=2, batch_size=100),
+        optimizer=recipe.Adam(learning_rate=0.001),
     )
 
 
@@ -103,10 +115,15 @@ REFUSED = [
         "preprocess: contains unknown key `scale`; its keys are kind",
     ),
     ("epochs = 2\n", "", "train: missing required key `epochs`"),
-    ('kind = "mlp"\n', "", "model: missing required key `kind`"),
+    (
+        'kind = "mlp"',
+        'kind = "lenet5"',
+        "model: contains unknown key `hidden`; its keys are kind",
+    ),
+    ('kind = "mlp"\n', "", "model: missing required key `kind`; allowed: mlp, lenet5"),
     ('kind = "standardize"\n', "", "preprocess: missing required key `kind`"),
     ('kind = "adamw"\n', "", "missing required key `kind`; allowed: adamw, adam, sgd"),
-    ('"mlp"', '"lstm"', "model.kind: invalid value 'lstm'; allowed: mlp"),
+    ('"mlp"', '"lstm"', "model.kind: invalid value 'lstm'; allowed: mlp, lenet5"),
     ('"adamw"', '"lion"', "invalid value 'lion'; allowed: adamw, adam, sgd"),
     ('"digits"', '"../digits"', "invalid enum value '../digits'; allowed: mnist, digits"),
     ("64", "-64", "train.batch_size: expected `int` >= 1"),
@@ -165,7 +182,7 @@ def test_a_recipe_of_ones_own_is_a_copied_file(write) -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ReproError, match="'mnist-mpl'.*digits-mlp, mnist-mlp"):
+    with pytest.raises(ReproError, match="'mnist-mpl'.*digits-mlp, mnist-cnn, mnist-mlp"):
         recipe.load("mnist-mpl")
 
 
