@@ -24,6 +24,8 @@ _SIGNATURES = {
         _LONG,
         [_POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _DOUBLE, _POINTER, _POINTER],
     ),
+    "reproml_tape": (_LONG, [_POINTER, _LONG] + [_POINTER] * 4 + [_LONG]),
+    "reproml_erfc_table": (None, [_POINTER, _LONG]),
     "reproml_adam": (_LONG, [_LONG] + [_POINTER] * 4 + [_DOUBLE] * 10 + [_POINTER]),
     "reproml_sgd": (_LONG, [_LONG] + [_POINTER] * 3 + [_INT] * 2 + [_DOUBLE] * 5 + [_POINTER]),
 }

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reproml.arithmetic.ball import BINARY64, MultiPrecision, elementwise, exact_values, rowwise
+from reproml.arithmetic.ball import BINARY64, elementwise, exact_values, rowwise
+from reproml.arithmetic.field import MultiPrecision
 from tests.arithmetic import oracle as o
 from tests.arithmetic.oracle import Real, check, reals, same_bits
 from tests.arithmetic.strategies import ANY, MODERATE, tensors

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reproml
-from reproml.arithmetic import table
+from reproml.arithmetic import kernels, table
 from tests.arithmetic import oracle as o
 from tests.arithmetic.oracle import Real, check, dot, real, reals, rounded, single, total
 from tests.arithmetic.strategies import (
@@ -971,6 +971,14 @@ ELSEWHERE = {
     "_fused_adamw_": "test_optimizers.test_fused_operators",
     "_fused_sgd_": "test_optimizers.test_fused_operators",
 }
+
+
+@pytest.fixture(params=["compiled", "plain"], autouse=True)
+def form(request, monkeypatch):
+    if request.param == "plain":
+        monkeypatch.setattr(kernels, "library", None)
+    elif kernels.library is None:
+        pytest.skip("the kernels are not built")
 
 
 def test_each_line_of_the_table_has_a_case():

@@ -1,0 +1,203 @@
+/* exp, log, sin, erf and their like in binary64: elementary.py has the sequences and their analysis; these are
+   the same, operation by operation, without branches, so that loops over them vectorise. */
+
+#ifndef REPROML_ELEMENTARY_H
+#define REPROML_ELEMENTARY_H
+
+#include "common.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE int64_t pattern(double x) {
+    int64_t b;
+    memcpy(&b, &x, sizeof b);
+    return b;
+}
+
+INLINE double number(int64_t b) {
+    double x;
+    memcpy(&x, &b, sizeof x);
+    return x;
+}
+
+/* A whole number |k| < 2^51 in the last bits, two's complement. */
+INLINE int64_t last_bits(double k) { return pattern(k + 0x1.8p52); }
+
+INLINE double clamp(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+
+/* 2^k for whole -1022 <= k <= 1023. */
+INLINE double power_of_two(double k) { return number((int64_t)((uint64_t)(last_bits(k) + 1023) << 52)); }
+
+INLINE double exp_(double x) {
+    x = clamp(x, -700.0, 709.0);
+    double k = rint(x * 1.4426950408889634);
+    double r = (x - k * 0x1.62e42fefap-1) - k * 0x1.cf79abc9e3b3ap-40;
+    double half = floor(k * 0.5), y = 1 / 87178291200.0;
+    y = y * r + 1 / 6227020800.0;
+    y = y * r + 1 / 479001600.0;
+    y = y * r + 1 / 39916800.0;
+    y = y * r + 1 / 3628800.0;
+    y = y * r + 1 / 362880.0;
+    y = y * r + 1 / 40320.0;
+    y = y * r + 1 / 5040.0;
+    y = y * r + 1 / 720.0;
+    y = y * r + 1 / 120.0;
+    y = y * r + 1 / 24.0;
+    y = y * r + 1 / 6.0;
+    y = y * r + 1 / 2.0;
+    y = y * r + 1.0;
+    y = y * r + 1.0;
+    return y * power_of_two(half) * power_of_two(k - half);
+}
+
+INLINE double expm1_(double x) {
+    double s = clamp(x, -0.35, 0.35), y = 1 / 1307674368000.0, far = exp_(x) - 1;
+    y = y * s + 1 / 87178291200.0;
+    y = y * s + 1 / 6227020800.0;
+    y = y * s + 1 / 479001600.0;
+    y = y * s + 1 / 39916800.0;
+    y = y * s + 1 / 3628800.0;
+    y = y * s + 1 / 362880.0;
+    y = y * s + 1 / 40320.0;
+    y = y * s + 1 / 5040.0;
+    y = y * s + 1 / 720.0;
+    y = y * s + 1 / 120.0;
+    y = y * s + 1 / 24.0;
+    y = y * s + 1 / 6.0;
+    y = y * s + 1 / 2.0;
+    y = y * s + 1.0;
+    return fabs(x) < 0.35 ? y * s : far;
+}
+
+/* 2 artanh s, the series cut at s^23, without the first term: s (2/3 s^2 + 2/5 s^4 + ...). */
+INLINE double artanh_rest(double s) {
+    double s2 = s * s, y = 2 / 23.0;
+    y = y * s2 + 2 / 21.0;
+    y = y * s2 + 2 / 19.0;
+    y = y * s2 + 2 / 17.0;
+    y = y * s2 + 2 / 15.0;
+    y = y * s2 + 2 / 13.0;
+    y = y * s2 + 2 / 11.0;
+    y = y * s2 + 2 / 9.0;
+    y = y * s2 + 2 / 7.0;
+    y = y * s2 + 2 / 5.0;
+    y = y * s2 + 2 / 3.0;
+    return s * (y * s2);
+}
+
+INLINE double log_(double x) {
+    /* k = the exponent of x / sqrt(1/2), by way of an unsigned shift: AVX2 has no signed one */
+    uint64_t shifted = (uint64_t)pattern(x) - 0x3FE6A09E667F3BCDu + ((uint64_t)1024 << 52);
+    uint64_t biased = shifted >> 52; /* k + 1024 */
+    double k = number((int64_t)(biased | 0x4330000000000000u)) - (0x1p52 + 1024);
+    double m = number((int64_t)((uint64_t)pattern(x) - (biased << 52) + ((uint64_t)1024 << 52)));
+    double s = (m - 1) / (m + 1);
+    double y = (2 * s + artanh_rest(s) + k * 0x1.cf79abc9e3b3ap-40) + k * 0x1.62e42fefap-1;
+    y = x > 0 ? y : x == 0 ? -INFINITY : NAN;
+    return x == INFINITY ? x : y;
+}
+
+INLINE double log1p_(double x) {
+    double s = clamp(x, -0.25, 0.25), far = log_(1 + x);
+    s = s / (2 + s);
+    double near = 2 * s + artanh_rest(s);
+    return fabs(x) < 0.25 ? near : far;
+}
+
+/* sin (or cos) of r + k pi / 2, |r| <= 0.79, k whole. */
+INLINE double turned(double r, double k, int64_t quarter) {
+    double r2 = r * r, s = 1 / 355687428096000.0, c = -1 / 6402373705728000.0;
+    s = s * r2 - 1 / 1307674368000.0;
+    s = s * r2 + 1 / 6227020800.0;
+    s = s * r2 - 1 / 39916800.0;
+    s = s * r2 + 1 / 362880.0;
+    s = s * r2 - 1 / 5040.0;
+    s = s * r2 + 1 / 120.0;
+    s = s * r2 - 1 / 6.0;
+    c = c * r2 + 1 / 20922789888000.0;
+    c = c * r2 - 1 / 87178291200.0;
+    c = c * r2 + 1 / 479001600.0;
+    c = c * r2 - 1 / 3628800.0;
+    c = c * r2 + 1 / 40320.0;
+    c = c * r2 - 1 / 720.0;
+    c = c * r2 + 1 / 24.0;
+    c = c * r2 - 1 / 2.0;
+    s = r + r * (s * r2);
+    c = 1 + c * r2;
+    int64_t q = last_bits(k) + quarter;
+    double y = q & 1 ? c : s;
+    return q & 2 ? -y : y;
+}
+
+#define SIN_MAX 0x1p19
+
+INLINE double turned_by(double x, int64_t quarter) {
+    double k = rint(clamp(x, -SIN_MAX, SIN_MAX) * (1 / 0x1.921fb544p+0));
+    double r = ((x - k * 0x1.921fb544p+0) - k * 0x1.0b4611a6p-34) - k * 0x1.3198a2e037073p-69;
+    return turned(fabs(x) <= SIN_MAX ? r : x * 0, k, quarter);
+}
+
+INLINE double sin_(double x) { return turned_by(x, 0); }
+INLINE double cos_(double x) { return turned_by(x, 1); }
+
+/* For |x| < 2^50: beyond that last_bits fails. */
+INLINE double turned_by_pi(double x, int64_t quarter) {
+    double k = rint(2 * x);
+    return turned((x - k * 0.5) * 3.141592653589793, k, quarter);
+}
+
+INLINE double sinpi_(double x) { return turned_by_pi(x, 0); }
+INLINE double cospi_(double x) { return turned_by_pi(x, 1); }
+
+#define ERFC_TERMS 17
+#define ERFC_NODES 256 /* 177 are in use, the rest only makes any 8 bits an index */
+
+/* table: [ERFC_TERMS][ERFC_NODES] */
+INLINE double erfc_(double x, const double *restrict table) {
+    double t = fabs(x) > 11.0 ? 11.0 : fabs(x), node = rint(t * 16), h = t - node / 16;
+    int64_t at = last_bits(node) & (ERFC_NODES - 1);
+    double y = table[(ERFC_TERMS - 1) * ERFC_NODES + at];
+#pragma GCC unroll 16
+    for (int n = ERFC_TERMS - 2; n >= 0; n--) y = y * h + table[n * ERFC_NODES + at];
+    return x < 0 ? 2 - y : y;
+}
+
+/* 2 / sqrt(pi) (-1)^n / (n! (2 n + 1)), as Python rounds it step by step */
+#define ERF_15 -0x1.f56f071a885cep-46
+#define ERF_14 0x1.f683ae4a97007p-42
+#define ERF_13 -0x1.d8453cb0c46eap-38
+#define ERF_12 0x1.9e6ad5e55a730p-34
+#define ERF_11 -0x1.51d7181c5d36cp-30
+#define ERF_10 0x1.fcc5720624c1cp-27
+#define ERF_9 -0x1.5f742ec43e71ap-23
+#define ERF_8 0x1.b9e6c9dc651a2p-20
+#define ERF_7 -0x1.f4d25c3e0c2ebp-17
+#define ERF_6 0x1.f9a326f9b89b7p-14
+#define ERF_5 -0x1.c02db40040b85p-11
+#define ERF_4 0x1.565bcd0e6a53fp-8
+#define ERF_3 -0x1.b82ce31288b51p-6
+#define ERF_2 0x1.ce2f21a042be2p-4
+#define ERF_1 -0x1.812746b0379e7p-2
+#define ERF_0 0x1.20dd750429b6dp+0
+
+INLINE double erf_(double x, const double *restrict table) {
+    double s = clamp(x, -0.5, 0.5), s2 = s * s, far = 1 - erfc_(fabs(x), table), y = ERF_15;
+    y = y * s2 + ERF_14;
+    y = y * s2 + ERF_13;
+    y = y * s2 + ERF_12;
+    y = y * s2 + ERF_11;
+    y = y * s2 + ERF_10;
+    y = y * s2 + ERF_9;
+    y = y * s2 + ERF_8;
+    y = y * s2 + ERF_7;
+    y = y * s2 + ERF_6;
+    y = y * s2 + ERF_5;
+    y = y * s2 + ERF_4;
+    y = y * s2 + ERF_3;
+    y = y * s2 + ERF_2;
+    y = y * s2 + ERF_1;
+    y = y * s2 + ERF_0;
+    return fabs(x) < 0.5 ? s * y : x < 0 ? -far : far;
+}
+
+#endif

@@ -1,0 +1,386 @@
+/* Runs formulas that tape.py has recorded: a program of few, simple instructions on registers of `block`
+   numbers, which stay in the nearest cache. Each instruction is one loop over its registers.
+
+   An elementwise formula runs block by block. Of a formula over rows, several short rows fill a block and
+   the program runs straight through; a row longer than a block takes one pass for each stage of
+   reductions (sum, max), and each pass recalculates what it needs. Numbers that belong to a whole row have
+   registers too, one number a row. */
+
+#include "elementary.h"
+
+enum { SCRATCH = 8192, LONGEST = 256, LANES = 16, REDUCTIONS = 16, TASKS = 64 };
+
+/* As in tape.py; the form of an instruction is which of its operands are constants. */
+enum {
+    LOAD32, LOAD64, EXPAND, SUM, MAX, SETTLE,
+    ADD, SUB, MUL, DIV, LT, LE, EQ, AND, OR,
+    NEG, ABS, NOT, SQRT, EXP, LOG, EXPM1, LOG1P, SIN, COS, SINPI, COSPI, ERF, ERFC,
+    SELECT, MULADD, ABSMULADD, LOST, PLUS, PLUS_ERROR
+};
+
+/* Operands: registers, or constants where negative (~index). by_row: of numbers one a row. */
+typedef struct {
+    int32_t op, to, a, b, c, by_row;
+} instruction;
+
+/* code[begin .. body) for each block of a row, then code[body .. end) once. */
+typedef struct {
+    int32_t begin, body, end;
+} stage;
+
+typedef struct {
+    integer block, operands, stages, reduces, by_row; /* by_row: one result a row */
+    const double *constants;
+    const instruction *straight, *code;
+    integer straight_length;
+    const stage *stage;
+} program;
+
+/* Partial sums of blocks, merged like the digits of a binary counter: a tree of height log2(blocks) + 1. */
+typedef struct {
+    double part[48], largest;
+    integer count;
+    int top;
+} partial;
+
+typedef struct {
+    const program *p;
+    integer dims, rows, n;
+    const integer *sizes, *strides;
+    void *const *pointers;
+    integer *failed;
+    integer items, tasks, per_block, blocks;
+    integer found[TASKS], start[TASKS];
+    int dense[64];
+} call;
+
+typedef struct {
+    const call *c;
+    double *registers;
+    partial *partials; /* null: straight through */
+    integer row, rows, at, length, count;
+    integer *failed;
+} state;
+
+static double erfc_table[ERFC_TERMS * ERFC_NODES];
+
+/* elementary.py's table of Taylor coefficients, [ERFC_TERMS][nodes]. */
+void reproml_erfc_table(const double *from, integer nodes) {
+    for (integer n = 0; n < ERFC_TERMS; n++)
+        for (integer i = 0; i < nodes; i++) erfc_table[n * ERFC_NODES + i] = from[n * nodes + i];
+}
+
+/* Where a row of an operand starts. */
+static inline integer offset(const call *c, integer operand, integer row) {
+    const integer *strides = c->strides + operand * c->dims;
+    integer start = 0;
+    for (integer d = c->dims - 2; d > 0; d--) {
+        start += row % c->sizes[d] * strides[d];
+        row /= c->sizes[d];
+    }
+    return c->dims > 1 ? start + row * strides[0] : 0;
+}
+
+/* The height of the tree is length / LANES + log2(LANES). */
+INLINE double sum_of(const double *x, integer length) {
+    double part[LANES] = {0};
+    integer i = 0;
+    for (; i + LANES <= length; i += LANES)
+        for (int t = 0; t < LANES; t++) part[t] += x[i + t];
+    for (int t = 0; i + t < length; t++) part[t] += x[i + t];
+    for (int width = LANES / 2; width; width /= 2)
+        for (int t = 0; t < width; t++) part[t] += part[t + width];
+    return part[0];
+}
+
+INLINE double larger(double x, double y) { return (x > y) | (x != x) ? x : y; } /* NaN, if there is one */
+
+INLINE double largest_of(const double *x, integer length) {
+    double part[8];
+    for (int t = 0; t < 8; t++) part[t] = -INFINITY;
+    integer i = 0;
+    for (; i + 8 <= length; i += 8)
+        for (int t = 0; t < 8; t++) part[t] = larger(x[i + t], part[t]);
+    for (int t = 0; i + t < length; t++) part[t] = larger(x[i + t], part[t]);
+    for (int width = 4; width; width /= 2)
+        for (int t = 0; t < width; t++) part[t] = larger(part[t + width], part[t]);
+    return part[0];
+}
+
+static void merge(partial *p, double sum) {
+    for (integer k = p->count++; k & 1; k >>= 1) sum += p->part[--p->top];
+    p->part[p->top++] = sum;
+}
+
+static double merged(const partial *p) {
+    double sum = 0;
+    for (int i = p->top - 1; i >= 0; i--) sum += p->part[i];
+    return sum;
+}
+
+/* Ziv's test, as rounding.settle has it, on what lies within r |c| + e of c. */
+INLINE int settled(double c, double r, double e, float *result) {
+    e = (r * fabs(c) + e) * SLACK + TINY;
+    float low = (float)(c - e), high = (float)(c + e);
+    *result = (float)c;
+    return !((low != high) | ((*result == 0) & (fabs(c) <= e) & (e > 2 * TINY)));
+}
+
+INLINE void settle(state *s, const double *c, double r, const double *e, integer step, integer count,
+                   integer first, int by_row) {
+    const call *call = s->c;
+    const integer operand = call->p->operands, stride = call->strides[(operand + 1) * call->dims - 1];
+    float *out = call->pointers[operand], value[LONGEST];
+    int32_t sure[LONGEST], all = 1;
+    for (integer i = 0; i < count; i++) {
+        sure[i] = settled(c[i], r, e[i * step], &value[i]);
+        all &= sure[i];
+    }
+    if (call->dense[operand])
+        memcpy(out + first, value, (size_t)count * sizeof *out);
+    else if (by_row)
+        for (integer i = 0; i < count; i++) out[offset(call, operand, s->row + i)] = value[i];
+    else
+        for (integer i = 0, k = 0; i < s->rows; i++) {
+            float *to = out + offset(call, operand, s->row + i) + s->at * stride;
+            for (integer j = 0; j < count / s->rows; j++) to[j * stride] = value[k++];
+        }
+    if (!all)
+        for (integer i = 0; i < count; i++)
+            if (!sure[i]) s->failed[s->count++] = first + i;
+}
+
+#define LOAD(type)                                                                          \
+    do {                                                                                    \
+        const type *from = s->c->pointers[in->a];                                           \
+        if (s->c->dense[in->a]) {                                                           \
+            from += s->row * s->c->n + s->at;                                               \
+            for (integer i = 0; i < length; i++) to[i] = from[i];                           \
+        } else                                                                              \
+            for (integer r = 0, k = 0; r < s->rows; r++) {                                  \
+                integer stride = s->c->strides[(in->a + 1) * s->c->dims - 1];               \
+                const type *row = from + offset(s->c, in->a, s->row + r) + s->at * stride;  \
+                if (stride == 1)                                                            \
+                    for (integer i = 0; i < each; i++) to[k++] = row[i];                    \
+                else                                                                        \
+                    for (integer i = 0; i < each; i++) to[k++] = row[i * stride];           \
+            }                                                                               \
+        for (integer i = length; i < count; i++) to[i] = 1;                                 \
+    } while (0)
+
+#define EACH for (integer i = 0; i < count; i++)
+#define UNARY(OP, VALUE)                   \
+    case 4 * OP:                           \
+        EACH {                             \
+            const double x = a[i];         \
+            to[i] = VALUE;                 \
+        }                                  \
+        break;
+#define BINARY(OP, VALUE)                          \
+    case 4 * OP:                                   \
+        EACH {                                     \
+            const double x = a[i], y = b[i];       \
+            to[i] = VALUE;                         \
+        }                                          \
+        break;                                     \
+    case 4 * OP + 1: {                             \
+        const double x = *a;                       \
+        EACH {                                     \
+            const double y = b[i];                 \
+            to[i] = VALUE;                         \
+        }                                          \
+    } break;                                       \
+    case 4 * OP + 2: {                             \
+        const double y = *b;                       \
+        EACH {                                     \
+            const double x = a[i];                 \
+            to[i] = VALUE;                         \
+        }                                          \
+    } break;
+/* x from a, y from b, z from c; b or c may be constants */
+#define TERNARY_FORM(FORM, OP, Y, Z, VALUE)            \
+    case 4 * OP + FORM: {                              \
+        const double y0 = *b, z0 = *c;                 \
+        EACH {                                         \
+            const double x = a[i], y = Y, z = Z;       \
+            to[i] = VALUE;                             \
+        }                                              \
+        (void)y0, (void)z0;                            \
+    } break;
+#define TERNARY(OP, VALUE)                    \
+    TERNARY_FORM(0, OP, b[i], c[i], VALUE)    \
+    TERNARY_FORM(1, OP, y0, c[i], VALUE)      \
+    TERNARY_FORM(2, OP, b[i], z0, VALUE)      \
+    TERNARY_FORM(3, OP, y0, z0, VALUE)
+
+/* The rounding error of x + y (TwoSum). */
+INLINE double lost(double x, double y) {
+    double s, t;
+    two_sum(x, y, &s, &t);
+    return t;
+}
+
+/* Binary64.plus: whether s, a midpoint of binary32, may move to the side of its rounding error t. */
+INLINE int sided(double s, double t, double e) {
+    return ((pattern(s) & 0x1FFFFFFF) == 0x10000000) & (fabs(t) > e) & (fabs(t) > 0x1p-900 * fabs(s));
+}
+
+INLINE double toward(double s, double t) {
+    return number(pattern(s) + ((t > 0) == (s > 0) ? 1 : -1));
+}
+
+VECTORISED
+void reproml_tape_run(state *restrict s, const instruction *in, const instruction *end) {
+    const integer block = s->c->p->block;
+    double *const registers = s->registers;
+    const double *const constants = s->c->p->constants;
+    const double *restrict const table = erfc_table;
+    for (; in < end; in++) {
+        const integer length = in->by_row ? s->rows : s->length, count = (length + 7) & ~(integer)7;
+        const integer each = s->length / s->rows;
+        double *restrict const to = registers + in->to * block;
+        const double *restrict const a = in->a < 0 ? constants + ~in->a : registers + in->a * block;
+        const double *restrict const b = in->b < 0 ? constants + ~in->b : registers + in->b * block;
+        const double *restrict const c = in->c < 0 ? constants + ~in->c : registers + in->c * block;
+        switch (in->op) {
+        case 4 * LOAD32: LOAD(float); break;
+        case 4 * LOAD64: LOAD(double); break;
+        case 4 * EXPAND:
+            if (s->rows == 1) {
+                const double x = *a;
+                EACH to[i] = x;
+            } else
+                for (integer r = 0, k = 0; r < s->rows; r++)
+                    for (integer i = 0; i < each; i++) to[k++] = a[r];
+            break;
+        case 4 * SUM:
+            if (s->partials)
+                merge(&s->partials[in->b], sum_of(a, s->length));
+            else
+                for (integer r = 0; r < s->rows; r++) to[r] = sum_of(a + r * each, each);
+            break;
+        case 4 * MAX:
+            if (s->partials) {
+                partial *p = &s->partials[in->b];
+                p->largest = larger(largest_of(a, s->length), p->largest);
+            } else
+                for (integer r = 0; r < s->rows; r++) to[r] = largest_of(a + r * each, each);
+            break;
+        case 4 * SETTLE:
+            settle(s, a, *b, c, 1, length, in->by_row ? s->row : s->row * s->c->n + s->at, in->by_row);
+            break;
+        case 4 * SETTLE + 2:
+            settle(s, a, *b, c, 0, length, in->by_row ? s->row : s->row * s->c->n + s->at, in->by_row);
+            break;
+        BINARY(ADD, x + y)
+        BINARY(SUB, x - y)
+        BINARY(MUL, x * y)
+        BINARY(DIV, x / y)
+        BINARY(LT, x < y ? 1.0 : 0.0)
+        BINARY(LE, x <= y ? 1.0 : 0.0)
+        BINARY(EQ, x == y ? 1.0 : 0.0)
+        BINARY(AND, x * y)
+        BINARY(OR, x > y ? x : y)
+        UNARY(NEG, -x)
+        UNARY(ABS, fabs(x))
+        UNARY(NOT, 1 - x)
+        UNARY(SQRT, sqrt(x))
+        UNARY(EXP, exp_(x))
+        UNARY(LOG, log_(x))
+        UNARY(EXPM1, expm1_(x))
+        UNARY(LOG1P, log1p_(x))
+        UNARY(SIN, sin_(x))
+        UNARY(COS, cos_(x))
+        UNARY(SINPI, sinpi_(x))
+        UNARY(COSPI, cospi_(x))
+        UNARY(ERF, erf_(x, table))
+        UNARY(ERFC, erfc_(x, table))
+        TERNARY(SELECT, x != 0 ? y : z)
+        TERNARY(MULADD, x * y + z)
+        TERNARY(ABSMULADD, fabs(x) * y + z)
+        BINARY(LOST, lost(x, y))
+        TERNARY(PLUS, sided(x, y, z) ? toward(x, y) : x)
+        TERNARY(PLUS_ERROR, sided(x, y, z) ? 0.0 : fabs(y) + z)
+        }
+    }
+}
+
+static void run_straight(state *s, integer row) {
+    const call *c = s->c;
+    const program *p = c->p;
+    s->row = row, s->at = 0, s->partials = 0;
+    s->rows = c->rows - row < c->per_block ? c->rows - row : c->per_block;
+    s->length = s->rows * c->n;
+    reproml_tape_run(s, p->straight, p->straight + p->straight_length);
+}
+
+static void run_block(state *s, const stage *t, integer row, integer block) {
+    const call *c = s->c;
+    s->row = row, s->rows = 1, s->at = block * c->p->block;
+    s->length = c->n - s->at < c->p->block ? c->n - s->at : c->p->block;
+    reproml_tape_run(s, c->p->code + t->begin, c->p->code + t->body);
+}
+
+static void run_stages(state *s, integer row) {
+    const program *p = s->c->p;
+    partial partials[REDUCTIONS];
+    for (const stage *t = p->stage; t < p->stage + p->stages; t++) {
+        for (int i = 0; i < REDUCTIONS; i++) partials[i].count = partials[i].top = 0, partials[i].largest = -INFINITY;
+        s->partials = partials;
+        for (integer block = 0; t->begin < t->body && block < s->c->blocks; block++) run_block(s, t, row, block);
+        for (const instruction *in = p->code + t->begin; in < p->code + t->body; in++)
+            if (in->op == 4 * SUM || in->op == 4 * MAX)
+                s->registers[in->to * p->block] =
+                    in->op == 4 * SUM ? merged(&partials[in->b]) : partials[in->b].largest;
+        s->partials = 0, s->row = row, s->rows = s->length = 1;
+        reproml_tape_run(s, p->code + t->body, p->code + t->end);
+    }
+}
+
+/* An item is a block of short rows, a block of a long row, or, with reductions, a long row. */
+static void run_items(integer task, void *data) {
+    call *c = data;
+    double registers[SCRATCH] __attribute__((aligned(64)));
+    const integer first = c->items * task / c->tasks, last = c->items * (task + 1) / c->tasks;
+    state s = {.c = c, .registers = registers, .count = 0};
+    integer start = first * c->per_block * (c->p->by_row ? 1 : c->n);
+    if (c->blocks > 1 && !c->p->reduces) start = first / c->blocks * c->n + first % c->blocks * c->p->block;
+    s.failed = c->failed + start;
+    for (integer item = first; item < last; item++) {
+        if (c->blocks == 1)
+            run_straight(&s, item * c->per_block);
+        else if (c->p->reduces)
+            run_stages(&s, item);
+        else
+            run_block(&s, c->p->stage, item / c->blocks, item % c->blocks);
+    }
+    c->start[task] = start;
+    c->found[task] = s.count;
+}
+
+/* Run a program on operands of `sizes` with `strides` [operands + 1][dims], in elements; the last of the pointers
+   and strides are the result's. Along the last dimension are the rows. Returns the number of results that
+   could not be settled; their places, counted along the sizes, are in `failed`. */
+integer reproml_tape(const program *p, integer dims, const integer *sizes, const integer *strides,
+                     void *const *pointers, integer *failed, integer tasks) {
+    call c = {.p = p, .dims = dims, .rows = 1, .n = sizes[dims - 1], .sizes = sizes, .strides = strides};
+    c.pointers = pointers;
+    c.failed = failed;
+    for (integer d = 0; d < dims - 1; d++) c.rows *= sizes[d];
+    for (integer j = 0; j <= p->operands; j++) {
+        const integer *stride = strides + j * dims, whole = p->by_row && j == p->operands ? 1 : c.n;
+        c.dense[j] = (whole == 1 || stride[dims - 1] == 1) && (dims == 1 || (dims == 2 && stride[0] == whole));
+    }
+    c.blocks = (c.n + p->block - 1) / p->block;
+    c.per_block = c.blocks == 1 ? p->block / c.n : 1;
+    c.items = c.blocks > 1 && !p->reduces ? c.rows * c.blocks : (c.rows + c.per_block - 1) / c.per_block;
+    c.tasks = tasks < c.items ? tasks : c.items;
+    if (c.tasks > TASKS) c.tasks = TASKS;
+    reproml_parallel(run_items, &c, c.tasks);
+    integer count = 0;
+    for (integer task = 0; task < c.tasks; task++) {
+        memmove(failed + count, failed + c.start[task], (size_t)c.found[task] * sizeof *failed);
+        count += c.found[task];
+    }
+    return count;
+}
