@@ -8,6 +8,7 @@ from the product of the absolute values; a sum with its errors kept (TwoSum); ex
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Optional
@@ -133,6 +134,10 @@ def sum_over(
 
     x, y: float32 of one shape; dims: empty for all. Returns float32.
     """
+    if kernels.library and x.is_cpu:
+        total = _compiled_sum(x, dims or range(x.dim()), keepdim, divisor, y)
+        if total is not None:
+            return total
     dims = sorted(canonicalize_dims(x.dim(), tuple(dims))) if dims else list(range(x.dim()))
     dims = dims if x.dim() else []
     wide = x.double() if y is None else x.double() * y.double()
@@ -152,6 +157,42 @@ def sum_over(
         return nearest_of_rows(rows[index], scale=Fraction(1, divisor))
 
     return settle_sum(c, size * gamma(count), resolve)
+
+
+def _compiled_sum(
+    x: Tensor, dims: Sequence[int], keepdim: bool, divisor: int, y: Optional[Tensor]
+) -> Optional[Tensor]:
+    """sum_over by c/sums.c; None where that cannot settle all."""
+    rank, reduced = x.dim(), 0
+    for d in dims:
+        if not -rank <= d < rank or reduced >> d % rank & 1:
+            return None  # the plain path names the error
+        reduced |= 1 << d % rank
+    shape = x.shape
+    kept = [
+        1 if reduced >> d & 1 else m for d, m in enumerate(shape) if keepdim or not reduced >> d & 1
+    ]
+    if not rank or abs(divisor) > 1 << 53:
+        return None
+    out = torch.empty(kept, dtype=torch.float32, device="cpu")
+    strides = x.stride()
+    axes = (ctypes.c_int64 * (3 * rank))(*shape, *strides, *(strides if y is None else y.stride()))
+    if x.numel() > kernels.WORTH_THREADS:
+        kernels.use_threads()
+    factor = None if y is None else y.data_ptr()
+    left = kernels.library.reproml_sum(
+        x.data_ptr(), factor, axes, rank, reduced, divisor, out.data_ptr()
+    )
+    if left < 0:  # axes too scattered for one loop
+        order = sorted(range(rank), key=lambda d: reduced >> d & 1)
+        count = x.numel() // max(out.numel(), 1)
+        rows, factors = (
+            None if t is None else t.permute(order).reshape(out.numel(), count) for t in (x, y)
+        )
+        assert rows is not None
+        total = _compiled_sum(rows, (1,), False, divisor, factors)
+        return None if total is None else total.reshape(kept)
+    return None if left else out
 
 
 def nearest_of_rows(terms: Tensor, scale: Fraction = ONE) -> list[float]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from typing import Any
+from typing import Any, Optional
 
+import torch
 from torch import Tensor
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
@@ -26,6 +27,14 @@ _SIGNATURES = {
     ),
     "reproml_tape": (_LONG, [_POINTER, _LONG] + [_POINTER] * 4 + [_LONG]),
     "reproml_erfc_table": (None, [_POINTER, _LONG]),
+    "reproml_sum": (_LONG, [_POINTER] * 3 + [_INT, _LONG, _DOUBLE, _POINTER]),
+    "reproml_normalize": (
+        _LONG,
+        [_POINTER] * 4 + [_DOUBLE] + [_POINTER] * 3 + [_DOUBLE] + [_POINTER] * 4 + [_LONG],
+    ),
+    "reproml_normalize_backward": (_LONG, [_POINTER] * 12 + [_LONG]),
+    "reproml_column_moments": (_LONG, [_LONG] * 2 + [_POINTER] * 6),
+    "reproml_channel_moments": (_LONG, [_LONG] * 4 + [_POINTER] * 5),
     "reproml_adam": (_LONG, [_LONG] + [_POINTER] * 4 + [_DOUBLE] * 10 + [_POINTER]),
     "reproml_sgd": (_LONG, [_LONG] + [_POINTER] * 3 + [_INT] * 2 + [_DOUBLE] * 5 + [_POINTER]),
 }
@@ -48,6 +57,31 @@ def _load() -> Any:
 
 
 library = _load()
+
+
+_ROOM = 256  # indices; where more are left, the plain path does it all
+
+
+def unsettled(kernel: Any, *arguments: Any) -> Optional[Tensor]:
+    """Call a kernel whose last two arguments are a list of failures and its room.
+
+    Returns the flat indices that it could not settle, int64; None where there are too many to tell.
+    """
+    failed = (ctypes.c_int64 * _ROOM)()
+    count = kernel(*arguments, ctypes.addressof(failed), _ROOM)
+    if not count:
+        return _NONE
+    return torch.tensor(failed[:count]) if 0 < count <= _ROOM else None
+
+
+_NONE = torch.empty(0, dtype=torch.int64)
+
+WORTH_THREADS = 20000  # elements
+
+
+def use_threads() -> None:
+    """Let the kernels have as many threads as PyTorch."""
+    library.reproml_set_threads(torch.get_num_threads())
 
 
 def usable(*tensors: Tensor) -> bool:

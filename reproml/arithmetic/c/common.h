@@ -68,6 +68,21 @@ static inline int settle_pair(double s, double t, double e, float *result) {
     return bits(low) == bits(high) && fabs(s) <= DBL_MAX;
 }
 
+/* What a loop could not settle: `count` flat indices, of which `index` holds the first `room`. */
+typedef struct {
+    integer *index, room, count;
+} failures;
+
+static inline void reproml_fail(failures *f, integer at) { /* from any thread */
+    integer i = __atomic_fetch_add(&f->count, 1, __ATOMIC_RELAXED);
+    if (i < f->room) f->index[i] = at;
+}
+
+/* Working memory of this thread, valid until its next call; null if there is none. */
+void *reproml_scratch(size_t bytes);
+
+int reproml_threads(void);
+
 /* Run work(task, data) for task = 0 ... tasks - 1, on as many threads as PyTorch has been given. */
 void reproml_parallel(void (*work)(integer task, void *data), void *data, integer tasks);
 

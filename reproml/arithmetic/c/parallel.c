@@ -2,6 +2,8 @@
 
 #include "common.h"
 
+#include <stdlib.h>
+
 /* GNU OpenMP's entry points, which PyTorch has loaded before us; absent (macOS), one thread does it all. */
 extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
 extern int omp_get_thread_num(void) __attribute__((weak));
@@ -11,6 +13,8 @@ static int threads = 1;
 
 /* How many threads the next loops may use: torch.get_num_threads(). */
 void reproml_set_threads(int count) { threads = count; }
+
+int reproml_threads(void) { return GOMP_parallel ? threads : 1; }
 
 typedef struct {
     void (*work)(integer, void *);
@@ -33,6 +37,17 @@ void reproml_parallel(void (*work)(integer, void *), void *data, integer tasks) 
     }
     job j = {work, data, tasks};
     GOMP_parallel(part, &j, (unsigned)count, 0);
+}
+
+void *reproml_scratch(size_t bytes) {
+    static _Thread_local void *memory;
+    static _Thread_local size_t size;
+    if (bytes > size || size > (size_t)1 << 26) { /* what is large is not kept for something small */
+        free(memory);
+        memory = malloc(bytes);
+        size = memory ? bytes : 0;
+    }
+    return memory;
 }
 
 #define REPROML_VERSION 3 /* raised with any change of these files, together with kernels.py */

@@ -1,0 +1,62 @@
+"""Numbers that are hard to sum up, and the plain path beside the compiled loops."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import pytest
+import torch
+
+from reproml.arithmetic import kernels
+from tests.arithmetic.oracle import same_bits
+
+KINDS = ["normal", "integers", "ties", "wide", "cancelling", "far", "constant", "sparse"]
+
+
+def numbers(shape: tuple[int, ...], kind: str = "normal", seed: int = 0) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=random)
+    if kind == "integers":
+        return torch.round(3 * x)
+    if kind == "ties":  # integers, and halves of an ulp of 1
+        return torch.round(x) + torch.round(4 * x) * 2.0**-24
+    if kind == "wide":
+        return x * torch.pow(2.0, torch.round(40 * torch.randn(shape, generator=random)))
+    if kind == "cancelling":
+        half = x[..., : shape[-1] // 2]
+        return torch.cat([half, -half * (1 + 2.0**-22), x[..., 2 * half.shape[-1] :]], -1)
+    if kind == "far":  # from zero
+        return x * 1e-3 + 1000
+    if kind == "constant":
+        return torch.full(shape, 0.1)
+    if kind == "sparse":  # as relu leaves it
+        return torch.relu(x - 1) * 1e-20
+    return x
+
+
+def plain(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """The function's result without the compiled loops."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(kernels, "library", None)
+        return function(*arguments, **options)
+
+
+def agree(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Assert that both forms give the same bits; return the result."""
+    found, expected = function(*arguments, **options), plain(function, *arguments, **options)
+    for x, y in zip(*((r if isinstance(r, tuple) else (r,)) for r in (found, expected))):
+        assert (x is None and y is None) or same_bits(x, y), (function, [str(a) for a in arguments])
+    return found
+
+
+def with_threads(function: Callable[..., Any], *arguments: Any) -> None:
+    """Assert that the number of threads does not matter."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(function(*arguments))
+    finally:
+        torch.set_num_threads(before)
+    first, *rest = [r if isinstance(r, tuple) else (r,) for r in results]
+    assert all(same_bits(x, y) for other in rest for x, y in zip(first, other))
