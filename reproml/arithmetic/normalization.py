@@ -14,6 +14,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from reproml.arithmetic import normalization_loops as loops
 from reproml.arithmetic.ball import elementwise, rowwise
 from reproml.arithmetic.dot import sum_over
 
@@ -70,11 +71,18 @@ def group_backward(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Ten
     weight = weight.expand(x.shape)
     a = sum_over(g, (1,), keepdim=True, y=weight)
     b = rowwise(lambda k, g, w, x, m, r: k.sum(w * g * (x - m) * r), 1, g, weight, x, mean, rstd)
+    return gradient(n, g, weight, x, mean, rstd, a, b)
 
-    def gradient(k: Any, g: Any, w: Any, x: Any, m: Any, r: Any, a: Any, b: Any) -> Any:
+
+def gradient(
+    n: int, g: Tensor, w: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, a: Tensor, b: Tensor
+) -> Tensor:
+    """The last step of group_backward."""
+
+    def formula(k: Any, g: Any, w: Any, x: Any, m: Any, r: Any, a: Any, b: Any) -> Any:
         return r * (w * g - (a + (x - m) * r * b) / n)
 
-    return elementwise(gradient, g, weight, x, mean, rstd, a, b)
+    return elementwise(formula, g, w, x, mean, rstd, a, b)
 
 
 def scaled_sum(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -114,6 +122,10 @@ def batch_norm(
     Running statistics become (1 - momentum) * old + momentum * new, rounded once, with the rounded mean
     and the rounded unbiased variance for the new.
     """
+    given = (x, weight, bias, running_mean, running_var, training, momentum, eps)
+    compiled = loops.batch_norm(*given)
+    if compiled is not None:
+        return compiled
     rows = _channels(x)
     if training:
         mean, rstd = statistics(rows, eps)
@@ -166,11 +178,14 @@ def batch_norm_backward(
     mask: list[bool],
 ) -> tuple[Optional[Tensor], ...]:
     """native_batch_norm_backward: gradients of x, weight and bias."""
-    rows, g_rows = _channels(x), _channels(g)
     if not train:
         assert running_mean is not None and running_var is not None
         mean, rstd = running_mean, _rstd(running_var, eps)
     assert mean is not None and rstd is not None
+    compiled = loops.batch_norm_backward(g, x, weight, mean, rstd, not train, mask)
+    if compiled is not None:
+        return compiled
+    rows, g_rows = _channels(x), _channels(g)
     mean, rstd = mean.unsqueeze(1), rstd.unsqueeze(1)
     w = torch.ones_like(mean) if weight is None else weight.unsqueeze(1)
     grad_x = None
@@ -186,6 +201,9 @@ def layer_norm(
     x: Tensor, shape: list[int], weight: Optional[Tensor], bias: Optional[Tensor], eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """native_layer_norm over the last axes `shape`: the output, and each row's mean and rstd."""
+    compiled = loops.layer_norm(x, shape, weight, bias, eps)
+    if compiled is not None:
+        return compiled
     outer = x.shape[: x.dim() - len(shape)]
     rows = x.reshape(outer.numel(), math.prod(shape))
     mean, rstd = statistics(rows, eps)
@@ -209,6 +227,9 @@ def layer_norm_backward(
     mask: list[bool],
 ) -> tuple[Optional[Tensor], ...]:
     """native_layer_norm_backward: gradients of x, weight and bias."""
+    compiled = loops.layer_norm_backward(g, x, shape, mean, rstd, weight, mask)
+    if compiled is not None:
+        return compiled
     rows, g_rows = (t.reshape(mean.numel(), math.prod(shape)) for t in (x, g))
     mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
     w = torch.ones_like(rows[:1]) if weight is None else weight.reshape(1, -1)
@@ -229,6 +250,9 @@ def group_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """native_group_norm: the output, and mean and rstd [n, groups]. x [n, c, ...]."""
+    compiled = loops.group_norm(x, weight, bias, n, c, hw, groups, eps)
+    if compiled is not None:
+        return compiled
     rows = x.reshape(n * groups, c // groups * hw)
     mean, rstd = statistics(rows, eps)
     split = (n, groups, c // groups, hw)
@@ -251,6 +275,9 @@ def group_norm_backward(
     mask: list[bool],
 ) -> tuple[Optional[Tensor], ...]:
     """native_group_norm_backward: gradients of x, weight and bias."""
+    compiled = loops.group_norm_backward(g, x, mean, rstd, weight, n, c, hw, groups, mask)
+    if compiled is not None:
+        return compiled
     split = (n, groups, c // groups, hw)
     w = (torch.ones(c, device=x.device) if weight is None else weight).reshape(1, groups, -1, 1)
     grad_x = None
