@@ -52,8 +52,21 @@ def matmul(
         )
     if beta == 0:
         bias = None  # as in BLAS, not even its NaN counts
-    wide_a, row = _widen(a, -1)
-    wide_b, column = _widen(b, -2)
+    if alpha == beta == 1 and kernels.library:
+        product = _compiled(a, b, bias)
+        if product is not None:
+            return product
+    return _plain(a, b, bias, alpha, beta)
+
+
+def _plain(
+    a: Tensor, b: Tensor, bias: Optional[Tensor], alpha: Fraction = ONE, beta: Fraction = ONE
+) -> Tensor:
+    """The product by PyTorch's own, in binary64."""
+    wide_a, wide_b = a.double(), b.double()
+    row, column = (
+        torch.linalg.vector_norm(x, dim=d, keepdim=True) for x, d in ((wide_a, -1), (wide_b, -2))
+    )
     c = wide_a @ wide_b
     wide_bias = None if bias is None else bias.double().expand(c.shape)
 
@@ -85,41 +98,33 @@ def matmul(
             for row, x in zip(terms.tolist(), last.squeeze(1).tolist())
         ]
 
-    if alpha == beta == 1 and c.dim() == 2 and kernels.library and c.is_contiguous():
-        on_cpu = c.device.type == "cpu" and c.numel() > 0
-        if on_cpu and (bias is None or (bias.shape == c.shape[1:] and kernels.usable(bias))):
-            return _round_product(c, row, column, bias, gamma(a.shape[-1] + 2), resolve)
     return settle_sum(*scaled(c, row * column), resolve)
 
 
-def _widen(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """x in binary64, and its Euclidean norms along `dim`, -1 or -2, which stays with length 1."""
-    flipped = x.dim() == 2 and not x.is_contiguous()
-    stored = x.t() if flipped else x
-    if x.dim() != 2 or not kernels.usable(stored):
-        wide = x.double()
-        return wide, torch.linalg.vector_norm(wide, dim=dim, keepdim=True)
-    by_row = (dim == -1) != flipped
-    rows, columns = stored.shape
-    wide = torch.empty(rows, columns, dtype=torch.float64, device="cpu")
-    norm = torch.empty(rows if by_row else columns, dtype=torch.float64, device="cpu")
-    kernels.library.reproml_widen(
-        stored.data_ptr(), rows, columns, by_row, wide.data_ptr(), norm.data_ptr()
+def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
+    """The product by c/products.c, or None where that does not apply."""
+    *batch, m, k = a.shape
+    n = b.shape[-1]
+    if len(batch) > 1 or a.device.type != "cpu" or not m * n or 0 in batch:
+        return None
+    if bias is not None and (bias.shape != (n,) or not bias.is_contiguous()):
+        return None
+    out = torch.empty((*batch, m, n), dtype=torch.float32, device="cpu")
+    strides = [(x.data_ptr(), *([0] * (1 - len(batch))), *x.stride()) for x in (a, b)]
+    bias_at = None if bias is None else bias.data_ptr()
+    sizes = (batch[0] if batch else 1, m, n, k)
+    if m * n * k > 1 << 14:
+        kernels.use_threads()
+    left = kernels.unsettled(
+        kernels.library.reproml_product, *sizes, *strides[0], *strides[1], bias_at, out.data_ptr()
     )
-    return wide.t() if flipped else wide, norm.sqrt_().unsqueeze(dim)
-
-
-def _round_product(
-    c: Tensor, row: Tensor, column: Tensor, bias: Optional[Tensor], g: float, resolve: Resolve
-) -> Tensor:
-    out = torch.empty(c.shape, dtype=torch.float32, device="cpu")
-    failed = torch.empty(c.numel(), dtype=torch.int64, device="cpu")
-    pointers = (c, *c.shape, row, column, bias, g, out, failed)
-    count = kernels.library.reproml_round_product(
-        *(p.data_ptr() if isinstance(p, Tensor) else p for p in pointers)
-    )
-    if count:
-        settle_at(out, c if bias is None else c + bias, failed[:count], resolve)
+    if left is None:
+        return None
+    if len(left):
+        *of, i, j = torch.unravel_index(left, out.shape)
+        rows, columns = a[(*of, i)].unsqueeze(1), b.transpose(-1, -2)[(*of, j)].unsqueeze(2)
+        rest = None if bias is None else bias[j].reshape(-1, 1, 1)
+        out.view(-1)[left] = _plain(rows, columns, rest).reshape(-1)
     return out
 
 

@@ -20,10 +20,10 @@ _VERSION = 3  # REPROML_VERSION of c/parallel.c, raised with any change there
 # name -> (result, arguments), as in c/*.c
 _SIGNATURES = {
     "reproml_set_threads": (None, [_INT]),
-    "reproml_widen": (None, [_POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER]),
-    "reproml_round_product": (
+    "reproml_limit_vectors": (None, [_INT]),
+    "reproml_product": (
         _LONG,
-        [_POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _DOUBLE, _POINTER, _POINTER],
+        [_LONG] * 4 + ([_POINTER] + [_LONG] * 3) * 2 + [_POINTER] * 3 + [_LONG],
     ),
     "reproml_tape": (_LONG, [_POINTER, _LONG] + [_POINTER] * 4 + [_LONG]),
     "reproml_erfc_table": (None, [_POINTER, _LONG]),

@@ -2,46 +2,37 @@
 
 #include "common.h"
 
-/* Optimizers go block by block: a plain loop rounds a block into scratch, with how far both ends of
-   each interval lie apart after rounding; only what is sure is written back. */
+/* Block by block: a plain loop rounds a block into scratch, with a flag for each element that is not sure; then
+   only what is sure is written back. Blocks are dealt out to threads in tasks. */
 #define BLOCK 512
+#define TASK (8 * BLOCK)
+#define STATES 3
 
 typedef struct {
-    float value[BLOCK], apart[BLOCK];
+    float value[STATES][BLOCK];
+    int32_t unsure[BLOCK];
 } rounded;
 
-/* The nearest binary32 number to what lies within e of c; apart != 0, or NaN, where it is not sure. */
-static inline void settle(double c, double e, float *value, float *apart) {
+/* *value = the nearest binary32 number to what lies within e of c; returns whether it may be another, also for
+   NaN, or of an unknown sign (see rounding.settle). */
+static inline int32_t settle(double c, double e, float *value) {
     e += TINY;
+    float low = (float)(c - e), high = (float)(c + e);
     *value = (float)c;
-    *apart = (float)(c + e) - (float)(c - e);
+    return (low != high) | ((high == 0) & (fabs(c) <= e) & (e > 2 * TINY));
 }
 
-static inline integer write_back(integer n, integer at, const rounded *r, float *const *state, int states,
-                                 integer *failed, integer count) {
-    for (integer i = 0; i < n; i++) {
-        int sure = 1;
-        for (int s = 0; s < states; s++) sure &= r[s].apart[i] == 0;
-        if (sure)
-            for (int s = 0; s < states; s++) state[s][at + i] = r[s].value[i];
+static void write_back(integer at, int n, const rounded *r, float *const *state, int states, int32_t unsure,
+                       failures *failed) {
+    for (int s = 0; s < states; s++) {
+        if (!unsure)
+            memcpy(state[s] + at, r->value[s], (size_t)n * sizeof(float));
         else
-            failed[count++] = at + i;
+            for (int i = 0; i < n; i++)
+                if (!r->unsure[i]) state[s][at + i] = r->value[s][i];
     }
-    return count;
-}
-
-static inline int all_sure(integer n, const rounded *r, int states) {
-    float apart = 0;
-    for (int s = 0; s < states; s++)
-        for (integer i = 0; i < n; i++) apart += r[s].apart[i];
-    return apart == 0;
-}
-
-static inline integer finish(integer n, integer at, const rounded *r, float *const *state, int states,
-                             integer *failed, integer count) {
-    if (!all_sure(n, r, states)) return write_back(n, at, r, state, states, failed, count);
-    for (int s = 0; s < states; s++) memcpy(state[s] + at, r[s].value, (size_t)n * sizeof(float));
-    return count;
+    for (int i = 0; unsure && i < n; i++)
+        if (r->unsure[i]) reproml_fail(failed, at + i);
 }
 
 /* Adam's step (optimizers.adam has the definition), without amsgrad. sign: -1 to maximize; decay: weight
@@ -49,61 +40,110 @@ static inline integer finish(integer n, integer at, const rounded *r, float *con
    Error bounds, in units of U and of the absolute values of the terms, with room for second-order
    terms and the test's own roundings: d one rounding of two terms, m' two, v' four, the quotient
    ten, p' three. */
+typedef struct {
+    integer n;
+    float *p, *m, *v;
+    const float *g;
+    double sign, decay, keep, b1, rest1, b2, rest2, rate, correction2, eps;
+    failures failed;
+} adam;
+
 VECTORISED
+static int32_t adam_block(const adam *x, integer at, int n, rounded *restrict r) {
+    const float *restrict p = x->p + at, *restrict g = x->g + at, *restrict m = x->m + at, *restrict v = x->v + at;
+    const double decay = x->decay, sign = x->sign, keep = x->keep, b1 = x->b1, rest1 = x->rest1, b2 = x->b2;
+    const double rest2 = x->rest2, rate = x->rate, correction2 = x->correction2, eps = x->eps;
+    int32_t any = 0;
+    for (int i = 0; i < n; i++) {
+        double old_p = p[i], penalty = decay * old_p, grad = sign * g[i];
+        double d = decay != 0 ? grad + penalty : grad; /* + 0 would lose the sign of -0 */
+        double size = fabs(grad) + fabs(penalty), ed = decay != 0 ? 3 * U * size : 0;
+        double m1 = b1 * m[i], m2 = rest1 * d, v1 = b2 * v[i], v2 = rest2 * (d * d);
+        float new_p, new_m, new_v;
+        int32_t unsure = settle(m1 + m2, 5 * U * (fabs(m1) + fabs(m2)) + 2 * fabs(rest1) * ed, &new_m);
+        unsure |= settle(v1 + v2, 8 * U * (fabs(v1) + fabs(v2)) + 4 * fabs(rest2) * size * ed, &new_v);
+        double held = keep * old_p;
+        double moved = rate * ((double)new_m / (sqrt((double)new_v / correction2) + eps));
+        unsure |= settle(held - moved, 6 * U * fabs(held) + 20 * U * fabs(moved), &new_p);
+        r->value[0][i] = new_p, r->value[1][i] = new_m, r->value[2][i] = new_v;
+        r->unsure[i] = unsure;
+        any |= unsure;
+    }
+    return any;
+}
+
+static void adam_task(integer task, void *data) {
+    adam *x = data;
+    float *const state[3] = {x->p, x->m, x->v};
+    rounded r;
+    for (integer at = task * TASK; at < (task + 1) * TASK && at < x->n; at += BLOCK) {
+        int n = (int)(x->n - at < BLOCK ? x->n - at : BLOCK);
+        write_back(at, n, &r, state, 3, adam_block(x, at, n, &r), &x->failed);
+    }
+}
+
 integer reproml_adam(integer n, float *p, const float *g, float *m, float *v, double sign, double decay,
                      double keep, double b1, double rest1, double b2, double rest2, double rate,
                      double correction2, double eps, integer *failed) {
-    rounded r[3];
-    float *const state[3] = {p, m, v};
-    integer count = 0;
-    for (integer at = 0; at < n; at += BLOCK) {
-        integer length = n - at < BLOCK ? n - at : BLOCK;
-        for (integer i = 0; i < length; i++) {
-            double old_p = p[at + i];
-            double penalty = decay * old_p, grad = sign * g[at + i];
-            double d = decay != 0 ? grad + penalty : grad; /* + 0 would lose the sign of -0 */
-            double size = fabs(grad) + fabs(penalty), ed = decay != 0 ? 3 * U * size : 0;
-            double m1 = b1 * m[at + i], m2 = rest1 * d, v1 = b2 * v[at + i], v2 = rest2 * (d * d);
-            settle(m1 + m2, 5 * U * (fabs(m1) + fabs(m2)) + 2 * fabs(rest1) * ed, &r[1].value[i], &r[1].apart[i]);
-            settle(v1 + v2, 8 * U * (fabs(v1) + fabs(v2)) + 4 * fabs(rest2) * size * ed, &r[2].value[i], &r[2].apart[i]);
-            double held = keep * old_p;
-            double moved = rate * (r[1].value[i] / (sqrt(r[2].value[i] / correction2) + eps));
-            settle(held - moved, 6 * U * fabs(held) + 20 * U * fabs(moved), &r[0].value[i], &r[0].apart[i]);
-        }
-        count = finish(length, at, r, state, 3, failed, count);
-    }
-    return count;
+    adam x = {n, p, m, v, g, sign, decay, keep, b1, rest1, b2, rest2, rate, correction2, eps, {failed, n, 0}};
+    reproml_parallel(adam_task, &x, (n + TASK - 1) / TASK);
+    return x.failed.count;
 }
 
 /* SGD's step (optimizers.sgd). buffer: null without momentum. first: the buffer starts as d. */
+typedef struct {
+    integer n;
+    float *p, *buffer;
+    const float *g;
+    int nesterov;
+    double sign, decay, rate, momentum, keep, take;
+    failures failed;
+} sgd;
+
 VECTORISED
-integer reproml_sgd(integer n, float *p, const float *g, float *buffer, int first, int nesterov,
-                    double sign, double decay, double rate, double momentum, double fresh,
-                    integer *failed) {
-    rounded r[2];
-    float *const state[2] = {p, buffer};
-    double keep = buffer && !first ? momentum : 0, take = buffer && !first ? fresh : 1;
-    integer count = 0;
-    for (integer at = 0; at < n; at += BLOCK) {
-        integer length = n - at < BLOCK ? n - at : BLOCK;
-        for (integer i = 0; i < length; i++) {
-            double old_p = p[at + i];
-            double penalty = decay * old_p, grad = sign * g[at + i];
-            double d = decay != 0 ? grad + penalty : grad; /* + 0 would lose the sign of -0 */
-            double size = fabs(grad) + fabs(penalty), e = decay != 0 ? 3 * U * size : 0, step = d;
-            if (buffer) {
-                double b1 = keep != 0 ? keep * buffer[at + i] : -0.0, b2 = take * d;
-                settle(b1 + b2, 5 * U * (fabs(b1) + fabs(b2)) + 2 * fabs(take) * e,
-                       &r[1].value[i], &r[1].apart[i]);
-                double b = r[1].value[i], ahead = momentum * b;
-                step = nesterov ? d + ahead : b;
-                size = nesterov ? size + fabs(ahead) : fabs(b);
-                e = nesterov ? e + 3 * U * size : 0;
-            }
-            settle(old_p - rate * step, 6 * U * (fabs(old_p) + fabs(rate) * size) + 2 * fabs(rate) * e,
-                   &r[0].value[i], &r[0].apart[i]);
+static int32_t sgd_block(const sgd *x, integer at, int n, rounded *restrict r) {
+    const float *restrict p = x->p + at, *restrict g = x->g + at;
+    const float *restrict buffer = x->buffer ? x->buffer + at : NULL;
+    const double sign = x->sign, decay = x->decay, rate = x->rate, momentum = x->momentum;
+    const double keep = x->keep, take = x->take;
+    const int nesterov = x->nesterov;
+    int32_t any = 0;
+    for (int i = 0; i < n; i++) {
+        double old_p = p[i], penalty = decay * old_p, grad = sign * g[i];
+        double d = decay != 0 ? grad + penalty : grad; /* + 0 would lose the sign of -0 */
+        double size = fabs(grad) + fabs(penalty), e = decay != 0 ? 3 * U * size : 0, step = d;
+        float new_p, new_b = 0;
+        int32_t unsure = 0;
+        if (buffer) {
+            double b1 = keep != 0 ? keep * buffer[i] : -0.0, b2 = take * d;
+            unsure = settle(b1 + b2, 5 * U * (fabs(b1) + fabs(b2)) + 2 * fabs(take) * e, &new_b);
+            double b = new_b, ahead = momentum * b;
+            step = nesterov ? d + ahead : b;
+            size = nesterov ? size + fabs(ahead) : fabs(b);
+            e = nesterov ? e + 3 * U * size : 0;
         }
-        count = finish(length, at, r, state, buffer ? 2 : 1, failed, count);
+        unsure |= settle(old_p - rate * step, 6 * U * (fabs(old_p) + fabs(rate) * size) + 2 * fabs(rate) * e, &new_p);
+        r->value[0][i] = new_p, r->value[1][i] = new_b;
+        r->unsure[i] = unsure;
+        any |= unsure;
     }
-    return count;
+    return any;
+}
+
+static void sgd_task(integer task, void *data) {
+    sgd *x = data;
+    float *const state[2] = {x->p, x->buffer};
+    rounded r;
+    for (integer at = task * TASK; at < (task + 1) * TASK && at < x->n; at += BLOCK) {
+        int n = (int)(x->n - at < BLOCK ? x->n - at : BLOCK);
+        write_back(at, n, &r, state, x->buffer ? 2 : 1, sgd_block(x, at, n, &r), &x->failed);
+    }
+}
+
+integer reproml_sgd(integer n, float *p, const float *g, float *buffer, int first, int nesterov, double sign,
+                    double decay, double rate, double momentum, double fresh, integer *failed) {
+    sgd x = {n, p, buffer, g, nesterov, sign, decay, rate, momentum,
+             first ? 0 : momentum, first ? 1 : fresh, {failed, n, 0}};
+    reproml_parallel(sgd_task, &x, (n + TASK - 1) / TASK);
+    return x.failed.count;
 }

@@ -1,72 +1,264 @@
-/* Matrix products: dot.py has the method. */
+/* Matrix products, rounded once: dot.py has the method.
 
-#include "common.h"
+   Each element's bound is the product of a norm of its row of a and one of its column of b. Tile by tile the
+   sums are taken, tested and rounded; what the test leaves is summed again with its rounding errors kept, and
+   what even that leaves goes to Python. */
 
-/* Widen a row-major matrix to binary64; squared norms of its rows (by_row) or columns go to `norm`. */
+#include "tile.h"
+
+#define DEPTH 1024        /* terms that one pass sums, so that a panel of b stays in the second-level cache */
+#define FAR (1 << 16)     /* elements: a matrix that reaches over more is packed first */
+#define SHORT 48          /* terms: for fewer, the horizontal sums of `along` cost too much */
+#define SERIAL (1 << 17)  /* multiplications that are not worth a second thread */
+
+typedef struct {
+    integer batch, m, n, k;
+    const float *a, *b, *bias;           /* bias: null or [n] */
+    integer a_batch, a_row, a_column;    /* strides, in elements */
+    integer b_batch, b_row, b_column;
+    float *out;                          /* [batch, m, n] */
+    failures *failed;
+    const tiling *tiles;
+    int along, rows, columns;            /* which loop, and its full tile */
+    integer row_panels, column_panels;   /* of one matrix of the batch */
+    integer packed;                      /* column panels from this one on are packed */
+    integer groups;                      /* tasks share the row panels beside one panel of b in so many groups */
+    integer first, depth;                /* the terms of this pass */
+    double *norm_a, *norm_b;             /* [batch, row_panels * rows], [batch, column_panels * columns] */
+    double *wide_a;                      /* across: a's panels, [depth, rows of the panel] each */
+    float *panel_b;                      /* across: packed panels of b, [depth, TILE_COLUMNS] each */
+    double *sums;                        /* of earlier passes, tile by tile; null for a single pass */
+    integer *a_offset, *b_offset, *panel_offset;
+} product;
+
+static inline int least(integer a, integer b) { return (int)(a < b ? a : b); }
+
+static integer panels(integer n, int width) { return (n + width - 1) / width; }
+
 VECTORISED
-void reproml_widen(const float *restrict x, integer rows, integer columns, int by_row,
-                   double *restrict wide, double *restrict norm) {
-    if (!by_row)
-        for (integer j = 0; j < columns; j++) norm[j] = 0;
-    for (integer i = 0; i < rows; i++) {
-        const float *restrict from = x + i * columns;
-        double *restrict to = wide + i * columns;
-        if (by_row) {
-            double part[8] = {0}, sum = 0;
-            integer j = 0;
-            for (; j + 8 <= columns; j += 8)
-                for (int t = 0; t < 8; t++) {
-                    double d = from[j + t];
-                    to[j + t] = d;
-                    part[t] += d * d;
-                }
-            for (; j < columns; j++) {
-                double d = from[j];
-                to[j] = d;
-                sum += d * d;
-            }
-            for (int t = 0; t < 8; t++) sum += part[t];
-            norm[i] = sum;
-        } else {
-            for (integer j = 0; j < columns; j++) {
-                double d = from[j];
-                to[j] = d;
-                norm[j] += d * d;
-            }
+static double squares(const float *restrict x, integer n, integer stride) {
+    double part[16] = {0}, sum = 0;
+    integer i = 0;
+    if (stride == 1)
+        for (; i + 16 <= n; i += 16)
+            for (int t = 0; t < 16; t++) part[t] += (double)x[i + t] * x[i + t];
+    for (; i < n; i++) sum += (double)x[i * stride] * x[i * stride];
+    for (int t = 0; t < 16; t++) sum += part[t];
+    return sum;
+}
+
+VECTORISED
+static void add_squares(const float *restrict x, int n, integer rows, integer stride, double *restrict norm) {
+    for (integer p = 0; p < rows; p++)
+        for (int j = 0; j < n; j++) norm[j] += (double)x[p * stride + j] * x[p * stride + j];
+}
+
+VECTORISED
+static void widen(const float *restrict from, integer row, integer column, int rows, integer depth,
+                  double *restrict to) {
+    if (row == 1)
+        for (integer p = 0; p < depth; p++)
+            for (int i = 0; i < rows; i++) to[p * rows + i] = from[p * column + i];
+    else
+        for (int i = 0; i < rows; i++)
+            for (integer p = 0; p < depth; p++) to[p * rows + i] = from[i * row + p * column];
+}
+
+VECTORISED
+static void pack(const float *restrict from, integer row, integer column, int columns, integer depth,
+                 float *restrict to) {
+    if (columns < TILE_COLUMNS) memset(to, 0, (size_t)(depth * TILE_COLUMNS) * sizeof(float));
+    if (column == 1)
+        for (integer p = 0; p < depth; p++)
+            for (int j = 0; j < columns; j++) to[p * TILE_COLUMNS + j] = from[p * row + j];
+    else
+        for (int j = 0; j < columns; j++)
+            for (integer p = 0; p < depth; p++) to[p * TILE_COLUMNS + j] = from[p * row + j * column];
+}
+
+/* What the tiles of this pass need of one panel of a. */
+static void prepare_a(const product *x, integer task) {
+    integer batch = task / x->row_panels, i = task % x->row_panels * x->rows;
+    int rows = least(x->m - i, x->rows);
+    const float *a = x->a + batch * x->a_batch + i * x->a_row + x->first * x->a_column;
+    integer at = batch * x->row_panels * x->rows + i;
+    if (!x->along) widen(a, x->a_row, x->a_column, rows, x->depth, x->wide_a + at * x->depth);
+    if (x->a_row == 1)
+        add_squares(a, rows, x->depth, x->a_column, x->norm_a + at);
+    else
+        for (int r = 0; r < rows; r++) x->norm_a[at + r] += squares(a + r * x->a_row, x->depth, x->a_column);
+}
+
+static float *panel_of(const product *x, integer batch, integer panel) {
+    return x->panel_b + (batch * (x->column_panels - x->packed) + panel - x->packed) * x->depth * TILE_COLUMNS;
+}
+
+static void prepare_b(const product *x, integer task) {
+    integer batch = task / x->column_panels, panel = task % x->column_panels, j = panel * x->columns;
+    int columns = least(x->n - j, x->columns);
+    const float *b = x->b + batch * x->b_batch + j * x->b_column + x->first * x->b_row;
+    double *norm = x->norm_b + batch * x->column_panels * x->columns + j;
+    if (!x->along && panel >= x->packed)
+        pack(b, x->b_row, x->b_column, columns, x->depth, panel_of(x, batch, panel));
+    if (x->b_column == 1)
+        add_squares(b, columns, x->depth, x->b_row, norm);
+    else
+        for (int c = 0; c < columns; c++) norm[c] += squares(b + c * x->b_column, x->depth, x->b_row);
+}
+
+static void prepare(integer task, void *data) {
+    const product *x = data;
+    integer a_tasks = x->batch * x->row_panels;
+    if (task < a_tasks)
+        prepare_a(x, task);
+    else
+        prepare_b(x, task - a_tasks);
+}
+
+/* Sum again, with the rounding errors kept, what the test was not sure of. */
+static void settle(const product *x, integer batch, integer i, integer j) {
+    const float *a = x->a + batch * x->a_batch + i * x->a_row, *b = x->b + batch * x->b_batch + j * x->b_column;
+    long_sum s = {0, 0, 0, 0};
+    for (integer p = 0; p < x->k; p++) add_term(&s, (double)a[p * x->a_column] * b[p * x->b_row]);
+    if (x->bias) add_term(&s, x->bias[j]);
+    integer at = (batch * x->m + i) * x->n + j;
+    if (!settle_long_sum(&s, x->out + at)) reproml_fail(x->failed, at);
+}
+
+/* The sums of one tile over the terms of this pass. */
+static void sum_tile(const product *x, integer batch, integer row_panel, integer panel, int m, int n, double *sums) {
+    integer i = row_panel * x->rows, j = panel * x->columns;
+    if (x->along) {
+        x->tiles->along[m][n](x->depth, x->a + batch * x->a_batch + i * x->a_row + x->first, x->a_offset,
+                              x->b + batch * x->b_batch + j * x->b_column + x->first, x->b_offset, sums);
+        return;
+    }
+    const double *a = x->wide_a + (batch * x->row_panels * x->rows + i) * x->depth;
+    across_loop *loop = x->tiles->across[m][panels(n, x->tiles->lanes)];
+    if (panel < x->packed)
+        loop(x->depth, a, x->b + batch * x->b_batch + j + x->first * x->b_row, x->b_offset, sums);
+    else
+        loop(x->depth, a, panel_of(x, batch, panel), x->panel_offset, sums);
+}
+
+/* The relative bound of a sum: passes one after another, each a sum of DEPTH terms, and the bias. */
+static double relative_bound(integer k) {
+    double g = (double)(k < DEPTH ? k : DEPTH + k / DEPTH) + 8;
+    return g * U / (1 - g * U) * SLACK;
+}
+
+/* The tiles of one group of row panels with one panel of b. */
+static void multiply(integer task, void *data) {
+    const product *x = data;
+    integer group = task % x->groups, panel = task / x->groups % x->column_panels;
+    integer batch = task / x->groups / x->column_panels;
+    integer share = panels(x->row_panels, (int)x->groups), j = panel * x->columns;
+    int n = least(x->n - j, x->columns), last = x->first + x->depth == x->k;
+    const float *bias = x->bias ? x->bias + j : NULL;
+    const double *norm_b = x->norm_b + batch * x->column_panels * x->columns + j;
+    for (integer r = group * share; r < (group + 1) * share && r < x->row_panels; r++) {
+        integer i = r * x->rows;
+        int m = least(x->m - i, x->rows), unsure[TILE_ROWS * TILE_COLUMNS];
+        double sums[TILE_ROWS * TILE_COLUMNS];
+        sum_tile(x, batch, r, panel, m, n, sums);
+        if (x->sums) {
+            double *all = x->sums + ((batch * x->column_panels + panel) * x->row_panels + r) * TILE_ROWS * TILE_COLUMNS;
+            for (int t = 0; t < m; t++)
+                for (int c = t * TILE_COLUMNS; c < t * TILE_COLUMNS + n; c++)
+                    all[c] = sums[c] += x->first ? all[c] : 0;
         }
+        if (!last) continue;
+        int left = reproml_round_tile(sums, m, n, relative_bound(x->k),
+                                      x->norm_a + batch * x->row_panels * x->rows + i, norm_b, NULL, bias,
+                                      x->out + (batch * x->m + i) * x->n + j, x->n, unsure);
+        for (int t = 0; t < left; t++)
+            settle(x, batch, i + unsure[t] / TILE_COLUMNS, j + unsure[t] % TILE_COLUMNS);
     }
 }
 
-/* out = round(c + bias), |c - exact| <= g * row[i] * column[j]; bias: null or one for each column.
-   The test compares bit patterns, so that not even the sign of a zero comes from c. */
 VECTORISED
-integer reproml_round_product(const double *restrict c, integer rows, integer columns,
-                              const double *restrict row, const double *restrict column,
-                              const float *restrict bias, double g, float *restrict out,
-                              integer *restrict failed) {
-    integer count = 0;
-    for (integer i = 0; i < rows; i++) {
-        const double *restrict from = c + i * columns;
-        float *restrict to = out + i * columns;
-        double gi = g * row[i];
+int reproml_round_tile(const double *restrict sums, int m, int n, double g, const double *restrict row_bound,
+                       const double *restrict column_bound, const float *restrict row_bias,
+                       const float *restrict column_bias, float *restrict out, integer stride,
+                       int *restrict unsure) {
+    int count = 0;
+    for (int i = 0; i < m; i++) {
+        const double *restrict from = sums + i * TILE_COLUMNS;
+        float *restrict to = out + i * stride;
+        double bound = g * row_bound[i], constant = row_bias ? row_bias[i] : 0;
         int32_t differ = 0;
-        for (integer j = 0; j < columns; j++) {
-            double b = bias ? (double)bias[j] : 0.0;
-            double x = from[j] + b;
-            double e = gi * column[j] + g * fabs(b);
-            float low = (float)(x - e), high = (float)(x + e);
-            to[j] = high;
-            differ |= bits(low) ^ bits(high);
+        float low[TILE_COLUMNS];
+        for (int j = 0; j < n; j++) {
+            double bias = column_bias ? (double)column_bias[j] : constant;
+            double x = from[j] + bias, e = bound * column_bound[j] + g * fabs(bias);
+            low[j] = (float)(x - e);
+            to[j] = (float)(x + e);
+            differ |= bits(low[j]) ^ bits(to[j]);
         }
         if (differ)
-            for (integer j = 0; j < columns; j++) {
-                double b = bias ? (double)bias[j] : 0.0;
-                double x = from[j] + b;
-                double e = gi * column[j] + g * fabs(b);
-                to[j] = (float)(x + e);
-                if (bits((float)(x - e)) != bits(to[j])) failed[count++] = i * columns + j;
-            }
+            for (int j = 0; j < n; j++)
+                if (bits(low[j]) != bits(to[j])) unsure[count++] = i * TILE_COLUMNS + j;
     }
     return count;
 }
 
+static void run(void (*work)(integer, void *), product *x, integer tasks) {
+    if (x->batch * x->m * x->n * x->k > SERIAL)
+        reproml_parallel(work, x, tasks);
+    else
+        for (integer task = 0; task < tasks; task++) work(task, x);
+}
+
+/* Choose loop and tile for the layout of a and b. */
+static void plan(product *x) {
+    const tiling *t = x->tiles = reproml_tiling();
+    x->along = x->a_column == 1 && x->b_row == 1 && x->b_column != 1 && x->k >= SHORT;
+    x->rows = x->along ? t->along_rows : t->rows;
+    x->columns = x->along ? t->along_columns : t->columns;
+    x->row_panels = panels(x->m, x->rows);
+    x->column_panels = panels(x->n, x->columns);
+    int direct = !x->along && x->b_column == 1 && x->k * x->b_row <= FAR;
+    x->packed = direct ? x->column_panels - (x->n % t->lanes != 0) : 0;
+    integer tasks = x->batch * x->column_panels, wanted = panels(2 * reproml_threads(), least(tasks, 64));
+    x->groups = wanted < x->row_panels ? wanted : x->row_panels;
+}
+
+/* out = a @ b + bias. a [batch, m, k], b [batch, k, n], with any strides; bias null or [n]; out contiguous; no
+   size but k is 0. failed: room for `room` flat indices. Returns how many elements are not settled; if that is
+   more than `room`, or negative for want of memory, nothing is known of the result. */
+integer reproml_product(integer batch, integer m, integer n, integer k, const float *a, integer a_batch,
+                        integer a_row, integer a_column, const float *b, integer b_batch, integer b_row,
+                        integer b_column, const float *bias, float *out, integer *failed, integer room) {
+    failures list = {failed, room, 0};
+    product x = {.batch = batch, .m = m, .n = n, .k = k, .a = a, .b = b, .bias = bias, .a_batch = a_batch,
+                 .a_row = a_row, .a_column = a_column, .b_batch = b_batch, .b_row = b_row,
+                 .b_column = b_column, .out = out, .failed = &list};
+    plan(&x);
+    integer depth = k < DEPTH ? k : DEPTH;
+    integer rows = batch * x.row_panels * x.rows, columns = batch * x.column_panels * x.columns;
+    integer wide = x.along ? 0 : rows * depth;
+    integer area = k > DEPTH ? batch * x.row_panels * x.column_panels * TILE_ROWS * TILE_COLUMNS : 0;
+    integer packed = x.along ? 0 : batch * (x.column_panels - x.packed) * depth * TILE_COLUMNS;
+    integer offsets = 2 * depth + TILE_COLUMNS + TILE_ROWS;
+    char *work = reproml_scratch((size_t)(rows + columns + wide + area + offsets) * 8 + (size_t)packed * 4);
+    if (!work) return -1;
+    x.norm_a = (double *)work, x.norm_b = x.norm_a + rows;
+    x.wide_a = x.norm_b + columns, x.sums = area ? x.wide_a + wide : NULL;
+    x.a_offset = (integer *)(x.wide_a + wide + area);
+    x.b_offset = x.a_offset + TILE_ROWS, x.panel_offset = x.b_offset + depth + TILE_COLUMNS;
+    x.panel_b = (float *)(x.panel_offset + depth);
+    memset(work, 0, (size_t)(rows + columns) * sizeof(double));
+    for (integer i = 0; i < x.rows; i++) x.a_offset[i] = i * a_row;
+    integer lines = x.along ? x.columns : depth, line = x.along ? b_column : b_row;
+    for (integer p = 0; p < lines; p++) x.b_offset[p] = p * line;
+    for (integer p = 0; p < depth; p++) x.panel_offset[p] = p * TILE_COLUMNS;
+    for (x.first = 0; x.first < k || !k; x.first += DEPTH) {
+        x.depth = k - x.first < DEPTH ? k - x.first : DEPTH;
+        run(prepare, &x, batch * (x.row_panels + x.column_panels));
+        if (x.first + x.depth == k)
+            for (integer i = 0; i < rows + columns; i++) x.norm_a[i] = sqrt(x.norm_a[i]);
+        run(multiply, &x, batch * x.column_panels * x.groups);
+        if (!k) break;
+    }
+    return list.count;
+}
