@@ -6,6 +6,7 @@ takes it. Names are those of PyTorch's operators.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from fractions import Fraction
 from typing import Any, Callable, Optional
@@ -13,7 +14,7 @@ from typing import Any, Callable, Optional
 import torch
 from torch import Tensor
 
-from reproml.arithmetic import NotExactError
+from reproml.arithmetic import NotExactError, kernels
 from reproml.arithmetic.ball import elementwise, rowwise
 from reproml.arithmetic.dot import sum_over
 
@@ -22,7 +23,7 @@ HALF = Fraction(1, 2)
 
 def single(x: Any) -> Fraction:
     """A Python number, rounded to binary32 as PyTorch does where it meets a float32 tensor."""
-    value = torch.tensor(float(x), dtype=torch.float32, device="cpu").item()
+    value = ctypes.c_float(x).value
     if not math.isfinite(value):
         raise NotExactError(
             f"The number {x} is not finite in float32, so nothing exact follows from it."
@@ -49,13 +50,21 @@ def _gelu_inner(k: Any, x: Any) -> Any:
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """x Phi(x); approximate "tanh": x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
     if approximate == "none":
-        y = elementwise(lambda k, x: x * _phi(k, x), x.clamp(min=-15))
-        # 15 Phi(-15) < 2^-150: what is beyond rounds to -0
-        return torch.where(
-            (x < -15) & (x > -torch.inf), -0.0, torch.where(x == -torch.inf, torch.nan, y)
-        )
+        return elementwise(_gelu, x, plain=_plain_gelu)
     # 1 + tanh(a) = 2 sigmoid(2 a)
     return elementwise(lambda k, x: x * k.sigmoid(2 * _gelu_inner(k, x)), x)
+
+
+def _gelu(k: Any, x: Any) -> Any:
+    return x * _phi(k, x)
+
+
+def _plain_gelu(x: Tensor) -> Tensor:
+    y = elementwise(_gelu, x.clamp(min=-15))
+    # 15 Phi(-15) < 2^-150: what is beyond rounds to -0
+    return torch.where(
+        (x < -15) & (x > -torch.inf), -0.0, torch.where(x == -torch.inf, torch.nan, y)
+    )
 
 
 def gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
@@ -202,47 +211,100 @@ def _softmax(k: Any, x: Any, present: Any) -> Any:
     return e / k.sum(e)
 
 
-def _present(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """x with each -inf replaced by the row's largest, and 0 where that was done (exp(-inf) = 0), else 1."""
+# Elements that are -inf do not count: exp(-inf) = 0. For the definitions each is replaced by the row's
+# largest, and marked; the formulas for the compiled loops (`*_of`) choose by themselves.
+
+
+def _present(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """x with each -inf replaced by the row's largest, and 0 where that was done, else 1."""
     absent = x == -torch.inf
     return torch.where(absent, x.amax(dim, keepdim=True), x), (~absent).float()
 
 
-def _others(x: Tensor, present: Tensor, dim: int) -> Tensor:
+def _others(x: Tensor, present: Tensor, dim: int = -1) -> Tensor:
     """`present`, with 0 at the first largest element of each row as well."""
     if not x.dim():
         return torch.zeros_like(x)
     return present.scatter(dim, x.argmax(dim, keepdim=True), 0.0)
 
 
+def _filled(k: Any, x: Any) -> tuple[Any, Any, Any]:
+    """x with each -inf replaced by the row's largest, that, and where it was done."""
+    top, absent = k.max(x), x.c == -math.inf
+    return k.exact(k.where(absent, top.c, x.c)), top, absent
+
+
+def _rest(k: Any, d: Any, absent: Any) -> Any:
+    """The sum of exp(d) over all elements but one of the largest, where d = 0."""
+    below, zero = d.c < 0, k.constant(0)
+    ties = k.total(k.where(absent | below, 0.0, 1.0)) - 1  # whole numbers
+    return k.sum(k.choose(below, k.exp(d), zero)) + k.exact(ties)
+
+
+def _log_softmax_of(k: Any, x: Any) -> Any:
+    filled, top, absent = _filled(k, x)
+    d = k.difference(filled, top)
+    y = k.plus(d, -k.log1p(_rest(k, d, absent)))
+    # 0 * top: NaN, and so left to the definition, where the largest is not finite
+    return k.choose(absent, k.ball(-math.inf, 0 * top.c), y)
+
+
 def log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     if not x.numel():
         return x.clone()
-    filled, present = _present(x, dim)
-    y = rowwise(_log_softmax, dim, filled, _others(x, present, dim))
+    return rowwise(_log_softmax_of, dim, x, plain=_plain_log_softmax)
+
+
+def _plain_log_softmax(x: Tensor) -> Tensor:
+    filled, present = _present(x)
+    y = rowwise(_log_softmax, -1, filled, _others(x, present))
     return torch.where((x == -torch.inf) & ~y.isnan(), -torch.inf, y)
 
 
 def log_softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: Any = None) -> Tensor:
     """g - exp(y) sum(g)."""
+    return rowwise(_log_softmax_backward_of, dim, g, y, plain=_plain_log_softmax_backward)
+
+
+def _log_softmax_backward_of(k: Any, g: Any, y: Any) -> Any:
+    return g - k.choose(y.c == -math.inf, k.constant(0), k.exp(y)) * k.sum(g)
+
+
+def _plain_log_softmax_backward(g: Tensor, y: Tensor) -> Tensor:
     return rowwise(
         lambda k, g, y, present: g - present * k.exp(y) * k.sum(g),
-        dim,
+        -1,
         g,
         torch.where(y == -torch.inf, 0.0, y),
         (y != -torch.inf).float(),
     )
 
 
+def _softmax_of(k: Any, x: Any) -> Any:
+    filled, top, absent = _filled(k, x)
+    e = k.choose(absent, k.constant(0), k.exp(filled - top))
+    return e / k.sum(e)
+
+
 def softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     if not x.numel():
         return x.clone()
-    return rowwise(_softmax, dim, *_present(x, dim))
+    return rowwise(_softmax_of, dim, x, plain=_plain_softmax)
+
+
+def _plain_softmax(x: Tensor) -> Tensor:
+    return rowwise(_softmax, -1, *_present(x))
 
 
 def safe_softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
     """softmax, with zeros for a row that is -inf throughout."""
-    return torch.where((x == -torch.inf).all(dim, keepdim=True), 0.0, softmax(x, dim))
+    if not x.numel():
+        return x.clone()
+    return rowwise(_softmax_of, dim, x, plain=_plain_safe_softmax)
+
+
+def _plain_safe_softmax(x: Tensor) -> Tensor:
+    return torch.where((x == -torch.inf).all(-1, keepdim=True), 0.0, _plain_softmax(x))
 
 
 def softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: Any = None) -> Tensor:
@@ -256,16 +318,26 @@ def logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
         raise NotExactError(
             f"logsumexp over {len(dims)} axes has no exact definition; flatten them."
         )
-    filled, present = _present(x, dims[0])
+    if not x.numel():
+        return torch.full_like(x.sum(dims[0], keepdim=keepdim), -torch.inf)
+    y = rowwise(_logsumexp_of, dims[0], x, plain=_plain_logsumexp)
+    return y if keepdim or not x.dim() else y.squeeze(dims[0])
+
+
+def _logsumexp_of(k: Any, x: Any) -> Any:
+    filled, top, absent = _filled(k, x)
+    return top + k.log1p(_rest(k, k.difference(filled, top), absent))
+
+
+def _plain_logsumexp(x: Tensor) -> Tensor:
+    filled, present = _present(x)
     y = rowwise(
         lambda k, x, others: k.max(x) + k.log1p(k.sum(others * k.exp(_shifted(k, x)))),
-        dims[0],
+        -1,
         filled,
-        _others(x, present, dims[0]),
+        _others(x, present),
     )
-    lost = (x == -torch.inf).all(dims[0], keepdim=True)
-    y = torch.where(lost, -torch.inf, y)
-    return y if keepdim or not x.dim() else y.squeeze(dims[0])
+    return torch.where((x == -torch.inf).all(-1, keepdim=True), -torch.inf, y)
 
 
 # ---- losses ----------------------------------------------------------------------------------------
@@ -397,6 +469,19 @@ def nll_loss(
     x: Tensor, target: Tensor, weight: Optional[Tensor], reduction: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """-sum w x[target] / sum w for a mean, -sum w x[target], or each; and sum w."""
+    if reduction != NONE and _is_nll(x, target, weight):
+        loss, total = x.new_empty(()), x.new_empty(())
+        if kernels.library.reproml_nll(
+            x.data_ptr(),
+            target.data_ptr(),
+            None if weight is None else weight.data_ptr(),
+            *x.shape,
+            ignore_index,
+            reduction == MEAN,
+            loss.data_ptr(),
+            total.data_ptr(),
+        ):
+            return loss, total
     if x.dim() == 1:
         loss, total = nll_loss(x.unsqueeze(0), target.reshape(1), weight, reduction, ignore_index)
         return (loss.squeeze(0) if reduction == NONE else loss), total
@@ -412,6 +497,17 @@ def nll_loss(
     return rowwise(lambda k, x, w: -(k.sum(x * w) / k.sum(w)), 0, picked, w).reshape(()), total
 
 
+def _is_nll(x: Tensor, target: Tensor, weight: Optional[Tensor]) -> bool:
+    """Whether the compiled loops of c/losses.c can take these."""
+    if x.dim() != 2 or not x.numel() or x.dtype is not torch.float32:
+        return False
+    if target.dtype is not torch.int64:
+        return False
+    if len(target) != len(x) or target.dim() != 1 or not kernels.usable(x, target):
+        return False
+    return weight is None or (kernels.usable(weight) and weight.shape == x.shape[1:])
+
+
 def nll_loss_backward(
     g: Tensor,
     x: Tensor,
@@ -422,6 +518,22 @@ def nll_loss_backward(
     total: Tensor,
 ) -> Tensor:
     """-g w / total at the target, 0 elsewhere."""
+    each = g.dim() > 0
+    if _is_nll(x, target, weight) and kernels.usable(g) and (g.shape == target.shape or not each):
+        out = torch.empty_like(x)
+        divisor = float(total) if reduction == MEAN else 1.0
+        if kernels.library.reproml_nll_backward(
+            g.data_ptr(),
+            each,
+            target.data_ptr(),
+            None if weight is None else weight.data_ptr(),
+            *x.shape,
+            ignore_index,
+            reduction == MEAN,
+            divisor,
+            out.data_ptr(),
+        ):
+            return out
     rows, row_target = (x.unsqueeze(0), target.reshape(1)) if x.dim() == 1 else (x, target)
     counted = row_target != ignore_index
     at = torch.where(counted, row_target, 0)

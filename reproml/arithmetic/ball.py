@@ -32,34 +32,38 @@ _BITS = (120, 240, 480, 1100)
 _lock = threading.Lock()  # mpmath's caches are not made for threads
 
 
-def exact_values(formula: Formula, operands: Sequence[NDArray[Any]]) -> NDArray[Any]:
+def exact_values(
+    formula: Formula, operands: Sequence[NDArray[Any]], at: Any = slice(None)
+) -> NDArray[Any]:
     """The correctly rounded values of a formula on finite numbers.
 
-    operands: float64 arrays that broadcast together. Returns a float64 array of binary32 numbers.
+    operands: float64 arrays that broadcast together. at: the places whose values are wanted.
+    Returns a float64 array of binary32 numbers.
     Raises ZeroDivisionError where the formula divides by zero.
     """
     rationals = [_to_fraction(np.atleast_1d(x)) for x in operands]
     try:
-        return np.asarray(_nearest(formula(Rational(), *rationals)))
+        return np.asarray(_nearest(formula(Rational(), *rationals)[at]))
     except Irrational:
         pass
     with _lock:
-        return _multi_precision(formula, rationals)
+        return _multi_precision(formula, rationals, at)
 
 
 _multi_precision_field = lru_cache(maxsize=None)(MultiPrecision)  # under the lock
 
 
-def _multi_precision(formula: Formula, rationals: Sequence[Any]) -> NDArray[Any]:
+def _multi_precision(formula: Formula, rationals: Sequence[Any], at: Any) -> NDArray[Any]:
     for bits in _BITS:
         k = _multi_precision_field(bits)
         number = np.frompyfunc(k.number, 1, 1)
         y = formula(k, *[k.exact(number(x)) for x in rationals])
-        low, high = (_nearest(_from_mp(end)) for end in (y.c - y.error, y.c + y.error))
+        c, e = y.c[at], np.broadcast_to(y.error, y.c.shape)[at]
+        low, high = (_nearest(_from_mp(end)) for end in (c - e, c + e))
         same = (low == high) & (np.signbit(low) == np.signbit(high))
         if same.all():
             return np.asarray(high)
-    return np.where(same, high, _nearest(_snap(_from_mp(y.c))))
+    return np.where(same, high, _nearest(_snap(_from_mp(c))))
 
 
 def _mp_to_fraction(x: Any) -> Fraction:
@@ -174,16 +178,17 @@ def _rowwise(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
     n = y.c.shape[-1]
 
     def resolve(index: Tensor) -> list[float]:
-        rows, row_of = torch.unique(index // n, return_inverse=True)
+        rows, counts = torch.unique_consecutive(index // n, return_counts=True)
         picked = torch.stack([x.reshape(-1, x.shape[-1])[rows] for x in wide], 1).cpu().numpy()
         centre = y.c.reshape(-1, n)[rows].cpu().numpy()
-        # A row with an infinity has a limit for its value: nothing to round.
-        values = [
-            exact_values(formula, list(row)) if np.isfinite(row).all() else c
-            for row, c in zip(picked, centre)
-        ]
-        picks = row_of.cpu().numpy(), (index % n).cpu().numpy()
-        return list(np.stack(values)[picks])
+        values: list[float] = []
+        for row, c, at in zip(picked, centre, (index % n).split(counts.tolist())):
+            at = at.cpu().numpy()
+            # A row with an infinity has a limit for its value: nothing to round.
+            values += list(
+                exact_values(formula, list(row), at) if np.isfinite(row).all() else c[at]
+            )
+        return values
 
     # + 0.0: an exact zero is +0, as the order of a sum may decide its sign natively
     result = settle(y.c + 0.0, y.error, resolve).movedim(-1, dim)

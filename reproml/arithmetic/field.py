@@ -43,7 +43,8 @@ class Ball:
     @property
     def error(self) -> Any:
         """The absolute bound, a Python 0 for an exact number."""
-        return self.e if isinstance(self.r, int) else self.r * abs(self.c) + self.e
+        # the number comes second: in front of an array mpmath would first print the array
+        return self.e if isinstance(self.r, int) else abs(self.c) * self.r + self.e
 
     @property
     def _relative(self) -> bool:
@@ -102,7 +103,8 @@ class _BallField:
     """What the two fields of balls have in common: how errors pass through a function."""
 
     u: Any
-    relative: Any
+    relative: Any  # bound of a function's error, and that of exp
+    exp_relative: Any
     infinity: Any
     exp_max: Any
     sin_max: Any
@@ -123,7 +125,7 @@ class _BallField:
         e = self.where(x.c <= self.exp_max, 0.0, self.infinity) if self.exp_max else 0
         if not isinstance(d, int):  # exp(d) - 1 <= 2 d for d <= 1
             e = e + self.where(d <= 1, 2 * c * d, self.infinity)
-        return Ball(c, self.relative, e, self)
+        return Ball(c, self.exp_relative, e, self)
 
     def log(self, x: Ball) -> Ball:
         c, d = self._log(x.c), x.error
@@ -234,7 +236,7 @@ class DoubleField(_BallField):
     """Balls on binary64 numbers, whatever holds them: tensors (Binary64) or registers (tape.Tape)."""
 
     u, relative, infinity, exp_max = U, elementary.RELATIVE, math.inf, 709.0
-    sin_max = elementary.SIN_MAX
+    exp_relative, sin_max = elementary.EXP_RELATIVE, elementary.SIN_MAX
 
     @property
     def pi(self) -> Ball:
@@ -258,6 +260,14 @@ class DoubleField(_BallField):
     def max(self, x: Ball) -> Ball:
         """The largest of exact numbers over the last axis, which stays with length 1."""
         return self.exact(self._largest(x.c))
+
+    def ball(self, c: Any, e: Any) -> Ball:
+        """With an absolute bound."""
+        return Ball(c, 0, e, self)
+
+    def total(self, x: Any) -> Any:
+        """The sum of centres over the last axis, where it is exact."""
+        return self._total(x, x)
 
     # The relative error of a sum over a row; the sum of a row of `like`'s length; the largest.
     _gamma: Callable[[Any], float]
@@ -340,7 +350,7 @@ class MultiPrecision(_BallField):
         self.mp = mpmath.MPContext()
         self.mp.prec = bits
         self.u = self.mp.ldexp(1, 1 - bits)
-        self.relative = 16 * self.u  # mpmath promises less than an ulp
+        self.relative = self.exp_relative = 16 * self.u  # mpmath promises less than an ulp
         self.infinity = self.mp.inf
         for name in _TRANSCENDENTAL:
             if name not in ("tanh", "sigmoid"):  # these are compositions
@@ -360,7 +370,7 @@ class MultiPrecision(_BallField):
 
     def sum(self, x: Ball) -> Ball:
         n = x.c.shape[-1]
-        e = (2 * n * self.u + x.r) * np.sum(abs(x.c), -1, keepdims=True)
+        e = np.sum(abs(x.c), -1, keepdims=True) * (2 * n * self.u + x.r)
         if not x._relative:
             e = e + np.sum(np.broadcast_to(x.e, x.c.shape), -1, keepdims=True)
         return Ball(np.sum(x.c, -1, keepdims=True), 0, e, self)

@@ -84,6 +84,8 @@ def _div(x: Any, y: Any, *, rounding_mode: Optional[str] = None) -> Tensor:
 
 def _float32(*operands: Any) -> tuple[Tensor, ...]:
     """Python numbers, integers and 0-dim float64 tensors as they meet a float32 tensor."""
+    if all(isinstance(x, Tensor) and x.dtype is torch.float32 for x in operands):
+        return operands
     device = next(x.device for x in operands if isinstance(x, Tensor))
     return tuple(torch.as_tensor(x, device=device).to(torch.float32) for x in operands)
 
@@ -97,14 +99,19 @@ def _sqrt(x: Tensor) -> Tensor:
 def _elementary(name: str) -> Definition:
     """An operator that is one function of a field; an odd one keeps the sign of a zero."""
 
-    def function(x: Tensor) -> Tensor:
-        (x,) = _float32(x)
+    odd = name in _ODD
+
+    def formula(k: Any, x: Any) -> Any:
+        y = getattr(k, name)(x)
+        return k.choose(x.c == 0, x, y) if odd else y
+
+    def plain(x: Tensor) -> Tensor:
         if name in _FLAT:
             x = x.clamp(*_FLAT[name])
         y = elementwise(lambda k, x: getattr(k, name)(x), x)
-        return torch.where(x == 0, x, y) if name in _ODD else y
+        return torch.where(x == 0, x, y) if odd else y
 
-    return function
+    return lambda x: elementwise(formula, *_float32(x), plain=plain)
 
 
 # Beyond these ends the rounded value is that at the end: 1, infinity, 0 or -1.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from reproml.arithmetic import elementary, kernels
 from reproml.arithmetic.field import Ball, DoubleField, Formula
-from reproml.arithmetic.rounding import gamma
+from reproml.arithmetic.rounding import SLACK, U
 
 # As in c/tape.c.
 _OPS = {
@@ -36,7 +36,7 @@ _OPS = {
         select muladd absmuladd lost plus plus_error""".split()
     )
 }
-_SCRATCH, _LONGEST, _LANES, _REDUCTIONS = 8192, 256, 16, 16
+_SCRATCH, _LONGEST, _REDUCTIONS = 8192, 256, 16
 _REDUCING = ("sum", "max")
 
 Value = Union["Register", float, int]
@@ -132,15 +132,14 @@ def _function(name: str) -> Any:
 
 
 class Tape(DoubleField):
-    """Balls on registers. `height`: of the tree in which a row is summed up (see `_height`)."""
+    """Balls on registers."""
 
-    def __init__(self, operands: Sequence[str], height: int = 0) -> None:
+    def __init__(self, operands: Sequence[str]) -> None:
         self.code: list[_Instruction] = []
         self.scalar: list[bool] = []  # one number a row?
         self.level: list[int] = []  # the reductions it takes, one after the other
         self.sign: list[int] = []  # 1: never below 0, -1: never above, 0: unknown (or NaN)
         self.constants: list[float] = []
-        self._height = height
         self._numbers: dict[Any, int] = {}
         self.operands = [self._emit(kind, (at,), False, 0, 0) for at, kind in enumerate(operands)]
 
@@ -314,16 +313,10 @@ class Tape(DoubleField):
         return self._reduce("max", x)
 
     def _gamma(self, x: Value) -> float:
-        return gamma(self._height)
-
-
-def height(n: int) -> int:
-    """The most additions that a term of a row's sum goes through in c/tape.c: of blocks of up to 256
-    terms, in 16 lanes, and of the blocks' sums, merged like the digits of a binary counter. The sum's
-    error is gamma(height) then (Higham, section 3.1: a term's factor has one (1 + delta) for each
-    addition on its way, whatever the tree)."""
-    in_block = -(-min(n, _LONGEST) // _LANES) + 4
-    return in_block + ((n - 1) // 32).bit_length() + 1 if n > 32 else in_block
+        """c/tape.c sums with all rounding errors kept: s + t differs from the sum by t's own rounding
+        errors, gamma(h)^2 of the absolute values where no term goes through more than h additions (Ogita,
+        Rump & Oishi 2005), less than U for h < 2^26; and is rounded once."""
+        return 2 * U * SLACK
 
 
 @lru_cache(maxsize=1)
@@ -498,13 +491,13 @@ class Program:
         self.address = ctypes.addressof(self._program)
 
 
-def _compile(formula: Formula, kinds: Sequence[torch.dtype], n: Optional[int]) -> Optional[Program]:
-    """The program of a formula; n: the length of a row, None if it is elementwise. None: leave it."""
+def _compile(formula: Formula, kinds: Sequence[torch.dtype], rows: bool) -> Optional[Program]:
+    """The program of a formula, on rows or elementwise; None if it cannot be recorded."""
     names = ["load32" if kind is torch.float32 else "load64" for kind in kinds]
-    tape = Tape(names, 0 if n is None else height(n))
+    tape = Tape(names)
     try:
         y = formula(tape, *[tape.exact(x) for x in tape.operands])
-        return Program(tape, y, n is not None)
+        return Program(tape, y, rows)
     except (Unsupported, AttributeError, TypeError, ZeroDivisionError, ValueError, OverflowError):
         return None  # the plain path does it, or raises the same
 
@@ -539,7 +532,7 @@ class _Plan(NamedTuple):
     sizes: Any
     strides: Any
     shape: Sequence[int]  # of the result
-    stride: Sequence[int]
+    like: int  # the operand that it is laid out like; -1 for none: contiguous
     results: int
     order: Sequence[int]  # the axes, as the results are counted
     full: Sequence[int]  # the shape of the operands, broadcast; at least one axis
@@ -594,7 +587,10 @@ def _evaluate(
         plan = _plans[hashed] = _planned(formula, dim, operands)
     if plan is None:
         return _evaluate_converted(formula, definition, dim, operands)
-    out = torch.empty_strided(plan.shape, plan.stride, dtype=torch.float32, device="cpu")
+    if plan.like < 0:
+        out = torch.empty(plan.shape, dtype=torch.float32, device="cpu")
+    else:
+        out = torch.empty_like(operands[plan.like])
     failed = _failed(plan.results)
     pointers = plan.pointers(*[x.data_ptr() for x in operands], out.data_ptr())
     tasks = 1
@@ -673,17 +669,15 @@ def _planned(formula: Formula, dim: Optional[int], operands: Sequence[Tensor]) -
     if not full.numel() or len(operands) > 60:
         return None
     row = None if dim is None else dim % len(full)
-    program = _compile(formula, [x.dtype for x in operands], None if row is None else full[row])
+    program = _compile(formula, [x.dtype for x in operands], row is not None)
     if program is None:
         return None
-    like = next((x for x in operands if x.shape == full), None)
     result = list(full)
     if row is not None and program.by_row:
         result[row] = 1
-    if row is None and like is not None:
-        stride = torch.empty_like(like).stride()
-    else:
-        stride = torch.empty(result).stride()
+    likes = [i for i, x in enumerate(operands) if x.shape == full and x.dtype is torch.float32]
+    like = likes[0] if likes and row is None else -1
+    stride = (torch.empty(result) if like < 0 else torch.empty_like(operands[like])).stride()
     order = sorted(range(len(full)), key=lambda d: -stride[d] if full[d] > 1 else -math.inf)
     if row is not None:
         order = [d for d in range(len(full)) if d != row] + [row]
@@ -699,7 +693,7 @@ def _planned(formula: Formula, dim: Optional[int], operands: Sequence[Tensor]) -
         (ctypes.c_int64 * len(sizes))(*sizes),
         (ctypes.c_int64 * len(flat))(*flat),
         tuple(result) if shape else (),
-        tuple(stride) if shape else (),
+        like if shape else -1,
         math.prod(result),
         order,
         tuple(full),

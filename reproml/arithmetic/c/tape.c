@@ -6,6 +6,7 @@
    reductions (sum, max), and each pass recalculates what it needs. Numbers that belong to a whole row have
    registers too, one number a row. */
 
+#include "ball.h"
 #include "elementary.h"
 
 enum { SCRATCH = 8192, LONGEST = 256, LANES = 16, REDUCTIONS = 16, TASKS = 64 };
@@ -36,11 +37,9 @@ typedef struct {
     const stage *stage;
 } program;
 
-/* Partial sums of blocks, merged like the digits of a binary counter: a tree of height log2(blocks) + 1. */
+/* What is known of a reduction after some blocks of a row: sum + lost is the sum. */
 typedef struct {
-    double part[48], largest;
-    integer count;
-    int top;
+    double sum, lost, largest;
 } partial;
 
 typedef struct {
@@ -81,15 +80,29 @@ static inline integer offset(const call *c, integer operand, integer row) {
     return c->dims > 1 ? start + row * strides[0] : 0;
 }
 
-/* The height of the tree is length / LANES + log2(LANES). */
-INLINE double sum_of(const double *x, integer length) {
-    double part[LANES] = {0};
+/* s + *t is the sum of x with the errors of all its additions kept (Ogita, Rump & Oishi, Accurate Sum and Dot
+   Product, SIAM J. Sci. Comput. 26(6), 2005); t is added to. */
+INLINE double sum_of(const double *x, integer length, double *t) {
+    double part[LANES] = {0}, lost_[LANES] = {0}, sum, more;
     integer i = 0;
     for (; i + LANES <= length; i += LANES)
-        for (int t = 0; t < LANES; t++) part[t] += x[i + t];
-    for (int t = 0; i + t < length; t++) part[t] += x[i + t];
+        for (int l = 0; l < LANES; l++) {
+            two_sum(part[l], x[i + l], &sum, &more);
+            part[l] = sum;
+            lost_[l] += more;
+        }
+    for (int l = 0; i + l < length; l++) {
+        two_sum(part[l], x[i + l], &sum, &more);
+        part[l] = sum;
+        lost_[l] += more;
+    }
     for (int width = LANES / 2; width; width /= 2)
-        for (int t = 0; t < width; t++) part[t] += part[t + width];
+        for (int l = 0; l < width; l++) {
+            two_sum(part[l], part[l + width], &sum, &more);
+            part[l] = sum;
+            lost_[l] += lost_[l + width] + more;
+        }
+    *t += lost_[0];
     return part[0];
 }
 
@@ -108,22 +121,9 @@ INLINE double largest_of(const double *x, integer length) {
 }
 
 static void merge(partial *p, double sum) {
-    for (integer k = p->count++; k & 1; k >>= 1) sum += p->part[--p->top];
-    p->part[p->top++] = sum;
-}
-
-static double merged(const partial *p) {
-    double sum = 0;
-    for (int i = p->top - 1; i >= 0; i--) sum += p->part[i];
-    return sum;
-}
-
-/* Ziv's test, as rounding.settle has it, on what lies within r |c| + e of c. */
-INLINE int settled(double c, double r, double e, float *result) {
-    e = (r * fabs(c) + e) * SLACK + TINY;
-    float low = (float)(c - e), high = (float)(c + e);
-    *result = (float)c;
-    return !((low != high) | ((*result == 0) & (fabs(c) <= e) & (e > 2 * TINY)));
+    double more;
+    two_sum(p->sum, sum, &p->sum, &more);
+    p->lost += more;
 }
 
 INLINE void settle(state *s, const double *c, double r, const double *e, integer step, integer count,
@@ -255,9 +255,12 @@ void reproml_tape_run(state *restrict s, const instruction *in, const instructio
             break;
         case 4 * SUM:
             if (s->partials)
-                merge(&s->partials[in->b], sum_of(a, s->length));
+                merge(&s->partials[in->b], sum_of(a, s->length, &s->partials[in->b].lost));
             else
-                for (integer r = 0; r < s->rows; r++) to[r] = sum_of(a + r * each, each);
+                for (integer r = 0; r < s->rows; r++) {
+                    double t = 0, sum = sum_of(a + r * each, each, &t);
+                    to[r] = sum + t;
+                }
             break;
         case 4 * MAX:
             if (s->partials) {
@@ -325,13 +328,13 @@ static void run_stages(state *s, integer row) {
     const program *p = s->c->p;
     partial partials[REDUCTIONS];
     for (const stage *t = p->stage; t < p->stage + p->stages; t++) {
-        for (int i = 0; i < REDUCTIONS; i++) partials[i].count = partials[i].top = 0, partials[i].largest = -INFINITY;
+        for (int i = 0; i < REDUCTIONS; i++) partials[i] = (partial){0, 0, -INFINITY};
         s->partials = partials;
         for (integer block = 0; t->begin < t->body && block < s->c->blocks; block++) run_block(s, t, row, block);
         for (const instruction *in = p->code + t->begin; in < p->code + t->body; in++)
             if (in->op == 4 * SUM || in->op == 4 * MAX)
                 s->registers[in->to * p->block] =
-                    in->op == 4 * SUM ? merged(&partials[in->b]) : partials[in->b].largest;
+                    in->op == 4 * SUM ? partials[in->b].sum + partials[in->b].lost : partials[in->b].largest;
         s->partials = 0, s->row = row, s->rows = s->length = 1;
         reproml_tape_run(s, p->code + t->body, p->code + t->end);
     }
