@@ -148,9 +148,8 @@ def lint(c: Context) -> None:
 
 @task
 def bench(c: Context) -> None:
-    """Run every benchmark."""
-    for script in sorted(Path("benchmarks").glob("[!_]*.py")):
-        _python(c, str(script))
+    """Measure what exact arithmetic costs, against native, in one table and a plot."""
+    _python(c, "-m benchmarks.bench")
 
 
 @task
