@@ -23,7 +23,7 @@ HALF = Fraction(1, 2)
 
 def single(x: Any) -> Fraction:
     """A Python number, rounded to binary32 as PyTorch does where it meets a float32 tensor."""
-    value = ctypes.c_float(x).value
+    value = ctypes.c_float(float(x)).value
     if not math.isfinite(value):
         raise NotExactError(
             f"The number {x} is not finite in float32, so nothing exact follows from it."
@@ -282,7 +282,7 @@ def _plain_log_softmax_backward(g: Tensor, y: Tensor) -> Tensor:
 
 def _softmax_of(k: Any, x: Any) -> Any:
     filled, top, absent = _filled(k, x)
-    e = k.choose(absent, k.constant(0), k.exp(filled - top))
+    e = k.choose(absent, k.constant(0), k.exp(k.difference(filled, top)))  # which is mostly exact
     return e / k.sum(e)
 
 

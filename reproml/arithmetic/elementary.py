@@ -7,7 +7,6 @@ what has been verified on one machine holds on all. No vendor's libm is trusted.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import factorial
 
 import torch
@@ -133,28 +132,20 @@ def sin_cos_pi(x: Tensor) -> tuple[Tensor, Tensor]:
 _ERF = [
     2 / 3.141592653589793**0.5 * (-1) ** n / (factorial(n) * (2 * n + 1)) for n in range(15, -1, -1)
 ]
-_ERFC_STEP, _ERFC_MAX, _ERFC_TERMS = 16, 11, 17
-
-
-@lru_cache(maxsize=1)
-def _erfc_table() -> Tensor:
-    """Taylor coefficients of erfc around i / 16: [terms, nodes], each correctly rounded.
-
-    erfc^(n)(a) = -2 / sqrt(pi) * (-1)^(n-1) H_(n-1)(a) exp(-a^2), H the Hermite polynomials.
-    """
-    import mpmath
-
-    rows, mp = [], mpmath.MPContext()
-    mp.prec = 200
-    for i in range(_ERFC_MAX * _ERFC_STEP + 1):
-        a = mp.mpf(i) / _ERFC_STEP
-        scale = -2 / mp.sqrt(mp.pi) * mp.exp(-a * a)
-        hermite, previous, row = mp.mpf(1), mp.mpf(0), [mp.erfc(a)]
-        for n in range(1, _ERFC_TERMS):
-            row.append(scale * (-1) ** (n - 1) * hermite / mp.factorial(n))
-            hermite, previous = 2 * a * hermite - 2 * (n - 1) * previous, hermite
-        rows.append([float(x) for x in row])
-    return torch.tensor(rows, dtype=torch.float64).t().contiguous()
+ERFC_MAX = 26.4
+# (1 + 2 t) exp(t^2) erfc(t) as a polynomial in q = (t - 4) / (t + 4), from the power 0 on: it interpolates
+# at the 23 Chebyshev nodes of 0 <= t <= 26.5, calculated in 400 bits. Its error is below 2^-53.8.
+_ERFC = [
+    float.fromhex(h)
+    for h in """
+    0x1.3ba5916e9fd7fp+0 -0x1.1df1ad154a299p-3 0x1.f7f5df66fdadep-7 0x1.16ecefcfa5e28p-4
+    -0x1.9ddb23c3ea4c9p-4 0x1.7fee004dfa851p-4 -0x1.0fb06dfe33f76p-4 0x1.3079edf99d4cap-5
+    -0x1.096238870c62dp-6 0x1.49c671a0c8c9bp-8 -0x1.8d4a9a7d2a17ep-11 -0x1.a1de85c746b2fp-13
+    0x1.3be07b21013ddp-13 -0x1.996a9b20dbee0p-16 -0x1.789aef365b0bcp-17 0x1.7fbe577ed8f8ep-18
+    0x1.41ccde9dafc40p-22 -0x1.c0f6bc55d88a1p-21 0x1.12bd61508d241p-24 0x1.f53f0fc69fbadp-24
+    -0x1.100b34b026457p-27 -0x1.eb2fb8da58cefp-27 -0x1.145966503e5d2p-29
+    """.split()
+]
 
 
 def erf(x: Tensor) -> Tensor:
@@ -167,21 +158,18 @@ def erf(x: Tensor) -> Tensor:
 
 
 def erfc(x: Tensor) -> Tensor:
-    """erfc(x), float64 in and out, for x <= 11; beyond, its value at 11, 2^-179, stands in.
+    """erfc(x), float64 in and out, for x <= 26.4; beyond, its value there, 2^-1011, stands in.
 
-    Taylor of 17 terms around the nearest i / 16: a term is below (2 |x| / 32)^n / n! times erfc, all
-    terms together below twice erfc, and the remainder below 2^-55 of it. Below 0, 2 - erfc(-x).
+    exp(-t^2) P(q) / (1 + 2 t) for t = |x|; below 0, 2 - erfc(-x). t = h + l, h a multiple of 2^-20, so that
+    h^2 is exact; exp(-t^2) = exp(-h^2) exp(-z), z = l (t + h) < 2^-15. In units of 2^-53 the error is
+    below 2.4 of exp, 1.8 of Horner's scheme, 0.6 of P, 5.2 of q (three roundings times P' / P < 1.75), and
+    5 of the single operations. `erf` makes this 15 times erfc(1/2) / erf(1/2) = 0.93, and one more.
     """
-    t = x.abs().clamp(max=float(_ERFC_MAX))
-    node = torch.round(t * _ERFC_STEP)
-    h, index, table = (
-        t - node / _ERFC_STEP,
-        node.nan_to_num().to(torch.int64),
-        _erfc_table().to(x.device),
-    )
-    y = table[_ERFC_TERMS - 1][index]
-    for n in range(_ERFC_TERMS - 2, -1, -1):
-        y = y * h + table[n][index]
+    t = x.abs().clamp(max=ERFC_MAX)
+    h = (t + 1.5 * 2.0**32) - 1.5 * 2.0**32
+    z = (t - h) * (t + h)
+    y = exp(-(h * h)) * (1 - z * (1 - z * (0.5 - z * (1 / 6))))
+    y = y * _horner((t - 4) / (t + 4), _ERFC[::-1]) / (1 + 2 * t)
     return torch.where(x < 0, 2 - y, y)
 
 

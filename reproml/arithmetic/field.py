@@ -200,15 +200,13 @@ class _BallField:
         """Its logarithm's slope is below 2 |t| + 2: erfc(t) > 2 / sqrt(pi) exp(-t^2) / (t + sqrt(t^2 + 2))
         for t >= 0 (Abramowitz & Stegun, 7.1.13), and erfc(t) >= 1 below 0."""
         c, d = self._erfc(x.c), x.error
-        e: Any = 0
-        if self.exp_max:  # beyond 11 only 0 < erfc(x) < exp(-x^2)
-            far = x.c > 11
-            c, e = self.where(far, 0.0, c), self.where(far, self._exp(-(x.c * x.c)), 0.0)
-        if not isinstance(d, int):  # over the ball by a factor exp(q) at most, exp(q) - 1 <= 2 q
-            q = d * (2 * (abs(x.c) + d) + 2)
-            out = self.where(abs(x.c) - d > 11, 2.0**-178, self.infinity)
-            e = self.where(q <= 1, 2 * q * c + 3 * e, out)
-        return Ball(c, self.relative, e, self)
+        if isinstance(d, int):
+            return Ball(c, self.relative, 0, self)
+        q = d * (
+            2 * (abs(x.c) + d) + 2
+        )  # over the ball by a factor exp(q) at most, exp(q) - 1 <= 2 q
+        far = self.where(abs(x.c) - d > 27, 2.0**-1050, self.infinity)  # 0 or 2 to 2^-1050
+        return Ball(c, self.relative, self.where(q <= 1, 2 * q * c, far), self)
 
     def erfinv(self, x: Ball) -> Ball:
         """Of an exact number."""

@@ -31,7 +31,6 @@ _SIGNATURES = {
         _INT,
         [_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, ctypes.c_float, _POINTER],
     ),
-    "reproml_erfc_table": (None, [_POINTER, _LONG]),
     "reproml_sum": (_LONG, [_POINTER] * 3 + [_INT, _LONG, _DOUBLE, _POINTER]),
     "reproml_normalize": (
         _LONG,

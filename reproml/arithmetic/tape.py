@@ -15,14 +15,13 @@ import struct
 import threading
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import lru_cache
 from types import FunctionType
 from typing import Any, Callable, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 
-from reproml.arithmetic import elementary, kernels
+from reproml.arithmetic import kernels
 from reproml.arithmetic.field import Ball, DoubleField, Formula
 from reproml.arithmetic.rounding import SLACK, U
 
@@ -276,18 +275,11 @@ class Tape(DoubleField):
     # ---- the field ---------------------------------------------------------------------------------
 
     _exp, _log, _expm1, _log1p = (_function(f) for f in ("exp", "log", "expm1", "log1p"))
+    _erf, _erfc = _function("erf"), _function("erfc")
     _sin, _cos, _sinpi, _cospi = (_function(f) for f in ("sin", "cos", "sinpi", "cospi"))
 
     def _sqrt(self, x: Value) -> Any:
         return self.unary("sqrt", x) if isinstance(x, Register) else math.sqrt(x)
-
-    def _erf(self, x: Value) -> Register:
-        _give_erfc_table()
-        return self.unary("erf", x)
-
-    def _erfc(self, x: Value) -> Register:
-        _give_erfc_table()
-        return self.unary("erfc", x)
 
     def where(self, condition: Any, x: Any, y: Any) -> Any:
         if isinstance(condition, bool):
@@ -317,12 +309,6 @@ class Tape(DoubleField):
         errors, gamma(h)^2 of the absolute values where no term goes through more than h additions (Ogita,
         Rump & Oishi 2005), less than U for h < 2^26; and is rounded once."""
         return 2 * U * SLACK
-
-
-@lru_cache(maxsize=1)
-def _give_erfc_table() -> None:
-    table = elementary._erfc_table()
-    kernels.library.reproml_erfc_table(table.data_ptr(), table.shape[1])
 
 
 # ---- from the tape to a program ----------------------------------------------------------------------
@@ -506,7 +492,9 @@ def _compile(formula: Formula, kinds: Sequence[torch.dtype], rows: bool) -> Opti
 
 
 def _key(x: Any) -> Any:
-    """What identifies a formula: its code and the contents of its cells. TypeError for anything else."""
+    """What identifies a formula: its code and the contents of its cells (globals are taken to be constant).
+
+    TypeError for cells that hold anything but numbers, strings and functions."""
     kind = type(x)
     if kind is FunctionType:
         if x.__closure__ is None and x.__defaults__ is None and x.__kwdefaults__ is None:

@@ -62,6 +62,7 @@ CASES = [
     ("sinpi", lambda x: elementary.sin_cos_pi(x)[0], o.mp.sinpi, -3, 3),
     ("erf", elementary.erf, o.mp.erf, -6, 6),
     ("erfc", elementary.erfc, o.mp.erfc, -6, 11),
+    ("erfc", elementary.erfc, o.mp.erfc, 10, 26),
 ]  # fmt: skip
 
 

@@ -256,7 +256,7 @@ def refuse(*operands: Any) -> Any:
 RANGES = {
     "exp": (-690, 709), "expm1": (-60, 709), "log": (2.0**-149, 1e38), "log1p": (-1 + 2.0**-50, 1e38),
     "sin": (-600, 600), "cos": (-600, 600), "sinpi": (0, 2), "cospi": (0, 2), "erf": (-10, 10),
-    "erfc": (-10, 11), "sqrt": (0, 1e30),
+    "erfc": (-10, 26), "sqrt": (0, 1e30),
 }  # fmt: skip
 PLAIN = {
     "sin": lambda x: elementary.sin_cos(x)[0],

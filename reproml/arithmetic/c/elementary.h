@@ -149,16 +149,34 @@ INLINE double turned_by_pi(double x, int64_t quarter) {
 INLINE double sinpi_(double x) { return turned_by_pi(x, 0); }
 INLINE double cospi_(double x) { return turned_by_pi(x, 1); }
 
-#define ERFC_TERMS 17
-#define ERFC_NODES 256 /* 177 are in use, the rest only makes any 8 bits an index */
-
-/* table: [ERFC_TERMS][ERFC_NODES] */
-INLINE double erfc_(double x, const double *restrict table) {
-    double t = fabs(x) > 11.0 ? 11.0 : fabs(x), node = rint(t * 16), h = t - node / 16;
-    int64_t at = last_bits(node) & (ERFC_NODES - 1);
-    double y = table[(ERFC_TERMS - 1) * ERFC_NODES + at];
-#pragma GCC unroll 16
-    for (int n = ERFC_TERMS - 2; n >= 0; n--) y = y * h + table[n * ERFC_NODES + at];
+INLINE double erfc_(double x) {
+    double t = fabs(x) > 26.4 ? 26.4 : fabs(x);
+    double h = (t + 0x1.8p32) - 0x1.8p32, z = (t - h) * (t + h);
+    double e = exp_(-(h * h)) * (1 - z * (1 - z * (0.5 - z * (1 / 6.0))));
+    double q = (t - 4) / (t + 4), y = -0x1.145966503e5d2p-29;
+    y = y * q - 0x1.eb2fb8da58cefp-27;
+    y = y * q - 0x1.100b34b026457p-27;
+    y = y * q + 0x1.f53f0fc69fbadp-24;
+    y = y * q + 0x1.12bd61508d241p-24;
+    y = y * q - 0x1.c0f6bc55d88a1p-21;
+    y = y * q + 0x1.41ccde9dafc40p-22;
+    y = y * q + 0x1.7fbe577ed8f8ep-18;
+    y = y * q - 0x1.789aef365b0bcp-17;
+    y = y * q - 0x1.996a9b20dbee0p-16;
+    y = y * q + 0x1.3be07b21013ddp-13;
+    y = y * q - 0x1.a1de85c746b2fp-13;
+    y = y * q - 0x1.8d4a9a7d2a17ep-11;
+    y = y * q + 0x1.49c671a0c8c9bp-8;
+    y = y * q - 0x1.096238870c62dp-6;
+    y = y * q + 0x1.3079edf99d4cap-5;
+    y = y * q - 0x1.0fb06dfe33f76p-4;
+    y = y * q + 0x1.7fee004dfa851p-4;
+    y = y * q - 0x1.9ddb23c3ea4c9p-4;
+    y = y * q + 0x1.16ecefcfa5e28p-4;
+    y = y * q + 0x1.f7f5df66fdadep-7;
+    y = y * q - 0x1.1df1ad154a299p-3;
+    y = y * q + 0x1.3ba5916e9fd7fp+0;
+    y = e * y / (1 + 2 * t);
     return x < 0 ? 2 - y : y;
 }
 
@@ -180,8 +198,8 @@ INLINE double erfc_(double x, const double *restrict table) {
 #define ERF_1 -0x1.812746b0379e7p-2
 #define ERF_0 0x1.20dd750429b6dp+0
 
-INLINE double erf_(double x, const double *restrict table) {
-    double s = clamp(x, -0.5, 0.5), s2 = s * s, far = 1 - erfc_(fabs(x), table), y = ERF_15;
+INLINE double erf_(double x) {
+    double s = clamp(x, -0.5, 0.5), s2 = s * s, far = 1 - erfc_(fabs(x)), y = ERF_15;
     y = y * s2 + ERF_14;
     y = y * s2 + ERF_13;
     y = y * s2 + ERF_12;

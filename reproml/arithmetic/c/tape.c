@@ -61,14 +61,6 @@ typedef struct {
     integer *failed;
 } state;
 
-static double erfc_table[ERFC_TERMS * ERFC_NODES];
-
-/* elementary.py's table of Taylor coefficients, [ERFC_TERMS][nodes]. */
-void reproml_erfc_table(const double *from, integer nodes) {
-    for (integer n = 0; n < ERFC_TERMS; n++)
-        for (integer i = 0; i < nodes; i++) erfc_table[n * ERFC_NODES + i] = from[n * nodes + i];
-}
-
 /* Where a row of an operand starts. */
 static inline integer offset(const call *c, integer operand, integer row) {
     const integer *strides = c->strides + operand * c->dims;
@@ -234,7 +226,6 @@ void reproml_tape_run(state *restrict s, const instruction *in, const instructio
     const integer block = s->c->p->block;
     double *const registers = s->registers;
     const double *const constants = s->c->p->constants;
-    const double *restrict const table = erfc_table;
     for (; in < end; in++) {
         const integer length = in->by_row ? s->rows : s->length, count = (length + 7) & ~(integer)7;
         const integer each = s->length / s->rows;
@@ -296,8 +287,8 @@ void reproml_tape_run(state *restrict s, const instruction *in, const instructio
         UNARY(COS, cos_(x))
         UNARY(SINPI, sinpi_(x))
         UNARY(COSPI, cospi_(x))
-        UNARY(ERF, erf_(x, table))
-        UNARY(ERFC, erfc_(x, table))
+        UNARY(ERF, erf_(x))
+        UNARY(ERFC, erfc_(x))
         TERNARY(SELECT, x != 0 ? y : z)
         TERNARY(MULADD, x * y + z)
         TERNARY(ABSMULADD, fabs(x) * y + z)
