@@ -2,7 +2,7 @@
 
 `elementwise` and `rowwise` evaluate `formula(k, x, y, ...)` (see field.py) in binary64, put Ziv's
 rounding test to the result and take the rare elements that fail to exact fractions and to mpmath.
-Where the compiled loops are there, the first evaluation is theirs (tape.py); what they cannot decide
+Where the compiled loops are there, the first evaluation is theirs (compiled.py); what they cannot decide
 comes here all the same.
 """
 
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reproml.arithmetic import tape
+from reproml.arithmetic import compiled
 from reproml.arithmetic.field import Binary64, Formula, Irrational, MultiPrecision, Rational
 from reproml.arithmetic.rounding import nearest, settle
 
@@ -107,7 +107,7 @@ def elementwise(
     passes the rounding test.
     """
     definition = plain or partial(_in_chunks, formula)
-    result = tape.elementwise(formula, definition, operands)
+    result = compiled.elementwise(formula, definition, operands)
     return definition(*operands) if result is None else result
 
 
@@ -161,7 +161,7 @@ def rowwise(
     length 1 in the result). plain: as for `elementwise`, on rows along the last axis.
     """
     definition = plain or partial(_rowwise, formula, -1)
-    result = tape.rowwise(formula, definition, dim, operands)
+    result = compiled.rowwise(formula, definition, dim, operands)
     if result is not None:
         return result
     if plain is None:

@@ -7,7 +7,7 @@ and the functions of the field k (`k.exp(x)`, `k.sum(x)` over the last axis, ...
 - `Rational`, one row at a time: exact, as long as nothing transcendental comes up;
 - `MultiPrecision`, one row at a time: balls again, on mpmath's numbers of any length.
 
-A fourth, `tape.Tape`, has the same balls as `Binary64`, recorded for the compiled loops. ball.py evaluates.
+A fourth, `tape.Tape`, has the balls of `Binary64` again, recorded for compiled loops. ball.py evaluates.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ class Ball:
         return Ball(self.c + other.c, self.k.u, self.error + other.error, self.k)
 
     def __mul__(self, other: Union[Ball, Number]) -> Ball:
+        if not isinstance(other, Ball) and _is_power_of_two(other):  # rounds nothing
+            factor = self.k.number(other)
+            return Ball(
+                self.c * factor, self.r, 0 if self._relative else self.e * abs(factor), self.k
+            )
         other = self._lift(other)
         c, k = self.c * other.c, self.k
         if self._relative and other._relative:
@@ -97,6 +102,11 @@ class Ball:
 
     def __abs__(self) -> Ball:
         return Ball(abs(self.c), self.r, self.e, self.k)
+
+
+def _is_power_of_two(x: Number) -> bool:
+    n, d = abs(x.numerator), x.denominator
+    return n > 0 and not n & (n - 1) and not d & (d - 1)
 
 
 class _BallField:

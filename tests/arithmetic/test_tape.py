@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from reproml.arithmetic import elementary, kernels, table, tape
+from reproml.arithmetic import compiled, elementary, kernels, table
 from reproml.arithmetic.ball import elementwise, rowwise
+from reproml.arithmetic.program import Program
 from reproml.arithmetic.rounding import U
+from reproml.arithmetic.tape import Tape
 from tests.arithmetic.oracle import bits_of_tensor, same_bits
 from tests.arithmetic.strategies import LAYOUTS, NOT_FINITE, SPECIAL, grid, lay_out
 from tests.arithmetic.test_elementary import sample
@@ -22,24 +24,24 @@ pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(tape, "_plans", {})
+    monkeypatch.setattr(compiled, "_plans", {})
 
 
 def is_compiled() -> bool:
-    return bool(tape._plans) and all(plan is not None for plan in tape._plans.values())
+    return bool(compiled._plans) and all(plan is not None for plan in compiled._plans.values())
 
 
 def both(function: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
     """The compiled and the plain result."""
-    compiled = function(*arguments, **options)
+    found = function(*arguments, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "library", None)
-        return compiled, function(*arguments, **options)
+        return found, function(*arguments, **options)
 
 
 def agree(function: Any, *arguments: Any, **options: Any) -> None:
-    compiled, plain = both(function, *arguments, **options)
-    pairs = zip(compiled, plain) if isinstance(compiled, tuple) else [(compiled, plain)]
+    found, plain = both(function, *arguments, **options)
+    pairs = zip(found, plain) if isinstance(found, tuple) else [(found, plain)]
     for x, y in pairs:
         assert x.shape == y.shape and same_bits(x, y), (bits_of_tensor(x), bits_of_tensor(y))
 
@@ -172,7 +174,7 @@ def added(k: Any, x: Any, y: Any) -> Any:
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads(threads, monkeypatch):
     """Each thread has its own part of the failures; none is lost."""
-    monkeypatch.setattr(tape, "_TASK", 0)
+    monkeypatch.setattr(compiled, "_TASK", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -218,7 +220,7 @@ def test_a_formula_is_known_by_its_code_and_its_cells():
         return elementwise(lambda k, x: f(x), torch.ones(1)).item()
 
     assert [through(lambda x: x + 1), through(lambda x: x + 2)] == [2, 3]
-    assert len(tape._plans) == 5
+    assert len(compiled._plans) == 5
 
 
 def test_what_cannot_be_recorded_is_left_to_the_plain_path():
@@ -232,13 +234,13 @@ def test_what_cannot_be_recorded_is_left_to_the_plain_path():
 
 
 def test_plans_are_bounded(monkeypatch):
-    monkeypatch.setattr(tape, "_PLANS", 4)
+    monkeypatch.setattr(compiled, "_PLANS", 4)
 
     def plus(n: int) -> Any:
         return elementwise(lambda k, x: x + n, torch.zeros(1)).item()
 
     assert [plus(n) for n in range(20)] == list(range(20))
-    assert len(tape._plans) <= 4
+    assert len(compiled._plans) <= 4
 
 
 # ---- the parts -------------------------------------------------------------------------------------
@@ -298,10 +300,10 @@ def test_a_sum_keeps_its_errors(n):
 
 def test_program_is_short():
     """Equal steps once, nothing that is not needed."""
-    k = tape.Tape(["load32"])
+    k = Tape(["load32"])
     (x,) = (k.exact(register) for register in k.operands)
     y = k.exp(-abs(x)) + k.exp(-abs(x))
     used = [instruction.op for instruction in k.code]
     assert used.count("exp") == used.count("abs") == 1 and "le" not in used
-    program = tape.Program(k, y, rows=False)
+    program = Program(k, y, rows=False)
     assert program.instructions <= 8

@@ -11,7 +11,7 @@
 
 enum { SCRATCH = 8192, LONGEST = 256, LANES = 16, REDUCTIONS = 16, TASKS = 64 };
 
-/* As in tape.py; the form of an instruction is which of its operands are constants. */
+/* As in program.py; the form of an instruction is which of its operands are constants. */
 enum {
     LOAD32, LOAD64, EXPAND, SUM, MAX, SETTLE,
     ADD, SUB, MUL, DIV, LT, LE, EQ, AND, OR,

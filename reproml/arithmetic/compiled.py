@@ -1,0 +1,239 @@
+"""Formulas by compiled programs: which program, on which operands, and what it leaves to the definition.
+
+Elements that fail the rounding test, or are NaN, are left to the definition, so a program only ever
+speeds up. Programs are kept, together with the layout of the operands they were made for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+from collections.abc import Sequence
+from fractions import Fraction
+from types import FunctionType
+from typing import Any, Callable, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic import kernels
+from reproml.arithmetic.field import Formula
+from reproml.arithmetic.program import Program, program_of
+
+
+def _key(x: Any) -> Any:
+    """What identifies a formula: its code and the contents of its cells (globals are taken to be constant).
+
+    TypeError for cells that hold anything but numbers, strings and functions."""
+    kind = type(x)
+    if kind is FunctionType:
+        if x.__closure__ is None and x.__defaults__ is None and x.__kwdefaults__ is None:
+            return x.__code__
+        if x.__kwdefaults__:
+            raise TypeError
+        cells = [_key(cell.cell_contents) for cell in x.__closure__ or ()]
+        return (x.__code__, *cells, *map(_key, x.__defaults__ or ()))
+    if kind is Fraction:
+        return (kind, x.numerator, x.denominator)
+    if kind is float:
+        return (kind, x, math.copysign(1, x))
+    if kind in (int, bool, str, type(None)):
+        return x
+    raise TypeError
+
+
+class _Plan(NamedTuple):
+    """A program with the layout of its operands and its result."""
+
+    program: Program
+    dims: int
+    sizes: Any
+    strides: Any
+    shape: Sequence[int]  # of the result
+    like: int  # the operand that it is laid out like; -1 for none: contiguous
+    results: int
+    order: Sequence[int]  # the axes, as the results are counted
+    full: Sequence[int]  # the shape of the operands, broadcast; at least one axis
+    pointers: Any
+    work: int
+
+
+_plans: dict[Any, Optional[_Plan]] = {}
+_PLANS = 2048
+_TASK = 1 << 20  # numbers times instructions that are worth a thread
+_local = threading.local()
+_FAILED = 1 << 14
+
+
+def elementwise(
+    formula: Formula, definition: Callable[..., Tensor], operands: Sequence[Any]
+) -> Optional[Tensor]:
+    """ball.elementwise by a program; None if there is none."""
+    return _evaluate(formula, definition, None, operands)
+
+
+def rowwise(
+    formula: Formula, definition: Callable[..., Tensor], dim: int, operands: Sequence[Tensor]
+) -> Optional[Tensor]:
+    """ball.rowwise by a program; None if there is none."""
+    return _evaluate(formula, definition, dim, operands)
+
+
+def _evaluate(
+    formula: Formula,
+    definition: Callable[..., Tensor],
+    dim: Optional[int],
+    operands: Sequence[Any],
+) -> Optional[Tensor]:
+    library = kernels.library
+    if library is None:
+        return None
+    try:
+        key = [_key(formula), dim]
+        for x in operands:
+            if not x.is_cpu:
+                return None
+            key += (x.dtype, x.shape, x.stride())
+    except (TypeError, AttributeError):
+        return _evaluate_converted(formula, definition, dim, operands)
+    hashed = tuple(key)
+    try:
+        plan = _plans[hashed]
+    except KeyError:
+        if len(_plans) >= _PLANS:
+            _plans.clear()
+        plan = _plans[hashed] = _planned(formula, dim, operands)
+    if plan is None:
+        return _evaluate_converted(formula, definition, dim, operands)
+    if plan.like < 0:
+        out = torch.empty(plan.shape, dtype=torch.float32, device="cpu")
+    else:
+        out = torch.empty_like(operands[plan.like])
+    failed = _failed(plan.results)
+    pointers = plan.pointers(*[x.data_ptr() for x in operands], out.data_ptr())
+    tasks = 1
+    if plan.work > _TASK:
+        tasks = torch.get_num_threads()
+        library.reproml_set_threads(tasks)
+    count = library.reproml_tape(
+        plan.program.address,
+        plan.dims,
+        plan.sizes,
+        plan.strides,
+        pointers,
+        failed.data_ptr(),
+        tasks,
+    )
+    if count:
+        _settle(plan, definition, dim, operands, out, failed[:count].clone())
+    return out
+
+
+def _evaluate_converted(
+    formula: Formula, definition: Callable[..., Tensor], dim: Optional[int], operands: Sequence[Any]
+) -> Optional[Tensor]:
+    """Numbers and integers first become float64 tensors."""
+    wide = [
+        x if isinstance(x, Tensor) and x.is_floating_point() else torch.as_tensor(x).double()
+        for x in operands
+    ]
+    if all(x is y for x, y in zip(wide, operands)):
+        return None
+    return _evaluate(formula, definition, dim, wide)
+
+
+def _failed(count: int) -> Tensor:
+    """Room for the places of what fails."""
+    if count > _FAILED:
+        return torch.empty(count, dtype=torch.int64, device="cpu")
+    try:
+        failed: Tensor = _local.failed
+    except AttributeError:
+        failed = _local.failed = torch.empty(_FAILED, dtype=torch.int64, device="cpu")
+    return failed
+
+
+def _settle(
+    plan: _Plan,
+    definition: Callable[..., Tensor],
+    dim: Optional[int],
+    operands: Sequence[Tensor],
+    out: Tensor,
+    index: Tensor,
+) -> None:
+    """Put the values that the definition gives into `out` at the places that failed."""
+    if not out.dim():
+        out = out.view(1)
+    laid = [x.expand(plan.full).permute(*plan.order) for x in operands]
+    out = out.permute(*plan.order)
+    if dim is None:
+        at = torch.unravel_index(index, out.shape)
+        out[at] = definition(*[x[at] for x in laid])
+        return
+    laid, out = [x.unsqueeze(0) for x in laid], out.unsqueeze(0)
+    n = out.shape[-1]
+    rows, row_of = torch.unique(index // n, return_inverse=True)
+    at = torch.unravel_index(rows, out.shape[:-1])
+    values = definition(*[x[at] for x in laid])
+    column = index % n
+    out[(*[a[row_of] for a in at], column)] = values[row_of, column]
+
+
+def _planned(formula: Formula, dim: Optional[int], operands: Sequence[Tensor]) -> Optional[_Plan]:
+    if any(x.dtype not in (torch.float32, torch.float64) for x in operands):
+        return None
+    shape = torch.broadcast_shapes(*[x.shape for x in operands])
+    full = shape or torch.Size([1])
+    if not full.numel() or len(operands) > 60:
+        return None
+    row = None if dim is None else dim % len(full)
+    program = program_of(formula, [x.dtype for x in operands], row is not None)
+    if program is None:
+        return None
+    result = list(full)
+    if row is not None and program.by_row:
+        result[row] = 1
+    likes = [i for i, x in enumerate(operands) if x.shape == full and x.dtype is torch.float32]
+    like = likes[0] if likes and row is None else -1
+    stride = (torch.empty(result) if like < 0 else torch.empty_like(operands[like])).stride()
+    order = sorted(range(len(full)), key=lambda d: -stride[d] if full[d] > 1 else -math.inf)
+    if row is not None:
+        order = [d for d in range(len(full)) if d != row] + [row]
+    of_out = [0 if d == row and program.by_row else s for d, s in enumerate(stride)]
+    layouts = [*[x.expand(full).stride() for x in operands], of_out]
+    sizes, strides = _collapsed(
+        [full[d] for d in order], [[s[d] for d in order] for s in layouts], row is not None
+    )
+    flat = [s for operand in strides for s in operand]
+    return _Plan(
+        program,
+        len(sizes),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        (ctypes.c_int64 * len(flat))(*flat),
+        tuple(result) if shape else (),
+        like if shape else -1,
+        math.prod(result),
+        order,
+        tuple(full),
+        ctypes.c_void_p * (len(operands) + 1),
+        full.numel() * program.instructions,
+    )
+
+
+def _collapsed(
+    sizes: list[int], layouts: list[list[int]], rows: bool
+) -> tuple[list[int], list[list[int]]]:
+    """As few dimensions as possible: neighbours that each operand steps through evenly become one. With
+    `rows`, the last stays by itself."""
+    kept: list[tuple[int, list[int]]] = []
+    for d, size in enumerate(sizes):
+        strides = [s[d] for s in layouts]
+        last = rows and d == len(sizes) - 1
+        if size == 1 and not last and (kept or d < len(sizes) - 1):
+            continue
+        if kept and not last and all(a == b * size for a, b in zip(kept[-1][1], strides)):
+            kept[-1] = (kept[-1][0] * size, strides)
+        else:
+            kept.append((size, strides))
+    return [size for size, _ in kept], [list(s) for s in zip(*[strides for _, strides in kept])]
