@@ -219,9 +219,8 @@ def avg_pool2d(
     kernel, stride, padding, divisor = _pooling(
         x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
     )
-    size = [(i + 2 * p - k) // s + 1 for i, k, s, p in zip(x.shape[2:], kernel, stride, padding)]
-    columns = _patches(x, kernel, stride, padding, (1, 1), x.shape[1], size)
-    return sum_over(columns, (2,), divisor=divisor).reshape(*x.shape[:2], *size)
+    x = pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
+    return sum_over(_windows_of(x, kernel, stride), (-2, -1), divisor=divisor)
 
 
 def avg_pool2d_backward(
@@ -241,9 +240,28 @@ def avg_pool2d_backward(
     kernel, stride, padding, divisor = _pooling(
         x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
     )
+    covered = [m * k for m, k in zip(g.shape[2:], kernel)]
+    if kernel == stride and not any(padding) and covered == list(x.shape[2:]) and divisor > 0:
+        return _share(g, kernel, divisor)
     wide = _spread(g, kernel, stride, padding, (1, 1), x.shape[2:])
-    columns = _patches(wide, kernel, (1, 1), (0, 0), (1, 1), x.shape[1], x.shape[2:])
-    return sum_over(columns, (2,), divisor=divisor).reshape(x.shape)
+    return sum_over(_windows_of(wide, kernel, (1, 1)), (-2, -1), divisor=divisor)
+
+
+def _windows_of(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """The windows of [n, c, h, w], a view [n, c, rows, columns, *kernel]."""
+    return x.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
+
+
+def _share(g: Tensor, kernel: Sequence[int], divisor: int) -> Tensor:
+    """g / divisor, rounded once, for each element of windows that do not overlap.
+
+    A quotient in binary64 rounds like the exact one (see docs/exact.md); an exact zero is +0.
+    """
+    *outer, rows, columns = g.shape
+    each = ((g.double() + 0.0) / divisor).float().reshape(*outer, rows, 1, columns, 1)
+    return each.expand(*outer, rows, kernel[0], columns, kernel[1]).reshape(
+        *outer, rows * kernel[0], columns * kernel[1]
+    )
 
 
 def _windows(n: int, parts: int) -> list[tuple[int, int]]:
@@ -251,8 +269,19 @@ def _windows(n: int, parts: int) -> list[tuple[int, int]]:
     return [(i * n // parts, -(-(i + 1) * n // parts)) for i in range(parts)]
 
 
+def _factors(size: Sequence[int], parts: Sequence[int]) -> Optional[list[tuple[int, int]]]:
+    """Parts and their length along each axis, where all windows are equal and do not overlap."""
+    if any(p < 1 or n < 1 or n % p for n, p in zip(size, parts)):
+        return None
+    return [(p, n // p) for n, p in zip(size, parts)]
+
+
 def adaptive_avg_pool2d(x: Tensor, size: Any) -> Tensor:
     """The mean of each window, rounded once. x [..., h, w]."""
+    factors = _factors(x.shape[-2:], _pair(size))
+    if factors:
+        (m, a), (n, b) = factors
+        return sum_over(x.reshape(*x.shape[:-2], m, a, n, b), (-3, -1), divisor=a * b)
     rows, columns = (_windows(n, p) for n, p in zip(x.shape[-2:], _pair(size)))
     means = [
         sum_over(x[..., top:bottom, left:right], (-2, -1), divisor=(bottom - top) * (right - left))
@@ -264,6 +293,10 @@ def adaptive_avg_pool2d(x: Tensor, size: Any) -> Tensor:
 
 def adaptive_avg_pool2d_backward(g: Tensor, x: Tensor) -> Tensor:
     """For each element the sum of gradient / size over the windows that hold it, rounded once."""
+    factors = _factors(x.shape[-2:], g.shape[-2:])
+    if factors:
+        (_, a), (_, b) = factors
+        return _share(g, (a, b), a * b)
     rows, columns = (_windows(n, p) for n, p in zip(x.shape[-2:], g.shape[-2:]))
     holders = [
         (

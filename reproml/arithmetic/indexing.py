@@ -8,13 +8,16 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from reproml.arithmetic import NotExactError
+from reproml.arithmetic import NotExactError, kernels
 from reproml.arithmetic.dot import nearest_of_rows
 from reproml.arithmetic.rounding import gamma, settle_sum
 
 
 def sum_at(index: Tensor, values: Tensor, size: int, start: Optional[Tensor] = None) -> Tensor:
     """start + the sum of the values of each index. index int64 [n], values float32 [n] -> [size]."""
+    compiled = _scatter(1, size, index, values, start)
+    if compiled is not None:
+        return compiled.reshape(size)
     wide = values.double()
     if start is not None:
         index = torch.cat([torch.arange(size, device=index.device), index])
@@ -27,6 +30,40 @@ def sum_at(index: Tensor, values: Tensor, size: int, start: Optional[Tensor] = N
         return [nearest_of_rows(wide[index == i].unsqueeze(0))[0] for i in at.tolist()]
 
     return settle_sum(c, bound * gamma(most), resolve)
+
+
+def _scatter(
+    planes: int,
+    rows: int,
+    index: Tensor,
+    values: Tensor,
+    start: Optional[Tensor] = None,
+    padding: int = -1,
+) -> Optional[Tensor]:
+    """Sums of rows of values by c/scatter.c, [planes, rows, width]; None where that cannot do it.
+
+    index: int64 [planes, n], values: float32 [planes, n, width]. What has the index `padding` is left out.
+    """
+    if kernels.library is None or not (values.is_cpu and index.numel()):
+        return None
+    index, values = index.contiguous(), values.contiguous()
+    start = None if start is None else start.contiguous()
+    width = values.numel() // index.numel()
+    out = torch.empty(planes, rows, width, dtype=torch.float32, device="cpu")
+    if values.numel() > kernels.WORTH_THREADS:
+        kernels.use_threads()
+    left = kernels.library.reproml_scatter(
+        planes,
+        index.numel() // planes,
+        width,
+        rows,
+        index.data_ptr(),
+        values.data_ptr(),
+        None if start is None else start.data_ptr(),
+        padding,
+        out.data_ptr(),
+    )
+    return None if left else out
 
 
 def _places(x: Tensor) -> Tensor:
@@ -84,6 +121,9 @@ def embedding_backward(
         raise NotExactError(
             "An embedding with scale_grad_by_freq=True has no exact definition; leave it out."
         )
+    compiled = _scatter(1, rows, indices.long(), g, padding=padding)
+    if compiled is not None:
+        return compiled.squeeze(0)
     flat, width = indices.reshape(-1), g.shape[-1]
     grads = torch.where((flat == padding).unsqueeze(1), 0.0, g.reshape(-1, width))
     at = flat.unsqueeze(1) * width + torch.arange(width, device=g.device)
@@ -95,6 +135,9 @@ def max_pool_backward(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
     indices = rest[-1]
     planes = g.shape[:-2].numel()
     area = x.shape[-2] * x.shape[-1]
+    compiled = _scatter(planes, area, indices, g)
+    if compiled is not None:
+        return compiled.reshape(x.shape)
     first = torch.arange(planes, device=g.device).unsqueeze(1) * area
     at = indices.reshape(planes, -1) + first
     return sum_at(at.reshape(-1), g.reshape(-1), x.numel()).reshape(x.shape)

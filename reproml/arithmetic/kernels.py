@@ -31,6 +31,7 @@ _SIGNATURES = {
         _INT,
         [_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, ctypes.c_float, _POINTER],
     ),
+    "reproml_scatter": (_LONG, [_LONG] * 4 + [_POINTER] * 3 + [_LONG, _POINTER]),
     "reproml_sum": (_LONG, [_POINTER] * 3 + [_INT, _LONG, _DOUBLE, _POINTER]),
     "reproml_normalize": (
         _LONG,

@@ -56,6 +56,17 @@ def test_any_numbers(x, divisor):
         agree(dot.sum_over, x, dims, divisor=divisor)
 
 
+@pytest.mark.parametrize("n", [2, 5, 40])
+def test_what_is_not_finite(n):
+    x = numbers((3 * n, n))
+    for i, value in enumerate((float("inf"), float("nan"), -float("inf"))):
+        x[i::3, i % n] = value
+        x[i, (i + 1) % n] = float("inf")
+    for dims in ((0,), (1,), (0, 1)):
+        agree(dot.sum_over, x, dims)
+        agree(dot.sum_over, x.t(), dims, divisor=3)
+
+
 def total(rows, divisor=1):
     return [Real(sum(map(Fraction, r), Fraction(0)) / divisor) for r in rows.tolist()]
 

@@ -8,6 +8,7 @@
 
 #define AXES 12
 #define WIDTH 128 /* sums side by side */
+#define FEW 16       /* terms of a sum that is a tie too often for a test that has to leave room */
 #define SLICES 8     /* parts of one long sum */
 #define PART 32768   /* terms that are worth a thread */
 
@@ -22,6 +23,7 @@ typedef struct {
     axis kept[AXES], column, p, q; /* column: the last of the kept axes; p, q: summed */
     int outer;                     /* kept axes but for the column */
     int along;                     /* vectors run along q, not along the column */
+    int few;                       /* terms: the sizes are those of the rounding errors alone */
     integer width, chunks, slices; /* sums at once; such chunks in a column; parts of q */
     double *parts;
     failures failed;
@@ -67,6 +69,21 @@ INLINE void add_rows(const float *x, const float *y, axis q, axis column, intege
             double d = term(x, y, r * q.x + i * column.x, r * q.y + i * column.y);
             s[i] += d;
             a[i] += fabs(d);
+        }
+}
+
+/* A few terms of `count` sums: s + an error of at most a. Mostly a is 0. */
+INLINE void add_few(const sums *k, const float *x, const float *y, axis column, integer count, double *restrict s,
+                    double *restrict a) {
+    for (integer i = 0; i < count; i++) s[i] = a[i] = 0;
+    for (integer p = 0; p < k->p.size; p++)
+        for (integer q = 0; q < k->q.size; q++) {
+            const float *from = x + p * k->p.x + q * k->q.x, *with = y ? y + p * k->p.y + q * k->q.y : 0;
+            for (integer i = 0; i < count; i++) {
+                double error;
+                two_sum(s[i], term(from, with, i * column.x, i * column.y), s + i, &error);
+                a[i] += fabs(error);
+            }
         }
 }
 
@@ -126,7 +143,13 @@ static int settle_with_errors(const sums *k, const float *x, const float *y, flo
     return settle_pair(value.s, value.t, value.e, result);
 }
 
-/* Round the sums s of one chunk, |s - exact| <= gamma_height * a. Bit patterns are compared, so that not
+INLINE double bound(const sums *k, double s, double a, double g, int whole) {
+    double lost = a / fabs(k->divisor) * SLACK + 4 * U * fabs(s / k->divisor);
+    if (!k->few) return g * a;
+    return (whole && a == 0) || !(a <= DBL_MAX) ? 0 : lost; /* an infinite s has no error */
+}
+
+/* Round the sums s of one chunk, |s - exact| <= gamma_height * a, of few terms a. Bit patterns are compared, so that not
    even the sign of a zero comes from s. */
 INLINE void round_chunk(sums *k, integer chunk, const double *s, const double *a, integer height) {
     const float *x, *y;
@@ -134,13 +157,14 @@ INLINE void round_chunk(sums *k, integer chunk, const double *s, const double *a
     float *out = k->out + first;
     double g = ((double)height + 4) * U * SLACK / fabs(k->divisor), divisor = k->divisor;
     int32_t differ = 0;
+    int power, whole = fabs(frexp(divisor, &power)) == 0.5;
     for (integer i = 0; i < count; i++) {
-        double c = s[i] / divisor, e = g * a[i];
+        double c = s[i] / divisor, e = bound(k, s[i], a[i], g, whole);
         out[i] = (float)(c + e);
         differ |= bits((float)(c - e)) ^ bits(out[i]);
     }
     for (integer i = 0; differ && i < count; i++) {
-        double c = s[i] / divisor, e = g * a[i];
+        double c = s[i] / divisor, e = bound(k, s[i], a[i], g, whole);
         if (!(fabs(s[i]) <= DBL_MAX))
             out[i] = (float)c; /* infinite or NaN, whatever the order */
         else if (bits((float)(c - e)) != bits(out[i]) &&
@@ -159,7 +183,11 @@ static void add_up(integer task, void *data) {
     integer count = locate(k, chunk, &x, &y, &at);
     double *s = k->parts ? k->parts + task * (2 * WIDTH + 1) : memory, *a = s + WIDTH;
     if (last > k->q.size) last = k->q.size;
-    if (!k->along)
+    if (k->few && k->column.x == 1 && !y)
+        add_few(k, x, 0, (axis){0, 1, 1}, count, s, a);
+    else if (k->few)
+        add_few(k, x, y, k->column, count, s, a);
+    else if (!k->along)
         height = across_columns(k, x, y, first, last, count, s, a);
     else
         for (integer i = 0; i < count; i++)
@@ -235,7 +263,8 @@ integer reproml_sum(const float *x, const float *y, const integer *axes, int ran
                     double divisor, float *out) {
     sums k = {.x = x, .y = y, .out = out, .divisor = divisor, .slices = 1};
     if (!arrange(&k, axes, rank, reduced)) return -1;
-    k.along = k.q.x == 1 && (!y || k.q.y == 1) && (k.q.size >= LANES || k.column.size < 4);
+    k.few = k.p.size * k.q.size <= FEW;
+    k.along = !k.few && k.q.x == 1 && (!y || k.q.y == 1) && (k.q.size >= LANES || k.column.size < 4);
     if (!k.along && k.p.size > k.q.size) {
         axis swapped = k.p;
         k.p = k.q;
@@ -246,7 +275,7 @@ integer reproml_sum(const float *x, const float *y, const integer *axes, int ran
     k.chunks = (k.column.size + k.width - 1) / k.width;
     for (int d = 0; d < k.outer; d++) rows *= k.kept[d].size;
     integer chunks = rows * k.chunks, work = terms * rows * k.column.size;
-    if (chunks && chunks < SLICES && work > 2 * PART) {
+    if (!k.few && chunks && chunks < SLICES && work > 2 * PART) {
         k.slices = work / PART < SLICES ? work / PART : SLICES;
         k.parts = reproml_scratch((size_t)(chunks * k.slices * (2 * WIDTH + 1)) * sizeof(double));
         if (!k.parts) k.slices = 1;
