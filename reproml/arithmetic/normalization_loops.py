@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 
-from reproml.arithmetic import kernels
+from reproml.arithmetic import kernels, normalization
 from reproml.arithmetic.ball import elementwise
 from reproml.arithmetic.dot import sum_over
 
@@ -75,10 +75,15 @@ def _at(x: Optional[Tensor]) -> Optional[int]:
     return None if x is None else x.data_ptr()
 
 
-def _call(kernel: Any, layout: Layout, x: Tensor, *arguments: Any) -> Optional[Tensor]:
+_Layout = ctypes.c_int64 * len(Layout._fields)
+
+
+def _call(
+    kernel: Any, layout: Layout, x: Tensor, *arguments: Any
+) -> Union[Tensor, tuple[()], None]:
     if x.numel() > kernels.WORTH_THREADS:
         kernels.use_threads()
-    return kernels.unsettled(kernel, (ctypes.c_int64 * 9)(*layout), x.data_ptr(), *arguments)
+    return kernels.unsettled(kernel, _Layout(*layout), x.data_ptr(), *arguments)
 
 
 def _forward(
@@ -112,13 +117,11 @@ def _forward(
     )
     if left is None:
         return None
-    if len(left):
-        from reproml.arithmetic.normalization import normalize
-
+    if isinstance(left, Tensor):
         group, at = layout.places(left)
         w, b = (None if t is None else t.view(-1)[at] for t in (weight, bias))
         statistics = mean.view(-1)[group], rstd.view(-1)[group]
-        out.view(-1)[left] = normalize(x.view(-1)[left], *statistics, w, b)
+        out.view(-1)[left] = normalization.normalize(x.view(-1)[left], *statistics, w, b)
     return out
 
 
@@ -149,9 +152,7 @@ def _backward(
     )
     if left is None:
         return None
-    if out is not None and len(left):
-        from reproml.arithmetic.normalization import gradient
-
+    if out is not None and isinstance(left, Tensor):
         group, at = layout.places(left)
         w = torch.ones(len(left)) if weight is None else weight.view(-1)[at]
         some_g, some_x = (t.view(-1)[left] for t in (g, x))
@@ -160,7 +161,9 @@ def _backward(
             value = elementwise(lambda k, g, w, r: g * w * r, some_g, w, r)
         else:
             n = layout.runs * layout.length
-            value = gradient(n, some_g, w, some_x, m, r, sums[0][group], sums[1][group])
+            value = normalization.gradient(
+                n, some_g, w, some_x, m, r, sums[0][group], sums[1][group]
+            )
         out.view(-1)[left] = value
     return out, weight_sum, bias_sum
 

@@ -20,6 +20,7 @@ typedef struct {
     double eps;
     float *var;                             /* rounded unbiased variances, or null */
     int given;                              /* mean and rstd are not those of x */
+    integer block;                          /* groups for a thread at a time */
     float *sum, *deviation, *weight_sum, *bias_sum; /* backward's sums over each group */
     int unsure;                               /* some sum or statistic */
     failures failed;                        /* elements of `out` */
@@ -27,15 +28,15 @@ typedef struct {
 
 static void give_up(normal *k) { __atomic_store_n(&k->unsure, 1, __ATOMIC_RELAXED); }
 
-/* Round c, known within e. Returns 0 if that is sure. The signs are such that -0 stays -0 where e is 0. */
-INLINE int32_t apart(double c, double e, float *result) {
-    float low = (float)(-e + c), high = -(float)(-e - c);
+/* Round c, known within e = -minus_e. Returns 0 if that is sure. With these signs -0 stays -0 where e is 0. */
+INLINE int32_t apart(double c, double minus_e, float *result) {
+    float low = (float)(minus_e + c), high = -(float)(minus_e - c);
     *result = high;
     return bits(low) ^ bits(high);
 }
 
 static inline int settled(double c, double e, float *result) {
-    return !apart(c, e, result) && fabs(c) <= DBL_MAX;
+    return !apart(c, -e, result) && fabs(c) <= DBL_MAX;
 }
 
 static runs runs_of(const normal *k, integer group) {
@@ -57,11 +58,17 @@ static void run_tasks(void (*work)(integer, void *), void *data, integer tasks, 
         for (integer task = 0; task < tasks; task++) work(task, data);
 }
 
+static void run_blocks(void (*work)(integer, void *), normal *k) {
+    integer each = k->at.runs * k->at.length;
+    k->block = each < 1024 ? 16 : 1;
+    run_tasks(work, k, (k->at.groups + k->block - 1) / k->block, k->at.groups * each);
+}
+
 /* ---- statistics ---- */
 
 /* 1 / sqrt(v) for v within e, v > 0: half the relative error, and three roundings. */
 static int round_inverse_root(double v, double e, float *result) {
-    double r = 1 / sqrt(v), relative = e / v;
+    double r = 1 / sqrt(v), relative = e * r * r;
     return relative < 0.1 && settled(r, r * (0.6 * relative + 4 * U), result);
 }
 
@@ -102,19 +109,20 @@ static int settle_statistics(const runs *k, integer n, double eps, float *mean, 
 }
 
 /* Mean and variance in two passes. The second takes d = x - mu, mu within `off` of the mean, three roundings
-   for each square: the sum of squares errs by (height + 3) U of itself and by n off^2. */
+   for each square: the sum of squares errs by (height + 3) U of itself and by n off^2. Multiplying by 1 / n
+   costs two roundings, and a test two. */
 INLINE int statistics(const runs *of, integer n, double eps, float *mean, float *rstd, float *var) {
     runs k = *of;
-    double total[2], squares;
+    double total[2], squares, part = 1 / (double)n;
     double height = (double)sum_runs(NUMBERS, &k, total);
     if (!(total[1] <= DBL_MAX)) return 0;
-    k.m = total[0] / (double)n;
-    double off = (height + 4) * U * SLACK * total[1] / (double)n;
+    k.m = total[0] * part;
+    double off = (height + 5) * U * SLACK * total[1] * part;
     int sure = settled(k.m, off, mean);
     height = (double)sum_runs(SQUARES, &k, &squares);
     double e = (height + 6) * U * SLACK * squares + (double)n * off * off * SLACK;
-    double v = squares / (double)n + eps;
-    sure &= round_inverse_root(v, e / (double)n + 3 * U * v, rstd);
+    double v = squares * part + eps;
+    sure &= round_inverse_root(v, e * part + 4 * U * v, rstd);
     if (var) {
         v = squares / (double)(n - 1);
         sure &= settled(v, e / (double)(n - 1) + 2 * U * v, var);
@@ -132,8 +140,7 @@ INLINE int32_t normalize_block(const int along, const float *x, integer n, doubl
     int32_t differ = 0;
     for (integer i = 0; i < n; i++) {
         double product = (x[i] - m) * (along ? scale * w[i] : scale), term = along ? b[i] : shift;
-        double c = product + term, e = U * (6 * fabs(product) + 4 * fabs(term));
-        differ |= apart(c, e, out + i);
+        differ |= apart(product + term, fabs(product) * (-6 * U) + fabs(term) * (-4 * U), out + i);
     }
     return differ;
 }
@@ -152,29 +159,41 @@ INLINE void normalize_run(normal *k, integer at, integer group, const float *w, 
             double product = (x[j] - m) * (r * (wj ? *wj : 1)), term = bj ? *bj : 0, c = product + term;
             if (!(fabs(c) <= DBL_MAX))
                 out[j] = (float)c; /* a limit: nothing to round */
-            else if (!settled(c, U * (6 * fabs(product) + 4 * fabs(term)), out + j))
+            else if (!settled(c, fabs(product) * (6 * U) + fabs(term) * (4 * U), out + j))
                 reproml_fail(&k->failed, at + i + j);
         }
     }
 }
 
-VECTORISED
-static void normalize_group(integer group, void *data) {
-    normal *k = data;
+INLINE void normalize_run_of(normal *k, integer group, integer run) {
     const layout *at = &k->at;
-    if (!k->given) {
+    integer weight = at->along ? 0 : group % at->weight_period * at->weight_group + run * at->weight_run;
+    normalize_run(k, group * at->group_stride + run * at->run_stride, group, k->w ? k->w + weight : 0,
+                  k->b ? k->b + weight : 0);
+}
+
+/* Some groups with their own statistics. These come first: so the next group's need not wait for one's roots. */
+VECTORISED
+static void normalize_groups(integer task, void *data) {
+    normal *k = data;
+    integer first = task * k->block, last = first + k->block < k->at.groups ? first + k->block : k->at.groups;
+    for (integer group = first; group < last; group++) {
         runs r = runs_of(k, group);
-        if (!statistics(&r, at->runs * at->length, k->eps, k->mean + group, k->rstd + group,
+        if (!statistics(&r, k->at.runs * k->at.length, k->eps, k->mean + group, k->rstd + group,
                         k->var ? k->var + group : 0)) {
             give_up(k);
             return;
         }
     }
-    for (integer run = 0; run < at->runs; run++) {
-        integer weight = at->along ? 0 : group % at->weight_period * at->weight_group + run * at->weight_run;
-        normalize_run(k, group * at->group_stride + run * at->run_stride, group, k->w ? k->w + weight : 0,
-                      k->b ? k->b + weight : 0);
-    }
+    for (integer group = first; group < last; group++)
+        for (integer run = 0; run < k->at.runs; run++) normalize_run_of(k, group, run);
+}
+
+/* One run of each group, of given statistics: in the order of the memory. */
+VECTORISED
+static void normalize_across(integer run, void *data) {
+    normal *k = data;
+    for (integer group = 0; group < k->at.groups; group++) normalize_run_of(k, group, run);
 }
 
 /* (1 - momentum) old + momentum new, where 1 - momentum is exact in binary64. */
@@ -216,7 +235,10 @@ integer reproml_normalize(const integer *shape, const float *x, const float *w, 
         double v = given_var[j] + eps;
         if (!(v > 0 && v <= DBL_MAX) || !round_inverse_root(v, 2 * U * v, rstd + j)) return -1;
     }
-    run_tasks(normalize_group, &k, groups, groups * k.at.runs * k.at.length);
+    if (given_var)
+        run_tasks(normalize_across, &k, k.at.runs, groups * k.at.runs * k.at.length);
+    else
+        run_blocks(normalize_groups, &k);
     if (k.unsure) return -1;
     if (k.failed.count > room) return k.failed.count;
     if (running_mean && !follow_all(groups, momentum, running_mean, mean, fresh + groups)) return -1;
@@ -301,19 +323,19 @@ INLINE int sums_of_group(const normal *k, integer group) {
    Absolute values of the terms, in U: w g is exact, a has one rounding, (x - m) b three; then two sums and
    the product with r, and the test. */
 typedef struct {
-    double m, r, a, b;
+    double m, r, a, b, size; /* size: -U |r| */
 } group_terms;
 
-INLINE double gradient(group_terms k, double x, double g, double w, double *e) {
+INLINE double gradient(group_terms k, double x, double g, double w, double *minus_e) {
     double term = w * g, slope = (x - k.m) * k.b;
-    *e = fabs(k.r) * U * (5 * fabs(term) + 9 * (fabs(k.a) + fabs(slope)));
+    *minus_e = fabs(term) * (5 * k.size) + (fabs(slope) * (9 * k.size) + fabs(k.a) * (9 * k.size));
     return k.r * (term - (k.a + slope));
 }
 
 /* out = g w r, with given statistics */
-INLINE double scaled_gradient(double g, double w, double r, double *e) {
+INLINE double scaled_gradient(double g, double w, double r, double *minus_e) {
     double c = g * w * r;
-    *e = 4 * U * fabs(c);
+    *minus_e = -4 * U * fabs(c);
     return c;
 }
 
@@ -350,22 +372,31 @@ INLINE void gradient_run(normal *k, integer at, group_terms t, const float *w) {
     }
 }
 
-VECTORISED
-static void backward_group(integer group, void *data) {
-    normal *k = data;
+INLINE void gradient_of_group(normal *k, integer group) {
     const layout *at = &k->at;
-    int sums = k->sum || k->weight_sum || k->bias_sum;
-    if (sums && !sums_of_group(k, group)) {
-        give_up(k);
-        return;
-    }
-    if (!k->out) return;
     double n = (double)(at->runs * at->length), r = k->rstd[group];
-    group_terms t = {k->mean[group], r, k->sum ? k->sum[group] / n : 0, k->sum ? r * k->deviation[group] / n : 0};
+    group_terms t = {k->mean[group], r, 0, 0, -U * fabs(r)};
+    if (k->sum) {
+        t.a = k->sum[group] / n;
+        t.b = r * k->deviation[group] / n;
+    }
     for (integer run = 0; run < at->runs; run++) {
         integer weight = at->along ? 0 : group % at->weight_period * at->weight_group + run * at->weight_run;
         gradient_run(k, group * at->group_stride + run * at->run_stride, t, k->w ? k->w + weight : 0);
     }
+}
+
+VECTORISED
+static void backward_groups(integer task, void *data) {
+    normal *k = data;
+    integer first = task * k->block, last = first + k->block < k->at.groups ? first + k->block : k->at.groups;
+    int sums = k->sum || k->weight_sum || k->bias_sum;
+    for (integer group = first; sums && group < last; group++)
+        if (!sums_of_group(k, group)) {
+            give_up(k);
+            return;
+        }
+    for (integer group = first; k->out && group < last; group++) gradient_of_group(k, group);
 }
 
 /* Gradients of x (out), and, where all of a group has one weight, of weight and bias. sum and deviation: of
@@ -378,7 +409,7 @@ integer reproml_normalize_backward(const integer *shape, const float *x, const f
                 .given = !sum, .sum = sum, .deviation = deviation, .weight_sum = weight_sum,
                 .bias_sum = bias_sum, .failed = {failed, room, 0}};
     memcpy(&k.at, shape, sizeof k.at);
-    run_tasks(backward_group, &k, k.at.groups, k.at.groups * k.at.runs * k.at.length);
+    run_blocks(backward_groups, &k);
     return k.unsure ? -1 : k.failed.count;
 }
 

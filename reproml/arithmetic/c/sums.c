@@ -272,10 +272,13 @@ integer reproml_sum(const float *x, const float *y, const integer *axes, int ran
     }
     integer terms = k.p.size * k.q.size, rows = 1;
     k.width = k.along && terms > PART / WIDTH ? (terms > PART ? 1 : PART / terms) : WIDTH;
-    k.chunks = (k.column.size + k.width - 1) / k.width;
     for (int d = 0; d < k.outer; d++) rows *= k.kept[d].size;
-    integer chunks = rows * k.chunks, work = terms * rows * k.column.size;
-    if (!k.few && chunks && chunks < SLICES && work > 2 * PART) {
+    integer work = terms * rows * k.column.size;
+    if (k.along && work > 2 * PART && k.column.size / SLICES < k.width)
+        k.width = k.column.size < SLICES ? 1 : k.column.size / SLICES;
+    k.chunks = (k.column.size + k.width - 1) / k.width;
+    integer chunks = rows * k.chunks;
+    if (chunks && chunks < SLICES && work > 2 * PART && k.q.size >= SLICES * LANES) {
         k.slices = work / PART < SLICES ? work / PART : SLICES;
         k.parts = reproml_scratch((size_t)(chunks * k.slices * (2 * WIDTH + 1)) * sizeof(double));
         if (!k.parts) k.slices = 1;
