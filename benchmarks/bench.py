@@ -27,6 +27,7 @@ import msgspec
 import numpy as np
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -141,13 +142,14 @@ def ratio(pairs: Pairs) -> float:
 def measure() -> dict[str, Any]:
     """Measure everything: whole commands, training steps, curves."""
     # The commands first: a child's peak memory counts what this process had when it started it.
-    commands = {name: in_turn(partial(command, name)) for name in RECIPES}
+    bar = partial(track, auto_refresh=False)  # no thread that draws while steps are timed
+    commands = {name: in_turn(partial(command, name)) for name in bar(RECIPES, "train")}
     # The switches of --numerics native cost up to 4 %; plain PyTorch has them off.
     with patch.object(train, "_native", nullcontext):
-        cases = {name: steps(of_recipe(name)) for name in RECIPES}
-        cases.update({name: steps(of_example(name)) for name in EXAMPLES})
+        cases = {name: steps(of_recipe(name)) for name in bar(RECIPES, "recipes")}
+        cases.update({name: steps(of_example(name)) for name in bar(EXAMPLES, "examples")})
         curves = {
-            size: {value: steps(of_size(size, value)) for value in values}
+            size: {value: steps(of_size(size, value)) for value in bar(values, size)}
             for size, values in CURVES.items()
         }
     return {"commands": commands, "steps": cases, "curves": curves}
