@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -78,9 +78,7 @@ def _at(x: Optional[Tensor]) -> Optional[int]:
 _Layout = ctypes.c_int64 * len(Layout._fields)
 
 
-def _call(
-    kernel: Any, layout: Layout, x: Tensor, *arguments: Any
-) -> Union[Tensor, tuple[()], None]:
+def _call(kernel: Any, layout: Layout, x: Tensor, *arguments: Any) -> Optional[Tensor]:
     if x.numel() > kernels.WORTH_THREADS:
         kernels.use_threads()
     return kernels.unsettled(kernel, _Layout(*layout), x.data_ptr(), *arguments)
@@ -117,7 +115,7 @@ def _forward(
     )
     if left is None:
         return None
-    if isinstance(left, Tensor):
+    if left.numel():
         group, at = layout.places(left)
         w, b = (None if t is None else t.view(-1)[at] for t in (weight, bias))
         statistics = mean.view(-1)[group], rstd.view(-1)[group]
@@ -152,7 +150,7 @@ def _backward(
     )
     if left is None:
         return None
-    if out is not None and isinstance(left, Tensor):
+    if out is not None and left.numel():
         group, at = layout.places(left)
         w = torch.ones(len(left)) if weight is None else weight.view(-1)[at]
         some_g, some_x = (t.view(-1)[left] for t in (g, x))
