@@ -259,9 +259,8 @@ def _share(g: Tensor, kernel: Sequence[int], divisor: int) -> Tensor:
     """
     *outer, rows, columns = g.shape
     each = ((g.double() + 0.0) / divisor).float().reshape(*outer, rows, 1, columns, 1)
-    return each.expand(*outer, rows, kernel[0], columns, kernel[1]).reshape(
-        *outer, rows * kernel[0], columns * kernel[1]
-    )
+    shared = each.expand(*outer, rows, kernel[0], columns, kernel[1]).contiguous()
+    return shared.reshape(*outer, rows * kernel[0], columns * kernel[1])
 
 
 def _windows(n: int, parts: int) -> list[tuple[int, int]]:
