@@ -1,17 +1,21 @@
-"""Convolutions and pooling as the sums they are: patches are laid out (im2col), then each output is one
-dot product or one sum, rounded once. One- and two-dimensional; one dimension is two with a height of 1.
+"""Convolutions and pooling as the sums they are: each output is one dot product or one sum, rounded once.
+
+One- and two-dimensional; one dimension is two with a height of 1. The compiled loops slide over the image;
+the plain path lays out patches (im2col) and multiplies matrices.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, unfold
 
-from reproml.arithmetic import NotExactError
+from reproml.arithmetic import NotExactError, kernels
 from reproml.arithmetic.ball import rowwise
 from reproml.arithmetic.dot import matmul, sum_over
 
@@ -46,11 +50,55 @@ def _correlate(
     size: Any,
 ) -> Tensor:
     """x [n, c, h, w], w [o, c / groups, kh, kw], bias [o] -> [n, o, *size]."""
-    columns = _patches(x, w.shape[2:], stride, padding, dilation, groups, size)
-    n, out = len(x), len(w)
-    kernels = w.reshape(1, groups, out // groups, -1).expand(n, -1, -1, -1)
-    b = None if bias is None else bias.reshape(1, groups, -1, 1)
-    return matmul(kernels, columns, b).reshape(n, out, *size)
+
+    def plain() -> Tensor:
+        columns = _patches(x, w.shape[2:], stride, padding, dilation, groups, size)
+        n, out = len(x), len(w)
+        kernels = w.reshape(1, groups, out // groups, -1).expand(n, -1, -1, -1)
+        b = None if bias is None else bias.reshape(1, groups, -1, 1)
+        return matmul(kernels, columns, b).reshape(n, out, *size)
+
+    if x.shape[1] != groups * w.shape[1]:
+        return plain()  # which says so
+    geometry = _geometry(w, groups, x.shape, size, stride, padding, dilation)
+    shape = (len(x), len(w), *size)
+    return _compiled("reproml_convolution", geometry, [x, w, bias], shape, plain)
+
+
+def _geometry(
+    w: Tensor, groups: int, x: Any, size: Any, stride: Any, padding: Any, dilation: Any
+) -> Any:
+    """The sizes of a convolution, as c/convolution.c takes them."""
+    sizes = (x[0], groups, w.shape[1], len(w) // groups, *x[2:], *size, *w.shape[2:])
+    return _Geometry(*sizes, *stride, *padding, *dilation)
+
+
+_Geometry = ctypes.c_int64 * 16
+
+
+def _compiled(
+    kernel: str,
+    geometry: Any,
+    operands: Sequence[Optional[Tensor]],
+    shape: Sequence[int],
+    plain: Callable[[], Tensor],
+) -> Tensor:
+    """The kernel's result of this shape, with what it leaves as `plain` has it, or all of it if it must."""
+    given = [None if x is None else x.contiguous() for x in operands]
+    if not all(x is None or x.numel() for x in given):
+        return plain()
+    if not kernels.usable(*[x for x in given if x is not None]):
+        return plain()
+    out = torch.empty(shape, dtype=torch.float32, device="cpu")
+    if not out.numel():
+        return plain()
+    pointers = [None if x is None else x.data_ptr() for x in (*given, out)]
+    left = kernels.unsettled(getattr(kernels.library, kernel), geometry, *pointers)
+    if left is None:
+        return plain()
+    if left is not kernels.NONE:
+        out.view(-1)[left] = plain().reshape(-1)[left]
+    return out
 
 
 def _flipped(w: Tensor, groups: int) -> Tensor:
@@ -86,8 +134,33 @@ def _transposed(
     size: Any,
 ) -> Tensor:
     """The convolution's transpose: g [n, o, ...], w [o, c / groups, kh, kw] -> [n, c, *size]."""
-    wide = _spread(g, w.shape[2:], stride, padding, dilation, size)
-    return _correlate(wide, _flipped(w, groups), bias, (1, 1), (0, 0), dilation, groups, size)
+
+    def plain() -> Tensor:
+        wide = _spread(g, w.shape[2:], stride, padding, dilation, size)
+        return _correlate(wide, _flipped(w, groups), bias, (1, 1), (0, 0), dilation, groups, size)
+
+    if g.shape[1] != len(w):
+        return plain()  # which says so
+    shape = (len(g), groups * w.shape[1], *size)
+    geometry = _geometry(w, groups, shape, g.shape[2:], stride, padding, dilation)
+    return _compiled("reproml_transposed", geometry, [g, w, bias], shape, plain)
+
+
+def _weight_gradient(
+    x: Tensor, g: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """The gradient of w, [o, c / groups, kh, kw], from x [n, c, h, w] and the output's g [n, o, ...]."""
+
+    def plain() -> Tensor:
+        columns = _patches(x, w.shape[2:], stride, padding, dilation, groups, g.shape[2:])
+        columns = columns.permute(1, 0, 3, 2).reshape(groups, -1, columns.shape[2])
+        rows = g.reshape(len(g), groups, g.shape[1] // groups, math.prod(g.shape[2:])).permute(
+            1, 2, 0, 3
+        )
+        return matmul(rows.reshape(groups, rows.shape[1], -1), columns).reshape(w.shape)
+
+    geometry = _geometry(w, groups, x.shape, g.shape[2:], stride, padding, dilation)
+    return _compiled("reproml_weight_gradient", geometry, [x, g], w.shape, plain)
 
 
 def convolution(
@@ -168,11 +241,7 @@ def convolution_backward(
     if mask[1]:
         # Of a transposed convolution, x and g change places.
         still, slid = (x, g) if transposed else (g, x)
-        size = still.shape[2:]
-        columns = _patches(slid, w.shape[2:], stride, padding, dilation, groups, size)
-        columns = columns.permute(1, 0, 3, 2).reshape(groups, -1, columns.shape[2])
-        rows = still.reshape(len(g), groups, -1, still[0, 0].numel()).permute(1, 2, 0, 3)
-        grad_w = matmul(rows.reshape(groups, rows.shape[1], -1), columns).reshape(w.shape)
+        grad_w = _weight_gradient(slid, still, w, stride, padding, dilation, groups)
     if one_dimension:
         grad_x = None if grad_x is None else grad_x.squeeze(2)
         grad_w = None if grad_w is None else grad_w.squeeze(2)

@@ -42,30 +42,31 @@ typedef double full_8 __attribute__((vector_size(64), aligned(8)));
                 memcpy(out + i * TILE_COLUMNS + j * lanes, &sum[i][j], sizeof sum[i][j]);                  \
     }
 
-/* m rows by n columns, a vector of terms at a time. */
+/* m rows by n columns, a vector of terms at a time; the terms that are left over in a vector with zeros. */
 #define ALONG(lanes, m, n, target)                                                                         \
     target CONTRACTED static void along_##lanes##_##m##_##n(                                               \
-        integer k, const float *restrict a, const integer *restrict a_offset, const float *restrict b,     \
-        const integer *restrict b_offset, double *restrict out) {                                          \
+        integer k, const float *restrict a, integer a_row, const float *restrict b,                        \
+        const integer *restrict b_offset, double *restrict sums) {                                         \
         full_##lanes sum[m][n] = {{{0}}}, left[m];                                                         \
         integer p = 0;                                                                                     \
         for (; p + lanes <= k; p += lanes) {                                                               \
-            _Pragma("GCC unroll 4") for (int i = 0; i < m; i++) left[i] = WIDE(lanes, a + a_offset[i] + p); \
+            _Pragma("GCC unroll 4") for (int i = 0; i < m; i++) left[i] = WIDE(lanes, a + i * a_row + p);  \
             _Pragma("GCC unroll 6") for (int j = 0; j < n; j++) {                                          \
                 full_##lanes right = WIDE(lanes, b + b_offset[j] + p);                                     \
                 _Pragma("GCC unroll 4") for (int i = 0; i < m; i++) sum[i][j] += left[i] * right;          \
             }                                                                                              \
         }                                                                                                  \
-        double part[m][n][lanes];                                                                          \
-        memcpy(part, sum, sizeof part);                                                                    \
-        for (int i = 0; i < m; i++)                                                                        \
-            for (int j = 0; j < n; j++) {                                                                  \
-                double total = 0;                                                                          \
-                for (integer q = p; q < k; q++)                                                            \
-                    total += (double)a[a_offset[i] + q] * (double)b[b_offset[j] + q];                      \
-                for (int t = 0; t < lanes; t++) total += part[i][j][t];                                    \
-                out[i * TILE_COLUMNS + j] = total;                                                         \
-            }                                                                                              \
+        if (p < k) {                                                                                       \
+            float rest[m + n][lanes];                                                                      \
+            memset(rest, 0, sizeof rest);                                                                  \
+            for (int i = 0; i < m; i++) memcpy(rest[i], a + i * a_row + p, (size_t)(k - p) * sizeof(float)); \
+            for (int j = 0; j < n; j++)                                                                    \
+                memcpy(rest[m + j], b + b_offset[j] + p, (size_t)(k - p) * sizeof(float));                 \
+            _Pragma("GCC unroll 4") for (int i = 0; i < m; i++)                                            \
+                _Pragma("GCC unroll 6") for (int j = 0; j < n; j++)                                        \
+                    sum[i][j] += WIDE(lanes, rest[i]) * WIDE(lanes, rest[m + j]);                          \
+        }                                                                                                  \
+        memcpy(sums, sum, sizeof sum);                                                                     \
     }
 
 #define ACROSS_ROWS(lanes, m, target) ACROSS(lanes, m, 1, target) ACROSS(lanes, m, 2, target) ACROSS(lanes, m, 3, target)

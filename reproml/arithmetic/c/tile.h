@@ -10,25 +10,47 @@
 
 #define TILE_ROWS 8 /* at most, on any processor */
 #define TILE_COLUMNS 24
+#define ALONG_SUMS (24 * 8) /* partial sums of a tile along, at most */
 
 /* out[i][j] = sum over p < k of a[p][i] * b[offset[p] + j], a [k, m]: vectors lie across the columns. A row of
    b may start anywhere, so that one loop serves a matrix and the shifted rows of an image. */
 typedef void across_loop(integer k, const double *a, const float *b, const integer *offset, double *out);
 
-/* out[i][j] = sum over p < k of a[a_offset[i] + p] * b[b_offset[j] + p]: vectors lie along the terms. */
-typedef void along_loop(integer k, const float *a, const integer *a_offset, const float *b,
-                        const integer *b_offset, double *out);
+/* sums[i][j] = sum over p < k of a[i * a_row + p] * b[b_offset[j] + p]: vectors lie along the terms, and each sum is
+   a vector of `lanes` partial sums, [m][n][lanes]. */
+typedef void along_loop(integer k, const float *a, integer a_row, const float *b, const integer *b_offset,
+                        double *sums);
 
 typedef struct {
     int lanes;                                   /* doubles of a vector */
     int rows, columns;                           /* of a full tile across; its columns are 3 vectors */
     int along_rows, along_columns;               /* of a full tile along */
     across_loop *across[TILE_ROWS + 1][4];       /* [rows][vectors]; rows of `out` have TILE_COLUMNS */
-    along_loop *along[5][7];                     /* [rows][columns]; likewise */
+    along_loop *along[5][7];                     /* [rows][columns] */
 } tiling;
 
 /* The tiling for this processor. */
 const tiling *reproml_tiling(void);
+
+/* The partial sums of `along` added up: out[i] of n sums, in a tree. */
+static inline void fold(const double *restrict sums, int n, int lanes, double *restrict out) {
+    if (lanes == 8) { /* in halves, which become vector operations */
+        for (int i = 0; i < n; i++, sums += 8) {
+            double a[4], b[2];
+            for (int t = 0; t < 4; t++) a[t] = sums[t] + sums[t + 4];
+            for (int t = 0; t < 2; t++) b[t] = a[t] + a[t + 2];
+            out[i] = b[0] + b[1];
+        }
+        return;
+    }
+    for (int i = 0; i < n; i++, sums += lanes) {
+        double part[8];
+        for (int t = 0; t < lanes; t++) part[t] = sums[t];
+        for (int half = lanes / 2; half; half /= 2)
+            for (int t = 0; t < half; t++) part[t] += part[t + half];
+        out[i] = part[0];
+    }
+}
 
 /* Round a tile of sums to binary32: what each exact sum lies within row_bound[i] * column_bound[j] of, with
    the bias of its row or column (either may be null) as one more term; g: the relative bound of a sum.
