@@ -19,11 +19,9 @@ from torch._prims_common import canonicalize_dims
 
 from reproml.arithmetic import NotExactError, kernels
 from reproml.arithmetic.rounding import (
-    Resolve,
     exact_sum,
     gamma,
     nearest,
-    settle_at,
     settle_sum,
     two_sum,
 )
@@ -43,16 +41,20 @@ def matmul(
     a: float32 [..., m, k]; b: float32 [..., k, n], the same leading axes; bias: float32, broadcast to
     [..., m, n]. alpha, beta: binary32 numbers. Returns float32 [..., m, n]; an exact zero is +0.
     """
-    for x in (a, b) if bias is None else (a, b, bias):
-        if x.dtype is not torch.float32:
-            raise NotExactError(f"A product of matrices is defined for float32, not for {x.dtype}.")
+    single = torch.float32
+    if (
+        a.dtype is not single
+        or b.dtype is not single
+        or (bias is not None and bias.dtype is not single)
+    ):
+        raise NotExactError("A product of matrices is defined for float32 alone.")
     if a.dim() != b.dim() or a.shape[-1] != b.shape[-2]:
         raise RuntimeError(
             f"matrices of shapes {list(a.shape)} and {list(b.shape)} do not multiply"
         )
     if beta == 0:
         bias = None  # as in BLAS, not even its NaN counts
-    if alpha == beta == 1 and kernels.library:
+    if kernels.library and alpha == beta == 1:
         product = _compiled(a, b, bias)
         if product is not None:
             return product
@@ -103,24 +105,26 @@ def _plain(
 
 def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
     """The product by c/products.c, or None where that does not apply."""
-    *batch, m, k = a.shape
-    n = b.shape[-1]
-    if len(batch) > 1 or a.device.type != "cpu" or not m * n or 0 in batch:
+    shape, n = a.shape, b.shape[-1]
+    m, k = shape[-2:]
+    if len(shape) > 3 or not a.is_cpu or not m * n:
         return None
-    if bias is not None and (bias.shape != (n,) or not bias.is_contiguous()):
+    if bias is not None and (bias.dim() != 1 or len(bias) != n or not bias.is_contiguous()):
         return None
-    out = torch.empty((*batch, m, n), dtype=torch.float32, device="cpu")
-    strides = [(x.data_ptr(), *([0] * (1 - len(batch))), *x.stride()) for x in (a, b)]
-    bias_at = None if bias is None else bias.data_ptr()
-    sizes = (batch[0] if batch else 1, m, n, k)
-    if m * n * k > 1 << 14:
-        kernels.use_threads()
+    batch = shape[0] if len(shape) == 3 else 1
+    out = torch.empty((*shape[:-1], n), dtype=torch.float32, device="cpu")
+    of_a, of_b = a.stride(), b.stride()
+    if len(shape) == 2:
+        of_a, of_b = (0, *of_a), (0, *of_b)
     left = kernels.unsettled(
-        kernels.library.reproml_product, *sizes, *strides[0], *strides[1], bias_at, out.data_ptr()
+        kernels.library.reproml_product,
+        *(batch, m, n, k),
+        *(a.data_ptr(), *of_a, b.data_ptr(), *of_b),
+        *(None if bias is None else bias.data_ptr(), out.data_ptr()),
     )
     if left is None:
         return None
-    if len(left):
+    if left is not kernels.NONE:
         *of, i, j = torch.unravel_index(left, out.shape)
         rows, columns = a[(*of, i)].unsqueeze(1), b.transpose(-1, -2)[(*of, j)].unsqueeze(2)
         rest = None if bias is None else bias[j].reshape(-1, 1, 1)

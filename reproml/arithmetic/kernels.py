@@ -40,6 +40,9 @@ _SIGNATURES = {
     "reproml_normalize_backward": (_LONG, [_POINTER] * 12 + [_LONG]),
     "reproml_column_moments": (_LONG, [_LONG] * 2 + [_POINTER] * 6),
     "reproml_channel_moments": (_LONG, [_LONG] * 4 + [_POINTER] * 5),
+    "reproml_convolution": (_LONG, [_POINTER] * 6 + [_LONG]),
+    "reproml_transposed": (_LONG, [_POINTER] * 6 + [_LONG]),
+    "reproml_weight_gradient": (_LONG, [_POINTER] * 5 + [_LONG]),
     "reproml_adam": (_LONG, [_LONG] + [_POINTER] * 4 + [_DOUBLE] * 10 + [_POINTER]),
     "reproml_sgd": (_LONG, [_LONG] + [_POINTER] * 3 + [_INT] * 2 + [_DOUBLE] * 5 + [_POINTER]),
 }
@@ -70,16 +73,18 @@ _ROOM = 256  # indices; where more are left, the plain path does it all
 def unsettled(kernel: Any, *arguments: Any) -> Optional[Tensor]:
     """Call a kernel whose last two arguments are a list of failures and its room.
 
-    Returns the flat indices that it could not settle, int64; None where there are too many to tell.
+    Returns the flat indices that it could not settle, int64, NONE if it settled all; None where there are
+    too many to tell.
     """
-    failed = (ctypes.c_int64 * _ROOM)()
-    count = kernel(*arguments, ctypes.addressof(failed), _ROOM)
+    failed = _Failed()
+    count = kernel(*arguments, failed, _ROOM)
     if not count:
-        return _NONE
+        return NONE
     return torch.tensor(failed[:count]) if 0 < count <= _ROOM else None
 
 
-_NONE = torch.empty(0, dtype=torch.int64)
+NONE = torch.empty(0, dtype=torch.int64)
+_Failed = ctypes.c_int64 * _ROOM
 
 WORTH_THREADS = 20000  # elements
 

@@ -28,7 +28,7 @@ typedef struct {
     double *wide_a;                      /* across: a's panels, [depth, rows of the panel] each */
     float *panel_b;                      /* across: packed panels of b, [depth, TILE_COLUMNS] each */
     double *sums;                        /* of earlier passes, tile by tile; null for a single pass */
-    integer *a_offset, *b_offset, *panel_offset;
+    integer *b_offset, *panel_offset;
 } product;
 
 static inline int least(integer a, integer b) { return (int)(a < b ? a : b); }
@@ -97,7 +97,8 @@ static void prepare_b(const product *x, integer task) {
     integer batch = task / x->column_panels, panel = task % x->column_panels, j = panel * x->columns;
     int columns = least(x->n - j, x->columns);
     const float *b = x->b + batch * x->b_batch + j * x->b_column + x->first * x->b_row;
-    double *norm = x->norm_b + batch * x->column_panels * x->columns + j;
+    integer at = batch * x->column_panels * x->columns + j;
+    double *norm = x->norm_b + at;
     if (!x->along && panel >= x->packed)
         pack(b, x->b_row, x->b_column, columns, x->depth, panel_of(x, batch, panel));
     if (x->b_column == 1)
@@ -129,8 +130,11 @@ static void settle(const product *x, integer batch, integer i, integer j) {
 static void sum_tile(const product *x, integer batch, integer row_panel, integer panel, int m, int n, double *sums) {
     integer i = row_panel * x->rows, j = panel * x->columns;
     if (x->along) {
-        x->tiles->along[m][n](x->depth, x->a + batch * x->a_batch + i * x->a_row + x->first, x->a_offset,
-                              x->b + batch * x->b_batch + j * x->b_column + x->first, x->b_offset, sums);
+        double parts[ALONG_SUMS];
+        x->tiles->along[m][n](x->depth, x->a + batch * x->a_batch + i * x->a_row + x->first, x->a_row,
+                              x->b + batch * x->b_batch + j * x->b_column + x->first, x->b_offset, parts);
+        for (int r = 0; r < m; r++)
+            fold(parts + r * n * x->tiles->lanes, n, x->tiles->lanes, sums + r * TILE_COLUMNS);
         return;
     }
     const double *a = x->wide_a + (batch * x->row_panels * x->rows + i) * x->depth;
@@ -239,16 +243,15 @@ integer reproml_product(integer batch, integer m, integer n, integer k, const fl
     integer wide = x.along ? 0 : rows * depth;
     integer area = k > DEPTH ? batch * x.row_panels * x.column_panels * TILE_ROWS * TILE_COLUMNS : 0;
     integer packed = x.along ? 0 : batch * (x.column_panels - x.packed) * depth * TILE_COLUMNS;
-    integer offsets = 2 * depth + TILE_COLUMNS + TILE_ROWS;
+    integer offsets = 2 * depth + TILE_COLUMNS;
     char *work = reproml_scratch((size_t)(rows + columns + wide + area + offsets) * 8 + (size_t)packed * 4);
     if (!work) return -1;
     x.norm_a = (double *)work, x.norm_b = x.norm_a + rows;
     x.wide_a = x.norm_b + columns, x.sums = area ? x.wide_a + wide : NULL;
-    x.a_offset = (integer *)(x.wide_a + wide + area);
-    x.b_offset = x.a_offset + TILE_ROWS, x.panel_offset = x.b_offset + depth + TILE_COLUMNS;
+    x.b_offset = (integer *)(x.wide_a + wide + area);
+    x.panel_offset = x.b_offset + depth + TILE_COLUMNS;
     x.panel_b = (float *)(x.panel_offset + depth);
     memset(work, 0, (size_t)(rows + columns) * sizeof(double));
-    for (integer i = 0; i < x.rows; i++) x.a_offset[i] = i * a_row;
     integer lines = x.along ? x.columns : depth, line = x.along ? b_column : b_row;
     for (integer p = 0; p < lines; p++) x.b_offset[p] = p * line;
     for (integer p = 0; p < depth; p++) x.panel_offset[p] = p * TILE_COLUMNS;
