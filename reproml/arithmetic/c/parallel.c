@@ -8,13 +8,14 @@
 extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
 extern int omp_get_thread_num(void) __attribute__((weak));
 extern int omp_get_num_threads(void) __attribute__((weak));
+extern int omp_get_max_threads(void) __attribute__((weak));
 
-static int threads = 1;
+/* What torch.set_num_threads has set; in a forked worker of a DataLoader 1, as it must be. */
+int reproml_threads(void) {
+    return GOMP_parallel && omp_get_thread_num && omp_get_num_threads && omp_get_max_threads ? omp_get_max_threads() : 1;
+}
 
-/* How many threads the next loops may use: torch.get_num_threads(). */
-void reproml_set_threads(int count) { threads = count; }
-
-int reproml_threads(void) { return GOMP_parallel ? threads : 1; }
+void reproml_set_threads(int count) { (void)count; }
 
 typedef struct {
     void (*work)(integer, void *);
@@ -30,8 +31,8 @@ static void part(void *argument) {
 }
 
 void reproml_parallel(void (*work)(integer, void *), void *data, integer tasks) {
-    integer count = tasks < threads ? tasks : threads;
-    if (count < 2 || !GOMP_parallel || !omp_get_thread_num || !omp_get_num_threads) {
+    integer threads = reproml_threads(), count = tasks < threads ? tasks : threads;
+    if (count < 2) {
         for (integer task = 0; task < tasks; task++) work(task, data);
         return;
     }
