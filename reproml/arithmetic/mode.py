@@ -47,9 +47,7 @@ class ExactMode(TorchDispatchMode):
         for t in types:
             if t.__torch_dispatch__ is not Tensor.__torch_dispatch__:
                 return NotImplemented  # a subclass of its own: it unwraps, and what is inside comes here
-        handler = self._handlers.get(func)
-        if handler is None:
-            handler = self._handlers[func] = self._find(func)
+        handler = self._handlers.get(func) or self._find(func)
         try:
             return handler(*args, **kwargs) if kwargs else handler(*args)
         except NotExactError as error:
@@ -61,6 +59,10 @@ class ExactMode(TorchDispatchMode):
             raise refusal(func, args, str(error)) from None
 
     def _find(self, func: Any) -> Handler:
+        handler = self._handlers[func] = self._handler(func)
+        return handler
+
+    def _handler(self, func: Any) -> Handler:
         name = func._schema.name
         if not name.startswith("aten::"):
             return func if name.startswith(("profiler::", "prim::")) else _guarded(func)
@@ -135,12 +137,21 @@ def _strided(func: Handler) -> Handler:
     """Of complex and sparse tensors even a copy may compute: refused."""
 
     def strided(*args: Any, **kwargs: Any) -> Any:
-        for x in _tensors(args):
-            if x.layout is not torch.strided or x.is_complex():
-                raise NotExactError(f"it is not defined for {x.dtype} of layout {x.layout}")
+        for x in args:  # every operator passes here: no generator for what is not a list
+            if isinstance(x, Tensor):
+                if x.layout is not torch.strided or x.is_complex():
+                    raise _undefined(x)
+            elif isinstance(x, (list, tuple)):
+                for y in _tensors(x):
+                    if y.layout is not torch.strided or y.is_complex():
+                        raise _undefined(y)
         return func(*args, **kwargs)
 
     return strided
+
+
+def _undefined(x: Tensor) -> NotExactError:
+    return NotExactError(f"it is not defined for {x.dtype} of layout {x.layout}")
 
 
 def _for_float32(name: str, func: Any, outputs: Sequence[str] = ()) -> Handler:
@@ -152,9 +163,10 @@ def _for_float32(name: str, func: Any, outputs: Sequence[str] = ()) -> Handler:
     in_place = tuple(outputs) == ("self",)
 
     def exact(*args: Any, **kwargs: Any) -> Any:
-        given = list(_tensors([*args, *kwargs.values()]))
-        if given and not _is_exact(name, given, [*args, *kwargs.values()]):
-            return func(*args, **kwargs)
+        if kwargs or not _plainly_float32(args):
+            given = list(_tensors([*args, *kwargs.values()]))
+            if given and not _is_exact(name, given, [*args, *kwargs.values()]):
+                return func(*args, **kwargs)
         if in_place:
             return _fill(args[0], definition(*args, **kwargs))
         filled = [kwargs.pop(output) for output in outputs]
@@ -166,6 +178,25 @@ def _for_float32(name: str, func: Any, outputs: Sequence[str] = ()) -> Handler:
         return filled[0] if len(filled) == 1 else tuple(filled)
 
     return exact
+
+
+def _plainly_float32(args: Any) -> bool:
+    """Whether the first operand is float32 and all others are float32 or no floats: the usual case."""
+    first = True
+    for x in args:
+        if isinstance(x, Tensor):
+            if x.dtype is not torch.float32 and (first or x.dtype is not torch.int64):
+                return False
+            if x.layout is not torch.strided:
+                return False
+        elif first or isinstance(x, (complex, tuple)) or (type(x) is list and _holds_tensors(x)):
+            return False
+        first = False
+    return not first
+
+
+def _holds_tensors(x: list[Any]) -> bool:
+    return any(isinstance(y, Tensor) or y is None for y in x)
 
 
 def _is_exact(name: str, given: list[Tensor], args: list[Any]) -> bool:

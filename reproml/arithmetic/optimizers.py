@@ -13,29 +13,35 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import lru_cache
-from typing import Any, Callable, Optional
+from functools import lru_cache, partial
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from reproml.arithmetic import NotExactError, kernels
 from reproml.arithmetic.activations import single
 from reproml.arithmetic.ball import elementwise
 
-_STEP_BITS, _GUARD_BITS = 160, 256
+_STEP_BITS, _POWER_BITS = 160, 256
 
 
 @lru_cache(maxsize=64)
 def bias_correction(beta: float, step: int) -> Fraction:
-    """1 - beta^step, to 160 bits (the exact power would have 53 * step bits)."""
-    import mpmath
+    """1 - beta^step, to 160 bits (the exact power would have 53 * step bits).
 
-    with mpmath.workprec(_STEP_BITS + 64):
-        return Fraction(
-            int(mpmath.nint((1 - mpmath.power(beta, step)) * 2**_STEP_BITS)), 2**_STEP_BITS
-        )
+    By squaring, in integers of 256 bits: each of the 2 log2(step) products is cut off by less than
+    2^-256, which the powers that follow multiply by less than `step`.
+    """
+    one = 1 << _POWER_BITS
+    power, square, left = one, int(Fraction(beta) * one), step
+    while left:
+        if left & 1:
+            power = power * square >> _POWER_BITS
+        square = square * square >> _POWER_BITS
+        left >>= 1
+    cut = _POWER_BITS - _STEP_BITS
+    return Fraction((one - power + (1 << cut - 1)) >> cut, 1 << _STEP_BITS)
 
 
 def adam(
@@ -62,33 +68,64 @@ def adam(
     param' = param (1 - lr weight_decay, if decoupled)
              - lr / (1 - beta1^t) * m' / (sqrt(v' / (1 - beta2^t)) + eps),   rounded once.
     """
-    rate, decay, epsilon = single(lr), single(weight_decay), single(eps)
-    beta1, beta2 = float(beta1), float(beta2)
-    b1, rest1, b2, rest2 = single(beta1), single(1 - beta1), single(beta2), single(1 - beta2)
-    keep = 1 - rate * decay if decoupled_weight_decay else Fraction(1)
+    lr, beta1, beta2 = float(lr), float(beta1), float(beta2)
     sign = -1 if maximize else 1
-    direction = _direction(Fraction(0) if decoupled_weight_decay else decay, sign)
-
-    def step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, *v_max: Tensor) -> None:
-        m.copy_(elementwise(lambda k, p, g, m: b1 * m + rest1 * direction(p, g), p, g, m))
-        v.copy_(elementwise(lambda k, p, g, v: b2 * v + rest2 * square(direction(p, g)), p, g, v))
-        if v_max:
-            v = torch.maximum(v_max[0], v, out=v_max[0])
-        p.copy_(elementwise(moved, p, m, v))
-
-    def moved(k: Any, p: Any, m: Any, v: Any) -> Any:
-        return keep * p - rate1 * (m / (k.sqrt(v / correction2) + epsilon))
-
+    penalty = 0.0 if decoupled_weight_decay else weight_decay
+    held = weight_decay if decoupled_weight_decay else 0.0
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
         _check(p, g, m, v)
-        rate1 = rate / bias_correction(beta1, steps[i])
-        correction2 = bias_correction(beta2, steps[i])
+        numbers = _adam_numbers(lr, beta1, beta2, penalty, held, eps, steps[i])
         if amsgrad:
-            step(p, g, m, v, max_exp_avg_sqs[i])
+            _adam_step(numbers, sign, p, g, m, v, max_exp_avg_sqs[i])
         else:
-            penalty = 0 if decoupled_weight_decay else decay
-            numbers = (penalty, keep, b1, rest1, b2, rest2, rate1, correction2, epsilon)
-            _with_kernel("reproml_adam", step, [p, g, m, v], [sign, *numbers])
+            step = partial(_adam_step, numbers, sign)
+            _with_kernel("reproml_adam", step, [p, g, m, v], [sign, *numbers.floats])
+
+
+class _AdamNumbers(NamedTuple):
+    decay: Fraction
+    keep: Fraction
+    b1: Fraction
+    rest1: Fraction
+    b2: Fraction
+    rest2: Fraction
+    rate: Fraction
+    correction2: Fraction
+    epsilon: Fraction
+    floats: Sequence[float]  # all of these
+
+
+@lru_cache(maxsize=64)  # the same for every parameter of a step
+def _adam_numbers(
+    lr: float, beta1: float, beta2: float, penalty: float, held: float, eps: float, step: int
+) -> _AdamNumbers:
+    numbers = (
+        single(penalty),
+        1 - single(lr) * single(held),
+        single(beta1),
+        single(1 - beta1),
+        single(beta2),
+        single(1 - beta2),
+        single(lr) / bias_correction(beta1, step),
+        bias_correction(beta2, step),
+        single(eps),
+    )
+    return _AdamNumbers(*numbers, [float(x) for x in numbers])
+
+
+def _adam_step(
+    n: _AdamNumbers, sign: int, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *v_max: Tensor
+) -> None:
+    direction = _direction(n.decay, sign)
+
+    def moved(k: Any, p: Any, m: Any, v: Any) -> Any:
+        return n.keep * p - n.rate * (m / (k.sqrt(v / n.correction2) + n.epsilon))
+
+    m.copy_(elementwise(lambda k, p, g, m: n.b1 * m + n.rest1 * direction(p, g), p, g, m))
+    v.copy_(elementwise(lambda k, p, g, v: n.b2 * v + n.rest2 * square(direction(p, g)), p, g, v))
+    if v_max:
+        v = torch.maximum(v_max[0], v, out=v_max[0])
+    p.copy_(elementwise(moved, p, m, v))
 
 
 def sgd(
@@ -276,6 +313,8 @@ def _with_kernel(
     tensors = [x for x in state if x is not None]
     if not kernels.usable(*tensors):
         return step(*tensors)
+    if tensors[0].numel() > kernels.WORTH_THREADS:
+        kernels.use_threads()
     failed = torch.empty(tensors[0].numel(), dtype=torch.int64, device="cpu")
     pointers = [None if x is None else x.data_ptr() for x in state]
     scalars = [x if isinstance(x, (bool, int)) else float(x) for x in numbers]
@@ -291,6 +330,11 @@ def _with_kernel(
 
 def _check(*tensors: Tensor) -> None:
     for x in tensors:
+        if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            raise NotExactError(
+                f"The optimizer's step is defined for plain tensors, not for {type(x).__name__}; "
+                "take the step out of reproml.exact()."
+            )
         if x.dtype is not torch.float32 or x.is_sparse:
             kind = "a sparse gradient" if x.is_sparse else f"{x.dtype}"
             raise NotExactError(
@@ -413,7 +457,9 @@ def _instead(
         _refuse_unless(scaled == (None, None), "a gradient scaler")
         options.pop("differentiable", None)
         _refuse_unless(not torch.is_grad_enabled(), "differentiable=True")
-        with _disable_current_modes():
+        with (
+            torch._C._DisableTorchDispatch()
+        ):  # cheaper than taking the mode off and putting it back
             return step(*lists, **options)
 
     return either
