@@ -26,6 +26,7 @@ from unittest.mock import patch
 import msgspec
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -158,9 +159,9 @@ def measure() -> dict[str, Any]:
 def show(results: dict[str, Any]) -> None:
     """Print the tables."""
     names = "steps;native s;exact s;exact / native;train native s;train exact s;native MB;exact MB"
-    table = Table(
-        "", title=f"training steps, and `train` as a command: medians of {REPEATS} or less"
-    )
+    title = f"training steps, and `train` as a command: medians of {REPEATS} or less"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))  # not wider than a terminal
+    table.add_column(no_wrap=True)
     for column in names.split(";"):
         table.add_column(column, justify="right")
     for name, pairs in results["steps"].items():
@@ -171,7 +172,7 @@ def show(results: dict[str, Any]) -> None:
         cells += [f"{median(memory for _, memory in values):.0f}" for values in whole]
         table.add_row(name, *cells)
     Console().print(table)
-    table = Table("mnist-mlp, but", "exact / native", title="as one size grows")
+    table = Table("of mnist-mlp", "exact / native", title="as one size grows", box=box.SIMPLE)
     for size, points in results["curves"].items():
         row = [f"{value}: {ratio(pairs):.2f}" for value, pairs in points.items()]
         table.add_row(size, "   ".join(row))
