@@ -112,10 +112,7 @@ def _evaluate(
         out = torch.empty_like(operands[plan.like])
     failed = _failed(plan.results)
     pointers = plan.pointers(*[x.data_ptr() for x in operands], out.data_ptr())
-    tasks = 1
-    if plan.work > _TASK:
-        tasks = torch.get_num_threads()
-        library.reproml_set_threads(tasks)
+    tasks = torch.get_num_threads() if plan.work > _TASK else 1
     count = library.reproml_tape(
         plan.program.address,
         plan.dims,

@@ -186,8 +186,6 @@ def _compiled_sum(
     out = torch.empty(kept, dtype=torch.float32, device="cpu")
     strides = x.stride()
     axes = (ctypes.c_int64 * (3 * rank))(*shape, *strides, *(strides if y is None else y.stride()))
-    if x.numel() > kernels.WORTH_THREADS:
-        kernels.use_threads()
     factor = None if y is None else y.data_ptr()
     left = kernels.library.reproml_sum(
         x.data_ptr(), factor, axes, rank, reduced, divisor, out.data_ptr()

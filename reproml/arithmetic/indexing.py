@@ -50,8 +50,6 @@ def _scatter(
     start = None if start is None else start.contiguous()
     width = values.numel() // index.numel()
     out = torch.empty(planes, rows, width, dtype=torch.float32, device="cpu")
-    if values.numel() > kernels.WORTH_THREADS:
-        kernels.use_threads()
     left = kernels.library.reproml_scatter(
         planes,
         index.numel() // planes,

@@ -19,7 +19,6 @@ _VERSION = 3  # REPROML_VERSION of c/parallel.c, raised with any change there
 
 # name -> (result, arguments), as in c/*.c
 _SIGNATURES = {
-    "reproml_set_threads": (None, [_INT]),
     "reproml_limit_vectors": (None, [_INT]),
     "reproml_product": (
         _LONG,
@@ -43,7 +42,7 @@ _SIGNATURES = {
     "reproml_convolution": (_LONG, [_POINTER] * 6 + [_LONG]),
     "reproml_transposed": (_LONG, [_POINTER] * 6 + [_LONG]),
     "reproml_weight_gradient": (_LONG, [_POINTER] * 5 + [_LONG]),
-    "reproml_adam": (_LONG, [_LONG] + [_POINTER] * 4 + [_DOUBLE] * 10 + [_POINTER]),
+    "reproml_adam": (_LONG, [_LONG, _POINTER, _POINTER] + [_DOUBLE] * 10 + [_POINTER]),
     "reproml_sgd": (_LONG, [_LONG] + [_POINTER] * 3 + [_INT] * 2 + [_DOUBLE] * 5 + [_POINTER]),
 }
 
@@ -86,16 +85,10 @@ def unsettled(kernel: Any, *arguments: Any) -> Optional[Tensor]:
 NONE = torch.empty(0, dtype=torch.int64)
 _Failed = ctypes.c_int64 * _ROOM
 
-WORTH_THREADS = 20000  # elements
-
-
-def use_threads() -> None:
-    """Let the kernels have as many threads as PyTorch."""
-    library.reproml_set_threads(torch.get_num_threads())
-
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels can take these tensors: on the CPU, dense and contiguous."""
-    return library is not None and all(
-        x.device.type == "cpu" and x.is_contiguous() for x in tensors
-    )
+    for x in tensors:
+        if not (x.is_cpu and x.is_contiguous()):
+            return False
+    return library is not None

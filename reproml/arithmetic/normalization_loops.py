@@ -79,8 +79,6 @@ _Layout = ctypes.c_int64 * len(Layout._fields)
 
 
 def _call(kernel: Any, layout: Layout, x: Tensor, *arguments: Any) -> Optional[Tensor]:
-    if x.numel() > kernels.WORTH_THREADS:
-        kernels.use_threads()
     return kernels.unsettled(kernel, _Layout(*layout), x.data_ptr(), *arguments)
 
 

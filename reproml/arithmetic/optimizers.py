@@ -10,11 +10,14 @@ of Adam's bias takes the betas as given.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache, partial
-from typing import Any, Callable, NamedTuple, Optional
+from functools import cached_property, lru_cache, partial
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
@@ -72,45 +75,86 @@ def adam(
     sign = -1 if maximize else 1
     penalty = 0.0 if decoupled_weight_decay else weight_decay
     held = weight_decay if decoupled_weight_decay else 0.0
-    for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
-        _check(p, g, m, v)
-        numbers = _adam_numbers(lr, beta1, beta2, penalty, held, eps, steps[i])
+    _check(*params, *grads, *exp_avgs, *exp_avg_sqs)
+    together: dict[int, list[tuple[Tensor, ...]]] = {}  # by step; it is the same for almost all
+    for i, state in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+        numbers, _ = _adam_numbers(lr, beta1, beta2, penalty, held, eps, steps[i])
         if amsgrad:
-            _adam_step(numbers, sign, p, g, m, v, max_exp_avg_sqs[i])
+            _adam_step(numbers, sign, *state, max_exp_avg_sqs[i])
+        elif kernels.usable(*state):
+            together.setdefault(steps[i], []).append(state)
         else:
-            step = partial(_adam_step, numbers, sign)
-            _with_kernel("reproml_adam", step, [p, g, m, v], [sign, *numbers.floats])
+            _adam_step(numbers, sign, *state)
+    for step, states in together.items():
+        _adam_kernel(*_adam_numbers(lr, beta1, beta2, penalty, held, eps, step), sign, states)
 
 
-class _AdamNumbers(NamedTuple):
+def _adam_kernel(
+    n: _AdamNumbers, floats: list[float], sign: int, states: list[tuple[Tensor, ...]]
+) -> None:
+    """The step of all parameters in one compiled loop, and what it leaves by definition."""
+    sizes = [p.numel() for p, *_ in states]
+    failed = torch.empty(sum(sizes), dtype=torch.int64, device="cpu")
+    pointers = [x.data_ptr() for state in states for x in state]
+    count = kernels.library.reproml_adam(
+        len(states),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        (ctypes.c_void_p * len(pointers))(*pointers),
+        sign,
+        *floats,
+        failed.data_ptr(),
+    )
+    if count < 0:  # no memory
+        for state in states:
+            _adam_step(n, sign, *state)
+    at = failed[: max(count, 0)]
+    for i, state in enumerate(states) if count > 0 else ():
+        own = at[at >> 40 == i] & (1 << 40) - 1
+        if len(own):
+            _settle(partial(_adam_step, n, sign), state, own)
+
+
+@dataclass(frozen=True)
+class _AdamNumbers:
+    correction1: Fraction
+    correction2: Fraction
     decay: Fraction
     keep: Fraction
     b1: Fraction
     rest1: Fraction
     b2: Fraction
     rest2: Fraction
-    rate: Fraction
-    correction2: Fraction
     epsilon: Fraction
-    floats: Sequence[float]  # all of these
+    lr: Fraction
+
+    @cached_property
+    def rate(self) -> Fraction:
+        return self.lr / self.correction1
+
+
+@lru_cache(maxsize=64)
+def _fixed_numbers(
+    lr: float, beta1: float, beta2: float, penalty: float, held: float, eps: float
+) -> tuple[list[Fraction], list[float]]:
+    """The numbers of Adam's step that are the same at each, and those of them that its loop takes first."""
+    keep = 1 - single(lr) * single(held)
+    rests = single(1 - beta1), single(1 - beta2)
+    numbers = [single(penalty), keep, single(beta1), rests[0], single(beta2), rests[1]]
+    return [*numbers, single(eps), single(lr)], [float(x) for x in numbers]
 
 
 @lru_cache(maxsize=64)  # the same for every parameter of a step
 def _adam_numbers(
     lr: float, beta1: float, beta2: float, penalty: float, held: float, eps: float, step: int
-) -> _AdamNumbers:
-    numbers = (
-        single(penalty),
-        1 - single(lr) * single(held),
-        single(beta1),
-        single(1 - beta1),
-        single(beta2),
-        single(1 - beta2),
-        single(lr) / bias_correction(beta1, step),
-        bias_correction(beta2, step),
-        single(eps),
-    )
-    return _AdamNumbers(*numbers, [float(x) for x in numbers])
+) -> tuple[_AdamNumbers, list[float]]:
+    """The numbers of this step, and what the compiled loop takes.
+
+    Its rate and scale, 1 / sqrt(correction2), have up to three roundings of binary64, which its bound has.
+    """
+    fixed, floats = _fixed_numbers(lr, beta1, beta2, penalty, held, eps)
+    first, second = bias_correction(beta1, step), bias_correction(beta2, step)
+    rate, scale = float(fixed[-1]) / float(first), 1 / math.sqrt(second)
+    return _AdamNumbers(first, second, *fixed), [*floats, rate, scale, float(fixed[-2])]
 
 
 def _adam_step(
@@ -313,23 +357,31 @@ def _with_kernel(
     tensors = [x for x in state if x is not None]
     if not kernels.usable(*tensors):
         return step(*tensors)
-    if tensors[0].numel() > kernels.WORTH_THREADS:
-        kernels.use_threads()
     failed = torch.empty(tensors[0].numel(), dtype=torch.int64, device="cpu")
     pointers = [None if x is None else x.data_ptr() for x in state]
     scalars = [x if isinstance(x, (bool, int)) else float(x) for x in numbers]
     kernel = getattr(kernels.library, name)
-    left = failed[: kernel(tensors[0].numel(), *pointers, *scalars, failed.data_ptr())]
-    if len(left):
-        few = [x.view(-1)[left] for x in tensors]
-        step(*few)
-        for x, y in zip(tensors, few):
-            x.view(-1)[left] = y
+    count = kernel(tensors[0].numel(), *pointers, *scalars, failed.data_ptr())
+    if count:
+        _settle(step, tensors, failed[:count])
     return None
+
+
+def _settle(step: Callable[..., None], state: Sequence[Tensor], at: Tensor) -> None:
+    """The step of the elements `at`."""
+    few = [x.view(-1)[at] for x in state]
+    step(*few)
+    for x, y in zip(state, few):
+        x.view(-1)[at] = y
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _check(*tensors: Tensor) -> None:
     for x in tensors:
+        if x.dtype is torch.float32 and x.layout is torch.strided and type(x) in _PLAIN:
+            continue
         if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             raise NotExactError(
                 f"The optimizer's step is defined for plain tensors, not for {type(x).__name__}; "

@@ -4,6 +4,7 @@
   the transformer's fast path): off, so that the layers arrive as the operators they are made of.
 - `math` in PyTorch's schedulers and initialisers: the C library's cos, erf, ... differ between systems;
   `ExactMath` rounds them correctly.
+- Marks for a profiler (`record_function`, six operators of an optimizer's step): left out while none runs.
 - `trunc_normal_`, whose algorithm changed between versions of PyTorch: one of them (randomness.py).
 - The optimizers' steps (see optimizers.py).
 
@@ -19,6 +20,7 @@ from typing import Any, Callable
 import torch
 import torch.nn.init
 import torch.optim.lr_scheduler
+from torch.autograd.profiler import record_function
 
 from reproml.arithmetic import optimizers, randomness
 from reproml.arithmetic.exact_math import ExactMath
@@ -46,6 +48,20 @@ def _trunc_normal(*args: Any, **kwargs: Any) -> Any:
     return randomness.trunc_normal_(*args, **kwargs)
 
 
+_plain_enter, _plain_exit = record_function.__enter__, record_function.__exit__
+
+
+def _enter_mark(self: Any) -> Any:
+    if active.depth and not torch._C._autograd._profiler_enabled():
+        return self
+    return _plain_enter(self)
+
+
+def _exit_mark(self: Any, *exc: Any) -> None:
+    if self.record is not None:  # what was not entered is not left
+        _plain_exit(self, *exc)
+
+
 class _Active(threading.local):
     """How many `exact()` this thread is in, and its mode."""
 
@@ -57,6 +73,11 @@ active = _Active()
 _lock = threading.Lock()
 _users = 0
 _before: list[bool] = []
+
+
+def _set(owner: Any, **attributes: Any) -> None:
+    for name, value in attributes.items():
+        setattr(owner, name, value)
 
 
 def take_over() -> None:
@@ -72,6 +93,7 @@ def take_over() -> None:
         for module in _USERS_OF_MATH:
             module.math = _exact_math
         torch.nn.init._no_grad_trunc_normal_ = _trunc_normal
+        _set(record_function, __enter__=_enter_mark, __exit__=_exit_mark)
         optimizers.take_over(lambda: active.depth > 0)
 
 
@@ -87,4 +109,5 @@ def give_back() -> None:
         for module in _USERS_OF_MATH:
             module.math = math
         torch.nn.init._no_grad_trunc_normal_ = _plain_trunc_normal
+        _set(record_function, __enter__=_plain_enter, __exit__=_plain_exit)
         optimizers.give_back()

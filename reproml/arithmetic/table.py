@@ -31,10 +31,15 @@ from reproml.arithmetic.dot import matmul, sum_over
 aten = torch.ops.aten
 
 # fmt: off
-MOVES = frozenset("""
-alias as_strided cat chunk clone constant_pad_nd contiguous detach diagonal diagonal_copy expand flatten
-flip lift lift_fresh narrow permute pixel_shuffle pixel_unshuffle repeat reshape resize_ roll select slice
-split split_with_sizes squeeze stack t transpose tril triu unbind unfold unsafe_split unsqueeze view
+# The most frequent operators of all, which only look at the same memory in another way.
+VIEWS = frozenset("""
+alias detach expand permute select slice squeeze t transpose unsqueeze view
+""".split())
+
+MOVES = VIEWS | frozenset("""
+as_strided cat chunk clone constant_pad_nd contiguous diagonal diagonal_copy flatten flip lift lift_fresh
+narrow pixel_shuffle pixel_unshuffle repeat reshape resize_ roll split split_with_sizes stack tril triu
+unbind unfold unsafe_split
 _reshape_alias _unsafe_view select_backward slice_backward reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d _pack_padded_sequence
 empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like

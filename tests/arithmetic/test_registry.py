@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # What the engine made of an operator, by the function it returned.
 KINDS = {
+    "_view": "moved or cast",
     "_strided": "moved or cast",
     "_for_float32": "exact",
     "ExactMode._for_each": "each of a list",

@@ -187,7 +187,6 @@ def test_threads(threads, monkeypatch):
             agree(rowwise, lambda k, x, y: k.sum(x + y), -1, x, y)
     finally:
         torch.set_num_threads(before)
-        kernels.library.reproml_set_threads(1)
 
 
 def test_what_fails_goes_to_the_definition():

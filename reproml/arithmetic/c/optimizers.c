@@ -22,37 +22,44 @@ static inline int32_t settle(double c, double e, float *value) {
     return (low != high) | ((high == 0) & (fabs(c) <= e) & (e > 2 * TINY));
 }
 
+/* at: in the low 40 bits the first element, above them what comes back with a failure. */
 static void write_back(integer at, int n, const rounded *r, float *const *state, int states, int32_t unsure,
                        failures *failed) {
+    integer first = at & (((integer)1 << 40) - 1);
     for (int s = 0; s < states; s++) {
         if (!unsure)
-            memcpy(state[s] + at, r->value[s], (size_t)n * sizeof(float));
+            memcpy(state[s] + first, r->value[s], (size_t)n * sizeof(float));
         else
             for (int i = 0; i < n; i++)
-                if (!r->unsure[i]) state[s][at + i] = r->value[s][i];
+                if (!r->unsure[i]) state[s][first + i] = r->value[s][i];
     }
     for (int i = 0; unsure && i < n; i++)
         if (r->unsure[i]) reproml_fail(failed, at + i);
 }
 
 /* Adam's step (optimizers.adam has the definition), without amsgrad. sign: -1 to maximize; decay: weight
-   decay as a penalty; keep: 1 - lr * weight decay when decoupled.
+   decay as a penalty; keep: 1 - lr * weight decay when decoupled; scale: 1 / sqrt(1 - beta2^t).
    Error bounds, in units of U and of the absolute values of the terms, with room for second-order
-   terms and the test's own roundings: d one rounding of two terms, m' two, v' four, the quotient
-   ten, p' three. */
+   terms and the test's own roundings: d one rounding of two terms, m' two, v' four, p' three; of the quotient
+   the scale has three, the root, the product, the sum, the division, the rate and its product one each. */
 typedef struct {
-    integer n;
     float *p, *m, *v;
     const float *g;
-    double sign, decay, keep, b1, rest1, b2, rest2, rate, correction2, eps;
-    failures failed;
+    integer n, first; /* the parameter's elements, and its first task */
+} parameter;
+
+typedef struct {
+    integer count;
+    parameter *of;
+    double sign, decay, keep, b1, rest1, b2, rest2, rate, scale, eps;
+    failures failed; /* parameter * 2^40 + element */
 } adam;
 
 VECTORISED
-static int32_t adam_block(const adam *x, integer at, int n, rounded *restrict r) {
-    const float *restrict p = x->p + at, *restrict g = x->g + at, *restrict m = x->m + at, *restrict v = x->v + at;
+static int32_t adam_block(const adam *x, const parameter *of, integer at, int n, rounded *restrict r) {
+    const float *restrict p = of->p + at, *restrict g = of->g + at, *restrict m = of->m + at, *restrict v = of->v + at;
     const double decay = x->decay, sign = x->sign, keep = x->keep, b1 = x->b1, rest1 = x->rest1, b2 = x->b2;
-    const double rest2 = x->rest2, rate = x->rate, correction2 = x->correction2, eps = x->eps;
+    const double rest2 = x->rest2, rate = x->rate, scale = x->scale, eps = x->eps;
     int32_t any = 0;
     for (int i = 0; i < n; i++) {
         double old_p = p[i], penalty = decay * old_p, grad = sign * g[i];
@@ -62,8 +69,8 @@ static int32_t adam_block(const adam *x, integer at, int n, rounded *restrict r)
         float new_p, new_m, new_v;
         int32_t unsure = settle(m1 + m2, 5 * U * (fabs(m1) + fabs(m2)) + 2 * fabs(rest1) * ed, &new_m);
         unsure |= settle(v1 + v2, 8 * U * (fabs(v1) + fabs(v2)) + 4 * fabs(rest2) * size * ed, &new_v);
-        double held = keep * old_p;
-        double moved = rate * ((double)new_m / (sqrt((double)new_v / correction2) + eps));
+        double held = keep * old_p, below = sqrt((double)new_v) * scale + eps;
+        double moved = rate * (new_m / below);
         unsure |= settle(held - moved, 6 * U * fabs(held) + 20 * U * fabs(moved), &new_p);
         r->value[0][i] = new_p, r->value[1][i] = new_m, r->value[2][i] = new_v;
         r->unsure[i] = unsure;
@@ -74,19 +81,32 @@ static int32_t adam_block(const adam *x, integer at, int n, rounded *restrict r)
 
 static void adam_task(integer task, void *data) {
     adam *x = data;
-    float *const state[3] = {x->p, x->m, x->v};
+    integer i = x->count - 1;
+    while (x->of[i].first > task) i--;
+    const parameter *of = x->of + i;
+    float *const state[3] = {of->p, of->m, of->v};
     rounded r;
-    for (integer at = task * TASK; at < (task + 1) * TASK && at < x->n; at += BLOCK) {
-        int n = (int)(x->n - at < BLOCK ? x->n - at : BLOCK);
-        write_back(at, n, &r, state, 3, adam_block(x, at, n, &r), &x->failed);
+    for (integer at = (task - of->first) * TASK; at < (task - of->first + 1) * TASK && at < of->n; at += BLOCK) {
+        int n = (int)(of->n - at < BLOCK ? of->n - at : BLOCK);
+        write_back((i << 40) + at, n, &r, state, 3, adam_block(x, of, at, n, &r), &x->failed);
     }
 }
 
-integer reproml_adam(integer n, float *p, const float *g, float *m, float *v, double sign, double decay,
-                     double keep, double b1, double rest1, double b2, double rest2, double rate,
-                     double correction2, double eps, integer *failed) {
-    adam x = {n, p, m, v, g, sign, decay, keep, b1, rest1, b2, rest2, rate, correction2, eps, {failed, n, 0}};
-    reproml_parallel(adam_task, &x, (n + TASK - 1) / TASK);
+/* One step of `count` parameters. sizes [count]: their elements; pointers [count, 4]: parameter, gradient, both
+   averages. failed: room for all elements. Returns how many are not settled: parameter * 2^40 + element. */
+integer reproml_adam(integer count, const integer *sizes, float *const *pointers, double sign, double decay,
+                     double keep, double b1, double rest1, double b2, double rest2, double rate, double scale,
+                     double eps, integer *failed) {
+    integer tasks = 0, elements = 0;
+    parameter *of = reproml_scratch((size_t)count * sizeof(parameter));
+    if (!of) return -1;
+    for (integer i = 0; i < count; i++, pointers += 4) {
+        of[i] = (parameter){pointers[0], pointers[2], pointers[3], pointers[1], sizes[i], tasks};
+        tasks += (sizes[i] + TASK - 1) / TASK;
+        elements += sizes[i];
+    }
+    adam x = {count, of, sign, decay, keep, b1, rest1, b2, rest2, rate, scale, eps, {failed, elements, 0}};
+    if (tasks) reproml_parallel(adam_task, &x, tasks);
     return x.failed.count;
 }
 

@@ -15,8 +15,6 @@ int reproml_threads(void) {
     return GOMP_parallel && omp_get_thread_num && omp_get_num_threads && omp_get_max_threads ? omp_get_max_threads() : 1;
 }
 
-void reproml_set_threads(int count) { (void)count; }
-
 typedef struct {
     void (*work)(integer, void *);
     void *data;

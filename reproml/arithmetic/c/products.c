@@ -130,11 +130,15 @@ static void settle(const product *x, integer batch, integer i, integer j) {
 static void sum_tile(const product *x, integer batch, integer row_panel, integer panel, int m, int n, double *sums) {
     integer i = row_panel * x->rows, j = panel * x->columns;
     if (x->along) {
-        double parts[ALONG_SUMS];
-        x->tiles->along[m][n](x->depth, x->a + batch * x->a_batch + i * x->a_row + x->first, x->a_row,
-                              x->b + batch * x->b_batch + j * x->b_column + x->first, x->b_offset, parts);
-        for (int r = 0; r < m; r++)
-            fold(parts + r * n * x->tiles->lanes, n, x->tiles->lanes, sums + r * TILE_COLUMNS);
+        const float *a = x->a + batch * x->a_batch + i * x->a_row + x->first;
+        const float *b = x->b + batch * x->b_batch + j * x->b_column + x->first;
+        for (int c = 0; c < n; c += x->tiles->along_columns, b += x->tiles->along_columns * x->b_column) {
+            int width = least(n - c, x->tiles->along_columns);
+            double parts[ALONG_SUMS];
+            x->tiles->along[m][width](x->depth, a, x->a_row, b, x->b_offset, parts);
+            for (int r = 0; r < m; r++)
+                fold(parts + r * width * x->tiles->lanes, width, x->tiles->lanes, sums + r * TILE_COLUMNS + c);
+        }
         return;
     }
     const double *a = x->wide_a + (batch * x->row_panels * x->rows + i) * x->depth;
@@ -218,7 +222,7 @@ static void plan(product *x) {
     const tiling *t = x->tiles = reproml_tiling();
     x->along = x->a_column == 1 && x->b_row == 1 && x->b_column != 1 && x->k >= SHORT;
     x->rows = x->along ? t->along_rows : t->rows;
-    x->columns = x->along ? t->along_columns : t->columns;
+    x->columns = x->along ? TILE_COLUMNS : t->columns;
     x->row_panels = panels(x->m, x->rows);
     x->column_panels = panels(x->n, x->columns);
     int direct = !x->along && x->b_column == 1 && x->k * x->b_row <= FAR;
