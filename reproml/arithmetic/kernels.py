@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 import os
 from typing import Any, Optional
 
@@ -48,19 +49,27 @@ _SIGNATURES = {
 
 
 def _load() -> Any:
-    spec = importlib.util.find_spec("reproml.arithmetic._kernels")
-    if spec is None or spec.origin is None or os.environ.get("REPROML_KERNELS") == "off":
+    if os.environ.get("REPROML_KERNELS") == "off":
         return None
+    spec = importlib.util.find_spec("reproml.arithmetic._kernels")
+    if spec is None or spec.origin is None:
+        return _without("were not built; install reproml again where there is a C compiler")
     try:
-        library = ctypes.CDLL(spec.origin)
-        if library.reproml_version() != _VERSION:
-            return None  # built from older sources
+        loaded = ctypes.CDLL(spec.origin)
+        if loaded.reproml_version() != _VERSION:
+            return _without("are of another version; install reproml again")
         for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
+            function = getattr(loaded, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError):  # built for another machine, or not by us
-        return None
-    return library
+        return _without("cannot be loaded here; install reproml again")
+    return loaded
+
+
+def _without(why: str) -> None:
+    logging.getLogger(__name__).warning(
+        "reproml: same bits, but slower: the compiled loops %s", why
+    )
 
 
 library = _load()

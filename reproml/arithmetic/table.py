@@ -40,7 +40,7 @@ MOVES = VIEWS | frozenset("""
 as_strided cat chunk clone constant_pad_nd contiguous diagonal diagonal_copy flatten flip lift lift_fresh
 narrow pixel_shuffle pixel_unshuffle repeat reshape resize_ roll split split_with_sizes stack tril triu
 unbind unfold unsafe_split
-_reshape_alias _unsafe_view select_backward slice_backward reflection_pad1d reflection_pad2d
+_reshape_alias _unsafe_view set select_backward slice_backward reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d _pack_padded_sequence
 empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like
 new_ones full full_like new_full fill zero scalar_tensor eye _local_scalar_dense item
@@ -194,7 +194,7 @@ def _check_cast(x: Tensor, dtype: torch.dtype) -> None:
 INTEGER = frozenset(
     """
 add sub rsub mul sum cumsum mm bmm mv dot addmm baddbmm addmv trace pow addcmul scatter_add index_add
-index_put index_put_
+index_put index_put_ max min amax amin maximum minimum clamp clamp_min clamp_max signbit
 """.split()
 )
 

@@ -9,7 +9,7 @@
 #define DEPTH 1024        /* terms that one pass sums, so that a panel of b stays in the second-level cache */
 #define FAR (1 << 16)     /* elements: a matrix that reaches over more is packed first */
 #define SHORT 48          /* terms: for fewer, the horizontal sums of `along` cost too much */
-#define SERIAL (1 << 17)  /* multiplications that are not worth a second thread */
+#define SERIAL (1 << 18)  /* numbers to prepare, or multiplications, that are not worth a second thread */
 
 typedef struct {
     integer batch, m, n, k;
@@ -210,8 +210,8 @@ int reproml_round_tile(const double *restrict sums, int m, int n, double g, cons
     return count;
 }
 
-static void run(void (*work)(integer, void *), product *x, integer tasks) {
-    if (x->batch * x->m * x->n * x->k > SERIAL)
+static void run(void (*work)(integer, void *), product *x, integer tasks, integer steps) {
+    if (steps > SERIAL)
         reproml_parallel(work, x, tasks);
     else
         for (integer task = 0; task < tasks; task++) work(task, x);
@@ -261,10 +261,10 @@ integer reproml_product(integer batch, integer m, integer n, integer k, const fl
     for (integer p = 0; p < depth; p++) x.panel_offset[p] = p * TILE_COLUMNS;
     for (x.first = 0; x.first < k || !k; x.first += DEPTH) {
         x.depth = k - x.first < DEPTH ? k - x.first : DEPTH;
-        run(prepare, &x, batch * (x.row_panels + x.column_panels));
+        run(prepare, &x, batch * (x.row_panels + x.column_panels), batch * (m + n) * x.depth);
         if (x.first + x.depth == k)
             for (integer i = 0; i < rows + columns; i++) x.norm_a[i] = sqrt(x.norm_a[i]);
-        run(multiply, &x, batch * x.column_panels * x.groups);
+        run(multiply, &x, batch * x.column_panels * x.groups, batch * m * n * x.depth);
         if (!k) break;
     }
     return list.count;
