@@ -59,6 +59,7 @@ def _multi_precision(formula: Formula, rationals: Sequence[Any], at: Any) -> NDA
         number = np.frompyfunc(k.number, 1, 1)
         y = formula(k, *[k.exact(number(x)) for x in rationals])
         c, e = y.c[at], np.broadcast_to(y.error, y.c.shape)[at]
+        e = np.where(e == e, e, k.infinity)  # 0 times infinity: nothing is known
         low, high = (_nearest(_from_mp(end)) for end in (c - e, c + e))
         same = (low == high) & (np.signbit(low) == np.signbit(high))
         if same.all():
@@ -100,14 +101,15 @@ def elementwise(
     formula: Formula,
     *operands: Union[Tensor, float, int],
     plain: Optional[Callable[..., Tensor]] = None,
+    direct: Optional[str] = None,
 ) -> Tensor:
     """The formula on each element of operands that broadcast together, rounded once to float32.
 
     plain: the whole definition on tensors, where the formula only stands for it as long as its result
-    passes the rounding test.
+    passes the rounding test. direct: the name of the formula's own loop in c/direct.c, if it has one.
     """
     definition = plain or partial(_in_chunks, formula)
-    result = compiled.elementwise(formula, definition, operands)
+    result = compiled.elementwise(formula, definition, operands, direct)
     return definition(*operands) if result is None else result
 
 
@@ -153,15 +155,19 @@ def _elementwise(formula: Formula, *operands: Union[Tensor, float, int]) -> Tens
 
 
 def rowwise(
-    formula: Formula, dim: int, *operands: Tensor, plain: Optional[Callable[..., Tensor]] = None
+    formula: Formula,
+    dim: int,
+    *operands: Tensor,
+    plain: Optional[Callable[..., Tensor]] = None,
+    direct: Optional[str] = None,
 ) -> Tensor:
     """The formula on each row along `dim`, of operands that broadcast, rounded once to float32.
 
     The formula gives a value for each element of the row, or one for each row (then `dim` has
-    length 1 in the result). plain: as for `elementwise`, on rows along the last axis.
+    length 1 in the result). plain, direct: as for `elementwise`, plain on rows along the last axis.
     """
     definition = plain or partial(_rowwise, formula, -1)
-    result = compiled.rowwise(formula, definition, dim, operands)
+    result = compiled.rowwise(formula, definition, dim, operands, direct)
     if result is not None:
         return result
     if plain is None:

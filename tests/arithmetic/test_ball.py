@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reproml.arithmetic import table
 from reproml.arithmetic.ball import BINARY64, elementwise, exact_values, rowwise
 from reproml.arithmetic.field import MultiPrecision
 from tests.arithmetic import oracle as o
@@ -158,3 +159,9 @@ def test_finite_extremes():
         check(elementwise(lambda k, x: x * x / x, x), [v * v / v for v in reals(x)])
         check(elementwise(lambda k, x: x * x, x), [v * v for v in reals(x)])
         check(elementwise(lambda k, x, y: x / y, x, x.flip(0)), reals(x) / reals(x.flip(0)))
+
+
+def test_an_unknown_bound_is_not_taken_for_an_infinite_value():
+    """With few bits that of exp(-x^2 / 2) is infinite, and x's, which is 0, times it NaN."""
+    x = torch.tensor([3e38, 1.7e38, 1e30])
+    assert table.EXACT["gelu_backward"](torch.ones(3), x).tolist() == [1, 1, 1]
