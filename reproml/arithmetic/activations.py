@@ -50,13 +50,17 @@ def _gelu_inner(k: Any, x: Any) -> Any:
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """x Phi(x); approximate "tanh": x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
     if approximate == "none":
-        return elementwise(_gelu, x, plain=_plain_gelu)
+        return elementwise(_gelu, x, plain=_plain_gelu, direct="gelu")
     # 1 + tanh(a) = 2 sigmoid(2 a)
     return elementwise(lambda k, x: x * k.sigmoid(2 * _gelu_inner(k, x)), x)
 
 
 def _gelu(k: Any, x: Any) -> Any:
     return x * _phi(k, x)
+
+
+def _gelu_backward(k: Any, g: Any, x: Any) -> Any:
+    return g * (_phi(k, x) + x * _density(k, x))
 
 
 def _plain_gelu(x: Tensor) -> Tensor:
@@ -70,7 +74,7 @@ def _plain_gelu(x: Tensor) -> Tensor:
 def gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
     """g times the derivative of gelu at x."""
     if approximate == "none":
-        return elementwise(lambda k, g, x: g * (_phi(k, x) + x * _density(k, x)), g, x)
+        return elementwise(_gelu_backward, g, x, direct="gelu_backward")
 
     def formula(k: Any, g: Any, x: Any) -> Any:
         s = k.sigmoid(2 * _gelu_inner(k, x))
@@ -87,7 +91,7 @@ def silu_backward(g: Tensor, x: Tensor) -> Tensor:
         s = k.sigmoid(x)
         return g * (s * (1 + x * k.sigmoid(-x)))
 
-    return elementwise(formula, g, x)
+    return elementwise(formula, g, x, direct="silu_backward")
 
 
 def _softplus(k: Any, x: Any) -> Any:
@@ -252,7 +256,7 @@ def _log_softmax_of(k: Any, x: Any) -> Any:
 def log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     if not x.numel():
         return x.clone()
-    return rowwise(_log_softmax_of, dim, x, plain=_plain_log_softmax)
+    return rowwise(_log_softmax_of, dim, x, plain=_plain_log_softmax, direct="log_softmax")
 
 
 def _plain_log_softmax(x: Tensor) -> Tensor:
@@ -263,7 +267,14 @@ def _plain_log_softmax(x: Tensor) -> Tensor:
 
 def log_softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: Any = None) -> Tensor:
     """g - exp(y) sum(g)."""
-    return rowwise(_log_softmax_backward_of, dim, g, y, plain=_plain_log_softmax_backward)
+    return rowwise(
+        _log_softmax_backward_of,
+        dim,
+        g,
+        y,
+        plain=_plain_log_softmax_backward,
+        direct="log_softmax_backward",
+    )
 
 
 def _log_softmax_backward_of(k: Any, g: Any, y: Any) -> Any:
@@ -289,7 +300,7 @@ def _softmax_of(k: Any, x: Any) -> Any:
 def softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     if not x.numel():
         return x.clone()
-    return rowwise(_softmax_of, dim, x, plain=_plain_softmax)
+    return rowwise(_softmax_of, dim, x, plain=_plain_softmax, direct="softmax")
 
 
 def _plain_softmax(x: Tensor) -> Tensor:
@@ -300,7 +311,7 @@ def safe_softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
     """softmax, with zeros for a row that is -inf throughout."""
     if not x.numel():
         return x.clone()
-    return rowwise(_softmax_of, dim, x, plain=_plain_safe_softmax)
+    return rowwise(_softmax_of, dim, x, plain=_plain_safe_softmax, direct="softmax")
 
 
 def _plain_safe_softmax(x: Tensor) -> Tensor:
@@ -309,7 +320,11 @@ def _plain_safe_softmax(x: Tensor) -> Tensor:
 
 def softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: Any = None) -> Tensor:
     """y (g - sum(g y))."""
-    return rowwise(lambda k, g, y: y * (g - k.sum(g * y)), dim, g, y)
+    return rowwise(_softmax_backward, dim, g, y, direct="softmax_backward")
+
+
+def _softmax_backward(k: Any, g: Any, y: Any) -> Any:
+    return y * (g - k.sum(g * y))
 
 
 def logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:

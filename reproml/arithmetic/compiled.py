@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 from types import FunctionType
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -46,7 +47,8 @@ def _key(x: Any) -> Any:
 class _Plan(NamedTuple):
     """A program with the layout of its operands and its result."""
 
-    program: Program
+    program: Optional[Program]
+    direct: int  # the loop of c/direct.c that takes the program's place; -1 for none
     dims: int
     sizes: Any
     strides: Any
@@ -60,24 +62,42 @@ class _Plan(NamedTuple):
 
 
 _plans: dict[Any, Optional[_Plan]] = {}
+_programs: dict[Any, Optional[Program]] = {}
 _PLANS = 2048
 _TASK = 1 << 20  # numbers times instructions that are worth a thread
 _local = threading.local()
-_FAILED = 1 << 14
+_FAILED, _KEPT = 1 << 14, 1 << 22
+
+# The formulas that have a loop of their own, as in c/direct.c; its rows have _ROOM numbers at most.
+_DIRECT = {
+    name: i
+    for i, name in enumerate(
+        """exp expm1 tanh sigmoid silu gelu tanh_backward sigmoid_backward silu_backward gelu_backward
+        softmax log_softmax softmax_backward log_softmax_backward""".split()
+    )
+}
+_ROOM, _DIRECT_STEPS = 2048, 16
 
 
 def elementwise(
-    formula: Formula, definition: Callable[..., Tensor], operands: Sequence[Any]
+    formula: Formula,
+    definition: Callable[..., Tensor],
+    operands: Sequence[Any],
+    direct: Optional[str] = None,
 ) -> Optional[Tensor]:
     """ball.elementwise by a program; None if there is none."""
-    return _evaluate(formula, definition, None, operands)
+    return _evaluate(formula, definition, None, operands, direct)
 
 
 def rowwise(
-    formula: Formula, definition: Callable[..., Tensor], dim: int, operands: Sequence[Tensor]
+    formula: Formula,
+    definition: Callable[..., Tensor],
+    dim: int,
+    operands: Sequence[Tensor],
+    direct: Optional[str] = None,
 ) -> Optional[Tensor]:
     """ball.rowwise by a program; None if there is none."""
-    return _evaluate(formula, definition, dim, operands)
+    return _evaluate(formula, definition, dim, operands, direct)
 
 
 def _evaluate(
@@ -85,12 +105,13 @@ def _evaluate(
     definition: Callable[..., Tensor],
     dim: Optional[int],
     operands: Sequence[Any],
+    direct: Optional[str] = None,
 ) -> Optional[Tensor]:
     library = kernels.library
     if library is None:
         return None
     try:
-        key = [_key(formula), dim]
+        key = [_key(formula), dim, direct]
         for x in operands:
             if not x.is_cpu:
                 return None
@@ -103,7 +124,7 @@ def _evaluate(
     except KeyError:
         if len(_plans) >= _PLANS:
             _plans.clear()
-        plan = _plans[hashed] = _planned(formula, dim, operands)
+        plan = _plans[hashed] = _planned(key[0], formula, dim, operands, direct)
     if plan is None:
         return _evaluate_converted(formula, definition, dim, operands)
     if plan.like < 0:
@@ -113,18 +134,24 @@ def _evaluate(
     failed = _failed(plan.results)
     pointers = plan.pointers(*[x.data_ptr() for x in operands], out.data_ptr())
     tasks = torch.get_num_threads() if plan.work > _TASK else 1
-    count = library.reproml_tape(
-        plan.program.address,
-        plan.dims,
-        plan.sizes,
-        plan.strides,
-        pointers,
-        failed.data_ptr(),
-        tasks,
-    )
+    layout = plan.dims, plan.sizes, plan.strides, pointers, failed.data_ptr(), tasks
+    if plan.program is None:
+        count = library.reproml_direct(plan.direct, *layout)
+        definition = partial(_again, formula, definition, dim)
+    else:
+        count = library.reproml_tape(plan.program.address, *layout)
     if count:
         _settle(plan, definition, dim, operands, out, failed[:count].clone())
     return out
+
+
+def _again(
+    formula: Formula, definition: Callable[..., Tensor], dim: Optional[int], *operands: Tensor
+) -> Tensor:
+    """What a direct loop left, by the program, which is more precise."""
+    dim = None if dim is None else -1
+    result = _evaluate(formula, definition, dim, [x.contiguous() for x in operands])
+    return definition(*operands) if result is None else result
 
 
 def _evaluate_converted(
@@ -141,13 +168,16 @@ def _evaluate_converted(
 
 
 def _failed(count: int) -> Tensor:
-    """Room for the places of what fails."""
-    if count > _FAILED:
-        return torch.empty(count, dtype=torch.int64, device="cpu")
+    """Room for the places of what fails; kept, though mostly untouched, as mapping it anew costs time."""
     try:
         failed: Tensor = _local.failed
+        if count <= failed.numel():
+            return failed
     except AttributeError:
-        failed = _local.failed = torch.empty(_FAILED, dtype=torch.int64, device="cpu")
+        pass
+    failed = torch.empty(max(count, _FAILED), dtype=torch.int64, device="cpu")
+    if count <= _KEPT:
+        _local.failed = failed
     return failed
 
 
@@ -177,7 +207,13 @@ def _settle(
     out[(*[a[row_of] for a in at], column)] = values[row_of, column]
 
 
-def _planned(formula: Formula, dim: Optional[int], operands: Sequence[Tensor]) -> Optional[_Plan]:
+def _planned(
+    key: Any,
+    formula: Formula,
+    dim: Optional[int],
+    operands: Sequence[Tensor],
+    direct: Optional[str],
+) -> Optional[_Plan]:
     if any(x.dtype not in (torch.float32, torch.float64) for x in operands):
         return None
     shape = torch.broadcast_shapes(*[x.shape for x in operands])
@@ -185,11 +221,12 @@ def _planned(formula: Formula, dim: Optional[int], operands: Sequence[Tensor]) -
     if not full.numel() or len(operands) > 60:
         return None
     row = None if dim is None else dim % len(full)
-    program = program_of(formula, [x.dtype for x in operands], row is not None)
+    program = _program(key, formula, [x.dtype for x in operands], row is not None)
     if program is None:
         return None
     result = list(full)
-    if row is not None and program.by_row:
+    by_row = row is not None and program.by_row
+    if row is not None and by_row:
         result[row] = 1
     likes = [i for i, x in enumerate(operands) if x.shape == full and x.dtype is torch.float32]
     like = likes[0] if likes and row is None else -1
@@ -197,14 +234,20 @@ def _planned(formula: Formula, dim: Optional[int], operands: Sequence[Tensor]) -
     order = sorted(range(len(full)), key=lambda d: -stride[d] if full[d] > 1 else -math.inf)
     if row is not None:
         order = [d for d in range(len(full)) if d != row] + [row]
-    of_out = [0 if d == row and program.by_row else s for d, s in enumerate(stride)]
+    of_out = [0 if d == row and by_row else s for d, s in enumerate(stride)]
     layouts = [*[x.expand(full).stride() for x in operands], of_out]
     sizes, strides = _collapsed(
         [full[d] for d in order], [[s[d] for d in order] for s in layouts], row is not None
     )
     flat = [s for operand in strides for s in operand]
+    loop = -1
+    if direct in _DIRECT and all(x.dtype is torch.float32 for x in operands):
+        dense = len(sizes) == 1 and all(s == [1] for s in strides)
+        if (dense or sizes[0] == 1) if row is None else sizes[-1] <= _ROOM:
+            loop = _DIRECT[direct]
     return _Plan(
-        program,
+        program if loop < 0 else None,
+        loop,
         len(sizes),
         (ctypes.c_int64 * len(sizes))(*sizes),
         (ctypes.c_int64 * len(flat))(*flat),
@@ -214,8 +257,22 @@ def _planned(formula: Formula, dim: Optional[int], operands: Sequence[Tensor]) -
         order,
         tuple(full),
         ctypes.c_void_p * (len(operands) + 1),
-        full.numel() * program.instructions,
+        full.numel() * (program.instructions if loop < 0 else _DIRECT_STEPS),
     )
+
+
+def _program(
+    key: Any, formula: Formula, kinds: Sequence[torch.dtype], rows: bool
+) -> Optional[Program]:
+    """program_of, remembered: a formula is recorded once for all shapes."""
+    hashed = (key, *kinds, rows)
+    try:
+        return _programs[hashed]
+    except KeyError:
+        if len(_programs) >= _PLANS:
+            _programs.clear()
+        program = _programs[hashed] = program_of(formula, kinds, rows)
+        return program
 
 
 def _collapsed(

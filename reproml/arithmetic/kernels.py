@@ -16,7 +16,7 @@ from torch import Tensor
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
-_VERSION = 3  # REPROML_VERSION of c/parallel.c, raised with any change there
+_VERSION = 4  # REPROML_VERSION of c/parallel.c, raised with any change there
 
 # name -> (result, arguments), as in c/*.c
 _SIGNATURES = {
@@ -26,6 +26,7 @@ _SIGNATURES = {
         [_LONG] * 4 + ([_POINTER] + [_LONG] * 3) * 2 + [_POINTER] * 3 + [_LONG],
     ),
     "reproml_tape": (_LONG, [_POINTER, _LONG] + [_POINTER] * 4 + [_LONG]),
+    "reproml_direct": (_LONG, [_INT, _LONG] + [_POINTER] * 4 + [_LONG]),
     "reproml_nll": (_INT, [_POINTER] * 3 + [_LONG] * 3 + [_INT, _POINTER, _POINTER]),
     "reproml_nll_backward": (
         _INT,

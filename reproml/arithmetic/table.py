@@ -116,7 +116,8 @@ def _elementary(name: str) -> Definition:
         y = elementwise(lambda k, x: getattr(k, name)(x), x)
         return torch.where(x == 0, x, y) if odd else y
 
-    return lambda x: elementwise(formula, *_float32(x), plain=plain)
+    direct = name if name in ("exp", "expm1", "tanh", "sigmoid") else None
+    return lambda x: elementwise(formula, *_float32(x), plain=plain, direct=direct)
 
 
 # Beyond these ends the rounded value is that at the end: 1, infinity, 0 or -1.
@@ -124,9 +125,9 @@ _FLAT = {"tanh": (-20, 20), "exp": (-120, 100), "expm1": (-120, 100)}
 _ODD = ("sin", "tanh", "erf", "erfinv", "expm1", "log1p")
 
 
-def _formula(formula: Definition) -> Definition:
+def _formula(formula: Definition, direct: Optional[str] = None) -> Definition:
     """An operator that is one formula of its operands, all of them numbers or tensors."""
-    return lambda *operands: elementwise(formula, *operands)
+    return lambda *operands: elementwise(formula, *operands, direct=direct)
 
 
 def _maximum(x: Tensor, y: Tensor) -> Tensor:
@@ -286,11 +287,11 @@ EXACT: dict[str, Definition] = {
     "erfc": _elementary("erfc"),
     "erfinv": _elementary("erfinv"),
     # ---- activations -----------------------------------------------------------------------------
-    "tanh_backward": _formula(lambda k, g, y: g * (1 - y * y)),
-    "sigmoid_backward": _formula(lambda k, g, y: g * y * (1 - y)),
+    "tanh_backward": _formula(lambda k, g, y: g * (1 - y * y), "tanh_backward"),
+    "sigmoid_backward": _formula(lambda k, g, y: g * y * (1 - y), "sigmoid_backward"),
     "gelu": activations.gelu,
     "gelu_backward": activations.gelu_backward,
-    "silu": _formula(lambda k, x: x * k.sigmoid(x)),
+    "silu": _formula(lambda k, x: x * k.sigmoid(x), "silu"),
     "silu_backward": activations.silu_backward,
     "softplus": activations.softplus,
     "softplus_backward": activations.softplus_backward,

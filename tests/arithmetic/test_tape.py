@@ -25,6 +25,8 @@ pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     monkeypatch.setattr(compiled, "_plans", {})
+    monkeypatch.setattr(compiled, "_programs", {})
+    monkeypatch.setattr(compiled, "_DIRECT", {})  # test_direct.py has these
 
 
 def is_compiled() -> bool:

@@ -8,6 +8,7 @@
 
 #include "ball.h"
 #include "elementary.h"
+#include "rows.h"
 
 enum { SCRATCH = 8192, LONGEST = 256, LANES = 16, REDUCTIONS = 16, TASKS = 64 };
 
@@ -63,13 +64,7 @@ typedef struct {
 
 /* Where a row of an operand starts. */
 static inline integer offset(const call *c, integer operand, integer row) {
-    const integer *strides = c->strides + operand * c->dims;
-    integer start = 0;
-    for (integer d = c->dims - 2; d > 0; d--) {
-        start += row % c->sizes[d] * strides[d];
-        row /= c->sizes[d];
-    }
-    return c->dims > 1 ? start + row * strides[0] : 0;
+    return row_start(c->dims, c->sizes, c->strides + operand * c->dims, row);
 }
 
 /* s + *t is the sum of x with the errors of all its additions kept (Ogita, Rump & Oishi, Accurate Sum and Dot
@@ -362,8 +357,7 @@ integer reproml_tape(const program *p, integer dims, const integer *sizes, const
     c.failed = failed;
     for (integer d = 0; d < dims - 1; d++) c.rows *= sizes[d];
     for (integer j = 0; j <= p->operands; j++) {
-        const integer *stride = strides + j * dims, whole = p->by_row && j == p->operands ? 1 : c.n;
-        c.dense[j] = (whole == 1 || stride[dims - 1] == 1) && (dims == 1 || (dims == 2 && stride[0] == whole));
+        c.dense[j] = dense_rows(dims, strides + j * dims, p->by_row && j == p->operands ? 1 : c.n);
     }
     c.blocks = (c.n + p->block - 1) / p->block;
     c.per_block = c.blocks == 1 ? p->block / c.n : 1;

@@ -1,0 +1,23 @@
+/* Operands of any layout, taken as rows along their last dimension. */
+
+#ifndef REPROML_ROWS_H
+#define REPROML_ROWS_H
+
+#include "common.h"
+
+/* Where a row starts, in elements; sizes and strides: of `dims` dimensions. */
+static inline integer row_start(integer dims, const integer *sizes, const integer *strides, integer row) {
+    integer start = 0;
+    for (integer d = dims - 2; d > 0; d--) {
+        start += row % sizes[d] * strides[d];
+        row /= sizes[d];
+    }
+    return dims > 1 ? start + row * strides[0] : 0;
+}
+
+/* Whether rows of n elements lie one after the other. */
+static inline int dense_rows(integer dims, const integer *strides, integer n) {
+    return (n == 1 || strides[dims - 1] == 1) && (dims == 1 || (dims == 2 && strides[0] == n));
+}
+
+#endif
