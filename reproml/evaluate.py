@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from reproml.train import numerics_mode
 
-_BATCH = 4096  # bounds the memory; exact results do not depend on it
+_BATCH = 1024  # bounds the memory; exact results do not depend on it
 
 
 @dataclass(frozen=True)

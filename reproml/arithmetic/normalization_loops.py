@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from reproml.arithmetic import kernels, normalization
+from reproml.arithmetic import kernels
+from reproml.arithmetic import normalization_steps as steps
 from reproml.arithmetic.ball import elementwise
 from reproml.arithmetic.dot import sum_over
 
@@ -117,7 +118,7 @@ def _forward(
         group, at = layout.places(left)
         w, b = (None if t is None else t.view(-1)[at] for t in (weight, bias))
         statistics = mean.view(-1)[group], rstd.view(-1)[group]
-        out.view(-1)[left] = normalization.normalize(x.view(-1)[left], *statistics, w, b)
+        out.view(-1)[left] = steps.normalize(x.view(-1)[left], *statistics, w, b)
     return out
 
 
@@ -157,9 +158,7 @@ def _backward(
             value = elementwise(lambda k, g, w, r: g * w * r, some_g, w, r)
         else:
             n = layout.runs * layout.length
-            value = normalization.gradient(
-                n, some_g, w, some_x, m, r, sums[0][group], sums[1][group]
-            )
+            value = steps.gradient(n, some_g, w, some_x, m, r, sums[0][group], sums[1][group])
         out.view(-1)[left] = value
     return out, weight_sum, bias_sum
 

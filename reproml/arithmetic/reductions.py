@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import canonicalize_dims
 
-from reproml.arithmetic import NotExactError, normalization
+from reproml.arithmetic import NotExactError, normalization_steps
 from reproml.arithmetic.activations import single
 from reproml.arithmetic.ball import elementwise, rowwise
 from reproml.arithmetic.dot import matmul, nearest_of_rows, sum_over
@@ -55,13 +55,13 @@ def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor, dim: Any, keepdim:
 
 def variance(x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Tensor:
     c = 1 if correction is None else correction
-    return _by_rows(lambda rows: normalization.variance(rows, c), x, dim, keepdim)
+    return _by_rows(lambda rows: normalization_steps.variance(rows, c), x, dim, keepdim)
 
 
 def deviation(x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Tensor:
     """The square root of the exact variance."""
     c = 1 if correction is None else correction
-    return _by_rows(lambda rows: normalization.variance(rows, c, root=True), x, dim, keepdim)
+    return _by_rows(lambda rows: normalization_steps.variance(rows, c, root=True), x, dim, keepdim)
 
 
 def vector_norm(

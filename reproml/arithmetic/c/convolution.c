@@ -149,10 +149,10 @@ static void slide_over(const slide *s, const pass *p, integer item, const float 
             for (int t = 0; t < left; t++) {
                 integer r = unsure[t] / TILE_COLUMNS, at = q + unsure[t] % TILE_COLUMNS, x = at % pitch;
                 if (x >= p->columns) continue;
-                long_sum sum = {0, 0, 0, 0};
-                for (integer k = 0; k < p->k; k++) add_term(&sum, weights[k * m + r] * buffer[p->offset[k] + at]);
-                if (bias) add_term(&sum, bias[r]);
-                if (!settle_long_sum(&sum, tile + unsure[t])) {
+                compensated sum = {0, 0, 0};
+                for (integer k = 0; k < p->k; k++) add_exact(&sum, weights[k * m + r] * buffer[p->offset[k] + at]);
+                if (bias) add_exact(&sum, bias[r]);
+                if (!settle_sum(&sum, p->k + 1, tile + unsure[t])) {
                     integer row = p->first_row + at / pitch * p->row_step, column = p->first_column + x * p->column_step;
                     reproml_fail(s->failed, ((item * s->outputs + i + r) * s->out_h + row) * s->out_w + column);
                 }
@@ -401,7 +401,7 @@ static void correlate_task(integer task, void *data) {
 static int settle_weight(const correlation *s, integer output, integer term, float *result) {
     const geometry *g = s->g;
     integer group = output / g->o, c = term / (g->kh * g->kw), i = term / g->kw % g->kh, j = term % g->kw;
-    long_sum sum = {0, 0, 0, 0};
+    compensated sum = {0, 0, 0};
     for (integer n = 0; n < g->n; n++) {
         const float *x = s->x + ((n * g->groups + group) * g->c + c) * g->h * g->w;
         const float *grad = s->grad + (n * g->groups * g->o + output) * g->out_h * g->out_w;
@@ -411,11 +411,11 @@ static int settle_weight(const correlation *s, integer output, integer term, flo
             for (integer z = 0; z < g->out_w; z++) {
                 integer column = z * g->stride_w + j * g->dilation_w - g->pad_w;
                 if (column < 0 || column >= g->w || grad[y * g->out_w + z] == 0) continue;
-                add_term(&sum, (double)grad[y * g->out_w + z] * x[row * g->w + column]);
+                add_exact(&sum, (double)grad[y * g->out_w + z] * x[row * g->w + column]);
             }
         }
     }
-    return settle_long_sum(&sum, result);
+    return settle_sum(&sum, g->n * g->out_h * g->out_w, result);
 }
 
 /* Test and round the weights of one output. */

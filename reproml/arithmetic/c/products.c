@@ -119,11 +119,11 @@ static void prepare(integer task, void *data) {
 /* Sum again, with the rounding errors kept, what the test was not sure of. */
 static void settle(const product *x, integer batch, integer i, integer j) {
     const float *a = x->a + batch * x->a_batch + i * x->a_row, *b = x->b + batch * x->b_batch + j * x->b_column;
-    long_sum s = {0, 0, 0, 0};
-    for (integer p = 0; p < x->k; p++) add_term(&s, (double)a[p * x->a_column] * b[p * x->b_row]);
-    if (x->bias) add_term(&s, x->bias[j]);
+    compensated s = {0, 0, 0};
+    for (integer p = 0; p < x->k; p++) add_exact(&s, (double)a[p * x->a_column] * b[p * x->b_row]);
+    if (x->bias) add_exact(&s, x->bias[j]);
     integer at = (batch * x->m + i) * x->n + j;
-    if (!settle_long_sum(&s, x->out + at)) reproml_fail(x->failed, at);
+    if (!settle_sum(&s, x->k + 1, x->out + at)) reproml_fail(x->failed, at);
 }
 
 /* The sums of one tile over the terms of this pass. */

@@ -6,7 +6,7 @@
 #ifndef REPROML_TILE_H
 #define REPROML_TILE_H
 
-#include "common.h"
+#include "compensated.h"
 
 #define TILE_ROWS 8 /* at most, on any processor */
 #define TILE_COLUMNS 24
@@ -61,24 +61,10 @@ int reproml_round_tile(const double *sums, int m, int n, double g, const double 
                        const double *column_bound, const float *row_bias, const float *column_bias,
                        float *out, integer stride, int *unsure);
 
-/* A sum of products of binary32 numbers with what its roundings lost (Ogita, Rump & Oishi, SIAM Journal on
-   Scientific Computing 26(6), 2005, Sum2): the exact sum is within gamma(terms) * size of sum + lost. */
-typedef struct {
-    double sum, lost, size;
-    integer terms;
-} long_sum;
-
-static inline void add_term(long_sum *s, double term) {
-    double t;
-    two_sum(s->sum, term, &s->sum, &t);
-    s->lost += t;
-    s->size += fabs(t);
-    s->terms++;
-}
-
-/* Round it; 0 if it is not sure. Exact wherever no rounding happened: ties and zeros of whole numbers. */
-static inline int settle_long_sum(const long_sum *s, float *result) {
-    return settle_pair(s->sum, s->lost, (s->terms + 3) * 1.01 * U * s->size, result);
+/* Round a sum of n terms, each given to add_exact; 0 if it is not sure. Sure wherever no rounding happened: of ties
+   and zeros of whole numbers. */
+static inline int settle_sum(const compensated *sum, integer n, float *result) {
+    return settle_pair(sum->s, sum->t, sum->size * ((double)n + 4) * U * SLACK, result);
 }
 
 #endif
