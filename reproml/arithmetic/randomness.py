@@ -119,13 +119,12 @@ def like(draw: Any) -> Any:
 
 def bernoulli(x: Tensor, p: Any = None, *, generator: Any = None) -> Tensor:
     """1 where `rand` is below the probability: p, or x itself. rand of p's dtype, float64 for a number."""
-    p = x if p is None else p
-    dtype = p.dtype if isinstance(p, Tensor) else torch.float64
-    return torch.lt(_draws(x, dtype, generator), p).to(x.dtype)
+    return bernoulli_(torch.empty_like(x), x if p is None else p, generator=generator)
 
 
 def bernoulli_(x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
-    return x.copy_(bernoulli(x, p, generator=generator))
+    dtype = p.dtype if isinstance(p, Tensor) else torch.float64
+    return torch.lt(_draws(x, dtype, generator), p, out=x)
 
 
 def exponential(x: Tensor, rate: float = 1, *, generator: Any = None) -> Tensor:

@@ -74,7 +74,7 @@ def _rsub(x: Tensor, y: Any, alpha: float = 1) -> Tensor:
 
 
 def _div(x: Any, y: Any, *, rounding_mode: Optional[str] = None) -> Tensor:
-    """x / y, never by a scalar's reciprocal.
+    """x / y, never by a scalar's reciprocal: on the CPU one IEEE 754 operation.
 
     A quotient of binary32 numbers that is rounded to binary64 first rounds twice without harm, as
     53 >= 2 * 24 + 2 (Figueroa, ACM SIGNUM Newsletter 30(3), 1995).
@@ -83,8 +83,10 @@ def _div(x: Any, y: Any, *, rounding_mode: Optional[str] = None) -> Tensor:
         raise NotExactError(
             f"A division with rounding_mode={rounding_mode!r} has no exact definition."
         )
-    wide_x, wide_y = (x.double() for x in _float32(x, y))
-    return (wide_x / wide_y).float()
+    a, b = _float32(x, y)
+    if a.is_cpu and b.is_cpu:
+        return torch.div(a, b)
+    return (a.double() / b.double()).float()
 
 
 def _float32(*operands: Any) -> tuple[Tensor, ...]:

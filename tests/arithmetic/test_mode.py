@@ -668,3 +668,16 @@ def test_whole_layers_give_the_same_bits_in_every_grad_mode(kind):
             assert same_bits(call(), expected)
         with torch.inference_mode():
             assert same_bits(call().clone(), expected)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 33, 100003])
+def test_a_quotient_is_one_operation_of_the_processor(n):
+    """Not a product with a reciprocal, by a tensor or a number: its cast from binary64 rounds the same."""
+    random = torch.Generator().manual_seed(n)
+    x = torch.randn(n, generator=random) * 2.0 ** torch.randint(-140, 120, (n,), generator=random)
+    y = torch.randn(n, generator=random)
+    with reproml.exact():
+        found = [x / y, x / 3, torch.tensor(3.0) / x, x / x[0], x.clone().div_(0.9)]
+    w, v = x.double(), y.double()
+    for a, b in zip(found, [w / v, w / 3, 3 / w, w / w[0], w / torch.tensor(0.9).double()]):
+        assert a.view(torch.int32).equal(b.float().view(torch.int32))

@@ -1,6 +1,7 @@
 /* Formulas that are asked for most, each in a loop of its own: what tape.c does for any formula, for these in
    one pass, with just as much precision as the rounding test needs (about 2^-47; one element in a million
-   fails) and a bound found by hand. What fails goes to tape.c, and from there to the definition. */
+   fails) and a bound found by hand, which has U of room for the rounding of c - e and c + e. What fails goes to
+   tape.c, and from there to the definition. */
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=fast") /* within every bound below, and no product enters a two_sum but exact ones */
@@ -28,7 +29,7 @@ typedef struct {
    nodes. p's error is below 2^-48.3 of p and of 1 + p; roundings add 3 U of p. So exp errs by EXP_ERROR. */
 #define EXP_ERROR 0x1p-48
 INLINE double exp_parts(double x, double *scale) {
-    double k = rint(x * 1.4426950408889634);
+    double shifted = x * 1.4426950408889634 + 0x1.8p52, k = shifted - 0x1.8p52; /* k in the last bits of the first */
     double r = (x - k * 0x1.62e42fefap-1) - k * 0x1.cf79abc9e3b3ap-40, y = 0x1.28803a9f7bb01p-22;
     y = y * r + 0x1.72c722e81c5f2p-19;
     y = y * r + 0x1.a019c9aa11c0bp-16;
@@ -38,13 +39,13 @@ INLINE double exp_parts(double x, double *scale) {
     y = y * r + 0x1.5555555554cb8p-5;
     y = y * r + 0x1.5555555553b7cp-3;
     y = y * r + 0x1p-1;
-    *scale = power_of_two(k);
+    *scale = number((int64_t)((uint64_t)(pattern(shifted) + 1023) << 52));
     return r + r * r * y;
 }
 
-/* Of what lies beyond, where binary32 is long at its end, the value at 700 or -700 is taken. */
+/* Below -700, where binary32 is long at its end, the value there is taken; above 700 the bound refuses. */
 INLINE double at_least(double x) { return x < -700 ? -700 : x; }
-INLINE double at_most(double x) { return x > 700 ? 700 : x; }
+#define EXP_HIGH(x, r) ((x) > 700 ? INFINITY : (r))
 
 /* For x <= 700. */
 INLINE double fast_exp(double x) {
@@ -62,10 +63,9 @@ INLINE double fast_expm1(double x) {
 INLINE ball relative(double c, double r) { return (ball){c, fabs(c) * r}; }
 
 /* The rounding test for normal numbers and exact zeros, which are most, in few instructions: TINY is nothing to
-   them. c - e has the sign of a zero c. */
+   them, and SLACK less than the bound's room. c - e has the sign of a zero c. */
 INLINE int32_t surely(ball v, float *result) {
-    double e = v.e * SLACK;
-    float low = (float)(v.c - e), high = (float)(v.c + e);
+    float low = (float)(v.c - v.e), high = (float)(v.c + v.e);
     uint32_t above = ((uint32_t)bits(low) & 0x7FFFFFFF) - 0x00800000;
     *result = low;
     return (low == high) & ((above < 0x7F000000) | (fabs(v.c) + v.e == 0));
@@ -150,10 +150,10 @@ INLINE ball gelu_backward_ball(double g, double x) {
     case NAME:                                                 \
         for (integer i = 0; i < count; i++) {                  \
             const double x = a[i], y = b[i];                   \
-            all &= surely(BALL, &out[i]);                      \
+            unsure += 1 - surely(BALL, &out[i]);               \
             (void)x, (void)y;                                  \
         }                                                      \
-        if (all) break;                                        \
+        if (!unsure) break;                                    \
         for (integer i = 0; i < count; i++) {                  \
             const double x = a[i], y = b[i];                   \
             const ball v = BALL;                               \
@@ -166,20 +166,20 @@ INLINE ball gelu_backward_ball(double g, double x) {
 VECTORISED
 int32_t reproml_direct_elements(int which, const float *restrict a, const float *restrict b, float *restrict out,
                                 int32_t *restrict sure, integer count) {
-    int32_t all = 1;
+    int32_t unsure = 0;
     switch (which) {
-        EACH(EXP, relative(fast_exp(at_most(x)), EXP_ERROR))
-        EACH(EXPM1, relative(fast_expm1(at_most(x)), EXP_ERROR))
+        EACH(EXP, relative(fast_exp(x), EXP_HIGH(x, EXP_ERROR)))
+        EACH(EXPM1, relative(fast_expm1(x), EXP_HIGH(x, EXP_ERROR)))
         EACH(TANH, tanh_ball(x))
         EACH(SIGMOID, sigmoid_ball(x))
         EACH(SILU, silu_ball(x))
         EACH(GELU, gelu_ball(x))
-        EACH(TANH_BACKWARD, relative(x * (1 - y * y), 3 * U)) /* y^2 is exact */
-        EACH(SIGMOID_BACKWARD, relative(x * y * (1 - y), 3 * U))
+        EACH(TANH_BACKWARD, relative(x * (1 - y * y), 4 * U)) /* y^2 is exact */
+        EACH(SIGMOID_BACKWARD, relative(x * y * (1 - y), 4 * U))
         EACH(SILU_BACKWARD, silu_backward_ball(x, y))
         EACH(GELU_BACKWARD, gelu_backward_ball(x, y))
     }
-    return all;
+    return !unsure;
 }
 
 /* ---- rows ---- */
@@ -187,9 +187,11 @@ int32_t reproml_direct_elements(int which, const float *restrict a, const float 
 /* Some rows of n numbers each, n <= ROOM, and what is calculated of them. */
 typedef struct {
     const float *x, *y;
+    float *out;
     integer rows, n;
-    double wide[ROOM], of_row[ROOM], error[ROOM];
-    float x_[ROOM], y_[ROOM], out[ROOM];
+    double wide[ROOM], bound[ROOM]; /* of each number */
+    double of_row[ROOM], error[ROOM];
+    float x_[ROOM], y_[ROOM], out_[ROOM];
     int32_t sure[ROOM];
 } table;
 
@@ -212,20 +214,20 @@ INLINE double sum(const double *x, integer n) {
 /* The sum of x y, whose terms are exact, or of x alone, and a bound of its error: what TwoSum lost is summed too, so
    only that sum's own roundings count, and a sum without any is exact. */
 INLINE ball exact_sum(const float *x, const float *y, integer n) {
-    double part[LANES] = {0}, lost[LANES] = {0}, size[LANES] = {0}, more;
-    integer i = 0;
-    for (; i + LANES <= n; i += LANES)
+    double part[LANES] = {0}, lost[LANES] = {0}, size[LANES] = {0}, term[LANES], more;
+    for (integer i = 0; i < n; i += LANES) {
+        const int count = n - i < LANES ? (int)(n - i) : LANES;
+        if (count == LANES)
+            for (int l = 0; l < LANES; l++) term[l] = y ? (double)x[i + l] * y[i + l] : x[i + l];
+        else
+            for (int l = 0; l < LANES; l++) term[l] = l >= count ? 0 : y ? (double)x[i + l] * y[i + l] : x[i + l];
         for (int l = 0; l < LANES; l++) {
-            two_sum(part[l], y ? (double)x[i + l] * y[i + l] : x[i + l], &part[l], &more);
+            two_sum(part[l], term[l], &part[l], &more);
             lost[l] += more;
             size[l] += fabs(more);
         }
-    for (int l = 0; i + l < n; l++) {
-        two_sum(part[l], y ? (double)x[i + l] * y[i + l] : x[i + l], &part[l], &more);
-        lost[l] += more;
-        size[l] += fabs(more);
     }
-    for (int width = n < LANES ? 8 : LANES / 2; width; width /= 2)
+    for (int width = LANES / 2; width; width /= 2)
         for (int l = 0; l < width; l++) {
             two_sum(part[l], part[l + width], &part[l], &more);
             lost[l] += lost[l + width] + more;
@@ -301,36 +303,50 @@ INLINE void log_softmax(table *t) {
     for (integer r = 0; r < t->rows; r++) t->of_row[r] = log1p_(t->of_row[r]);
 }
 
-INLINE void settle_row(table *t, integer r, int which) {
+/* From what is known of a row, its results and their bounds. */
+INLINE void finish_row(table *t, integer r, int which) {
     const float *x = t->x + r * t->n, *y = t->y + r * t->n;
-    float *out = t->out + r * t->n;
-    int32_t *sure = t->sure + r * t->n;
-    const double *wide = t->wide + r * t->n, s = t->of_row[r], e = t->error[r];
+    double *wide = t->wide + r * t->n, *bound = t->bound + r * t->n;
+    const double s = t->of_row[r], e = t->error[r];
     for (integer i = 0; i < t->n; i++) {
-        double c, error;
+        double c;
         if (which == SOFTMAX) {
             c = wide[i] * s;
-            error = c * e;
+            bound[i] = c * e;
         } else if (which == LOG_SOFTMAX) {
             c = wide[i] - s;
-            error = fabs(c) * e;
+            bound[i] = fabs(c) * e;
         } else if (which == SOFTMAX_BACKWARD) { /* y (g - s) */
             c = y[i] * (x[i] - s);
-            error = fabs((double)y[i]) * e + 2 * U * fabs(c);
+            bound[i] = fabs((double)y[i]) * e + 3 * U * fabs(c);
         } else { /* g - exp(y) s; exp(y) is wide, its error 2^-51, none where it is 0 or 1 */
             double p = wide[i] * s;
             c = x[i] - p;
-            error = wide[i] * e + (y[i] == 0 ? 0 : fabs(p) * (0x1p-51 + U)) + U * fabs(c);
+            bound[i] = wide[i] * e + (y[i] == 0 ? 0 : fabs(p) * (0x1p-51 + U)) + 2 * U * fabs(c);
         }
-        sure[i] = settled(c + 0.0, 0, error, &out[i]); /* an exact zero of a row is +0 */
-        if (which == LOG_SOFTMAX) sure[i] |= c == -INFINITY;
+        wide[i] = c + 0.0; /* an exact zero of a row is +0 */
     }
 }
 
-#define ROWS(NAME, BEFORE)                                                   \
-    case NAME:                                                               \
-        BEFORE;                                                              \
-        for (integer r = 0; r < t->rows; r++) settle_row(t, r, NAME);        \
+INLINE void settle_all(table *t, int which) {
+    const integer count = t->rows * t->n;
+    int32_t all = 1;
+    for (integer r = 0; r < t->rows; r++) finish_row(t, r, which);
+    for (integer i = 0; i < count; i++) {
+        t->sure[i] = surely((ball){t->wide[i], t->bound[i]}, &t->out[i]);
+        all &= t->sure[i];
+    }
+    if (all) return;
+    for (integer i = 0; i < count; i++) {
+        t->sure[i] = settled(t->wide[i], 0, t->bound[i], &t->out[i]);
+        if (which == LOG_SOFTMAX) t->sure[i] |= t->wide[i] == -INFINITY;
+    }
+}
+
+#define ROWS(NAME, BEFORE)   \
+    case NAME:               \
+        BEFORE;              \
+        settle_all(t, NAME); \
         break;
 
 INLINE void sums(table *t, int product) {
@@ -396,8 +412,10 @@ static void run_rows(const call *c, integer row, integer rows, table *t, integer
     t->n = c->n;
     t->x = gathered(c, 0, row, rows, t->x_);
     t->y = c->operands > 1 ? gathered(c, 1, row, rows, t->y_) : t->x;
+    const int dense = dense_rows(c->dims, strides, c->n);
+    t->out = dense ? (float *)c->pointers[c->operands] + row * c->n : t->out_;
     reproml_direct_rows(c->which, t);
-    for (integer r = 0; r < rows; r++) {
+    for (integer r = 0; r < rows && !dense; r++) {
         float *to = (float *)c->pointers[c->operands] + row_start(c->dims, c->sizes, strides, row + r);
         for (integer i = 0; i < c->n; i++) to[i * step] = t->out[r * c->n + i];
     }
@@ -430,7 +448,7 @@ integer reproml_direct(int which, integer dims, const integer *sizes, const inte
     c.strides = strides, c.pointers = pointers, c.failed = failed;
     for (integer d = 0; d < dims; d++) c.rows *= sizes[d];
     if (which >= SOFTMAX) c.n = sizes[dims - 1], c.rows /= c.n;
-    c.per_item = which >= SOFTMAX ? ROOM / c.n : BLOCK;
+    c.per_item = which < SOFTMAX ? BLOCK : c.n < ROOM / 2 ? ROOM / 2 / c.n : 1; /* in the nearest cache */
     c.items = (c.rows + c.per_item - 1) / c.per_item;
     c.tasks = tasks < c.items ? tasks : c.items;
     if (c.tasks > TASKS) c.tasks = TASKS;
