@@ -107,7 +107,7 @@ def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
     """The product by c/products.c, or None where that does not apply."""
     shape, n = a.shape, b.shape[-1]
     m, k = shape[-2:]
-    if len(shape) > 3 or not a.is_cpu or not m * n:
+    if len(shape) > 3 or not a.is_cpu or not m * n or 0 in shape[:-2]:
         return None
     if bias is not None and (bias.dim() != 1 or len(bias) != n or not bias.is_contiguous()):
         return None

@@ -41,7 +41,9 @@ def settle(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
     resolve: called for the elements that fail the test.
     Returns a float32 tensor. A zero has the sign of c.
     """
-    e = e * SLACK + TINY
+    # c - e and c + e are rounded as well, by up to U |c|: onto a midpoint, perhaps, of which the number
+    # is on the other side.
+    e = torch.where(e == 0, e, e * SLACK + 2 * U * c.abs()) + TINY
     result = c.float()
     failed = (c - e).float() != (c + e).float()  # also where c or e is NaN
     # Of what underflows, the sign has to be sure as well.

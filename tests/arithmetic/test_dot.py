@@ -140,6 +140,7 @@ def test_a_product_does_not_depend_on_its_batch(data):
 def test_empty(shape):
     m, k, n = shape
     assert same_bits(dot.matmul(torch.ones(m, k), torch.ones(k, n)), torch.zeros(m, n))
+    assert same_bits(dot.matmul(torch.ones(0, m, k), torch.ones(0, k, n)), torch.zeros(0, m, n))
     minus = torch.full((n,), -0.0)
     assert same_bits(dot.matmul(torch.ones(m, k), torch.ones(k, n), minus), torch.zeros(m, n))
 
