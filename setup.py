@@ -16,7 +16,7 @@ setup(
                 "-fno-math-errno",
                 "-fno-trapping-math",
             ],
-            libraries=["m"],
+            libraries=["m", "pthread"],
             py_limited_api=True,  # one library for every Python: it does not touch its interface
             optional=True,  # without a compiler the package installs all the same, and is slower
         )

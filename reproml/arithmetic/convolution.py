@@ -120,7 +120,9 @@ def _spread(
         reach = dilation[axis] * (kernel[axis] - 1)
         before = reach - padding[axis]
         margins += [before, size[axis] + reach - wide.shape[2 + axis] - before]
-    return pad(wide, margins)
+    padded = pad(wide, [max(m, 0) for m in margins])  # first, or there may be too little to cut off
+    left, right, top, bottom = (max(-m, 0) for m in margins)
+    return padded[..., top : padded.shape[2] - bottom, left : padded.shape[3] - right]
 
 
 def _transposed(
@@ -175,6 +177,7 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """aten.convolution: each output, bias included, is one dot product."""
+    _check(x, w, bias, stride, padding, dilation, transposed, groups)
     if x.dim() == 3:
         stride, dilation = [1, *stride], [1, *dilation]
         padding, output_padding = [0, *padding], [0, *output_padding]
@@ -203,6 +206,32 @@ def convolution(
     return _correlate(x, w, bias, stride, padding, dilation, groups, size)
 
 
+def _check(
+    x: Tensor,
+    w: Tensor,
+    bias: Optional[Tensor],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    groups: int,
+) -> None:
+    """What PyTorch checks only in its own kernels."""
+    for t in (x, w) if bias is None else (x, w, bias):
+        if t.dtype is not torch.float32:
+            raise NotExactError(f"A convolution is defined for float32, not for {t.dtype}.")
+    channels = groups * w.shape[1] if transposed else len(w)
+    if w.dim() != x.dim() or groups < 1 or len(w) % groups:
+        shapes = f"{list(w.shape)} and an input of shape {list(x.shape)}"
+        raise RuntimeError(f"weights of shape {shapes} do not convolve in {groups} groups")
+    if bias is not None and bias.shape != (channels,):
+        raise RuntimeError(f"a bias of shape {list(bias.shape)} does not fit {channels} channels")
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        raise RuntimeError(
+            f"a convolution cannot have stride {stride}, dilation {dilation}, padding {padding}"
+        )
+
+
 def _only_two_dimensions(x: Tensor) -> None:
     if x.dim() != 4:
         raise NotExactError(
@@ -225,6 +254,9 @@ def convolution_backward(
     mask: list[bool],
 ) -> tuple[Optional[Tensor], ...]:
     """aten.convolution_backward: each element of each gradient is one dot product or one sum."""
+    _check(x, w, None, stride, padding, dilation, transposed, groups)
+    if g.dtype is not torch.float32:
+        raise NotExactError(f"A convolution is defined for float32, not for {g.dtype}.")
     grad_bias = sum_over(g, [0, *range(2, g.dim())]) if mask[2] else None
     one_dimension = x.dim() == 3
     if one_dimension:

@@ -48,7 +48,7 @@ def matmul(
         or (bias is not None and bias.dtype is not single)
     ):
         raise NotExactError("A product of matrices is defined for float32 alone.")
-    if a.dim() != b.dim() or a.shape[-1] != b.shape[-2]:
+    if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
         raise RuntimeError(
             f"matrices of shapes {list(a.shape)} and {list(b.shape)} do not multiply"
         )
@@ -107,9 +107,9 @@ def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
     """The product by c/products.c, or None where that does not apply."""
     shape, n = a.shape, b.shape[-1]
     m, k = shape[-2:]
-    if len(shape) > 3 or not a.is_cpu or not m * n or 0 in shape[:-2]:
+    if len(shape) > 3 or not (a.is_cpu and b.is_cpu) or not m * n or 0 in shape[:-2]:
         return None
-    if bias is not None and (bias.dim() != 1 or len(bias) != n or not bias.is_contiguous()):
+    if bias is not None and (bias.shape != (n,) or not kernels.usable(bias)):
         return None
     batch = shape[0] if len(shape) == 3 else 1
     out = torch.empty((*shape[:-1], n), dtype=torch.float32, device="cpu")

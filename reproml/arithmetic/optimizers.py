@@ -21,6 +21,7 @@ from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from reproml.arithmetic import NotExactError, kernels
 from reproml.arithmetic.activations import single
@@ -81,12 +82,25 @@ def adam(
         numbers, _ = _adam_numbers(lr, beta1, beta2, penalty, held, eps, steps[i])
         if amsgrad:
             _adam_step(numbers, sign, *state, max_exp_avg_sqs[i])
-        elif kernels.usable(*state):
+        elif eps >= 0 and _fits(state):
             together.setdefault(steps[i], []).append(state)
         else:
             _adam_step(numbers, sign, *state)
     for step, states in together.items():
-        _adam_kernel(*_adam_numbers(lr, beta1, beta2, penalty, held, eps, step), sign, states)
+        numbers, floats = _adam_numbers(lr, beta1, beta2, penalty, held, eps, step)
+        for group in [states] if _apart(states) else [[state] for state in states]:
+            _adam_kernel(numbers, floats, sign, group)
+
+
+def _fits(state: Sequence[Tensor]) -> bool:
+    """Whether a compiled loop can take the tensors of one parameter."""
+    return kernels.usable(*state) and all(x.shape == state[0].shape for x in state[1:])
+
+
+def _apart(states: list[tuple[Tensor, ...]]) -> bool:
+    """Whether no two parameters or averages share memory: else their order counts."""
+    own = [x.untyped_storage().data_ptr() for p, g, m, v in states for x in (p, m, v)]
+    return len(set(own)) == len(own)
 
 
 def _adam_kernel(
@@ -104,6 +118,7 @@ def _adam_kernel(
         *floats,
         failed.data_ptr(),
     )
+    increment_version([x for p, g, m, v in states for x in (p, m, v)])
     if count < 0:  # no memory
         for state in states:
             _adam_step(n, sign, *state)
@@ -355,24 +370,26 @@ def _with_kernel(
 ) -> None:
     """The step in place: by the compiled loop, if there is one, and what it leaves by definition."""
     tensors = [x for x in state if x is not None]
-    if not kernels.usable(*tensors):
+    if not _fits(tensors):
         return step(*tensors)
     failed = torch.empty(tensors[0].numel(), dtype=torch.int64, device="cpu")
     pointers = [None if x is None else x.data_ptr() for x in state]
     scalars = [x if isinstance(x, (bool, int)) else float(x) for x in numbers]
     kernel = getattr(kernels.library, name)
     count = kernel(tensors[0].numel(), *pointers, *scalars, failed.data_ptr())
+    increment_version([tensors[0], *tensors[2:]])
     if count:
         _settle(step, tensors, failed[:count])
     return None
 
 
 def _settle(step: Callable[..., None], state: Sequence[Tensor], at: Tensor) -> None:
-    """The step of the elements `at`."""
+    """The step of the elements `at`; the second of the state is the gradient, and stays."""
     few = [x.view(-1)[at] for x in state]
     step(*few)
-    for x, y in zip(state, few):
-        x.view(-1)[at] = y
+    for i, (x, y) in enumerate(zip(state, few)):
+        if i != 1:
+            x.view(-1)[at] = y
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

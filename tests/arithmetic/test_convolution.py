@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import reproml
 from reproml.arithmetic import convolution, kernels
 from tests.arithmetic.oracle import same_bits
 
@@ -117,3 +118,54 @@ def test_what_is_not_finite(value, where):
 def test_empty():
     x, w, g = (torch.ones(s) for s in ((0, 2, 6, 6), (3, 2, 3, 3), (0, 3, 4, 4)))
     check(x, w, g, torch.ones(3), ([1, 1], [0, 0], [1, 1], 1))
+
+
+ONES = {
+    "x": (2, 4, 5, 5),
+    "w": (4, 2, 3, 3),
+    "bias": (4,),
+    "stride": 1,
+    "padding": 0,
+    "dilation": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"w": (4, 3, 3, 3)},
+        {"w": (3, 2, 3, 3)},
+        {"w": (4, 2, 3)},
+        {"bias": (2,)},
+        {"stride": -1},
+        {"stride": 0},
+        {"dilation": 0},
+        {"padding": -1},
+    ],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_does_not_fit_is_refused(changed, transposed):
+    """As PyTorch does in its own kernels, which these loops take the place of."""
+    of = {**ONES, **changed}
+    if transposed and of["w"] == (4, 3, 3, 3):
+        of["bias"] = (5,)
+    x, w, bias = (torch.ones(of[name]) for name in ("x", "w", "bias"))
+    rest = ([of["stride"]] * 2, [of["padding"]] * 2, [of["dilation"]] * 2, transposed, [0, 0], 2)
+    with pytest.raises(RuntimeError):
+        convolution.convolution(x, w, bias, *rest)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_only_float32(which):
+    operands = [torch.ones(1, 2, 4, 4), torch.ones(2, 2, 3, 3), torch.ones(2)]
+    operands[which] = operands[which].long()
+    with pytest.raises(reproml.NotExactError):
+        convolution.convolution(*operands, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+
+
+def test_a_stride_far_beyond_the_kernel():
+    """No planes for what is skipped; and a margin that cuts off more than there is."""
+    x, w = numbers("normal", 1, 2, 40, 40), numbers("normal", 3, 2, 1, 1)
+    check(x, w, numbers("normal", 1, 3, 1, 1), None, ([900, 900], [0, 0], [1, 1], 1))
+    x, w = numbers("normal", 3, 1, 1, 1), numbers("normal", 2, 1, 1, 1)
+    check(x, w, numbers("normal", 3, 2, 1, 1), None, ([2, 5], [0, 2], [1, 1], 1))

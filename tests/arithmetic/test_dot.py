@@ -145,6 +145,17 @@ def test_empty(shape):
     assert same_bits(dot.matmul(torch.ones(m, k), torch.ones(k, n), minus), torch.zeros(m, n))
 
 
+@pytest.mark.parametrize("a, b", [((3, 2, 2), (2, 2, 2)), ((3, 4, 4), (1, 4, 4)), ((2, 3), (2, 3))])
+def test_what_does_not_multiply_is_refused(a, b):
+    with pytest.raises(RuntimeError, match="do not multiply"):
+        dot.matmul(torch.ones(a), torch.ones(b))
+
+
+def test_only_numbers_in_memory_are_multiplied():
+    with pytest.raises(RuntimeError):
+        dot.matmul(torch.ones(2, 2), torch.ones(2, 2, device="meta"))
+
+
 @few
 @given(tensors((4, 6), ANY))
 def test_sum_over(x):

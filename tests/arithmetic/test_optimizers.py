@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import threading
 from fractions import Fraction
 from typing import Any
@@ -419,3 +420,69 @@ def test_others(kind, step, states, options, start, grads):
         p, state = zip(*[step(*a, t, options) for a in zip(p, elements(g), state)])
     for foreach in (False, True):
         check(run(kind, start, grads, foreach=foreach, **options)[0], np.array(p, dtype=object))
+
+
+def test_a_state_of_another_shape_is_refused():
+    p = torch.nn.Parameter(torch.ones(8))
+    for optimizer, name in (
+        (torch.optim.Adam([p]), "exp_avg"),
+        (torch.optim.SGD([p], lr=0.1, momentum=0.9), "momentum_buffer"),
+    ):
+        p.grad = torch.ones(8)
+        with reproml.exact():
+            optimizer.step()
+            optimizer.state[p][name] = torch.ones(1)
+            with pytest.raises(RuntimeError):
+                optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+def test_autograd_sees_that_a_parameter_has_changed(kind):
+    p = torch.nn.Parameter(torch.ones(8))
+    p.grad = torch.ones(8)
+    with reproml.exact():
+        y = (p * p).sum()
+        kind([p], lr=0.1).step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_parameters_that_share_memory_are_stepped_in_order(threads, form):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        base = torch.linspace(-1, 1, 60_000)
+        p, q = torch.nn.Parameter(base), torch.nn.Parameter(base.view(200, 300))
+        p.grad, q.grad = torch.ones(60_000), torch.full((200, 300), -0.5)
+        with reproml.exact():
+            torch.optim.Adam([p, q], lr=0.1).step()
+    finally:
+        torch.set_num_threads(before)
+    one = torch.nn.Parameter(torch.linspace(-1, 1, 60_000))
+    for grad in (1.0, -0.5):
+        one.grad = torch.full((60_000,), grad)
+        with reproml.exact():
+            torch.optim.Adam([one], lr=0.1).step()
+    assert same_bits(p, one)
+
+
+def test_a_gradient_that_is_the_parameter():
+    p = torch.nn.Parameter(torch.tensor([math.inf, 1.0, 2.0**-140]))
+    p.grad = p.detach()
+    with reproml.exact():
+        torch.optim.SGD([p], lr=1.0).step()
+    assert p[0].isnan() and p[1:].tolist() == [0, 0]
+
+
+def test_a_negative_epsilon_in_both_forms(form):
+    """Its root and epsilon may cancel, which the compiled loop's bound does not foresee."""
+    p, m, v = torch.ones(64), torch.zeros(64), torch.zeros(64)
+    g = 1 + torch.arange(64) * 2.0**-23
+    options = {"beta1": 0.0, "beta2": 0.0, "weight_decay": 0.0, "eps": -1.0, "amsgrad": False}
+    with reproml.exact():
+        torch._fused_adam_(
+            [p], [g], [m], [v], [], [torch.ones(())], lr=2.0**-24, maximize=False, **options
+        )
+    expected = [1 - 2.0**-24 * (x / (o.sqrt(rounded(x * x)) - 1)) for x in reals(g[1:])]
+    check(p[1:], expected)

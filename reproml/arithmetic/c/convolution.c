@@ -34,6 +34,13 @@ static integer planes_size(const planes *p) {
     return p->channels * p->step_h * p->step_w * plane_size(p) + slack(p);
 }
 
+/* Whether the planes take far more room than the image: a stride much longer than the kernel reaches leaves most of
+   them unused. The plain path does that better. */
+static int wasteful(const planes *p) {
+    integer image = p->channels * (p->h + 2 * p->pad_h) * (p->w + 2 * p->pad_w);
+    return planes_size(p) > 4 * image + (1 << 18);
+}
+
 /* Lay out `count` images, `step` elements apart; places for more are filled with zeros. */
 static void fill(const planes *p, const float *restrict first, integer count, integer step, float *restrict to) {
     integer rest = plane_size(p) - count * p->rows * p->pitch;
@@ -247,6 +254,7 @@ integer reproml_convolution(const integer *sizes, const float *x, const float *w
                         g.out_w + reach_w / g.stride_w, 1},
                .n = g.n, .groups = g.groups, .outputs = g.o, .out_h = g.out_h, .out_w = g.out_w, .count = 1,
                .passes = &p, .source = x, .bias = bias, .out = out, .failed = &list};
+    if (wasteful(&s.from)) return -1;
     start(&s, &g, g.n * g.groups * g.o * p.k * g.out_h * g.out_w);
     integer outputs = g.groups * g.o;
     char *work = reproml_scratch((size_t)(outputs * (p.k + 1) + 2 * p.k) * 8 + (size_t)(s.tasks * planes_size(&s.from)) * 4);
@@ -301,6 +309,7 @@ integer reproml_transposed(const integer *sizes, const float *x, const float *w,
                .out_h = g.h, .out_w = g.w, .count = g.stride_h * g.stride_w, .source = x, .bias = bias, .out = out,
                .failed = &list};
     integer k = g.o * g.kh * g.kw, outputs = g.groups * g.c;
+    if (s.count > 1 << 12) return -1;
     start(&s, &g, g.n * outputs * k * g.out_h * g.out_w);
     integer low_h, low_w, taps = 2 * (g.stride_h * g.kh + g.stride_w * g.kw);
     phase *of_h = reproml_scratch((size_t)(g.stride_h + g.stride_w) * sizeof(phase) + (size_t)taps * 8);
@@ -364,6 +373,8 @@ static void correlate_task(integer task, void *data) {
     const correlation *s = data;
     const geometry *g = s->g;
     integer share = (g->n + s->tasks - 1) / s->tasks, places = plane_size(&s->of_g), k = s->k;
+    /* Rows of x that are shifted past its last plane read on into the planes of the gradient: finite numbers, which
+       meet zeros there. */
     float *of_x = s->buffer + task * (planes_size(&s->of_x) + planes_size(&s->of_g)), *of_g = of_x + planes_size(&s->of_x);
     double *all = s->sums + task * outputs_of(s) * k, *squares = s->squares + task * squares_of(s);
     memset(all, 0, (size_t)(outputs_of(s) * k) * sizeof(double));
@@ -448,6 +459,7 @@ integer reproml_weight_gradient(const integer *sizes, const float *x, const floa
     correlation s = {.g = &g, .k = g.c * g.kh * g.kw, .x = x, .grad = grad, .tiles = reproml_tiling(),
                      .of_x = {g.c, g.h, g.w, g.stride_h, g.stride_w, g.pad_h, g.pad_w, rows, pitch, 1},
                      .of_g = {g.o, g.out_h, g.out_w, 1, 1, 0, 0, rows, pitch, 1}, .out = out, .failed = &list};
+    if (wasteful(&s.of_x)) return -1;
     integer work_size = g.n * outputs_of(&s) * s.k * g.out_h * g.out_w;
     integer threads = work_size > SERIAL ? reproml_threads() : 1;
     s.tasks = g.n < threads ? g.n : threads;

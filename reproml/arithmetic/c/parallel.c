@@ -2,7 +2,11 @@
 
 #include "common.h"
 
+#include <pthread.h>
 #include <stdlib.h>
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
 
 /* GNU OpenMP's entry points, which PyTorch has loaded before us; absent (macOS), one thread does it all. */
 extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
@@ -21,11 +25,31 @@ typedef struct {
     integer tasks;
 } job;
 
+/* Subnormal numbers count, whatever a thread of the pool was started with. */
+static unsigned keep_subnormals(void) {
+#ifdef __SSE2__
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(before & ~0x8040u); /* flush to zero, denormals are zero */
+    return before;
+#else
+    return 0;
+#endif
+}
+
+static void put_back(unsigned before) {
+#ifdef __SSE2__
+    _mm_setcsr(before);
+#endif
+    (void)before;
+}
+
 static void part(void *argument) {
     const job *j = argument;
+    unsigned before = keep_subnormals();
     integer share = (j->tasks + omp_get_num_threads() - 1) / omp_get_num_threads();
     integer first = omp_get_thread_num() * share, end = first + share;
     for (integer task = first; task < end && task < j->tasks; task++) j->work(task, j->data);
+    put_back(before);
 }
 
 void reproml_parallel(void (*work)(integer, void *), void *data, integer tasks) {
@@ -38,15 +62,25 @@ void reproml_parallel(void (*work)(integer, void *), void *data, integer tasks) 
     GOMP_parallel(part, &j, (unsigned)count, 0);
 }
 
+#define HEAD 64 /* bytes before the memory, which hold its size */
+
+static pthread_key_t key; /* frees a thread's memory when it ends */
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void make_key(void) { pthread_key_create(&key, free); }
+
 void *reproml_scratch(size_t bytes) {
-    static _Thread_local void *memory;
-    static _Thread_local size_t size;
+    pthread_once(&once, make_key);
+    char *memory = pthread_getspecific(key);
+    size_t size = 0;
+    if (memory) memcpy(&size, memory, sizeof size);
     if (bytes > size || size > (size_t)1 << 26) { /* what is large is not kept for something small */
         free(memory);
-        memory = malloc(bytes);
-        size = memory ? bytes : 0;
+        memory = malloc(bytes + HEAD);
+        if (memory) memcpy(memory, &bytes, sizeof bytes);
+        pthread_setspecific(key, memory);
     }
-    return memory;
+    return memory ? memory + HEAD : NULL;
 }
 
 #define REPROML_VERSION 4 /* raised with any change of these files, together with kernels.py */
