@@ -64,7 +64,7 @@ class _Plan(NamedTuple):
 _plans: dict[Any, Optional[_Plan]] = {}
 _programs: dict[Any, Optional[Program]] = {}
 _PLANS = 2048
-_TASK = 1 << 20  # numbers times instructions that are worth a thread
+_TASK = 1 << 19
 _local = threading.local()
 _FAILED, _KEPT = 1 << 14, 1 << 22
 

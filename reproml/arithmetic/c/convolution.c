@@ -7,7 +7,7 @@
 
 #include "tile.h"
 
-#define SERIAL (1 << 17) /* multiplications that are not worth a second thread */
+#define SERIAL (1 << 21) /* multiplications, some 20 us, that are not worth a second thread */
 #define TOGETHER (1 << 16) /* numbers of several small images laid out at once, within the second-level cache */
 
 typedef struct {
@@ -221,7 +221,7 @@ static void gather_task(integer task, void *data) {
 static int gather(const slide *s, pass *p, const float *w, integer group_step, integer output_step, const integer *term) {
     gathering x = {s, p, w, group_step, output_step, (s->outputs + s->tiles->rows - 1) / s->tiles->rows, term};
     integer tasks = s->groups * x.panels;
-    if (s->groups * s->outputs * p->k > SERIAL)
+    if (8 * s->groups * s->outputs * p->k > SERIAL)
         reproml_parallel(gather_task, &x, tasks);
     else
         for (integer task = 0; task < tasks; task++) gather_task(task, &x);

@@ -9,7 +9,7 @@
 #define DEPTH 1024        /* terms that one pass sums, so that a panel of b stays in the second-level cache */
 #define FAR (1 << 16)     /* elements: a matrix that reaches over more is packed first */
 #define SHORT 48          /* terms: for fewer, the horizontal sums of `along` cost too much */
-#define SERIAL (1 << 18)  /* numbers to prepare, or multiplications, that are not worth a second thread */
+#define SERIAL (1 << 21)  /* multiplications, some 20 us, that are not worth a second thread; of numbers to prepare an eighth */
 
 typedef struct {
     integer batch, m, n, k;
@@ -184,34 +184,46 @@ static void multiply(integer task, void *data) {
     }
 }
 
+/* The tile with its bounds' lower ends in `low`; whether any bits differ. */
+static inline __attribute__((always_inline)) int32_t round_rows(
+    const double *restrict sums, int m, int n, double g, const double *restrict row_bound,
+    const double *restrict column_bound, const float *restrict row_bias, const float *restrict column_bias,
+    float *restrict out, integer stride, float *restrict low) {
+    int32_t differ[TILE_COLUMNS] = {0}, any = 0;
+    for (int i = 0; i < m; i++) {
+        const double *restrict from = sums + i * TILE_COLUMNS;
+        float *restrict to = out + i * stride, *restrict below = low + i * TILE_COLUMNS;
+        double bound = g * row_bound[i], constant = row_bias ? row_bias[i] : 0;
+        for (int j = 0; j < n; j++) {
+            double bias = column_bias ? (double)column_bias[j] : constant;
+            double x = from[j] + bias, e = bound * column_bound[j] + g * fabs(bias);
+            below[j] = (float)(x - e);
+            to[j] = (float)(x + e);
+            differ[j] |= bits(below[j]) ^ bits(to[j]);
+        }
+    }
+    for (int j = 0; j < n; j++) any |= differ[j];
+    return any;
+}
+
 VECTORISED
 int reproml_round_tile(const double *restrict sums, int m, int n, double g, const double *restrict row_bound,
                        const double *restrict column_bound, const float *restrict row_bias,
                        const float *restrict column_bias, float *restrict out, integer stride,
                        int *restrict unsure) {
+    float low[TILE_ROWS * TILE_COLUMNS];
+    int32_t any = n == TILE_COLUMNS /* most tiles; with the number known the loop has no rest */
+        ? round_rows(sums, m, TILE_COLUMNS, g, row_bound, column_bound, row_bias, column_bias, out, stride, low)
+        : round_rows(sums, m, n, g, row_bound, column_bound, row_bias, column_bias, out, stride, low);
     int count = 0;
-    for (int i = 0; i < m; i++) {
-        const double *restrict from = sums + i * TILE_COLUMNS;
-        float *restrict to = out + i * stride;
-        double bound = g * row_bound[i], constant = row_bias ? row_bias[i] : 0;
-        int32_t differ = 0;
-        float low[TILE_COLUMNS];
-        for (int j = 0; j < n; j++) {
-            double bias = column_bias ? (double)column_bias[j] : constant;
-            double x = from[j] + bias, e = bound * column_bound[j] + g * fabs(bias);
-            low[j] = (float)(x - e);
-            to[j] = (float)(x + e);
-            differ |= bits(low[j]) ^ bits(to[j]);
-        }
-        if (differ)
-            for (int j = 0; j < n; j++)
-                if (bits(low[j]) != bits(to[j])) unsure[count++] = i * TILE_COLUMNS + j;
-    }
+    for (int i = 0; any && i < m; i++)
+        for (int j = 0; j < n; j++)
+            if (bits(low[i * TILE_COLUMNS + j]) != bits(out[i * stride + j])) unsure[count++] = i * TILE_COLUMNS + j;
     return count;
 }
 
-static void run(void (*work)(integer, void *), product *x, integer tasks, integer steps) {
-    if (steps > SERIAL)
+static void run(void (*work)(integer, void *), product *x, integer tasks, integer multiplications) {
+    if (multiplications > SERIAL)
         reproml_parallel(work, x, tasks);
     else
         for (integer task = 0; task < tasks; task++) work(task, x);
@@ -261,7 +273,7 @@ integer reproml_product(integer batch, integer m, integer n, integer k, const fl
     for (integer p = 0; p < depth; p++) x.panel_offset[p] = p * TILE_COLUMNS;
     for (x.first = 0; x.first < k || !k; x.first += DEPTH) {
         x.depth = k - x.first < DEPTH ? k - x.first : DEPTH;
-        run(prepare, &x, batch * (x.row_panels + x.column_panels), batch * (m + n) * x.depth);
+        run(prepare, &x, batch * (x.row_panels + x.column_panels), 8 * batch * (m + n) * x.depth);
         if (x.first + x.depth == k)
             for (integer i = 0; i < rows + columns; i++) x.norm_a[i] = sqrt(x.norm_a[i]);
         run(multiply, &x, batch * x.column_panels * x.groups, batch * m * n * x.depth);
