@@ -160,7 +160,8 @@ def test_only_float32(which):
     operands = [torch.ones(1, 2, 4, 4), torch.ones(2, 2, 3, 3), torch.ones(2)]
     operands[which] = operands[which].long()
     with pytest.raises(reproml.NotExactError):
-        convolution.convolution(*operands, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+        x, w, bias = operands
+        convolution.convolution(x, w, bias, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
 
 
 def test_a_stride_far_beyond_the_kernel():

@@ -479,10 +479,9 @@ def test_a_negative_epsilon_in_both_forms(form):
     """Its root and epsilon may cancel, which the compiled loop's bound does not foresee."""
     p, m, v = torch.ones(64), torch.zeros(64), torch.zeros(64)
     g = 1 + torch.arange(64) * 2.0**-23
-    options = {"beta1": 0.0, "beta2": 0.0, "weight_decay": 0.0, "eps": -1.0, "amsgrad": False}
+    options: dict[str, Any] = {"lr": 2.0**-24, "beta1": 0.0, "beta2": 0.0, "eps": -1.0}
+    options.update(weight_decay=0.0, amsgrad=False, maximize=False)
     with reproml.exact():
-        torch._fused_adam_(
-            [p], [g], [m], [v], [], [torch.ones(())], lr=2.0**-24, maximize=False, **options
-        )
+        torch._fused_adam_([p], [g], [m], [v], [], [torch.ones(())], **options)
     expected = [1 - 2.0**-24 * (x / (o.sqrt(rounded(x * x)) - 1)) for x in reals(g[1:])]
     check(p[1:], expected)
