@@ -6,10 +6,14 @@
         loss = model(x).sum()      # the binary32 number nearest to the exact sum
         loss.backward()
 
-The folder reads in this order: `rounding` (from a real number to binary32), `ball` (real numbers
-with an error bound, on which a definition is written), `elementary` (exp, log, ... in binary64 with
-a proven error), `dot` (sums and products of matrices), `table` (one line for each operator),
-`mode` (the engine that looks each operator up). It knows nothing of recipes or data.
+The folder reads in this order: `rounding` (from a real number to binary32), `field` (real numbers
+with an error bound, on which a definition is written), `ball` (a definition evaluated, tested and
+settled), `elementary` (exp, log, ... in binary64 with a proven error), `dot` (sums and products of
+matrices), `table` (one line for each operator), `mode` (the engine that looks each operator up).
+
+What makes it fast, for the same bits, stands beside it: `kernels` (the compiled loops of `c/`), and for
+formulas `tape` (records one), `program` (makes it short), `compiled` (runs it). It knows nothing of
+recipes or data.
 """
 
 from __future__ import annotations

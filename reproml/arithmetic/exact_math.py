@@ -37,3 +37,33 @@ class ExactMath:
                 return float(getattr(mpmath, name)(mpmath.mpf(x)))
 
         return rounded
+
+
+class ExactPower(float):
+    """A float whose `**` with another number is correctly rounded, as either operand.
+
+    Python takes a power of floats from the C library, whose last bit differs between systems.
+    """
+
+    def __pow__(self, exponent: Any, modulo: Any = None) -> Any:
+        return _power(float(self), exponent)
+
+    def __rpow__(self, base: Any, modulo: Any = None) -> Any:
+        return _power(base, float(self))
+
+    def __reduce__(self) -> Any:
+        return float, (float(self),)
+
+
+def _power(base: float, exponent: float) -> Any:
+    plain: Any = float(base) ** float(exponent)  # raises as it always does
+    if isinstance(plain, complex):
+        return plain
+    if base == 0 or not (math.isfinite(base) and math.isfinite(exponent)):
+        return plain  # a limit
+    if base < 0:  # then the exponent is whole, or `plain` is complex
+        return -_power(-base, exponent) if exponent % 2 else _power(-base, exponent)
+    import mpmath
+
+    with mpmath.workprec(400):
+        return float(mpmath.power(mpmath.mpf(base), mpmath.mpf(exponent)))

@@ -3,7 +3,7 @@
 - PyTorch's switches for kernels that do a whole layer as one operator (oneDNN, cuDNN, fused attention,
   the transformer's fast path): off, so that the layers arrive as the operators they are made of.
 - `math` in PyTorch's schedulers and initialisers: the C library's cos, erf, ... differ between systems;
-  `ExactMath` rounds them correctly.
+  `ExactMath` rounds them correctly. So does `ExactPower` what schedulers take powers of.
 - Marks for a profiler (`record_function`, six operators of an optimizer's step): left out while none runs.
 - `trunc_normal_`, whose algorithm changed between versions of PyTorch: one of them (randomness.py).
 - The optimizers' steps (see optimizers.py).
@@ -21,9 +21,10 @@ import torch
 import torch.nn.init
 import torch.optim.lr_scheduler
 from torch.autograd.profiler import record_function
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler
 
 from reproml.arithmetic import optimizers, randomness
-from reproml.arithmetic.exact_math import ExactMath
+from reproml.arithmetic.exact_math import ExactMath, ExactPower
 
 _SWITCHES: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
     (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
@@ -62,6 +63,29 @@ def _exit_mark(self: Any, *exc: Any) -> None:
         _plain_exit(self, *exc)
 
 
+_plain_step = LRScheduler.step
+_plain_range = CyclicLR._exp_range_scale_fn
+
+
+def _step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """A scheduler's step with `**` correctly rounded: what it takes powers of is one for so long."""
+    taken: dict[str, float] = {}
+    for name in ("gamma", "power") if active.depth else ():
+        value = getattr(scheduler, name, None)
+        if isinstance(value, (int, float)):
+            taken[name] = value
+            setattr(scheduler, name, ExactPower(value))
+    try:
+        return _plain_step(scheduler, *args, **kwargs)
+    finally:
+        _set(scheduler, **taken)
+
+
+def _range(gamma: float, x: float) -> float:
+    result: float = _plain_range(ExactPower(gamma) if active.depth else gamma, x)
+    return float(result)
+
+
 class _Active(threading.local):
     """How many `exact()` this thread is in, and its mode."""
 
@@ -94,6 +118,8 @@ def take_over() -> None:
             module.math = _exact_math
         torch.nn.init._no_grad_trunc_normal_ = _trunc_normal
         _set(record_function, __enter__=_enter_mark, __exit__=_exit_mark)
+        _set(LRScheduler, step=_step)
+        _set(CyclicLR, _exp_range_scale_fn=staticmethod(_range))
         optimizers.take_over(lambda: active.depth > 0)
 
 
@@ -110,4 +136,6 @@ def give_back() -> None:
             module.math = math
         torch.nn.init._no_grad_trunc_normal_ = _plain_trunc_normal
         _set(record_function, __enter__=_plain_enter, __exit__=_plain_exit)
+        _set(LRScheduler, step=_plain_step)
+        _set(CyclicLR, _exp_range_scale_fn=staticmethod(_plain_range))
         optimizers.give_back()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import threading
 import warnings
 from fractions import Fraction
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 import reproml
 from reproml import NotExactError
-from reproml.arithmetic import table
+from reproml.arithmetic import exact_math, table
 from tests.arithmetic import oracle as o
 from tests.arithmetic.oracle import Real, check, dot, reals, rounded, same_bits, single, total
 from tests.arithmetic.strategies import ANY, LAYOUTS, MODERATE, lay_out, tensors
@@ -361,6 +362,62 @@ def test_math_of_the_c_library_in_pytorch_s_own_code():
             schedule.step()
     expected = 0.05 * (1 + float(o.mp.cos(o.mp.mpf(np.pi / 7))))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-15)
+
+
+POWERS = st.floats(1e-3, 1e3).map(lambda x: x * (-1) ** int(x * 1e6))
+
+
+@given(POWERS, st.one_of(st.floats(-20, 20), st.integers(-20, 20).map(float)))
+def test_powers_of_schedulers_are_correctly_rounded(base, exponent):
+    plain = base**exponent
+    found = exact_math.ExactPower(base) ** exponent, base ** exact_math.ExactPower(exponent)
+    if isinstance(plain, complex):
+        assert found == (plain, plain)
+    else:
+        expected = float(o.mp.power(o.mp.mpf(base), o.mp.mpf(exponent)))
+        assert found == (expected, expected)
+
+
+@pytest.mark.parametrize("base", [0.0, -0.0, math.inf, -math.inf, 1.0, 2.0, 0.25])
+def test_powers_at_the_ends(base):
+    for exponent in (0.0, 1.0, 2.0, 3.0, 0.5, math.inf):
+        assert exact_math.ExactPower(base) ** exponent == base**exponent
+    with pytest.raises(ZeroDivisionError):
+        0.0 ** exact_math.ExactPower(-1.0)
+
+
+def schedulers(optimizer):
+    library = torch.optim.lr_scheduler
+    return [
+        library.PolynomialLR(optimizer, 9, power=0.9),
+        library.ExponentialLR(optimizer, 0.9),
+        library.CyclicLR(
+            optimizer, 0.01, 0.1, 3, mode="exp_range", gamma=0.97, cycle_momentum=False
+        ),
+    ]
+
+
+def test_schedulers_take_no_power_from_the_c_library(monkeypatch):
+    taken = []
+    power = exact_math._power
+
+    def counted(x, y):
+        taken.append((x, y))
+        return power(x, y)
+
+    monkeypatch.setattr(exact_math, "_power", counted)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    with reproml.exact(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        polynomial, exponential, cyclic = schedulers(optimizer)
+        taken.clear()
+        for scheduler, arguments in ((polynomial, ()), (exponential, (5,)), (cyclic, ())):
+            scheduler.step(*arguments)
+            assert taken, scheduler
+            taken.clear()
+        assert type(polynomial.power) is float and type(exponential.gamma) is float
+    polynomial.step()
+    assert not taken
 
 
 def test_flushed_subnormals_are_refused():
