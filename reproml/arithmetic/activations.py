@@ -253,7 +253,14 @@ def _log_softmax_of(k: Any, x: Any) -> Any:
     return k.choose(absent, k.ball(-math.inf, 0 * top.c), y)
 
 
+def _check_axis(x: Tensor, dim: int) -> None:
+    axes = max(x.dim(), 1)
+    if not -axes <= dim < axes:
+        raise IndexError(f"a tensor of shape {list(x.shape)} has no axis {dim}")
+
+
 def log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+    _check_axis(x, dim)
     if not x.numel():
         return x.clone()
     return rowwise(_log_softmax_of, dim, x, plain=_plain_log_softmax, direct="log_softmax")
@@ -298,6 +305,7 @@ def _softmax_of(k: Any, x: Any) -> Any:
 
 
 def softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+    _check_axis(x, dim)
     if not x.numel():
         return x.clone()
     return rowwise(_softmax_of, dim, x, plain=_plain_softmax, direct="softmax")
@@ -436,6 +444,8 @@ def _sign(x: Tensor, y: Tensor) -> Tensor:
 
 def bce(x: Tensor, y: Tensor, weight: Optional[Tensor] = None, reduction: int = MEAN) -> Tensor:
     """-w (y log x + (1 - y) log(1 - x)), each logarithm no less than -100."""
+    if bool(((x < 0) | (x > 1)).any()):
+        raise RuntimeError("binary cross-entropy needs probabilities, all between 0 and 1")
 
     def formula(k: Any, x: Any, y: Any, w: Any, zero: Any, one: Any) -> Any:
         # where x is 0 or 1 the logarithm of a stand-in is multiplied away and -100 takes its place

@@ -201,8 +201,14 @@ def convolution(
     sides = list(zip(x.shape[2:], stride, padding, reach, output_padding))
     if transposed:
         size = [(i - 1) * s - 2 * p + r + o + 1 for i, s, p, r, o in sides]
+        _check_size(size, x, w)
+        if any(o >= max(s, d) for o, s, d in zip(output_padding, stride, dilation)):
+            raise RuntimeError(
+                f"output padding {output_padding} must be below stride {stride} or dilation {dilation}"
+            )
         return _transposed(x, w, bias, stride, padding, dilation, groups, size)
     size = [(i + 2 * p - r - 1) // s + 1 for i, s, p, r, _ in sides]
+    _check_size(size, x, w)
     return _correlate(x, w, bias, stride, padding, dilation, groups, size)
 
 
@@ -224,11 +230,23 @@ def _check(
     if w.dim() != x.dim() or groups < 1 or len(w) % groups:
         shapes = f"{list(w.shape)} and an input of shape {list(x.shape)}"
         raise RuntimeError(f"weights of shape {shapes} do not convolve in {groups} groups")
+    if x.shape[1] != (len(w) if transposed else groups * w.shape[1]):
+        raise RuntimeError(
+            f"weights of shape {list(w.shape)} in {groups} groups do not fit an input of "
+            f"{x.shape[1]} channels, {list(x.shape)}"
+        )
     if bias is not None and bias.shape != (channels,):
         raise RuntimeError(f"a bias of shape {list(bias.shape)} does not fit {channels} channels")
     if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
         raise RuntimeError(
             f"a convolution cannot have stride {stride}, dilation {dilation}, padding {padding}"
+        )
+
+
+def _check_size(size: list[int], x: Tensor, w: Tensor) -> None:
+    if min(size) < 1:
+        raise RuntimeError(
+            f"a kernel of {list(w.shape[2:])} has no place in an input of {list(x.shape)}"
         )
 
 
@@ -292,6 +310,10 @@ def _pooling(
 ) -> tuple[list[int], list[int], list[int], int]:
     kernel, padding = _pair(kernel), _pair(padding)
     stride = _pair(stride) if stride else kernel
+    if min(*kernel, *stride) < 1 or any(not 0 <= 2 * p <= k for p, k in zip(padding, kernel)):
+        raise RuntimeError(
+            f"pooling cannot have kernel {kernel}, stride {stride}, padding {padding}"
+        )
     sides = zip(x.shape[-2:], kernel, stride, padding)
     whole = all((i + 2 * p - k) % s == 0 for i, k, s, p in sides)
     if (ceil and not whole) or (any(padding) and not count_padding and divisor is None):

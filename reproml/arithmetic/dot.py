@@ -143,6 +143,8 @@ def sum_over(
 
     x, y: float32 of one shape; dims: empty for all. Returns float32.
     """
+    if y is not None and y.shape != x.shape:
+        raise RuntimeError(f"tensors of shapes {list(x.shape)} and {list(y.shape)} do not multiply")
     if kernels.library and x.is_cpu:
         total = _compiled_sum(x, dims or range(x.dim()), keepdim, divisor, y)
         if total is not None:

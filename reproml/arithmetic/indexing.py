@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -137,5 +138,5 @@ def max_pool_backward(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
     if compiled is not None:
         return compiled.reshape(x.shape)
     first = torch.arange(planes, device=g.device).unsqueeze(1) * area
-    at = indices.reshape(planes, -1) + first
+    at = indices.reshape(planes, math.prod(indices.shape[-2:])) + first
     return sum_at(at.reshape(-1), g.reshape(-1), x.numel()).reshape(x.shape)

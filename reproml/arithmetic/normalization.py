@@ -128,10 +128,27 @@ def batch_norm_backward(
     return grad_x, grad_weight, sum_over(g_rows, (1,)) if mask[2] else None
 
 
+def _check_layer(
+    x: Tensor, shape: list[int], weight: Optional[Tensor], bias: Optional[Tensor]
+) -> None:
+    """What PyTorch checks only in its own kernel."""
+    if not len(shape) or list(x.shape[-len(shape) :]) != list(shape):
+        raise RuntimeError(
+            f"layer normalisation over {list(shape)} needs an input of shape [*, "
+            f"{', '.join(map(str, shape))}], not {list(x.shape)}"
+        )
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None and list(p.shape) != list(shape):
+            raise RuntimeError(
+                f"layer normalisation over {list(shape)} needs a {name} of that shape, not {list(p.shape)}"
+            )
+
+
 def layer_norm(
     x: Tensor, shape: list[int], weight: Optional[Tensor], bias: Optional[Tensor], eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """native_layer_norm over the last axes `shape`: the output, and each row's mean and rstd."""
+    _check_layer(x, shape, weight, bias)
     compiled = loops.layer_norm(x, shape, weight, bias, eps)
     if compiled is not None:
         return compiled
@@ -158,14 +175,18 @@ def layer_norm_backward(
     mask: list[bool],
 ) -> tuple[Optional[Tensor], ...]:
     """native_layer_norm_backward: gradients of x, weight and bias."""
+    _check_layer(x, shape, weight, bias)
+    rows = math.prod(x.shape[: x.dim() - len(shape)])
+    if g.shape != x.shape or not mean.numel() == rstd.numel() == rows:
+        raise RuntimeError(f"a gradient of shape {list(g.shape)} does not fit {list(x.shape)}")
     compiled = loops.layer_norm_backward(g, x, shape, mean, rstd, weight, mask)
     if compiled is not None:
         return compiled
-    rows, g_rows = (t.reshape(mean.numel(), math.prod(shape)) for t in (x, g))
+    x_rows, g_rows = (t.reshape(rows, math.prod(shape)) for t in (x, g))
     mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
-    w = torch.ones_like(rows[:1]) if weight is None else weight.reshape(1, -1)
-    grad_x = group_backward(g_rows, rows, mean, rstd, w).reshape(x.shape) if mask[0] else None
-    across = [t.expand(rows.shape).t() for t in (g_rows, rows, mean, rstd)]
+    w = torch.ones_like(x_rows[:1]) if weight is None else weight.reshape(1, -1)
+    grad_x = group_backward(g_rows, x_rows, mean, rstd, w).reshape(x.shape) if mask[0] else None
+    across = [t.expand(x_rows.shape).t() for t in (g_rows, x_rows, mean, rstd)]
     grad_weight = scaled_sum(*across).reshape(shape) if mask[1] else None
     return grad_x, grad_weight, sum_over(g_rows, (0,)).reshape(shape) if mask[2] else None
 

@@ -420,6 +420,46 @@ def test_schedulers_take_no_power_from_the_c_library(monkeypatch):
     assert not taken
 
 
+F = torch.nn.functional
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: F.layer_norm(torch.ones(2, 4), (5,)),
+        lambda: F.layer_norm(torch.ones(2, 4), (400_000,)),
+        lambda: F.layer_norm(torch.ones(2, 3, 4), (4, 3)),
+        lambda: F.layer_norm(torch.ones(2, 8), (4,)),
+        lambda: F.layer_norm(torch.ones(2, 4), (4,), torch.ones(3)),
+        lambda: F.layer_norm(torch.ones(2, 4), (4,), torch.ones(4), torch.ones(4000)),
+        lambda: torch.dot(torch.ones(3), torch.ones(4)),
+        lambda: torch.dot(torch.ones(1), torch.ones(4)),
+        lambda: torch.ones(2, 3).softmax(5),
+        lambda: torch.ones(2, 3).log_softmax(-3),
+        lambda: F.binary_cross_entropy(torch.tensor([1.5]), torch.tensor([1.0])),
+        lambda: F.avg_pool2d(torch.ones(1, 1, 5, 5), 2, padding=2),
+        lambda: F.avg_pool2d(torch.ones(1, 1, 5, 5), 0),
+        lambda: torch.nn.ConvTranspose2d(2, 3, 3, output_padding=3)(torch.ones(1, 2, 4, 4)),
+        lambda: torch.nn.Conv2d(3, 4, 3)(torch.ones(2, 4, 8, 8)),
+        lambda: torch.nn.Conv2d(3, 4, 9)(torch.ones(2, 3, 4, 4)),
+    ],
+)
+def test_what_pytorch_s_own_kernels_refuse(function):
+    """Our definitions stand in their place, so they have to look themselves."""
+    with pytest.raises((RuntimeError, IndexError)) as native:
+        function()
+    with pytest.raises(native.type), reproml.exact():
+        function()
+
+
+@pytest.mark.parametrize("pool", [F.max_pool2d, F.adaptive_max_pool2d])
+def test_the_gradient_of_an_empty_pooling(pool):
+    x = torch.ones(0, 2, 6, 6, requires_grad=True)
+    with reproml.exact():
+        pool(x, 2).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
 def test_flushed_subnormals_are_refused():
     if not torch.set_flush_denormal(True):
         return
