@@ -22,6 +22,14 @@ static inline int32_t settle(double c, double e, float *value) {
     return (low != high) | ((high == 0) & (fabs(c) <= e) & (e > 2 * TINY));
 }
 
+/* The bound of a + b, whose terms err by `error` together: 0 where nothing was rounded, as often with a beta of one
+   half, where every other sum is a tie. */
+static inline double sum_error(double a, double b, double sum, double error) {
+    double z = sum - a, lost = (a - (sum - z)) + (b - z); /* two_sum */
+    double bound = 5 * U * (fabs(a) + fabs(b)) + error, any = 0x1p900 * (fabs(lost) + error);
+    return any < bound ? any : bound; /* any is 0 or huge; a minimum becomes one instruction, a condition would not */
+}
+
 /* at: in the low 40 bits the first element, above them what comes back with a failure. */
 static void write_back(integer at, int n, const rounded *r, float *const *state, int states, int32_t unsure,
                        failures *failed) {
@@ -67,7 +75,7 @@ static int32_t adam_block(const adam *x, const parameter *of, integer at, int n,
         double size = fabs(grad) + fabs(penalty), ed = decay != 0 ? 3 * U * size : 0;
         double m1 = b1 * m[i], m2 = rest1 * d, v1 = b2 * v[i], v2 = rest2 * (d * d);
         float new_p, new_m, new_v;
-        int32_t unsure = settle(m1 + m2, 5 * U * (fabs(m1) + fabs(m2)) + 2 * fabs(rest1) * ed, &new_m);
+        int32_t unsure = settle(m1 + m2, sum_error(m1, m2, m1 + m2, 2 * fabs(rest1) * ed), &new_m);
         unsure |= settle(v1 + v2, 8 * U * (fabs(v1) + fabs(v2)) + 4 * fabs(rest2) * size * ed, &new_v);
         double held = keep * old_p, below = sqrt((double)new_v) * scale + eps;
         double moved = rate * (new_m / below);
@@ -136,7 +144,7 @@ static int32_t sgd_block(const sgd *x, integer at, int n, rounded *restrict r) {
         int32_t unsure = 0;
         if (buffer) {
             double b1 = keep != 0 ? keep * buffer[i] : -0.0, b2 = take * d;
-            unsure = settle(b1 + b2, 5 * U * (fabs(b1) + fabs(b2)) + 2 * fabs(take) * e, &new_b);
+            unsure = settle(b1 + b2, sum_error(b1, b2, b1 + b2, 2 * fabs(take) * e), &new_b);
             double b = new_b, ahead = momentum * b;
             step = nesterov ? d + ahead : b;
             size = nesterov ? size + fabs(ahead) : fabs(b);
