@@ -168,8 +168,9 @@ def _adam_numbers(
     """
     fixed, floats = _fixed_numbers(lr, beta1, beta2, penalty, held, eps)
     first, second = bias_correction(beta1, step), bias_correction(beta2, step)
-    rate, scale = float(fixed[-1]) / float(first), 1 / math.sqrt(second)
-    return _AdamNumbers(first, second, *fixed), [*floats, rate, scale, float(fixed[-2])]
+    *_, epsilon, exact_lr = fixed
+    rate, scale = float(exact_lr) / float(first), 1 / math.sqrt(second)
+    return _AdamNumbers(first, second, *fixed), [*floats, rate, scale, float(epsilon)]
 
 
 def _adam_step(
@@ -526,9 +527,8 @@ def _instead(
         _refuse_unless(scaled == (None, None), "a gradient scaler")
         options.pop("differentiable", None)
         _refuse_unless(not torch.is_grad_enabled(), "differentiable=True")
-        with (
-            torch._C._DisableTorchDispatch()
-        ):  # cheaper than taking the mode off and putting it back
+        # Cheaper than taking the mode off and putting it back.
+        with torch._C._DisableTorchDispatch():
             return step(*lists, **options)
 
     return either

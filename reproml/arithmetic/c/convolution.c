@@ -93,17 +93,6 @@ typedef struct {
 } slide;
 
 VECTORISED
-static double square_sum(const float *restrict x, integer n) {
-    double part[16] = {0}, sum = 0;
-    integer i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int t = 0; t < 16; t++) part[t] += (double)x[i + t] * x[i + t];
-    for (; i < n; i++) sum += (double)x[i] * x[i];
-    for (int t = 0; t < 16; t++) sum += part[t];
-    return sum;
-}
-
-VECTORISED
 static float largest(const float *restrict x, integer n) {
     float part[16] = {0}, most = 0;
     integer i = 0;
@@ -112,11 +101,6 @@ static float largest(const float *restrict x, integer n) {
     for (; i < n; i++) most = most > fabsf(x[i]) ? most : fabsf(x[i]);
     for (int t = 0; t < 16; t++) most = most > part[t] ? most : part[t];
     return most;
-}
-
-static double relative_bound(double terms) {
-    double g = terms + 8;
-    return g * U / (1 - g * U) * SLACK;
 }
 
 /* Store a rounded tile whose first column is place q. */
@@ -176,7 +160,7 @@ static void slide_task(integer task, void *data) {
     float *buffer = s->buffer + task * planes_size(&s->from);
     for (integer item = task * share; item < (task + 1) * share && item < items; item++) {
         const float *source = s->source + item * length;
-        double most = largest(source, length), norm = sqrt(square_sum(source, length));
+        double most = largest(source, length), norm = sqrt(reproml_squares(source, length, 1));
         if (!(norm <= DBL_MAX)) { /* NaN or infinity: the plain path knows what becomes of zeros beside them */
             for (integer i = 0; i <= s->failed->room; i++) reproml_fail(s->failed, 0);
             return;
@@ -388,9 +372,9 @@ static void correlate_task(integer task, void *data) {
             const float *grad = s->grad + n * g_step + group * g->o * g->out_h * g->out_w;
             for (integer i = 0; i < count; i++) {
                 for (integer o = 0; o < g->o; o++)
-                    squares[group * g->o + o] += square_sum(grad + i * g_step + o * g->out_h * g->out_w, g->out_h * g->out_w);
+                    squares[group * g->o + o] += reproml_squares(grad + i * g_step + o * g->out_h * g->out_w, g->out_h * g->out_w, 1);
                 for (integer c = 0; c < g->c; c++)
-                    squares[g->groups * g->o + group * g->c + c] += square_sum(x + i * x_step + c * g->h * g->w, g->h * g->w);
+                    squares[g->groups * g->o + group * g->c + c] += reproml_squares(x + i * x_step + c * g->h * g->w, g->h * g->w, 1);
             }
             fill(&s->of_x, x, count, x_step, of_x);
             fill(&s->of_g, grad, count, g_step, of_g);

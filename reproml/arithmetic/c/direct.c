@@ -453,10 +453,5 @@ integer reproml_direct(int which, integer dims, const integer *sizes, const inte
     c.tasks = tasks < c.items ? tasks : c.items;
     if (c.tasks > TASKS) c.tasks = TASKS;
     reproml_parallel(run_items, &c, c.tasks);
-    integer count = 0;
-    for (integer task = 0; task < c.tasks; task++) {
-        memmove(failed + count, failed + c.start[task], (size_t)c.found[task] * sizeof *failed);
-        count += c.found[task];
-    }
-    return count;
+    return together(failed, c.start, c.found, c.tasks);
 }

@@ -36,7 +36,7 @@ static inline int least(integer a, integer b) { return (int)(a < b ? a : b); }
 static integer panels(integer n, int width) { return (n + width - 1) / width; }
 
 VECTORISED
-static double squares(const float *restrict x, integer n, integer stride) {
+double reproml_squares(const float *restrict x, integer n, integer stride) {
     double part[16] = {0}, sum = 0;
     integer i = 0;
     if (stride == 1)
@@ -86,7 +86,7 @@ static void prepare_a(const product *x, integer task) {
     if (x->a_row == 1)
         add_squares(a, rows, x->depth, x->a_column, x->norm_a + at);
     else
-        for (int r = 0; r < rows; r++) x->norm_a[at + r] += squares(a + r * x->a_row, x->depth, x->a_column);
+        for (int r = 0; r < rows; r++) x->norm_a[at + r] += reproml_squares(a + r * x->a_row, x->depth, x->a_column);
 }
 
 static float *panel_of(const product *x, integer batch, integer panel) {
@@ -104,7 +104,7 @@ static void prepare_b(const product *x, integer task) {
     if (x->b_column == 1)
         add_squares(b, columns, x->depth, x->b_row, norm);
     else
-        for (int c = 0; c < columns; c++) norm[c] += squares(b + c * x->b_column, x->depth, x->b_row);
+        for (int c = 0; c < columns; c++) norm[c] += reproml_squares(b + c * x->b_column, x->depth, x->b_row);
 }
 
 static void prepare(integer task, void *data) {
@@ -149,11 +149,8 @@ static void sum_tile(const product *x, integer batch, integer row_panel, integer
         loop(x->depth, a, panel_of(x, batch, panel), x->panel_offset, sums);
 }
 
-/* The relative bound of a sum: passes one after another, each a sum of DEPTH terms, and the bias. */
-static double relative_bound(integer k) {
-    double g = (double)(k < DEPTH ? k : DEPTH + k / DEPTH) + 8;
-    return g * U / (1 - g * U) * SLACK;
-}
+/* The height of the tree of additions: passes one after another, each a sum of DEPTH terms. */
+static double height(integer k) { return (double)(k < DEPTH ? k : DEPTH + k / DEPTH); }
 
 /* The tiles of one group of row panels with one panel of b. */
 static void multiply(integer task, void *data) {
@@ -176,7 +173,7 @@ static void multiply(integer task, void *data) {
                     all[c] = sums[c] += x->first ? all[c] : 0;
         }
         if (!last) continue;
-        int left = reproml_round_tile(sums, m, n, relative_bound(x->k),
+        int left = reproml_round_tile(sums, m, n, relative_bound(height(x->k)),
                                       x->norm_a + batch * x->row_panels * x->rows + i, norm_b, NULL, bias,
                                       x->out + (batch * x->m + i) * x->n + j, x->n, unsure);
         for (int t = 0; t < left; t++)

@@ -20,4 +20,14 @@ static inline int dense_rows(integer dims, const integer *strides, integer n) {
     return (n == 1 || strides[dims - 1] == 1) && (dims == 1 || (dims == 2 && strides[0] == n));
 }
 
+/* The failures that each task noted from its own place on, moved together. Returns how many there are. */
+static inline integer together(integer *failed, const integer *start, const integer *found, integer tasks) {
+    integer count = 0;
+    for (integer task = 0; task < tasks; task++) {
+        memmove(failed + count, failed + start[task], (size_t)found[task] * sizeof *failed);
+        count += found[task];
+    }
+    return count;
+}
+
 #endif

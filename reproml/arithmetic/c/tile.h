@@ -52,6 +52,15 @@ static inline void fold(const double *restrict sums, int n, int lanes, double *r
     }
 }
 
+/* The sum of squares of n numbers, `stride` elements apart. */
+double reproml_squares(const float *x, integer n, integer stride);
+
+/* gamma of a sum whose tree of additions has this height, with room for the bias and for the test's own roundings. */
+static inline double relative_bound(double height) {
+    double g = height + 8;
+    return g * U / (1 - g * U) * SLACK;
+}
+
 /* Round a tile of sums to binary32: what each exact sum lies within row_bound[i] * column_bound[j] of, with
    the bias of its row or column (either may be null) as one more term; g: the relative bound of a sum.
    sums: rows of TILE_COLUMNS. out: [m][n] with `stride` elements between rows. Returns how many elements are not sure; their
