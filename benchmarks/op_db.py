@@ -26,11 +26,11 @@ from unittest import TestCase, mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import reproml
-from reproml.arithmetic import table
+from reproml.arithmetic import dispatch, table
 
 # Expressions of several rounded steps (docs/exact.md names the steps): allowed, relative to the largest
 # element of the result.
@@ -179,13 +179,13 @@ class Checker(TorchDispatchMode):
         )
         if not checked:
             return func(*args, **kwargs)
-        with _disable_current_modes():
+        with dispatch.natively():
             wide_args, wide_kwargs = [list(args), kwargs]
             if name not in AS_GIVEN:
                 wide_args, wide_kwargs = _as_operands([wide_args, wide_kwargs])
             wide_args, wide_kwargs = _double([wide_args, wide_kwargs])
         result = func(*args, **kwargs)
-        with _disable_current_modes():
+        with dispatch.natively():
             if name in FACTORIES:
                 if result.dtype is not torch.float32:
                     return result

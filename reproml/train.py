@@ -145,8 +145,7 @@ class _Batches(Dataset[Any]):
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.tensor(indices)
-        with torch._C._DisableTorchDispatch():  # copies only: no need to look at them
-            return self.x[rows], self.y[rows]
+        return self.x[rows], self.y[rows]
 
 
 def _mean(losses: list[tuple[float, int]]) -> Optional[float]:

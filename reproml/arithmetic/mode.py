@@ -1,6 +1,6 @@
 """The engine: each operator that PyTorch runs is looked up in the table, or refused.
 
-A `TorchDispatchMode` sees every operator below autograd, the backward ones included. An operator
+Every operator below autograd comes here (dispatch.py), the backward ones included. An operator
 
 - of the table's MOVES runs natively: it does no arithmetic;
 - of the table's EXACT runs as defined there; its in-place and out= forms follow by themselves;
@@ -15,138 +15,83 @@ import inspect
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ContextDecorator
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from reproml.arithmetic import NotExactError, settings, table
+from reproml.arithmetic import NotExactError, dispatch, settings, table
+from reproml.arithmetic.dispatch import tensors
 
 Handler = Callable[..., Any]
 
 
-class ExactMode(TorchDispatchMode):
-    """Runs every operator by the table."""
+def handler(func: Any) -> Handler:
+    """What stands for an operator (an OpOverload) within `exact()`."""
+    name = func._schema.name
+    if not name.startswith("aten::"):
+        return func if name.startswith(("profiler::", "prim::")) else _guarded(func)
+    name = name[len("aten::") :]
+    if f"{name.rstrip('_')}.{func._overloadname.replace('_out', '')}" in table.NOT_MOVES:
+        return _guarded(func)
+    if name not in table.EXACT and (name in table.MOVES or name.rstrip("_") in table.MOVES):
+        return _strided(func)
+    if name in table.CASTS:
+        return _strided(table.CASTS[name])
+    outputs = [a.name for a in func._schema.arguments if a.is_out]
+    if name in table.EXACT:
+        return _for_float32(name, func, outputs)
+    if name.endswith("_") and name[:-1] in table.EXACT:
+        return _for_float32(name[:-1], func, ["self"])
+    if name.startswith("_foreach_"):
+        return _for_each(name[len("_foreach_") :], func)
+    if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        return _taken_apart(func)
+    return _guarded(func)
 
-    def __init__(self, on_unknown: str = "raise") -> None:
-        super().__init__()
-        self._handlers: dict[int, Handler] = {}  # by id: an operator's own hash is slow
-        self._kept: list[Any] = []  # the operators, so that no id comes twice
-        self._on_unknown = on_unknown
-        self.passed: dict[str, str] = {}  # operators let through natively -> the first caller
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Optional[dict[str, Any]] = None,
-    ) -> Any:
-        for t in types:
-            if t.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-                return NotImplemented  # a subclass of its own: it unwraps, and what is inside comes here
-        handler = self._handlers.get(id(func)) or self._find(func)
-        try:
-            return handler(*args, **kwargs) if kwargs else handler(*args)
-        except NotExactError as error:
-            if self._on_unknown == "warn":
-                self.passed.setdefault(str(func), _caller())
-                return func(*args, **(kwargs or {}))
-            if getattr(error, "named", False):
-                raise
-            raise refusal(func, args, str(error)) from None
-
-    def _find(self, func: Any) -> Handler:
-        handler = self._handlers[id(func)] = self._handler(func)
-        self._kept.append(func)
-        return handler
-
-    def _handler(self, func: Any) -> Handler:
-        name = func._schema.name
-        if not name.startswith("aten::"):
-            return func if name.startswith(("profiler::", "prim::")) else _guarded(func)
-        name = name[len("aten::") :]
-        if f"{name.rstrip('_')}.{func._overloadname.replace('_out', '')}" in table.NOT_MOVES:
-            return _guarded(func)
-        if name in table.VIEWS:
-            return _view(func._op)
-        if name not in table.EXACT and (name in table.MOVES or name.rstrip("_") in table.MOVES):
-            return _strided(func)
-        if name in table.CASTS:
-            return _strided(table.CASTS[name])
-        outputs = [a.name for a in func._schema.arguments if a.is_out]
-        if name in table.EXACT:
-            return _for_float32(name, func, outputs)
-        if name.endswith("_") and name[:-1] in table.EXACT:
-            return _for_float32(name[:-1], func, ["self"])
-        if name.startswith("_foreach_"):
-            return self._for_each(name[len("_foreach_") :], func)
-        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
-            return self._taken_apart(func)
+def _for_each(name: str, func: Any) -> Handler:
+    """The plain operator on each position of the lists."""
+    plain, in_place = name.rstrip("_"), name.endswith("_")
+    plain = {"norm": "linalg_vector_norm"}.get(plain, plain)
+    if plain in table.EXACT:
+        exact = _for_float32(plain, getattr(torch.ops.aten, plain))
+    elif plain in table.MOVES:
+        exact = _strided(getattr(torch.ops.aten, plain))
+    else:
         return _guarded(func)
 
-    def _for_each(self, name: str, func: Any) -> Handler:
-        """The plain operator on each position of the lists."""
-        plain, in_place = name.rstrip("_"), name.endswith("_")
-        plain = {"norm": "linalg_vector_norm"}.get(plain, plain)
-        if plain in table.EXACT:
-            exact = _for_float32(plain, getattr(torch.ops.aten, plain))
-        elif plain in table.MOVES:
-            exact = _strided(getattr(torch.ops.aten, plain))
-        else:
-            return _guarded(func)
+    def each(*args: Any, **kwargs: Any) -> Any:
+        def at(i: int, x: Any) -> Any:
+            return x[i] if isinstance(x, (list, tuple)) else x
 
-        def each(*args: Any, **kwargs: Any) -> Any:
-            def at(i: int, x: Any) -> Any:
-                return x[i] if isinstance(x, (list, tuple)) else x
+        if "scalars" in kwargs:
+            kwargs["value"] = kwargs.pop("scalars")
+        results = [
+            exact(*[at(i, x) for x in args], **{key: at(i, x) for key, x in kwargs.items()})
+            for i in range(len(args[0]))
+        ]
+        if not in_place:
+            return results
+        for x, y in zip(args[0], results):
+            x.copy_(y)
+        return None
 
-            if "scalars" in kwargs:
-                kwargs["value"] = kwargs.pop("scalars")
-            results = [
-                exact(*[at(i, x) for x in args], **{key: at(i, x) for key, x in kwargs.items()})
-                for i in range(len(args[0]))
-            ]
-            if not in_place:
-                return results
-            for x, y in zip(args[0], results):
-                x.copy_(y)
-            return None
-
-        return each
-
-    def _taken_apart(self, func: Any) -> Handler:
-        def composite(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                return func.decompose(*args, **kwargs)
-
-        return composite
+    return each
 
 
-def _tensors(args: Any) -> Iterator[Tensor]:
-    for x in args:
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, (list, tuple)):
-            yield from _tensors(x)
+def _taken_apart(func: Any) -> Handler:
+    def composite(*args: Any, **kwargs: Any) -> Any:
+        with dispatch.again():
+            return func.decompose(*args, **kwargs)
+
+    return composite
 
 
 def _inexact(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
-
-
-def _view(run: Handler) -> Handler:
-    """`_strided` for operators of one tensor, half as long on the way."""
-    strided = torch.strided
-
-    def view(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if x.layout is not strided or x.is_complex():
-            raise _undefined(x)
-        return run(x, *args, **kwargs)
-
-    return view
 
 
 def _strided(func: Handler) -> Handler:
@@ -159,7 +104,7 @@ def _strided(func: Handler) -> Handler:
                 if x.layout is not torch.strided or x.is_complex():
                     raise _undefined(x)
             elif isinstance(x, (list, tuple)):
-                for y in _tensors(x):
+                for y in tensors(x):
                     if y.layout is not torch.strided or y.is_complex():
                         raise _undefined(y)
         return run(*args, **kwargs)
@@ -176,18 +121,18 @@ def _for_float32(name: str, func: Any, outputs: Sequence[str] = ()) -> Handler:
 
     outputs: of the out= form the names of the results to fill, of the in-place form "self".
     """
-    definition = table.EXACT[name]
+    definitions = table.EXACT
     in_place = tuple(outputs) == ("self",)
 
     def exact(*args: Any, **kwargs: Any) -> Any:
         if kwargs or not _plainly_float32(args):
-            given = list(_tensors([*args, *kwargs.values()]))
+            given = list(tensors([*args, *kwargs.values()]))
             if given and not _is_exact(name, given, [*args, *kwargs.values()]):
                 return func(*args, **kwargs)
         if in_place:
-            return _fill(args[0], definition(*args, **kwargs))
+            return _fill(args[0], definitions[name](*args, **kwargs))
         filled = [kwargs.pop(output) for output in outputs]
-        results = definition(*args, **kwargs)
+        results = definitions[name](*args, **kwargs)
         if not filled:
             return results
         for out, result in zip(filled, results if len(filled) > 1 else [results]):
@@ -250,10 +195,10 @@ def _guarded(func: Any) -> Handler:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         if counts or any(isinstance(x, (float, complex)) for x in args):
             raise refusal(func, args, "it is not in the table of exact operators")
-        if any(_inexact(x) for x in _tensors([*args, *kwargs.values()])):
+        if any(_inexact(x) for x in tensors([*args, *kwargs.values()])):
             raise refusal(func, args, "it is not in the table of exact operators")
         result = func(*args, **kwargs)
-        if any(_inexact(x) for x in _tensors([result])):
+        if any(_inexact(x) for x in tensors([result])):
             raise refusal(func, args, "it is not in the table of exact operators")
         return result
 
@@ -262,7 +207,7 @@ def _guarded(func: Any) -> Handler:
 
 def refusal(func: Any, args: Any, why: str) -> NotExactError:
     """The error, with the operator, its operands and the line of the caller."""
-    operands = ", ".join(f"{x.dtype}{list(x.shape)}".replace("torch.", "") for x in _tensors(args))
+    operands = ", ".join(f"{x.dtype}{list(x.shape)}".replace("torch.", "") for x in tensors(args))
     operands = f" for ({operands})" * bool(operands)
     error = NotExactError(
         f"{func} has no exact result{operands}, called at {_caller()}: {why.rstrip('.')}; "
@@ -290,6 +235,18 @@ def _flushes_subnormals() -> bool:
     )  # PyTorch gives a thread 2^15 elements or more
     x = torch.full((size,), 2.0**-140, dtype=torch.float32, device="cpu").mul(1)
     return int(x.count_nonzero()) < size
+
+
+def _refused(error: NotExactError, func: Any, args: Any, kwargs: Any) -> Any:
+    if settings.active.passed is not None:
+        settings.active.passed.setdefault(str(func), _caller())
+        return func(*args, **kwargs)
+    if getattr(error, "named", False):
+        raise error
+    raise refusal(func, args, str(error)) from None
+
+
+dispatch.install(handler, _refused, table.VIEWS)
 
 
 class exact(ContextDecorator):  # noqa: N801 (used like a function: `with reproml.exact():`)
@@ -330,19 +287,18 @@ class exact(ContextDecorator):  # noqa: N801 (used like a function: `with reprom
                     "Subnormal numbers are flushed to zero; torch.set_flush_denormal(False)."
                 )
             settings.take_over()
-            mode = ExactMode(self._on_unknown)
-            mode.__enter__()
-            settings.active.mode = mode
+            settings.active.passed = {} if self._on_unknown == "warn" else None
+            dispatch.include(True)
         settings.active.depth = depth + 1
         return self
 
     def __exit__(self, *exc: Any) -> None:
         settings.active.depth -= 1
         if settings.active.depth == 0:
-            settings.active.mode.__exit__(*exc)
+            dispatch.include(False)
             settings.give_back()
-            if settings.active.mode.passed:
-                listed = ", ".join(f"{op} ({at})" for op, at in settings.active.mode.passed.items())
+            if settings.active.passed:
+                listed = ", ".join(f"{op} ({at})" for op, at in settings.active.passed.items())
                 warnings.warn(
                     f"not exact, so the bits may differ elsewhere: {listed}", stacklevel=2
                 )

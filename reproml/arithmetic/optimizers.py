@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from reproml.arithmetic import NotExactError, kernels
+from reproml.arithmetic import NotExactError, dispatch, kernels
 from reproml.arithmetic.activations import single
 from reproml.arithmetic.ball import elementwise
 
@@ -527,8 +527,7 @@ def _instead(
         _refuse_unless(scaled == (None, None), "a gradient scaler")
         options.pop("differentiable", None)
         _refuse_unless(not torch.is_grad_enabled(), "differentiable=True")
-        # Cheaper than taking the mode off and putting it back.
-        with torch._C._DisableTorchDispatch():
+        with dispatch.natively():
             return step(*lists, **options)
 
     return either

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import torch
 import torch.nn.init
@@ -87,10 +87,10 @@ def _range(gamma: float, x: float) -> float:
 
 
 class _Active(threading.local):
-    """How many `exact()` this thread is in, and its mode."""
+    """How many `exact()` this thread is in, and what it lets pass."""
 
     depth = 0
-    mode: Any = None
+    passed: Optional[dict[str, str]] = None  # operators let through natively -> the first caller
 
 
 active = _Active()

@@ -31,16 +31,16 @@ from reproml.arithmetic.dot import matmul, sum_over
 aten = torch.ops.aten
 
 # fmt: off
-# The most frequent operators of all, which only look at the same memory in another way.
+# The same memory, seen in another way. They are half of all operators, and nothing is between.
 VIEWS = frozenset("""
-alias detach expand permute select slice squeeze t transpose unsqueeze view
+alias as_strided detach diagonal expand permute select slice split split_with_sizes squeeze t transpose
+unbind unfold unsqueeze view _reshape_alias _unsafe_view
 """.split())
 
 MOVES = VIEWS | frozenset("""
-as_strided cat chunk clone constant_pad_nd contiguous diagonal diagonal_copy flatten flip lift lift_fresh
-narrow pixel_shuffle pixel_unshuffle repeat reshape resize_ roll split split_with_sizes stack tril triu
-unbind unfold unsafe_split
-_reshape_alias _unsafe_view set select_backward slice_backward reflection_pad1d reflection_pad2d
+cat chunk clone constant_pad_nd contiguous diagonal_copy flatten flip lift lift_fresh
+narrow pixel_shuffle pixel_unshuffle repeat reshape resize_ roll stack tril triu unsafe_split
+set select_backward slice_backward reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d _pack_padded_sequence
 empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like
 new_ones full full_like new_full fill zero scalar_tensor eye _local_scalar_dense item

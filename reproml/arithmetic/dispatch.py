@@ -1,0 +1,133 @@
+"""How every operator comes to us: by a dispatch key of our own.
+
+PyTorch's dispatcher takes the highest key of an operator's set first: autocast and autograd, then modes
+and subclasses written in Python, then the kernels. Just above Python's lies a key kept for extensions,
+`Fake`, to which PyTorch itself registers nothing. What we register for it gets each operator, the backward
+ones included, in a thread that has included the key.
+
+A `TorchDispatchMode` sees the same operators, at four times the price: some 3 microseconds each. Modes
+and subclasses still have their turn first: they see the operators and not what we make of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _pop_mode_temporarily
+
+from reproml.arithmetic import NotExactError
+
+_C: Any = torch._C
+_NAME = "Fake"
+_KEY = _C._parse_dispatch_key(_NAME)
+_exclude = _C._dispatch_tls_set_dispatch_key_excluded
+_modes = _C._len_torch_dispatch_stack
+
+# Operands with which no subclass can have a say.
+_PLAIN = frozenset([Tensor, Parameter, int, float, bool, type(None), torch.dtype])
+
+_registered: list[Any] = []  # a registration ends with its object
+
+
+def install(
+    handler: Callable[[Any], Callable[..., Any]],
+    refused: Callable[..., Any],
+    views: frozenset[str],
+) -> None:
+    """Let `handler(operator)` stand for every operator but the views, which run as ever.
+
+    It is called in threads that have included the key; what it calls in turn is PyTorch's own. On a
+    NotExactError `refused(error, operator, args, kwargs)` has the last word.
+    """
+
+    def door(find: Callable[[], Any]) -> Callable[..., Any]:
+        operator = run = None
+
+        def come(*args: Any, **kwargs: Any) -> Any:
+            nonlocal operator, run
+            if run is None:
+                operator = find()
+                run = handler(operator)
+            if _modes() or kwargs or not _PLAIN.issuperset(map(type, args)):
+                say = _say_of_python(args, kwargs)
+                if say is not None:
+                    return say(operator, args, kwargs)
+            _exclude(_KEY, True)
+            try:
+                return run(*args, **kwargs)
+            except NotExactError as error:
+                return refused(error, operator, args, kwargs)
+            finally:
+                _exclude(_KEY, False)
+
+        return come
+
+    @cache
+    def rare(operator: Any) -> Callable[..., Any]:
+        return door(lambda: operator)
+
+    # One by one, as a fallback for all is not found while a mode is active.
+    single, others = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+    for full in _C._dispatch_get_all_op_names():
+        if full.startswith("aten::"):
+            name = full[len("aten::") :]
+            view = name.partition(".")[0] in views
+            come = torch.library.fallthrough_kernel if view else door(partial(_overload, name))
+            single.impl(name, come, _NAME)
+    others.fallback(lambda operator, *args, **kwargs: rare(operator)(*args, **kwargs), _NAME)
+    _registered.extend([single, others])
+
+
+def _overload(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+
+def include(on: bool) -> None:
+    """Let this thread's operators come to us, or no longer."""
+    _C._dispatch_tls_set_dispatch_key_included(_KEY, on)
+
+
+def natively() -> Any:
+    """A context in which no operator comes to us."""
+    return _C._SetExcludeDispatchKeyGuard(_KEY, True)
+
+
+def again() -> Any:
+    """A context inside of `run` in which they come to us once more."""
+    return _C._SetExcludeDispatchKeyGuard(_KEY, False)
+
+
+def _say_of_python(args: Any, kwargs: Any) -> Any:
+    """What a mode that was entered, or else an operand's subclass, does with an operator; or None.
+
+    The operators that it calls come here in turn.
+    """
+    types = [type(x) for x in tensors([*args, *kwargs.values()])]
+    if _modes():
+
+        def of_mode(operator: Any, args: Any, kwargs: Any) -> Any:
+            with _pop_mode_temporarily() as mode:
+                return mode.__torch_dispatch__(operator, types, args, kwargs)
+
+        return of_mode
+    for t in types:
+        if t.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return lambda operator, args, kwargs: t.__torch_dispatch__(
+                operator, types, args, kwargs
+            )
+    return None
+
+
+def tensors(args: Any) -> Iterator[Tensor]:
+    """All tensors among the operands, those in lists included."""
+    for x in args:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from tensors(x)
