@@ -37,9 +37,9 @@ _registered: list[Any] = []  # a registration ends with its object
 def install(
     handler: Callable[[Any], Callable[..., Any]],
     refused: Callable[..., Any],
-    views: frozenset[str],
+    free: frozenset[str],
 ) -> None:
-    """Let `handler(operator)` stand for every operator but the views, which run as ever.
+    """Let `handler(operator)` stand for every operator but the free ones, which run as ever.
 
     It is called in threads that have included the key; what it calls in turn is PyTorch's own. On a
     NotExactError `refused(error, operator, args, kwargs)` has the last word.
@@ -76,8 +76,9 @@ def install(
     for full in _C._dispatch_get_all_op_names():
         if full.startswith("aten::"):
             name = full[len("aten::") :]
-            view = name.partition(".")[0] in views
-            come = torch.library.fallthrough_kernel if view else door(partial(_overload, name))
+            plain = name.partition(".")[0]
+            passes = plain in free or (plain.endswith("_") and plain[:-1] in free)
+            come = torch.library.fallthrough_kernel if passes else door(partial(_overload, name))
             single.impl(name, come, _NAME)
     others.fallback(lambda operator, *args, **kwargs: rare(operator)(*args, **kwargs), _NAME)
     _registered.extend([single, others])

@@ -41,6 +41,10 @@ def matmul(
     a: float32 [..., m, k]; b: float32 [..., k, n], the same leading axes; bias: float32, broadcast to
     [..., m, n]. alpha, beta: binary32 numbers. Returns float32 [..., m, n]; an exact zero is +0.
     """
+    if alpha is ONE and beta is ONE and kernels.library is not None:
+        product = _compiled(a, b, bias)  # first, as the checks below take as long
+        if product is not None:
+            return product
     single = torch.float32
     if (
         a.dtype is not single
@@ -52,12 +56,8 @@ def matmul(
         raise RuntimeError(
             f"matrices of shapes {list(a.shape)} and {list(b.shape)} do not multiply"
         )
-    if beta == 0:
-        bias = None  # as in BLAS, not even its NaN counts
-    if kernels.library and alpha == beta == 1:
-        product = _compiled(a, b, bias)
-        if product is not None:
-            return product
+    if beta == 0 and bias is not None:  # as in BLAS, not even its NaN counts
+        return matmul(a, b, None, alpha)
     return _plain(a, b, bias, alpha, beta)
 
 
@@ -105,21 +105,29 @@ def _plain(
 
 def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
     """The product by c/products.c, or None where that does not apply."""
-    shape, n = a.shape, b.shape[-1]
-    m, k = shape[-2:]
-    if len(shape) > 3 or not (a.is_cpu and b.is_cpu) or not m * n or 0 in shape[:-2]:
+    single, of_a, of_b = torch.float32, a.stride(), b.stride()
+    shape: tuple[int, ...]
+    if len(of_a) == len(of_b) == 2:
+        (m, k), (inner, n) = a.shape, b.shape
+        batch, batches, a_batch, b_batch, shape = 1, 1, 0, 0, (m, n)
+    elif len(of_a) == len(of_b) == 3:
+        (batch, m, k), (batches, inner, n) = a.shape, b.shape
+        a_batch, b_batch, shape = of_a[0], of_b[0], (batch, m, n)
+    else:
         return None
-    if bias is not None and (bias.shape != (n,) or not kernels.usable(bias)):
+    if inner != k or batches != batch or not batch * m * n:
         return None
-    batch = shape[0] if len(shape) == 3 else 1
-    out = torch.empty((*shape[:-1], n), dtype=torch.float32, device="cpu")
-    of_a, of_b = a.stride(), b.stride()
-    if len(shape) == 2:
-        of_a, of_b = (0, *of_a), (0, *of_b)
+    if a.dtype is not single or b.dtype is not single or not (a.is_cpu and b.is_cpu):
+        return None
+    if bias is not None and not (
+        bias.shape == (n,) and bias.dtype is single and kernels.usable(bias)
+    ):
+        return None
+    out = torch.empty(shape, dtype=single, device="cpu")
     left = kernels.unsettled(
         kernels.library.reproml_product,
         *(batch, m, n, k),
-        *(a.data_ptr(), *of_a, b.data_ptr(), *of_b),
+        *(a.data_ptr(), a_batch, of_a[-2], of_a[-1], b.data_ptr(), b_batch, of_b[-2], of_b[-1]),
         *(None if bias is None else bias.data_ptr(), out.data_ptr()),
     )
     if left is None:

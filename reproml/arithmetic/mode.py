@@ -125,7 +125,10 @@ def _for_float32(name: str, func: Any, outputs: Sequence[str] = ()) -> Handler:
     in_place = tuple(outputs) == ("self",)
 
     def exact(*args: Any, **kwargs: Any) -> Any:
-        if kwargs or not _plainly_float32(args):
+        if not kwargs and _plainly_float32(args):
+            if not outputs:
+                return definitions[name](*args)
+        else:
             given = list(tensors([*args, *kwargs.values()]))
             if given and not _is_exact(name, given, [*args, *kwargs.values()]):
                 return func(*args, **kwargs)
@@ -246,7 +249,7 @@ def _refused(error: NotExactError, func: Any, args: Any, kwargs: Any) -> Any:
     raise refusal(func, args, str(error)) from None
 
 
-dispatch.install(handler, _refused, table.VIEWS)
+dispatch.install(handler, _refused, table.FREE)
 
 
 class exact(ContextDecorator):  # noqa: N801 (used like a function: `with reproml.exact():`)

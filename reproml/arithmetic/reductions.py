@@ -144,6 +144,8 @@ def lerp(x: Tensor, y: Tensor, weight: Any) -> Tensor:
 
 def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """alpha * (a @ b) + beta * bias, also of two dimensions (addmm) or of vectors (addmv)."""
+    if alpha == beta == 1:
+        return matmul(a, b, bias)
     return matmul(a, b, bias, single(alpha), single(beta))
 
 

@@ -31,25 +31,28 @@ from reproml.arithmetic.dot import matmul, sum_over
 aten = torch.ops.aten
 
 # fmt: off
-# The same memory, seen in another way. They are half of all operators, and nothing is between.
-VIEWS = frozenset("""
+# Views, and moves of which no part computes either: three operators of four, and nothing of ours is in
+# their way (dispatch.py).
+FREE = frozenset("""
 alias as_strided detach diagonal expand permute select slice split split_with_sizes squeeze t transpose
 unbind unfold unsqueeze view _reshape_alias _unsafe_view
+flatten reshape cat stack where index index_select embedding threshold_backward
+empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like
+new_ones full full_like new_full fill zero lift_fresh _local_scalar_dense
+eq ne lt le gt ge argmax argmin
 """.split())
 
-MOVES = VIEWS | frozenset("""
-cat chunk clone constant_pad_nd contiguous diagonal_copy flatten flip lift lift_fresh
-narrow pixel_shuffle pixel_unshuffle repeat reshape resize_ roll stack tril triu unsafe_split
+MOVES = FREE | frozenset("""
+chunk clone constant_pad_nd contiguous diagonal_copy flip lift
+narrow pixel_shuffle pixel_unshuffle repeat resize_ roll tril triu unsafe_split
 set select_backward slice_backward reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d _pack_padded_sequence
-empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like
-new_ones full full_like new_full fill zero scalar_tensor eye _local_scalar_dense item
-eq ne lt le gt ge isnan isinf isfinite equal is_nonzero sign sgn
+scalar_tensor eye item isnan isinf isfinite equal is_nonzero sign sgn
 logical_not logical_and logical_or
-where masked_fill masked_select gather index _unsafe_index index_select index_fill take nonzero embedding
+masked_fill masked_select gather _unsafe_index index_fill take nonzero
 scatter
-argmax argmin hardtanh sort topk
-abs neg relu threshold threshold_backward max_pool2d_with_indices adaptive_max_pool2d
+hardtanh sort topk
+abs neg relu threshold max_pool2d_with_indices adaptive_max_pool2d
 floor ceil round trunc
 """.split())
 # fmt: on
