@@ -36,18 +36,17 @@ aten = torch.ops.aten
 FREE = frozenset("""
 alias as_strided detach diagonal expand permute select slice split split_with_sizes squeeze t transpose
 unbind unfold unsqueeze view _reshape_alias _unsafe_view
-flatten reshape cat stack where index index_select embedding threshold_backward
+flatten reshape narrow chunk contiguous cat stack index index_select embedding threshold_backward
 empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like
 new_ones full full_like new_full fill zero lift_fresh _local_scalar_dense
-eq ne lt le gt ge argmax argmin
+argmax argmin
 """.split())
 
 MOVES = FREE | frozenset("""
-chunk clone constant_pad_nd contiguous diagonal_copy flip lift
-narrow pixel_shuffle pixel_unshuffle repeat resize_ roll tril triu unsafe_split
-set select_backward slice_backward reflection_pad1d reflection_pad2d
+clone constant_pad_nd diagonal_copy flip lift pixel_shuffle pixel_unshuffle repeat resize_ roll tril triu
+unsafe_split where set select_backward slice_backward reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d _pack_padded_sequence
-scalar_tensor eye item isnan isinf isfinite equal is_nonzero sign sgn
+scalar_tensor eye item eq ne lt le gt ge isnan isinf isfinite equal is_nonzero sign sgn
 logical_not logical_and logical_or
 masked_fill masked_select gather _unsafe_index index_fill take nonzero
 scatter

@@ -140,8 +140,6 @@ def test_every_operator_outside_the_table_refuses_floats():
     assert counts["refused"] >= 0.95 * sum(counts.values()), counts
 
 
-# With them go the composites that may come to no more than a view.
-ONLY_MOVED = table.FREE | {"chunk", "contiguous", "narrow"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
@@ -155,7 +153,7 @@ def test_other_floats_are_refused(dtype):
             moved = name in table.MOVES or name in table.CASTS or name == "copy"
             if (moved and not dtype.is_complex) or not takes_tensors(func) or name + "_" in VIEWS:
                 continue
-            if name in ONLY_MOVED:
+            if name in table.FREE:
                 continue
             outcome = attempt(func, dtype)
             assert outcome != "returned floats", func
