@@ -21,7 +21,7 @@ _HELP = {
     "script": "'SCRIPT.py ARGS': a training script instead of a recipe",
     "data": "folder that holds the data files",
     "out": "run folder, default: runs/RECIPE",
-    "run": "run folder; default: verify trains, evaluate takes runs/RECIPE",
+    "run": "run folder; default: verify trains, doctor compares with none, others: runs/RECIPE",
     "numerics": "exact (default), or native: plain PyTorch, for comparison",
     "steps": "stop after so many steps",
     "force": "replace the golden file",
@@ -131,6 +131,12 @@ def matrix(
 ) -> None:
     """Train natively and exactly under every setting of this CPU; exact hashes must agree."""
     _reproml("matrix", recipe=recipe, script=script, data=data, steps=steps, json=json)
+
+
+@_task
+def doctor(c: Context, run: str = "", json: bool = False) -> None:
+    """Say what this machine is and test here all that exact arithmetic takes for granted."""
+    _reproml("doctor", run=run, json=json)
 
 
 @task

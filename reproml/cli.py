@@ -193,6 +193,39 @@ def matrix(args: argparse.Namespace, terminal: Terminal) -> Result:
     }
 
 
+def doctor(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Say what this machine is and test here all that exact arithmetic takes for granted."""
+    from reproml import doctor as doctors
+    from reproml.arithmetic import assumptions
+
+    differing = [] if args.run is None else doctors.differences(args.run)
+    described = doctors.here()
+    for fact, value in described.items():
+        terminal.say(f"{fact:<32} {value}")
+    if args.run is not None:
+        terminal.say(f"{len(differing)} of these are not what {args.run} recorded:")
+        for d in differing:
+            terminal.say(f"{d.fact:<32} {d.here}, in the run {d.run}")
+        terminal.say("an exact run has the same bits all the same, a native one may have others")
+    outcomes = []
+    for outcome in assumptions.self_test():
+        outcomes.append(outcome)
+        said = outcome.fault or outcome.note
+        label = "ok     " if outcome.fault is None else "BROKEN "
+        terminal.say(f"{label}  {outcome.name}" + f": {said}" * bool(said))
+    broken = [outcome for outcome in outcomes if outcome.fault is not None]
+    verdict = f"{len(broken)} are broken; no hash from this machine counts"
+    terminal.say(
+        f"{len(outcomes)} assumptions tested: {verdict if broken else 'all hold on this machine'}"
+    )
+    return int(bool(broken)), {
+        "healthy": not broken,
+        "facts": described,
+        "differences": None if args.run is None else [vars(d) for d in differing],
+        "assumptions": [outcome.as_json() for outcome in outcomes],
+    }
+
+
 def _steps(args: argparse.Namespace) -> int:
     """Return --steps, or the number of steps that the recipe's training has."""
     from reproml import data as datasets
@@ -216,7 +249,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--run": {
         "type": Path,
         "metavar": "DIR",
-        "help": "run folder; default: verify trains, evaluate takes runs/RECIPE",
+        "help": "run folder; default: verify trains, doctor compares with none, others: runs/RECIPE",
     },
     "--numerics": {
         "choices": ["exact", "native"],
@@ -251,6 +284,7 @@ _VERBS: dict[Callable[..., Result], str] = {
     golden: "--recipe --data --numerics --force --json",
     run: "--numerics --digest script arguments",
     matrix: "--recipe --script --data --steps --json",
+    doctor: "--run --json",
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,40 @@ from reproml import __version__
 _PACKAGES = ("torch", "numpy", "safetensors", "scikit-learn", "msgspec")
 
 # Environment variables that change which kernels run, in which order they add, or how they round.
-_PREFIXES = ("ATEN_", "CUBLAS_", "CUDA_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "TORCH_")
+_PREFIXES = (
+    *(
+        "ATEN_",
+        "BLIS_",
+        "CUBLAS_",
+        "CUDA_",
+        "GLIBC_TUNABLES",
+        "GOMP_",
+        "KMP_",
+        "LD_PRELOAD",
+        "MKL_",
+    ),
+    *("NPY_", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTORCH_", "REPROML_KERNELS", "TORCH_", "VECLIB_"),
+)
+
+# The libraries that PyTorch was built with, as torch.__config__.show() names them.
+_LIBRARIES = {
+    "blas": r"BLAS_INFO=(\w+)",
+    "lapack": r"LAPACK_INFO=(\w+)",
+    "mkl_version": r"Math Kernel Library Version (\S+)",
+    "onednn_version": r"MKL-DNN v(\S+)",
+    "openmp": r"\(a\.k\.a\. OpenMP ([\d.]+)\)",
+    "compiler": r"- ((?:GCC|clang) \S+)",
+}
 
 
 def describe() -> dict[str, Any]:
-    """Return versions, machine, CPU capability, threads and the variables that matter, as JSON."""
+    """Return versions, machine, PyTorch's build and switches, and the variables that matter, as JSON."""
     import torch
 
+    from reproml.arithmetic import kernels
+
+    cudnn: Any = torch.backends.cudnn
+    build = torch.__config__.show()
     return {
         "versions": {
             "reproml": __version__,
@@ -38,10 +66,26 @@ def describe() -> dict[str, Any]:
         "torch": {
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
+            "interop_threads": torch.get_num_interop_threads(),
             "mkl": torch.backends.mkl.is_available(),
+            "commit": torch.version.git_version,
+            "cuda": torch.version.cuda or "none",
+            **{name: _found(pattern, build) for name, pattern in _LIBRARIES.items()},
+            "default_dtype": str(torch.get_default_dtype()),
+            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+            "deterministic_warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+            "cudnn_deterministic": cudnn.deterministic,
+            "cudnn_benchmark": cudnn.benchmark,
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
         },
+        "arithmetic": {"compiled_loops": kernels.library is not None},
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_PREFIXES)},
     }
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    return match[1] if match else "unknown"
 
 
 def _version(package: str) -> str:

@@ -144,7 +144,7 @@ def load(
 
     Raises ReproError if the folder is no whole run of this recipe in these numerics.
     """
-    record = _json_object(_part(folder, RUN))
+    record = read_record(folder)
     if record.get("recipe.sha256") != recipe.sha256:
         raise ReproError(
             f"{folder} is a run of another recipe than {recipe.name}, says its {RUN} "
@@ -185,6 +185,11 @@ def recompute(
     items.update(score(model, prepared, "exact"))
     unknown = {name: value for name, value in recorded.items() if name not in items}
     return {**items, **unknown}, recorded
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what a run's run.json says, numbers as they are written there."""
+    return _json_object(_part(folder, RUN))
 
 
 def read_items(path: Path) -> Items:

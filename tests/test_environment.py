@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import json
 
+import torch
+
 from reproml import environment
+from reproml.arithmetic import kernels
 
 
 def test_describes_what_may_change_native_results(monkeypatch):
@@ -13,6 +16,22 @@ def test_describes_what_may_change_native_results(monkeypatch):
     assert described["versions"]["torch"] and described["torch"]["threads"] >= 1
     assert described["variables"]["MKL_CBWR"] == "COMPATIBLE"
     assert "SECRET_TOKEN" not in described["variables"]
+
+
+def test_describes_pytorchs_build_and_switches(monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: "as asked")
+    monkeypatch.setattr(kernels, "library", None)
+    text = (
+        "BLAS_INFO=open, (a.k.a. OpenMP 5.1)\n - Intel(R) MKL-DNN v3.7.1 (Git Hash)\n - GCC 13.3\n"
+    )
+    monkeypatch.setattr(torch.__config__, "show", lambda: text)
+    described = environment.describe()
+    build = described["torch"]
+    names = ("blas", "lapack", "mkl_version", "onednn_version", "openmp", "compiler")
+    found = [build[name] for name in names]
+    assert found == ["open", "unknown", "unknown", "3.7.1", "5.1", "GCC 13.3"]
+    assert build["deterministic_algorithms"] == "as asked"
+    assert described["arithmetic"] == {"compiled_loops": False}
 
 
 def test_the_cpu_is_read_from_cpuinfo(tmp_path):

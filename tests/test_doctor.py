@@ -1,0 +1,109 @@
+"""The facts and their comparison; the self-test itself is tests/arithmetic/test_assumptions.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reproml import doctor
+from reproml.arithmetic import assumptions
+from reproml.arithmetic.assumptions import Fault
+from reproml.cli import main
+from reproml.run import place
+from tests import tiny
+
+FAULT = Fault("torch.add, element 3,", ["0x1p+0", "0x1p-24"], "0x1p+0", "0x1.000002p+0")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with place(tmp_path / "run") as save:
+        save(tiny.run())
+    return tmp_path / "run"
+
+
+def change(folder: Path, group: str, **facts: object) -> None:
+    """Make the run's record another machine's."""
+    record = json.loads((folder / "run.json").read_text())
+    record[group].update(facts)
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+def only(monkeypatch, *checks: object) -> None:
+    monkeypatch.setattr(assumptions, "CHECKS", {f"assumption {i}": c for i, c in enumerate(checks)})
+
+
+def broken() -> None:
+    raise FAULT
+
+
+def test_a_run_of_this_machine_differs_in_nothing(folder):
+    assert doctor.differences(folder) == []
+
+
+def test_what_differs_is_listed_with_both_values(folder, monkeypatch):
+    change(folder, "torch", threads=99, capability="NEON", new="1.50")
+    change(folder, "variables", MKL_CBWR="COMPATIBLE")
+    monkeypatch.setenv("OMP_SCHEDULE", "static")
+    here = doctor.here()
+    assert [(d.fact, d.run, d.here) for d in doctor.differences(folder)] == [
+        ("torch.capability", "NEON", here["torch.capability"]),
+        ("torch.threads", "99", here["torch.threads"]),
+        ("variables.OMP_SCHEDULE", "not set", "static"),
+        ("torch.new", "1.50", "not recorded"),
+        ("variables.MKL_CBWR", "COMPATIBLE", "not set"),
+    ]
+
+
+def test_a_run_of_an_older_reproml_recorded_less(folder):
+    record = json.loads((folder / "run.json").read_text())
+    del record["arithmetic"], record["torch"]["blas"]
+    (folder / "run.json").write_text(json.dumps(record))
+    found = [(d.fact, d.run) for d in doctor.differences(folder)]
+    assert found == [("torch.blas", "not recorded"), ("arithmetic.compiled_loops", "not recorded")]
+
+
+def test_all_holds_here(folder, capsys):
+    assert main(["doctor", "--run", str(folder), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["healthy"] is True and result["differences"] == []
+    assert result["facts"] == doctor.here()
+    assert [a["name"] for a in result["assumptions"]] == list(assumptions.CHECKS)
+
+
+def test_another_machine_is_no_fault(folder, capsys, monkeypatch):
+    only(monkeypatch, lambda: None)
+    change(folder, "machine", cpu="another")
+    assert main(["doctor", "--run", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"1 of these are not what {folder} recorded:" in lines
+    assert any(line.startswith("machine.cpu ") and "in the run another" in line for line in lines)
+    assert lines[-1] == "1 assumptions tested: all hold on this machine"
+
+
+def test_a_broken_assumption_is_named_with_operands_and_values(capsys, monkeypatch):
+    only(monkeypatch, lambda: "slower", broken)
+    assert main(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == [
+        "ok       assumption 0: slower",
+        "BROKEN   assumption 1: torch.add, element 3, of 0x1p+0, 0x1p-24: "
+        "expected 0x1p+0, found 0x1.000002p+0",
+        "2 assumptions tested: 1 are broken; no hash from this machine counts",
+    ]
+    assert main(["doctor", "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert (result["healthy"], result["differences"]) == (False, None)
+    assert result["assumptions"][1] == {
+        "name": "assumption 1",
+        "holds": False,
+        "note": "",
+        "fault": {"message": str(FAULT), **vars(FAULT)},
+    }
+
+
+def test_a_folder_that_is_no_run(tmp_path, capsys):
+    assert main(["doctor", "--run", str(tmp_path)]) == 2
+    assert "it has no run.json" in capsys.readouterr().err
