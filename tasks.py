@@ -20,7 +20,7 @@ _HELP = {
     "recipe": "name or path of a recipe (TOML), default: mnist-mlp",
     "script": "'SCRIPT.py ARGS': a training script instead of a recipe",
     "data": "folder that holds the data files",
-    "out": "run folder, default: runs/RECIPE",
+    "out": "run folder, default: runs/RECIPE; of report the page: RUN.html",
     "run": "run folder; default: verify trains, doctor compares with none, others: runs/RECIPE",
     "numerics": "exact (default), or native: plain PyTorch, for comparison",
     "steps": "stop after so many steps",
@@ -137,6 +137,19 @@ def matrix(
 def doctor(c: Context, run: str = "", json: bool = False) -> None:
     """Say what this machine is and test here all that exact arithmetic takes for granted."""
     _reproml("doctor", run=run, json=json)
+
+
+@_task
+def report(
+    c: Context,
+    recipe: str = "",
+    data: str = "",
+    run: str = "",
+    out: str = "",
+    json: bool = False,
+) -> None:
+    """Write one page for a run folder, with its verdict against the golden file."""
+    _reproml("report", recipe=recipe, data=data, run=run, out=out, json=json)
 
 
 @task

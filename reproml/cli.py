@@ -87,12 +87,7 @@ def verify(args: argparse.Namespace, terminal: Terminal) -> Result:
         comparisons = golden.compare(expected, found)
     else:
         found, recorded = run.recompute(args.run, recipe, args.data)
-        comparisons = golden.compare(expected, found)
-        comparisons += [
-            golden.Comparison(f"{c.item} in {args.run / run.METRICS}", c.expected, c.found)
-            for c in golden.compare(found, recorded)
-            if not c.match
-        ]
+        comparisons = golden.compare_run(expected, found, recorded, args.run)
     comparisons.sort(key=lambda c: c.match)  # what differs comes first, in the pipeline's order
     differing = [c for c in comparisons if not c.match]
     terminal.table(comparisons)
@@ -226,6 +221,19 @@ def doctor(args: argparse.Namespace, terminal: Terminal) -> Result:
     }
 
 
+def report(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Write one page for a run folder, with its verdict against the golden file."""
+    from reproml import report as reports
+
+    folder = args.run or _default_run(args, _recipe(args))
+    out = args.out or folder.with_name(folder.name + ".html")
+    page = reports.build(folder, args.recipe, args.data)
+    reports.save(page.html, out)
+    verdict = {True: "verified", False: "not the golden run", None: "no golden file"}[page.verified]
+    terminal.say(f"wrote {out}: {verdict}")
+    return int(page.verified is False), {"report": str(out), "verified": page.verified}
+
+
 def _steps(args: argparse.Namespace) -> int:
     """Return --steps, or the number of steps that the recipe's training has."""
     from reproml import data as datasets
@@ -245,7 +253,11 @@ def _positive(text: str) -> int:
 _OPTIONS: dict[str, dict[str, Any]] = {
     "--recipe": {"default": "mnist-mlp", "metavar": "NAME|PATH", "help": "default: mnist-mlp"},
     "--data": {"type": Path, "metavar": "DIR", "help": "folder that holds the data files"},
-    "--out": {"type": Path, "metavar": "DIR", "help": "run folder, default: runs/RECIPE"},
+    "--out": {
+        "type": Path,
+        "metavar": "DIR",
+        "help": "run folder, default: runs/RECIPE; of report the page: RUN.html",
+    },
     "--run": {
         "type": Path,
         "metavar": "DIR",
@@ -285,6 +297,7 @@ _VERBS: dict[Callable[..., Result], str] = {
     run: "--numerics --digest script arguments",
     matrix: "--recipe --script --data --steps --json",
     doctor: "--run --json",
+    report: "--recipe --data --run --out --json",
 }
 
 
@@ -332,7 +345,7 @@ def _out(args: argparse.Namespace, recipe: Recipe) -> Path:
 
 
 def _default_run(args: argparse.Namespace, recipe: Recipe) -> Path:
-    suffix = "-native" if args.numerics == "native" else ""
+    suffix = "-native" if getattr(args, "numerics", "exact") == "native" else ""
     return Path("runs") / (recipe.name + suffix)
 
 

@@ -15,7 +15,7 @@ from reproml import environment
 from reproml.arithmetic import DEFINITIONS
 from reproml.run import Number, read_record
 
-_GROUPS = ("versions", "machine", "torch", "arithmetic", "variables")
+_GROUPS = ("arithmetic", "versions", "machine", "torch", "variables")
 _ABSENT = "not recorded"
 
 
@@ -30,7 +30,7 @@ class Difference:
 
 def facts(described: dict[str, Any]) -> dict[str, str]:
     """Return the facts of `environment.describe()` or of a run.json, flat: "torch.threads": "2"."""
-    flat = {"definitions.version": _text(described.get("definitions.version", _ABSENT))}
+    flat = {"arithmetic.definitions": _text(described.get("definitions.version", _ABSENT))}
     for group in _GROUPS:
         members = described.get(group)
         for name, value in members.items() if isinstance(members, dict) else ():

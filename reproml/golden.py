@@ -14,7 +14,7 @@ from typing import Any
 
 from reproml.arithmetic import DEFINITIONS
 from reproml.errors import ReproError
-from reproml.run import Items, Number, items_json, read_items, write
+from reproml.run import METRICS, Items, Number, items_json, read_items, write
 
 _INSTALLED = Path(__file__).parent / "golden_files"
 _MISSING = Number("missing")  # unlike any value of an item
@@ -76,6 +76,19 @@ def compare(expected: Items, found: Items) -> list[Comparison]:
         Comparison(name, *_texts(expected.get(name, _MISSING), found.get(name, _MISSING)))
         for name in names
     ]
+
+
+def compare_run(expected: Items, found: Items, recorded: Items, folder: Path) -> list[Comparison]:
+    """Compare a run on disk with `expected`: what `run.recompute` returns, (found, recorded).
+
+    An item that the run's metrics.json has otherwise than it was found is one more that differs.
+    """
+    claims = [
+        Comparison(f"{c.item} in {folder / METRICS}", c.expected, c.found)
+        for c in compare(found, recorded)
+        if not c.match
+    ]
+    return compare(expected, found) + claims
 
 
 def save(items: Items, path: Path, force: bool) -> None:
