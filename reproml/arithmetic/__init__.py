@@ -12,8 +12,8 @@ settled), `elementary` (exp, log, ... in binary64 with a proven error), `dot` (s
 matrices), `table` (one line for each operator), `mode` (the engine that looks each operator up).
 
 What makes it fast, for the same bits, stands beside it: `kernels` (the compiled loops of `c/`), and for
-formulas `tape` (records one), `program` (makes it short), `compiled` (runs it). It knows nothing of
-recipes or data.
+formulas `tape` (records one), `program` (makes it short), `compiled` (runs it). `assumptions` tests on
+this very machine what all of it takes for granted. It knows nothing of recipes or data.
 """
 
 from __future__ import annotations

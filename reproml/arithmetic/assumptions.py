@@ -1,9 +1,9 @@
 """What exact arithmetic takes for granted of a machine, tested on this very machine.
 
-The proofs of docs/exact.md begin with IEEE 754: +, -, *, /, sqrt and casts are rounded once, subnormal
-numbers count, nothing is fused, a sum or product of matrices in binary64 errs by no more than gamma_n
-(Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1). A broken processor, an
-emulator or another BLAS may break that. `CHECKS` has a line for each assumption; `self_test` tries them.
+The proofs of docs/exact.md begin with IEEE 754: +, -, *, / and casts are rounded once, subnormal numbers
+count, nothing is fused, a sum or product of matrices in binary64 errs by no more than gamma_n (Higham,
+Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1). A broken processor, an emulator or
+another BLAS may break that. `CHECKS` has a line for each assumption; `self_test` tries them.
 
 The oracle is integers alone: operands are made from their bits and rounded by `nearest`, so that no
 floating-point unit judges itself. Each pair of operands comes in every lane of a vector, in every thread
@@ -171,13 +171,13 @@ def _exact_sqrt(a: int, of: Format) -> int:
 @cache
 def _specials(of: Format) -> list[int]:
     """Where rounding goes wrong first: zeros, subnormal numbers, both ends of the range, ties."""
-    one, ulp = of.one, 1 << (of.precision - 1)  # bits of 1; of a step of the exponent
-    half_ulp = one - of.precision * ulp  # of 1: half of the last place, so that 1 + this is a tie
-    numbers = [0, 1, 2, 3, ulp // 2, ulp - 1, ulp, ulp + 1, 2 * ulp - 1]
-    numbers += [half_ulp - 1, half_ulp, half_ulp + 1, half_ulp + ulp // 2]
-    numbers += [one - ulp, one - 1, one, one + 1, one + 2, one + ulp // 2, one + ulp - 1]
-    numbers += [one + ulp, one + ulp + ulp // 2, one + (of.precision - 1) * ulp + 1]
-    numbers += [of.infinity - ulp, of.infinity - 2, of.infinity - 1]
+    one, step = of.one, 1 << (of.precision - 1)  # the bits of 1; twice a number is a step more
+    half_ulp = one - of.precision * step  # of 1: half of the last place, so that 1 + this is a tie
+    numbers = [0, 1, 2, 3, step // 2, step - 1, step, step + 1, 2 * step - 1]
+    numbers += [half_ulp - 1, half_ulp, half_ulp + 1, half_ulp + step // 2]
+    numbers += [one - step, one - 1, one, one + 1, one + 2, one + step // 2, one + step - 1]
+    numbers += [one + step, one + step + step // 2, one + (of.precision - 1) * step + 1]
+    numbers += [of.infinity - step, of.infinity - 2, of.infinity - 1]
     return numbers + [x | of.sign for x in numbers]
 
 
