@@ -239,7 +239,7 @@ def _verdict_section(verdict: Verdict, recipe_name: str) -> str:
         "the weights after all but the last epoch, are what the run recorded."
     )
     rows = [[_code(c.item), _code(c.expected), _code(c.found)] for c in differing]
-    table = _table(["item", "expected", "found"], rows, "facts") if differing else ""
+    table = _table(["item", "expected", "found"], rows, "differing") if differing else ""
     return (
         f'<div class="verdict {kind}"><p><strong>{_text(title)}</strong></p>\n'
         f'<p>{said}</p><p class="quiet">{how}</p></div>\n{table}'
@@ -423,11 +423,8 @@ def _divergence_section(d: Any) -> str:
     rows = [[_text(name), _code(value)] for name, value in facts]
     growth = [(float(x), math.log2(max(float(y), 1))) for x, y in getattr(d, "growth", None) or ()]
     plot = _plot([_Curve(growth, "difference", dots=True)], "step", "log2 ulps") if growth else ""
-    figure = (
-        f"<figure>{plot}<figcaption>The largest difference after each step.</figcaption></figure>"
-        if growth
-        else ""
-    )
+    said = "The largest difference after each step: log2 of its ulps."
+    figure = f"<figure>{plot}<figcaption>{said}</figcaption></figure>" if growth else ""
     return (
         '<section><h2>First divergence</h2><div class="beside">\n'
         f"{_table(['fact', 'value'], rows, 'facts')}{figure}</div></section>"
@@ -507,9 +504,8 @@ def _plot(curves: Sequence[_Curve], across: str, up: str) -> str:
         lines.append(
             f'<text x="{_LEFT - 8}" y="{y}" text-anchor="end" dominant-baseline="middle">{tick:g}</text>'
         )
-    for tick in sorted(
-        {left, *(t for t in _ticks(left, right) if left < t <= right and t == int(t))}
-    ):
+    across_ticks = [left, *(t for t in _ticks(left, right) if left < t <= right)]
+    for tick in (t for t in across_ticks if t == int(t)):  # steps and epochs are whole
         x, _ = at(tick, low)
         lines.append(f'<text x="{x}" y="{_HEIGHT - 18}" text-anchor="middle">{tick:g}</text>')
     for curve, points in zip(curves, finite):
