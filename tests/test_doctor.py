@@ -65,12 +65,17 @@ def test_a_run_of_an_older_reproml_recorded_less(folder):
     assert found == [("arithmetic.compiled_loops", "not recorded"), ("torch.blas", "not recorded")]
 
 
-def test_all_holds_here(folder, capsys):
+def test_json_has_facts_differences_and_assumptions(folder, capsys, monkeypatch):
+    only(monkeypatch, lambda: None, lambda: "slower")
     assert main(["doctor", "--run", str(folder), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["healthy"] is True and result["differences"] == []
     assert result["facts"] == doctor.here()
-    assert [a["name"] for a in result["assumptions"]] == list(assumptions.CHECKS)
+    held = {"holds": True, "fault": None}
+    assert result["assumptions"] == [
+        {"name": "assumption 0", "note": "", **held},
+        {"name": "assumption 1", "note": "slower", **held},
+    ]
 
 
 def test_another_machine_is_no_fault(folder, capsys, monkeypatch):
