@@ -6,6 +6,7 @@
   `ExactMath` rounds them correctly. So does `ExactPower` what schedulers take powers of.
 - Marks for a profiler (`record_function`, six operators of an optimizer's step): left out while none runs.
 - `trunc_normal_`, whose algorithm changed between versions of PyTorch: one of them (randomness.py).
+- Printing a tensor, for which PyTorch computes in float64: natively.
 - The optimizers' steps (see optimizers.py).
 
 These are settings of the process, so they stay until the last `exact()` of any thread ends.
@@ -18,12 +19,13 @@ import threading
 from typing import Any, Callable, Optional
 
 import torch
+import torch._tensor_str
 import torch.nn.init
 import torch.optim.lr_scheduler
 from torch.autograd.profiler import record_function
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler
 
-from reproml.arithmetic import optimizers, randomness
+from reproml.arithmetic import dispatch, optimizers, randomness
 from reproml.arithmetic.exact_math import ExactMath, ExactPower
 
 _SWITCHES: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
@@ -61,6 +63,14 @@ def _enter_mark(self: Any) -> Any:
 def _exit_mark(self: Any, *exc: Any) -> None:
     if self.record is not None:  # what was not entered is not left
         _plain_exit(self, *exc)
+
+
+_plain_text = torch._tensor_str._str
+
+
+def _text(*args: Any, **kwargs: Any) -> Any:
+    with dispatch.natively():
+        return _plain_text(*args, **kwargs)
 
 
 _plain_step = LRScheduler.step
@@ -117,6 +127,7 @@ def take_over() -> None:
         for module in _USERS_OF_MATH:
             module.math = _exact_math
         torch.nn.init._no_grad_trunc_normal_ = _trunc_normal
+        _set(torch._tensor_str, _str=_text)
         _set(record_function, __enter__=_enter_mark, __exit__=_exit_mark)
         _set(LRScheduler, step=_step)
         _set(CyclicLR, _exp_range_scale_fn=staticmethod(_range))
@@ -135,6 +146,7 @@ def give_back() -> None:
         for module in _USERS_OF_MATH:
             module.math = math
         torch.nn.init._no_grad_trunc_normal_ = _plain_trunc_normal
+        _set(torch._tensor_str, _str=_plain_text)
         _set(record_function, __enter__=_plain_enter, __exit__=_plain_exit)
         _set(LRScheduler, step=_plain_step)
         _set(CyclicLR, _exp_range_scale_fn=staticmethod(_plain_range))

@@ -469,6 +469,13 @@ def test_flushed_subnormals_are_refused():
     assert exactly(lambda: torch.tensor([1e-38]) * 0.1).item() > 0
 
 
+def test_tensors_print_as_ever():
+    for x in (torch.tensor([1.5, -0.001, 2e20]), torch.rand(2, 1200), torch.tensor([1j])):
+        text = repr(x)
+        assert exactly(repr, x) == text and exactly(str, x) == text
+        assert exactly(repr, torch.nn.Parameter(x)) == repr(torch.nn.Parameter(x))
+
+
 # ---- the context ---------------------------------------------------------------------------------
 
 

@@ -140,8 +140,6 @@ def test_every_operator_outside_the_table_refuses_floats():
     assert counts["refused"] >= 0.95 * sum(counts.values()), counts
 
 
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
 def test_other_floats_are_refused(dtype):
     """By every line of EXACT; complex numbers by the moves as well, as their abs is arithmetic."""
