@@ -17,13 +17,15 @@ from invoke.exceptions import Exit
 from invoke.tasks import task
 
 _HELP = {
-    "recipe": "name or path of a recipe (TOML), default: mnist-mlp",
+    "recipe": "name or path of a recipe (TOML), default: mnist-mlp, or that of --run or --resume",
     "script": "'SCRIPT.py ARGS': a training script instead of a recipe",
     "data": "folder that holds the data files",
     "out": "run folder, default: runs/RECIPE; of report the page: RUN.html",
     "run": "run folder; default: verify trains, doctor compares with none, others: runs/RECIPE",
     "numerics": "exact (default), or native: plain PyTorch, for comparison",
     "steps": "stop after so many steps",
+    "checkpoint_every": "save a checkpoint each so many steps, beside the run folder",
+    "resume": "go on with this run folder from its newest checkpoint",
     "force": "replace the golden file",
     "json": "print JSON",
 }
@@ -42,7 +44,8 @@ def _reproml(verb: str, **options: Any) -> None:
     arguments = [verb]
     for name, value in options.items():
         if value:
-            arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+            option = f"--{name.replace('_', '-')}"
+            arguments += [option] if value is True else [option, str(value)]
     status = main(arguments)
     if status:
         raise Exit(code=status)
@@ -62,10 +65,22 @@ def train(
     out: str = "",
     numerics: str = "",
     steps: str = "",
+    checkpoint_every: str = "",
+    resume: str = "",
     json: bool = False,
 ) -> None:
     """Train and evaluate the recipe; leave a run folder."""
-    _reproml("train", recipe=recipe, data=data, out=out, numerics=numerics, steps=steps, json=json)
+    _reproml(
+        "train",
+        recipe=recipe,
+        data=data,
+        out=out,
+        numerics=numerics,
+        steps=steps,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        json=json,
+    )
 
 
 @_task

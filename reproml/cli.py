@@ -17,6 +17,7 @@ from reproml.errors import ReproError
 from reproml.terminal import Terminal
 
 if TYPE_CHECKING:
+    from reproml.checkpoint import Checkpoint
     from reproml.recipe import Recipe
 
 Result = tuple[int, dict[str, Any]]  # exit status, what --json prints
@@ -36,16 +37,70 @@ def train(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Train and evaluate the recipe; leave a run folder."""
     from reproml import run
 
-    recipe = _recipe(args)
     if args.steps is not None:
-        return _train_steps(args, recipe, terminal)
-    out = _out(args, recipe)
-    with run.place(out) as save, terminal.bar("train") as progress:
-        result = run.perform(recipe, args.data, args.numerics, terminal.say, progress)
-        save(result)
-    sha256 = result.items["weights.safetensors.sha256"]
+        return _train_steps(args, _recipe(args), terminal)
+    out, recipe, start = _beginning(args, terminal)
+    resume_none = args.resume is not None and start is None
+    items = run.finished(out, recipe, args.numerics) if resume_none else None
+    if items is not None:  # a loop that starts a killed training again may end so
+        terminal.say(f"{out} is a finished run of {recipe.name} already")
+    elif resume_none and args.checkpoint_every is None:
+        raise ReproError(
+            f"there is no checkpoint of {out} to resume from; "
+            "add --checkpoint-every N to begin a training that can be resumed"
+        )
+    else:
+        items = _train_whole(args, out, recipe, start, terminal)
+    sha256 = items["weights.safetensors.sha256"]
     terminal.say(f"SHA-256 of the file {out / run.WEIGHTS}: {sha256}")
-    return 0, {"run": str(out), "items": result.items}
+    return 0, {"run": str(out), "items": items}
+
+
+def _beginning(
+    args: argparse.Namespace, terminal: Terminal
+) -> tuple[Path, Recipe, Optional[Checkpoint]]:
+    """Return the run folder, the recipe and the checkpoint to go on from, if there is one."""
+    from reproml import checkpoint, run
+
+    if args.resume is None:
+        recipe = _recipe(args)
+        out = _out(args, recipe)
+        if checkpoint.paths_in(checkpoint.folder_of(out)):
+            raise ReproError(
+                f"{checkpoint.folder_of(out)} has checkpoints of an unfinished training; "
+                f"go on with --resume {out}, or delete that folder"
+            )
+        return out, recipe, None
+    if args.out is not None:
+        raise ReproError("--resume DIR names the run folder already; leave out --out")
+    out = checkpoint.run_of(args.resume)
+    start = checkpoint.latest(checkpoint.folder_of(out), terminal.say)
+    if start:
+        return out, _recipe(args) if args.recipe else start.head.recipe, start
+    return out, _recipe(args, out if (out / run.RUN).is_file() else None), None
+
+
+def _train_whole(
+    args: argparse.Namespace,
+    out: Path,
+    recipe: Recipe,
+    start: Optional[Checkpoint],
+    terminal: Terminal,
+) -> dict[str, Any]:
+    """Train into the run folder, with checkpoints beside it if they are asked for or there."""
+    from reproml import checkpoint, run
+
+    checkpoints = None
+    every = args.checkpoint_every or (start.head.every if start else None)
+    with run.place(out) as save, terminal.bar("train") as progress:
+        if every:
+            folder = checkpoint.folder_of(out)
+            checkpoints = checkpoint.Checkpoints(folder, recipe, args.numerics, every, start)
+        result = run.perform(recipe, args.data, args.numerics, terminal.say, progress, checkpoints)
+        save(result)
+        if checkpoints:
+            checkpoints.delete()
+    return result.items
 
 
 def _train_steps(args: argparse.Namespace, recipe: Recipe, terminal: Terminal) -> Result:
@@ -54,6 +109,8 @@ def _train_steps(args: argparse.Namespace, recipe: Recipe, terminal: Terminal) -
     from reproml.run import prepare
     from reproml.train import train
 
+    if args.checkpoint_every or args.resume:
+        raise ReproError("--steps leaves nothing behind; leave out --checkpoint-every and --resume")
     _, prepared, _ = prepare(recipe, args.data, args.numerics)
     with terminal.bar("train") as progress:
         trained = train(recipe, prepared, args.numerics, args.steps, terminal.say, progress)
@@ -66,10 +123,11 @@ def evaluate(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Evaluate the weights of a run folder on the training and the test set."""
     from reproml import run
 
-    recipe = _recipe(args)
+    recipe = _recipe(args, args.run)
     folder = args.run or _default_run(args, recipe)
     _, prepared, _ = run.prepare(recipe, args.data, args.numerics)
-    model, _, _ = run.load(folder, recipe, prepared, args.numerics)
+    model, _, sha256 = run.load(folder, recipe, prepared, args.numerics)
+    run.refuse_damaged(folder, sha256)
     return 0, {"run": str(folder), "items": run.score(model, prepared, args.numerics, terminal.say)}
 
 
@@ -78,7 +136,7 @@ def verify(args: argparse.Namespace, terminal: Terminal) -> Result:
     from reproml import golden, run
 
     _refuse_native(args)
-    recipe = _recipe(args)
+    recipe = _recipe(args, args.run)
     path = golden.find(recipe.name)
     expected = golden.read(path)
     if args.run is None:
@@ -116,7 +174,7 @@ def pipeline(args: argparse.Namespace, terminal: Terminal) -> Result:
     _refuse_native(args)
     recipe = _recipe(args)
     golden.read(golden.find(recipe.name))  # found missing now, not after the training
-    args.run, args.steps = _out(args, recipe), None
+    args.run, args.steps, args.checkpoint_every, args.resume = _out(args, recipe), None, None, None
     status, results = 0, {}
     for verb in (data, train, evaluate, verify):
         terminal.say(f"== {verb.__name__}")
@@ -177,7 +235,7 @@ def matrix(args: argparse.Namespace, terminal: Terminal) -> Result:
             f"{subject['recipe']}, {steps} steps: digest of the state dict (the first 16 digits)"
         )
         line("setting", "native", "exact")
-        rows = matrices.run(args.recipe, steps, args.data, each=each)
+        rows = matrices.run(args.recipe or _DEFAULT, steps, args.data, each=each)
     natives, exacts = {row.native for row in rows}, {row.exact for row in rows}
     line("different hashes", str(len(natives)), str(len(exacts)))
     return int(len(exacts) != 1), {
@@ -250,8 +308,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+_DEFAULT = "mnist-mlp"
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "--recipe": {"default": "mnist-mlp", "metavar": "NAME|PATH", "help": "default: mnist-mlp"},
+    "--recipe": {
+        "metavar": "NAME|PATH",
+        "help": f"default: {_DEFAULT}, or that of the --run or --resume folder",
+    },
     "--data": {"type": Path, "metavar": "DIR", "help": "folder that holds the data files"},
     "--out": {
         "type": Path,
@@ -273,6 +335,16 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "stop after N steps and leave no run folder",
     },
+    "--checkpoint-every": {
+        "type": _positive,
+        "metavar": "N",
+        "help": "save a checkpoint each N steps, beside the run folder",
+    },
+    "--resume": {
+        "type": Path,
+        "metavar": "DIR",
+        "help": "go on with the run folder DIR from its newest checkpoint",
+    },
     "--force": {"action": "store_true", "help": "replace the golden file"},
     "--json": {"action": "store_true", "help": "print JSON"},
     "--digest": {
@@ -289,7 +361,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 _VERBS: dict[Callable[..., Result], str] = {
     data: "--recipe --data --json",
-    train: "--recipe --data --out --numerics --steps --json",
+    train: "--recipe --data --out --numerics --steps --checkpoint-every --resume --json",
     evaluate: "--recipe --data --run --numerics --json",
     verify: "--recipe --data --run --numerics --json",
     pipeline: "--recipe --data --out --numerics --json",
@@ -334,10 +406,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
+def _recipe(args: argparse.Namespace, folder: Optional[Path] = None) -> Recipe:
+    """Return the recipe that was named, else that of the run folder, else the default."""
     from reproml.recipe import load
 
-    return load(args.recipe)
+    if folder is not None and args.recipe is None:
+        from reproml import run
+
+        return run.recipe_of(folder)
+    return load(args.recipe or _DEFAULT)
 
 
 def _out(args: argparse.Namespace, recipe: Recipe) -> Path:

@@ -5,20 +5,21 @@
     run.json              what was run: recipe, versions, machine, times
     log.txt               what was printed
 
-The folder appears whole or not at all: it is written beside its place and renamed into it.
+The folder appears whole or not at all: it is written beside its place and renamed into it. One process
+at a time may do so.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,19 +27,20 @@ from typing import Any, Callable, Optional, Union
 
 import msgspec
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from reproml import data, environment
 from reproml.arithmetic import DEFINITIONS
+from reproml.checkpoint import Checkpoints
 from reproml.data import Dataset
 from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.evaluate import evaluate
+from reproml.files import locked, partial, sync_folder, write
 from reproml.preprocess import Prepared, preprocess
 from reproml.recipe import Recipe
-from reproml.train import train
+from reproml.train import Training, shapes, train
 
 # Name of an item: its value. The order is the pipeline's, so the first difference is the cause.
 Items = dict[str, Union[str, int, float, None]]
@@ -48,8 +50,15 @@ class Number(str):
     """A number of a JSON file as it is written there, to tell it from a string."""
 
 
+class _Record(msgspec.Struct):
+    """What is read of run.json."""
+
+    recipe: Recipe
+
+
 WEIGHTS, METRICS, RUN, LOG = "weights.safetensors", "metrics.json", "run.json", "log.txt"
 _FILES = {WEIGHTS, METRICS, RUN, LOG}
+_WEIGHTS_SHA256 = "weights.safetensors.sha256"  # the item
 
 
 @dataclass(frozen=True)
@@ -68,19 +77,30 @@ def perform(
     numerics: str = "exact",
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    checkpoints: Optional[Checkpoints] = None,
 ) -> Run:
-    """Run the whole recipe in memory: data, preprocessing, training, evaluation."""
+    """Run the whole recipe in memory: data, preprocessing, training, evaluation.
+
+    With `checkpoints` the training goes on from where they begin, and saves them on its way.
+    """
     times = {"started": _now()}
-    lines: list[str] = []
+    start = checkpoints.start if checkpoints else None
+    lines = list(start.head.log) if start else []
 
     def tell(line: str) -> None:
         lines.append(f"{_now()} {line}")
         log(line)
 
-    tell(f"{recipe.name}: {numerics} numerics")
+    def after_step(training: Training) -> None:
+        if checkpoints:
+            checkpoints.save(training, lines)
+
+    since = f", from the checkpoint of step {start.head.step} on" if start else ""
+    tell(f"{recipe.name}: {numerics} numerics{since}")
     dataset, prepared, items = prepare(recipe, data_folder, numerics)
     times["data_ready"] = _now()
-    trained = train(recipe, prepared, numerics, None, tell, progress)
+    state = start.state if start else None
+    trained = train(recipe, prepared, numerics, None, tell, progress, state, after_step)
     times["trained"] = _now()
     weights: bytes = safetensors.torch.save(trained.model.state_dict())
 
@@ -89,7 +109,7 @@ def perform(
     for number, epoch in enumerate(trained.epochs, 1):
         items[f"epoch.{number:0{width}}.loss"] = epoch.loss
         items[f"epoch.{number:0{width}}.state_dict.sha256"] = epoch.state_dict_sha256
-    items["weights.safetensors.sha256"] = hashlib.sha256(weights).hexdigest()
+    items[_WEIGHTS_SHA256] = hashlib.sha256(weights).hexdigest()
     items.update(score(trained.model, prepared, numerics, tell))
     times["finished"] = _now()
     record = {
@@ -161,10 +181,48 @@ def load(
             f"{path} is cut short or not a safetensors file ({error}); train again"
         ) from None
     fresh = train(recipe, prepared, numerics, steps=0)
-    if _shapes(tensors) != _shapes(fresh.model.state_dict()):
+    if shapes(tensors) != shapes(fresh.model.state_dict()):
         raise ReproError(f"{path} holds other tensors than a model of {recipe.name}; train again")
     fresh.model.load_state_dict(tensors)
     return fresh.model, fresh.initial_state_dict_sha256, hashlib.sha256(raw).hexdigest()
+
+
+def refuse_damaged(folder: Path, weights_sha256: str) -> None:
+    """Raise ReproError if the run's weights file is not the one that its metrics.json records."""
+    recorded = read_items(_part(folder, METRICS)).get(_WEIGHTS_SHA256)
+    if recorded != weights_sha256:
+        raise ReproError(
+            f"{folder / WEIGHTS} is damaged: its SHA-256 is {weights_sha256}, "
+            f"not {recorded} as in {METRICS}; train again"
+        )
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """Return the recipe that a run folder is a run of, as its run.json has it."""
+    path = _part(folder, RUN)
+    try:
+        return msgspec.json.decode(_read(path), type=_Record).recipe
+    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ReproError(
+            f"{path} does not say which recipe was run ({error}); name it with --recipe"
+        ) from None
+
+
+def finished(folder: Path, recipe: Recipe, numerics: str) -> Optional[Items]:
+    """Return the items of the run in a folder if it is a whole one of this recipe, else None."""
+    if not folder.is_dir() or set(os.listdir(folder)) != _FILES:
+        return None
+    record = _json_object(folder / RUN)
+    same = {
+        "recipe.sha256": recipe.sha256,
+        "numerics": numerics,
+        "definitions.version": str(DEFINITIONS),
+    }
+    if {name: record.get(name) for name in same} != same:
+        return None
+    refuse_damaged(folder, hashlib.sha256(_read(folder / WEIGHTS)).hexdigest())
+    items: Items = json.loads(_read(folder / METRICS))
+    return items
 
 
 def recompute(
@@ -181,7 +239,7 @@ def recompute(
     items["initial.state_dict.sha256"] = initial_sha256
     items.update({name: value for name, value in recorded.items() if name.startswith("epoch.")})
     items[f"epoch.{recipe.train.epochs}.state_dict.sha256"] = digest(model)
-    items["weights.safetensors.sha256"] = file_sha256
+    items[_WEIGHTS_SHA256] = file_sha256
     items.update(score(model, prepared, "exact"))
     unknown = {name: value for name, value in recorded.items() if name not in items}
     return {**items, **unknown}, recorded
@@ -210,49 +268,60 @@ def items_json(items: Items) -> str:
 def place(out: Path) -> Iterator[Callable[[Run], None]]:
     """Reserve the run folder `out` and yield the function that saves a run there.
 
-    Entered before the training, so that a folder that cannot be written is found at once. A whole
-    run that is there already is replaced in one step; any other folder with content is refused.
+    Entered before the training, so that a folder that cannot be written is found at once, or one
+    that another process is training into. A whole run that is there already is replaced in one
+    step; any other folder with content is refused.
     """
     out = Path(os.path.realpath(out))
-    part = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
-    try:
-        _refuse_other_content(out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-    except OSError as error:
-        raise ReproError(f"cannot write the run folder {out}: {error.strerror}") from None
-
-    def save(run: Run) -> None:
+    with ExitStack() as stack:
         try:
-            write(part / WEIGHTS, run.weights)
-            write(part / METRICS, items_json(run.items).encode())
-            write(part / RUN, (json.dumps(run.record, indent=2, sort_keys=True) + "\n").encode())
-            write(part / LOG, "".join(line + "\n" for line in run.log).encode())
-            _sync_folder(part)
+            _refuse_other_content(out)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out.parent / f".{out.name}.lock"))
+            _delete_begun(out)
+            part = partial(out)
+            part.mkdir()
+        except BlockingIOError:
+            raise ReproError(
+                f"another process is training into {out}; wait for it, or choose another folder "
+                "with --out"
+            ) from None
         except OSError as error:
             raise ReproError(f"cannot write the run folder {out}: {error.strerror}") from None
+        kept: list[Path] = []
         try:
-            _publish(part, out)
-            _sync_folder(out.parent)
-        except (OSError, ReproError) as error:  # the training is done: not to be lost
-            kept.append(part)
-            why = error.strerror if isinstance(error, OSError) else error
-            raise ReproError(f"the run is whole but stays in {part}: {why}") from None
+            yield functools.partial(_save, part, out, kept)
+        finally:
+            if part not in kept:
+                shutil.rmtree(part, ignore_errors=True)  # begun, or the run that was replaced
 
-    kept: list[Path] = []
+
+def _save(part: Path, out: Path, kept: list[Path], run: Run) -> None:
     try:
-        yield save
-    finally:
-        if part not in kept:
-            shutil.rmtree(part, ignore_errors=True)  # what was begun, or the run that was replaced
+        write(part / WEIGHTS, run.weights)
+        write(part / METRICS, items_json(run.items).encode())
+        write(part / RUN, (json.dumps(run.record, indent=2, sort_keys=True) + "\n").encode())
+        write(part / LOG, "".join(line + "\n" for line in run.log).encode())
+        sync_folder(part)
+    except OSError as error:
+        raise ReproError(f"cannot write the run folder {out}: {error.strerror}") from None
+    try:
+        _publish(part, out)
+        sync_folder(out.parent)
+    except (OSError, ReproError) as error:  # the training is done: not to be lost
+        kept.append(part)
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ReproError(f"the run is whole but stays in {part}: {why}") from None
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a new file to the disk itself, so that a crash after a rename finds it whole."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _delete_begun(out: Path) -> None:
+    """Delete what killed processes had begun to write for `out`; not what has all its files."""
+    for name in os.listdir(out.parent):
+        path = out.parent / name
+        if not name.startswith(f".{out.name}.partial-") or not path.is_dir():
+            continue
+        if set(os.listdir(path)) != _FILES:
+            shutil.rmtree(path)
 
 
 def _publish(part: Path, out: Path) -> None:
@@ -283,14 +352,6 @@ def _exchange(a: Path, b: Path) -> None:
 def _refuse_other_content(out: Path) -> None:
     if os.path.lexists(out) and set(os.listdir(out)) not in (set(), _FILES):
         raise ReproError(f"{out} has content that is not a run; choose another folder with --out")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _part(folder: Path, name: str) -> Path:
@@ -331,10 +392,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {key!r} is there twice")
         value[key] = item
     return value
-
-
-def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:
-    return {name: (tensor.dtype, *tensor.shape) for name, tensor in tensors.items()}
 
 
 def _now() -> str:

@@ -18,7 +18,6 @@ import functools
 import io
 import json
 import os
-import secrets
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -35,7 +34,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from reproml.arithmetic import DEFINITIONS
 from reproml.digest import digest
 from reproml.errors import ReproError
-from reproml.run import write
+from reproml.files import write_whole
 from reproml.train import numerics_mode
 
 
@@ -192,12 +191,7 @@ def _writable(path: Path) -> Path:
 
 
 def _write_json(path: Path, result: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
-        try:
-            write(part, (json.dumps(result, indent=2) + "\n").encode())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, (json.dumps(result, indent=2) + "\n").encode())
     except OSError as error:
         raise ReproError(f"cannot write {path}: {error.strerror}") from None

@@ -16,11 +16,12 @@ from typing import Any, Callable, Optional
 
 import msgspec
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from reproml import models
 from reproml.arithmetic import exact
 from reproml.digest import digest
+from reproml.errors import ReproError
 from reproml.preprocess import Prepared
 from reproml.recipe import SGD, Adam, AdamW, Optimizer, Recipe
 
@@ -42,6 +43,22 @@ class Trained:
     epochs: list[Epoch]  # those that were finished
 
 
+@dataclass(frozen=True)
+class State:
+    """A training after some steps: all that the steps to come depend on, and the trail so far.
+
+    Nothing in it depends on how many processes computed it.
+    """
+
+    step: int  # steps done
+    # "model.NAME": the state dict; "optimizer.PARAMETER.NAME": the optimizer's, parameters numbered;
+    # "random.epoch", "random.now": uint8, the CPU generator's at the epoch's start and now;
+    # "losses": float32 [steps done in the running epoch], their mean losses
+    tensors: dict[str, torch.Tensor]
+    initial_state_dict_sha256: str
+    epochs: list[Epoch]  # those that were finished
+
+
 def train(
     recipe: Recipe,
     prepared: Prepared,
@@ -49,45 +66,153 @@ def train(
     steps: Optional[int] = None,
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    start: Optional[State] = None,
+    after_step: Callable[[Training], None] = lambda training: None,
 ) -> Trained:
     """Train on `prepared.train`: x float32 [n, h, w], y int64 [n].
 
     `numerics` is "exact" or "native"; `steps` ends the training early, inside an epoch too.
     `log` gets a line for each epoch, `progress` the number of steps done and of all steps.
-    Raises NotExactError if the model needs an operator that has no exact definition.
+    With `start` the training goes on from there, to the same bits; `after_step` may take its state.
+    Raises NotExactError if the model needs an operator that has no exact definition, ReproError if
+    `start` is not a state of this training.
     """
-    x, y = (torch.from_numpy(array) for array in prepared.train)
     with numerics_mode(numerics):
-        torch.manual_seed(recipe.seed)
-        model = models.build(recipe, tuple(x.shape[1:]), prepared.classes)
-        optimizer = _optimizer(recipe.optimizer, model)
-        initial = digest(model)
-        loader: Any = DataLoader(
-            _Batches(x, y),
-            batch_size=recipe.train.batch_size,
-            shuffle=True,
-            collate_fn=lambda batch: batch,  # the dataset has put the batch together already
-        )
-        total = recipe.train.epochs * len(loader)
+        training = Training(recipe, prepared)
+        if start is not None:
+            training.restore(start)
+        total = step_count(recipe, len(prepared.train.y))
         total = total if steps is None else min(steps, total)
-        done, epochs = 0, []
-        while done < total:
-            losses = []
-            for inputs, labels in loader:
-                optimizer.zero_grad()
-                loss = torch.nn.functional.cross_entropy(model(inputs), labels)
-                loss.backward()
-                optimizer.step()
-                losses.append((loss.detach(), len(labels)))  # read at the end: no wait in the loop
-                done += 1
-                progress(done, total)
-                if done == total:
-                    break
-            if len(losses) == len(loader):
-                epoch = Epoch(_mean([(float(loss), n) for loss, n in losses]), digest(model))
-                epochs.append(epoch)
-                log(f"epoch {len(epochs)} of {recipe.train.epochs}: loss {epoch.loss}")
-    return Trained(model, initial, epochs)
+        while training.done < total:
+            training.step()
+            if training.done % training.steps_per_epoch == 0:
+                loss = training.end_epoch().loss
+                log(f"epoch {len(training.epochs)} of {recipe.train.epochs}: loss {loss}")
+            progress(training.done, total)
+            after_step(training)
+    return Trained(training.model, training.initial_state_dict_sha256, training.epochs)
+
+
+class Training:
+    """A training under way, as it is between two steps. To be used within `numerics_mode`."""
+
+    def __init__(self, recipe: Recipe, prepared: Prepared) -> None:
+        self._x, self._y = (torch.from_numpy(array) for array in prepared.train)
+        self._recipe = recipe
+        torch.manual_seed(recipe.seed)
+        self.model = models.build(recipe, tuple(self._x.shape[1:]), prepared.classes)
+        self.optimizer = _optimizer(recipe.optimizer, self.model)
+        self.initial_state_dict_sha256 = digest(self.model)
+        self.epochs: list[Epoch] = []  # those that were finished
+        self._batches: list[list[int]] = []  # of the running epoch; drawn at its first step
+        self._losses: list[torch.Tensor] = []  # of its steps done
+        self.steps_per_epoch = -(-len(self._y) // recipe.train.batch_size)  # rounded up
+        self._begin_epoch()
+
+    @property
+    def done(self) -> int:
+        """The number of steps done."""
+        return len(self.epochs) * self.steps_per_epoch + len(self._losses)
+
+    def step(self) -> None:
+        """Take one step, on the next batch of the epoch."""
+        if not self._batches:
+            self._batches = epoch_batches(len(self._y), self._recipe.train.batch_size)
+        inputs, labels = self._rows(self._batches[len(self._losses)])
+        self.optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(self.model(inputs), labels)
+        loss.backward()
+        self.optimizer.step()
+        self._losses.append(loss.detach())  # read at the epoch's end: no wait in the loop
+
+    def end_epoch(self) -> Epoch:
+        """Return the epoch whose last step was taken, and be ready for the next."""
+        sizes = [len(rows) for rows in self._batches]
+        loss = _mean(list(zip(map(float, self._losses), sizes)))
+        self.epochs.append(Epoch(loss, digest(self.model)))
+        self._begin_epoch()
+        return self.epochs[-1]
+
+    def state(self) -> State:
+        """Return the state, which shares memory with the training: read it before the next step."""
+        tensors = {
+            **self._weights(),
+            "random.epoch": self._random,
+            "random.now": torch.get_rng_state(),
+            "losses": torch.tensor([float(loss) for loss in self._losses], dtype=torch.float32),
+        }
+        return State(self.done, tensors, self.initial_state_dict_sha256, list(self.epochs))
+
+    def restore(self, state: State) -> None:
+        """Go on from a state of a training of the same recipe; raises ReproError if it is another's."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()  # its state is there from its first step on: room for the other's
+        self.epochs = list(state.epochs)
+        losses = state.tensors.get("losses", torch.empty(0))
+        if losses.dtype is torch.float32 and losses.dim() == 1:
+            self._losses = list(losses.clone().unbind())
+        if (
+            shapes(self.state().tensors) != shapes(state.tensors)
+            or self.initial_state_dict_sha256 != state.initial_state_dict_sha256
+            or len(self._losses) >= self.steps_per_epoch
+            or not self.done == state.step <= self._recipe.train.epochs * self.steps_per_epoch
+        ):
+            raise _not_its_state(self._recipe, state)
+        with torch.no_grad():
+            for name, tensor in self._weights().items():
+                tensor.copy_(state.tensors[name])
+        self._random = state.tensors["random.epoch"].clone()
+        try:
+            if self._losses:
+                torch.set_rng_state(self._random)
+                self._batches = epoch_batches(len(self._y), self._recipe.train.batch_size)
+            torch.set_rng_state(state.tensors["random.now"].clone())
+        except RuntimeError:  # of the right size, but no state of the generator
+            raise _not_its_state(self._recipe, state) from None
+
+    def _begin_epoch(self) -> None:
+        self._random = torch.get_rng_state()
+        self._batches, self._losses = [], []
+
+    def _rows(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        index = torch.tensor(rows)
+        return self._x[index], self._y[index]
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Return what a step changes: the tensors of the model and of the optimizer's state."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                if value is not None:  # SGD's buffer without a momentum
+                    tensors[f"optimizer.{index}.{name}"] = value
+        return tensors
+
+
+def epoch_batches(samples: int, batch_size: int) -> list[list[int]]:
+    """Draw the order of the next epoch: for each batch in turn, the rows of the samples in it.
+
+    Both the order and the draws from PyTorch's generator are those of a shuffling DataLoader, which
+    does it. Called again from the same state of the generator, it returns the same.
+    """
+    loader: Any = DataLoader(
+        range(samples),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        shuffle=True,
+        collate_fn=list,
+    )
+    return list(loader)
+
+
+def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:
+    """Return the dtype and the shape of each tensor."""
+    return {name: (tensor.dtype, *tensor.shape) for name, tensor in tensors.items()}
+
+
+def _not_its_state(recipe: Recipe, state: State) -> ReproError:
+    return ReproError(
+        f"the checkpoint of step {state.step} is not one of a training of {recipe.name}; delete it"
+    )
 
 
 def step_count(recipe: Recipe, samples: int) -> int:
@@ -129,23 +254,6 @@ def _optimizer(chosen: Optimizer, model: torch.nn.Module) -> torch.optim.Optimiz
         model.parameters(), lr=learning_rate, **settings
     )
     return optimizer
-
-
-class _Batches(Dataset[Any]):
-    """A dataset that the loader asks for a whole batch, so that no sample is touched by itself.
-
-    The loader's order and its random draws are those of a sample-by-sample dataset.
-    """
-
-    def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        self.x, self.y = x, y
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = torch.tensor(indices)
-        return self.x[rows], self.y[rows]
 
 
 def _mean(losses: list[tuple[float, int]]) -> Optional[float]:

@@ -135,12 +135,27 @@ def test_content_that_came_during_the_training_is_kept_and_so_is_the_run(tmp_pat
     assert sorted(os.listdir(kept)) == FILES
 
 
-def test_two_runs_into_one_folder_leave_one_whole_run(tmp_path):
-    with place(tmp_path / "run") as one, place(tmp_path / "run") as two:
-        one(tiny.run())
-        two(other(tiny.run()))
+def test_of_two_runs_into_one_folder_the_second_is_refused(tmp_path):
+    with place(tmp_path / "run") as write:
+        with pytest.raises(ReproError, match="another process is training into .*/run; wait"):
+            save(tmp_path / "run", other(tiny.run()))
+        save(tmp_path / "beside", other(tiny.run()))
+        write(tiny.run())
+    save(tmp_path / "run", other(tiny.run()))  # the lock is free again
     assert (tmp_path / "run/log.txt").read_text() == "another\n"
-    assert os.listdir(tmp_path) == ["run"]
+    assert sorted(os.listdir(tmp_path)) == ["beside", "run"]
+
+
+def test_what_a_killed_run_left_is_swept_but_nothing_whole(tmp_path):
+    (tmp_path / ".run.partial-1").mkdir()
+    (tmp_path / ".run.partial-1/metrics.json").write_text("{")
+    (tmp_path / ".run.partial-2").mkdir()
+    for name in FILES:
+        (tmp_path / ".run.partial-2" / name).write_text("")
+    (tmp_path / ".run.partial-3").write_text("a file of somebody's")
+    (tmp_path / ".run.lock").write_text("")
+    save(tmp_path / "run", tiny.run())
+    assert sorted(os.listdir(tmp_path)) == [".run.partial-2", ".run.partial-3", "run"]
 
 
 def test_an_empty_folder_is_used_and_a_link_is_followed(tmp_path):

@@ -27,7 +27,7 @@ def test_every_verb_is_a_task_and_there_are_some_more():
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_task_has_the_options_and_the_help_of_its_verb(verb):
     parameters = list(inspect.signature(TASKS[verb].body).parameters)[1:]
-    assert [f"--{name}" for name in parameters] == VERBS[verb]
+    assert [f"--{name.replace('_', '-')}" for name in parameters] == VERBS[verb]
     assert TASKS[verb].__doc__ == vars(cli)[verb].__doc__
 
 
