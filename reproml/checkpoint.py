@@ -189,7 +189,7 @@ class Checkpoints:
                 self.folder.rmdir()
 
     def _delete(self, but: list[Path]) -> None:
-        for path in paths_in(self.folder):
+        for path in reversed(paths_in(self.folder)):  # the newest is the last to go
             if path not in but:
                 path.unlink()
 

@@ -4,33 +4,71 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Forks for each command line that it reads. It computes nothing itself, so that it has no threads yet.
 _SERVER = """
-import gc, json, os, sys
+import gc, json, os, signal, sys
 import rich.console, sklearn.datasets, torch._dynamo
 import reproml.arithmetic.mode, reproml.script
 from reproml.cli import main
+from tests.forked import die_at_call
 gc.freeze()
 for line in sys.stdin:
-    folder, arguments = json.loads(line)
+    folder, arguments, seconds, call = json.loads(line)
     child = os.fork()
     if child == 0:
         os.chdir(folder)
         for descriptor, name in (1, "stdout"), (2, "stderr"):
             os.dup2(os.open(os.path.join(folder, name), os.O_CREAT | os.O_WRONLY), descriptor)
-        sys.exit(main(arguments))
+        if call:
+            die_at_call(call)
+        status = main(arguments)
+        sys.stdout.flush()
+        os._exit(status)  # to clear up all of PyTorch takes longer than most tests
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     status = os.waitpid(child, 0)[1]
+    signal.setitimer(signal.ITIMER_REAL, 0)
     print(os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status), flush=True)
 """
+
+# The calls that change a folder, as Python's audit events name them.
+_CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+
+def die_at_call(number: int) -> None:
+    """Have this process killed before its n-th call that changes a folder, or half-way in a write."""
+    left = number
+
+    def count(half_written: Optional[int] = None) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            if half_written is not None:
+                os.truncate(half_written, os.fstat(half_written).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        writing = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT
+        if event in _CHANGES or writing:
+            count()
+
+    def fsync(descriptor: int, fsync: Callable[[int], None] = os.fsync) -> None:
+        count(descriptor if stat.S_ISREG(os.fstat(descriptor).st_mode) else None)
+        fsync(descriptor)
+
+    os.fsync = fsync
+    sys.addaudithook(hook)
 
 
 class Shown(NamedTuple):
@@ -46,7 +84,10 @@ def environment(variables: Optional[Mapping[str, str]] = None) -> dict[str, str]
 
 
 class Reproml:
-    """Within `with`, a call runs the arguments in the folder, under the environment variables."""
+    """Within `with`, a call runs the arguments in the folder, under the environment variables.
+
+    The process is killed after `seconds`, or at its `call`-th call that changes a folder: 0 is never.
+    """
 
     def __init__(self, variables: Optional[Mapping[str, str]] = None) -> None:
         self._variables = variables
@@ -69,9 +110,10 @@ class Reproml:
     ) -> None:
         self._server.__exit__(kind, error, trace)
 
-    def __call__(self, folder: Path, *arguments: str) -> Shown:
+    def __call__(self, folder: Path, *arguments: str, seconds: float = 0, call: int = 0) -> Shown:
         assert self._server.stdin and self._server.stdout
-        print(json.dumps([str(folder), arguments]), file=self._server.stdin, flush=True)
+        order = json.dumps([str(folder), arguments, seconds, call])
+        print(order, file=self._server.stdin, flush=True)
         status = int(self._server.stdout.readline())
         texts = []
         for name in ("stdout", "stderr"):
