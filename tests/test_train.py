@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -13,7 +14,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from reproml.arithmetic import exact
 from reproml.digest import digest
-from reproml.train import _mean, _optimizer, numerics_mode, step_count, train
+from reproml.errors import ReproError
+from reproml.recipe import Recipe
+from reproml.train import (
+    State,
+    _mean,
+    _optimizer,
+    epoch_batches,
+    numerics_mode,
+    step_count,
+    train,
+)
 from tests import tiny
 
 
@@ -158,3 +169,95 @@ def test_native_puts_the_switches_back():
     with numerics_mode("native"):
         assert switches() == (True, True, False)
     assert switches() == before
+
+
+# --- a training that goes on from a state ----------------------------------------------------------
+
+
+@given(st.integers(1, 300), st.integers(1, 64), st.integers(0, 2**63 - 1))
+def test_batches_and_draws_are_those_of_a_shuffling_loader(samples, batch_size, seed):
+    torch.manual_seed(seed)
+    loader = DataLoader(TensorDataset(torch.arange(samples)), batch_size, shuffle=True)
+    expected = [rows.tolist() for (rows,) in loader]
+    after = torch.get_rng_state()
+    torch.manual_seed(seed)
+    assert epoch_batches(samples, batch_size) == expected
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def bits(state: State) -> str:
+    return digest(state.tensors)
+
+
+def copy(state: State) -> State:
+    return dataclasses.replace(state, tensors={k: v.clone() for k, v in state.tensors.items()})
+
+
+def noisy(recipe: Recipe, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """A model that draws random numbers in each step, and has buffers."""
+    widths = input_shape[0] * input_shape[1]
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(widths, 8),
+        nn.BatchNorm1d(8),
+        nn.Dropout(0.5),
+        nn.Linear(8, classes),
+    )
+
+
+@pytest.mark.parametrize("numerics", ["exact", "native"])
+@pytest.mark.parametrize("model", ["mlp", "noisy"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        tiny.ADAMW,
+        'kind = "adam"\nlearning_rate = 0.01\nweight_decay = 0.1\namsgrad = true',
+        'kind = "sgd"\nlearning_rate = 0.1',
+        'kind = "sgd"\nlearning_rate = 0.1\nmomentum = 0.9\nnesterov = true\nweight_decay = 0.1',
+        'kind = "sgd"\nlearning_rate = 0.1\nmomentum = 0.9\ndampening = 0.5',
+    ],
+)
+def test_from_each_step_on_all_bits_are_those_of_the_unbroken_training(
+    monkeypatch, numerics, model, optimizer
+):
+    """Weights, optimizer, generator, losses: after every later step."""
+    if model == "noisy":
+        monkeypatch.setattr("reproml.models.build", noisy)
+    recipe = tiny.recipe(optimizer=optimizer)
+    states: list[State] = []
+    whole = train(
+        recipe, tiny.prepared(), numerics, after_step=lambda t: states.append(copy(t.state()))
+    )
+    assert [state.step for state in states] == [1, 2, 3, 4, 5, 6]
+    expected = [bits(state) for state in states]
+    for start in states:
+        torch.manual_seed(99)
+        found: list[str] = []
+        resumed = train(
+            recipe,
+            tiny.prepared(),
+            numerics,
+            start=start,
+            after_step=lambda t, found=found: found.append(bits(t.state())),
+        )
+        assert found == expected[start.step :]
+        assert digest(resumed.model) == digest(whole.model)
+        assert resumed.epochs == whole.epochs
+        assert resumed.initial_state_dict_sha256 == whole.initial_state_dict_sha256
+    assert [bits(state) for state in states] == expected  # a start is only read
+
+
+def test_a_state_of_another_training_is_refused():
+    states: list[State] = []
+    train(
+        tiny.recipe(), tiny.prepared(), steps=1, after_step=lambda t: states.append(copy(t.state()))
+    )
+    for other in (
+        tiny.recipe(seed=2),
+        tiny.recipe(hidden="[9]"),
+        tiny.recipe(optimizer='kind = "sgd"\nlearning_rate = 0.1'),
+    ):
+        with pytest.raises(
+            ReproError, match="the checkpoint of step 1 is not one of a training of"
+        ):
+            train(other, tiny.prepared(), start=states[0])
