@@ -115,7 +115,7 @@ def _mnist(folder: Optional[Path]) -> Dataset:
 
 def _decode_idx(content: bytes) -> NDArray[np.uint8]:
     """Decode IDX: 0, 0, type (8: uint8), number of dimensions, their big-endian sizes, elements."""
-    if content[:3] != b"\0\0\x08":
+    if content[:3] != b"\0\0\x08" or len(content) < 4:
         raise ValueError("not an IDX file of unsigned bytes")
     shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape)

@@ -291,6 +291,17 @@ def test_other_idx_types_are_refused() -> None:
         data._decode_idx(b"\0\0\x0d\x01\0\0\0\x01\0\0\0\0")
 
 
+@given(st.binary(max_size=60), st.booleans())
+def test_any_bytes_are_an_array_or_no_idx_file(junk: bytes, headed: bool) -> None:
+    """The hash keeps such bytes from the decoder; it takes no harm from them either."""
+    content = b"\0\0\x08" + junk if headed else junk
+    try:
+        decoded = data._decode_idx(content)
+    except ValueError:
+        return
+    assert idx(decoded) == content
+
+
 # --- a folder that the user names -----------------------------------------------------------------
 
 
