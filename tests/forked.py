@@ -67,7 +67,7 @@ def die_at_call(number: int) -> None:
         count(descriptor if stat.S_ISREG(os.fstat(descriptor).st_mode) else None)
         fsync(descriptor)
 
-    os.fsync = fsync
+    os.fsync = fsync  # type: ignore[assignment]
     sys.addaudithook(hook)
 
 

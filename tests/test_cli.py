@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 from reproml import cli, golden
 from reproml import run as runs
 from reproml.arithmetic import NotExactError
+from reproml.checkpoint import Checkpoints, paths_in
 from reproml.cli import main
 from tests import tiny
 
@@ -164,6 +166,8 @@ def test_errors_from_below_are_one_sentence(capsys, monkeypatch, error):
         ["train", "--steps", "0"],
         ["train", "--steps", "-1"],
         ["train", "--steps", "many"],
+        ["train", "--checkpoint-every", "0"],
+        ["pipeline", "--resume", "runs/tiny"],
         ["train", "--numerics", "fast"],
         ["train", "--no-such-option"],
     ],
@@ -207,6 +211,160 @@ def test_ctrl_c_while_training_leaves_nothing(at_work):
     assert process.returncode == 130
     assert error == "reproml: interrupted\n"
     assert os.listdir("runs") == []
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def begin(monkeypatch, *arguments: str, until: int = 4) -> None:
+    """Train until that step, then press Ctrl-C."""
+    plain = Checkpoints.save
+
+    def save(self, training, log):
+        plain(self, training, log)
+        if training.done == until:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save)
+        assert main(["train", *arguments]) == 130
+
+
+EVERY = ["--checkpoint-every", "2"]
+
+
+@pytest.mark.parametrize("folder", ["runs/tiny", "runs/tiny.checkpoints"])
+def test_resume_needs_nothing_but_the_folder(capsys, monkeypatch, at_work, folder):
+    """Recipe and interval are the checkpoint's; the run, its log too, is as if nothing had been."""
+    begin(monkeypatch, *TINY, *EVERY)
+    assert sorted(os.listdir("runs")) == ["tiny.checkpoints"]
+    (at_work / "tiny.toml").unlink()
+    begin(monkeypatch, "--resume", folder, until=6)
+    newest, before = paths_in(at_work / "runs/tiny.checkpoints")
+    assert newest.name.startswith("step-00000006") and before.name.startswith("step-00000004")
+    capsys.readouterr()
+    assert main(["train", "--resume", folder, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == {"run": "runs/tiny", "items": tiny.run().items}
+    assert os.listdir("runs") == ["tiny"]
+    log = [line.split(" ", 1)[1] for line in Path("runs/tiny/log.txt").read_text().splitlines()]
+    assert [line for line in log if "from the checkpoint" not in line] == [
+        line.split(" ", 1)[1] for line in tiny.run().log
+    ]
+    assert [line for line in log if "from the checkpoint" in line] == [
+        "tiny: exact numerics, from the checkpoint of step 4 on",
+        "tiny: exact numerics, from the checkpoint of step 6 on",
+    ]
+
+
+def test_resume_of_what_was_not_begun(capsys, at_work):
+    """Alone it is a slip; with an interval, as in a loop that starts a killed job again, it begins."""
+    error = refused(["train", *TINY, "--resume", "runs/tiny"], capsys)
+    assert "no checkpoint of runs/tiny to resume from; add --checkpoint-every N" in error
+    assert not (at_work / "runs").exists()
+    assert main(["train", *TINY, *EVERY, "--resume", "runs/tiny"]) == 0
+    assert json.loads(Path("runs/tiny/metrics.json").read_text()) == tiny.run().items
+
+
+def test_resume_of_a_finished_run_does_nothing(capsys, at_work, monkeypatch):
+    assert main(["train", *TINY]) == 0
+    before = Path("runs/tiny/log.txt").read_bytes()
+    monkeypatch.setattr(runs, "perform", None)
+    capsys.readouterr()
+    for recipe in ([], TINY):
+        assert main(["train", *recipe, *EVERY, "--resume", "runs/tiny", "--json"]) == 0
+        captured = capsys.readouterr()
+        assert json.loads(captured.out) == {"run": "runs/tiny", "items": tiny.run().items}
+        assert "runs/tiny is a finished run of tiny already" in captured.err
+    assert Path("runs/tiny/log.txt").read_bytes() == before
+
+
+def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(capsys, at_work):
+    assert main(["train", *TINY]) == 0
+    capsys.readouterr()
+    tiny.toml(at_work, seed=2)
+    assert "no checkpoint of runs/tiny" in refused(
+        ["train", *TINY, "--resume", "runs/tiny"], capsys
+    )
+    assert main(["train", *TINY, *EVERY, "--resume", "runs/tiny"]) == 0
+    items = json.loads(Path("runs/tiny/metrics.json").read_text())
+    assert items["recipe.canonical_json.sha256"] == tiny.recipe(seed=2).sha256
+
+
+def test_checkpoints_of_an_unfinished_training_are_not_lost(capsys, at_work, monkeypatch):
+    begin(monkeypatch, *TINY, *EVERY)
+    before = [path.name for path in paths_in(at_work / "runs/tiny.checkpoints")]
+    capsys.readouterr()
+    for more in ([], EVERY):
+        error = refused(["train", *TINY, *more], capsys)
+        assert "runs/tiny.checkpoints has checkpoints of an unfinished training" in error
+        assert "go on with --resume runs/tiny" in error
+    tiny.toml(at_work, seed=2)
+    error = refused(["train", *TINY, "--resume", "runs/tiny"], capsys)
+    assert "checkpoints of another recipe than tiny" in error
+    error = refused(["train", "--resume", "runs/tiny", "--numerics", "native"], capsys)
+    assert "in exact numerics, not native" in error
+    assert [path.name for path in paths_in(at_work / "runs/tiny.checkpoints")] == before
+    assert os.listdir("runs") == ["tiny.checkpoints"]
+
+
+def test_options_that_exclude_each_other(capsys):
+    resume = ["train", *TINY, "--resume", "runs/tiny"]
+    assert "leave out --out" in refused([*resume, "--out", "runs/tiny"], capsys)
+    for more in (resume[3:], EVERY):
+        error = refused(["train", *TINY, *more, "--steps", "1"], capsys)
+        assert "leave out --checkpoint-every and --resume" in error
+
+
+# --- the recipe of a run, and a run that is damaged -----------------------------------------------
+
+
+def test_a_run_says_of_which_recipe_it_is(capsys, at_work):
+    golden.save(tiny.run().items, golden.place("tiny"), force=False)
+    assert main(["train", *TINY, "--out", "here"]) == 0
+    (at_work / "tiny.toml").unlink()
+    assert main(["verify", "--run", "here"]) == 0
+    assert main(["evaluate", "--run", "here"]) == 0
+    capsys.readouterr()
+    Path("here/run.json").write_text('{"recipe": {"name": "../tiny"}}')
+    error = refused(["verify", "--run", "here"], capsys)
+    assert "here/run.json does not say which recipe was run" in error and "--recipe" in error
+    assert "here2 does not exist" in refused(["evaluate", "--run", "here2"], capsys)
+
+
+def test_damaged_weights_are_not_evaluated_and_do_not_verify(capsys, at_work):
+    golden.save(tiny.run().items, golden.place("tiny"), force=False)
+    assert main(["train", *TINY]) == 0
+    path = at_work / "runs/tiny/weights.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    found = hashlib.sha256(raw).hexdigest()
+    expected = tiny.run().items["weights.safetensors.sha256"]
+    capsys.readouterr()
+    error = refused(["evaluate", *TINY], capsys)
+    assert f"is damaged: its SHA-256 is {found}, not {expected} as in metrics.json" in error
+    assert main(["verify", "--run", "runs/tiny", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["items"]
+    differ = {row["item"]: (row["expected"], row["found"]) for row in rows if not row["match"]}
+    assert differ["weights.safetensors.sha256"] == (expected, found)
+    assert not any("metrics.json" in item for item in differ)  # it is as golden as ever
+
+
+def test_a_lie_in_metrics_is_shown_against_the_golden_file(capsys, at_work):
+    golden.save(tiny.run().items, golden.place("tiny"), force=False)
+    assert main(["train", *TINY]) == 0
+    path = at_work / "runs/tiny/metrics.json"
+    path.write_text(runs.items_json({**tiny.run().items, "test.correct": 297, "epoch.1.loss": 0.5}))
+    capsys.readouterr()
+    assert main(["verify", "--run", "runs/tiny", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["items"]
+    differ = {row["item"]: (row["expected"], row["found"]) for row in rows if not row["match"]}
+    items = tiny.run().items
+    assert differ == {
+        "epoch.1.loss": (str(items["epoch.1.loss"]), "0.5"),
+        "test.correct in runs/tiny/metrics.json": (str(items["test.correct"]), "297"),
+    }
 
 
 def test_every_verb_has_help(capsys):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from fractions import Fraction
+from functools import partial
 
 import msgspec
 import pytest
@@ -238,7 +239,7 @@ def test_from_each_step_on_all_bits_are_those_of_the_unbroken_training(
             tiny.prepared(),
             numerics,
             start=start,
-            after_step=lambda t, found=found: found.append(bits(t.state())),
+            after_step=partial(lambda found, t: found.append(bits(t.state())), found),
         )
         assert found == expected[start.step :]
         assert digest(resumed.model) == digest(whole.model)
