@@ -2,9 +2,11 @@
 
     python -m benchmarks.kills [--kills 200] [--recipe digits-mlp] [--every 10] [--seed 0]
 
-Each training is killed (SIGKILL) at least once, at a random moment of its whole life: reading, training,
-saving checkpoints, writing the results, deleting the checkpoints. The same command goes on with it, and
-may be killed again, with a chance of one half each time. Exit status 1 if an ending is not the golden one.
+Each training is killed (SIGKILL) at least once: half of them at a random moment of their whole life,
+reading, training, saving checkpoints, writing the results, deleting the checkpoints; the others at one of
+the calls that change a folder, chosen at random, or half-way in a write. The same command goes on with it,
+and may be killed again, with a chance of one half each time. Exit status 1 if an ending is not the golden
+one.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from reproml import golden
 from reproml.digest import file_sha256
 from reproml.run import Items, read_items
 from tests.forked import Reproml
 
+CALLS = 190  # about as many as a whole training of digits-mlp has
 SHA256 = "weights.safetensors.sha256"
 
 
@@ -59,8 +63,10 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as name:
                 folder, kills = Path(name), 0
                 while life and (kills == 0 or chance.random() < 0.5):
-                    seconds = chance.uniform(0.001, life)
-                    status = reproml(folder, *train, "--resume", out, seconds=seconds).returncode
+                    moment: dict[str, Any] = {"seconds": chance.uniform(0.001, life)}
+                    if endings % 2:
+                        moment = {"call": chance.randint(1, CALLS)}
+                    status = reproml(folder, *train, "--resume", out, **moment).returncode
                     if status != -9:
                         break
                     kills += 1

@@ -29,7 +29,7 @@ for line in sys.stdin:
     if child == 0:
         os.chdir(folder)
         for descriptor, name in (1, "stdout"), (2, "stderr"):
-            os.dup2(os.open(os.path.join(folder, name), os.O_CREAT | os.O_WRONLY), descriptor)
+            os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY), descriptor)
         if call:
             die_at_call(call)
         status = main(arguments)
@@ -112,6 +112,8 @@ class Reproml:
 
     def __call__(self, folder: Path, *arguments: str, seconds: float = 0, call: int = 0) -> Shown:
         assert self._server.stdin and self._server.stdout
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()  # it may be killed before it writes anything
         order = json.dumps([str(folder), arguments, seconds, call])
         print(order, file=self._server.stdin, flush=True)
         status = int(self._server.stdout.readline())
