@@ -145,6 +145,18 @@ def garbage(request: BaseHTTPRequestHandler, content: bytes) -> None:
     request.wfile.write(b"\0\1\2 not http at all\r\n\r\n")
 
 
+def redirect(to: str) -> Answer:
+    """Send elsewhere: to a path on this mirror, or to another address."""
+
+    def answer(request: BaseHTTPRequestHandler, content: bytes) -> None:
+        request.send_response(302)
+        request.send_header("Location", to)
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+
+    return answer
+
+
 class Mirror(ThreadingHTTPServer):
     """A mirror of the tiny MNIST that gives each answer in turn, then keeps to the last."""
 
@@ -449,6 +461,7 @@ def test_trouble_that_passes_is_retried(
         (cut_off, "it ends after"),
         (garbage, "not http"),
         (stalled, "timed out"),
+        (redirect("file:///etc/hostname"), "is not allowed"),
     ],
 )
 def test_trouble_that_stays_is_one_sentence(
@@ -461,6 +474,19 @@ def test_trouble_that_stays_is_one_sentence(
     assert words in message and f"{server.url}/{IMAGES}" in message
     assert server.asked == [IMAGES] * data.ROUNDS
     assert files(cache) == {}
+
+
+def test_a_redirection_is_followed_and_what_comes_is_checked(mirror, cache: Path) -> None:
+    elsewhere, server = mirror(altered, good), mirror(good)
+    server.answers = [redirect(f"{elsewhere.url}/{IMAGES}"), redirect(f"/{IMAGES}"), good]
+    check_tiny(data.load("mnist"))
+    assert elsewhere.asked == [IMAGES]  # the wrong bytes; then from the mirror's other path
+    assert server.asked[:3] == [IMAGES] * 3 and files(cache) == FILES
+
+
+def test_a_redirection_in_a_circle_ends(mirror, cache: Path) -> None:
+    mirror(redirect(f"/{IMAGES}"))
+    assert "infinite loop" in refusal() and files(cache) == {}
 
 
 def test_a_slow_mirror_is_waited_for(mirror) -> None:
