@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from reproml.arithmetic import DEFINITIONS
 from reproml.errors import ReproError
-from reproml.files import write_whole
+from reproml.files import sync_folder, write_whole
 from reproml.recipe import Recipe
 from reproml.train import Epoch, State, Training
 
@@ -154,6 +154,7 @@ class Checkpoints:
             )
         with self._written():
             folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent)
             for name in filter(_PARTIAL.fullmatch, os.listdir(folder)):  # left by a kill
                 (folder / name).unlink()
 

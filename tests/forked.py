@@ -33,8 +33,9 @@ for line in sys.stdin:
         if call:
             die_at_call(call)
         status = main(arguments)
-        sys.stdout.flush()
-        os._exit(status)  # to clear up all of PyTorch takes longer than most tests
+        if not seconds and not call:
+            sys.exit(status)
+        os._exit(status)  # before its time; to clear up all of PyTorch takes longer than most tests
     signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
     signal.setitimer(signal.ITIMER_REAL, seconds)
     status = os.waitpid(child, 0)[1]
