@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from reproml.files import locked, write_whole
+from tests.forked import environment
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, before):
+    path = tmp_path / "file"
+    if before is not None:
+        path.write_bytes(before)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # as at the end of a disk
+    try:
+        with pytest.raises(OSError):
+            write_whole(path, bytes(11))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == ([] if before is None else [before])
+    write_whole(path, bytes(11))
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [bytes(11)]
+
+
+def test_one_at_a_time_holds_a_lock_and_leaves_no_file(tmp_path):
+    path = tmp_path / "lock"
+    with locked(path):
+        with pytest.raises(BlockingIOError), locked(path):
+            raise AssertionError("two hold it")
+        assert path.exists()
+    with locked(path):  # free again
+        pass
+    assert not path.exists()
+
+
+def test_a_killed_process_holds_no_lock(tmp_path):
+    path = tmp_path / "lock"
+    script = f"""
+import pathlib, time
+from reproml.files import locked
+with locked(pathlib.Path({str(path)!r})):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None and child.stdout.readline() == "held\n"
+    with pytest.raises(BlockingIOError), locked(path):
+        raise AssertionError("two hold it")
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert path.exists()
+    with locked(path):
+        pass
+    assert not path.exists()
+
+
+def test_threads_that_take_turns_never_hold_it_together(tmp_path):
+    """A file that its holder deletes is not taken for the lock by whoever had opened it before."""
+    path, holding, together, held = tmp_path / "lock", [0], [], [0]
+
+    def work() -> None:
+        for _ in range(200):
+            try:
+                with locked(path):
+                    holding[0] += 1
+                    together.append(holding[0])
+                    held[0] += 1
+                    os.sched_yield()
+                    holding[0] -= 1
+            except BlockingIOError:
+                pass
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(together) == {1} and held[0] > 0
+
+
+def test_a_lock_in_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), locked(tmp_path / "none/lock"):
+        raise AssertionError("nothing holds it")
