@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import os
+import fcntl
 import resource
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -65,28 +64,20 @@ with locked(pathlib.Path({str(path)!r})):
     assert not path.exists()
 
 
-def test_threads_that_take_turns_never_hold_it_together(tmp_path):
-    """A file that its holder deletes is not taken for the lock by whoever had opened it before."""
-    path, holding, together, held = tmp_path / "lock", [0], [], [0]
+def test_a_lock_file_that_its_holder_just_deleted_is_made_anew(tmp_path, monkeypatch):
+    path, calls = tmp_path / "lock", []
 
-    def work() -> None:
-        for _ in range(200):
-            try:
-                with locked(path):
-                    holding[0] += 1
-                    together.append(holding[0])
-                    held[0] += 1
-                    os.sched_yield()
-                    holding[0] -= 1
-            except BlockingIOError:
-                pass
+    def flock(descriptor, operation, flock=fcntl.flock):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            path.unlink()  # after it was opened here
+        flock(descriptor, operation)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert set(together) == {1} and held[0] > 0
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(path):
+        assert len(calls) == 2
+        with pytest.raises(BlockingIOError), locked(path):
+            raise AssertionError("two hold it")
 
 
 def test_a_lock_in_a_folder_that_is_not_there(tmp_path: Path) -> None:
