@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -287,6 +287,35 @@ def test_a_file_of_items_that_is_none(tmp_path, text, message):
     path.write_text(text, encoding="latin-1")
     with pytest.raises(ReproError, match=message):
         read_items(path)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder for many examples; each puts its files back."""
+    folder = tmp_path_factory.mktemp("shared") / "run"
+    save(folder, tiny.run())
+    return folder
+
+
+@given(st.sampled_from(FILES[1:3]), st.binary(max_size=60), st.integers(0, 3000), st.data())
+@example("run.json", b"[" * 100_000, 0, None)
+def test_no_bytes_do_worse_than_a_sentence(shared, name, junk, place, data):
+    """In metrics.json and run.json, in place of as many or more of their own."""
+    content = (shared / name).read_bytes()
+    end = place + len(junk) if data is None else data.draw(st.integers(place, place + 100), "end")
+    try:
+        (shared / name).write_bytes(content[:place] + junk + content[end:])
+        for read in (
+            lambda: read_items(shared / "metrics.json"),
+            lambda: module.recipe_of(shared),
+            lambda: module.finished(shared, tiny.recipe(), "exact"),
+        ):
+            try:
+                read()
+            except ReproError as error:
+                assert str(shared) in str(error)
+    finally:
+        (shared / name).write_bytes(content)
 
 
 def test_items_keep_every_digit(tmp_path):
