@@ -139,7 +139,7 @@ class Training:
             **self._weights(),
             "random.epoch": self._random,
             "random.now": torch.get_rng_state(),
-            "losses": torch.tensor([float(loss) for loss in self._losses], dtype=torch.float32),
+            "losses": torch.stack(self._losses) if self._losses else torch.empty(0),
         }
         return State(self.done, tensors, self.initial_state_dict_sha256, list(self.epochs))
 
