@@ -47,9 +47,11 @@ def test_options_are_passed_on_only_if_given(monkeypatch):
     for verb in VERBS:
         TASKS[verb](Context())
     TASKS["train"](Context(), recipe="digits-mlp", steps="5", json=True)
+    TASKS["train"](Context(), checkpoint_every="7", resume="runs/mine")
     assert calls == [
         *[[verb] for verb in VERBS],
         ["train", "--recipe", "digits-mlp", "--steps", "5", "--json"],
+        ["train", "--checkpoint-every", "7", "--resume", "runs/mine"],
     ]
 
 
