@@ -283,9 +283,10 @@ def report(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Write one page for a run folder, with its verdict against the golden file."""
     from reproml import report as reports
 
-    folder = args.run or _default_run(args, _recipe(args))
+    recipe = _recipe(args, args.run)
+    folder = args.run or _default_run(args, recipe)
     out = args.out or folder.with_name(folder.name + ".html")
-    page = reports.build(folder, args.recipe, args.data)
+    page = reports.build(folder, args.recipe or recipe.name, args.data)
     reports.save(page.html, out)
     verdict = {True: "verified", False: "not the golden run", None: "no golden file"}[page.verified]
     terminal.say(f"wrote {out}: {verdict}")

@@ -12,8 +12,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
-import secrets
 import shlex
 import struct
 import zlib
@@ -33,6 +31,7 @@ from reproml import doctor, golden, run
 from reproml.arithmetic import exact
 from reproml.data import Dataset, Split
 from reproml.errors import ReproError
+from reproml.files import write_whole
 from reproml.golden import Comparison
 from reproml.recipe import Recipe
 from reproml.recipe import load as load_recipe
@@ -118,14 +117,9 @@ def build(
 
 def save(html: str, path: Path) -> None:
     """Write the page, whole or not at all; an older one is replaced. Raises ReproError."""
-    part = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            run.write(part, html.encode())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, html.encode())
     except OSError as error:
         raise ReproError(f"cannot write the report {path}: {error.strerror}") from None
 

@@ -212,7 +212,7 @@ def finished(folder: Path, recipe: Recipe, numerics: str) -> Optional[Items]:
     """Return the items of the run in a folder if it is a whole one of this recipe, else None."""
     if not folder.is_dir() or set(os.listdir(folder)) != _FILES:
         return None
-    record = _json_object(folder / RUN)
+    record = read_record(folder)
     same = {
         "recipe.sha256": recipe.sha256,
         "numerics": numerics,
