@@ -56,6 +56,15 @@ def digest(state: torch.nn.Module | Mapping[str, NDArray[Any] | torch.Tensor]) -
     return sha.hexdigest()
 
 
+def canonical_array(value: Any) -> NDArray[Any]:
+    """Return the elements that `digest` hashes of one array: one-dimensional, floats as their bits.
+
+    Raises TypeError for what `digest` does not take.
+    """
+    dtype, _, flat = _flat("a tensor", value)
+    return _canonical(dtype, flat)
+
+
 def file_sha256(path: Path) -> str:
     """Return what ``sha256sum`` prints for the file. Raises OSError."""
     sha = hashlib.sha256()

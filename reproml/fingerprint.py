@@ -1,0 +1,112 @@
+"""64 bits that tell whether two tensors are the same to the last bit, much faster than a SHA-256.
+
+The elements' bytes, row-major and little-endian, as for `reproml.digest` (every NaN is one NaN), are cut
+into blocks of 1024 words of 32 bits, the last one filled up with zeros. A block's hash is NH (J. Black,
+S. Halevi, H. Krawczyk, T. Krovetz, P. Rogaway: UMAC, CRYPTO 1999, section 4.1)
+
+    sum over j < 512 of (word[j] + key[j] mod 2^32) (word[j + 512] + key[j + 512] mod 2^32)   mod 2^64,
+
+and the fingerprint is the polynomial over the blocks' hashes, begun with the number of bytes, in
+MULTIPLIER. For a random key two different blocks have the same hash with a probability of 2^-32 at most.
+The key is public: a fingerprint is no proof against forgery, as a SHA-256 is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reproml.arithmetic import dispatch, kernels
+from reproml.digest import canonical_array
+
+WORDS = 1024
+KEY = np.frombuffer(
+    b"".join(hashlib.sha256(b"reproml fingerprint %d" % i).digest() for i in range(WORDS // 8)),
+    "<u4",
+)
+MULTIPLIER = (
+    0x9E37_79B9_7F4A_7C15  # 2^64 over the golden ratio: odd, and no small number's multiple
+)
+
+
+def fingerprints(of: Sequence[Tensor]) -> list[str]:
+    """Return 16 hexadecimal digits for each tensor: of any shape, layout, device and dtype that
+    `reproml.digest` takes. The shape and the dtype are not part of it.
+
+    To be called within `unseen()`.
+    """
+    return [f"{fingerprint:016x}" for fingerprint, _ in measure(of)]
+
+
+def measure(of: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return fingerprint and sum of the words (mod 2^64) of each tensor.
+
+    The sum is the same for the same samples in any order, if a sample has a multiple of 32 bits.
+    """
+    if kernels.library is None:
+        return [_plain(canonical_array(x)) for x in of]
+    kept = [x if _direct(x) else torch.from_numpy(canonical_array(x)) for x in of]
+    count = len(kept)
+    result = (ctypes.c_uint64 * (2 * count))()
+    kernels.library.reproml_fingerprint(
+        count,
+        struct.pack(f"{count}Q", *[x.data_ptr() for x in kept]),
+        struct.pack(f"{count}Q", *[x.numel() * x.itemsize for x in kept]),
+        bytes([x.dtype is torch.float32 for x in kept]),
+        KEY.ctypes.data,
+        MULTIPLIER,
+        result,
+    )
+    return list(zip(result[::2], result[1::2]))
+
+
+_DIRECT = {torch.float32, torch.int64, torch.int32, torch.uint8, torch.bool}
+
+
+def _direct(x: Tensor) -> bool:
+    """Whether the memory holds just the bytes to hash (but for NaN, which the loop sees to)."""
+    return x.dtype in _DIRECT and x.is_cpu and x.layout is torch.strided and x.is_contiguous()
+
+
+def _plain(array: NDArray[np.generic]) -> tuple[int, int]:
+    """The definition, where there are no compiled loops."""
+    raw = array.tobytes()
+    words = np.zeros(-(-len(raw) // (4 * WORDS)) * WORDS, "<u4")
+    words.view(np.uint8)[: len(raw)] = np.frombuffer(raw, np.uint8)
+    keyed = (words.reshape(-1, WORDS) + KEY).astype(np.uint64)
+    result = len(raw)
+    for block in (keyed[:, : WORDS // 2] * keyed[:, WORDS // 2 :]).sum(axis=1, dtype=np.uint64):
+        result = (result * MULTIPLIER + int(block)) & (1 << 64) - 1
+    return result, int(words.sum(dtype=np.uint64))
+
+
+class unseen:  # noqa: N801 (used like a function; a generator would take twice as long)
+    """A context whose operators are no part of the training: no mode sees them, nor does exact()."""
+
+    def __enter__(self) -> None:
+        self._guards = dispatch.natively(), torch._C._DisableTorchDispatch()
+        for guard in self._guards:
+            guard.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        for guard in reversed(self._guards):
+            guard.__exit__(*exc)
+
+
+def tensors(data: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and mappings, in order."""
+    if isinstance(data, Tensor):
+        yield data
+    elif isinstance(data, Mapping):
+        yield from tensors(list(data.values()))
+    elif isinstance(data, (list, tuple)):
+        for x in data:
+            yield from tensors(x)
