@@ -27,6 +27,10 @@ _HELP = {
     "checkpoint_every": "save a checkpoint each so many steps, beside the run folder",
     "resume": "go on with this run folder from its newest checkpoint",
     "force": "replace the golden file",
+    "trace": "record each step in this file, to compare with: invoke diff",
+    "a": "trace, run folder, .safetensors or golden .json",
+    "b": "another of the same kind",
+    "rerun": "run the step that parts again, on both sides, to find the operator",
     "json": "print JSON",
 }
 
@@ -37,11 +41,11 @@ def _task(function: Any) -> Any:
     return task(help={name: _HELP[name] for name in options})(function)
 
 
-def _reproml(verb: str, **options: Any) -> None:
+def _reproml(verb: str, *positional: str, **options: Any) -> None:
     """Call the command line's verb with the options that were given."""
     from reproml.cli import main
 
-    arguments = [verb]
+    arguments = [verb, *positional]
     for name, value in options.items():
         if value:
             option = f"--{name.replace('_', '-')}"
@@ -65,6 +69,7 @@ def train(
     out: str = "",
     numerics: str = "",
     steps: str = "",
+    trace: str = "",
     checkpoint_every: str = "",
     resume: str = "",
     json: bool = False,
@@ -77,6 +82,7 @@ def train(
         out=out,
         numerics=numerics,
         steps=steps,
+        trace=trace,
         checkpoint_every=checkpoint_every,
         resume=resume,
         json=json,
@@ -165,6 +171,12 @@ def report(
 ) -> None:
     """Write one page for a run folder, with its verdict against the golden file."""
     _reproml("report", recipe=recipe, data=data, run=run, out=out, json=json)
+
+
+@_task
+def diff(c: Context, a: str, b: str, rerun: bool = False, json: bool = False) -> None:
+    """Tell where two traces, runs, weights or golden files first part, by how much, and why."""
+    _reproml("diff", a, b, rerun=rerun, json=json)
 
 
 @task

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
@@ -96,8 +97,20 @@ def _train_whole(
         if every:
             folder = checkpoint.folder_of(out)
             checkpoints = checkpoint.Checkpoints(folder, recipe, args.numerics, every, start)
-        result = run.perform(recipe, args.data, args.numerics, terminal.say, progress, checkpoints)
-        save(result)
+        own = out.parent / f".{out.name}.trace.jsonl" if recipe.trace and not args.trace else None
+        if start and (args.trace or own):
+            terminal.say("a training that goes on from a checkpoint is not traced")
+            args.trace = own = None
+        result = run.perform(
+            recipe,
+            args.data,
+            args.numerics,
+            terminal.say,
+            progress,
+            checkpoints,
+            args.trace or own,
+        )
+        save(replace(result, trace=own))
         if checkpoints:
             checkpoints.delete()
     return result.items
@@ -106,13 +119,14 @@ def _train_whole(
 def _train_steps(args: argparse.Namespace, recipe: Recipe, terminal: Terminal) -> Result:
     """Train some steps only: for a comparison of hashes, not a run, so it leaves no folder."""
     from reproml.digest import digest
-    from reproml.run import prepare
+    from reproml.run import prepare, tracing
     from reproml.train import train
 
     if args.checkpoint_every or args.resume:
         raise ReproError("--steps leaves nothing behind; leave out --checkpoint-every and --resume")
-    _, prepared, _ = prepare(recipe, args.data, args.numerics)
-    with terminal.bar("train") as progress:
+    dataset, prepared, _ = prepare(recipe, args.data, args.numerics)
+    traced = tracing(args.trace, recipe, args.numerics, dataset)
+    with traced, terminal.bar("train") as progress:
         trained = train(recipe, prepared, args.numerics, args.steps, terminal.say, progress)
     sha256 = digest(trained.model)
     terminal.say(f"digest of the state dict after at most {args.steps} steps: {sha256}")
@@ -174,7 +188,8 @@ def pipeline(args: argparse.Namespace, terminal: Terminal) -> Result:
     _refuse_native(args)
     recipe = _recipe(args)
     golden.read(golden.find(recipe.name))  # found missing now, not after the training
-    args.run, args.steps, args.checkpoint_every, args.resume = _out(args, recipe), None, None, None
+    args.run, args.steps, args.trace = _out(args, recipe), None, None
+    args.checkpoint_every, args.resume = None, None
     status, results = 0, {}
     for verb in (data, train, evaluate, verify):
         terminal.say(f"== {verb.__name__}")
@@ -202,7 +217,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Run a training script, unmodified, and print the digests of what it trained and saved."""
     from reproml import script
 
-    wish, result = script.run(args.script, args.arguments, args.numerics, args.digest)
+    wish, result = script.run(args.script, args.arguments, args.numerics, args.digest, args.trace)
     for line in script.lines(result):
         terminal.say(line)
     if wish is not None:
@@ -293,6 +308,21 @@ def report(args: argparse.Namespace, terminal: Terminal) -> Result:
     return int(page.verified is False), {"report": str(out), "verified": page.verified}
 
 
+def diff(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Tell where two traces, runs, weights or golden files first part, by how much, and why."""
+    from dataclasses import asdict
+
+    from reproml import diff as differences
+
+    found = differences.compare(args.a, args.b, args.rerun)
+    if found is None:
+        terminal.say(f"{args.a} and {args.b}: no difference")
+        return 0, {"differ": False}
+    for line in differences.lines(found, str(args.a), str(args.b)):
+        terminal.say(line)
+    return 1, {"differ": True, **asdict(found)}
+
+
 def _steps(args: argparse.Namespace) -> int:
     """Return --steps, or the number of steps that the recipe's training has."""
     from reproml import data as datasets
@@ -357,20 +387,32 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "'SCRIPT.py ARGS'",
         "help": "run this training script instead of a recipe",
     },
+    "--trace": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "record each step here, to compare with: reproml diff",
+    },
+    "--rerun": {
+        "action": "store_true",
+        "help": "run the step that parts again, on both sides, to find the operator",
+    },
+    "a": {"type": Path, "metavar": "A", "help": "trace, run folder, .safetensors or golden .json"},
+    "b": {"type": Path, "metavar": "B", "help": "another of the same kind"},
     "script": {"metavar": "SCRIPT.py", "help": "a training script"},
     "arguments": {"metavar": "ARGS", "nargs": argparse.REMAINDER, "help": "all for the script"},
 }
 _VERBS: dict[Callable[..., Result], str] = {
     data: "--recipe --data --json",
-    train: "--recipe --data --out --numerics --steps --checkpoint-every --resume --json",
+    train: "--recipe --data --out --numerics --steps --trace --checkpoint-every --resume --json",
     evaluate: "--recipe --data --run --numerics --json",
     verify: "--recipe --data --run --numerics --json",
     pipeline: "--recipe --data --out --numerics --json",
     golden: "--recipe --data --numerics --force --json",
-    run: "--numerics --digest script arguments",
+    run: "--numerics --digest --trace script arguments",
     matrix: "--recipe --script --data --steps --json",
     doctor: "--run --json",
     report: "--recipe --data --run --out --json",
+    diff: "a b --rerun --json",
 }
 
 

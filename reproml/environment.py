@@ -17,7 +17,7 @@ from reproml import __version__
 _PACKAGES = ("torch", "numpy", "safetensors", "scikit-learn", "msgspec")
 
 # Environment variables that change which kernels run, in which order they add, or how they round.
-_PREFIXES = (
+PREFIXES = (
     *(
         "ATEN_",
         "BLIS_",
@@ -79,7 +79,7 @@ def describe() -> dict[str, Any]:
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         },
         "arithmetic": {"compiled_loops": kernels.library is not None},
-        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_PREFIXES)},
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIXES)},
     }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_type_hints
+from typing import Annotated, Any, Literal, Optional, Union, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -110,7 +110,7 @@ Optimizer = Union[AdamW, Adam, SGD]
 
 
 class Recipe(_Table, frozen=True):
-    """Everything that the weights depend on."""
+    """Everything that the weights depend on, and whether to record how they came about."""
 
     name: _Name
     seed: _Seed
@@ -119,6 +119,9 @@ class Recipe(_Table, frozen=True):
     model: Model
     train: Train
     optimizer: Optimizer
+    trace: Optional[Literal["epoch", "step", "op"]] = (
+        None  # recorded at this level; changes no result
+    )
 
     @property
     def sha256(self) -> str:
@@ -127,8 +130,9 @@ class Recipe(_Table, frozen=True):
 
 
 def canonical_json(recipe: Recipe) -> str:
-    """Return all values of the recipe as JSON with sorted keys and no white space, in ASCII."""
+    """Return all that the weights depend on, as JSON with sorted keys and no white space, in ASCII."""
     values = msgspec.to_builtins(recipe)
+    del values["trace"]
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 

@@ -4,6 +4,7 @@
     metrics.json          every item that a golden file holds, under the same names
     run.json              what was run: recipe, versions, machine, times
     log.txt               what was printed
+    trace.jsonl           what was done, step by step, if that was asked for (trace.py)
 
 The folder appears whole or not at all: it is written beside its place and renamed into it. One process
 at a time may do so.
@@ -19,7 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -40,6 +41,7 @@ from reproml.evaluate import evaluate
 from reproml.files import locked, partial, sync_folder, write
 from reproml.preprocess import Prepared, preprocess
 from reproml.recipe import Recipe
+from reproml.trace import trace as record
 from reproml.train import Training, shapes, train
 
 # Name of an item: its value. The order is the pipeline's, so the first difference is the cause.
@@ -57,6 +59,7 @@ class _Record(msgspec.Struct):
 
 
 WEIGHTS, METRICS, RUN, LOG = "weights.safetensors", "metrics.json", "run.json", "log.txt"
+TRACE = "trace.jsonl"
 _FILES = {WEIGHTS, METRICS, RUN, LOG}
 _WEIGHTS_SHA256 = "weights.safetensors.sha256"  # the item
 
@@ -69,6 +72,7 @@ class Run:
     weights: bytes  # the file weights.safetensors
     record: dict[str, Any]  # run.json
     log: list[str]
+    trace: Optional[Path] = None  # a file to be moved into the folder as trace.jsonl
 
 
 def perform(
@@ -78,10 +82,12 @@ def perform(
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     checkpoints: Optional[Checkpoints] = None,
+    trace: Optional[Path] = None,
 ) -> Run:
     """Run the whole recipe in memory: data, preprocessing, training, evaluation.
 
-    With `checkpoints` the training goes on from where they begin, and saves them on its way.
+    With `checkpoints` the training goes on from where they begin, and saves them on its way. `trace` is
+    a file to record the training in, from its beginning.
     """
     times = {"started": _now()}
     start = checkpoints.start if checkpoints else None
@@ -100,7 +106,8 @@ def perform(
     dataset, prepared, items = prepare(recipe, data_folder, numerics)
     times["data_ready"] = _now()
     state = start.state if start else None
-    trained = train(recipe, prepared, numerics, None, tell, progress, state, after_step)
+    with tracing(trace, recipe, numerics, dataset):
+        trained = train(recipe, prepared, numerics, None, tell, progress, state, after_step)
     times["trained"] = _now()
     weights: bytes = safetensors.torch.save(trained.model.state_dict())
 
@@ -112,7 +119,7 @@ def perform(
     items[_WEIGHTS_SHA256] = hashlib.sha256(weights).hexdigest()
     items.update(score(trained.model, prepared, numerics, tell))
     times["finished"] = _now()
-    record = {
+    about = {
         "recipe": msgspec.to_builtins(recipe),
         "recipe.sha256": recipe.sha256,
         "numerics": numerics,
@@ -121,7 +128,22 @@ def perform(
         "times": times,
         **environment.describe(),
     }
-    return Run(items, weights, record, lines)
+    return Run(items, weights, about, lines)
+
+
+def tracing(
+    path: Optional[Path], recipe: Recipe, numerics: str, dataset: Dataset
+) -> AbstractContextManager[Any]:
+    """Return the context in which a training is recorded, at the recipe's level; none without a path."""
+    if path is None:
+        return nullcontext()
+    about = {
+        "recipe": msgspec.to_builtins(recipe),
+        "recipe.sha256": recipe.sha256,
+        "numerics": numerics,
+        "data.sha256": dataset.hashes,
+    }
+    return record(path, recipe.trace or "step", about=about)
 
 
 def prepare(
@@ -301,6 +323,8 @@ def _save(part: Path, out: Path, kept: list[Path], run: Run) -> None:
         write(part / WEIGHTS, run.weights)
         write(part / METRICS, items_json(run.items).encode())
         write(part / RUN, (json.dumps(run.record, indent=2, sort_keys=True) + "\n").encode())
+        if run.trace:
+            shutil.move(run.trace, part / TRACE)
         write(part / LOG, "".join(line + "\n" for line in run.log).encode())
         sync_folder(part)
     except OSError as error:
@@ -320,7 +344,7 @@ def _delete_begun(out: Path) -> None:
         path = out.parent / name
         if not name.startswith(f".{out.name}.partial-") or not path.is_dir():
             continue
-        if set(os.listdir(path)) != _FILES:
+        if set(os.listdir(path)) - {TRACE} != _FILES:
             shutil.rmtree(path)
 
 
@@ -350,7 +374,8 @@ def _exchange(a: Path, b: Path) -> None:
 
 
 def _refuse_other_content(out: Path) -> None:
-    if os.path.lexists(out) and set(os.listdir(out)) not in (set(), _FILES):
+    there = set(os.listdir(out)) if os.path.lexists(out) else set()
+    if there and there - {TRACE} != _FILES:
         raise ReproError(f"{out} has content that is not a run; choose another folder with --out")
 
 

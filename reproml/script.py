@@ -21,6 +21,7 @@ import os
 import sys
 import types
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -35,6 +36,7 @@ from reproml.arithmetic import DEFINITIONS
 from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.files import write_whole
+from reproml.trace import trace
 from reproml.train import numerics_mode
 
 
@@ -99,11 +101,16 @@ class Watch:
 
 
 def run(
-    script: str, arguments: list[str], numerics: str = "exact", digest_file: Optional[Path] = None
+    script: str,
+    arguments: list[str],
+    numerics: str = "exact",
+    digest_file: Optional[Path] = None,
+    trace_file: Optional[Path] = None,
 ) -> tuple[Optional[SystemExit], dict[str, Any]]:
     """Run the script as `__main__` of this process, which cannot be undone.
 
-    Return how it wants to exit, if it says so, and the digests, which `digest_file` gets as JSON.
+    Return how it wants to exit, if it says so, and the digests, which `digest_file` gets as JSON; its
+    steps are recorded in `trace_file`.
     An exception that the script does not catch is shown with its traceback and ends it with
     SystemExit(1), without digests: what it left half-trained is no result. Raises ReproError if the
     script cannot be read or the file not be written.
@@ -115,6 +122,20 @@ def run(
     except OSError as error:
         raise ReproError(f"cannot read the script {script}: {error.strerror}") from None
     target = digest_file and _writable(digest_file)  # absolute: the script may change the folder
+    # Entered here, as its header tells this process's own command line.
+    traced = trace(trace_file) if trace_file else nullcontext()
+    with traced:
+        return _run(script, arguments, numerics, source, path, target)
+
+
+def _run(
+    script: str,
+    arguments: list[str],
+    numerics: str,
+    source: bytes,
+    path: str,
+    target: Optional[Path],
+) -> tuple[Optional[SystemExit], dict[str, Any]]:
     main = types.ModuleType("__main__")
     main.__dict__.update(__file__=path, __builtins__=builtins)
     sys.modules["__main__"] = main

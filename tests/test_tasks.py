@@ -27,7 +27,7 @@ def test_every_verb_is_a_task_and_there_are_some_more():
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_task_has_the_options_and_the_help_of_its_verb(verb):
     parameters = list(inspect.signature(TASKS[verb].body).parameters)[1:]
-    assert [f"--{name.replace('_', '-')}" for name in parameters] == VERBS[verb]
+    assert [name.replace("_", "-") for name in parameters] == [o.lstrip("-") for o in VERBS[verb]]
     assert TASKS[verb].__doc__ == vars(cli)[verb].__doc__
 
 
@@ -44,12 +44,13 @@ def test_options_are_passed_on_only_if_given(monkeypatch):
         return 0
 
     monkeypatch.setattr(cli, "main", fake)
+    positional = {verb: [o for o in options if o[0] != "-"] for verb, options in VERBS.items()}
     for verb in VERBS:
-        TASKS[verb](Context())
+        TASKS[verb](Context(), *positional[verb])
     TASKS["train"](Context(), recipe="digits-mlp", steps="5", json=True)
     TASKS["train"](Context(), checkpoint_every="7", resume="runs/mine")
     assert calls == [
-        *[[verb] for verb in VERBS],
+        *[[verb, *positional[verb]] for verb in VERBS],
         ["train", "--recipe", "digits-mlp", "--steps", "5", "--json"],
         ["train", "--checkpoint-every", "7", "--resume", "runs/mine"],
     ]

@@ -1,0 +1,155 @@
+"""A trace file: JSON lines, each bound to all lines before it, so that nothing in it changes unnoticed.
+
+The first line is the header: {"reproml trace": 1, "level": ..., ..., "sha256": of the line without it}.
+Each further line is an entry whose last key is its head,
+
+    head = SHA-256 of (the head before it, in hexadecimal, then the line without ',"head":"..."'),
+
+where the head before the first entry is the SHA-256 of "reproml trace 1". The header is no part of the
+chain: two runs that did the same on two machines have the same heads, and two heads that are equal say that
+all entries up to there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import msgspec
+
+from reproml.errors import ReproError
+
+FORMAT = 1
+_KEY = "reproml trace"
+_BEGINNING = b'{"reproml trace":'
+_START = hashlib.sha256(b"reproml trace 1").hexdigest()
+
+
+class Writer:
+    """Appends entries, each with one write to the file, so that a crash cuts off the last line at most."""
+
+    def __init__(self, path: Path, header: dict[str, Any], head: Optional[dict[str, Any]] = None):
+        """Begin a file, which may replace another trace only; or with `head` go on in one.
+
+        Raises ReproError if the file cannot be written, is no trace, or does not lead to that head.
+        """
+        self.entries, self.head = 0, _START
+        try:
+            if head is not None:
+                self._go_on(path, header["level"], head)
+                return
+            if path.exists() and path.stat().st_size:
+                Reader(path)  # raises if it is not a trace
+            self._file = path.open("wb", buffering=0)
+            self._file.write(_sealed({_KEY: FORMAT, **header}))
+        except OSError as error:
+            raise ReproError(f"cannot write the trace {path}: {error.strerror}") from None
+
+    def _go_on(self, path: Path, level: str, head: dict[str, Any]) -> None:
+        reader = Reader(path)
+        if reader.header["level"] != level:
+            raise ReproError(
+                f"{path} was traced at level {reader.header['level']}, so it cannot go on at {level}"
+            )
+        entries = iter(reader)
+        while reader.entries < head["entries"] and next(entries, None) is not None:
+            pass
+        if (reader.entries, reader.head) != (head["entries"], head["sha256"]):
+            raise ReproError(
+                f"{path} does not lead to the head to go on from (entry {head['entries']}): "
+                "it is the trace of another run, or was cut off before"
+            )
+        self.entries, self.head = reader.entries, reader.head
+        os.truncate(path, reader.offset)
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, entry: dict[str, Any]) -> None:
+        text = msgspec.json.encode(entry)
+        self.head = hashlib.sha256(self.head.encode() + text).hexdigest()
+        self.entries += 1
+        self._file.write(text[:-1] + _tail(self.head))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Reader:
+    """Iterates over the entries of a trace file, checking the chain on the way; line by line."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header. Raises ReproError if the file is no trace, or newer than this reproml."""
+        self.path, self.entries, self.head = path, 0, _START
+        self.cut = False  # whether the last line was found without its end
+        try:
+            with path.open("rb") as file:
+                first = file.readline(1 << 24)
+        except OSError as error:
+            raise ReproError(f"cannot read the trace {path}: {error.strerror}") from None
+        if not first:
+            raise ReproError(f"{path} is empty: the run was ended before its trace began")
+        if first.startswith(_BEGINNING) and not first.endswith(b"\n"):
+            raise ReproError(f"{path} is cut off in its first line: the run has left no trace")
+        self.header = _object(first)
+        version = self.header.get(_KEY)
+        if not isinstance(version, int):
+            raise ReproError(f"{path} is not a trace of reproml")
+        if version > FORMAT:
+            raise ReproError(
+                f"{path} has format {version} of traces, this reproml reads {FORMAT}; update reproml"
+            )
+        unsealed = {key: value for key, value in self.header.items() if key != "sha256"}
+        if _sealed(unsealed) != first:
+            raise ReproError(f"{path} is damaged: its first line does not have its SHA-256")
+        self.offset = len(first)  # of the end of the last entry given out
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the entries, without their heads. Raises ReproError at the first that is damaged."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    self.cut = True
+                    return
+                text = line[:-_TAIL] + b"}"
+                head = hashlib.sha256(self.head.encode() + text).hexdigest()
+                if line[-_TAIL:] != _tail(head):
+                    raise ReproError(
+                        f"{self.path} is damaged: entry {self.entries + 1} (line {self.entries + 2}) "
+                        "does not lead to its head"
+                    )
+                self.entries, self.head, self.offset = (
+                    self.entries + 1,
+                    head,
+                    self.offset + len(line),
+                )
+                yield json.loads(text)
+
+
+def is_trace(path: Path) -> bool:
+    """Whether the file begins like a trace, damaged or not."""
+    with path.open("rb") as file:
+        return file.read(len(_BEGINNING)) == _BEGINNING
+
+
+def _tail(head: str) -> bytes:
+    return b',"head":"%s"}\n' % head.encode()
+
+
+_TAIL = len(_tail(_START))
+
+
+def _sealed(header: dict[str, Any]) -> bytes:
+    text = json.dumps(header, separators=(",", ":"))
+    return f'{text[:-1]},"sha256":"{hashlib.sha256(text.encode()).hexdigest()}"}}\n'.encode()
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

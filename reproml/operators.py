@@ -1,0 +1,133 @@
+"""Each operator of a training, with what went in, what came out, and the line of code that asked for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import reproml.arithmetic
+from reproml.fingerprint import fingerprints, tensors, unseen
+
+Write = Callable[[dict[str, Any], list[Tensor]], None]
+
+# Their results are whatever the memory held: filled with zeros, so that they are no difference.
+_UNFILLED = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "empty_permuted",
+}
+# They only write to their first tensor.
+_FILLING = {
+    "uniform_",
+    "normal_",
+    "random_",
+    "bernoulli_",
+    "exponential_",
+    "log_normal_",
+    "cauchy_",
+}
+_FILLING |= {"geometric_", "zero_", "fill_", "copy_"}
+
+# Frames of these are nobody's line.
+_OURS = (
+    os.path.dirname(torch.__file__) + os.sep,
+    os.path.dirname(reproml.arithmetic.__file__) + os.sep,
+    __file__,
+    __file__.replace("operators.py", "recorder.py"),
+    threading.__file__,
+)
+
+
+class Operators(TorchDispatchMode):
+    """Tells `write` of each operator: what is in the entry, and its output tensors.
+
+    Within exact() these are the operators, not what their definitions are made of (arithmetic/dispatch.py).
+    """
+
+    def __init__(self, write: Write) -> None:
+        super().__init__()
+        self._write = write
+        self._lines: dict[
+            int, str
+        ] = {}  # of the forward pass, by the autograd node's sequence number
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.replace("::", ".")
+        short = name.split(".")[-1]
+        line, node = self._line()
+        written = _written(func, args, kwargs)
+        skipped = written if short in _FILLING or func._overloadname.endswith("out") else []
+        with unseen():
+            inputs = _described([args, kwargs], skipped)
+        result = func(*args, **kwargs)
+        outputs = list(tensors([result])) or written
+        with unseen():
+            if short in _UNFILLED:
+                for x in outputs:
+                    x.detach().zero_()
+            found = {"op": name, "line": line, **({"backward": node} if node else {})}
+            found.update({"in": inputs, "out": fingerprints(outputs), "shapes": _shapes(outputs)})
+            self._write(found, outputs)
+        return result
+
+    def _line(self) -> tuple[str, str]:
+        """The line, and for a backward operator the name of its node, whose forward line it has then."""
+        node: Any = torch._C._current_autograd_node()
+        if node is not None:
+            return self._lines.get(node._sequence_nr(), _caller()), node.name()
+        line = _caller()
+        if torch.is_grad_enabled():
+            # Autograd has made this operator's node already, so its number is the last one given.
+            self._lines.setdefault(torch._C._autograd._get_sequence_nr() - 1, line)
+        return line, ""
+
+
+def _described(given: Any, skipped: list[Tensor]) -> list[str]:
+    """Fingerprints of tensors, the values of numbers and texts."""
+    found = [x for x in tensors(given) if not any(x is y for y in skipped)]
+    return fingerprints(found) + [repr(x) for x in _plain_values(given)]
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that the operator writes to, by its schema."""
+    found = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            found += list(tensors([value]))
+    return found
+
+
+def _caller() -> str:
+    """The innermost frame that is neither PyTorch's nor ours: "FILE:LINE"."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith(_OURS):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "an unknown line"
+
+
+def _plain_values(data: Any) -> Iterator[Any]:
+    if isinstance(data, dict):
+        yield from _plain_values(list(data.values()))
+    elif isinstance(data, (list, tuple)):
+        for x in data:
+            yield from _plain_values(x)
+    elif data is None or isinstance(data, (bool, int, float, complex, str)):
+        yield data
+
+
+def _shapes(outputs: list[Tensor]) -> list[str]:
+    return [f"{str(x.dtype)[6:]}{list(x.shape)}" for x in outputs]

@@ -1,0 +1,345 @@
+"""What a trace records, and where it listens: at PyTorch's own places, so that no training loop changes.
+
+    place                        what is taken there
+    a DataLoader's next batch    its tensors: the batch, if a backward pass follows; with a new iterator a
+                                 new epoch begins
+    a module called directly     its input tensors that need no gradient, unless they are the loader's
+    torch.autograd.backward      the loss; the batch is settled
+    an optimizer, before a step  the gradients, the state of the random numbers
+    an optimizer, after a step   the weights; the entry is written
+
+Only what happens with gradients enabled counts, so that an evaluation leaves no trace. Tensors are told by
+their fingerprints (fingerprint.py); the weights at the start, after each epoch and at the end also by their
+SHA-256.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from reproml import environment
+from reproml.arithmetic import DEFINITIONS, settings
+from reproml.chain import Writer
+from reproml.digest import digest
+from reproml.errors import ReproError
+from reproml.fingerprint import fingerprints, measure, tensors, unseen
+from reproml.operators import Operators
+
+RERUN = "REPROML_TRACE_RERUN"  # see rerun.py
+_SAMPLE = (
+    8  # the last parameter's first elements, to see a difference grow: all the network acts on them
+)
+
+
+class StepReached(BaseException):
+    """Ends a rerun at its last step; no training catches it."""
+
+
+@dataclass
+class _Stepped:
+    """An optimizer, and its parameters by name: these are kept, its state may be freed."""
+
+    optimizer: weakref.ref[Optimizer]
+    named: dict[str, Tensor]
+
+
+class Recorder:
+    """Writes one trace. To be had from `reproml.trace`."""
+
+    _active = False  # whether one listens in this process
+
+    def __init__(
+        self, path: Path, level: str, resume: Optional[dict[str, Any]], about: dict[str, Any]
+    ) -> None:
+        self._level = level
+        header = {"level": level, **_origin(), **about, "environment": environment.describe()}
+        self._writer = Writer(path, header, resume)
+        self._step = resume["step"] if resume else 0
+        self._epoch = resume["epoch"] if resume else 0
+        self._known = resume["optimizers"] if resume else 0  # optimizers that the file tells of
+        self._optimizers: list[_Stepped] = []  # in order of their first step
+        self._iterator: Any = (
+            None  # weak reference: the one that the current epoch's batches come from
+        )
+        self._last: Any = None  # the one that the last batch came from
+        self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._inside_module = False
+        self._fetched: dict[int, list[Tensor]] = {}  # by iterator; not yet used by a backward pass
+        self._inputs: list[Tensor] = []
+        self._batch: list[Tensor] = []
+        self._batch_found: list[tuple[int, int]] = []  # fingerprint, sum
+        self._loss: list[str] = []
+        self._gradients: list[Optional[str]] = []
+        self._random = ""
+        self._rerun: Optional[tuple[int, Path]] = None
+        self._operators: Optional[Operators] = None
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, path: Path, level: str, resume: Optional[dict[str, Any]], about: dict[str, Any]
+    ) -> Iterator[Recorder]:
+        """Listen from here to the end of the block; everything is put back then."""
+        if cls._active:
+            raise ReproError("a trace is being recorded already; one process records one at a time")
+        rerun = json.loads(os.environ[RERUN]) if RERUN in os.environ else None
+        if rerun:
+            path, level, resume = Path(rerun["folder"]) / "trace", "op", None
+        recorder = cls(path, level, resume, about)
+        if rerun:
+            recorder._rerun = rerun["step"], Path(rerun["folder"])
+        with ExitStack() as stack:
+            cls._active = True
+            stack.callback(setattr, cls, "_active", False)
+            stack.callback(recorder._writer.close)
+            recorder._listen(stack)
+            yield recorder
+            recorder._write_weights("end")
+
+    def head(self) -> dict[str, Any]:
+        """Return where the trace stands, as JSON: to be kept in a checkpoint, given back as `resume`.
+
+        entries, sha256: number of entries and the head of the last. step, epoch, optimizers: what the
+        numbering goes on from; an epoch that is under way counts as one to be begun again.
+        """
+        return {
+            "entries": self._writer.entries,
+            "sha256": self._writer.head,
+            "step": self._step,
+            "epoch": self._epoch - (self._iterator is not None),
+            "optimizers": max(self._known, len(self._optimizers)),
+        }
+
+    # --- listening ------------------------------------------------------------------------------------
+
+    def _listen(self, stack: ExitStack) -> None:
+        _replace(stack, nn.Module, "__call__", self._call)
+        if self._level != "epoch":
+            _replace(stack, torch.autograd, "backward", self._backward)
+        _replace(stack, _BaseDataLoaderIter, "__next__", self._next)
+        stack.callback(register_optimizer_step_pre_hook(self._before_step).remove)
+        stack.callback(register_optimizer_step_post_hook(self._after_step).remove)
+        if self._level == "op":
+            self._operators = Operators(self._write_operator)
+            stack.enter_context(self._operators)
+
+    def _next(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def next_batch(iterator: Any) -> Any:
+            try:
+                data = plain(iterator)
+            except StopIteration:
+                if self._iterator is not None and self._iterator() is iterator:
+                    self._write_weights("epoch")
+                    self._iterator = None
+                raise
+            if torch.is_grad_enabled():
+                self._last = weakref.ref(iterator)
+            if torch.is_grad_enabled() and self._level != "epoch":
+                self._fetched[id(iterator)] = list(tensors(data))
+            return data
+
+        return next_batch
+
+    def _call(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self._inside_module or not (torch.is_grad_enabled() and module.training):
+                return plain(module, *args, **kwargs)
+            self._roots.add(module)
+            if self._level != "epoch":
+                self._inputs += [x for x in tensors([args, kwargs]) if not x.requires_grad]
+            self._inside_module = True
+            try:
+                return plain(module, *args, **kwargs)
+            finally:
+                self._inside_module = False
+
+        return call
+
+    def _backward(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def backward(roots: Any, *args: Any, **kwargs: Any) -> Any:
+            with unseen():
+                self._settle_batch()
+                for x in tensors([roots]):
+                    self._loss.append(repr(x.item()) if x.numel() == 1 else fingerprints([x])[0])
+            return plain(roots, *args, **kwargs)
+
+        return backward
+
+    def _settle_batch(self) -> None:
+        batch = [x for fetched in self._fetched.values() for x in fetched]
+        known = {id(x) for x in batch}
+        batch += [x for x in self._inputs if id(x) not in known]
+        self._batch += batch  # measured before the optimizer's step, all at once
+        self._fetched.clear()
+        self._inputs.clear()
+
+    # --- entries --------------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        with unseen():
+            number = self._number(optimizer)
+            if number == len(self._optimizers):
+                self._optimizers.append(_Stepped(weakref.ref(optimizer), self._named(optimizer)))
+                if number >= self._known:
+                    self._write_optimizer(number, optimizer)
+            if self._last is not None and self._last is not self._iterator:
+                if self._iterator is None or self._last() is not self._iterator():
+                    self._epoch += 1
+                self._iterator = self._last
+            if self._level != "epoch":
+                gradients = [p.grad for p in _parameters(optimizer)]
+                there = [g for g in gradients if g is not None]
+                random, *found = measure([torch.get_rng_state(), *self._batch, *there])
+                size = len(self._batch)
+                self._random, self._batch_found = f"{random[0]:016x}", found[:size]
+                prints = iter(found[size:])
+                self._gradients = [
+                    None if g is None else f"{next(prints)[0]:016x}" for g in gradients
+                ]
+                self._batch = []
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        with unseen():
+            self._step += 1
+            weights = _parameters(optimizer)
+            if self._level != "epoch":
+                self._writer.append(
+                    {
+                        "entry": "step",
+                        "epoch": self._epoch,
+                        "step": self._step,
+                        "optimizer": self._number(optimizer),
+                        "random": self._random,
+                        "batch": [[f"{f:016x}", f"{total:x}"] for f, total in self._batch_found],
+                        "loss": self._loss,
+                        "gradients": self._gradients,
+                        "weights": fingerprints(weights),
+                        "sample": weights[-1].detach().reshape(-1)[:_SAMPLE].tolist(),
+                    }
+                )
+                self._loss = []
+            if self._rerun:
+                self._watch_rerun(optimizer)
+
+    def _watch_rerun(self, optimizer: Optimizer) -> None:
+        assert self._rerun is not None and self._operators is not None
+        step, folder = self._rerun
+        if self._step < step:
+            return
+        for name, value in (("gradients", lambda p: p.grad), ("weights", lambda p: p)):
+            found = {n: value(p) for n, p in self._named(optimizer).items()}
+            save(folder / f"{name}.safetensors", {n: x for n, x in found.items() if x is not None})
+        raise StepReached
+
+    def _write_operator(self, found: dict[str, Any], outputs: list[Tensor]) -> None:
+        """Of a rerun only the last step's operators are kept, but those with their results."""
+        if self._rerun:
+            step, folder = self._rerun
+            if self._step + 1 != step:
+                return
+            save(
+                folder / f"{self._writer.entries + 1}.safetensors",
+                {str(i): x for i, x in enumerate(outputs)},
+            )
+        self._writer.append({"entry": "op", "step": self._step + 1, **found})
+
+    def _write_optimizer(self, number: int, optimizer: Optimizer) -> None:
+        groups = optimizer.param_groups
+        self._writer.append(
+            {
+                "entry": "optimizer",
+                "optimizer": number,
+                "kind": type(optimizer).__name__,
+                "numerics": "exact" if settings.active.depth else "native",
+                "settings": [
+                    {k: repr(v) for k, v in sorted(g.items()) if k != "params"} for g in groups
+                ],
+                "tensors": list(self._named(optimizer)),
+                "shapes": [list(p.shape) for p in _parameters(optimizer)],
+                "weights": fingerprints(_parameters(optimizer)),
+                "weights.sha256": digest(self._named(optimizer)),
+            }
+        )
+
+    def _write_weights(self, entry: str) -> None:
+        with unseen():
+            self._writer.append(
+                {
+                    "entry": entry,
+                    "epoch": self._epoch,
+                    "step": self._step,
+                    "weights": [fingerprints(list(o.named.values())) for o in self._optimizers],
+                    "weights.sha256": [digest(o.named) for o in self._optimizers],
+                }
+            )
+
+    # --- names ----------------------------------------------------------------------------------------
+
+    def _number(self, optimizer: Optimizer) -> int:
+        for number, known in enumerate(self._optimizers):
+            if known.optimizer() is optimizer:
+                return number
+        return len(self._optimizers)
+
+    def _named(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """The optimizer's parameters under their modules' names; a number where no module has one."""
+        names: dict[int, str] = {}
+        roots = sorted(
+            (m for m in self._roots if next(m.parameters(), None) is not None),
+            key=lambda m: -sum(1 for _ in m.parameters()),
+        )
+        for root in roots:
+            for name, parameter in root.named_parameters():
+                names.setdefault(id(parameter), name)
+        found = [(names.get(id(p), str(i)), p) for i, p in enumerate(_parameters(optimizer))]
+        if len({name for name, _ in found}) < len(found):
+            return {f"{i}: {name}": p for i, (name, p) in enumerate(found)}
+        return dict(found)
+
+
+def save(path: Path, values: dict[str, Tensor]) -> None:
+    """Write tensors of any layout and device; those that share memory one by one."""
+    safetensors.torch.save_file(
+        {name: x.detach().cpu().contiguous().clone() for name, x in values.items()}, path
+    )
+
+
+def _origin() -> dict[str, Any]:
+    """How this process was started, to run it again; no command in a notebook, say."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    command = None
+    if spec is not None:
+        command = [sys.executable, "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
+    elif sys.argv and os.path.isfile(sys.argv[0]):
+        command = [sys.executable, *sys.argv]
+    return {"command": command, "folder": os.getcwd(), "definitions": DEFINITIONS}
+
+
+def _replace(
+    stack: ExitStack, owner: Any, name: str, made: Callable[[Callable[..., Any]], Any]
+) -> None:
+    plain = getattr(owner, name)
+    setattr(owner, name, made(plain))
+    stack.callback(setattr, owner, name, plain)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

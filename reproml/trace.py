@@ -1,0 +1,45 @@
+"""Record what a training did, step by step, so that two that differ can be compared: `reproml diff`.
+
+    with reproml.trace("run.trace"):
+        train()
+
+Any training in plain PyTorch, native or exact, in one process: see docs/trace.md for what is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+if TYPE_CHECKING:
+    from reproml.recorder import Recorder
+
+LEVELS = ("epoch", "step", "op")
+
+
+@contextmanager
+def trace(
+    path: Union[str, Path],
+    level: str = "step",
+    resume: Optional[dict[str, Any]] = None,
+    about: Optional[dict[str, Any]] = None,
+) -> Iterator[Recorder]:
+    """Record the training inside into a trace file, which is written as it goes on.
+
+    level: "epoch" the weights after each epoch; "step" also batch, loss, gradients and weights of each
+    optimizer's step; "op" also each operator's inputs and outputs with the line of code (slow).
+    resume: what `Recorder.head()` returned, say in a checkpoint: the file is cut back to there and goes on.
+    about: more for the header; "command" is how to run this again, a list of words.
+
+    Yields the recorder, whose `head()` can be asked for at any time. A trace that is there is replaced,
+    any other file refused. Raises ReproError with the reason if the file cannot be written or, with
+    `resume`, is damaged or another run's; or if a trace is being recorded already.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
+    from reproml.recorder import Recorder  # loads PyTorch
+
+    with Recorder.open(Path(path), level, resume, about or {}) as recorder:
+        yield recorder
