@@ -232,7 +232,7 @@ def recipe_of(folder: Path) -> Recipe:
 
 def finished(folder: Path, recipe: Recipe, numerics: str) -> Optional[Items]:
     """Return the items of the run in a folder if it is a whole one of this recipe, else None."""
-    if not folder.is_dir() or set(os.listdir(folder)) != _FILES:
+    if not folder.is_dir() or set(os.listdir(folder)) - {TRACE} != _FILES:
         return None
     record = read_record(folder)
     same = {
