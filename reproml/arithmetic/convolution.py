@@ -154,15 +154,23 @@ def _weight_gradient(
     """The gradient of w, [o, c / groups, kh, kw], from x [n, c, h, w] and the output's g [n, o, ...]."""
 
     def plain() -> Tensor:
-        columns = _patches(x, w.shape[2:], stride, padding, dilation, groups, g.shape[2:])
-        columns = columns.permute(1, 0, 3, 2).reshape(groups, -1, columns.shape[2])
-        rows = g.reshape(len(g), groups, g.shape[1] // groups, math.prod(g.shape[2:])).permute(
-            1, 2, 0, 3
-        )
-        return matmul(rows.reshape(groups, rows.shape[1], -1), columns).reshape(w.shape)
+        rows, columns = weight_operands(x, g, w, stride, padding, dilation, groups)
+        rows = rows.permute(1, 2, 0, 3).reshape(groups, rows.shape[2], -1)
+        columns = columns.transpose(0, 1).reshape(groups, -1, columns.shape[3])
+        return matmul(rows, columns).reshape(w.shape)
 
     geometry = _geometry(w, groups, x.shape, g.shape[2:], stride, padding, dilation)
     return _compiled("reproml_weight_gradient", geometry, [x, g], w.shape, plain)
+
+
+def weight_operands(
+    x: Tensor, g: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> tuple[Tensor, Tensor]:
+    """The factors of the weight's gradient, which is the sum over n of the products of matrices:
+    [n, groups, o / groups, places] and [n, groups, places, c / groups * kh * kw]."""
+    columns = _patches(x, w.shape[2:], stride, padding, dilation, groups, g.shape[2:])
+    rows = g.reshape(len(g), groups, g.shape[1] // groups, math.prod(g.shape[2:]))
+    return rows, columns.transpose(2, 3)
 
 
 def convolution(

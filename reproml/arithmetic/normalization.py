@@ -24,7 +24,7 @@ from reproml.arithmetic.normalization_steps import (
 )
 
 
-def _channels(x: Tensor) -> Tensor:
+def channels(x: Tensor) -> Tensor:
     """[n, c, ...] -> [c, n * ...]."""
     return x.transpose(0, 1).reshape(x.shape[1], x[:, :1].numel())
 
@@ -57,13 +57,13 @@ def batch_norm(
     compiled = loops.batch_norm(*given)
     if compiled is not None:
         return compiled
-    rows = _channels(x)
+    rows = channels(x)
     if training:
         mean, rstd = statistics(rows, eps)
         if running_mean is not None:
-            _follow(running_mean, mean.squeeze(1), momentum)
+            follow(running_mean, mean.squeeze(1), momentum)
         if running_var is not None:
-            _follow(running_var, variance(rows, 1).squeeze(1), momentum)
+            follow(running_var, variance(rows, 1).squeeze(1), momentum)
     else:
         assert running_mean is not None and running_var is not None
         mean, rstd = running_mean.unsqueeze(1), _rstd(running_var, eps).unsqueeze(1)
@@ -91,7 +91,7 @@ def _rstd(variance: Tensor, eps: float) -> Tensor:
     return elementwise(lambda k, v: 1 / k.sqrt(v + Fraction(eps)), variance)
 
 
-def _follow(running: Tensor, new: Tensor, momentum: float) -> None:
+def follow(running: Tensor, new: Tensor, momentum: float) -> None:
     m = Fraction(torch.tensor(momentum, dtype=torch.float32).item())
     running.copy_(elementwise(lambda k, old, new: (1 - m) * old + m * new, running, new))
 
@@ -116,7 +116,7 @@ def batch_norm_backward(
     compiled = loops.batch_norm_backward(g, x, weight, mean, rstd, not train, mask)
     if compiled is not None:
         return compiled
-    rows, g_rows = _channels(x), _channels(g)
+    rows, g_rows = channels(x), channels(g)
     mean, rstd = mean.unsqueeze(1), rstd.unsqueeze(1)
     w = torch.ones_like(mean) if weight is None else weight.unsqueeze(1)
     grad_x = None
