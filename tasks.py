@@ -26,6 +26,7 @@ _HELP = {
     "steps": "stop after so many steps",
     "checkpoint_every": "save a checkpoint each so many steps, beside the run folder",
     "resume": "go on with this run folder from its newest checkpoint",
+    "workers": "1,2,4: also with so many workers, started by torchrun",
     "force": "replace the golden file",
     "trace": "record each step in this file, to compare with: invoke diff",
     "a": "trace, run folder, .safetensors or golden .json",
@@ -148,10 +149,12 @@ def matrix(
     script: str = "",
     data: str = "",
     steps: str = "",
+    workers: str = "",
     json: bool = False,
 ) -> None:
     """Train natively and exactly under every setting of this CPU; exact hashes must agree."""
-    _reproml("matrix", recipe=recipe, script=script, data=data, steps=steps, json=json)
+    options = {"recipe": recipe, "script": script, "data": data, "steps": steps}
+    _reproml("matrix", **options, workers=workers, json=json)
 
 
 @_task

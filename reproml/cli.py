@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -119,6 +120,7 @@ def _train_whole(
 def _train_steps(args: argparse.Namespace, recipe: Recipe, terminal: Terminal) -> Result:
     """Train some steps only: for a comparison of hashes, not a run, so it leaves no folder."""
     from reproml.digest import digest
+    from reproml.distributed import joined
     from reproml.run import prepare, tracing
     from reproml.train import train
 
@@ -126,7 +128,8 @@ def _train_steps(args: argparse.Namespace, recipe: Recipe, terminal: Terminal) -
         raise ReproError("--steps leaves nothing behind; leave out --checkpoint-every and --resume")
     dataset, prepared, _ = prepare(recipe, args.data, args.numerics)
     traced = tracing(args.trace, recipe, args.numerics, dataset)
-    with traced, terminal.bar("train") as progress:
+    task = recipe, args.numerics, args.steps, None
+    with joined(recipe.train.batch_size, task), traced, terminal.bar("train") as progress:
         trained = train(recipe, prepared, args.numerics, args.steps, terminal.say, progress)
     sha256 = digest(trained.model)
     terminal.say(f"digest of the state dict after at most {args.steps} steps: {sha256}")
@@ -217,8 +220,10 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Run a training script, unmodified, and print the digests of what it trained and saved."""
     from reproml import script
 
-    wish, result = script.run(args.script, args.arguments, args.numerics, args.digest, args.trace)
-    for line in script.lines(result):
+    first = _worker() == 0  # of several, that torchrun started: they all come to the same
+    digest, trace = (args.digest, args.trace) if first else (None, None)
+    wish, result = script.run(args.script, args.arguments, args.numerics, digest, trace)
+    for line in script.lines(result) if first else []:
         terminal.say(line)
     if wish is not None:
         raise wish  # with any status that the script chose
@@ -242,7 +247,7 @@ def matrix(args: argparse.Namespace, terminal: Terminal) -> Result:
         subject = {"script": args.script}
         terminal.say(f"{args.script}: SHA-256 of all it trained and saved (the first 16 digits)")
         line("setting", "native", "exact")
-        rows = matrices.run_script(args.script, each=each)
+        rows = matrices.run_script(args.script, matrices.offered(args.workers), each)
     else:
         steps = _steps(args)
         subject = {"recipe": _recipe(args).name, "steps": steps}
@@ -250,7 +255,8 @@ def matrix(args: argparse.Namespace, terminal: Terminal) -> Result:
             f"{subject['recipe']}, {steps} steps: digest of the state dict (the first 16 digits)"
         )
         line("setting", "native", "exact")
-        rows = matrices.run(args.recipe or _DEFAULT, steps, args.data, each=each)
+        settings = matrices.offered(args.workers)
+        rows = matrices.run(args.recipe or _DEFAULT, steps, args.data, settings, each)
     natives, exacts = {row.native for row in rows}, {row.exact for row in rows}
     line("different hashes", str(len(natives)), str(len(exacts)))
     return int(len(exacts) != 1), {
@@ -323,6 +329,46 @@ def diff(args: argparse.Namespace, terminal: Terminal) -> Result:
     return 1, {"differ": True, **asdict(found)}
 
 
+def _worker() -> int:
+    """This process's number among those that torchrun started, 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _refuse_workers(args: argparse.Namespace) -> None:
+    """Raise ReproError if torchrun started several workers for what one process does."""
+    trains = args.verb in (train, pipeline, golden) or (args.verb is verify and args.run is None)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (trains or args.verb is run):
+        raise ReproError(
+            f"{args.verb.__name__} does not train, so several workers have nothing to share; "
+            "start it without torchrun"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and getattr(args, "trace", None):
+        raise ReproError("--trace records the training of one process; start it without torchrun")
+
+
+def _let_others_go(args: argparse.Namespace) -> None:
+    """End the workers that wait for a training, if the first one found that there is none to do."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.verb is not run:
+        from reproml import distributed
+
+        if not distributed.has_joined():
+            with distributed.joined():
+                pass
+
+
+def _help(args: argparse.Namespace) -> None:
+    """What all workers but the first do: their part of the training, in silence."""
+    from reproml import distributed, run
+    from reproml.train import train
+
+    with distributed.joined() as task:
+        if task is None:
+            return  # the first one had no training to do
+        recipe, numerics, steps, start = task
+        _, prepared, _ = run.prepare(recipe, args.data, numerics)
+        train(recipe, prepared, numerics, steps, start=start)
+
+
 def _steps(args: argparse.Namespace) -> int:
     """Return --steps, or the number of steps that the recipe's training has."""
     from reproml import data as datasets
@@ -337,6 +383,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
 
 
 _DEFAULT = "mnist-mlp"
@@ -398,6 +448,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     },
     "a": {"type": Path, "metavar": "A", "help": "trace, run folder, .safetensors or golden .json"},
     "b": {"type": Path, "metavar": "B", "help": "another of the same kind"},
+    "--workers": {
+        "type": _counts,
+        "default": [],
+        "metavar": "N,N,...",
+        "help": "also with so many workers, started by torchrun",
+    },
     "script": {"metavar": "SCRIPT.py", "help": "a training script"},
     "arguments": {"metavar": "ARGS", "nargs": argparse.REMAINDER, "help": "all for the script"},
 }
@@ -409,7 +465,7 @@ _VERBS: dict[Callable[..., Result], str] = {
     pipeline: "--recipe --data --out --numerics --json",
     golden: "--recipe --data --numerics --force --json",
     run: "--numerics --digest --trace script arguments",
-    matrix: "--recipe --script --data --steps --json",
+    matrix: "--recipe --script --data --steps --workers --json",
     doctor: "--run --json",
     report: "--recipe --data --run --out --json",
     diff: "a b --rerun --json",
@@ -422,7 +478,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if unknown:
         args.refuse(f"unrecognized arguments: {' '.join(unknown)}")  # with the usage of the verb
     try:
+        _refuse_workers(args)
+        if _worker() and args.verb is not run:
+            _help(args)
+            return 0
         status, result = args.verb(args, Terminal(to_stderr=args.json))
+        _let_others_go(args)
         if args.json:
             print(json.dumps(result, indent=2))
         return int(status)

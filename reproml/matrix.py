@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +28,11 @@ class Setting:
     variables: dict[str, str]
     capabilities: tuple[str, ...] = ()  # of torch.backends.cpu.get_cpu_capability(); (): any
     mkl: bool = False
+    workers: int = 0  # processes that torchrun starts; 0: one, without torchrun
+
+
+def _workers(count: int) -> Setting:
+    return Setting(f"{count} worker{'s' * (count > 1)}", {}, workers=count)
 
 
 def _threads(count: int) -> Setting:
@@ -61,8 +67,9 @@ class Row:
     exact: str
 
 
-def offered() -> list[Setting]:
-    """Return the settings that make a difference to this CPU and this build of PyTorch."""
+def offered(workers: Sequence[int] = ()) -> list[Setting]:
+    """Return the settings that make a difference to this CPU and this build of PyTorch, and one for
+    each number of workers."""
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
@@ -71,7 +78,7 @@ def offered() -> list[Setting]:
         for setting in SETTINGS
         if capability in (setting.capabilities or (capability,))
         and (torch.backends.mkl.is_available() or not setting.mkl)
-    ]
+    ] + [_workers(count) for count in workers]
 
 
 def run(
@@ -155,8 +162,10 @@ def _reproml(setting: Setting, arguments: list[str], numerics: str) -> str:
     """Return what a fresh `python -m reproml` prints under the setting."""
     varied = {name for other in SETTINGS for name in other.variables}
     variables = {name: value for name, value in os.environ.items() if name not in varied}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    started_by = [*torchrun, str(setting.workers)] if setting.workers else []
     child = subprocess.run(
-        [sys.executable, "-m", "reproml", *arguments],
+        [sys.executable, *started_by, "-m", "reproml", *arguments],
         env={**variables, **setting.variables},
         capture_output=True,
         text=True,
@@ -164,5 +173,7 @@ def _reproml(setting: Setting, arguments: list[str], numerics: str) -> str:
     )
     if child.returncode == 0:
         return child.stdout
-    last = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
+    told = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+    ours = [line for line in told if line.startswith("reproml: ")]  # torchrun has the last word
+    last = (ours or told)[-1]
     raise ReproError(f"training with {setting.name} and {numerics} numerics failed: {last}")

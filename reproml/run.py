@@ -31,7 +31,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import nn
 
-from reproml import data, environment
+from reproml import data, distributed, environment
 from reproml.arithmetic import DEFINITIONS
 from reproml.checkpoint import Checkpoints
 from reproml.data import Dataset
@@ -106,7 +106,9 @@ def perform(
     dataset, prepared, items = prepare(recipe, data_folder, numerics)
     times["data_ready"] = _now()
     state = start.state if start else None
-    with tracing(trace, recipe, numerics, dataset):
+    task = recipe, numerics, None, state
+    traced = tracing(trace, recipe, numerics, dataset)
+    with distributed.joined(recipe.train.batch_size, task), traced:
         trained = train(recipe, prepared, numerics, None, tell, progress, state, after_step)
     times["trained"] = _now()
     weights: bytes = safetensors.torch.save(trained.model.state_dict())

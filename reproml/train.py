@@ -18,7 +18,7 @@ import msgspec
 import torch
 from torch.utils.data import DataLoader
 
-from reproml import models
+from reproml import distributed, models
 from reproml.arithmetic import exact
 from reproml.digest import digest
 from reproml.errors import ReproError
@@ -102,6 +102,7 @@ class Training:
         torch.manual_seed(recipe.seed)
         self.model = models.build(recipe, tuple(self._x.shape[1:]), prepared.classes)
         self.optimizer = _optimizer(recipe.optimizer, self.model)
+        self._shared = distributed.wrap(self.model)  # itself in a single process
         self.initial_state_dict_sha256 = digest(self.model)
         self.epochs: list[Epoch] = []  # those that were finished
         self._batches: list[list[int]] = []  # of the running epoch; drawn at its first step
@@ -120,7 +121,8 @@ class Training:
             self._batches = epoch_batches(len(self._y), self._recipe.train.batch_size)
         inputs, labels = self._rows(self._batches[len(self._losses)])
         self.optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(self.model(inputs), labels)
+        inputs, labels = distributed.rows(inputs), distributed.rows(labels)
+        loss = torch.nn.functional.cross_entropy(self._shared(inputs), labels)
         loss.backward()
         self.optimizer.step()
         self._losses.append(loss.detach())  # read at the epoch's end: no wait in the loop

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,40 @@ def test_a_process_gets_its_setting_and_none_of_the_others(monkeypatch):
         assert env["OMP_NUM_THREADS"] == "7" and "MKL_CBWR" not in env
 
 
+def test_worker_counts_are_settings_that_torchrun_starts(monkeypatch, capsys, tmp_path):
+    commands = []
+
+    def fake(command, **options):
+        commands.append(command[1:])
+        digest = "a" if "exact" in command else f"n{len(commands)}"
+        output = json.dumps({"weights.state_dict.sha256": digest})
+        return subprocess.CompletedProcess(command, 0, output, "")
+
+    monkeypatch.setattr(subprocess, "run", fake)
+    monkeypatch.setattr(matrix, "SETTINGS", [])
+    recipe = str(tiny.toml(tmp_path))
+    assert main(["matrix", "--recipe", recipe, "--steps", "1", "--workers", "1,3"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^1 worker +n1 +a\n3 workers +n3 +a$", shown, re.M)
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 3 -m reproml train"
+    assert commands[2][:8] == torchrun.split()
+
+
+@pytest.mark.parametrize("counts", ["0", "1,x", ""])
+def test_a_worker_count_is_a_whole_number(counts, capsys):
+    with pytest.raises(SystemExit):
+        main(["matrix", "--workers", counts])
+    assert "is not a whole number from 1 on" in capsys.readouterr().err
+
+
+def test_torchruns_last_words_do_not_hide_the_cause(monkeypatch):
+    told = "reproml: no such recipe\nTraceback\nChildFailedError\n====\n"
+    failed = subprocess.CompletedProcess([], 1, "", told)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ReproError, match="2 workers and native numerics failed: .*no such recipe"):
+        matrix.run("tiny", 1, settings=[matrix._workers(2)])
+
+
 def test_a_failed_training_names_the_setting(tmp_path):
     with pytest.raises(ReproError, match="1 thread and native numerics failed: .*no such file"):
         matrix.run(str(tmp_path / "none.toml"), 1, settings=[matrix._threads(1)])
@@ -109,7 +144,7 @@ def test_the_exit_status_asks_for_one_exact_hash(monkeypatch, capsys, tmp_path, 
         return numerics + setting.name if numerics == "native" else hashes[setting.name[0] == "7"]
 
     monkeypatch.setattr(matrix, "_train", fake)
-    monkeypatch.setattr(matrix, "offered", lambda: [matrix._threads(1), matrix._threads(7)])
+    monkeypatch.setattr(matrix, "offered", lambda workers: [matrix._threads(1), matrix._threads(7)])
     recipe = str(tiny.toml(tmp_path))
     assert main(["matrix", "--recipe", recipe]) == status
     shown = capsys.readouterr().out
@@ -162,7 +197,7 @@ def test_matrix_of_a_script(monkeypatch, capsys):
         return numerics
 
     monkeypatch.setattr(matrix, "_run_script", fake)
-    monkeypatch.setattr(matrix, "offered", lambda: [matrix._threads(1), matrix._threads(7)])
+    monkeypatch.setattr(matrix, "offered", lambda workers: [matrix._threads(1), matrix._threads(7)])
     command = "train.py --steps 5"
     assert main(["matrix", "--script", command, "--json"]) == 0
     captured = capsys.readouterr()
