@@ -221,8 +221,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Result:
     from reproml import script
 
     first = _worker() == 0  # of several, that torchrun started: they all come to the same
-    digest, trace = (args.digest, args.trace) if first else (None, None)
-    wish, result = script.run(args.script, args.arguments, args.numerics, digest, trace)
+    digest = args.digest if first else None
+    wish, result = script.run(args.script, args.arguments, args.numerics, digest, args.trace)
     for line in script.lines(result) if first else []:
         terminal.say(line)
     if wish is not None:

@@ -104,6 +104,10 @@ def test_a_training_of_two_workers_that_died_goes_on_with_three(tmp_path):
     assert first[0] == 0 and "from the checkpoint of step" in first[1], first
     assert [status for status, *_ in others] == [0, 0]
     assert (tmp_path / "run" / "weights.safetensors").read_bytes() == tiny.run().weights
+    resume = ["train", "--resume", "run", "--checkpoint-every", "1"]
+    again = launch(2, "-m", "reproml", *resume, folder=tmp_path)  # nothing is left to do
+    assert [status for status, *_ in again] == [0, 0]
+    assert "is a finished run of tiny already" in again[0][1]
 
 
 def test_more_workers_than_rows_are_refused(monkeypatch):
