@@ -17,7 +17,7 @@ import reproml
 from reproml import recipe, run
 from reproml.train import train
 
-STEPS, ROUNDS = 400, 10
+STEPS, ROUNDS = 938, 6  # an epoch
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,7 @@ def tensors(data: Any) -> Iterator[Tensor]:
     """The tensors in nested lists, tuples and mappings, in order."""
     if isinstance(data, Tensor):
         yield data
-    elif isinstance(data, Mapping):
+    elif isinstance(data, dict):
         yield from tensors(list(data.values()))
     elif isinstance(data, (list, tuple)):
         for x in data:

@@ -39,7 +39,6 @@ from reproml import environment
 from reproml.arithmetic import DEFINITIONS, settings
 from reproml.chain import Writer
 from reproml.digest import digest
-from reproml.errors import ReproError
 from reproml.fingerprint import fingerprints, measure, tensors, unseen
 from reproml.operators import Operators
 
@@ -47,6 +46,9 @@ RERUN = "REPROML_TRACE_RERUN"  # see rerun.py
 _SAMPLE = (
     8  # the last parameter's first elements, to see a difference grow: all the network acts on them
 )
+
+
+_PASS = "_reproml_pass"
 
 
 class StepReached(BaseException):
@@ -64,8 +66,6 @@ class _Stepped:
 class Recorder:
     """Writes one trace. To be had from `reproml.trace`."""
 
-    _active = False  # whether one listens in this process
-
     def __init__(
         self, path: Path, level: str, resume: Optional[dict[str, Any]], about: dict[str, Any]
     ) -> None:
@@ -76,13 +76,12 @@ class Recorder:
         self._epoch = resume["epoch"] if resume else 0
         self._known = resume["optimizers"] if resume else 0  # optimizers that the file tells of
         self._optimizers: list[_Stepped] = []  # in order of their first step
-        self._iterator: Any = (
-            None  # weak reference: the one that the current epoch's batches come from
-        )
-        self._last: Any = None  # the one that the last batch came from
+        self._pass: Optional[int] = None  # the pass of a data loader that is the epoch under way
+        self._last: Optional[int] = None  # the pass that the last batch came from
+        self._passes = 0
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._inside_module = False
-        self._fetched: dict[int, list[Tensor]] = {}  # by iterator; not yet used by a backward pass
+        self._fetched: dict[int, list[Tensor]] = {}  # by source; not yet used by a backward pass
         self._inputs: list[Tensor] = []
         self._batch: list[Tensor] = []
         self._batch_found: list[tuple[int, int]] = []  # fingerprint, sum
@@ -98,8 +97,6 @@ class Recorder:
         cls, path: Path, level: str, resume: Optional[dict[str, Any]], about: dict[str, Any]
     ) -> Iterator[Recorder]:
         """Listen from here to the end of the block; everything is put back then."""
-        if cls._active:
-            raise ReproError("a trace is being recorded already; one process records one at a time")
         rerun = json.loads(os.environ[RERUN]) if RERUN in os.environ else None
         if rerun:
             path, level, resume = Path(rerun["folder"]) / "trace", "op", None
@@ -107,8 +104,6 @@ class Recorder:
         if rerun:
             recorder._rerun = rerun["step"], Path(rerun["folder"])
         with ExitStack() as stack:
-            cls._active = True
-            stack.callback(setattr, cls, "_active", False)
             stack.callback(recorder._writer.close)
             recorder._listen(stack)
             yield recorder
@@ -124,7 +119,7 @@ class Recorder:
             "entries": self._writer.entries,
             "sha256": self._writer.head,
             "step": self._step,
-            "epoch": self._epoch - (self._iterator is not None),
+            "epoch": self._epoch - (self._pass is not None),
             "optimizers": max(self._known, len(self._optimizers)),
         }
 
@@ -143,20 +138,37 @@ class Recorder:
 
     def _next(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         def next_batch(iterator: Any) -> Any:
+            attributes = iterator.__dict__  # a pass has its number there, until it ends
             try:
                 data = plain(iterator)
             except StopIteration:
-                if self._iterator is not None and self._iterator() is iterator:
-                    self._write_weights("epoch")
-                    self._iterator = None
+                if self._pass is not None and attributes.get(_PASS) == self._pass:
+                    self.end_epoch()
+                attributes.pop(_PASS, None)
                 raise
             if torch.is_grad_enabled():
-                self._last = weakref.ref(iterator)
-            if torch.is_grad_enabled() and self._level != "epoch":
-                self._fetched[id(iterator)] = list(tensors(data))
+                if _PASS not in attributes:
+                    self._passes += 1
+                    attributes[_PASS] = self._passes
+                self._last = attributes[_PASS]
+                self._fetch(id(iterator), data)
             return data
 
         return next_batch
+
+    def batch(self, data: Any) -> None:
+        """Take a batch that comes from no data loader."""
+        self._last = self._last or 0
+        self._fetch(0, data)
+
+    def end_epoch(self) -> None:
+        """Write the weights after an epoch."""
+        self._write_weights("epoch")
+        self._pass = None
+
+    def _fetch(self, source: int, data: Any) -> None:
+        if self._level != "epoch":
+            self._fetched[source] = list(tensors(data))
 
     def _call(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -200,10 +212,9 @@ class Recorder:
                 self._optimizers.append(_Stepped(weakref.ref(optimizer), self._named(optimizer)))
                 if number >= self._known:
                     self._write_optimizer(number, optimizer)
-            if self._last is not None and self._last is not self._iterator:
-                if self._iterator is None or self._last() is not self._iterator():
-                    self._epoch += 1
-                self._iterator = self._last
+            if self._last is not None and self._last != self._pass:
+                self._epoch += 1
+                self._pass = self._last
             if self._level != "epoch":
                 gradients = [p.grad for p in _parameters(optimizer)]
                 there = [g for g in gradients if g is not None]

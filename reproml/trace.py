@@ -13,10 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
+from reproml.errors import ReproError
+
 if TYPE_CHECKING:
     from reproml.recorder import Recorder
 
 LEVELS = ("epoch", "step", "op")
+active: Optional[Recorder] = None  # the one that listens in this process
 
 
 @contextmanager
@@ -41,5 +44,24 @@ def trace(
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
     from reproml.recorder import Recorder  # loads PyTorch
 
+    global active
+    if active is not None:
+        raise ReproError("a trace is being recorded already; one process records one at a time")
     with Recorder.open(Path(path), level, resume, about or {}) as recorder:
-        yield recorder
+        active = recorder
+        try:
+            yield recorder
+        finally:
+            active = None
+
+
+def batch(*tensors: Any) -> None:
+    """Tell the trace, if one is recorded, the tensors of a batch: for a loop without a DataLoader."""
+    if active is not None:
+        active.batch(tensors)
+
+
+def end_epoch() -> None:
+    """Tell the trace, if one is recorded, that an epoch is over: for a loop without a DataLoader."""
+    if active is not None:
+        active.end_epoch()

@@ -24,6 +24,8 @@ from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.preprocess import Prepared
 from reproml.recipe import SGD, Adam, AdamW, Optimizer, Recipe
+from reproml.trace import batch as tell_batch
+from reproml.trace import end_epoch as tell_end_of_epoch
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def train(
             training.step()
             if training.done % training.steps_per_epoch == 0:
                 loss = training.end_epoch().loss
+                tell_end_of_epoch()
                 log(f"epoch {len(training.epochs)} of {recipe.train.epochs}: loss {loss}")
             progress(training.done, total)
             after_step(training)
@@ -120,6 +123,7 @@ class Training:
         if not self._batches:
             self._batches = epoch_batches(len(self._y), self._recipe.train.batch_size)
         inputs, labels = self._rows(self._batches[len(self._losses)])
+        tell_batch(inputs, labels)
         self.optimizer.zero_grad()
         inputs, labels = distributed.rows(inputs), distributed.rows(labels)
         loss = torch.nn.functional.cross_entropy(self._shared(inputs), labels)

@@ -303,7 +303,12 @@ def test_a_recipe_that_asks_for_a_trace_has_one_in_its_run_folder(tmp_path, monk
     header = Reader(tmp_path / "runs/tiny" / TRACE).header
     assert header["recipe.sha256"] == tiny.recipe().sha256
     assert json.loads((tmp_path / "runs/tiny" / RUN).read_text())["recipe"]["trace"] == "step"
-    assert len(entries(tmp_path / "runs/tiny" / TRACE, "step")) == 6
+    found = entries(tmp_path / "runs/tiny" / TRACE, "step")
+    assert [e["epoch"] for e in found] == [1, 1, 1, 2, 2, 2]
+    assert all(len(e["batch"]) == 2 for e in found)  # images and labels
+    ends = entries(tmp_path / "runs/tiny" / TRACE, "epoch")
+    sha256s = [tiny.run().items[f"epoch.{i}.state_dict.sha256"] for i in (1, 2)]
+    assert [e["weights.sha256"] for e in ends] == [[sha256] for sha256 in sha256s]
     assert os.listdir("runs") == ["tiny"]
     capsys.readouterr()
 
