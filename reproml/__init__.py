@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from reproml.digest import digest as digest
-from reproml.trace import trace as trace
+from reproml.tracing import trace as trace
 
 __version__ = "0.1.0"
 

@@ -318,7 +318,7 @@ def diff(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Tell where two traces, runs, weights or golden files first part, by how much, and why."""
     from dataclasses import asdict
 
-    from reproml import diff as differences
+    from reproml.tracing import diff as differences
 
     found = differences.compare(args.a, args.b, args.rerun)
     if found is None:

@@ -41,7 +41,7 @@ from reproml.evaluate import evaluate
 from reproml.files import locked, partial, sync_folder, write
 from reproml.preprocess import Prepared, preprocess
 from reproml.recipe import Recipe
-from reproml.trace import trace as record
+from reproml.tracing import trace as record
 from reproml.train import Training, shapes, train
 
 # Name of an item: its value. The order is the pipeline's, so the first difference is the cause.

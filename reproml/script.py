@@ -36,7 +36,7 @@ from reproml.arithmetic import DEFINITIONS
 from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.files import write_whole
-from reproml.trace import trace
+from reproml.tracing import trace
 from reproml.train import numerics_mode
 
 

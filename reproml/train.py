@@ -24,8 +24,8 @@ from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.preprocess import Prepared
 from reproml.recipe import SGD, Adam, AdamW, Optimizer, Recipe
-from reproml.trace import batch as tell_batch
-from reproml.trace import end_epoch as tell_end_of_epoch
+from reproml.tracing import batch as tell_batch
+from reproml.tracing import end_epoch as tell_end_of_epoch
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reproml.ulps import Distance, distance, first_apart
+from reproml.tracing.ulps import Distance, distance, first_apart
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False), st.integers(0, 50))

@@ -14,12 +14,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import reproml
-from reproml import diff, golden
+from reproml import golden
 from reproml.cli import main
-from reproml.diff import Divergence, compare, sparkline
 from reproml.errors import ReproError
 from reproml.run import TRACE, perform, place
-from reproml.ulps import Distance
+from reproml.tracing import diff
+from reproml.tracing.diff import Divergence, compare, sparkline
+from reproml.tracing.ulps import Distance
 from tests import tiny
 from tests.forked import environment
 

@@ -22,14 +22,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from reproml import causes, ulps
-from reproml.causes import Evidence
-from reproml.chain import Reader, is_trace
 from reproml.errors import ReproError
 from reproml.golden import compare as compare_items
-from reproml.rerun import Rerun
 from reproml.run import METRICS, RUN, TRACE, WEIGHTS, Items, read_items
-from reproml.ulps import Distance
+from reproml.tracing import causes, ulps
+from reproml.tracing.causes import Evidence
+from reproml.tracing.chain import Reader, is_trace
+from reproml.tracing.rerun import Rerun
+from reproml.tracing.ulps import Distance
 
 PARTS = {
     "settings": "the settings of the optimizer",

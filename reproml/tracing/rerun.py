@@ -18,9 +18,9 @@ import safetensors.torch
 from torch import Tensor
 
 from reproml import environment
-from reproml.chain import Reader
 from reproml.errors import ReproError
-from reproml.recorder import RERUN
+from reproml.tracing.chain import Reader
+from reproml.tracing.recorder import RERUN
 
 # What get_cpu_capability() calls it: what ATEN_CPU_CAPABILITY does.
 _CAPABILITIES = {"DEFAULT": "default", "NO AVX": "default", "AVX2": "avx2", "AVX512": "avx512"}

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reproml.chain import Reader, Writer, is_trace
 from reproml.errors import ReproError
+from reproml.tracing.chain import Reader, Writer, is_trace
 
 ENTRIES = [{"entry": "step", "step": i, "loss": [f"{i}.5"]} for i in range(1, 6)]
 

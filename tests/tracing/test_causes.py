@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from reproml.causes import CAUSES, Evidence, likely
+from reproml.tracing.causes import CAUSES, Evidence, likely
 
 
 def header(**changes: Any) -> dict[str, Any]:

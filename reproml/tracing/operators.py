@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reproml.arithmetic
-from reproml.fingerprint import fingerprints, tensors, unseen
+from reproml.tracing.fingerprint import fingerprints, tensors, unseen
 
 Write = Callable[[dict[str, Any], list[Tensor]], None]
 

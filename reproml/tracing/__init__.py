@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 from reproml.errors import ReproError
 
 if TYPE_CHECKING:
-    from reproml.recorder import Recorder
+    from reproml.tracing.recorder import Recorder
 
 LEVELS = ("epoch", "step", "op")
 active: Optional[Recorder] = None  # the one that listens in this process
@@ -42,7 +42,7 @@ def trace(
     """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
-    from reproml.recorder import Recorder  # loads PyTorch
+    from reproml.tracing.recorder import Recorder  # loads PyTorch
 
     global active
     if active is not None:

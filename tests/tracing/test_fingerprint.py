@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reproml.digest import canonical_array
-from reproml.fingerprint import KEY, MULTIPLIER, WORDS, _plain, fingerprints, measure, unseen
+from reproml.tracing.fingerprint import (
+    KEY,
+    MULTIPLIER,
+    WORDS,
+    _plain,
+    fingerprints,
+    measure,
+    unseen,
+)
 
 LENGTHS = st.sampled_from([0, 1, 2, 3, 5, 1000, 1023, 1024, 1025, 2048, 5000])
 DTYPES = st.sampled_from(

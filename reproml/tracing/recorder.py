@@ -37,10 +37,10 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from reproml import environment
 from reproml.arithmetic import DEFINITIONS, settings
-from reproml.chain import Writer
 from reproml.digest import digest
-from reproml.fingerprint import fingerprints, measure, tensors, unseen
-from reproml.operators import Operators
+from reproml.tracing.chain import Writer
+from reproml.tracing.fingerprint import fingerprints, measure, tensors, unseen
+from reproml.tracing.operators import Operators
 
 RERUN = "REPROML_TRACE_RERUN"  # see rerun.py
 _SAMPLE = (

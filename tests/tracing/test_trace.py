@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 import reproml
-from reproml.chain import Reader
 from reproml.cli import main
 from reproml.errors import ReproError
-from reproml.fingerprint import fingerprints
 from reproml.run import RUN, TRACE
+from reproml.tracing.chain import Reader
+from reproml.tracing.fingerprint import fingerprints
 from tests import tiny
 from tests.forked import Reproml
 
