@@ -1,6 +1,6 @@
 """Kill a random worker at a random time and go on with another number of them: golden weights each time.
 
-python -m benchmarks.kills [ENDINGS]
+python -m benchmarks.worker_kills [ENDINGS]
 """
 
 from __future__ import annotations
