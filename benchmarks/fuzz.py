@@ -2,7 +2,7 @@
 
     python -m benchmarks.fuzz [--minutes 60] [--seed 0]
 
-In a folder with a recipe, its golden file, a run, checkpoints and a data set in MNIST's format, one
+In a folder with a recipe, its golden file, runs, checkpoints, traces and a data set in MNIST's format, one
 thing or several are altered, and a verb is called in this process. Good is exit status 0, 1, or 2 with
 one sentence on standard error; a mutant that does worse is printed with the seed that makes it again.
 A damaged checkpoint gets the right hash every other time, so that what comes after its check is reached.
@@ -30,6 +30,7 @@ from typing import Optional
 
 import numpy as np
 
+import reproml
 from reproml import cli, data
 from reproml.checkpoint import Checkpoints
 
@@ -65,6 +66,13 @@ COMMANDS = [
     ["verify", "--run", "runs/fuzzed"],
     ["verify", "--recipe", "./digits.toml", "--run", "runs/fuzzed", "--json"],
     ["golden", "--recipe", "./digits.toml"],
+    ["diff", "one.trace", "two.trace"],
+    ["diff", "two.trace", "one.trace", "--json"],
+    ["diff", "runs/fuzzed", "runs/other"],
+    ["diff", "runs/fuzzed/weights.safetensors", "runs/other/weights.safetensors"],
+    ["diff", "golden/fuzzed.json", "runs/fuzzed/metrics.json"],
+    ["report", "--recipe", "./digits.toml", "--run", "runs/fuzzed"],
+    [*TRAIN, "--recipe", "./digits.toml", "--steps", "1", "--trace", "one.trace"],
 ]
 WORDS = [
     "",
@@ -138,6 +146,11 @@ def prepare(folder: Path) -> None:
     assert call(begin)[0] == 0
     Checkpoints.delete = plain  # type: ignore[method-assign]
     shutil.rmtree(folder / "runs/begun")
+    for name, level in (("one", "step"), ("two", "op")):
+        with reproml.trace(f"{name}.trace", level):
+            few = ["--steps", "2", "--recipe", "./digits.toml"]
+            assert call([*TRAIN, *few])[0] == 0
+    assert call([*TRAIN, "--recipe", "./digits.toml", "--out", "runs/other"])[0] == 0
 
 
 def mutate(content: bytes, chance: random.Random) -> bytes:
