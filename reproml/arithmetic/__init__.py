@@ -9,7 +9,8 @@
 The folder reads in this order: `rounding` (from a real number to binary32), `field` (real numbers
 with an error bound, on which a definition is written), `ball` (a definition evaluated, tested and
 settled), `elementary` (exp, log, ... in binary64 with a proven error), `dot` (sums and products of
-matrices), `table` (one line for each operator), `mode` (the engine that looks each operator up).
+matrices), `table` (one line for each operator), `mode` (looks each operator up), `dispatch` (how they come
+to it). Over several workers: `partial` (sums exchanged unrounded), `sharded` (what a dealt batch means).
 
 What makes it fast, for the same bits, stands beside it: `kernels` (the compiled loops of `c/`), and for
 formulas `tape` (records one), `program` (makes it short), `compiled` (runs it). `assumptions` tests on
