@@ -221,6 +221,12 @@ def test_bad_input_is_one_sentence_before_anything_runs(tmp_path, reproml_run, a
     assert re.search(words, shown.stderr)
 
 
+def test_a_script_that_trains_nothing_is_told_so(reproml_run):
+    result = reproml_run("script.py", source="import torch\nprint(torch.ones(2).sum().item())")
+    assert result.returncode == 0
+    assert "2.0\n" in result.stdout and "there is nothing to digest\n" in result.stdout
+
+
 def test_an_interrupt_is_one_line(tmp_path):
     (tmp_path / "script.py").write_text("import time; print('on', flush=True); time.sleep(60)")
     child = subprocess.Popen(

@@ -212,10 +212,14 @@ def refusal(func: Any, args: Any, why: str) -> NotExactError:
     """The error, with the operator, its operands and the line of the caller."""
     operands = ", ".join(f"{x.dtype}{list(x.shape)}".replace("torch.", "") for x in tensors(args))
     operands = f" for ({operands})" * bool(operands)
-    error = NotExactError(
-        f"{func} has no exact result{operands}, called at {_caller()}: {why.rstrip('.')}; "
+    remedy = (
         "write it with operators that have a definition (docs/exact.md), "
         "or take this part out of reproml.exact()."
+    )
+    if str(func).startswith("c10d."):
+        remedy = "for several workers: from reproml.distributed import DistributedDataParallel."
+    error = NotExactError(
+        f"{func} has no exact result{operands}, called at {_caller()}: {why.rstrip('.')}; {remedy}"
     )
     error.named = True  # type: ignore[attr-defined]
     return error

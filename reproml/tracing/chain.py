@@ -119,7 +119,7 @@ class Reader:
                 if line[-_TAIL:] != _tail(head):
                     raise ReproError(
                         f"{self.path} is damaged: entry {self.entries + 1} (line {self.entries + 2}) "
-                        "does not lead to its head"
+                        "is not what was written; record it anew"
                     )
                 self.entries, self.head, self.offset = (
                     self.entries + 1,

@@ -85,7 +85,8 @@ def compare(a: Path, b: Path, rerun: bool = False) -> Optional[Divergence]:
     """
     kinds = [_kind(path) for path in (a, b)]
     if kinds[0] != kinds[1]:
-        raise ReproError(f"{a} is a {kinds[0]} and {b} a {kinds[1]}: give two of one kind")
+        files = [f"{kind} file" if kind != "run" else "run folder" for kind in kinds]
+        raise ReproError(f"{a} is a {files[0]} and {b} a {files[1]}: give two of one kind")
     if kinds[0] == "trace":
         return traces(Reader(a), Reader(b), rerun)
     if rerun and not (kinds[0] == "run" and all((p / TRACE).exists() for p in (a, b))):
