@@ -91,9 +91,7 @@ def test_a_file_that_is_cut_off_has_its_whole_entries(tmp_path_factory, data):
 
 def test_the_damaged_entry_is_named(path):
     path.write_text(path.read_text().replace('"step":3', '"step":4'))
-    with pytest.raises(
-        ReproError, match=r"is damaged: entry 3 \(line 4\) is not what was written"
-    ):
+    with pytest.raises(ReproError, match=r"is damaged: entry 3 \(line 4\) is not what was written"):
         list(Reader(path))
 
 
