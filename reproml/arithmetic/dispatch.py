@@ -54,9 +54,9 @@ def install(
                 operator = find()
                 run = handler(operator)
             if _modes() or kwargs or not _PLAIN.issuperset(map(type, args)):
-                say = _say_of_python(args, kwargs)
-                if say is not None:
-                    return say(operator, args, kwargs)
+                said = _say_of_python(operator, args, kwargs)
+                if said is not NotImplemented:
+                    return said
             _exclude(_KEY, True)
             try:
                 return run(*args, **kwargs)
@@ -104,25 +104,38 @@ def again() -> Any:
     return _C._SetExcludeDispatchKeyGuard(_KEY, False)
 
 
-def _say_of_python(args: Any, kwargs: Any) -> Any:
-    """What a mode that was entered, or else an operand's subclass, does with an operator; or None.
+def _say_of_python(operator: Any, args: Any, kwargs: Any) -> Any:
+    """What a mode that was entered, or else an operand's subclass, does with an operator.
 
-    The operators that it calls come here in turn.
+    The operators that it calls come here in turn. NotImplemented if none has a say: a mode or a subclass
+    may itself return that, and then the next is asked, as PyTorch does.
     """
-    types = [type(x) for x in tensors([*args, *kwargs.values()])]
+    if _python_is_off():
+        return NotImplemented
+    types: list[Any] = []
+    for x in tensors([*args, *kwargs.values()]):
+        t = type(x)
+        if t.__torch_dispatch__ is not Tensor.__torch_dispatch__ and t not in types:
+            before = (i for i, other in enumerate(types) if issubclass(t, other))
+            types.insert(next(before, len(types)), t)
+    said = NotImplemented
     if _modes():
-
-        def of_mode(operator: Any, args: Any, kwargs: Any) -> Any:
-            with _pop_mode_temporarily() as mode:
-                return mode.__torch_dispatch__(operator, types, args, kwargs)
-
-        return of_mode
+        with _pop_mode_temporarily() as mode:
+            said = mode.__torch_dispatch__(operator, types, args, kwargs)
     for t in types:
-        if t.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return lambda operator, args, kwargs: t.__torch_dispatch__(
-                operator, types, args, kwargs
-            )
-    return None
+        if said is NotImplemented:
+            said = t.__torch_dispatch__(operator, types, args, kwargs)
+    if said is NotImplemented and (types or _modes()):
+        names = ", ".join(t.__name__ for t in types)
+        raise TypeError(
+            f"{operator}: no mode and none of the operands' types implements it: [{names}]"
+        )
+    return said
+
+
+def _python_is_off() -> bool:
+    """Whether modes and subclasses are passed over, as a subclass does that calls an operator natively."""
+    return bool(_C._dispatch_tls_is_dispatch_key_excluded(_C.DispatchKey.Python))
 
 
 def tensors(args: Any) -> Iterator[Tensor]:

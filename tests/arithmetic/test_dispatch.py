@@ -50,6 +50,19 @@ class Wrapped(Tensor):
         return Wrapped(func(*inside, **(kwargs or {})))
 
 
+class Modest(Tensor):
+    """A subclass that leaves an operator to others; alone it runs all but `sum` of an axis on itself."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if len(types) > 1 or str(func) == "aten.sum.dim_IntList":
+            return NotImplemented
+        with torch._C._DisableTorchDispatch():
+            return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("mode_first", [False, True])
 def test_a_mode_sees_the_operators_and_not_what_they_are_made_of(mode_first):
     x, witness = torch.tensor(TERMS).repeat(3, 1), Witness()
@@ -94,6 +107,29 @@ def test_a_subclass_does_its_own_and_what_it_calls_is_exact():
         assert torch.sum(x).held.item() == EXACT_SUM  # type: ignore[attr-defined]
         with pytest.raises(reproml.NotExactError):
             torch.special.bessel_j0(x)
+
+
+def test_what_has_no_say_leaves_it_to_the_next():
+    class Plain(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return NotImplemented if types else func(*args, **(kwargs or {}))
+
+    x = torch.tensor(TERMS)
+    with reproml.exact():
+        with Plain():
+            assert torch.sum(Wrapped(x)).held.item() == EXACT_SUM  # type: ignore[attr-defined]
+            assert torch.sum(torch.nn.Parameter(x)).item() == EXACT_SUM
+        assert type(torch.maximum(x.as_subclass(Modest), Wrapped(x))) is Wrapped
+        with pytest.raises(TypeError, match="Modest"):
+            torch.sum(x.as_subclass(Modest), 0)
+
+
+def test_a_subclass_that_calls_the_operator_on_itself():
+    with reproml.exact():
+        total = torch.sum(torch.tensor(TERMS).as_subclass(Modest))
+    assert float(total) == EXACT_SUM
 
 
 def test_natively_and_again():
