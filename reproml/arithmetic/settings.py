@@ -4,6 +4,7 @@
   the transformer's fast path): off, so that the layers arrive as the operators they are made of.
 - `math` in PyTorch's schedulers and initialisers: the C library's cos, erf, ... differ between systems;
   `ExactMath` rounds them correctly. So does `ExactPower` what schedulers take powers of.
+- `torch.compile`: what it makes of a function passes the operators by, so the function runs as written.
 - Marks for a profiler (`record_function`, six operators of an optimizer's step): left out while none runs.
 - `trunc_normal_`, whose algorithm changed between versions of PyTorch: one of them (randomness.py).
 - Printing a tensor, for which PyTorch computes in float64: natively.
@@ -107,6 +108,7 @@ active = _Active()
 _lock = threading.Lock()
 _users = 0
 _before: list[bool] = []
+_stance: Any = None  # of the compiler: puts the one before back
 
 
 def _set(owner: Any, **attributes: Any) -> None:
@@ -116,8 +118,10 @@ def _set(owner: Any, **attributes: Any) -> None:
 
 def take_over() -> None:
     """Change all of it, until as many calls of `give_back`."""
-    global _users
+    global _users, _stance
     with _lock:
+        if _users == 0:
+            _stance = torch.compiler.set_stance("force_eager")  # raises within a compiled function
         _users += 1
         if _users > 1:
             return
@@ -141,6 +145,7 @@ def give_back() -> None:
         _users -= 1
         if _users:
             return
+        _stance.__exit__(None, None, None)
         for (_, set_to), value in zip(_SWITCHES, _before):
             set_to(value)
         for module in _USERS_OF_MATH:

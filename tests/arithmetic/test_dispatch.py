@@ -132,6 +132,29 @@ def test_a_subclass_that_calls_the_operator_on_itself():
     assert float(total) == EXACT_SUM
 
 
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_compiled_functions_run_as_they_are_written(compiled_before):
+    called = []
+
+    def backend(graph: Any, examples: Any) -> Any:
+        def run(*inputs: Any) -> Any:
+            called.append(inputs)
+            return (inputs[0].detach().double().sum().float() + 1,)
+
+        return run
+
+    compiled = torch.compile(lambda x: x.tanh().sum(), backend=backend)
+    x = torch.tensor(TERMS)
+    if compiled_before:
+        compiled(x)
+    count = len(called)
+    with reproml.exact():
+        assert same_bits(compiled(x), x.tanh().sum())
+    assert len(called) == count
+    compiled(x)
+    assert len(called) == count + 1  # the compiler is back
+
+
 def test_natively_and_again():
     x = torch.linspace(-3, 3, 1000)
     native = torch.exp(x)
