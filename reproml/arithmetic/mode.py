@@ -91,7 +91,7 @@ def _taken_apart(func: Any) -> Handler:
 
 
 def _inexact(x: Tensor) -> bool:
-    return x.is_floating_point() or x.is_complex()
+    return x.is_floating_point() or x.is_complex() or x.is_quantized
 
 
 def _strided(func: Handler) -> Handler:

@@ -250,6 +250,17 @@ def test_overlapping_memory():
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
+def test_quantized_tensors_are_refused():
+    x = torch.quantize_per_tensor(torch.ones(1, 1, 4, 4), 0.1, 0, torch.quint8)
+    for function in (
+        lambda: torch.nn.functional.avg_pool2d(x, 2),
+        lambda: torch.clamp(x, 0.0, 0.5),
+        lambda: x.max(),
+        lambda: torch.ops.quantized.add_relu(x, x, 0.1, 0),
+    ):
+        refused(function)
+
+
 def test_sparse_tensors_are_refused():
     sparse = torch.sparse_coo_tensor(
         torch.tensor([[0, 0, 0]]), torch.tensor([1.0, 2.0**-24, 2.0**-24]), (3,)
