@@ -216,6 +216,8 @@ class Recorder:
                 self._epoch += 1
                 self._pass = self._last
             if self._level != "epoch":
+                if not self._loss:  # gradients that no `backward` made: torch.autograd.grad, say
+                    self._settle_batch()
                 gradients = [p.grad for p in _parameters(optimizer)]
                 there = [g for g in gradients if g is not None]
                 random, *found = measure([torch.get_rng_state(), *self._batch, *there])

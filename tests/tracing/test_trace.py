@@ -193,6 +193,23 @@ def test_gradients_of_several_batches_add_up_in_one_step(tmp_path):
     assert [f for f, _ in entry["batch"]] == fingerprints(batches) and len(entry["loss"]) == 3
 
 
+def test_gradients_without_backward(tmp_path):
+    model, loader = small()
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.1), []
+    with reproml.trace(tmp_path / "trace") as recorder:
+        for x, y in loader:
+            loss = nn.functional.cross_entropy(model(x), y)
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            for parameter, gradient in zip(model.parameters(), gradients):
+                parameter.grad = gradient
+            optimizer.step()
+            seen.append(fingerprints([x, y]))
+            assert not recorder._inputs  # no batch is kept for ever
+    found = entries(tmp_path / "trace", "step")
+    assert [[f for f, _ in e["batch"]] for e in found] == seen
+    assert all(e["loss"] == [] for e in found)
+
+
 def test_epoch_level_has_the_weights_only(tmp_path):
     with reproml.trace(tmp_path / "trace", "epoch"):
         model, loader = small()
