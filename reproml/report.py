@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import shlex
 import struct
 import zlib
@@ -40,6 +41,7 @@ from reproml.train import step_count
 
 _TEMPLATE = Path(__file__).parent / "report.html"
 _OF_WEIGHTS = f"{run.WEIGHTS}.sha256"  # the one that says it all: first on the page
+_EPOCH = re.compile(r"epoch\.([0-9]{1,9})\..+")  # a run's own metrics.json may say anything else
 _BATCH = 1024  # bounds the memory
 _MOST_WRONG = 12  # images
 _MISTAKES = 8  # pairs of classes
@@ -183,13 +185,19 @@ def _verdict(folder: Path, recipe: Recipe, found: Items, recorded: Items) -> Ver
 
 
 def _losses(items: Items) -> list[float]:
-    """The mean loss of each epoch; NaN where it was not finite."""
-    losses = [
-        value
+    """The mean loss of each epoch; NaN where it was not finite, or is no number."""
+    return [
+        _number(value)
         for name, value in items.items()
-        if name.startswith("epoch.") and name.endswith(".loss")
+        if _EPOCH.fullmatch(name) and name.endswith(".loss")
     ]
-    return [math.nan if value is None else float(value) for value in losses]
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _seconds(record: dict[str, Any], start: str, end: str) -> Optional[int]:
@@ -396,8 +404,8 @@ def _command(name: str, folder: Path, recipe_name: str, epochs: int, steps: int)
         return f"sha256sum {weights}"
     if name.startswith("data."):
         return f"python -m reproml data --recipe {recipe}"
-    if name.startswith("epoch."):
-        steps = steps * int(name.split(".")[1]) // epochs
+    if epoch := _EPOCH.fullmatch(name):
+        steps = steps * int(epoch[1]) // epochs
         return f"python -m reproml train --recipe {recipe} --steps {steps}"
     return f"python -m reproml verify --recipe {recipe} --run {shlex.quote(str(folder))}"
 

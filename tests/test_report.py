@@ -123,6 +123,14 @@ def test_weights_that_are_damaged_are_not_verified():
     assert hashlib.sha256(raw).hexdigest() in Parsed(built.html).text
 
 
+def test_epochs_that_are_none_differ_and_do_no_harm():
+    items = {**tiny.run().items, "epoch.x.state_dict.sha256": "ab", "epoch.1.loss": NASTY}
+    (FOLDER / "metrics.json").write_text(runs.items_json(items))
+    built = page()
+    assert built.verified is False
+    assert "epoch.x.state_dict.sha256" in Parsed(built.html).text
+
+
 def test_what_the_run_says_of_itself_is_not_believed():
     items = {**tiny.run().items, "test.correct": 297}
     (FOLDER / "metrics.json").write_text(runs.items_json(items))
