@@ -104,7 +104,7 @@ def perform(
     since = f", from the checkpoint of step {start.head.step} on" if start else ""
     tell(f"{recipe.name}: {numerics} numerics{since}")
     dataset, prepared, items = prepare(recipe, data_folder, numerics)
-    times["data_ready"] = _now()
+    times["resumed" if start else "data_ready"] = _now()  # the rest is not the time of it all
     state = start.state if start else None
     task = recipe, numerics, None, state
     traced = tracing(trace, recipe, numerics, dataset)

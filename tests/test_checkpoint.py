@@ -17,6 +17,7 @@ from reproml import checkpoint
 from reproml.checkpoint import Checkpoint, Checkpoints, TraceHead, latest, paths_in
 from reproml.digest import digest
 from reproml.errors import ReproError
+from reproml.run import perform
 from reproml.train import Training, train
 from tests import tiny
 
@@ -98,6 +99,16 @@ def test_a_training_goes_on_from_each_file_to_the_same_weights(tmp_path, monkeyp
         trained = train(tiny.recipe(), tiny.prepared(), numerics, start=start.state)
         assert digest(trained.model) == digest(whole.model)
         assert trained.epochs == whole.epochs
+
+
+def test_a_run_that_goes_on_does_not_tell_its_rest_as_the_whole_training(tmp_path):
+    save(tmp_path)
+    start = latest(tmp_path)
+    checkpoints = Checkpoints(tmp_path, tiny.recipe(), "exact", 1, start)
+    resumed = perform(tiny.recipe(), checkpoints=checkpoints)
+    assert resumed.items == tiny.run().items
+    assert {"started", "resumed", "trained", "finished"} == set(resumed.record["times"])
+    assert "data_ready" in tiny.run().record["times"]
 
 
 def test_the_last_two_are_kept(tmp_path):
