@@ -20,6 +20,7 @@ class Evidence:
         None  # the state of the random numbers at the first step from there on
     )
     same_samples: Optional[bool] = None  # the epoch's samples, in whatever order
+    beside_same: bool = False  # of the batch a tensor differs beside an earlier one that does not
     settings: list[str] = field(default_factory=list)  # of the optimizer, that differ
 
     def both(self, *keys: str) -> tuple[Any, Any]:
@@ -138,6 +139,12 @@ CAUSES: list[Row] = [
         "initial weights",
         lambda e: e.part == "initial weights",
         "other initial weights from the same random numbers: another initialisation or checkpoint",
+    ),
+    (
+        "part of the batch",
+        lambda e: e.part == "batch" and e.beside_same,
+        "other data: one tensor of the batch differs beside another that does not, as labels do that are "
+        "out of step with their inputs",
     ),
     (
         "shuffle",

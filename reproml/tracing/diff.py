@@ -166,6 +166,7 @@ def traces(a: Reader, b: Reader, rerun: bool = False) -> Optional[Divergence]:
         found.operator.same_inputs if found.operator else None,
         rest.same_random,
         rest.same_samples,
+        parting.part == "batch" and bool(parting.at),
         _settings(parting),
     )
     return replace(found, cause=causes.likely(evidence))

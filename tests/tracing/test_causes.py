@@ -49,6 +49,11 @@ PLANTED: dict[str, tuple[dict, dict, str]] = {
         {"part": "initial weights", "same_random": True},
         "another initialisation",
     ),
+    "part of the batch": (
+        {},
+        {"part": "batch", "same_samples": True, "beside_same": True},
+        "out of step with their inputs",
+    ),
     "shuffle": ({}, {"part": "batch", "same_samples": True}, "another shuffle"),
     "other data": ({}, {"part": "batch", "same_samples": False}, "other data"),
     "data or shuffle": ({}, {"part": "batch"}, "would tell which"),

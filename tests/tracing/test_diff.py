@@ -36,6 +36,7 @@ def train(
     lr: float = 0.1,
     later_lr: float = 0.1,
     data: int = 0,
+    labels_behind: int = 0,
     width: int = 5,
     initial: float = 0.0,
     dropout: int = 0,
@@ -43,7 +44,7 @@ def train(
 ) -> None:
     """Four samples a step, three steps an epoch."""
     torch.manual_seed(7)
-    x, y = torch.rand(12, 4), torch.randint(3, (12,))
+    x, y = torch.rand(12, 4), torch.randint(3, (12,)).roll(labels_behind)
     x.view(torch.int32).view(-1)[20] ^= data
     exact: Any = reproml.exact if numerics == "exact" else torch.enable_grad
     with reproml.trace(path, level), exact():
@@ -87,6 +88,7 @@ def test_the_same_twice_is_no_difference(tmp_path):
     ("changes", "part", "step", "tensor", "cause"),
     [
         ({"shuffle": 2}, "batch", 1, "tensor 1 of the batch", "shuffle"),
+        ({"labels_behind": 1}, "batch", 1, "tensor 2 of the batch", "part of the batch"),
         ({"data": 1}, "batch", None, "tensor 1 of the batch", "other data"),
         ({"seed": 2}, "initial weights", 1, "0.weight", "seed"),
         ({"initial": 2**-20}, "initial weights", 1, "3.bias", "initial weights"),
