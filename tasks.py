@@ -31,6 +31,7 @@ _HELP = {
     "trace": "record each step in this file, to compare with: invoke diff",
     "a": "trace, run folder, .safetensors or golden .json",
     "b": "another of the same kind",
+    "diff": "tell on the page where the run parts from this run folder or trace",
     "rerun": "run the step that parts again, on both sides, to find the operator",
     "json": "print JSON",
 }
@@ -170,10 +171,11 @@ def report(
     data: str = "",
     run: str = "",
     out: str = "",
+    diff: str = "",
     json: bool = False,
 ) -> None:
-    """Write one page for a run folder, with its verdict against the golden file."""
-    _reproml("report", recipe=recipe, data=data, run=run, out=out, json=json)
+    """Write one page for a run folder: its verdict against the golden file, where it parts from another."""
+    _reproml("report", recipe=recipe, data=data, run=run, out=out, diff=diff, json=json)
 
 
 @_task

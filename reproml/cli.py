@@ -301,17 +301,21 @@ def doctor(args: argparse.Namespace, terminal: Terminal) -> Result:
 
 
 def report(args: argparse.Namespace, terminal: Terminal) -> Result:
-    """Write one page for a run folder, with its verdict against the golden file."""
+    """Write one page for a run folder: its verdict against the golden file, where it parts from another."""
     from reproml import report as reports
 
     recipe = _recipe(args, args.run)
     folder = args.run or _default_run(args, recipe)
     out = args.out or folder.with_name(folder.name + ".html")
-    page = reports.build(folder, args.recipe or recipe.name, args.data)
+    page = reports.build(folder, args.recipe or recipe.name, args.data, args.diff)
     reports.save(page.html, out)
     verdict = {True: "verified", False: "not the golden run", None: "no golden file"}[page.verified]
     terminal.say(f"wrote {out}: {verdict}")
-    return int(page.verified is False), {"report": str(out), "verified": page.verified}
+    result = {"report": str(out), "verified": page.verified}
+    if args.diff:
+        terminal.say(page.compared)
+        result["differ"] = page.differs
+    return int(page.verified is False or page.differs), result
 
 
 def diff(args: argparse.Namespace, terminal: Terminal) -> Result:
@@ -321,12 +325,9 @@ def diff(args: argparse.Namespace, terminal: Terminal) -> Result:
     from reproml.tracing import diff as differences
 
     found = differences.compare(args.a, args.b, args.rerun)
-    if found is None:
-        terminal.say(f"{args.a} and {args.b}: no difference")
-        return 0, {"differ": False}
     for line in differences.lines(found, str(args.a), str(args.b)):
         terminal.say(line)
-    return 1, {"differ": True, **asdict(found)}
+    return int(found is not None), {"differ": found is not None, **(asdict(found) if found else {})}
 
 
 def _worker() -> int:
@@ -442,6 +443,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "FILE",
         "help": "record each step here, to compare with: reproml diff",
     },
+    "--diff": {
+        "type": Path,
+        "metavar": "RUN|TRACE",
+        "help": "tell on the page where the run parts from this run folder or trace",
+    },
     "--rerun": {
         "action": "store_true",
         "help": "run the step that parts again, on both sides, to find the operator",
@@ -467,7 +473,7 @@ _VERBS: dict[Callable[..., Result], str] = {
     run: "--numerics --digest --trace script arguments",
     matrix: "--recipe --script --data --steps --workers --json",
     doctor: "--run --json",
-    report: "--recipe --data --run --out --json",
+    report: "--recipe --data --run --out --diff --json",
     diff: "a b --rerun --json",
 }
 

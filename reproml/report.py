@@ -3,8 +3,9 @@
     page = build(Path("runs/mnist-mlp"), "mnist-mlp")   # the verdict is found out anew
     save(page.html, Path("runs/mnist-mlp.html"))
 
-Whatever stands on the page follows from the run folder, the data and the golden file. Each text is
-escaped where it is put in (`_text`); a function that ends in `_section` returns HTML.
+Whatever stands on the page follows from the run folder, the data and the golden file, and from the run or
+trace that it is compared with. Each text is escaped where it is put in (`_text`); a function that ends in
+`_section` returns HTML.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ from reproml.golden import Comparison
 from reproml.recipe import Recipe
 from reproml.recipe import load as load_recipe
 from reproml.run import Items
+from reproml.tracing import diff
+from reproml.tracing.chain import Reader
+from reproml.tracing.diff import Divergence
 from reproml.train import step_count
 
 _TEMPLATE = Path(__file__).parent / "report.html"
@@ -53,6 +57,8 @@ class Page:
 
     html: str
     verified: Optional[bool]
+    differs: bool = False  # from the run or trace it was compared with, if it was
+    compared: str = ""  # in one line, what came of that
 
 
 @dataclass(frozen=True)
@@ -76,33 +82,40 @@ def build(
     folder: Path,
     recipe_name: str = "mnist-mlp",
     data_folder: Optional[Path] = None,
-    step_losses: Sequence[float] = (),
-    divergence: Any = None,
+    other: Optional[Path] = None,
 ) -> Page:
-    """Return the page of an exact run.
+    """Return the page of a run.
 
-    recipe_name: name or path, as on the command line. step_losses: the loss of each step, where a
-    trace recorded them. divergence: what `_divergence_section` reads, where two runs were compared.
-    Raises ReproError if the folder is no whole exact run of the recipe, or the golden file no good.
+    recipe_name: name or path, as on the command line. other: a run folder or a trace, to tell where the
+    two part. Raises ReproError if the folder is no whole run of the recipe, or the golden file or the
+    other one no good.
     """
     recipe = load_recipe(recipe_name)
-    found, recorded = run.recompute(folder, recipe, data_folder)
-    verdict = _verdict(folder, recipe, found, recorded)
     record = run.read_record(folder)
-    dataset, prepared, _ = run.prepare(recipe, data_folder, "exact")
-    model, _, _ = run.load(folder, recipe, prepared, "exact")
+    numerics = "native" if record.get("numerics") == "native" else "exact"
+    divergence = _compare(folder, other) if other else None
+    compared = diff.headline(divergence, str(folder), str(other)) if other else ""
+    dataset, prepared, _ = run.prepare(recipe, data_folder, numerics)
+    model, _, sha256 = run.load(folder, recipe, prepared, numerics)
+    if numerics == "native":
+        run.refuse_damaged(folder, sha256)
+        found = {**run.read_items(folder / run.METRICS), **run.score(model, prepared, "exact")}
+        verdict = Verdict(None, [])
+    else:
+        found, recorded = run.recompute(folder, recipe, data_folder)
+        verdict = _verdict(folder, recipe, found, recorded)
     probabilities = predict(model, prepared.test.x)
     steps = step_count(recipe, len(dataset.train.labels))
     sections = [
-        _verdict_section(verdict, recipe_name),
-        _divergence_section(divergence) if divergence is not None else "",
+        _verdict_section(verdict, recipe_name, numerics),
+        _divergence_section(divergence, compared) if other else "",
         _figures_section(found, record, model, folder),
-        _training_section(_losses(found), step_losses),
+        _training_section(_losses(found), _step_losses(folder)),
         _confusion_section(dataset.test.labels, probabilities.argmax(1), dataset.classes),
         _most_wrong_section(dataset, probabilities),
         _recipe_section(record),
         _environment_section(record),
-        _hashes_section(found, folder, recipe_name, recipe.train.epochs, steps),
+        _hashes_section(found, folder, recipe_name, recipe.train.epochs, steps, numerics),
     ]
     html = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=_text(f"{recipe.name}: report of a run"),
@@ -114,7 +127,7 @@ def build(
             "The page is whole in itself: it loads nothing."
         ),
     )
-    return Page(html, verdict.verified)
+    return Page(html, verdict.verified, divergence is not None, compared)
 
 
 def save(html: str, path: Path) -> None:
@@ -200,6 +213,26 @@ def _number(value: Any) -> float:
         return math.nan
 
 
+def _step_losses(folder: Path) -> list[float]:
+    """The loss of each step, if the run was traced step by step."""
+    if not (folder / run.TRACE).is_file():
+        return []
+    entries = Reader(folder / run.TRACE)
+    return [float(loss) for e in entries if e["entry"] == "step" for loss in e["loss"][:1]]
+
+
+def _compare(folder: Path, other: Path) -> Optional[Divergence]:
+    """Compare the run with another one, or its trace with another."""
+    if other.is_dir():
+        return diff.compare(folder, other)
+    if not (folder / run.TRACE).is_file():
+        raise ReproError(
+            f"{folder} has no {run.TRACE} to compare with {other}; name a run folder, or train again "
+            'with trace = "step" in the recipe'
+        )
+    return diff.compare(folder / run.TRACE, other)
+
+
 def _seconds(record: dict[str, Any], start: str, end: str) -> Optional[int]:
     try:
         times = [datetime.fromisoformat(record["times"][name]) for name in (start, end)]
@@ -221,7 +254,7 @@ def _about(folder: Path, record: dict[str, Any]) -> str:
     )
 
 
-def _verdict_section(verdict: Verdict, recipe_name: str) -> str:
+def _verdict_section(verdict: Verdict, recipe_name: str, numerics: str) -> str:
     all_, differing = len(verdict.comparisons), verdict.differing
     of = verdict.golden or Path(run.METRICS)
     if differing:
@@ -233,6 +266,10 @@ def _verdict_section(verdict: Verdict, recipe_name: str) -> str:
     elif verdict.golden:
         kind, title = "good", "Verified"
         said = f"All {all_} items are those of {_code(str(of))}, to the last bit."
+    elif numerics == "native":
+        kind, title = "none", "Native numerics: no golden file"
+        drift = _code(f"python -m reproml matrix --recipe {recipe_name}")
+        said = f"What the training comes to depends on the machine: {drift} shows how."
     else:
         kind, title = "none", "No golden file to compare with"
         said = f"{_code(f'python -m reproml golden --recipe {recipe_name}')} writes one."
@@ -240,6 +277,11 @@ def _verdict_section(verdict: Verdict, recipe_name: str) -> str:
         "Whatever follows from recipe, data and weights was computed anew for this page; the losses, and "
         "the weights after all but the last epoch, are what the run recorded."
     )
+    if numerics == "native":
+        how = (
+            "The weights file has the SHA-256 that the run recorded. It was evaluated anew for this page "
+            "in exact arithmetic; all that is said of the training is what the run recorded."
+        )
     rows = [[_code(c.item), _code(c.expected), _code(c.found)] for c in differing]
     table = _table(["item", "expected", "found"], rows, "differing") if differing else ""
     return (
@@ -380,11 +422,15 @@ def _environment_section(record: dict[str, Any]) -> str:
     )
 
 
-def _hashes_section(items: Items, folder: Path, recipe_name: str, epochs: int, steps: int) -> str:
+def _hashes_section(
+    items: Items, folder: Path, recipe_name: str, epochs: int, steps: int, numerics: str
+) -> str:
     entries = []
     for name, value in sorted(items.items(), key=lambda item: item[0] != _OF_WEIGHTS):
         if name.endswith(".sha256"):
-            command = _command(name, folder, recipe_name, epochs, steps)
+            command = _command(name, folder, recipe_name, epochs, steps, numerics)
+            if command is None:
+                continue
             entries.append(
                 f'<div class="hash"><h3>{_name(name)}</h3>\n'
                 f"{_copied(str(value), f'the hash {name}', 'value')}\n"
@@ -396,8 +442,10 @@ def _hashes_section(items: Items, folder: Path, recipe_name: str, epochs: int, s
     )
 
 
-def _command(name: str, folder: Path, recipe_name: str, epochs: int, steps: int) -> str:
-    """Return one line of a shell that prints the hash, or compares it."""
+def _command(
+    name: str, folder: Path, recipe_name: str, epochs: int, steps: int, numerics: str
+) -> Optional[str]:
+    """Return one line of a shell that prints the hash, or compares it; None if there is none."""
     weights = shlex.quote(str(folder / run.WEIGHTS))
     recipe = shlex.quote(recipe_name)
     if name == _OF_WEIGHTS:
@@ -406,30 +454,27 @@ def _command(name: str, folder: Path, recipe_name: str, epochs: int, steps: int)
         return f"python -m reproml data --recipe {recipe}"
     if epoch := _EPOCH.fullmatch(name):
         steps = steps * int(epoch[1]) // epochs
-        return f"python -m reproml train --recipe {recipe} --steps {steps}"
+        native = " --numerics native" * (numerics == "native")
+        return f"python -m reproml train --recipe {recipe} --steps {steps}{native}"
+    if numerics == "native":
+        return None  # has no golden file
     return f"python -m reproml verify --recipe {recipe} --run {shlex.quote(str(folder))}"
 
 
-def _divergence_section(d: Any) -> str:
-    """Where two runs part: `d` has where, cause, tensor, operator, line, ulps, elements, growth.
-
-    growth: pairs (step, largest difference in ulps) from the first difference on. What is None or
-    empty is left out.
-    """
-    facts = [
-        (name, str(value))
-        for name in ("kind", "where", "tensor", "operator", "line", "ulps", "elements", "cause")
-        for value in [getattr(d, name, None)]
-        if value not in (None, "")
-    ]
-    rows = [[_text(name), _code(value)] for name, value in facts]
-    growth = [(float(x), math.log2(max(float(y), 1))) for x, y in getattr(d, "growth", None) or ()]
-    plot = _plot([_Curve(growth, "difference", dots=True)], "step", "log2 ulps") if growth else ""
-    said = "The largest difference after each step: log2 of its ulps."
-    figure = f"<figure>{plot}<figcaption>{said}</figcaption></figure>" if growth else ""
+def _divergence_section(found: Optional[Divergence], compared: str) -> str:
+    if found is None:
+        return f"<section><h2>Comparison</h2>\n<p>{_text(compared)}</p></section>"
+    facts = [*diff.facts(found), ("likely cause", found.cause[1])]
+    table = _table(["fact", "value"], [[_text(name), _code(text)] for name, text in facts], "facts")
+    figure = ""
+    if any(ulps for _, ulps in found.growth):
+        curve = _Curve([(step, math.log2(1 + ulps)) for step, ulps in found.growth], "difference")
+        said = "The largest distance of eight of the last layer’s weights after each step, in ulps."
+        plot = _plot([curve], "step", "log2(1 + ulps)")
+        figure = f"<figure>{plot}<figcaption>{said} Shown: log2(1 + ulps).</figcaption></figure>"
     return (
-        '<section><h2>First divergence</h2><div class="beside">\n'
-        f"{_table(['fact', 'value'], rows, 'facts')}{figure}</div></section>"
+        f"<section><h2>First divergence</h2>\n<p>{_text(compared)}</p>\n"
+        f'<div class="beside">\n{table}{figure}</div></section>'
     )
 
 

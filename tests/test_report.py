@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ import resource
 import shlex
 import struct
 import subprocess
+import tempfile
 import zlib
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -27,7 +29,9 @@ from reproml import cli, golden, report
 from reproml import run as runs
 from reproml.cli import main
 from reproml.errors import ReproError
-from reproml.run import place
+from reproml.run import TRACE, Run, perform, place
+from reproml.tracing import diff
+from reproml.tracing.ulps import Distance
 from tests import browser as browsers
 from tests import tiny
 
@@ -48,6 +52,24 @@ def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def save_run(folder: Path) -> None:
     with place(folder) as save:
         save(tiny.run())
+
+
+@functools.cache
+def traced(seed: int, numerics: str) -> tuple[Run, bytes]:
+    """A run and its trace, of level step."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / TRACE
+        result = perform(tiny.recipe(seed), numerics=numerics, trace=path)
+        return result, path.read_bytes()
+
+
+def save_traced(folder: Path, seed: int = 1, numerics: str = "exact") -> Path:
+    result, content = traced(seed, numerics)
+    with place(folder) as save:
+        trace = folder.with_name("trace")
+        trace.write_bytes(content)
+        save(dataclasses.replace(result, trace=trace))
+    return folder
 
 
 def page(folder: Path = FOLDER, **more) -> report.Page:
@@ -166,11 +188,23 @@ def test_the_figures_are_the_runs():
 
 def test_every_hash_has_a_command_that_comes_to_it(capsys):
     """Run them all: what they print has the hash, or they compare it with the golden file."""
-    html = page().html
+    assert checked_hashes(page().html, capsys) == sum(
+        name.endswith(".sha256") for name in tiny.run().items
+    )
+
+
+def test_of_a_native_run_those_have_one_that_native_numerics_come_to(capsys):
+    save_traced(FOLDER, numerics="native")
+    names = [name for name in tiny.run().items if name.endswith(".sha256")]
+    theirs = [name for name in names if name.startswith(("data.", "epoch.", "weights."))]
+    assert checked_hashes(page().html, capsys) == len(theirs) < len(names)
+
+
+def checked_hashes(html: str, capsys: Any) -> int:
+    """The number of hashes on the page, each of which its command has come to."""
     entries = re.findall(
         r'<div class="hash">.*?</button></div>\n.*?</button></div></div>', html, re.S
     )
-    assert len(entries) == sum(name.endswith(".sha256") for name in tiny.run().items)
     compared = {}
     for entry in entries:
         sha256, command = (Parsed(code).text for code in re.findall("<code.*?</code>", entry))
@@ -184,6 +218,7 @@ def test_every_hash_has_a_command_that_comes_to_it(capsys):
                 compared[command] = capsys.readouterr().out
             shown = compared[command]
         assert sha256 in shown, command
+    return len(entries)
 
 
 def test_most_wrong_are_those_of_the_golden_predictions():
@@ -250,22 +285,79 @@ def test_two_pages_of_one_run_are_the_same():
     assert page().html == page().html
 
 
-def test_the_loss_of_each_step_is_drawn_if_it_is_given():
-    curves = page(step_losses=[2.5, 2.0, 1.5, 1.25, 1.0, 0.75]).html
-    assert curves.count("<polyline") == 2 and page().html.count("<polyline") == 1
-    assert "each step, from 2.5 to 0.75" in curves
+def test_the_loss_of_each_step_is_drawn_if_the_run_has_a_trace():
+    assert page().html.count("<polyline") == 1
+    save_traced(FOLDER)
+    html = page().html
+    losses = [json.loads(line) for line in traced(1, "exact")[1].splitlines()]
+    first, *_, last = [float(e["loss"][0]) for e in losses if e.get("entry") == "step"]
+    assert html.count("<polyline") == 2 and f"each step, from {first:.4g} to {last:.4g}" in html
+    (curve,) = re.findall('<polyline class="curve faint" points="([^"]*)"', html)
+    assert len(curve.split()) == 6  # steps
+    (FOLDER / TRACE).write_bytes(traced(1, "exact")[1].replace(b'"step":3', b'"step":4'))
+    with pytest.raises(ReproError, match="is damaged"):
+        page()
 
 
-def test_the_divergence_is_shown_if_there_is_one():
-    found = SimpleNamespace(
-        kind="gradient", where="step 3", tensor="1.weight", operator="aten::mm", line="train.py:10",
-        ulps=2, elements=17, growth=[(3, 2), (4, 64), (5, 4096)], cause=None,
-    )  # fmt: skip
-    html = page(divergence=found).html
-    text = Parsed(html).text
-    assert "First divergence" in text and "train.py:10" in text and "aten::mm" in text
-    assert "cause" not in text and "from 1 to 12" in html  # log2 of the ulps
+@pytest.mark.parametrize("other", [Path("runs/other"), Path("runs/other/trace.jsonl")])
+def test_the_page_tells_where_two_runs_part(other):
+    """All that diff tells, and the growth as a curve."""
+    save_traced(FOLDER)
+    save_traced(Path("runs/other"), seed=2)
+    found = diff.compare(FOLDER / TRACE, Path("runs/other/trace.jsonl"))
+    assert found is not None and found.differing and found.growth[-1][1] > 1000
+    built = page(other=other)
+    text = Parsed(built.html).text
+    assert built.differs and built.verified is True
+    assert (
+        built.compared == diff.headline(found, str(FOLDER), str(other)) and built.compared in text
+    )
+    assert "First divergence" in text and "another recipe: seed (1 and 2)" in text
+    ends = [math.log2(1 + ulps) for _, ulps in (found.growth[0], found.growth[-1])]
+    assert "difference, from {:.4g} to {:.4g}".format(*ends) in built.html
     assert "First divergence" not in page().html
+
+
+def test_every_fact_of_a_divergence_is_shown():
+    d = Distance(3, 2, 64)
+    operator = diff.Operator("aten.mm", "train.py:10", "MmBackward0", True, d, "float32[8, 8]")
+    found = diff.Divergence(
+        "trace", "gradients", 2, 7, "1.weight", (1, 4), d, operator, [(7, 0), (8, 0)],
+        ("threads", "the order of a sum"), notes=["a.trace is cut off after entry 9"],
+    )  # fmt: skip
+    text = Parsed(report._divergence_section(found, "a and b part")).text
+    assert "a and b part" in text and "likely causethe order of a sum" in text
+    for shown in ("aten.mm", "train.py:10", "MmBackward0", "float32[8, 8]", "at most 3 ulps",
+                  "2 of 64 elements", "notea.trace is cut off after entry 9"):  # fmt: skip
+        assert shown in text
+    assert "<svg" not in report._divergence_section(found, "")  # nothing grew
+    item = diff.Divergence("run", "item", item="test.correct", values=("9", "8"))
+    assert "values9 and 8" in Parsed(report._divergence_section(item, "")).text
+
+
+def test_without_a_difference_the_page_says_so():
+    save_run(Path("runs/other"))
+    built = page(other=Path("runs/other"))
+    assert "runs/tiny and runs/other: no difference" in Parsed(built.html).text
+    assert not built.differs and "First divergence" not in built.html
+
+
+def test_a_native_run_has_a_page_without_a_golden_verdict():
+    save_traced(FOLDER, numerics="native")
+    save_traced(Path("runs/exact"))
+    built = page(other=Path("runs/exact"))
+    text = Parsed(built.html).text
+    assert built.verified is None and built.differs
+    assert "Native numerics: no golden file" in text and "First divergence" in text
+    assert "python -m reproml matrix --recipe tiny.toml" in text and "Verified" not in text
+    assert "exact arithmetic against native" in text
+    items: dict[str, Any] = dict(traced(1, "native")[0].items)
+    assert str(items["epoch.2.loss"]) in text and items["weights.safetensors.sha256"] in text
+    raw = bytearray(traced(1, "native")[0].weights)
+    raw[-1] ^= 1
+    (FOLDER / "weights.safetensors").write_bytes(raw)
+    with pytest.raises(ReproError, match="is damaged"):
+        page()
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
@@ -294,7 +386,8 @@ def test_odd_losses_are_drawn_or_said(losses):
 
 
 def test_it_is_well_formed_and_accessible():
-    html = page(divergence=SimpleNamespace(where="here", growth=[(0, 1), (1, 2)])).html
+    save_traced(FOLDER)
+    html = page(other=save_traced(Path("runs/other"), seed=2)).html
     parsed = Parsed(html)
     assert html.startswith("<!doctype html>\n") and parsed.all("html") == [{"lang": "en"}]
     assert parsed.all("img") and all(i["alt"] for i in parsed.all("img"))
@@ -328,8 +421,10 @@ def test_everything_is_escaped(at_work):
     record["recipe"][NASTY] = NASTY
     record["times"]["started"] = NASTY
     (folder / "run.json").write_text(json.dumps(record))
-    found = SimpleNamespace(where=NASTY, cause=NASTY)
-    html = page(folder, divergence=found).html
+    other = folder.with_name(folder.name + "2")
+    save_run(other)
+    (other / "metrics.json").write_text(runs.items_json({**tiny.run().items, NASTY: NASTY}))
+    html = page(folder, other=other).html
     assert len(Parsed(html).all("b")) == 0 and Parsed(html).text.count(NASTY) >= 6
     plain = Parsed(page().html)
     assert len(Parsed(html).all("script")) == len(plain.all("script")) == 1
@@ -381,17 +476,43 @@ def test_bad_input_is_one_sentence_and_leaves_no_page(capsys, at_work):
     assert "definitions.version" in refused()
     (FOLDER / "weights.safetensors").write_bytes(tiny.run().weights[:100])
     assert "cut short" in refused()
+    (FOLDER / "weights.safetensors").write_bytes(tiny.run().weights)
     (FOLDER / "metrics.json").unlink()
     assert "it has no metrics.json" in refused()
     assert sorted(os.listdir("runs")) == ["tiny"]
 
 
-def test_a_native_run_has_no_report(capsys):
-    record = {**tiny.run().record, "numerics": "native"}
-    with place(FOLDER) as save:
-        save(dataclasses.replace(tiny.run(), record=record))
-    with pytest.raises(ReproError, match="not a run in exact numerics"):
-        page()
+def test_diff_is_told_in_a_line_and_by_the_exit_status(capsys):
+    save_traced(Path("runs/other"), seed=2)
+    assert main(["report", *TINY, "--diff", "runs/tiny"]) == 0
+    assert capsys.readouterr().out == (
+        "wrote runs/tiny.html: verified\nruns/tiny and runs/tiny: no difference\n"
+    )
+    assert main(["report", *TINY, "--diff", "runs/other"]) == 1
+    wrote, compared = capsys.readouterr().out.splitlines()
+    assert wrote == "wrote runs/tiny.html: verified"
+    assert compared.startswith(
+        "runs/tiny and runs/other part: an item, first recipe.canonical_json"
+    )
+    assert main(["report", *TINY, "--diff", "runs/other", "--json"]) == 1
+    result = {"report": "runs/tiny.html", "verified": True, "differ": True}
+    assert json.loads(capsys.readouterr().out) == result
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ("runs/other/trace.jsonl", "runs/tiny has no trace.jsonl to compare with"),
+        ("runs", "cannot read runs/weights.safetensors"),
+        ("none", "runs/tiny has no trace.jsonl to compare with none"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_sentence(capsys, other, words):
+    save_traced(Path("runs/other"), seed=2)
+    assert main(["report", *TINY, "--diff", other]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert not Path("runs/tiny.html").exists()
 
 
 def test_a_disk_that_fills_up_leaves_the_older_page(at_work):
@@ -426,13 +547,13 @@ def browser() -> Iterator[browsers.Browser]:
 
 
 def everything(at_work: Path) -> Path:
-    """A page with each section, and with names that are as long as names get."""
-    folder = at_work / ("long-" * 40)
-    save_run(folder)
+    """A page with each section, made by the command, and with names that are as long as names get."""
+    folder = save_traced(at_work / ("long-" * 40))
+    other = save_traced(at_work / ("other" * 40), seed=2)
     items = {**tiny.run().items, "epoch.1.loss": 0.5, "x" * 90: "y" * 90}
     golden.save(items, golden.place("tiny"), force=True)
-    found = SimpleNamespace(where="w" * 90, line="l" * 90, growth=[(3, 2), (4, 64)])
-    report.save(page(folder, divergence=found, step_losses=[2.0, 1.0]).html, at_work / "page.html")
+    run, out = ["--run", str(folder), "--diff", str(other)], ["--out", str(at_work / "page.html")]
+    assert main(["report", *TINY, *run, *out]) == 1
     return at_work / "page.html"
 
 
@@ -474,6 +595,9 @@ CONTRAST = """
 def test_it_fits_is_legible_and_loads_nothing(browser, at_work, width, scheme):
     path = everything(at_work)
     browser.open(path, width, scheme)
+    headings = browser.evaluate("[...document.querySelectorAll('h2')].map(h => h.textContent)")
+    assert headings[0] == "First divergence"
+    assert browser.evaluate("document.querySelectorAll('svg').length") == 2
     assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert browser.evaluate(OVERFLOW) == []
     contrasts = browser.evaluate(CONTRAST)

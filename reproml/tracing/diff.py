@@ -65,7 +65,7 @@ class Divergence:
     part: str  # a key of PARTS
     epoch: Optional[int] = None
     step: Optional[int] = None  # from 1 on, over all epochs
-    tensor: Optional[str] = None
+    tensor: Optional[str] = None  # the first; of two runs' items the one that is furthest apart
     differing: Optional[tuple[int, int]] = (
         None  # so many of so many tensors (or items) differ there
     )
@@ -73,6 +73,7 @@ class Divergence:
     operator: Optional[Operator] = None
     growth: list[tuple[int, int]] = field(default_factory=list)  # step, ulps between some weights
     cause: tuple[str, str] = ("unknown", "")  # name in causes.CAUSES, sentence
+    item: Optional[str] = None  # the first of metrics.json or of a golden file
     values: Optional[tuple[str, str]] = None  # of an item, or of the loss
     notes: list[str] = field(default_factory=list)
 
@@ -447,7 +448,7 @@ def _items(
     return Divergence(
         kind,
         "item",
-        tensor=first.item,
+        item=first.item,
         differing=(len(differing), len(compared)),
         values=(first.expected, first.found),
         cause=likely if likely[0] != "unknown" or not cause[1] else cause,
@@ -457,34 +458,51 @@ def _items(
 # --- in words -------------------------------------------------------------------------------------------
 
 
-def lines(found: Divergence, a: str, b: str) -> list[str]:
-    """Return what a person reads."""
-    at = f"epoch {found.epoch}, " * bool(found.epoch) + f"step {found.step}"
-    if found.part in ("initial weights", "settings", "model"):
-        at = "the first step"
-    at = f" in {at}" * (found.step is not None)
-    many = "" if not found.differing else "; {} of {} differ there".format(*found.differing)
-    tensor = f", first {found.tensor}" if found.tensor else ""
-    said = [f"{a} and {b} part{at}: {PARTS[found.part]}{tensor}{many}"]
-    if found.values:
-        said.append("values: {} and {}".format(*found.values))
-    if found.distance:
-        said.append(f"by how much: {_words(found.distance)}")
-    if found.operator:
-        o = found.operator
-        backward = f", in its backward pass ({o.backward})" if o.backward else ""
-        inputs = "the same inputs" if o.same_inputs else "inputs that differ already"
-        said.append(f"operator: {o.name}, called at {o.line}{backward}: from {inputs}")
-        if o.distance:
-            said.append(f"its result {o.shape}: {_words(o.distance)}")
+def lines(found: Optional[Divergence], a: str, b: str) -> list[str]:
+    """Return what a person reads of what `compare` found between a and b."""
+    said = [headline(found, a, b)]
+    if found is None:
+        return said
+    said += [f"{name}: {text}" for name, text in facts(found)]
     if any(distance for _, distance in found.growth):
         first, last = found.growth[0], found.growth[-1]
         said.append(
             f"growth (ulps between weights): {sparkline([d for _, d in found.growth])} "
             f"from {first[1]:,} at step {first[0]} to {last[1]:,} at step {last[0]}"
         )
-    said += [f"note: {note}" for note in found.notes]
     return [*said, f"likely cause: {found.cause[1]}"]
+
+
+def headline(found: Optional[Divergence], a: str, b: str) -> str:
+    """Return in one line whether a and b part, and where."""
+    if found is None:
+        return f"{a} and {b}: no difference"
+    at = f"epoch {found.epoch}, " * bool(found.epoch) + f"step {found.step}"
+    if found.part in ("initial weights", "settings", "model"):
+        at = "the first step"
+    at = f" in {at}" * (found.step is not None)
+    many = "" if not found.differing else "; {} of {} differ there".format(*found.differing)
+    first = found.item or found.tensor
+    name = f", first {first}" if first else ""
+    return f"{a} and {b} part{at}: {PARTS[found.part]}{name}{many}"
+
+
+def facts(found: Divergence) -> list[tuple[str, str]]:
+    """Return what is known of it besides, but for its growth and its cause: name, text."""
+    said = []
+    if found.values:
+        said.append(("values", "{} and {}".format(*found.values)))
+    if found.distance:
+        of = f"weights, most in {found.tensor}: " if found.item else ""
+        said.append(("by how much", of + _words(found.distance)))
+    if found.operator:
+        o = found.operator
+        backward = f", in its backward pass ({o.backward})" if o.backward else ""
+        inputs = "the same inputs" if o.same_inputs else "inputs that differ already"
+        said.append(("operator", f"{o.name}, called at {o.line}{backward}: from {inputs}"))
+        if o.distance:
+            said.append((f"its result {o.shape}", _words(o.distance)))
+    return said + [("note", note) for note in found.notes]
 
 
 def _words(d: Distance) -> str:

@@ -226,7 +226,12 @@ def test_runs_without_traces_part_at_an_item(tmp_path):
     assert compare(a, a) is None
     found = compare(a, b)
     assert found is not None and (found.kind, found.part) == ("run", "item")
-    assert found.tensor is not None and found.cause == ("recipe", "another recipe: seed (1 and 2)")
+    assert found.cause == ("recipe", "another recipe: seed (1 and 2)")
+    assert found.item == "recipe.canonical_json.sha256"
+    assert found.tensor in safetensors.torch.load(tiny.run().weights)
+    shown = diff.lines(found, "a", "b")
+    assert f"an item, first {found.item}; " in shown[0]
+    assert shown[2].startswith(f"by how much: weights, most in {found.tensor}: at most ")
     with pytest.raises(ReproError, match="--rerun needs two traces"):
         compare(a, b, rerun=True)
 
@@ -270,13 +275,13 @@ def test_golden_files_part_in_the_pipelines_order(tmp_path):
     golden.save(later, tmp_path / "b.json", False)
     golden.save({**later, "preprocessed.arrays.sha256": "0"}, tmp_path / "c.json", False)
     found = compare(tmp_path / "a.json", tmp_path / "b.json")
-    assert found is not None and (found.tensor, found.differing) == (
+    assert found is not None and (found.item, found.differing) == (
         "epoch.1.loss",
         (2, len(items)),
     )
     assert found.values == (repr(items["epoch.1.loss"]), "0.5")
     found = compare(tmp_path / "a.json", tmp_path / "c.json")
-    assert found is not None and found.tensor == "preprocessed.arrays.sha256"
+    assert found is not None and found.item == "preprocessed.arrays.sha256"
     assert found.cause[0] == "preprocessing"
 
 
