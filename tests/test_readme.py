@@ -1,12 +1,14 @@
 """Each command and each example of the README works.
 
-Commands on digits and the examples are really run here; the long ones (MNIST, the matrix) are
-checked to be tasks and verbs with options that exist. `.ci/run` runs the first two as they stand.
+Commands on digits and the examples are really run here, by the verb where the README has invoke's task;
+the long ones (MNIST, the matrix) are checked to be tasks and verbs with options that exist. `.ci/run` runs
+the first two as they stand.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import re
 import shlex
@@ -19,6 +21,8 @@ import pytest
 from invoke.collection import Collection
 from invoke.parser import Parser
 
+from reproml import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -28,18 +32,24 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
+def unset(words: list[str]) -> list[str]:
+    """A command without the variables that are set before it: NAME=value COMMAND."""
+    return list(itertools.dropwhile(re.compile("[A-Z_]+=").match, words))
+
+
 # One command a line; `&&` joins several.
 LINES = [line for block in blocks("sh") for line in block.splitlines()]
-COMMANDS = [shlex.split(part, comments=True) for line in LINES for part in line.split("&&")]
+COMMANDS = [unset(shlex.split(part, comments=True)) for line in LINES for part in line.split("&&")]
 TASKS = [
     command[1:]
     for command in COMMANDS
     if Path(command[0]).name == "invoke" and command[1] != "--list"  # invoke's own
 ]
-# `python -m reproml` has the same verbs as invoke has tasks.
+# `python -m reproml` has the same verbs as invoke has tasks; torchrun starts it several times.
+WORKERS = [command[1:] for command in COMMANDS if command[0] == "torchrun"]
 VERBS = [command[3:] for command in COMMANDS if command[:3] == ["python", "-m", "reproml"]]
 VERBS += [args for args in TASKS if args not in VERBS]
-QUICK = [args for args in VERBS if "digits-mlp" in args and args[0] != "matrix"]
+QUICK = [a for a in VERBS if "digits-mlp" in a and a[0] != "matrix" and "--trace" not in a]
 
 
 def python(
@@ -60,7 +70,7 @@ def test_the_two_commands_come_first():
 
 def test_every_command_is_of_a_known_kind():
     """A new kind of command needs a test of its own."""
-    known = {"invoke", "nix", "python", "python3", "pip", "pytest", ".", "sha256sum"}
+    known = {"invoke", "nix", "python", "python3", "pip", "pytest", ".", "sha256sum", "torchrun"}
     assert {Path(command[0]).name or "." for command in COMMANDS} <= known
 
 
@@ -83,18 +93,43 @@ def test_scripts_to_run_exist():
     assert scripts and all((ROOT / script).is_file() for script in scripts)
 
 
-@pytest.mark.parametrize("args", [a for a in VERBS if a[0] != "run"], ids=" ".join)
-def test_verb_exists_with_these_options(args, tmp_path):
-    """With an unknown recipe it stops early, and complains of nothing else."""
-    result = python("-m", "reproml", *args, "--recipe", "no-such-recipe", cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stderr.startswith("reproml: ") and "no-such-recipe" in result.stderr
+@pytest.mark.parametrize(
+    "args", VERBS + [w[w.index("reproml") + 1 :] for w in WORKERS], ids=" ".join
+)
+def test_verb_exists_with_these_options(args):
+    parsed, unknown = cli._parser().parse_known_args(args)
+    assert parsed.verb.__name__ == args[0] and unknown == []
 
 
 @pytest.mark.parametrize("args", QUICK, ids=" ".join)
 def test_command_on_digits_runs(args, tmp_path):
     result = python("-m", "reproml", *args, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+
+
+def test_why_my_bits_differ(tmp_path):
+    """Two traced trainings, each with its number of threads, and where they part, if they do."""
+    lines = [line for line in LINES if "--trace" in line]
+    for line in lines:
+        name, _, value = line.split()[0].partition("=")
+        args = unset(shlex.split(line))[1:]
+        result = python("-m", "reproml", *args, cwd=tmp_path, setting={name: value})
+        assert result.returncode == 0, result.stderr
+    (args,) = [args for args in VERBS if args[0] == "diff"]
+    result = python("-m", "reproml", *args, cwd=tmp_path)
+    last = {0: "no difference", 1: "likely cause: "}  # some machines add up alike with any threads
+    assert len(lines) == 2 and last[result.returncode] in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("args", WORKERS, ids=" ".join)
+def test_command_with_several_workers_runs(args, tmp_path):
+    setting = {
+        "PET_STANDALONE": "1",
+        "OMP_NUM_THREADS": "1",
+    }  # torchrun's --standalone: on a free port
+    result = python("-m", "torch.distributed.run", *args, cwd=tmp_path, setting=setting)
+    assert result.returncode == 0, result.stderr
+    assert "2" in args and "verified, all" in result.stdout
 
 
 def test_recipe_of_your_own(tmp_path):
