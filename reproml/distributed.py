@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 4 -m reproml run train.py
 
 The processes are PyTorch's (torch.distributed: gloo on CPUs, NCCL on GPUs). What each operator of a batch
-means is said in arithmetic/sharded.py, how sums are exchanged in arithmetic/partial.py; docs/distributed.md
+means is said in arithmetic/sharded/, how sums are exchanged in arithmetic/partial.py; docs/distributed.md
 has the proof, the bytes and the limits.
 """
 
@@ -28,15 +28,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from reproml.arithmetic import settings
 from reproml.arithmetic.partial import Group
-from reproml.arithmetic.sharded import (
-    Pending,
-    Rows,
-    Sharded,
-    at_end_of_backward,
-    gathered,
-    raw,
-    share,
-)
+from reproml.arithmetic.sharded.exchange import Pending, at_end_of_backward, raw
+from reproml.arithmetic.sharded.tensor import Rows, Sharded, gathered, share
 from reproml.errors import ReproError
 
 _TIMEOUT = timedelta(

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import reproml
-from reproml.arithmetic import sharded
-from reproml.arithmetic.sharded import Pending, Sharded, share
+from reproml.arithmetic.sharded import exchange
+from reproml.arithmetic.sharded.exchange import Pending
+from reproml.arithmetic.sharded.tensor import Sharded, gathered, share
 from tests.arithmetic.together import Thread, together
 
 Loss = Callable[[nn.Module, Any, Any], torch.Tensor]
@@ -133,13 +134,13 @@ def by_workers(
                 if isinstance(p.grad, Pending):
                     p.grad = p.grad.value()
 
-        sharded.at_end_of_backward(write)
+        exchange.at_end_of_backward(write)
         try:
             with reproml.exact():
                 target = y[me.rank :: size] if local else share(y, me)
                 return trained(mine, share(x, me), target, loss, steps)
         finally:
-            sharded._at_end.remove(write)
+            exchange._at_end.remove(write)
 
     return together(size, work)
 
@@ -241,7 +242,7 @@ def test_a_function_of_the_batch_is_that_of_the_whole_batch(name):
         torch.manual_seed(7)
         with reproml.exact():
             result = program(share(x, me))
-        return sharded.gathered(result) if isinstance(result, Sharded) else result
+        return gathered(result) if isinstance(result, Sharded) else result
 
     torch.manual_seed(7)
     with reproml.exact():

@@ -9,7 +9,7 @@ from typing import Any, Callable, TypeVar
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.sharded import raw
+from reproml.arithmetic.sharded.exchange import raw
 
 T = TypeVar("T")
 
