@@ -100,8 +100,9 @@ def _float32(*operands: Any) -> tuple[Tensor, ...]:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Innocuous double rounding again; an error of an ulp of binary64 changes nothing either, as a root
-    of a binary32 number stays 2^-51 away from every midpoint (relatively)."""
+    """The binary64 root may be an ulp wrong: a root of a binary32 number stays 2^-51 away (relatively)
+    from every midpoint m. In units in which m is an odd integer below 2^25, x is one too and not m^2, so
+    |sqrt(x) - m| >= 1 / (sqrt(x) + m)."""
     return x.double().sqrt().float()
 
 
