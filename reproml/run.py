@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -338,16 +338,31 @@ def _save(part: Path, out: Path, kept: list[Path], run: Run) -> None:
         kept.append(part)
         why = error.strerror if isinstance(error, OSError) else error
         raise ReproError(f"the run is whole but stays in {part}: {why}") from None
+    _delete_copies(part, out, run)
+
+
+def _partials(out: Path) -> list[tuple[Path, bool]]:
+    """Return what is being written for `out`, or was by killed processes: (folder, whether it is whole)."""
+    paths = [out.parent / name for name in os.listdir(out.parent)]
+    found = [p for p in paths if p.name.startswith(f".{out.name}.partial-") and p.is_dir()]
+    return [(path, set(os.listdir(path)) - {TRACE} == _FILES) for path in found]
 
 
 def _delete_begun(out: Path) -> None:
     """Delete what killed processes had begun to write for `out`; not what has all its files."""
-    for name in os.listdir(out.parent):
-        path = out.parent / name
-        if not name.startswith(f".{out.name}.partial-") or not path.is_dir():
-            continue
-        if set(os.listdir(path)) - {TRACE} != _FILES:
+    for path, whole in _partials(out):
+        if not whole:
             shutil.rmtree(path)
+
+
+def _delete_copies(part: Path, out: Path, run: Run) -> None:
+    """Delete what processes killed just before the end had whole, if it is the run that is in `out` now."""
+    content = {WEIGHTS: run.weights, METRICS: items_json(run.items).encode()}
+    with suppress(OSError):
+        for path, whole in _partials(out):
+            same = whole and all((path / name).read_bytes() == content[name] for name in content)
+            if same and path != part:
+                shutil.rmtree(path)
 
 
 def _publish(part: Path, out: Path) -> None:

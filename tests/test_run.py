@@ -158,6 +158,20 @@ def test_what_a_killed_run_left_is_swept_but_nothing_whole(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".run.partial-2", ".run.partial-3", "run"]
 
 
+def test_what_was_killed_when_it_was_whole_goes_with_the_same_run(tmp_path):
+    """Between the last file and the rename; a run whose weights or items differ stays."""
+    for number, result in enumerate([tiny.run(), other(tiny.run())]):
+        save(tmp_path / "beside", result)
+        os.rename(tmp_path / "beside", tmp_path / f".run.partial-{number}")
+    for number, name in (2, "weights.safetensors"), (3, "metrics.json"):
+        save(tmp_path / "beside", tiny.run())
+        (tmp_path / "beside" / name).write_text("{}")
+        os.rename(tmp_path / "beside", tmp_path / f".run.partial-{number}")
+    save(tmp_path / "run", tiny.run())
+    left = [".run.partial-2", ".run.partial-3", "run"]
+    assert sorted(os.listdir(tmp_path)) == left  # the log and the record are of no account
+
+
 def test_an_empty_folder_is_used_and_a_link_is_followed(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
