@@ -72,6 +72,8 @@ COMMANDS = [
     ["diff", "runs/fuzzed/weights.safetensors", "runs/other/weights.safetensors"],
     ["diff", "golden/fuzzed.json", "runs/fuzzed/metrics.json"],
     ["report", "--recipe", "./digits.toml", "--run", "runs/fuzzed"],
+    ["report", "--recipe", "./digits.toml", "--run", "runs/fuzzed", "--diff", "runs/other"],
+    ["report", "--recipe", "./digits.toml", "--run", "runs/other", "--diff", "one.trace", "--json"],
     [*TRAIN, "--recipe", "./digits.toml", "--steps", "1", "--trace", "one.trace"],
 ]
 WORDS = [
@@ -151,6 +153,7 @@ def prepare(folder: Path) -> None:
             few = ["--steps", "2", "--recipe", "./digits.toml"]
             assert call([*TRAIN, *few])[0] == 0
     assert call([*TRAIN, "--recipe", "./digits.toml", "--out", "runs/other"])[0] == 0
+    shutil.copy("one.trace", "runs/other/trace.jsonl")
 
 
 def mutate(content: bytes, chance: random.Random) -> bytes:

@@ -306,7 +306,8 @@ def report(args: argparse.Namespace, terminal: Terminal) -> Result:
 
     recipe = _recipe(args, args.run)
     folder = args.run or _default_run(args, recipe)
-    out = args.out or folder.with_name(folder.name + ".html")
+    named = folder.resolve() if folder.name in ("", "..") else folder  # --run . or / has no name
+    out = args.out or named.parent / f"{named.name}.html"
     page = reports.build(folder, args.recipe or recipe.name, args.data, args.diff)
     reports.save(page.html, out)
     verdict = {True: "verified", False: "not the golden run", None: "no golden file"}[page.verified]

@@ -37,7 +37,7 @@ from reproml.files import write_whole
 from reproml.golden import Comparison
 from reproml.recipe import Recipe
 from reproml.recipe import load as load_recipe
-from reproml.run import Items
+from reproml.run import Items, Number
 from reproml.tracing import diff
 from reproml.tracing.chain import Reader
 from reproml.tracing.diff import Divergence
@@ -198,19 +198,12 @@ def _verdict(folder: Path, recipe: Recipe, found: Items, recorded: Items) -> Ver
 
 
 def _losses(items: Items) -> list[float]:
-    """The mean loss of each epoch; NaN where it was not finite, or is no number."""
+    """The mean loss of each epoch; NaN where it was not finite, or the run records no number."""
     return [
-        _number(value)
+        float(value) if isinstance(value, (Number, int, float)) else math.nan
         for name, value in items.items()
         if _EPOCH.fullmatch(name) and name.endswith(".loss")
     ]
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
 
 
 def _step_losses(folder: Path) -> list[float]:

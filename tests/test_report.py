@@ -164,6 +164,14 @@ def test_what_the_run_says_of_itself_is_not_believed():
     assert "Not what the run recorded" in page().html
 
 
+def test_a_loss_that_is_no_number_differs_and_is_not_drawn():
+    items = {**tiny.run().items, "epoch.1.loss": "<b>", "epoch.2.loss": None}
+    (FOLDER / "metrics.json").write_text(runs.items_json(items))
+    built = page()
+    assert built.verified is False and "No value is finite" in built.html
+    assert "&lt;b&gt;" in built.html
+
+
 def test_without_a_golden_file_it_says_so():
     golden.place("tiny").unlink()
     built = page()
@@ -453,6 +461,14 @@ def test_report_writes_beside_the_run(capsys, at_work):
     assert main(arguments) == 0
     assert json.loads(capsys.readouterr().out) == {"report": "new/page.html", "verified": True}
     assert "Verified" in Path("new/page.html").read_text(encoding="utf-8")
+
+
+def test_a_run_that_is_named_by_a_dot_has_its_page_beside_it_too(capsys, at_work, monkeypatch):
+    monkeypatch.chdir(FOLDER)
+    assert main(["report", "--recipe", "../../tiny.toml", "--run", "."]) == 0
+    assert (at_work / "runs/tiny.html").is_file() and len(os.listdir(".")) == 4
+    assert main(["report", "--run", "/"]) == 2
+    assert "/ is not a whole run" in capsys.readouterr().err
 
 
 def test_another_run_is_told_by_the_exit_status(capsys):
