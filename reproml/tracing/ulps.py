@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Optional
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from reproml.digest import canonical_array
 
 _WIDTHS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -57,9 +58,9 @@ def first_apart(
 
 
 def _bits(x: Tensor) -> np.ndarray:  # type: ignore[type-arg]
-    with torch._C._DisableTorchDispatch():
-        raw = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return raw.view(_WIDTHS[x.element_size()])
+    """One NaN for all, as in a digest."""
+    array = canonical_array(x)
+    return array.view(_WIDTHS[array.itemsize])
 
 
 def _order(bits: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]

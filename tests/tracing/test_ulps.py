@@ -46,3 +46,9 @@ def test_the_tensor_that_is_furthest_apart():
     assert first_apart(x, {**x, "a": near, "b": far}) == ("b", Distance(2**22, 1, 2))
     assert first_apart(x, {**x, "c": torch.ones(3)}) == ("c", None)
     assert first_apart(x, {"a": x["a"]}) == ("b", None)
+
+
+def test_nan_is_nan_whatever_its_bits():
+    bits = torch.tensor([0x7FC00000, -0x400000, 0x7F800001], dtype=torch.int32)
+    found = distance(bits.view(torch.float32), torch.full((3,), torch.nan))
+    assert found == Distance(0, 0, 3)
