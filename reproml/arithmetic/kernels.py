@@ -16,7 +16,7 @@ from torch import Tensor
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
-_VERSION = 5  # REPROML_VERSION of c/parallel.c, raised with any change there
+_VERSION = 6  # REPROML_VERSION of c/parallel.c, raised with any change there
 
 # name -> (result, arguments), as in c/*.c
 _SIGNATURES = {
@@ -47,7 +47,7 @@ _SIGNATURES = {
     "reproml_adam": (_LONG, [_LONG, _POINTER, _POINTER] + [_DOUBLE] * 10 + [_POINTER]),
     "reproml_fingerprint": (
         None,
-        [_LONG] + [ctypes.c_char_p] * 3 + [_POINTER, ctypes.c_uint64, _POINTER],
+        [_LONG, ctypes.c_char_p, _POINTER, ctypes.c_uint64, _POINTER],
     ),
     "reproml_sgd": (_LONG, [_LONG] + [_POINTER] * 3 + [_INT] * 2 + [_DOUBLE] * 5 + [_POINTER]),
 }

@@ -68,10 +68,9 @@ class Operators(TorchDispatchMode):
         line, node = self._line()
         written = _written(func, args, kwargs)
         skipped = written if short in _FILLING or func._overloadname.endswith("out") else []
-        with unseen():
-            inputs = _described([args, kwargs], skipped)
+        inputs = _described([args, kwargs], skipped)
         result = func(*args, **kwargs)
-        outputs = list(tensors([result])) or written
+        outputs = tensors([result]) or written
         with unseen():
             if short in _UNFILLED:
                 for x in outputs:
@@ -105,7 +104,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
-            found += list(tensors([value]))
+            found += tensors(value)
     return found
 
 

@@ -39,7 +39,7 @@ from reproml import environment
 from reproml.arithmetic import DEFINITIONS, settings
 from reproml.digest import digest
 from reproml.tracing.chain import Writer
-from reproml.tracing.fingerprint import fingerprints, measure, tensors, unseen
+from reproml.tracing.fingerprint import fingerprints, first, measure, tensors, unseen
 from reproml.tracing.operators import Operators
 
 RERUN = "REPROML_TRACE_RERUN"  # see rerun.py
@@ -168,7 +168,7 @@ class Recorder:
 
     def _fetch(self, source: int, data: Any) -> None:
         if self._level != "epoch":
-            self._fetched[source] = list(tensors(data))
+            self._fetched[source] = tensors(data)
 
     def _call(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -187,10 +187,10 @@ class Recorder:
 
     def _backward(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         def backward(roots: Any, *args: Any, **kwargs: Any) -> Any:
-            with unseen():
-                self._settle_batch()
-                for x in tensors([roots]):
-                    self._loss.append(repr(x.item()) if x.numel() == 1 else fingerprints([x])[0])
+            self._settle_batch()
+            for x in tensors(roots):
+                loss = repr(first(x, 1)[0]) if x.numel() == 1 else fingerprints([x])[0]
+                self._loss.append(loss)
             return plain(roots, *args, **kwargs)
 
         return backward
@@ -206,50 +206,48 @@ class Recorder:
     # --- entries --------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        with unseen():
-            number = self._number(optimizer)
-            if number == len(self._optimizers):
-                self._optimizers.append(_Stepped(weakref.ref(optimizer), self._named(optimizer)))
-                if number >= self._known:
+        number = self._number(optimizer)
+        if number == len(self._optimizers):
+            self._optimizers.append(_Stepped(weakref.ref(optimizer), self._named(optimizer)))
+            if number >= self._known:
+                with unseen():
                     self._write_optimizer(number, optimizer)
-            if self._last is not None and self._last != self._pass:
-                self._epoch += 1
-                self._pass = self._last
-            if self._level != "epoch":
-                if not self._loss:  # gradients that no `backward` made: torch.autograd.grad, say
-                    self._settle_batch()
-                gradients = [p.grad for p in _parameters(optimizer)]
-                there = [g for g in gradients if g is not None]
-                random, *found = measure([torch.get_rng_state(), *self._batch, *there])
-                size = len(self._batch)
-                self._random, self._batch_found = f"{random[0]:016x}", found[:size]
-                prints = iter(found[size:])
-                self._gradients = [
-                    None if g is None else f"{next(prints)[0]:016x}" for g in gradients
-                ]
-                self._batch = []
+        if self._last is not None and self._last != self._pass:
+            self._epoch += 1
+            self._pass = self._last
+        if self._level != "epoch":
+            if not self._loss:  # gradients that no `backward` made: torch.autograd.grad, say
+                self._settle_batch()
+            gradients = [p.grad for p in _parameters(optimizer)]
+            there = [g for g in gradients if g is not None]
+            random, *found = measure([torch.get_rng_state(), *self._batch, *there])
+            size = len(self._batch)
+            self._random, self._batch_found = "%016x" % random[0], found[:size]
+            prints = iter(found[size:])
+            self._gradients = [None if g is None else "%016x" % next(prints)[0] for g in gradients]
+            self._batch = []
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        with unseen():
-            self._step += 1
+        self._step += 1
+        if self._level != "epoch":
             weights = _parameters(optimizer)
-            if self._level != "epoch":
-                self._writer.append(
-                    {
-                        "entry": "step",
-                        "epoch": self._epoch,
-                        "step": self._step,
-                        "optimizer": self._number(optimizer),
-                        "random": self._random,
-                        "batch": [[f"{f:016x}", f"{total:x}"] for f, total in self._batch_found],
-                        "loss": self._loss,
-                        "gradients": self._gradients,
-                        "weights": fingerprints(weights),
-                        "sample": weights[-1].detach().reshape(-1)[:_SAMPLE].tolist(),
-                    }
-                )
-                self._loss = []
-            if self._rerun:
+            self._writer.append(
+                {
+                    "entry": "step",
+                    "epoch": self._epoch,
+                    "step": self._step,
+                    "optimizer": self._number(optimizer),
+                    "random": self._random,
+                    "batch": [["%016x" % f, "%x" % total] for f, total in self._batch_found],
+                    "loss": self._loss,
+                    "gradients": self._gradients,
+                    "weights": fingerprints(weights),
+                    "sample": first(weights[-1], _SAMPLE),
+                }
+            )
+            self._loss = []
+        if self._rerun:
+            with unseen():
                 self._watch_rerun(optimizer)
 
     def _watch_rerun(self, optimizer: Optimizer) -> None:

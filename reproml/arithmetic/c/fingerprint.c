@@ -26,21 +26,25 @@ static pairs block(const uint32_t *words, const uint32_t *key, int floats) {
     return p;
 }
 
-/* result[2 i] and result[2 i + 1]: fingerprint and sum of the words of the bytes[i] bytes at data[i], which are
-   float32 where floats[i]. */
-void reproml_fingerprint(integer count, const void *const *data, const integer *bytes, const char *floats,
-                         const uint32_t *key, uint64_t multiplier, uint64_t *result) {
+/* A tensor's memory; floats: whether it holds float32. */
+typedef struct {
+    const char *data;
+    integer bytes, floats;
+} piece;
+
+/* result[2 i] and result[2 i + 1]: fingerprint and sum of the words of pieces[i]. */
+void reproml_fingerprint(integer count, const piece *pieces, const uint32_t *key, uint64_t multiplier, uint64_t *result) {
     for (integer i = 0; i < count; i++) {
-        const char *from = data[i];
-        uint64_t hash = (uint64_t)bytes[i], sum = 0;
-        for (integer left = bytes[i]; left > 0; left -= 4 * WORDS, from += 4 * WORDS) {
+        const char *from = pieces[i].data;
+        uint64_t hash = (uint64_t)pieces[i].bytes, sum = 0;
+        for (integer left = pieces[i].bytes; left > 0; left -= 4 * WORDS, from += 4 * WORDS) {
             uint32_t last[WORDS];
             const uint32_t *words = (const uint32_t *)from;
             if (left < 4 * WORDS) {
                 memset(last, 0, sizeof last);
                 words = memcpy(last, from, (size_t)left);
             }
-            pairs p = block(words, key, floats[i]);
+            pairs p = block(words, key, pieces[i].floats != 0);
             hash = hash * multiplier + p.hash;
             sum += p.sum;
         }
