@@ -38,10 +38,13 @@ _KEY = "reproml"  # in the file's header
 
 
 class TraceHead(msgspec.Struct, frozen=True):
-    """How far a trace had come: the number of its entries and their SHA-256."""
+    """How far a trace had come: what `tracing.recorder.Recorder.head` returns."""
 
     entries: int
     sha256: str
+    step: int
+    epoch: int
+    optimizers: int
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):

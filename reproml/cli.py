@@ -99,9 +99,6 @@ def _train_whole(
             folder = checkpoint.folder_of(out)
             checkpoints = checkpoint.Checkpoints(folder, recipe, args.numerics, every, start)
         own = out.parent / f".{out.name}.trace.jsonl" if recipe.trace and not args.trace else None
-        if start and (args.trace or own):
-            terminal.say("a training that goes on from a checkpoint is not traced")
-            args.trace = own = None
         result = run.perform(
             recipe,
             args.data,
@@ -114,6 +111,8 @@ def _train_whole(
         save(replace(result, trace=own))
         if checkpoints:
             checkpoints.delete()
+        if own:
+            own.unlink(missing_ok=True)  # last, as a checkpoint needs it
     return result.items
 
 

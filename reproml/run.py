@@ -33,7 +33,7 @@ from torch import nn
 
 from reproml import data, distributed, environment
 from reproml.arithmetic import DEFINITIONS
-from reproml.checkpoint import Checkpoints
+from reproml.checkpoint import Checkpoints, TraceHead
 from reproml.data import Dataset
 from reproml.digest import digest
 from reproml.errors import ReproError
@@ -72,7 +72,7 @@ class Run:
     weights: bytes  # the file weights.safetensors
     record: dict[str, Any]  # run.json
     log: list[str]
-    trace: Optional[Path] = None  # a file to be moved into the folder as trace.jsonl
+    trace: Optional[Path] = None  # a file to be copied into the folder as trace.jsonl
 
 
 def perform(
@@ -87,7 +87,7 @@ def perform(
     """Run the whole recipe in memory: data, preprocessing, training, evaluation.
 
     With `checkpoints` the training goes on from where they begin, and saves them on its way. `trace` is
-    a file to record the training in, from its beginning.
+    a file to record the training in: from its beginning, so one that goes on does so in the same file.
     """
     times = {"started": _now()}
     start = checkpoints.start if checkpoints else None
@@ -107,8 +107,17 @@ def perform(
     times["resumed" if start else "data_ready"] = _now()  # the rest is not the time of it all
     state = start.state if start else None
     task = recipe, numerics, None, state
-    traced = tracing(trace, recipe, numerics, dataset)
-    with distributed.joined(recipe.train.batch_size, task), traced:
+    if start and trace and not start.head.trace:
+        raise ReproError(
+            f"{start.path} is of a training that was not traced, so no trace can go on from there; "
+            "leave out --trace, or delete the checkpoints to begin anew"
+        )
+    if start and start.head.trace and not trace:
+        tell("from here on not traced, as --trace is left out")
+    traced = tracing(trace, recipe, numerics, dataset, start.head.trace if start else None)
+    with distributed.joined(recipe.train.batch_size, task), traced as recorder:
+        if checkpoints and recorder:
+            checkpoints.trace = lambda: TraceHead(**recorder.head())
         trained = train(recipe, prepared, numerics, None, tell, progress, state, after_step)
     times["trained"] = _now()
     weights: bytes = safetensors.torch.save(trained.model.state_dict())
@@ -134,9 +143,16 @@ def perform(
 
 
 def tracing(
-    path: Optional[Path], recipe: Recipe, numerics: str, dataset: Dataset
+    path: Optional[Path],
+    recipe: Recipe,
+    numerics: str,
+    dataset: Dataset,
+    head: Optional[TraceHead] = None,
 ) -> AbstractContextManager[Any]:
-    """Return the context in which a training is recorded, at the recipe's level; none without a path."""
+    """Return the context in which a training is recorded, at the recipe's level; none without a path.
+
+    With a checkpoint's `head` the file that is there goes on.
+    """
     if path is None:
         return nullcontext()
     about = {
@@ -145,7 +161,8 @@ def tracing(
         "numerics": numerics,
         "data.sha256": dataset.hashes,
     }
-    return record(path, recipe.trace or "step", about=about)
+    resume = msgspec.to_builtins(head) if head else None
+    return record(path, recipe.trace or "step", resume, about)
 
 
 def prepare(
@@ -326,7 +343,7 @@ def _save(part: Path, out: Path, kept: list[Path], run: Run) -> None:
         write(part / METRICS, items_json(run.items).encode())
         write(part / RUN, (json.dumps(run.record, indent=2, sort_keys=True) + "\n").encode())
         if run.trace:
-            shutil.move(run.trace, part / TRACE)
+            shutil.copyfile(run.trace, part / TRACE)  # killed now, a training goes on in the old
         write(part / LOG, "".join(line + "\n" for line in run.log).encode())
         sync_folder(part)
     except OSError as error:

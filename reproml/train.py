@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Callable, Optional
@@ -26,6 +26,7 @@ from reproml.preprocess import Prepared
 from reproml.recipe import SGD, Adam, AdamW, Optimizer, Recipe
 from reproml.tracing import batch as tell_batch
 from reproml.tracing import end_epoch as tell_end_of_epoch
+from reproml.tracing import restoring
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,16 @@ def train(
     Raises NotExactError if the model needs an operator that has no exact definition, ReproError if
     `start` is not a state of this training.
     """
-    with numerics_mode(numerics):
-        training = Training(recipe, prepared)
-        if start is not None:
-            training.restore(start)
+    with ExitStack() as stack:
+        if start is None:
+            stack.enter_context(numerics_mode(numerics))
+            training = Training(recipe, prepared)
+        else:
+            with restoring() as tell:  # a trace has the steps so far, and this is none
+                stack.enter_context(numerics_mode(numerics))
+                training = Training(recipe, prepared)
+                training.restore(start)
+                tell(training.model, training.optimizer)
         total = step_count(recipe, len(prepared.train.y))
         total = total if steps is None else min(steps, total)
         while training.done < total:
@@ -207,7 +214,8 @@ def epoch_batches(samples: int, batch_size: int) -> list[list[int]]:
         shuffle=True,
         collate_fn=list,
     )
-    return list(loader)
+    with torch.no_grad():  # so that a trace takes these for no batches
+        return list(loader)
 
 
 def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:

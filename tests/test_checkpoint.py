@@ -39,7 +39,7 @@ def save(folder: Path, numerics: str = "exact", steps: int = 6, trace: Any = Non
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The two newest checkpoints after step 4; read them only."""
     folder = tmp_path_factory.mktemp("saved")
-    save(folder, steps=4, trace=TraceHead(7, "ab"))
+    save(folder, steps=4, trace=TraceHead(7, "ab", 4, 1, 1))
     return {path.name: path.read_bytes() for path in paths_in(folder)}
 
 
@@ -79,7 +79,7 @@ def test_what_is_saved_is_loaded(folder):
     assert found is not None
     assert found.head.recipe == tiny.recipe() and found.head.numerics == "exact"
     assert (found.head.step, found.head.every, found.head.log) == (4, 1, ["step 4"])
-    assert found.head.trace == TraceHead(7, "ab")
+    assert found.head.trace == TraceHead(7, "ab", 4, 1, 1)
     whole = train(tiny.recipe(), tiny.prepared())
     assert found.state.epochs == whole.epochs[:1]  # the loss to the last bit
     assert found.state.initial_state_dict_sha256 == whole.initial_state_dict_sha256

@@ -9,9 +9,9 @@ Any training in plain PyTorch, native or exact, in one process: see docs/trace.m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 from reproml.errors import ReproError
 
@@ -65,3 +65,12 @@ def end_epoch() -> None:
     """Tell the trace, if one is recorded, that an epoch is over: for a loop without a DataLoader."""
     if active is not None:
         active.end_epoch()
+
+
+def restoring() -> AbstractContextManager[Callable[[Any, Any], None]]:
+    """Return a context in which a checkpoint is loaded: nothing in it is recorded.
+
+    It yields a function that tells the trace, if one is recorded, a model and its optimizer that have
+    taken steps before: they are in its last entry, even if they take none any more.
+    """
+    return active.restoring() if active is not None else nullcontext(lambda model, optimizer: None)

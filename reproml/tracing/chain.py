@@ -42,14 +42,19 @@ class Writer:
             if head is not None:
                 self._go_on(path, header["level"], head)
                 return
-            if path.exists() and path.stat().st_size:
-                Reader(path)  # raises if it is not a trace
+            if path.exists() and path.stat().st_size and not is_trace(path):
+                raise ReproError(f"{path} is not a trace of reproml, so none is written there")
             self._file = path.open("wb", buffering=0)
             self._file.write(_sealed({_KEY: FORMAT, **header}))
         except OSError as error:
             raise ReproError(f"cannot write the trace {path}: {error.strerror}") from None
 
     def _go_on(self, path: Path, level: str, head: dict[str, Any]) -> None:
+        if not path.exists():
+            raise ReproError(
+                f"the trace {path} is not there to go on with; put it back, go on without a trace, "
+                "or begin the training anew"
+            )
         reader = Reader(path)
         if reader.header["level"] != level:
             raise ReproError(
@@ -61,7 +66,8 @@ class Writer:
         if (reader.entries, reader.head) != (head["entries"], head["sha256"]):
             raise ReproError(
                 f"{path} does not lead to the head to go on from (entry {head['entries']}): "
-                "it is the trace of another run, or was cut off before"
+                "it is the trace of another run, or was cut off before; put the right one there, "
+                "go on without a trace, or begin the training anew"
             )
         self.entries, self.head = reader.entries, reader.head
         os.truncate(path, reader.offset)
@@ -72,6 +78,10 @@ class Writer:
         self.head = hashlib.sha256(self.head.encode() + text).hexdigest()
         self.entries += 1
         self._file.write(text[:-1] + _tail(self.head))
+
+    def sync(self) -> None:
+        """Write the file to the disk itself, so that no checkpoint outlives the entries it counts."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -88,6 +88,7 @@ class Recorder:
         self._loss: list[str] = []
         self._gradients: list[Optional[str]] = []
         self._random = ""
+        self._places = ExitStack()  # puts back all that `_listen` has replaced
         self._rerun: Optional[tuple[int, Path]] = None
         self._operators: Optional[Operators] = None
 
@@ -105,16 +106,20 @@ class Recorder:
             recorder._rerun = rerun["step"], Path(rerun["folder"])
         with ExitStack() as stack:
             stack.callback(recorder._writer.close)
-            recorder._listen(stack)
+            stack.callback(recorder._places.close)
+            recorder._listen(recorder._places)
             yield recorder
             recorder._write_weights("end")
 
     def head(self) -> dict[str, Any]:
         """Return where the trace stands, as JSON: to be kept in a checkpoint, given back as `resume`.
 
+        The file is on the disk up to there.
+
         entries, sha256: number of entries and the head of the last. step, epoch, optimizers: what the
         numbering goes on from; an epoch that is under way counts as one to be begun again.
         """
+        self._writer.sync()
         return {
             "entries": self._writer.entries,
             "sha256": self._writer.head,
@@ -122,6 +127,19 @@ class Recorder:
             "epoch": self._epoch - (self._pass is not None),
             "optimizers": max(self._known, len(self._optimizers)),
         }
+
+    @contextmanager
+    def restoring(self) -> Iterator[Callable[[nn.Module, Optimizer], None]]:
+        """See `tracing.restoring`."""
+        self._places.close()
+        try:
+            yield self._restored
+        finally:
+            self._listen(self._places)
+
+    def _restored(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._roots.add(model)
+        self._optimizers.append(_Stepped(weakref.ref(optimizer), self._named(optimizer)))
 
     # --- listening ------------------------------------------------------------------------------------
 

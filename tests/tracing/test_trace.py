@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 import reproml
+from reproml.checkpoint import Checkpoints
 from reproml.cli import main
 from reproml.errors import ReproError
 from reproml.run import RUN, TRACE
@@ -349,3 +352,104 @@ def test_train_and_run_take_a_file_for_it(tmp_path, monkeypatch):
     assert [e["step"] for e in entries(tmp_path / "a", "step")] == [1, 2]
     assert [e["numerics"] for e in entries(tmp_path / "b", "optimizer")] == ["exact"]
     assert not (tmp_path / "c").exists()
+
+
+# --- over a resume ----------------------------------------------------------------------------------
+
+
+def begin(monkeypatch: pytest.MonkeyPatch, *arguments: str, until: int) -> None:
+    """Train until that step's checkpoint is saved, then press Ctrl-C."""
+    plain = Checkpoints.save
+
+    def save(self, training, log):
+        plain(self, training, log)
+        if training.done == until:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save)
+        assert main(["train", *arguments]) == 130
+
+
+def asks_for_a_trace(folder: Path, level: str) -> None:
+    path = tiny.toml(folder)
+    path.write_text(f'trace = "{level}"\n' + path.read_text())
+
+
+TINY = ["--recipe", "./tiny.toml", "--checkpoint-every", "1"]
+
+
+@pytest.mark.parametrize("numerics", ["exact", "native"])
+@pytest.mark.parametrize("level", ["epoch", "step", "op"])
+@pytest.mark.parametrize("stops", [[3], [2, 4], [6]])  # an epoch's end; within, twice; the last
+def test_a_resumed_run_has_the_trace_of_an_unbroken_one(
+    tmp_path, monkeypatch, numerics, level, stops
+):
+    """Entry by entry and head by head: all the file is the same but for the header."""
+    monkeypatch.chdir(tmp_path)
+    asks_for_a_trace(tmp_path, level)
+    more = ["--numerics", numerics]
+    assert main(["train", *TINY, *more, "--out", "whole"]) == 0
+    begin(monkeypatch, *TINY, *more, "--out", "parts", until=stops[0])
+    for stop in stops[1:]:
+        begin(monkeypatch, "--resume", "parts", *more, until=stop)
+    assert Path(".parts.trace.jsonl").exists()
+    assert main(["train", "--resume", "parts", *more]) == 0
+    whole, parts = (
+        (tmp_path / name / TRACE).read_bytes().splitlines()[1:] for name in ("whole", "parts")
+    )
+    assert parts == whole and len(whole) > 3
+    assert sorted(os.listdir()) == ["parts", "tiny.toml", "whole"]
+
+
+def test_a_file_of_ones_own_goes_on_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny.toml(tmp_path)
+    assert main(["train", *TINY, "--out", "whole", "--trace", "a"]) == 0
+    begin(monkeypatch, *TINY, "--trace", "b", until=4)
+    with Path("b").open("ab") as file:
+        file.write(b'{"entry":"step",')  # killed in the next one
+    assert main(["train", "--resume", "runs/tiny", "--trace", "b"]) == 0
+    assert entries(tmp_path / "a") == entries(tmp_path / "b")
+
+
+def test_what_a_trace_cannot_go_on_from_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny.toml(tmp_path)
+    begin(monkeypatch, *TINY, "--trace", "a", until=4)
+    checkpoints = sorted(os.listdir("runs/tiny.checkpoints"))
+    raw = Path("a").read_bytes()
+    lines = raw.splitlines(keepends=True)
+    flipped = raw.replace(b'"step":2', b'"step":9')
+    for name, content, message in (
+        ("none", b"", "the trace none is not there to go on with; put it back, go on without"),
+        ("short", b"".join(lines[:-1]), "short does not lead to the head to go on from (entry 6)"),
+        ("flipped", flipped, "flipped is damaged: entry 3 (line 4) does not lead to its head"),
+    ):
+        if content:
+            Path(name).write_bytes(content)
+        capsys.readouterr()
+        assert main(["train", "--resume", "runs/tiny", "--trace", name]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+        assert not content or Path(name).read_bytes() == content
+    assert sorted(os.listdir("runs/tiny.checkpoints")) == checkpoints
+    capsys.readouterr()
+    begin(monkeypatch, "--resume", "runs/tiny", until=5)
+    assert "from here on not traced, as --trace is left out" in capsys.readouterr().out
+    assert main(["train", "--resume", "runs/tiny", "--trace", "a"]) == 2
+    assert "was not traced, so no trace can go on from there" in capsys.readouterr().err
+    assert Path("a").read_bytes() == raw
+
+
+def test_a_kill_while_the_run_is_saved_does_not_take_the_trace_away(tmp_path, monkeypatch):
+    """The checkpoints are still there then, and need it."""
+    monkeypatch.chdir(tmp_path)
+    asks_for_a_trace(tmp_path, "step")
+    for place in ("reproml.run._publish", "reproml.checkpoint.Checkpoints.delete"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, lambda *args: os.kill(os.getpid(), signal.SIGINT))
+            assert main(["train", *TINY, "--resume", "runs/tiny"]) == 130
+        assert main(["train", *TINY, "--resume", "runs/tiny"]) == 0
+        assert len(entries(tmp_path / "runs/tiny" / TRACE, "step")) == 6
+        shutil.rmtree("runs/tiny")
