@@ -47,7 +47,7 @@ _SIGNATURES = {
     "reproml_adam": (_LONG, [_LONG, _POINTER, _POINTER] + [_DOUBLE] * 10 + [_POINTER]),
     "reproml_fingerprint": (
         None,
-        [_LONG, ctypes.c_char_p, _POINTER, ctypes.c_uint64, _POINTER],
+        [_LONG] * 2 + [ctypes.c_char_p, _POINTER, ctypes.c_uint64, _POINTER],
     ),
     "reproml_sgd": (_LONG, [_LONG] + [_POINTER] * 3 + [_INT] * 2 + [_DOUBLE] * 5 + [_POINTER]),
 }

@@ -238,11 +238,14 @@ class Recorder:
                 self._settle_batch()
             gradients = [p.grad for p in _parameters(optimizer)]
             there = [g for g in gradients if g is not None]
-            random, *found = measure([torch.get_rng_state(), *self._batch, *there])
             size = len(self._batch)
-            self._random, self._batch_found = "%016x" % random[0], found[:size]
-            prints = iter(found[size:])
-            self._gradients = [None if g is None else "%016x" % next(prints)[0] for g in gradients]
+            found = measure([*self._batch, torch.get_rng_state(), *there], size)
+            self._batch_found = found[:size]
+            self._random, *prints = ["%016x" % fingerprint for fingerprint, _ in found[size:]]
+            if len(there) < len(gradients):
+                rest = iter(prints)
+                prints = [None if g is None else next(rest) for g in gradients]
+            self._gradients = prints
             self._batch = []
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -7,7 +7,9 @@
 
 /* Every NaN is the positive quiet one with an empty payload, as in digest.py. */
 static inline uint32_t canonical(uint32_t word) {
-    return (word & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : word;
+    float x;
+    memcpy(&x, &word, sizeof x);
+    return x != x ? 0x7fc00000 : word;
 }
 
 typedef struct {
@@ -15,13 +17,13 @@ typedef struct {
 } pairs;
 
 VECTORISED
-static pairs block(const uint32_t *words, const uint32_t *key, int floats) {
+static pairs block(const uint32_t *words, const uint32_t *key, int floats, int summed) {
     pairs p = {0, 0};
     for (int j = 0; j < HALF; j++) {
         uint32_t a = words[j], b = words[j + HALF];
         if (floats) a = canonical(a), b = canonical(b);
         p.hash += (uint64_t)(uint32_t)(a + key[j]) * (uint32_t)(b + key[j + HALF]);
-        p.sum += (uint64_t)a + b;
+        if (summed) p.sum += (uint64_t)a + b;
     }
     return p;
 }
@@ -32,8 +34,9 @@ typedef struct {
     integer bytes, floats;
 } piece;
 
-/* result[2 i] and result[2 i + 1]: fingerprint and sum of the words of pieces[i]. */
-void reproml_fingerprint(integer count, const piece *pieces, const uint32_t *key, uint64_t multiplier, uint64_t *result) {
+/* result[2 i] and result[2 i + 1]: fingerprint of pieces[i] and sum of its words, 0 from i = summed on. */
+void reproml_fingerprint(integer count, integer summed, const piece *pieces, const uint32_t *key, uint64_t multiplier,
+                         uint64_t *result) {
     for (integer i = 0; i < count; i++) {
         const char *from = pieces[i].data;
         uint64_t hash = (uint64_t)pieces[i].bytes, sum = 0;
@@ -44,7 +47,7 @@ void reproml_fingerprint(integer count, const piece *pieces, const uint32_t *key
                 memset(last, 0, sizeof last);
                 words = memcpy(last, from, (size_t)left);
             }
-            pairs p = block(words, key, pieces[i].floats != 0);
+            pairs p = block(words, key, pieces[i].floats != 0, i < summed);
             hash = hash * multiplier + p.hash;
             sum += p.sum;
         }
