@@ -1,8 +1,9 @@
 """How every operator comes to us: by a dispatch key of our own.
 
 PyTorch's dispatcher takes the highest key of an operator's set first: autocast and autograd, then Python,
-of modes and subclasses, then the kernels. Just above Python lies a key kept for extensions, `Fake`, to which PyTorch itself registers nothing. What we register for it gets each operator, the backward
-ones included, in a thread that has included the key.
+of modes and subclasses, then the kernels. Just above Python lies a key kept for extensions, `Fake`, to which
+PyTorch itself registers nothing. What we register for it gets each operator, the backward ones included, in
+a thread that has included the key.
 
 A `TorchDispatchMode` sees the same operators, at four times the price: some 3 microseconds each. We
 give modes and subclasses their turn before ours: they see the operators and not what we make of them.
