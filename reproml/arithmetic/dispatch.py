@@ -1,7 +1,7 @@
 """How every operator comes to us: by a dispatch key of our own.
 
 PyTorch's dispatcher takes the highest key of an operator's set first: autocast and autograd, then Python,
-of modes and subclasses, then the kernels. Just above Python lies a key kept for extensions, `Fake`, to which
+of modes and subclasses, then the kernels. Just above Python lies a key kept for extensions, `Fake`. To it
 PyTorch itself registers nothing. What we register for it gets each operator, the backward ones included, in
 a thread that has included the key.
 

@@ -305,7 +305,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     for arguments, words in (
         (["a", "c"], "at level step and c at op"),
         (["a", "none"], "none: No such file"),
-        (["a", "x.safetensors"], "a is a trace and x.safetensors a weights"),
+        (["a", "x.safetensors"], "a is a trace file and x.safetensors a weights file"),
     ):
         assert main(["diff", *arguments]) == 2
         error = capsys.readouterr().err

@@ -424,7 +424,7 @@ def test_what_a_trace_cannot_go_on_from_is_one_sentence(tmp_path, monkeypatch, c
     for name, content, message in (
         ("none", b"", "the trace none is not there to go on with; put it back, go on without"),
         ("short", b"".join(lines[:-1]), "short does not lead to the head to go on from (entry 6)"),
-        ("flipped", flipped, "flipped is damaged: entry 3 (line 4) does not lead to its head"),
+        ("flipped", flipped, "flipped is damaged: entry 3 (line 4) is not what was written"),
     ):
         if content:
             Path(name).write_bytes(content)
