@@ -7,7 +7,6 @@ reproml diff a.trace b.trace --rerun   # and, by running that one step again, th
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from reproml.errors import ReproError
 from reproml.golden import compare as compare_items
-from reproml.run import METRICS, RUN, TRACE, WEIGHTS, Items, read_items
+from reproml.run import METRICS, TRACE, WEIGHTS, Items, read_items, read_record
 from reproml.tracing import causes, ulps
 from reproml.tracing.causes import Evidence
 from reproml.tracing.chain import Reader, is_trace
@@ -369,12 +368,7 @@ def _runs(a: Path, b: Path, rerun: bool) -> Optional[Divergence]:
 
 def _record(folder: Path) -> dict[str, Any]:
     """What run.json tells, under the names of a trace's header."""
-    try:
-        record: dict[str, Any] = json.loads((folder / RUN).read_bytes())
-    except OSError as error:
-        raise ReproError(f"cannot read {folder / RUN}: {error.strerror}") from None
-    except ValueError as error:
-        raise ReproError(f"{folder / RUN} is not JSON: {error}") from None
+    record = read_record(folder)
     return {**record, "definitions": record.get("definitions.version"), "environment": record}
 
 
