@@ -42,7 +42,7 @@ def fingerprints(of: Sequence[Tensor]) -> list[str]:
     """Return 16 hexadecimal digits for each tensor: of any shape, layout, device and dtype that
     `reproml.digest` takes. The shape and the dtype are not part of it.
     """
-    return ["%016x" % fingerprint for fingerprint, _ in measure(of, 0)]
+    return [f"{fingerprint:016x}" for fingerprint, _ in measure(of, 0)]
 
 
 def measure(of: Sequence[Tensor], summed: int) -> list[tuple[int, int]]:

@@ -241,7 +241,7 @@ class Recorder:
             size = len(self._batch)
             found = measure([*self._batch, torch.get_rng_state(), *there], size)
             self._batch_found = found[:size]
-            self._random, *prints = ["%016x" % fingerprint for fingerprint, _ in found[size:]]
+            self._random, *prints = [f"{fingerprint:016x}" for fingerprint, _ in found[size:]]
             if len(there) < len(gradients):
                 rest = iter(prints)
                 prints = [None if g is None else next(rest) for g in gradients]
@@ -259,7 +259,7 @@ class Recorder:
                     "step": self._step,
                     "optimizer": self._number(optimizer),
                     "random": self._random,
-                    "batch": [["%016x" % f, "%x" % total] for f, total in self._batch_found],
+                    "batch": [[f"{f:016x}", f"{total:x}"] for f, total in self._batch_found],
                     "loss": self._loss,
                     "gradients": self._gradients,
                     "weights": fingerprints(weights),
