@@ -241,11 +241,9 @@ class Recorder:
             size = len(self._batch)
             found = measure([*self._batch, torch.get_rng_state(), *there], size)
             self._batch_found = found[:size]
-            self._random, *prints = [f"{fingerprint:016x}" for fingerprint, _ in found[size:]]
-            if len(there) < len(gradients):
-                rest = iter(prints)
-                prints = [None if g is None else next(rest) for g in gradients]
-            self._gradients = prints
+            prints = iter([f"{fingerprint:016x}" for fingerprint, _ in found[size:]])
+            self._random = next(prints)
+            self._gradients = [None if g is None else next(prints) for g in gradients]
             self._batch = []
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
