@@ -48,7 +48,8 @@ def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor, dim: Any, keepdim:
     dims = dims if x.dim() else []
     kept = [d for d in range(x.dim()) if d not in dims]
     shape = [x.shape[d] for d in kept]
-    rows = x.permute([*kept, *dims]).reshape(torch.Size(shape).numel(), -1)
+    length = torch.Size([x.shape[d] for d in dims]).numel()
+    rows = x.permute([*kept, *dims]).reshape(torch.Size(shape).numel(), length)
     y = function(rows).reshape(shape)
     return y.reshape([1 if d in dims else n for d, n in enumerate(x.shape)]) if keepdim else y
 
