@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data.distributed import DistributedSampler
 
-from reproml.arithmetic import settings
+from reproml.arithmetic import NotExactError, settings
 from reproml.arithmetic.partial import Group
 from reproml.arithmetic.sharded.exchange import Pending, at_end_of_backward, raw
 from reproml.arithmetic.sharded.tensor import Rows, Sharded, gathered, share
@@ -159,7 +159,14 @@ class DistributedDataParallel(nn.Module):
             )
 
         def mark(x: Tensor) -> Tensor:
-            return x if _length(x) is None else Sharded(x, at)
+            if _length(x) is None:
+                return x
+            if x.requires_grad and torch.is_grad_enabled():
+                raise NotExactError(
+                    "an input of the wrapped model requires a gradient, which would be lost: "
+                    "wrap what computes it as well, or detach it"
+                )
+            return Sharded(x, at)
 
         return tree_map_only(Tensor, mark, inputs)
 

@@ -194,6 +194,13 @@ def test_inputs_with_other_numbers_of_rows_are_refused(alone):
             wrapped(torch.ones(2, 2), torch.ones(3, 2))
 
 
+def test_an_input_whose_gradient_would_be_lost_is_refused(alone):
+    with reproml.exact():
+        wrapped = DistributedDataParallel(nn.Linear(2, 1))
+        with pytest.raises(reproml.NotExactError, match="requires a gradient, which would be lost"):
+            wrapped(nn.Linear(2, 2)(torch.ones(3, 2)))
+
+
 def test_pytorchs_own_wrapper_is_refused(alone):
     with reproml.exact(), pytest.raises(reproml.NotExactError):
         model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
