@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.rounding import exact_sum, gamma, nearest
+from reproml.errors import ReproError
 
 # A product of four binary32 numbers is a multiple of 2^-596 below 2^512; 2^63 of them fit 1,216 bits.
 _UNIT = 600
@@ -54,25 +55,39 @@ class Partial:
     divisor: int = 1  # of the whole sum, > 0
 
 
-def merge(group: Group, partials: Sequence[Partial]) -> list[Tensor]:
-    """The sums over all workers, each rounded once: float32 [m, n], the same on every worker."""
+def merge(group: Group, partials: Sequence[Partial], agreed: int = 0) -> list[Tensor]:
+    """The sums over all workers, each rounded once: float32 [m, n], the same on every worker.
+
+    agreed: a CRC of what every worker should have alike; raises ReproError if they differ.
+    """
     given = group.to_owners(torch.cat([_dealt(p, group.size) for p in partials], 1))
     total = reduce(torch.add, given)  # -0 where all gave -0, which `sum` would not keep
     rounded, failed = _tested(partials, total, group.size)
-    listed = failed.new_full((1 + _LISTED,), len(failed))
-    listed[1:][: len(failed)] = failed[:_LISTED]
-    shared = group.to_all(torch.cat([listed, rounded.view(torch.int32)]))
-    counts, results = shared[:, 0].tolist(), shared[:, 1 + _LISTED :].view(torch.float32)
+    head = failed.new_zeros(2 + _LISTED)
+    head[0], head[1] = len(failed), agreed >> 1  # within int32
+    head[2:][: len(failed)] = failed[:_LISTED]
+    shared = group.to_all(torch.cat([head, rounded.view(torch.int32)]))
+    counts, results = shared[:, 0].tolist(), shared[:, 2 + _LISTED :].view(torch.float32)
+    refuse_unlike(shared[:, 1])
     if max(counts) > _LISTED:
         padded = failed.new_zeros(max(counts))
         padded[: len(failed)] = failed
         lists = group.to_all(padded)
     else:
-        lists = shared[:, 1 : 1 + _LISTED]
+        lists = shared[:, 2 : 2 + _LISTED]
     whole = _gathered(partials, results)
     if any(counts):
         _settle(group, partials, whole, [row[:n] for row, n in zip(lists.tolist(), counts)])
     return whole
+
+
+def refuse_unlike(agreed: Tensor) -> None:
+    """Raise ReproError if the workers did not compute with the same numbers. agreed: [size, ...]."""
+    if len(agreed.unique()) > 1:
+        raise ReproError(
+            "the workers computed with different numbers, so the gradients are not those of one process: "
+            "a count of one worker's labels beside the global batch, say, or another random seed"
+        )
 
 
 def product(a: Tensor, b: Tensor, height: int, divisor: int = 1) -> Partial:

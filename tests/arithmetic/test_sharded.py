@@ -15,6 +15,7 @@ import reproml
 from reproml.arithmetic.sharded import exchange
 from reproml.arithmetic.sharded.exchange import Pending
 from reproml.arithmetic.sharded.tensor import Sharded, gathered, share
+from reproml.errors import ReproError
 from tests.arithmetic.together import Thread, together
 
 Loss = Callable[[nn.Module, Any, Any], torch.Tensor]
@@ -105,6 +106,14 @@ LOSSES: dict[str, tuple[Callable[..., torch.Tensor], Callable[[int], torch.Tenso
     "l1": (F.l1_loss, floats(3)),
     "huber": (F.huber_loss, floats(3)),
     "by hand": (lambda x, y: ((x - y) ** 2).sum() / 3, floats(3)),
+    "weighed": (lambda x, y: (x * y).sum(1).mean(), floats(3)),
+    "gathered": (lambda x, y: -x.gather(1, y.unsqueeze(1)).mean(), classes),
+    "swapped": (lambda x, y: F.mse_loss(y, x), floats(3)),
+    "each weighed": (
+        lambda x, y: F.binary_cross_entropy_with_logits(x, y, weight=y),
+        lambda n: torch.rand(n, 3),
+    ),
+    "cosine": (lambda x, y: F.cosine_similarity(x, y).mean(), floats(3)),
     "bce": (F.binary_cross_entropy_with_logits, lambda n: torch.rand(n, 3)),
 }
 
@@ -164,14 +173,15 @@ def test_a_model_trains_as_in_one_process(name):
             assert all(map(same, found, expected))
 
 
+@pytest.mark.parametrize("rows", [2, 5])
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_is_that_of_the_whole_batch(name, local):
-    """Two backward passes: the second adds to the gradients."""
+def test_a_loss_is_that_of_the_whole_batch(name, local, rows):
+    """Two backward passes: the second adds to the gradients. With shares of a row and of none."""
     loss, target = LOSSES[name]
     torch.manual_seed(2)
     with reproml.exact():
-        model, x, y = mlp(), torch.randn(5, 4), target(5)
+        model, x, y = mlp(), torch.randn(rows, 4), target(rows)
         expected = trained(copy.deepcopy(model), x, y, loss, steps=2)
     for size in (2, 3):
         for found in by_workers(size, model, x, y, loss, local, steps=2):
@@ -221,6 +231,8 @@ WHOLE: dict[str, Program] = {
     "picked": lambda x: x[x[:, 0] > 0],
     "gram": lambda x: x @ x.t(),
     "count": lambda x: (x > 0).sum(),
+    "fraction of a type": lambda x: (x > 0).mean(dtype=torch.float32),
+    "sum as float": lambda x: ((x > 0) * (2**24 + 1)).sum(dtype=torch.float32),
     "fraction": lambda x: (x > 0).float().mean(),
     "item": lambda x: torch.tensor(x.sum().item()),
     "rows added to what all have": lambda x: torch.ones(5, 4).add_(x),
@@ -229,6 +241,7 @@ WHOLE: dict[str, Program] = {
     "transposed": lambda x: (x.t() * torch.arange(4.0).unsqueeze(1)).t().reshape(-1).sum(),
     "rows of rows": lambda x: x.unsqueeze(0).expand(2, 5, 4).reshape(10, 4).cumsum(1).sum(0),
     "padded": lambda x: F.pad(x, (1, 0)).sum(0),
+    "scaled by what looks like a row": lambda x: (x * torch.full((1, 4), 0.5)).sum(0),
     "halves": lambda x: torch.cat([y * 3 for y in x.chunk(2, 1)], 1).sum(0),
 }
 
@@ -264,6 +277,7 @@ REFUSED: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     "strange rows": (lambda x: x + torch.ones(4, 4), r"\[4, 4\] has neither all of the batch"),
     "crossed": (lambda x: x.unsqueeze(0) + x.unsqueeze(1), "the batch in different places"),
     "strange labels": (lambda x: F.cross_entropy(x, torch.ones(4).long()), "The target has 4 rows"),
+    "joined to rows": (lambda x: torch.cat([torch.ones(3, 4), x]), "aten.cat.default .*joins rows"),
     "double": (lambda x: x.double() + 1, "float64"),
 }
 
@@ -275,6 +289,44 @@ def test_what_takes_rows_apart_is_refused(name):
     def work(me: Thread) -> None:
         with reproml.exact(), pytest.raises(reproml.NotExactError, match=words):
             program(share(torch.ones(5, 4), me))
+
+    together(2, work)
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveMaxPool2d(2)])
+def test_gradients_of_the_gathered_batch_go_on_to_rows(pool):
+    torch.manual_seed(1)
+    with reproml.exact():
+        model, x = nn.Conv2d(2, 4, 3), torch.randn(5, 2, 6, 6)
+
+    def loss(x: Any, y: Any) -> torch.Tensor:
+        return torch.sum(pool(x).flip(0) * y)
+
+    y = torch.randn(5, 4, 2, 2)
+    with reproml.exact():
+        expected = trained(copy.deepcopy(model), x, y, loss)
+    for found in by_workers(2, model, x, y, lambda x, _: loss(x, y)):
+        assert all(map(same, found, expected))
+
+
+UNLIKE: dict[str, Callable[[torch.Tensor, Thread], torch.Tensor]] = {
+    "a count of labels": lambda x, me: x.sum() / (me.rank + 1),
+    "a number of labels": lambda x, me: (x * (me.rank + 0.5)).sum(),
+    "random numbers": lambda x, me: (torch.manual_seed(me.rank), F.dropout(x))[1].sum(),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_workers_that_compute_with_different_numbers_are_refused(name):
+    model = nn.Linear(4, 3)
+
+    def work(me: Thread) -> None:
+        mine = copy.deepcopy(model)
+        with reproml.exact():
+            loss = UNLIKE[name](mine(share(torch.ones(5, 4), me)), me)
+            with pytest.raises(ReproError, match="the workers computed with different numbers"):
+                loss.backward()
+            mine(share(torch.ones(5, 4), me)).sum().backward()  # and may go on
 
     together(2, work)
 

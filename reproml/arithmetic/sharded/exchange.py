@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Sequence
 from typing import Any, Callable, Optional
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from reproml.arithmetic import dispatch
-from reproml.arithmetic.partial import Group, Partial, merge
+from reproml.arithmetic.partial import Group, Partial, merge, refuse_unlike
 
 raw = dispatch.natively  # for what is no operator of the user's
 
@@ -79,7 +80,8 @@ class _Bucket:
         """Exchange all that wait, at once."""
         if self.waiting and not self.results:
             with raw():
-                self.results = merge(self.group, self.waiting)
+                noted, _backward.noted = _backward.noted, 0
+                self.results = merge(self.group, self.waiting, noted)
             self.waiting.clear()
 
 
@@ -87,6 +89,8 @@ class _Backward(threading.local):
     """The backward pass of this thread."""
 
     bucket: Optional[_Bucket] = None
+    task = -1  # that has its end in the queue
+    noted = 0  # CRC of what the workers have to agree on, since the last exchange
 
 
 _backward = _Backward()
@@ -98,26 +102,41 @@ def at_end_of_backward(function: Callable[[Group], None]) -> None:
     _at_end.append(function)
 
 
-def _end_of_backward() -> None:
+def await_end(group: Group) -> int:
+    """Have the backward pass that runs, if one does, exchange what waits at its end; its number or -1."""
+    task = int(torch._C._current_graph_task_id())
+    if task not in (-1, _backward.task):
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(lambda: _end_of_backward(group))
+        _backward.task = task
+    return task
+
+
+def _end_of_backward(group: Group) -> None:
     bucket, _backward.bucket = _backward.bucket, None
     if bucket is not None:
         bucket.close()
-        for function in _at_end:
-            function(bucket.group)
+    elif _backward.noted:  # all was computed from the gathered batch
+        noted, _backward.noted = _backward.noted, 0
+        with raw():
+            refuse_unlike(group.to_all(torch.tensor([noted])))
+    for function in _at_end:
+        function(group)
+
+
+def note(data: bytes) -> None:
+    """Have the next exchange of gradients raise ReproError if the workers do not agree on it."""
+    _backward.noted = zlib.crc32(data, _backward.noted)
 
 
 def exchanged(group: Group, partial: Partial, shape: Sequence[int]) -> Tensor:
     """The whole sum, float32 of this shape: now, or within a backward pass at its end."""
-    task = torch._C._current_graph_task_id()
+    task = await_end(group)
     if task == -1:
         with raw():
             return merge(group, [partial])[0].reshape(shape)
     bucket = _backward.bucket
-    if bucket is None or bucket.task != task:
-        engine: Any = torch.autograd.Variable._execution_engine
-        engine.queue_callback(_end_of_backward)
-        bucket = None
-    if bucket is None or bucket.results:
+    if bucket is None or bucket.task != task or bucket.results:
         bucket = _backward.bucket = _Bucket(group, task)
     result = bucket.add(partial)
     with raw():

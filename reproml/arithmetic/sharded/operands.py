@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Callable, NoReturn, Optional
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
 from reproml.arithmetic import NotExactError
-from reproml.arithmetic.sharded.exchange import raw
+from reproml.arithmetic.sharded.exchange import Pending, await_end, note, raw
 from reproml.arithmetic.sharded.tensor import Rows, Sharded
 
 
@@ -79,15 +82,46 @@ def dimensions(dim: Any, rank: int) -> list[int]:
     return [d % rank for d in given]
 
 
-def with_target(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The arguments of a loss with the target's rows known as those of the batch."""
-    args, kwargs = list(args), dict(kwargs)
-    x = args[0] if args else kwargs.get("input")
-    if len(args) > 1:
-        args[1] = rows_of(args[1], x)
-    elif "target" in kwargs:
-        kwargs["target"] = rows_of(kwargs["target"], x)
-    return args, kwargs
+def note_operands(args: Any, kwargs: Any, may_have_rows: bool) -> None:
+    """Of each number and plain tensor beside a batch a sample: it may come from one worker's rows.
+
+    may_have_rows: whether the operator takes plain tensors with this worker's rows, which differ.
+    """
+    at = from_the_right(first_batch(args, kwargs))
+    shares = [at.length(at.held(r)) for r in range(at.group.size)]
+
+    def has_rows(x: Tensor) -> bool:  # of this worker, perhaps; the same decision on all workers
+        return may_have_rows and x.dim() >= -at.dim and x.shape[at.dim] in shares
+
+    for x in args if len(shares) > 1 else ():
+        if type(x) is float:
+            note(struct.pack("<d", x))
+        elif type(x) in (Tensor, Parameter) and x.is_floating_point() and x.is_cpu and x.numel():
+            if not has_rows(x):
+                with raw():
+                    value = float(x[(0,) * x.dim()])
+                note(struct.pack("<d", value) if value == value else b"nan")
+    if len(shares) > 1:
+        await_end(at.group)
+
+
+def with_target(count: int) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """For the arguments of a loss, of which the first `count` have rows: known as those of the batch."""
+
+    def prepared(args: Any, kwargs: Any) -> tuple[Any, Any]:
+        x, kwargs = first_batch(args, kwargs), dict(kwargs)
+
+        def mark(y: Any) -> Any:
+            return rows_of(y, x) if isinstance(y, Tensor) else y
+
+        for name, y in kwargs.items():  # a weight has rows if it is one of each element
+            if name != "pos_weight" and (
+                name != "weight" or (y is not None and y.dim() == x.dim())
+            ):
+                kwargs[name] = mark(y)
+        return [*map(mark, args[:count]), *args[count:]], kwargs
+
+    return prepared
 
 
 def rows_of(y: Any, x: Any) -> Any:
@@ -100,6 +134,38 @@ def rows_of(y: Any, x: Any) -> Any:
         )
     with raw():
         return Sharded(x.at.of(y, 0).contiguous() if len(y) == x.at.all else y, x.at)
+
+
+def with_rows(name: str, args: Any) -> Any:
+    """The arguments of an elementwise function, or gather, with this worker's rows known as such.
+
+    Autograd keeps operands for the backward pass, where nothing else may tell whose rows they are.
+    """
+    x = next((x for x in tensors(args) if isinstance(x, Sharded)), None)
+    if x is None or (name in ("gather", "take_along_dim") and args[1] % x.dim() == x.at.dim):
+        return args
+    if not isinstance(args[0], Sharded) and (name.endswith("_") and name.strip("_") == name[:-1]):
+        return args  # what is written to stays what it is
+    at = from_the_right(x)
+
+    def mark(y: Any) -> Any:
+        plain = isinstance(y, Tensor) and not isinstance(y, (Sharded, Pending))
+        return Sharded(y, at.moved(y.dim() + at.dim)) if plain and _is_own(y, at) else y
+
+    return [mark(y) for y in args]
+
+
+def _is_own(y: Tensor, at: Rows) -> bool:
+    """Whether a plain tensor has this worker's rows, at.dim counted from the right."""
+    if y.requires_grad or y.dim() < -at.dim or at.group.size == 1:
+        return False
+    n, shares = y.shape[at.dim], [at.length(at.held(r)) for r in range(at.group.size)]
+    if n not in (1, at.own) or n == at.all != 1:
+        return False
+    if 1 not in shares:
+        return bool(n == at.own)
+    with raw():  # a single row looks like what all have: the others know
+        return at.group.to_all(torch.tensor(n, device=y.device)).tolist() == shares
 
 
 def with_state(dim: int) -> Callable[[Any, Any], tuple[Any, Any]]:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from reproml.arithmetic.convolution import weight_operands
 from reproml.arithmetic.partial import Partial, in_units, marked, plain_sum, product
-from reproml.arithmetic.sharded.exchange import exchanged, raw
+from reproml.arithmetic.sharded.exchange import exchanged, note, raw
 from reproml.arithmetic.sharded.operands import (
     by_name,
     dimensions,
@@ -21,6 +21,7 @@ from reproml.arithmetic.sharded.operands import (
     from_the_right,
     own_part,
     refuse,
+    rows_of,
     tensors,
     with_batch,
 )
@@ -69,6 +70,8 @@ def each_row(func: Any, args: Any, kwargs: Any) -> Any:
     at = x.at
     if at.dim or any(isinstance(y, Sharded) and y.at != at for y in tensors(args)):
         return everywhere(func, args, kwargs)
+    if func._schema.name.endswith("_backward"):  # of what was computed from the gathered batch
+        args = [rows_of(args[0], x), *args[1:]]
     result = func(*tree_map_only(Sharded, lambda y: y.local, args), **kwargs)
     return tree_map_only(Tensor, lambda y: Sharded(y, at), result)
 
@@ -101,6 +104,8 @@ def total(func: Any, args: Any, kwargs: Any) -> Any:
     if x.at.dim not in dims:
         return along(func, args, kwargs)
     group, keep = x.at.group, named.get("keepdim", False)
+    if not x.is_floating_point() and named.get("dtype") not in (None, torch.int64):
+        return everywhere(func, args, kwargs)
     if not x.is_floating_point():
         with raw():
             local = func(*tree_map_only(Sharded, lambda y: y.local, args), **kwargs)
@@ -206,6 +211,8 @@ def drawn(func: Any, args: Any, kwargs: Any) -> Any:
         refuse(func, "its parameters are part of the batch")
     with raw():
         whole = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        if kwargs.get("generator") is None and x.is_cpu and x.at.group.size > 1:
+            note(torch.get_rng_state().numpy().tobytes())
     result = func(whole, *rest, **kwargs)
     with raw():
         own = x.at.of(result, x.at.dim)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from reproml.arithmetic.sharded import losses, norms, rules, views
-from reproml.arithmetic.sharded.operands import with_state, with_target
+from reproml.arithmetic.sharded.operands import note_operands, with_rows, with_state, with_target
 from reproml.arithmetic.sharded.tensor import Sharded
 
 Rule = Callable[[Any, Any, Any], Any]  # (operator, positional, keywords) -> result
@@ -17,8 +17,14 @@ Rule = Callable[[Any, Any, Any], Any]  # (operator, positional, keywords) -> res
 FUNCTIONS: dict[Any, Callable[[Any, Any], tuple[Any, Any]]] = {
     **dict.fromkeys([
         F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.kl_div,
+        F.poisson_nll_loss, F.hinge_embedding_loss, F.multilabel_soft_margin_loss,
         F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
-    ], with_target),
+        F.cosine_similarity, F.pairwise_distance,
+    ], with_target(2)),
+    **dict.fromkeys([
+        F.gaussian_nll_loss, F.cosine_embedding_loss, F.margin_ranking_loss,
+        F.triplet_margin_loss,
+    ], with_target(3)),
     **dict.fromkeys([torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu], with_state(1)),
     **dict.fromkeys(
         [torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell], with_state(0)
@@ -26,14 +32,24 @@ FUNCTIONS: dict[Any, Callable[[Any, Any], tuple[Any, Any]]] = {
 }  # fmt: skip
 
 
-def rule(func: Any) -> Rule:
-    """Return what an operator does; from the gathered batch if the table does not have it."""
+def prepared(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a function of torch, with plain tensors that are rows known as such."""
+    if func in FUNCTIONS:
+        return FUNCTIONS[func](args, kwargs)
+    if func.__name__.strip("_") in _BESIDE:
+        return with_rows(func.__name__, args), kwargs
+    return args, kwargs
+
+
+def computed(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operator; from the gathered batch if the table does not have it."""
     name = func._schema.name[len("aten::") :]
-    found = RULES.get(name) or RULES.get(name.rstrip("_")) or rules.everywhere
-    if func._schema.is_mutable and not (found in _IN_PLACE and name.endswith("_")):
+    rule = RULES.get(name) or RULES.get(name.rstrip("_")) or rules.everywhere
+    note_operands(args, kwargs, rule in (rules.pointwise, rules.along))
+    if func._schema.is_mutable and not (rule in _IN_PLACE and name.endswith("_")):
         everywhere = rules.everywhere  # which refuses it
-        return RULES[name] if name == "_native_batch_norm_legit" else everywhere
-    return found
+        rule = RULES[name] if name == "_native_batch_norm_legit" else everywhere
+    return rule(func, args, kwargs)
 
 
 _IN_PLACE = (rules.pointwise, rules.drawn, views.transpose_)
@@ -109,3 +125,8 @@ RULES: dict[str, Rule] = {
     """, rules.drawn),
 }
 # fmt: on
+
+# Names of functions of torch beside whose batch a plain tensor may be this worker's rows.
+_BESIDE = {name for name, rule in RULES.items() if rule is rules.pointwise}
+_BESIDE |= {a + b for a in "ri" for b in "add sub mul div truediv pow".split()}
+_BESIDE |= set("gather take_along_dim truediv true_divide divide multiply subtract square".split())

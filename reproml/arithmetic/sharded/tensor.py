@@ -85,10 +85,8 @@ class Sharded(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            prepare = _table().FUNCTIONS.get(func)
-            if prepare:
-                args, kwargs = prepare(args, kwargs or {})
-            return func(*args, **(kwargs or {}))
+            args, kwargs = _table().prepared(func, args, kwargs or {})
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -96,7 +94,7 @@ class Sharded(Tensor):
     ) -> Any:
         if any(issubclass(t, Pending) for t in types):
             args, kwargs = tree_map_only(Pending, Pending.value, (args, kwargs))
-        return _table().rule(func)(func, args, kwargs or {})
+        return _table().computed(func, args, kwargs or {})
 
 
 @functools.cache

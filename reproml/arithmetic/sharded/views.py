@@ -159,7 +159,11 @@ def joined(func: Any, args: Any, kwargs: Any) -> Any:
     x = first_batch(args, kwargs)
     stacked = "stack" in func._schema.name
     dim = named["dim"] % (x.dim() + stacked)
-    if any(y.dim() != x.dim() for y in named["tensors"]) or dim == x.at.dim and not stacked:
+    if dim == x.at.dim and not stacked:
+        if not all(isinstance(y, Sharded) for y in named["tensors"]):
+            refuse(func, "it joins rows of the batch to rows that may be of this worker alone")
+        return everywhere(func, args, kwargs)
+    if any(y.dim() != x.dim() for y in named["tensors"]):
         return everywhere(func, args, kwargs)
     at = from_the_right(x)
     result = func([own_part(func, y, at) for y in named["tensors"]], dim)
