@@ -115,8 +115,14 @@ class DistributedDataParallel(nn.Module):
         module: nn.Module,
         device_ids: Any = None,
         output_device: Any = None,
+        *,
         process_group: Optional[dist.ProcessGroup] = None,
+        # Of no effect: buffers are alike on all workers, each gradient is exchanged at the end.
         find_unused_parameters: bool = False,
+        broadcast_buffers: bool = True,
+        bucket_cap_mb: Optional[int] = None,
+        gradient_as_bucket_view: bool = False,
+        static_graph: bool = False,
     ) -> None:
         super().__init__()
         self.module = module

@@ -155,7 +155,9 @@ def test_the_wrapper_over_pytorchs_group(alone):
     with reproml.exact():
         model, x, y = data()
         expected = steps(copy.deepcopy(model), x, y)
-        wrapped = DistributedDataParallel(model)
+        wrapped = DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
+        )
         with wrapped.no_sync():
             assert steps(wrapped, x, y) == expected
     with pytest.raises(ReproError, match="was called outside"):
