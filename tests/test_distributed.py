@@ -203,6 +203,15 @@ def test_an_input_whose_gradient_would_be_lost_is_refused(alone):
             wrapped(nn.Linear(2, 2)(torch.ones(3, 2)))
 
 
+def test_a_parameter_of_no_wrapped_model_is_refused_by_the_optimizer(alone):
+    with reproml.exact():
+        wrapped, scale = DistributedDataParallel(nn.Linear(2, 2)), nn.Parameter(torch.ones([]))
+        (wrapped(torch.ones(3, 2)) * scale).sum().backward()
+        optimizer = torch.optim.SGD([scale], lr=0.1)
+        with pytest.raises(reproml.NotExactError, match="wrap the module that owns this parameter"):
+            optimizer.step()
+
+
 def test_pytorchs_own_wrapper_is_refused(alone):
     with reproml.exact(), pytest.raises(reproml.NotExactError):
         model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))

@@ -26,6 +26,8 @@ from torch.autograd.graph import increment_version
 from reproml.arithmetic import NotExactError, dispatch, kernels
 from reproml.arithmetic.activations import single
 from reproml.arithmetic.ball import elementwise
+from reproml.arithmetic.sharded.exchange import Pending
+from reproml.arithmetic.sharded.tensor import Sharded
 
 _STEP_BITS, _POWER_BITS = 160, 256
 
@@ -400,6 +402,12 @@ def _check(*tensors: Tensor) -> None:
     for x in tensors:
         if x.dtype is torch.float32 and x.layout is torch.strided and type(x) in _PLAIN:
             continue
+        if isinstance(x, (Pending, Sharded)):
+            raise NotExactError(
+                "The optimizer's step met a gradient that backward() did not write, as it does where a "
+                "wrapped model has the parameter: wrap the module that owns this parameter "
+                "(reproml.distributed.DistributedDataParallel)."
+            )
         if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             raise NotExactError(
                 f"The optimizer's step is defined for plain tensors, not for {type(x).__name__}; "
