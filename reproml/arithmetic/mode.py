@@ -128,6 +128,8 @@ def _for_float32(name: str, func: Any, outputs: Sequence[str] = ()) -> Handler:
         if not kwargs and _plainly_float32(args):
             if not outputs:
                 return definitions[name](*args)
+            if in_place and name in table.IN_PLACE:
+                return table.IN_PLACE[name](*args)
         else:
             given = list(tensors([*args, *kwargs.values()]))
             if given and not _is_exact(name, given, [*args, *kwargs.values()]):

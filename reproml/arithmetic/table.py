@@ -207,6 +207,9 @@ index_put index_put_ max min amax amin maximum minimum clamp clamp_min clamp_max
 # Overloads of a MOVE that do compute.
 NOT_MOVES = frozenset(["round.decimals", "scatter.reduce", "scatter.value_reduce"])
 
+# In-place forms that are one IEEE 754 operation as well, for float32 with float32 or a number.
+IN_PLACE: dict[str, Definition] = {"add": Tensor.add_, "sub": Tensor.sub_, "mul": Tensor.mul_}
+
 # Casts, of any dtype.
 CASTS: dict[str, Definition] = {"_to_copy": _to_copy, "copy_": _copy}
 

@@ -235,6 +235,19 @@ def test_in_place_and_out_forms():
         assert same_bits(leaf.grad, x.exp())
 
 
+@pytest.mark.parametrize("name", sorted(table.IN_PLACE))
+@few
+@given(x=tensors((3, 4), ANY), y=tensors((4,), ANY), f=st.floats(-1e3, 1e3))
+def test_in_place_is_the_plain_form(name, x, y, f):
+    for operand in (y, x[0], f, 3, torch.tensor([2**24 + 1, 2, 3, 4]), torch.tensor(f)):
+        for layout in LAYOUTS:
+            z = lay_out(x, layout).clone()
+            with reproml.exact():
+                expected = getattr(torch, name)(x, operand)
+                assert getattr(z, name + "_")(operand) is z
+            assert same_bits(z, expected)
+
+
 def test_overlapping_memory():
     with reproml.exact():
         with pytest.raises(RuntimeError):
