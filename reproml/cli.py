@@ -222,8 +222,12 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Result:
     first = _worker() == 0  # of several, that torchrun started: they all come to the same
     digest = args.digest if first else None
     wish, result = script.run(args.script, args.arguments, args.numerics, digest, args.trace)
-    for line in script.lines(result) if first else []:
+    lines = script.lines(result) if first else []
+    for line in lines:
         terminal.say(line)
+    if first and not lines and wish is None:
+        nothing = "no optimizer took a step and no state dict was saved: there is nothing to digest"
+        print(f"reproml: {nothing}", file=sys.stderr)
     if wish is not None:
         raise wish  # with any status that the script chose
     return 0, result
