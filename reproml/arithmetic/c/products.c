@@ -8,7 +8,7 @@
 
 #define DEPTH 1024        /* terms that one pass sums, so that a panel of b stays in the second-level cache */
 #define FAR (1 << 16)     /* elements: a matrix that reaches over more is packed first */
-#define SHORT 48          /* terms: for fewer, the horizontal sums of `along` cost too much */
+#define SHORT 448         /* terms: for fewer, the horizontal sums of `along` cost more than packing b */
 #define SERIAL (1 << 21)  /* multiplications, some 20 us, that are not worth a second thread; of numbers to prepare an eighth */
 
 typedef struct {
@@ -53,6 +53,19 @@ static void add_squares(const float *restrict x, int n, integer rows, integer st
         for (int j = 0; j < n; j++) norm[j] += (double)x[p * stride + j] * x[p * stride + j];
 }
 
+/* Of a panel that is laid out [depth, rows] already: one call, not one for each row. */
+VECTORISED
+static void add_wide_squares(const double *restrict x, int rows, integer depth, double *restrict norm) {
+    double sum[TILE_ROWS] = {0};
+    if (rows == TILE_ROWS) /* most panels; with the number known it is one vector */
+        for (integer p = 0; p < depth; p++)
+            for (int i = 0; i < TILE_ROWS; i++) sum[i] += x[p * TILE_ROWS + i] * x[p * TILE_ROWS + i];
+    else
+        for (integer p = 0; p < depth; p++)
+            for (int i = 0; i < rows; i++) sum[i] += x[p * rows + i] * x[p * rows + i];
+    for (int i = 0; i < rows; i++) norm[i] += sum[i];
+}
+
 VECTORISED
 static void widen(const float *restrict from, integer row, integer column, int rows, integer depth,
                   double *restrict to) {
@@ -82,10 +95,11 @@ static void prepare_a(const product *x, integer task) {
     int rows = least(x->m - i, x->rows);
     const float *a = x->a + batch * x->a_batch + i * x->a_row + x->first * x->a_column;
     integer at = batch * x->row_panels * x->rows + i;
-    if (!x->along) widen(a, x->a_row, x->a_column, rows, x->depth, x->wide_a + at * x->depth);
-    if (x->a_row == 1)
-        add_squares(a, rows, x->depth, x->a_column, x->norm_a + at);
-    else
+    double *wide = x->wide_a + at * x->depth;
+    if (!x->along) {
+        widen(a, x->a_row, x->a_column, rows, x->depth, wide);
+        add_wide_squares(wide, rows, x->depth, x->norm_a + at);
+    } else
         for (int r = 0; r < rows; r++) x->norm_a[at + r] += reproml_squares(a + r * x->a_row, x->depth, x->a_column);
 }
 
@@ -99,9 +113,11 @@ static void prepare_b(const product *x, integer task) {
     const float *b = x->b + batch * x->b_batch + j * x->b_column + x->first * x->b_row;
     integer at = batch * x->column_panels * x->columns + j;
     double *norm = x->norm_b + at;
-    if (!x->along && panel >= x->packed)
-        pack(b, x->b_row, x->b_column, columns, x->depth, panel_of(x, batch, panel));
-    if (x->b_column == 1)
+    if (!x->along && panel >= x->packed) {
+        float *packed = panel_of(x, batch, panel);
+        pack(b, x->b_row, x->b_column, columns, x->depth, packed);
+        add_squares(packed, columns, x->depth, TILE_COLUMNS, norm);
+    } else if (x->b_column == 1)
         add_squares(b, columns, x->depth, x->b_row, norm);
     else
         for (int c = 0; c < columns; c++) norm[c] += reproml_squares(b + c * x->b_column, x->depth, x->b_row);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Callable, NoReturn, Optional
 
@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
 from reproml.arithmetic import NotExactError
+from reproml.arithmetic.dispatch import tensors as tensors
 from reproml.arithmetic.sharded.exchange import Pending, await_end, note, raw
 from reproml.arithmetic.sharded.tensor import Rows, Sharded
 
@@ -22,14 +23,6 @@ def refuse(func: Any, why: str) -> NoReturn:
         f"{func} is not defined for a batch that is dealt to several workers: {why}; "
         "compute it from the rows of one worker before the model, or from results without the batch"
     )
-
-
-def tensors(args: Any) -> Iterator[Tensor]:
-    for x in args:
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, (list, tuple)):
-            yield from tensors(x)
 
 
 def first_batch(args: Any, kwargs: Any) -> Sharded:
