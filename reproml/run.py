@@ -41,7 +41,7 @@ from reproml.evaluate import evaluate
 from reproml.files import locked, partial, sync_folder, write
 from reproml.preprocess import Prepared, preprocess
 from reproml.recipe import Recipe
-from reproml.tracing import trace as record
+from reproml.tracing import trace as start_trace
 from reproml.train import Training, shapes, train
 
 # Name of an item: its value. The order is the pipeline's, so the first difference is the cause.
@@ -130,16 +130,23 @@ def perform(
     items[_WEIGHTS_SHA256] = hashlib.sha256(weights).hexdigest()
     items.update(score(trained.model, prepared, numerics, tell))
     times["finished"] = _now()
-    about = {
-        "recipe": msgspec.to_builtins(recipe),
-        "recipe.sha256": recipe.sha256,
-        "numerics": numerics,
+    record = {
+        **_about(recipe, numerics, dataset),
         "definitions.version": DEFINITIONS,
-        "data.sha256": dataset.hashes,
         "times": times,
         **environment.describe(),
     }
-    return Run(items, weights, about, lines)
+    return Run(items, weights, record, lines)
+
+
+def _about(recipe: Recipe, numerics: str, dataset: Dataset) -> dict[str, Any]:
+    """What run.json and the header of a trace both tell of a training."""
+    return {
+        "recipe": msgspec.to_builtins(recipe),
+        "recipe.sha256": recipe.sha256,
+        "numerics": numerics,
+        "data.sha256": dataset.hashes,
+    }
 
 
 def tracing(
@@ -155,14 +162,9 @@ def tracing(
     """
     if path is None:
         return nullcontext()
-    about = {
-        "recipe": msgspec.to_builtins(recipe),
-        "recipe.sha256": recipe.sha256,
-        "numerics": numerics,
-        "data.sha256": dataset.hashes,
-    }
     resume = msgspec.to_builtins(head) if head else None
-    return record(path, recipe.trace or "step", resume, about)
+    about = _about(recipe, numerics, dataset)
+    return start_trace(path, recipe.trace or "step", resume, about)
 
 
 def prepare(

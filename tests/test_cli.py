@@ -13,7 +13,7 @@ import pytest
 from reproml import cli, golden
 from reproml import run as runs
 from reproml.arithmetic import NotExactError
-from reproml.checkpoint import Checkpoints, paths_in
+from reproml.checkpoint import paths_in
 from reproml.cli import main
 from tests import tiny
 
@@ -216,30 +216,16 @@ def test_ctrl_c_while_training_leaves_nothing(at_work):
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
-def begin(monkeypatch, *arguments: str, until: int = 4) -> None:
-    """Train until that step, then press Ctrl-C."""
-    plain = Checkpoints.save
-
-    def save(self, training, log):
-        plain(self, training, log)
-        if training.done == until:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save)
-        assert main(["train", *arguments]) == 130
-
-
 EVERY = ["--checkpoint-every", "2"]
 
 
 @pytest.mark.parametrize("folder", ["runs/tiny", "runs/tiny.checkpoints"])
 def test_resume_needs_nothing_but_the_folder(capsys, monkeypatch, at_work, folder):
     """Recipe and interval are the checkpoint's; the run, its log too, is as if nothing had been."""
-    begin(monkeypatch, *TINY, *EVERY)
+    tiny.begin(monkeypatch, *TINY, *EVERY)
     assert sorted(os.listdir("runs")) == ["tiny.checkpoints"]
     (at_work / "tiny.toml").unlink()
-    begin(monkeypatch, "--resume", folder, until=6)
+    tiny.begin(monkeypatch, "--resume", folder, until=6)
     newest, before = paths_in(at_work / "runs/tiny.checkpoints")
     assert newest.name.startswith("step-00000006") and before.name.startswith("step-00000004")
     capsys.readouterr()
@@ -292,7 +278,7 @@ def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(capsys, at_w
 
 
 def test_checkpoints_of_an_unfinished_training_are_not_lost(capsys, at_work, monkeypatch):
-    begin(monkeypatch, *TINY, *EVERY)
+    tiny.begin(monkeypatch, *TINY, *EVERY)
     before = [path.name for path in paths_in(at_work / "runs/tiny.checkpoints")]
     capsys.readouterr()
     for more in ([], EVERY):

@@ -6,6 +6,10 @@ import functools
 import tempfile
 from pathlib import Path
 
+import pytest
+
+from reproml.checkpoint import Checkpoints
+from reproml.cli import main
 from reproml.data import load as load_data
 from reproml.preprocess import Prepared, preprocess
 from reproml.recipe import Recipe
@@ -54,3 +58,17 @@ def prepared() -> Prepared:
 def run() -> Run:
     """The exact run of `recipe()`; read it only."""
     return perform(recipe())
+
+
+def begin(monkeypatch: pytest.MonkeyPatch, *arguments: str, until: int = 4) -> None:
+    """Train by the command line until that step's checkpoint is saved, then press Ctrl-C."""
+    plain = Checkpoints.save
+
+    def save(self, training, log):
+        plain(self, training, log)
+        if training.done == until:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save)
+        assert main(["train", *arguments]) == 130

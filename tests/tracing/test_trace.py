@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 import reproml
-from reproml.checkpoint import Checkpoints
 from reproml.cli import main
 from reproml.errors import ReproError
 from reproml.run import RUN, TRACE
@@ -357,20 +356,6 @@ def test_train_and_run_take_a_file_for_it(tmp_path, monkeypatch):
 # --- over a resume ----------------------------------------------------------------------------------
 
 
-def begin(monkeypatch: pytest.MonkeyPatch, *arguments: str, until: int) -> None:
-    """Train until that step's checkpoint is saved, then press Ctrl-C."""
-    plain = Checkpoints.save
-
-    def save(self, training, log):
-        plain(self, training, log)
-        if training.done == until:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save)
-        assert main(["train", *arguments]) == 130
-
-
 def asks_for_a_trace(folder: Path, level: str) -> None:
     path = tiny.toml(folder)
     path.write_text(f'trace = "{level}"\n' + path.read_text())
@@ -390,9 +375,9 @@ def test_a_resumed_run_has_the_trace_of_an_unbroken_one(
     asks_for_a_trace(tmp_path, level)
     more = ["--numerics", numerics]
     assert main(["train", *TINY, *more, "--out", "whole"]) == 0
-    begin(monkeypatch, *TINY, *more, "--out", "parts", until=stops[0])
+    tiny.begin(monkeypatch, *TINY, *more, "--out", "parts", until=stops[0])
     for stop in stops[1:]:
-        begin(monkeypatch, "--resume", "parts", *more, until=stop)
+        tiny.begin(monkeypatch, "--resume", "parts", *more, until=stop)
     assert Path(".parts.trace.jsonl").exists()
     assert main(["train", "--resume", "parts", *more]) == 0
     whole, parts = (
@@ -406,7 +391,7 @@ def test_a_file_of_ones_own_goes_on_too(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny.toml(tmp_path)
     assert main(["train", *TINY, "--out", "whole", "--trace", "a"]) == 0
-    begin(monkeypatch, *TINY, "--trace", "b", until=4)
+    tiny.begin(monkeypatch, *TINY, "--trace", "b", until=4)
     with Path("b").open("ab") as file:
         file.write(b'{"entry":"step",')  # killed in the next one
     assert main(["train", "--resume", "runs/tiny", "--trace", "b"]) == 0
@@ -416,7 +401,7 @@ def test_a_file_of_ones_own_goes_on_too(tmp_path, monkeypatch, capsys):
 def test_what_a_trace_cannot_go_on_from_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny.toml(tmp_path)
-    begin(monkeypatch, *TINY, "--trace", "a", until=4)
+    tiny.begin(monkeypatch, *TINY, "--trace", "a", until=4)
     checkpoints = sorted(os.listdir("runs/tiny.checkpoints"))
     raw = Path("a").read_bytes()
     lines = raw.splitlines(keepends=True)
@@ -435,7 +420,7 @@ def test_what_a_trace_cannot_go_on_from_is_one_sentence(tmp_path, monkeypatch, c
         assert not content or Path(name).read_bytes() == content
     assert sorted(os.listdir("runs/tiny.checkpoints")) == checkpoints
     capsys.readouterr()
-    begin(monkeypatch, "--resume", "runs/tiny", until=5)
+    tiny.begin(monkeypatch, "--resume", "runs/tiny", until=5)
     assert "from here on not traced, as --trace is left out" in capsys.readouterr().out
     assert main(["train", "--resume", "runs/tiny", "--trace", "a"]) == 2
     assert "was not traced, so no trace can go on from there" in capsys.readouterr().err
