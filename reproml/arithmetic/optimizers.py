@@ -14,10 +14,9 @@ import ctypes
 import importlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache, partial
-from typing import Any, Callable, Optional
+from functools import lru_cache, partial
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -32,22 +31,26 @@ from reproml.arithmetic.sharded.tensor import Sharded
 _STEP_BITS, _POWER_BITS = 160, 256
 
 
-@lru_cache(maxsize=64)
 def bias_correction(beta: float, step: int) -> Fraction:
-    """1 - beta^step, to 160 bits (the exact power would have 53 * step bits).
+    """1 - beta^step, to 160 bits (the exact power would have 53 * step bits)."""
+    return Fraction(_scaled_correction(beta, step), 1 << _STEP_BITS)
+
+
+def _scaled_correction(beta: float, step: int) -> int:
+    """2^160 (1 - beta^step), rounded.
 
     By squaring, in integers of 256 bits: each of the 2 log2(step) products is cut off by less than
     2^-256, which the powers that follow multiply by less than `step`.
     """
     one = 1 << _POWER_BITS
-    power, square, left = one, int(Fraction(beta) * one), step
+    power, square, left = one, int(math.ldexp(beta, _POWER_BITS)), step
     while left:
         if left & 1:
             power = power * square >> _POWER_BITS
         square = square * square >> _POWER_BITS
         left >>= 1
     cut = _POWER_BITS - _STEP_BITS
-    return Fraction((one - power + (1 << cut - 1)) >> cut, 1 << _STEP_BITS)
+    return (one - power + (1 << cut - 1)) >> cut
 
 
 def adam(
@@ -74,24 +77,22 @@ def adam(
     param' = param (1 - lr weight_decay, if decoupled)
              - lr / (1 - beta1^t) * m' / (sqrt(v' / (1 - beta2^t)) + eps),   rounded once.
     """
-    lr, beta1, beta2 = float(lr), float(beta1), float(beta2)
     sign = -1 if maximize else 1
     penalty = 0.0 if decoupled_weight_decay else weight_decay
     held = weight_decay if decoupled_weight_decay else 0.0
+    numbers = _adam_numbers(float(lr), float(beta1), float(beta2), penalty, held, eps)
     _check(*params, *grads, *exp_avgs, *exp_avg_sqs)
     together: dict[int, list[tuple[Tensor, ...]]] = {}  # by step; it is the same for almost all
     for i, state in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
-        numbers, _ = _adam_numbers(lr, beta1, beta2, penalty, held, eps, steps[i])
         if amsgrad:
-            _adam_step(numbers, sign, *state, max_exp_avg_sqs[i])
+            _adam_step(numbers, steps[i], sign, *state, max_exp_avg_sqs[i])
         elif eps >= 0 and _fits(state):
             together.setdefault(steps[i], []).append(state)
         else:
-            _adam_step(numbers, sign, *state)
+            _adam_step(numbers, steps[i], sign, *state)
     for step, states in together.items():
-        numbers, floats = _adam_numbers(lr, beta1, beta2, penalty, held, eps, step)
         for group in [states] if _apart(states) else [[state] for state in states]:
-            _adam_kernel(numbers, floats, sign, group)
+            _adam_kernel(numbers, step, sign, group)
 
 
 def _fits(state: Sequence[Tensor]) -> bool:
@@ -105,10 +106,15 @@ def _apart(states: list[tuple[Tensor, ...]]) -> bool:
     return len(set(own)) == len(own)
 
 
-def _adam_kernel(
-    n: _AdamNumbers, floats: list[float], sign: int, states: list[tuple[Tensor, ...]]
-) -> None:
-    """The step of all parameters in one compiled loop, and what it leaves by definition."""
+def _adam_kernel(n: _AdamNumbers, step: int, sign: int, states: list[tuple[Tensor, ...]]) -> None:
+    """The step of all parameters in one compiled loop, and what it leaves by definition.
+
+    Its rate and scale have up to three roundings of binary64, which its bound has.
+    """
+    first, second = (
+        math.ldexp(_scaled_correction(beta, step), -_STEP_BITS) for beta in (n.beta1, n.beta2)
+    )
+    *floats, epsilon, lr = n.floats
     sizes = [p.numel() for p, *_ in states]
     failed = torch.empty(sum(sizes), dtype=torch.int64, device="cpu")
     pointers = [x.data_ptr() for state in states for x in state]
@@ -118,23 +124,25 @@ def _adam_kernel(
         (ctypes.c_void_p * len(pointers))(*pointers),
         sign,
         *floats,
+        lr / first,
+        1 / math.sqrt(second),
+        epsilon,
         failed.data_ptr(),
     )
     increment_version([x for p, g, m, v in states for x in (p, m, v)])
     if count < 0:  # no memory
         for state in states:
-            _adam_step(n, sign, *state)
+            _adam_step(n, step, sign, *state)
     at = failed[: max(count, 0)]
     for i, state in enumerate(states) if count > 0 else ():
         own = at[at >> 40 == i] & (1 << 40) - 1
         if len(own):
-            _settle(partial(_adam_step, n, sign), state, own)
+            _settle(partial(_adam_step, n, step, sign), state, own)
 
 
-@dataclass(frozen=True)
-class _AdamNumbers:
-    correction1: Fraction
-    correction2: Fraction
+class _AdamNumbers(NamedTuple):
+    """The numbers of Adam's step that are the same at each: the fractions once more as floats."""
+
     decay: Fraction
     keep: Fraction
     b1: Fraction
@@ -143,45 +151,36 @@ class _AdamNumbers:
     rest2: Fraction
     epsilon: Fraction
     lr: Fraction
-
-    @cached_property
-    def rate(self) -> Fraction:
-        return self.lr / self.correction1
+    beta1: float  # the betas as given
+    beta2: float
+    floats: tuple[float, ...]
 
 
 @lru_cache(maxsize=64)
-def _fixed_numbers(
-    lr: float, beta1: float, beta2: float, penalty: float, held: float, eps: float
-) -> tuple[list[Fraction], list[float]]:
-    """The numbers of Adam's step that are the same at each, and those of them that its loop takes first."""
-    keep = 1 - single(lr) * single(held)
-    rests = single(1 - beta1), single(1 - beta2)
-    numbers = [single(penalty), keep, single(beta1), rests[0], single(beta2), rests[1]]
-    return [*numbers, single(eps), single(lr)], [float(x) for x in numbers]
-
-
-@lru_cache(maxsize=64)  # the same for every parameter of a step
 def _adam_numbers(
-    lr: float, beta1: float, beta2: float, penalty: float, held: float, eps: float, step: int
-) -> tuple[_AdamNumbers, list[float]]:
-    """The numbers of this step, and what the compiled loop takes.
-
-    Its rate and scale, 1 / sqrt(correction2), have up to three roundings of binary64, which its bound has.
-    """
-    fixed, floats = _fixed_numbers(lr, beta1, beta2, penalty, held, eps)
-    first, second = bias_correction(beta1, step), bias_correction(beta2, step)
-    *_, epsilon, exact_lr = fixed
-    rate, scale = float(exact_lr) / float(first), 1 / math.sqrt(second)
-    return _AdamNumbers(first, second, *fixed), [*floats, rate, scale, float(epsilon)]
+    lr: float, beta1: float, beta2: float, penalty: float, held: float, eps: float
+) -> _AdamNumbers:
+    keep = 1 - single(lr) * single(held)
+    first = single(penalty), keep, single(beta1), single(1 - beta1)
+    exact = *first, single(beta2), single(1 - beta2), single(eps), single(lr)
+    return _AdamNumbers(*exact, beta1, beta2, tuple(map(float, exact)))
 
 
 def _adam_step(
-    n: _AdamNumbers, sign: int, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *v_max: Tensor
+    n: _AdamNumbers,
+    step: int,
+    sign: int,
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    *v_max: Tensor,
 ) -> None:
+    rate, correction = n.lr / bias_correction(n.beta1, step), bias_correction(n.beta2, step)
     direction = _direction(n.decay, sign)
 
     def moved(k: Any, p: Any, m: Any, v: Any) -> Any:
-        return n.keep * p - n.rate * (m / (k.sqrt(v / n.correction2) + n.epsilon))
+        return n.keep * p - rate * (m / (k.sqrt(v / correction) + n.epsilon))
 
     m.copy_(elementwise(lambda k, p, g, m: n.b1 * m + n.rest1 * direction(p, g), p, g, m))
     v.copy_(elementwise(lambda k, p, g, v: n.b2 * v + n.rest2 * square(direction(p, g)), p, g, v))

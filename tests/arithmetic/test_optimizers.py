@@ -249,41 +249,6 @@ def test_bias_correction(beta, step):
         assert abs(mpmath.mpf(found.numerator) / found.denominator - exact) <= mpmath.mpf(2) ** -160
 
 
-def test_bias_correction_does_not_depend_on_mpmath_s_global_precision():
-    before = mpmath.mp.prec
-    optimizers.bias_correction.cache_clear()
-    mpmath.mp.prec = 20
-    try:
-        low = optimizers.bias_correction(0.9, 7)
-        optimizers.bias_correction.cache_clear()
-        assert mpmath.mp.prec == 20
-    finally:
-        mpmath.mp.prec = before
-    assert low == optimizers.bias_correction(0.9, 7)
-
-
-def test_bias_correction_in_threads():
-    expected = {}
-    for t in range(1, 60):
-        optimizers.bias_correction.cache_clear()
-        expected[t] = optimizers.bias_correction(0.999, t)
-    wrong = []
-
-    def work():
-        for t in range(1, 60):
-            optimizers.bias_correction.cache_clear()
-            if optimizers.bias_correction(0.999, t) != expected[t]:
-                wrong.append(t)
-
-    before = mpmath.mp.prec
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong and mpmath.mp.prec == before
-
-
 def refuses(p, grad, kind="Adam", **options):
     optimizer = getattr(torch.optim, kind)([p], **options)
     p.grad = grad

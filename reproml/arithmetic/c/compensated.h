@@ -60,10 +60,14 @@ static inline pair scaled(pair p, double factor) {
     return normal_pair(high, low + rest, p.e * fabs(factor) + 4 * U * (fabs(low) + fabs(rest)));
 }
 
-static inline pair divided(pair p, double divisor) {
-    double high = p.s / divisor, rest = fma(-high, divisor, p.s); /* the remainder is exact */
-    double e = p.e + 4 * U * (fabs(rest) + fabs(p.t));
-    return normal_pair(high, (rest + p.t) / divisor, e / fabs(divisor));
+/* p / d, where d is surely not 0. With h = p.s / d.s, exactly p / d = h + ((p.s - h d.s) + p.t - h d.t) / d; taking
+   d.s for the last d errs by up to 2 U, d.e by |h| d.e / |d|. */
+static inline pair quotient(pair p, pair d) {
+    double high = p.s / d.s, rest = fma(-high, d.s, p.s), product = high * d.t; /* the remainder is exact */
+    double e = p.e + fabs(high) * d.e + 8 * U * (fabs(rest) + fabs(p.t) + fabs(product));
+    return normal_pair(high, (rest + p.t - product) / d.s, e / (fabs(d.s) - fabs(d.t) - d.e) * SLACK);
 }
+
+static inline pair divided(pair p, double divisor) { return quotient(p, (pair){divisor, 0, 0}); }
 
 #endif
