@@ -16,6 +16,7 @@ from torch import Tensor
 
 from reproml.arithmetic import NotExactError, kernels
 from reproml.arithmetic.ball import elementwise, rowwise
+from reproml.arithmetic.deferred import on_device
 from reproml.arithmetic.dot import sum_over
 
 HALF = Fraction(1, 2)
@@ -590,6 +591,7 @@ def _places(x: Tensor) -> Tensor:
 
 def xlogy(x: Any, y: Any) -> Tensor:
     """x log y, 0 where x is 0 (unless y is NaN)."""
-    x, y = (t if isinstance(t, Tensor) else torch.tensor(float(t)) for t in (x, y))
+    device = next(t.device for t in (x, y) if isinstance(t, Tensor))
+    x, y = (on_device(t if isinstance(t, Tensor) else float(t), device) for t in (x, y))
     value = elementwise(lambda k, x, y: x * k.log(y), x, torch.where(x == 0, 1.0, y))
     return torch.where(y.isnan(), y, torch.where(x == 0, 0.0, value))

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reproml.arithmetic import compiled
+from reproml.arithmetic.deferred import on_device
 from reproml.arithmetic.field import Binary64, Formula, Irrational, MultiPrecision, Rational
 from reproml.arithmetic.rounding import nearest, settle
 
@@ -94,7 +95,7 @@ _CHUNK = 1 << 15
 
 
 def _wide(x: Union[Tensor, float, int], device: torch.device) -> Tensor:
-    return torch.as_tensor(x, device=device).double()
+    return on_device(x, device).double()
 
 
 def elementwise(

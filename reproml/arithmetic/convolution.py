@@ -436,9 +436,10 @@ def adaptive_avg_pool2d_backward(g: Tensor, x: Tensor) -> Tensor:
         for y in range(x.shape[-2])
         for z in range(x.shape[-1])
     ]
-    height = torch.tensor([b - a for a, b in rows], dtype=torch.float32, device=g.device)
-    width = torch.tensor([b - a for a, b in columns], dtype=torch.float32, device=g.device)
-    area = height.unsqueeze(1) * width
+    area = torch.empty(g.shape[-2:], dtype=torch.float32, device=g.device)
+    for i, (top, bottom) in enumerate(rows):
+        for j, (left, right) in enumerate(columns):
+            area[i, j] = (bottom - top) * (right - left)
     grads = [
         rowwise(
             lambda k, g, a: k.sum(g / a),

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _pop_mode_temporarily
 
-from reproml.arithmetic import NotExactError
+from reproml.arithmetic import NotExactError, deferred
 
 _C: Any = torch._C
 _NAME = "Fake"
@@ -37,9 +37,11 @@ _registered: list[Any] = []  # a registration ends with its object
 def install(
     handler: Callable[[Any], Callable[..., Any]],
     refused: Callable[..., Any],
-    free: frozenset[str],
+    views: frozenset[str],
+    copies: frozenset[str],
 ) -> None:
-    """Let `handler(operator)` stand for every operator but the free ones, which run as ever.
+    """Let `handler(operator)` stand for every operator but the free ones, which run as ever: views, and
+    copies as long as no device but the CPU is in use.
 
     It is called in threads that have included the key; what it calls in turn is PyTorch's own. On a
     NotExactError `refused(error, operator, args, kwargs)` has the last word.
@@ -59,8 +61,11 @@ def install(
                     return said
             _exclude(_KEY, True)
             try:
+                if deferred.active:
+                    return deferred.run(operator, run, args, kwargs)
                 return run(*args, **kwargs)
             except NotExactError as error:
+                deferred.settle_all()
                 return refused(error, operator, args, kwargs)
             finally:
                 _exclude(_KEY, False)
@@ -73,15 +78,30 @@ def install(
 
     # One by one, as a fallback for all is not found while a mode is active.
     single, others = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+    lent = torch.library.Library("aten", "IMPL")
+    passing = torch.library.fallthrough_kernel
+    names: list[str] = []  # of the copies
     for full in _C._dispatch_get_all_op_names():
         if full.startswith("aten::"):
             name = full[len("aten::") :]
             plain = name.partition(".")[0]
-            passes = plain in free or (plain.endswith("_") and plain[:-1] in free)
-            come = torch.library.fallthrough_kernel if passes else door(partial(_overload, name))
-            single.impl(name, come, _NAME)
+            plain = plain[:-1] if plain.endswith("_") and plain[:-1] in views | copies else plain
+            if plain in copies:
+                names.append(name)
+                lent.impl(name, passing, _NAME)
+            else:
+                single.impl(
+                    name, passing if plain in views else door(partial(_overload, name)), _NAME
+                )
     others.fallback(lambda operator, *args, **kwargs: rare(operator)(*args, **kwargs), _NAME)
-    _registered.extend([single, others])
+    _registered.extend([single, others, lent])
+
+    def watch_copies() -> None:
+        lent._destroy()
+        for name in names:
+            single.impl(name, door(partial(_overload, name)), _NAME)
+
+    deferred.at_first(watch_copies)
 
 
 def _overload(name: str) -> Any:
@@ -96,6 +116,7 @@ def include(on: bool) -> None:
 
 def natively() -> Any:
     """A context in which no operator comes to us."""
+    settle_all()
     return _C._SetExcludeDispatchKeyGuard(_KEY, True)
 
 
@@ -119,6 +140,8 @@ def _say_of_python(operator: Any, args: Any, kwargs: Any) -> Any:
             before = (i for i, other in enumerate(types) if issubclass(t, other))
             types.insert(next(before, len(types)), t)
     said = NotImplemented
+    if types or _modes():
+        settle_all()
     if _modes():
         with _pop_mode_temporarily() as mode:
             said = mode.__torch_dispatch__(operator, types, args, kwargs)
@@ -131,6 +154,13 @@ def _say_of_python(operator: Any, args: Any, kwargs: Any) -> Any:
             f"{operator}: no mode and none of the operands' types implements it: [{names}]"
         )
     return said
+
+
+def settle_all() -> None:
+    """Let the numbers on devices be final; no mode sees how."""
+    if deferred.active:
+        with _C._SetExcludeDispatchKeyGuard(_KEY, True), _C._DisableTorchDispatch():
+            deferred.settle_all()
 
 
 def _python_is_off() -> bool:

@@ -25,12 +25,12 @@ def sum_at(index: Tensor, values: Tensor, size: int, start: Optional[Tensor] = N
         wide = torch.cat([start.double(), wide])
     zeros = torch.zeros(size, dtype=torch.float64, device=values.device)
     c, bound = zeros.scatter_add(0, index, wide), zeros.scatter_add(0, index, wide.abs())
-    most = int(torch.bincount(index, minlength=1).max()) if len(index) else 0
+    terms = zeros.scatter_add(0, index, torch.ones_like(wide))
 
     def resolve(at: Tensor) -> Sequence[float]:
         return [nearest_of_rows(wide[index == i].unsqueeze(0))[0] for i in at.tolist()]
 
-    return settle_sum(c, bound * gamma(most), resolve)
+    return settle_sum(c, bound * gamma(terms), resolve)
 
 
 def _scatter(

@@ -87,6 +87,7 @@ def _taken_apart(func: Any) -> Handler:
         with dispatch.again():
             return func.decompose(*args, **kwargs)
 
+    composite.parts = True  # type: ignore[attr-defined]  # for deferred.run
     return composite
 
 
@@ -255,7 +256,7 @@ def _refused(error: NotExactError, func: Any, args: Any, kwargs: Any) -> Any:
     raise refusal(func, args, str(error)) from None
 
 
-dispatch.install(handler, _refused, table.FREE)
+dispatch.install(handler, _refused, table.VIEWS, table.COPIES)
 
 
 class exact(ContextDecorator):  # noqa: N801 (used like a function: `with reproml.exact():`)
@@ -305,6 +306,7 @@ class exact(ContextDecorator):  # noqa: N801 (used like a function: `with reprom
         settings.active.depth -= 1
         if settings.active.depth == 0:
             dispatch.include(False)
+            dispatch.settle_all()
             settings.give_back()
             if settings.active.passed:
                 listed = ", ".join(f"{op} ({at})" for op, at in settings.active.passed.items())

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from reproml.arithmetic import NotExactError, dispatch, kernels
+from reproml.arithmetic import NotExactError, deferred, dispatch, kernels
 from reproml.arithmetic.activations import single
 from reproml.arithmetic.ball import elementwise
 from reproml.arithmetic.sharded.exchange import Pending
@@ -535,7 +535,7 @@ def _instead(
         options.pop("differentiable", None)
         _refuse_unless(not torch.is_grad_enabled(), "differentiable=True")
         with dispatch.natively():
-            return step(*lists, **options)
+            return deferred.step(step, lists, options)
 
     return either
 

@@ -17,7 +17,9 @@ from torch import Tensor
 from reproml.arithmetic import NotExactError
 from reproml.arithmetic.activations import single
 from reproml.arithmetic.ball import elementwise
+from reproml.arithmetic.deferred import on_device
 from reproml.arithmetic.exact_math import ExactMath
+from reproml.arithmetic.rounding import nearest
 
 
 def _only_float32(dtype: Any) -> None:
@@ -32,13 +34,17 @@ def _on_cpu(generator: Optional[torch.Generator]) -> None:
         )
 
 
+def _sent(x: Tensor, device: Any) -> Tensor:
+    return on_device(x, torch.device(device or "cpu"))
+
+
 def rand(
     size: Sequence[int], *, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any
 ) -> Tensor:
     """Multiples of 2^-24 in [0, 1)."""
     _only_float32(dtype)
     _on_cpu(generator)
-    return torch.rand(size, generator=generator, dtype=torch.float32).to(device or "cpu")
+    return _sent(torch.rand(size, generator=generator, dtype=torch.float32), device)
 
 
 def uniform(x: Tensor, low: float = 0, high: float = 1, *, generator: Any = None) -> Tensor:
@@ -79,21 +85,21 @@ def normal(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None)
         flat = torch.stack(pairs(draws[:, 1], draws[:, 0]), 1).reshape(-1)[:n]
     in_memory_order = torch.empty_like(x, device="cpu")
     in_memory_order.as_strided((n,), (1,)).copy_(flat)
-    return x.copy_(in_memory_order)
+    return x.copy_(_sent(in_memory_order, x.device))
 
 
 def _draws(x: Tensor, dtype: torch.dtype, generator: Any) -> Tensor:
     """Numbers of `rand` in the shape of x, in the order of its memory, as PyTorch draws them."""
     _on_cpu(generator)
     u = torch.empty_like(x, dtype=dtype, device="cpu").uniform_(generator=generator)
-    return u.to(x.device)
+    return _sent(u, x.device)
 
 
 def randn(
     size: Sequence[int], *, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any
 ) -> Tensor:
     _only_float32(dtype)
-    return normal(torch.empty(size, dtype=torch.float32), generator=generator).to(device or "cpu")
+    return _sent(normal(torch.empty(size, dtype=torch.float32), generator=generator), device)
 
 
 def normal_of(
@@ -127,6 +133,26 @@ def bernoulli_(x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
     return torch.lt(_draws(x, dtype, generator), p, out=x)
 
 
+def dropout(x: Tensor, p: float, train: Optional[bool] = True) -> tuple[Tensor, Tensor]:
+    """native_dropout, which a GPU has for F.dropout: what F.dropout gives on the CPU, and the mask."""
+    if train is False or p == 0:
+        return x.clone(), torch.ones_like(x, dtype=torch.bool)
+    if p == 1:
+        return x * 0.0, torch.zeros_like(x, dtype=torch.bool)
+    kept = bernoulli_(torch.empty_like(x), 1 - p)
+    return x * (kept * _factor(1 - p)), kept.bool()
+
+
+def dropout_backward(g: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """native_dropout_backward; scale: 1 / (1 - p), or 0 for p = 1."""
+    return g * (mask.float() * (_factor(1 / scale) if scale else 0.0))
+
+
+def _factor(keep: float) -> float:
+    """1 / keep as the CPU has it: keep is rounded to binary32 first."""
+    return nearest(1 / single(keep))
+
+
 def exponential(x: Tensor, rate: float = 1, *, generator: Any = None) -> Tensor:
     """-log(1 - u) / rate, u a float64 of `rand`."""
     u = _draws(x, torch.float64, generator)
@@ -139,8 +165,7 @@ def on_cpu(draw: Any) -> Any:
 
     def drawn(*args: Any, device: Any = None, pin_memory: Any = None, **options: Any) -> Tensor:
         _on_cpu(options.get("generator"))
-        result: Tensor = draw(*args, **options)
-        return result.to(device or "cpu")
+        return _sent(draw(*args, **options), device)
 
     return drawn
 
@@ -148,7 +173,7 @@ def on_cpu(draw: Any) -> Any:
 def random_(x: Tensor, *bounds: int, generator: Any = None) -> Tensor:
     _on_cpu(generator)
     draws = torch.empty_like(x, device="cpu")  # x's strides: PyTorch draws in the order of memory
-    return x.copy_(draws.random_(*bounds, generator=generator))
+    return x.copy_(_sent(draws.random_(*bounds, generator=generator), x.device))
 
 
 def multinomial(

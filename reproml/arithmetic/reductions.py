@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import canonicalize_dims
 
-from reproml.arithmetic import NotExactError, normalization_steps
+from reproml.arithmetic import NotExactError, deferred, normalization_steps
 from reproml.arithmetic.activations import single
 from reproml.arithmetic.ball import elementwise, rowwise
 from reproml.arithmetic.dot import matmul, nearest_of_rows, sum_over
@@ -206,6 +206,11 @@ def qr(a: Tensor, mode: str = "reduced") -> tuple[Tensor, Tensor]:
     """
     if mode != "reduced" or a.dim() != 2:
         raise NotExactError("A QR factorisation is defined for one matrix and mode='reduced'.")
+    with deferred.at_once():
+        return _gram_schmidt(a)
+
+
+def _gram_schmidt(a: Tensor) -> tuple[Tensor, Tensor]:
     q = a.new_zeros(a.shape[0], min(a.shape))
     for j in range(q.shape[1]):
         v = a[:, j : j + 1]

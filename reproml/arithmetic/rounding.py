@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
+
+from reproml.arithmetic.deferred import later
 
 U = 2.0**-53  # unit roundoff of binary64
 # Bounds are themselves computed in binary64; this much covers their own rounding errors.
@@ -24,13 +26,15 @@ TINY = 2.0**-1000
 Resolve = Callable[[Tensor], Sequence[float]]
 
 
-def gamma(n: int) -> float:
+def gamma(n: Any) -> Any:
     """Bound of the relative error of a binary64 sum of `n` terms, in any order, with or without FMA.
+
+    n: a number, or a float64 tensor of them.
 
     Source: N. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1. The sum
     is returned with room for the rounding of the test itself (3 more operations) and of the bound.
     """
-    n += 3
+    n = n + 3
     return n * U / (1 - n * U) * SLACK
 
 
@@ -39,7 +43,7 @@ def settle(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
 
     c, e: float64 tensors of one shape, e >= 0. A c that is NaN or infinite is the result itself.
     resolve: called for the elements that fail the test.
-    Returns a float32 tensor. A zero has the sign of c.
+    Returns a float32 tensor. A zero has the sign of c. On a device what fails may wait (deferred.py).
     """
     # c - e and c + e are rounded as well, by up to U |c|: onto a midpoint, perhaps, of which the number
     # is on the other side.
@@ -48,7 +52,7 @@ def settle(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
     failed = (c - e).float() != (c + e).float()  # also where c or e is NaN
     # Of what underflows, the sign has to be sure as well.
     failed |= (result == 0) & (c.abs() <= e) & (e > 2 * TINY)
-    if failed.any():
+    if not later(failed) and failed.any():
         settle_at(result, c, failed.reshape(-1).nonzero().squeeze(1), resolve)
     return result
 
@@ -61,7 +65,7 @@ def settle_sum(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
     """
     result = (c + e).float()
     failed = (c - e).float().view(torch.int32) != result.view(torch.int32)
-    if failed.any():
+    if not later(failed) and failed.any():
         settle_at(result, c, failed.reshape(-1).nonzero().squeeze(1), resolve)
     return result
 

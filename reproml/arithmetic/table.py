@@ -18,6 +18,7 @@ from reproml.arithmetic import (
     NotExactError,
     activations,
     convolution,
+    deferred,
     indexing,
     normalization,
     optimizers,
@@ -31,18 +32,20 @@ from reproml.arithmetic.dot import matmul, sum_over
 aten = torch.ops.aten
 
 # fmt: off
-# Views, and moves of which no part computes either: three operators of four, and nothing of ours is in
-# their way (dispatch.py).
-FREE = frozenset("""
+# Views, tensors of constants, and copies of which no part computes either: three operators of four, and
+# nothing of ours is in their way (dispatch.py).
+VIEWS = frozenset("""
 alias as_strided detach diagonal expand permute select slice split split_with_sizes squeeze t transpose
 unbind unfold unsqueeze view _reshape_alias _unsafe_view
-flatten reshape narrow chunk contiguous cat stack index index_select embedding threshold_backward
+flatten reshape narrow chunk contiguous
 empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like
-new_ones full full_like new_full fill zero lift_fresh _local_scalar_dense
-argmax argmin
+new_ones full full_like new_full lift_fresh
+""".split())
+COPIES = frozenset("""
+cat stack index index_select embedding threshold_backward fill zero _local_scalar_dense argmax argmin
 """.split())
 
-MOVES = FREE | frozenset("""
+MOVES = VIEWS | COPIES | frozenset("""
 clone constant_pad_nd diagonal_copy flip lift pixel_shuffle pixel_unshuffle repeat resize_ roll tril triu
 unsafe_split where set select_backward slice_backward reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d _pack_padded_sequence
@@ -96,7 +99,7 @@ def _float32(*operands: Any) -> tuple[Tensor, ...]:
     if all(isinstance(x, Tensor) and x.dtype is torch.float32 for x in operands):
         return operands
     device = next(x.device for x in operands if isinstance(x, Tensor))
-    return tuple(torch.as_tensor(x, device=device).to(torch.float32) for x in operands)
+    return tuple(deferred.on_device(x, device).to(torch.float32) for x in operands)
 
 
 def _sqrt(x: Tensor) -> Tensor:
@@ -189,6 +192,7 @@ def _check_cast(x: Tensor, dtype: torch.dtype) -> None:
     if x.is_floating_point() and not (
         dtype.is_floating_point or dtype.is_complex or dtype is torch.bool
     ):
+        deferred.settle_all()
         whole, bounds = x.double().trunc(), torch.iinfo(dtype)
         if not bool(((whole >= bounds.min) & (whole < bounds.max + 1.0)).all()):
             raise NotExactError(
@@ -350,6 +354,8 @@ EXACT: dict[str, Definition] = {
     "normal_": randomness.normal,
     "bernoulli": randomness.bernoulli,
     "bernoulli_": randomness.bernoulli_,
+    "native_dropout": randomness.dropout,
+    "native_dropout_backward": randomness.dropout_backward,
     "exponential_": randomness.exponential,
     "multinomial": randomness.multinomial,
     "randperm": randomness.on_cpu(torch.randperm),

@@ -99,6 +99,34 @@ def test_normal_is_rounded_once():
 
 
 @few
+@given(
+    shapes,
+    layouts,
+    st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.7, 1.0]) | st.floats(0, 1),
+    st.booleans(),
+)
+def test_dropout_is_one_on_all_devices(shape, layout, p, train):
+    """F.dropout is taken apart on the CPU and one operator on a GPU, native_dropout, which is run here."""
+    start, g = empty(shape, layout).normal_(), torch.randn(shape)
+    start.masked_fill_(start < -1, -0.0)
+
+    def run(dropout):
+        torch.manual_seed(5)
+        x = start.clone().requires_grad_()
+        with reproml.exact():
+            y = dropout(x)
+            y.backward(g)
+            return y.detach(), x.grad, torch.rand(1)
+
+    apart = run(lambda x: torch.nn.functional.dropout(x, p, train))
+    whole = run(lambda x: torch.native_dropout(x, p, train)[0])
+    assert all(map(same_bits, apart, whole))
+    with reproml.exact():
+        _, mask = torch.native_dropout(torch.ones(shape), p, train)
+    assert mask.dtype is torch.bool and mask.shape == start.shape
+
+
+@few
 @given(shapes, layouts, st.floats(0, 1))
 def test_bernoulli(shape, layout, p):
     native, exact = both(lambda: empty(shape, layout).bernoulli_(p))

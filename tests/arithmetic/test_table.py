@@ -959,6 +959,8 @@ ELSEWHERE = {
     "multinomial": "test_randomness.test_multinomial",
     "rand": "test_randomness.test_rand_is_pytorch_s_own",
     "rand_like": "test_randomness.test_rand_is_pytorch_s_own",
+    "native_dropout": "test_randomness.test_dropout_is_one_on_all_devices",
+    "native_dropout_backward": "test_randomness.test_dropout_is_one_on_all_devices",
     "uniform_": "test_randomness.test_uniform",
     "randn": "test_randomness.test_normal",
     "randn_like": "test_randomness.test_normal",
