@@ -443,10 +443,16 @@ def _python(
             for counter in counted:
                 counter += 1
             if steps:
-                lists = (*lists, [int(counter) for counter in counted])
+                lists = (*lists, _whole(counted))
         step(*lists, **{name: options[name] for name in names.split()})
 
     return called
+
+
+def _whole(counters: Sequence[Tensor]) -> list[int]:
+    """The numbers in 0-dim tensors; of those on a device the host reads all at once."""
+    together = len(counters) > 0 and deferred.far(counters[0])
+    return [int(x) for x in (torch.stack(list(counters)).tolist() if together else counters)]
 
 
 # ... and the operators of the fused form, when called directly.
@@ -466,7 +472,7 @@ def fused_adam(
     **options: Any,
 ) -> None:
     _refuse_unless(grad_scale is None and found_inf is None, "a gradient scaler")
-    steps = [int(step) for step in state_steps]
+    steps = _whole(state_steps)
     adam(
         params,
         grads,
