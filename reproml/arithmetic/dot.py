@@ -123,7 +123,7 @@ def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
         bias.shape == (n,) and bias.dtype is single and kernels.usable(bias)
     ):
         return None
-    out = torch.empty(shape, dtype=single, device="cpu")
+    out = a.new_empty(shape)
     left = kernels.unsettled(
         kernels.library.reproml_product,
         *(batch, m, n, k),
@@ -193,7 +193,7 @@ def _compiled_sum(
     ]
     if not rank or abs(divisor) > 1 << 53:
         return None
-    out = torch.empty(kept, dtype=torch.float32, device="cpu")
+    out = x.new_empty(kept)
     strides = x.stride()
     axes = (ctypes.c_int64 * (3 * rank))(*shape, *strides, *(strides if y is None else y.stride()))
     factor = None if y is None else y.data_ptr()

@@ -22,11 +22,11 @@ static inline int32_t settle(double c, double e, float *value) {
     return (low != high) | ((high == 0) & (fabs(c) <= e) & (e > 2 * TINY));
 }
 
-/* The bound of a + b, whose terms err by `error` together: 0 where nothing was rounded, as often with a beta of one
-   half, where every other sum is a tie. */
+/* The bound of a + b, exact but for what `error` covers, with the roundings of the sum and of the test: 0 where nothing
+   was rounded, as often with a beta of one half, where every other sum is a tie. */
 static inline double sum_error(double a, double b, double sum, double error) {
     double z = sum - a, lost = (a - (sum - z)) + (b - z); /* two_sum */
-    double bound = 5 * U * (fabs(a) + fabs(b)) + error, any = 0x1p900 * (fabs(lost) + error);
+    double bound = 3 * U * (fabs(a) + fabs(b)) + error, any = 0x1p900 * (fabs(lost) + error);
     return any < bound ? any : bound; /* any is 0 or huge; a minimum becomes one instruction, a condition would not */
 }
 
@@ -47,9 +47,10 @@ static void write_back(integer at, int n, const rounded *r, float *const *state,
 
 /* Adam's step (optimizers.adam has the definition), without amsgrad. sign: -1 to maximize; decay: weight
    decay as a penalty; keep: 1 - lr * weight decay when decoupled; scale: 1 / sqrt(1 - beta2^t).
-   Error bounds, in units of U and of the absolute values of the terms, with room for second-order
-   terms and the test's own roundings: d one rounding of two terms, m' two, v' four, p' three; of the quotient
-   the scale has three, the root, the product, the sum, the division, the rate and its product one each. */
+   Error bounds, in units of U and of the absolute values of the terms, with one more than their roundings: the
+   test itself rounds once, the sum once. Products of two binary32 numbers are exact. Of d and d^2 with a penalty
+   the last term of the bounds takes care; without, v' has one more rounding, keep and its product have two, and
+   of the quotient the scale has three, the root, the product, the sum, the division, the rate and its product one each. */
 typedef struct {
     float *p, *m, *v;
     const float *g;
@@ -76,10 +77,10 @@ static int32_t adam_block(const adam *x, const parameter *of, integer at, int n,
         double m1 = b1 * m[i], m2 = rest1 * d, v1 = b2 * v[i], v2 = rest2 * (d * d);
         float new_p, new_m, new_v;
         int32_t unsure = settle(m1 + m2, sum_error(m1, m2, m1 + m2, 2 * fabs(rest1) * ed), &new_m);
-        unsure |= settle(v1 + v2, 8 * U * (fabs(v1) + fabs(v2)) + 4 * fabs(rest2) * size * ed, &new_v);
+        unsure |= settle(v1 + v2, 4 * U * (fabs(v1) + fabs(v2)) + 4 * fabs(rest2) * size * ed, &new_v);
         double held = keep * old_p, below = sqrt((double)new_v) * scale + eps;
         double moved = rate * (new_m / below);
-        unsure |= settle(held - moved, 6 * U * fabs(held) + 20 * U * fabs(moved), &new_p);
+        unsure |= settle(held - moved, 5 * U * fabs(held) + 20 * U * fabs(moved), &new_p);
         r->value[0][i] = new_p, r->value[1][i] = new_m, r->value[2][i] = new_v;
         r->unsure[i] = unsure;
         any |= unsure;
