@@ -110,8 +110,17 @@ def elementwise(
     passes the rounding test. direct: the name of the formula's own loop in c/direct.c, if it has one.
     """
     definition = plain or partial(_in_chunks, formula)
-    result = compiled.elementwise(formula, definition, operands, direct)
+    exactly = None if plain else partial(_exactly, formula)
+    result = compiled.elementwise(formula, definition, operands, direct, exactly)
     return definition(*operands) if result is None else result
+
+
+def _exactly(formula: Formula, *operands: Tensor) -> Optional[Tensor]:
+    """The values, which are numbers, at a few places [n] that a program left: by exact numbers at once,
+    as no bound is better in binary64 here. None if one is zero: its sign takes the definition."""
+    rows = torch.stack(torch.broadcast_tensors(*operands), 1).double().numpy()
+    values = [float(exact_values(formula, list(row))[0]) for row in rows]
+    return torch.tensor(values, dtype=torch.float64).float() if all(values) else None
 
 
 def _in_chunks(formula: Formula, *operands: Union[Tensor, float, int]) -> Tensor:

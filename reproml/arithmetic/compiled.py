@@ -64,9 +64,12 @@ class _Plan(NamedTuple):
 _plans: dict[Any, Optional[_Plan]] = {}
 _programs: dict[Any, Optional[Program]] = {}
 _PLANS = 2048
-_TASK = 1 << 19
+_TASK = 1 << 16
 _local = threading.local()
 _FAILED, _KEPT = 1 << 14, 1 << 22
+_FEW = 16
+
+Exactly = Callable[..., Optional[Tensor]]
 
 # The formulas that have a loop of their own, as in c/direct.c; its rows have _ROOM numbers at most.
 _DIRECT = {
@@ -84,9 +87,11 @@ def elementwise(
     definition: Callable[..., Tensor],
     operands: Sequence[Any],
     direct: Optional[str] = None,
+    exactly: Optional[Exactly] = None,
 ) -> Optional[Tensor]:
-    """ball.elementwise by a program; None if there is none."""
-    return _evaluate(formula, definition, None, operands, direct)
+    """ball.elementwise by a program; None if there is none. exactly: what may do for the definition, for a
+    few places where operands and value are numbers."""
+    return _evaluate(formula, definition, None, operands, direct, exactly)
 
 
 def rowwise(
@@ -106,6 +111,7 @@ def _evaluate(
     dim: Optional[int],
     operands: Sequence[Any],
     direct: Optional[str] = None,
+    exactly: Optional[Exactly] = None,
 ) -> Optional[Tensor]:
     library = kernels.library
     if library is None:
@@ -117,7 +123,7 @@ def _evaluate(
                 return None
             key += (x.dtype, x.shape, x.stride())
     except (TypeError, AttributeError):
-        return _evaluate_converted(formula, definition, dim, operands)
+        return _evaluate_converted(formula, definition, dim, operands, exactly)
     hashed = tuple(key)
     try:
         plan = _plans[hashed]
@@ -126,7 +132,7 @@ def _evaluate(
             _plans.clear()
         plan = _plans[hashed] = _planned(key[0], formula, dim, operands, direct)
     if plan is None:
-        return _evaluate_converted(formula, definition, dim, operands)
+        return _evaluate_converted(formula, definition, dim, operands, exactly)
     if plan.like < 0:
         out = torch.empty(plan.shape, dtype=torch.float32, device="cpu")
     else:
@@ -137,25 +143,34 @@ def _evaluate(
     layout = plan.dims, plan.sizes, plan.strides, pointers, failed.data_ptr(), tasks
     if plan.program is None:
         count = library.reproml_direct(plan.direct, *layout)
-        definition = partial(_again, formula, definition, dim)
+        definition, exactly = partial(_again, formula, definition, dim, exactly), None
     else:
         count = library.reproml_tape(plan.program.address, *layout)
     if count:
-        _settle(plan, definition, dim, operands, out, failed[:count].clone())
+        _settle(plan, definition, exactly, dim, operands, out, failed[:count].clone())
     return out
 
 
 def _again(
-    formula: Formula, definition: Callable[..., Tensor], dim: Optional[int], *operands: Tensor
+    formula: Formula,
+    definition: Callable[..., Tensor],
+    dim: Optional[int],
+    exactly: Optional[Exactly],
+    *operands: Tensor,
 ) -> Tensor:
     """What a direct loop left, by the program, which is more precise."""
     dim = None if dim is None else -1
-    result = _evaluate(formula, definition, dim, [x.contiguous() for x in operands])
+    stored = [x.contiguous() for x in operands]
+    result = _evaluate(formula, definition, dim, stored, exactly=exactly)
     return definition(*operands) if result is None else result
 
 
 def _evaluate_converted(
-    formula: Formula, definition: Callable[..., Tensor], dim: Optional[int], operands: Sequence[Any]
+    formula: Formula,
+    definition: Callable[..., Tensor],
+    dim: Optional[int],
+    operands: Sequence[Any],
+    exactly: Optional[Exactly],
 ) -> Optional[Tensor]:
     """Numbers and integers first become float64 tensors."""
     wide = [
@@ -164,7 +179,7 @@ def _evaluate_converted(
     ]
     if all(x is y for x, y in zip(wide, operands)):
         return None
-    return _evaluate(formula, definition, dim, wide)
+    return _evaluate(formula, definition, dim, wide, exactly=exactly)
 
 
 def _failed(count: int) -> Tensor:
@@ -184,19 +199,23 @@ def _failed(count: int) -> Tensor:
 def _settle(
     plan: _Plan,
     definition: Callable[..., Tensor],
+    exactly: Optional[Exactly],
     dim: Optional[int],
     operands: Sequence[Tensor],
     out: Tensor,
     index: Tensor,
 ) -> None:
-    """Put the values that the definition gives into `out` at the places that failed."""
+    """Put the definition's values into `out`, which has the program's, at the places that failed."""
     if not out.dim():
         out = out.view(1)
     laid = [x.expand(plan.full).permute(*plan.order) for x in operands]
     out = out.permute(*plan.order)
     if dim is None:
         at = torch.unravel_index(index, out.shape)
-        out[at] = definition(*[x[at] for x in laid])
+        few, value = [x[at] for x in laid], None
+        if exactly and len(index) < _FEW and bool(torch.stack([*few, out[at]]).isfinite().all()):
+            value = exactly(*few)
+        out[at] = definition(*few) if value is None else value
         return
     laid, out = [x.unsqueeze(0) for x in laid], out.unsqueeze(0)
     n = out.shape[-1]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
-_VERSION = 7  # REPROML_VERSION of c/parallel.c, raised with any change there
+_VERSION = 8  # REPROML_VERSION of c/parallel.c, raised with any change there
 
 # name -> (result, arguments), as in c/*.c
 _SIGNATURES = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -50,6 +51,7 @@ def _by_channel(x: Tensor) -> Layout:
     return Layout(c, n, places, places, c * places, c, 1)
 
 
+@lru_cache(maxsize=256)
 def _by_row(rows: int, length: int, along: bool) -> Layout:
     return Layout(rows, 1, length, length, length, along=along)
 
@@ -60,16 +62,13 @@ def _by_group(n: int, c: int, places: int, groups: int) -> Layout:
 
 
 def _usable(x: Tensor, *others: Optional[Tensor]) -> bool:
-    return (
-        kernels.library is not None
-        and x.is_cpu
-        and x.dtype is torch.float32
-        and x.numel() > 0
-        and all(
-            t is None or (t.is_cpu and t.dtype is torch.float32 and t.is_contiguous())
-            for t in others
-        )
-    )
+    single = torch.float32
+    if kernels.library is None or not x.is_cpu or x.dtype is not single or not x.numel():
+        return False
+    for t in others:
+        if t is not None and not (t.is_cpu and t.dtype is single and t.is_contiguous()):
+            return False
+    return True
 
 
 def _at(x: Optional[Tensor]) -> Optional[int]:
@@ -77,10 +76,11 @@ def _at(x: Optional[Tensor]) -> Optional[int]:
 
 
 _Layout = ctypes.c_int64 * len(Layout._fields)
+_stored = lru_cache(maxsize=256)(lambda layout: _Layout(*layout))
 
 
 def _call(kernel: Any, layout: Layout, x: Tensor, *arguments: Any) -> Optional[Tensor]:
-    return kernels.unsettled(kernel, _Layout(*layout), x.data_ptr(), *arguments)
+    return kernels.unsettled(kernel, _stored(layout), x.data_ptr(), *arguments)
 
 
 def _forward(

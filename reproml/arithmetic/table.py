@@ -43,18 +43,19 @@ new_ones full full_like new_full lift_fresh
 """.split())
 COPIES = frozenset("""
 cat stack index index_select embedding threshold_backward fill zero _local_scalar_dense argmax argmin
+clone relu max_pool2d_with_indices where masked_fill
 """.split())
 
 MOVES = VIEWS | COPIES | frozenset("""
-clone constant_pad_nd diagonal_copy flip lift pixel_shuffle pixel_unshuffle repeat resize_ roll tril triu
-unsafe_split where set select_backward slice_backward reflection_pad1d reflection_pad2d
+constant_pad_nd diagonal_copy flip lift pixel_shuffle pixel_unshuffle repeat resize_ roll tril triu
+unsafe_split set select_backward slice_backward reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d _pack_padded_sequence
 scalar_tensor eye item eq ne lt le gt ge isnan isinf isfinite equal is_nonzero sign sgn
 logical_not logical_and logical_or
-masked_fill masked_select gather _unsafe_index index_fill take nonzero
+masked_select gather _unsafe_index index_fill take nonzero
 scatter
 hardtanh sort topk
-abs neg relu threshold max_pool2d_with_indices adaptive_max_pool2d
+abs neg threshold adaptive_max_pool2d
 floor ceil round trunc
 """.split())
 # fmt: on

@@ -7,7 +7,7 @@
 
 #include "tile.h"
 
-#define SERIAL (1 << 21) /* multiplications, some 20 us, that are not worth a second thread */
+#define SERIAL (1 << 17) /* multiplications, some microseconds, that are not worth a second thread */
 #define TOGETHER (1 << 16) /* numbers of several small images laid out at once, within the second-level cache */
 
 typedef struct {

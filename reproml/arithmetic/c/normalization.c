@@ -52,7 +52,7 @@ static runs runs_of(const normal *k, integer group) {
 }
 
 static void run_tasks(void (*work)(integer, void *), void *data, integer tasks, integer elements) {
-    if (elements > 16384)
+    if (elements > 4096)
         reproml_parallel(work, data, tasks);
     else
         for (integer task = 0; task < tasks; task++) work(task, data);

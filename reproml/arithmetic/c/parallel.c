@@ -83,6 +83,6 @@ void *reproml_scratch(size_t bytes) {
     return memory ? memory + HEAD : NULL;
 }
 
-#define REPROML_VERSION 7 /* raised with any change of these files, together with kernels.py */
+#define REPROML_VERSION 8 /* raised with any change of these files, together with kernels.py */
 
 int reproml_version(void) { return REPROML_VERSION; }

@@ -9,7 +9,7 @@
 #define DEPTH 1024        /* terms that one pass sums, so that a panel of b stays in the second-level cache */
 #define FAR (1 << 16)     /* elements: a matrix that reaches over more is packed first */
 #define SHORT 448         /* terms: for fewer, the horizontal sums of `along` cost more than packing b */
-#define SERIAL (1 << 21)  /* multiplications, some 20 us, that are not worth a second thread; of numbers to prepare an eighth */
+#define SERIAL (1 << 16)  /* multiplications, a microsecond or two, that are not worth a second thread; of numbers to prepare an eighth */
 
 typedef struct {
     integer batch, m, n, k;
@@ -22,7 +22,7 @@ typedef struct {
     int along, rows, columns;            /* which loop, and its full tile */
     integer row_panels, column_panels;   /* of one matrix of the batch */
     integer packed;                      /* column panels from this one on are packed */
-    integer groups;                      /* tasks share the row panels beside one panel of b in so many groups */
+    integer groups;                      /* of row panels: a thread takes those that it has prepared itself */
     integer first, depth;                /* the terms of this pass */
     double *norm_a, *norm_b;             /* [batch, row_panels * rows], [batch, column_panels * columns] */
     double *wide_a;                      /* across: a's panels, [depth, rows of the panel] each */
@@ -171,7 +171,7 @@ static double height(integer k) { return (double)(k < DEPTH ? k : DEPTH + k / DE
 /* The tiles of one group of row panels with one panel of b. */
 static void multiply(integer task, void *data) {
     const product *x = data;
-    integer group = task % x->groups, panel = task / x->groups % x->column_panels;
+    integer panel = task % x->column_panels, group = task / x->column_panels % x->groups;
     integer batch = task / x->groups / x->column_panels;
     integer share = panels(x->row_panels, (int)x->groups), j = panel * x->columns;
     int n = least(x->n - j, x->columns), last = x->first + x->depth == x->k;
@@ -252,8 +252,7 @@ static void plan(product *x) {
     x->column_panels = panels(x->n, x->columns);
     int direct = !x->along && x->b_column == 1 && x->k * x->b_row <= FAR;
     x->packed = direct ? x->column_panels - (x->n % t->lanes != 0) : 0;
-    integer tasks = x->batch * x->column_panels, wanted = panels(2 * reproml_threads(), least(tasks, 64));
-    x->groups = wanted < x->row_panels ? wanted : x->row_panels;
+    x->groups = least(reproml_threads(), x->row_panels);
 }
 
 /* out = a @ b + bias. a [batch, m, k], b [batch, k, n], with any strides; bias null or [n]; out contiguous; no

@@ -122,7 +122,7 @@ integer reproml_scatter(integer planes, integer sources, integer width, integer 
                         const float *values, const float *start, integer padding, float *out) {
     scatter k = {sources, width, rows, padding, index, values, start, out, 0, 0};
     if (width == 1) {
-        if (planes > 1 && planes * (sources + rows) > 16384)
+        if (planes > 1 && planes * (sources + rows) > 4096)
             reproml_parallel(add_numbers, &k, planes);
         else
             for (integer plane = 0; plane < planes; plane++) add_numbers(plane, &k);
