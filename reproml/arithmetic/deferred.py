@@ -1,13 +1,16 @@
-"""Rounding tests on a GPU without a wait for each: their outcomes are read later, and all at once.
+"""Rounding tests on a GPU without a wait for each: their outcomes are read later, all of them in one go.
 
 To look at the outcome of a test, the host has to wait for the device. So an operator there goes on
-with what was rounded, and is logged with its operands. The outcomes are read where a value leaves the
-device, before and after an optimizer's step, and at the end of `exact()`. If a test failed, which is
-rare, all that was changed in place since then is put back, and the operators from the first failure on
-run again, each settled at once; the results take the place of the old ones, in the same memory.
+with what was rounded, and is logged with its operands. The outcomes are read where a number leaves the
+device, before and after an optimizer's step, and at the end of `exact()`.
 
-What could not be run again in this way finds all settled: an operator with an operand on the CPU, which
-the host may change; one whose result has a shape that depends on numbers; modes, subclasses, native work.
+An operator whose test failed somewhere is then run again, this time settled at once. Mostly that gives
+the same bits, as the tests are cautious. If not, all that was changed in place since then is put back,
+and what follows runs again as well; the results take the place of the old ones, in the same memory.
+
+What could not be run again so (`_unlogged`) finds all settled: an operator with an operand on the CPU,
+which the host may change; one whose result leaves the device or has a shape that depends on numbers; one
+that is not PyTorch's own; modes, subclasses and native work.
 """
 
 from __future__ import annotations
@@ -17,13 +20,18 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
 
-# The log is read when it holds so many operators or bytes.
+from reproml.arithmetic import NotExactError
+
+_C: Any = torch._C
+KEY = _C._parse_dispatch_key("Fake")  # by which operators come to us (dispatch.py)
+
+# The log is read when it holds so many operators, or bytes (memory that several hold counts for each).
 _OPERATORS, _BYTES = 1000, 1 << 30
 
 active = False  # whether some test has met a device yet; until then nothing is logged
@@ -31,7 +39,6 @@ active = False  # whether some test has met a device yet; until then nothing is 
 _changes: list[Callable[[], None]] = []  # to be called once when that happens
 _lock = threading.RLock()  # the backward pass of a device has a thread of its own
 _log: list[_Entry] = []
-os.register_at_fork(after_in_child=_log.clear)  # a device is not for a forked process
 _local = (
     threading.local()
 )  # outcomes: those of the running operator; none where each is read at once
@@ -46,8 +53,19 @@ class _Entry:
     kwargs: Any
     before: list[tuple[Tensor, Tensor]]  # what it writes to, and its contents
     random: Any  # the generator that it draws from, and its state
+    dtype: torch.dtype  # the default
     result: Any = None
     outcomes: list[Tensor] = field(default_factory=list)  # bool, 0-dim: whether a test failed
+
+
+def _forked() -> None:
+    """A device is not for a forked process."""
+    global _lock
+    _lock = threading.RLock()
+    _log.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def far(x: Tensor) -> bool:
@@ -77,12 +95,14 @@ def at_first(change: Callable[[], None]) -> None:
     _changes.append(change)
 
 
-def later(failed: Tensor) -> bool:
-    """Whether the outcome of a rounding test, bool of any shape, is noted and read later."""
+def later(failed: Tensor, c: Tensor) -> bool:
+    """Whether the outcome of a rounding test on c, bool of its shape, is noted and read later.
+
+    Where c is NaN or infinite there is nothing to settle."""
     global active
     outcomes = getattr(_local, "outcomes", None)
     if outcomes is not None:
-        outcomes.append(failed.any())
+        outcomes.append((failed & c.isfinite()).any())
         return True
     if not active and far(failed):
         active = True
@@ -92,33 +112,44 @@ def later(failed: Tensor) -> bool:
 
 
 def run(operator: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """run(*args, **kwargs), which stands for `operator`; on a device its tests are read later."""
-    given = list(_tensors([args, list(kwargs.values())]))
+    """run(*args, **kwargs), which stands for `operator`; on a device its tests are read later.
+
+    Raises NotExactError while a CUDA graph is captured, which could not be settled."""
+    global _held
+    given = list(_tensors([args, kwargs]))
     if not any(map(far, given)) or hasattr(run, "parts"):  # the parts come here by themselves
         return run(*args, **kwargs)
+    if given[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise NotExactError("a CUDA graph is replayed without rounding tests; do not capture one")
     with _lock:
-        if not all(map(far, given)) or _depends_on_numbers(operator, args):
+        written = list(_written(operator, args, kwargs))
+        if not all(map(far, given)) or _unlogged(operator, args, kwargs, written):
             settle_all()
             return run(*args, **kwargs)
         entry = _Entry(
             run,
             _kept(args),
             _kept(kwargs),
-            [(x.data, x.data.clone()) for x in _written(operator, args, kwargs)],
+            [(x.data, x.data.clone()) for x in written],
             _random(operator, kwargs),
+            torch.get_default_dtype(),
         )
-        with _noted() as entry.outcomes:
-            result = run(*args, **kwargs)
-        if not (_log or entry.outcomes):
-            return result
-        entry.result = _kept(result)
-        _log.append(entry)
-        if _leaves(result):
-            settle_all()
-            return entry.result
-        if len(_log) >= _OPERATORS or sum(map(_size, _log)) >= _BYTES:
-            settle_all()
+        try:
+            with _noted() as entry.outcomes:
+                result = run(*args, **kwargs)
+        except BaseException:
+            _put_back(entry.before)
+            raise
+        if _log or entry.outcomes:
+            entry.result = _kept(result)
+            _log.append(entry)
+            _held += _size([entry.args, entry.kwargs, entry.result, entry.before])
+            if len(_log) >= _OPERATORS or _held >= _BYTES:
+                settle_all()
         return result
+
+
+_held = 0  # bytes in the log
 
 
 def step(run: Callable[..., None], lists: Sequence[list[Any]], options: dict[str, Any]) -> None:
@@ -134,32 +165,48 @@ def step(run: Callable[..., None], lists: Sequence[list[Any]], options: dict[str
         settle_all()
         given = [list(x) for x in lists]
         before = [(x.data, x.data.clone()) for x in written]
-        with _noted() as outcomes:
-            run(*lists, **options)
-        if _first(outcomes) is not None:
-            _put_back(before)
-            for x, y in zip(lists, given):
-                x[:] = y
+        failed = True
+        try:
+            with _noted() as outcomes:
+                run(*lists, **options)
+            failed = _first(outcomes) is not None
+        finally:
+            if failed:  # or an error was raised
+                _put_back(before)
+                for x, y in zip(lists, given):
+                    x[:] = y
+        if failed:
             run(*lists, **options)
 
 
 def settle_all() -> None:
     """Read the outcomes of all tests so far, and put right what they say is wrong."""
+    global _held
     with _lock:
         if not _log:
             return
         log = list(_log)
         _log.clear()
-        noted = [(entry, outcome) for entry in log for outcome in entry.outcomes]
-        first = _first([outcome for _, outcome in noted])
-        if first is None:
-            return
-        wrong = log[log.index(noted[first][0]) :]
-        with torch.inference_mode(), _noted(None):  # results may be inference tensors
-            for entry in reversed(wrong):
-                _put_back(entry.before)
-            for entry in wrong:
-                entry.result = _over(entry.result, _again(entry))
+        _held = 0
+        noted = [(i, outcome) for i, entry in enumerate(log) for outcome in entry.outcomes]
+        with _aside():
+            places = sorted({noted[i][0] for i in _all([outcome for _, outcome in noted])})
+            for i in places:
+                if _stands(log[i], log[i:]):
+                    continue
+                for entry in reversed(log[i:]):
+                    _put_back(entry.before)
+                for entry in log[i:]:
+                    entry.result = _over(entry.result, _again(entry, entry.args, entry.kwargs))
+                return
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """Native work that no mode sees; results may be inference tensors."""
+    with _C._SetExcludeDispatchKeyGuard(KEY, True), _C._DisableTorchDispatch():
+        with _C.DisableTorchFunction(), torch.inference_mode(), _noted(None):
+            yield
 
 
 @contextmanager
@@ -173,29 +220,76 @@ def _noted(outcomes: Any = ()) -> Iterator[Any]:
         _local.outcomes = outside
 
 
-def _first(outcomes: list[Tensor]) -> Optional[int]:
-    """The place of the first that is true."""
-    found = [False] * len(outcomes)
+def _all(outcomes: list[Tensor]) -> list[int]:
+    """The places of those that are true."""
+    found = []
     for device in {x.device for x in outcomes}:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # outcomes of other streams
         here = [i for i, x in enumerate(outcomes) if x.device == device]
-        for i, failed in zip(here, torch.stack([outcomes[i] for i in here]).tolist()):
-            found[i] = failed
-    return found.index(True) if True in found else None
+        read = torch.stack([outcomes[i] for i in here]).tolist()
+        found += [i for i, failed in zip(here, read) if failed]
+    return found
 
 
-def _again(entry: _Entry) -> Any:
-    """Run it once more, with the random numbers that it had."""
-    if entry.random is None:
-        return entry.run(*entry.args, **entry.kwargs)
-    generator, then = entry.random
-    now = generator.get_state()
-    generator.set_state(then)
+def _first(outcomes: list[Tensor]) -> Optional[int]:
+    return min(_all(outcomes), default=None)
+
+
+def _again(entry: _Entry, args: Any, kwargs: Any) -> Any:
+    """Run it once more, with the random numbers and the default dtype that it had."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(entry.dtype)
+    generator, then = entry.random or (None, None)
+    now = generator.get_state() if generator else None
     try:
-        return entry.run(*entry.args, **entry.kwargs)
+        if generator:
+            generator.set_state(then)
+        return entry.run(*args, **kwargs)
     finally:
-        generator.set_state(now)
+        torch.set_default_dtype(dtype)
+        if generator:
+            generator.set_state(now)
+
+
+def _stands(entry: _Entry, since: list[_Entry]) -> bool:
+    """Whether what it gave was right: that comes out again on its operands as they were.
+
+    since: the log from it on. False also where that cannot be known."""
+    operands = {id(x): _then(x, since) for x in _tensors([entry.args, entry.kwargs])}
+    given = [*_tensors(entry.result), *[x for x, _ in entry.before]]
+    gave = [_then(x, since[1:]) for x in given]
+    if any(x is None for x in [*operands.values(), *gave]):
+        return False
+    written = {_place(x) for x, _ in entry.before}
+    used = lambda x: operands[id(x)].clone() if _place(x) in written else operands[id(x)]  # noqa: E731
+    args, kwargs = _map(used, entry.args), _map(used, entry.kwargs)
+    result = _again(entry, args, kwargs)
+    copies = {_place(x): y for x, y in zip(*map(_tensors, (entry.args, args)))}
+    copies.update({_place(x): y for x, y in zip(*map(_tensors, (entry.kwargs, kwargs)))})
+    gives = [*_tensors(result), *[copies[_place(x)] for x, _ in entry.before]]
+    return len(gives) == len(gave) and all(map(_same_bits, gives, gave))
+
+
+def _then(x: Tensor, since: list[_Entry]) -> Any:
+    """The contents of x before the log `since`; None if they are not kept."""
+    memory = x.untyped_storage().data_ptr()
+    for entry in since:
+        for y, contents in entry.before:
+            if y.untyped_storage().data_ptr() == memory:
+                return contents.view_as(x) if _place(x) == _place(y) else None
+    return x
+
+
+def _place(x: Tensor) -> Any:
+    """What of the memory it is."""
+    layout = x.numel() if x.is_contiguous() else (x.shape, x.stride())
+    return x.data_ptr(), x.dtype, layout
+
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (x, y))
+    return x.dtype == y.dtype and x.shape == y.shape and torch.equal(a, b)
 
 
 def _put_back(before: list[tuple[Tensor, Tensor]]) -> None:
@@ -204,21 +298,23 @@ def _put_back(before: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def _over(old: Any, new: Any) -> Any:
-    """`old` with the contents of `new`: in the same memory, if it is a tensor."""
+    """`old` with the contents of `new`, in the same memory."""
     if isinstance(old, Tensor):
         return old if old.data_ptr() == new.data_ptr() else old.copy_(new)
-    if isinstance(old, (list, tuple)):
-        return type(old)(map(_over, old, new))
-    return new
+    return type(old)(map(_over, old, new)) if isinstance(old, (list, tuple)) else new
 
 
-def _kept(x: Any) -> Any:
-    """The same on the same memory, but with tensors of our own: theirs may get other sizes or memory."""
+def _map(f: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """x with f of each of its tensors."""
     if isinstance(x, Tensor):
-        return x.data
+        return f(x)
     if isinstance(x, dict):
-        return {key: _kept(value) for key, value in x.items()}
-    return type(x)(map(_kept, x)) if type(x) in (list, tuple) else x
+        return {key: _map(f, value) for key, value in x.items()}
+    return type(x)(_map(f, y) for y in x) if type(x) in (list, tuple) else x
+
+
+# The same on the same memory, but with tensors of our own: theirs may get other sizes or memory.
+_kept = partial(_map, lambda x: x.data)
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:
@@ -227,26 +323,43 @@ def _tensors(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, (list, tuple)):
         for y in x:
             yield from _tensors(y)
+    elif isinstance(x, dict):
+        yield from _tensors(list(x.values()))
 
 
-def _leaves(result: Any) -> bool:
-    """Whether some of a result is not on a device."""
-    if isinstance(result, (list, tuple)):
-        return any(map(_leaves, result))
-    return result is not None and not (isinstance(result, Tensor) and far(result))
+def _size(x: Any) -> int:
+    return sum(y.numel() * y.element_size() for y in _tensors(x))
 
 
-def _size(entry: _Entry) -> int:
-    held = [entry.result, [contents for _, contents in entry.before]]
-    return sum(x.numel() * x.element_size() for x in _tensors(held))
+def _unlogged(operator: Any, args: Any, kwargs: Any, written: list[Tensor]) -> bool:
+    """Whether an operator, on operands of devices alone, is none that can be run again later."""
+    if _has_effects(operator):
+        return True
+    if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu":
+        return True
+    if operator._schema.name.startswith(("aten::index", "aten::_index_put", "aten::_unsafe_index")):
+        masks = (torch.bool, torch.uint8)
+        if any(x.dtype in masks for x in _tensors(list(args[1:2]))):
+            return True
+    # several elements in one place
+    return any(0 in x.stride() and x.numel() > 1 for x in written)
 
 
-def _depends_on_numbers(operator: Any, args: Any) -> bool:
-    """Whether the shape of the result does; of an index it does if that is a mask."""
-    if operator is torch.ops.aten.index.Tensor:
-        return any(x.dtype in (torch.bool, torch.uint8) for x in _tensors(args[1]))
-    tags = operator.tags
-    return torch.Tag.dynamic_output_shape in tags or torch.Tag.inplace_view in tags
+@cache
+def _has_effects(operator: Any) -> bool:
+    """Whether an operator does more than its schema says: it tells the host a number, or gives a tensor a
+    shape that depends on numbers, or is none of PyTorch's own."""
+    tags, returns = operator.tags, [str(x.type) for x in operator._schema.returns]
+    return (
+        operator.namespace != "aten"
+        or (
+            torch.Tag.dynamic_output_shape in tags
+            and not operator._schema.name.startswith("aten::index")
+        )
+        or torch.Tag.inplace_view in tags
+        or any("Tensor" not in x for x in returns)
+        or not (returns or _writes(operator))
+    )
 
 
 def _random(operator: Any, kwargs: Any) -> Any:

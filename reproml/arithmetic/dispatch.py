@@ -23,8 +23,7 @@ from torch.utils._python_dispatch import _pop_mode_temporarily
 from reproml.arithmetic import NotExactError, deferred
 
 _C: Any = torch._C
-_NAME = "Fake"
-_KEY = _C._parse_dispatch_key(_NAME)
+_NAME, _KEY = "Fake", deferred.KEY
 _exclude = _C._dispatch_tls_set_dispatch_key_excluded
 _modes = _C._len_torch_dispatch_stack
 
@@ -116,7 +115,7 @@ def include(on: bool) -> None:
 
 def natively() -> Any:
     """A context in which no operator comes to us."""
-    settle_all()
+    deferred.settle_all()
     return _C._SetExcludeDispatchKeyGuard(_KEY, True)
 
 
@@ -141,7 +140,7 @@ def _say_of_python(operator: Any, args: Any, kwargs: Any) -> Any:
             types.insert(next(before, len(types)), t)
     said = NotImplemented
     if types or _modes():
-        settle_all()
+        deferred.settle_all()
     if _modes():
         with _pop_mode_temporarily() as mode:
             said = mode.__torch_dispatch__(operator, types, args, kwargs)
@@ -154,13 +153,6 @@ def _say_of_python(operator: Any, args: Any, kwargs: Any) -> Any:
             f"{operator}: no mode and none of the operands' types implements it: [{names}]"
         )
     return said
-
-
-def settle_all() -> None:
-    """Let the numbers on devices be final; no mode sees how."""
-    if deferred.active:
-        with _C._SetExcludeDispatchKeyGuard(_KEY, True), _C._DisableTorchDispatch():
-            deferred.settle_all()
 
 
 def _python_is_off() -> bool:

@@ -22,7 +22,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from reproml.arithmetic import NotExactError, dispatch, settings, table
+from reproml.arithmetic import NotExactError, deferred, dispatch, settings, table
 from reproml.arithmetic.dispatch import tensors
 
 Handler = Callable[..., Any]
@@ -306,8 +306,10 @@ class exact(ContextDecorator):  # noqa: N801 (used like a function: `with reprom
         settings.active.depth -= 1
         if settings.active.depth == 0:
             dispatch.include(False)
-            dispatch.settle_all()
-            settings.give_back()
+            try:
+                deferred.settle_all()
+            finally:
+                settings.give_back()
             if settings.active.passed:
                 listed = ", ".join(f"{op} ({at})" for op, at in settings.active.passed.items())
                 warnings.warn(

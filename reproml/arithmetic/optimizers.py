@@ -451,7 +451,7 @@ def _python(
 
 def _whole(counters: Sequence[Tensor]) -> list[int]:
     """The numbers in 0-dim tensors; of those on a device the host reads all at once."""
-    together = len(counters) > 0 and deferred.far(counters[0])
+    together = len({x.device for x in counters}) == 1 and deferred.far(counters[0])
     return [int(x) for x in (torch.stack(list(counters)).tolist() if together else counters)]
 
 

@@ -44,7 +44,7 @@ def rand(
     """Multiples of 2^-24 in [0, 1)."""
     _only_float32(dtype)
     _on_cpu(generator)
-    return _sent(torch.rand(size, generator=generator, dtype=torch.float32), device)
+    return _sent(torch.rand(size, generator=generator, dtype=torch.float32, device="cpu"), device)
 
 
 def uniform(x: Tensor, low: float = 0, high: float = 1, *, generator: Any = None) -> Tensor:
@@ -76,12 +76,14 @@ def normal(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None)
 
     n = x.numel()
     if n >= 16 and x.is_contiguous():
-        u = torch.rand(n, generator=generator, dtype=torch.float32)
+        u = torch.rand(n, generator=generator, dtype=torch.float32, device="cpu")
         flat = torch.cat([blocks(u[: n - n % 16]), u[n - n % 16 :]])
         if n % 16:
-            flat[-16:] = blocks(torch.rand(16, generator=generator, dtype=torch.float32))
+            flat[-16:] = blocks(
+                torch.rand(16, generator=generator, dtype=torch.float32, device="cpu")
+            )
     else:
-        draws = torch.rand((n + 1) // 2, 2, generator=generator, dtype=torch.float64)
+        draws = torch.rand((n + 1) // 2, 2, generator=generator, dtype=torch.float64, device="cpu")
         flat = torch.stack(pairs(draws[:, 1], draws[:, 0]), 1).reshape(-1)[:n]
     in_memory_order = torch.empty_like(x, device="cpu")
     in_memory_order.as_strided((n,), (1,)).copy_(flat)
@@ -99,7 +101,9 @@ def randn(
     size: Sequence[int], *, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any
 ) -> Tensor:
     _only_float32(dtype)
-    return _sent(normal(torch.empty(size, dtype=torch.float32), generator=generator), device)
+    return _sent(
+        normal(torch.empty(size, dtype=torch.float32, device="cpu"), generator=generator), device
+    )
 
 
 def normal_of(
@@ -107,9 +111,11 @@ def normal_of(
 ) -> Tensor:
     """torch.normal: numbers, or tensors of means and deviations (std z + mean, rounded once)."""
     if size is not None:
-        return normal(torch.empty(size, dtype=torch.float32), mean, std, generator=generator)
+        return normal(
+            torch.empty(size, dtype=torch.float32, device="cpu"), mean, std, generator=generator
+        )
     shape = torch.broadcast_shapes(*[x.shape for x in (mean, std) if isinstance(x, Tensor)])
-    z = normal(torch.empty(shape, dtype=torch.float32), generator=generator)
+    z = normal(torch.empty(shape, dtype=torch.float32, device="cpu"), generator=generator)
     return elementwise(lambda k, z, s, m: z * s + m, z, std, mean)
 
 

@@ -52,7 +52,7 @@ def settle(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
     failed = (c - e).float() != (c + e).float()  # also where c or e is NaN
     # Of what underflows, the sign has to be sure as well.
     failed |= (result == 0) & (c.abs() <= e) & (e > 2 * TINY)
-    if not later(failed) and failed.any():
+    if not later(failed, c) and failed.any():
         settle_at(result, c, failed.reshape(-1).nonzero().squeeze(1), resolve)
     return result
 
@@ -65,7 +65,9 @@ def settle_sum(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
     """
     result = (c + e).float()
     failed = (c - e).float().view(torch.int32) != result.view(torch.int32)
-    if not later(failed) and failed.any():
+    if later(failed, c):
+        return torch.where(failed, (c + 0.0).float(), result)  # mostly right: a tie, or a zero
+    if failed.any():
         settle_at(result, c, failed.reshape(-1).nonzero().squeeze(1), resolve)
     return result
 

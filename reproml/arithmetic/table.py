@@ -193,7 +193,8 @@ def _check_cast(x: Tensor, dtype: torch.dtype) -> None:
     if x.is_floating_point() and not (
         dtype.is_floating_point or dtype.is_complex or dtype is torch.bool
     ):
-        deferred.settle_all()
+        if deferred.far(x):
+            deferred.settle_all()
         whole, bounds = x.double().trunc(), torch.iinfo(dtype)
         if not bool(((whole >= bounds.min) & (whole < bounds.max + 1.0)).all()):
             raise NotExactError(
