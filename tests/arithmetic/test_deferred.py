@@ -6,11 +6,13 @@ is wrong until it is settled. That no operator waits is seen on fake tensors, of
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Callable
 
 import pytest
@@ -22,8 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reproml
+from reproml import data, preprocess, recipe
 from reproml.arithmetic import deferred, dot, indexing, kernels, optimizers, reductions, table
 from reproml.arithmetic.rounding import settle_sum
+from reproml.train import train as train_recipe
 from tests.arithmetic.oracle import same_bits
 from tests.arithmetic.test_table import CASES
 
@@ -147,6 +151,16 @@ def test_a_step_is_read_twice_and_hardly_ever_redone(make, well):
     same(lambda: train(make, "AdamW", 10))
     assert well["read"] <= 2 * 10 + 1  # once for the initial weights
     assert well["right"] > 3 and not well["wrong"]
+
+
+def test_a_golden_file_comes_out(well):
+    chosen = recipe.load("digits-mlp")
+    prepared = preprocess.preprocess(data.load(chosen.data.name), chosen.preprocess)
+    trained = train_recipe(chosen, prepared)
+    expected = json.loads((Path(__file__).parents[2] / "golden" / "digits-mlp.json").read_text())
+    for i, epoch in enumerate(trained.epochs, 1):
+        assert epoch.state_dict_sha256 == expected[f"epoch.{i:02}.state_dict.sha256"]
+    assert well["right"] > well["wrong"]
 
 
 def test_infinities_and_nan_fail_no_test(well):
@@ -446,11 +460,11 @@ def away(x: Any) -> Any:
     "name", [n for n in sorted(CASES) if n in table.EXACT and n != "linalg_qr"]
 )
 @settings(max_examples=3, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_no_operator_waits_for_the_device(name, data):
+@given(drawing=st.data())
+def test_no_operator_waits_for_the_device(name, drawing):
     """Of a fake tensor no number can be read (DataDependentOutputException). linalg_qr looks at lengths."""
     for case in CASES[name]:
-        drawn = data.draw(case.draw)
+        drawn = drawing.draw(case.draw)
         with FakeTensorMode(), NothingCrosses(), deferred._noted():
             table.EXACT[name](*away(drawn), **case.options)
 
