@@ -32,6 +32,15 @@ def single(x: Any) -> Fraction:
     return Fraction(value)
 
 
+def require(holds: Any, what: str) -> None:
+    """Raise RuntimeError, as PyTorch does, unless `holds`: a truth value, or a bool tensor of which all are
+    true. A tensor on a device, for which the host would wait, is not looked at."""
+    if not isinstance(holds, Tensor):
+        holds = torch.tensor(holds, device="cpu")
+    if holds.is_cpu and not bool(holds.all()):
+        raise RuntimeError(what)
+
+
 # ---- activations -----------------------------------------------------------------------------------
 
 
@@ -444,7 +453,11 @@ def _sign(x: Tensor, y: Tensor) -> Tensor:
 
 
 def bce(x: Tensor, y: Tensor, weight: Optional[Tensor] = None, reduction: int = MEAN) -> Tensor:
-    """-w (y log x + (1 - y) log(1 - x)), each logarithm no less than -100."""
+    """-w (y log x + (1 - y) log(1 - x)), each logarithm no less than -100.
+
+    Raises RuntimeError for an x or y outside of [0, 1]."""
+    for name, t in (("input", x), ("target", y)):
+        require((t >= 0) & (t <= 1), f"all elements of the {name} should be between 0 and 1")
 
     def formula(k: Any, x: Any, y: Any, w: Any, zero: Any, one: Any) -> Any:
         # where x is 0 or 1 the logarithm of a stand-in is multiplied away and -100 takes its place

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic import NotExactError
-from reproml.arithmetic.activations import single
+from reproml.arithmetic.activations import require, single
 from reproml.arithmetic.ball import elementwise
 from reproml.arithmetic.deferred import on_device
 from reproml.arithmetic.exact_math import ExactMath
@@ -48,7 +48,8 @@ def rand(
 
 
 def uniform(x: Tensor, low: float = 0, high: float = 1, *, generator: Any = None) -> Tensor:
-    """u (high - low) + low, rounded once."""
+    """u (high - low) + low, rounded once. Raises RuntimeError for low > high."""
+    require(low <= high, f"uniform_ takes a range from low to high, not from {low} to {high}")
     u = _draws(x, torch.float32, generator)
     a, b = single(low), single(high)
     return x.copy_(u if (low, high) == (0, 1) else elementwise(lambda k, u: u * (b - a) + a, u))
@@ -61,8 +62,11 @@ def normal(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None)
     and v the others, and draws the last 16 elements anew where 16 does not divide their number. For
     fewer elements it draws pairs (v, u') of float64; the second number of the last pair, where there is
     one too many, is dropped.
+
+    Raises RuntimeError for std < 0.
     """
     _on_cpu(generator)
+    require(std >= 0, f"a normal distribution has a std of 0 or more, not {std}")
     m, s = single(mean), single(std)
 
     def pairs(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,6 +118,7 @@ def normal_of(
         return normal(
             torch.empty(size, dtype=torch.float32, device="cpu"), mean, std, generator=generator
         )
+    require(std >= 0, "a normal distribution has no std below 0")
     shape = torch.broadcast_shapes(*[x.shape for x in (mean, std) if isinstance(x, Tensor)])
     z = normal(torch.empty(shape, dtype=torch.float32, device="cpu"), generator=generator)
     return elementwise(lambda k, z, s, m: z * s + m, z, std, mean)
@@ -135,6 +140,8 @@ def bernoulli(x: Tensor, p: Any = None, *, generator: Any = None) -> Tensor:
 
 
 def bernoulli_(x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
+    within = (p >= 0) & (p <= 1) if isinstance(p, Tensor) else 0 <= p <= 1
+    require(within, "a probability p of bernoulli_ is outside of [0, 1]")
     dtype = p.dtype if isinstance(p, Tensor) else torch.float64
     return torch.lt(_draws(x, dtype, generator), p, out=x)
 
@@ -160,7 +167,8 @@ def _factor(keep: float) -> float:
 
 
 def exponential(x: Tensor, rate: float = 1, *, generator: Any = None) -> Tensor:
-    """-log(1 - u) / rate, u a float64 of `rand`."""
+    """-log(1 - u) / rate, u a float64 of `rand`. Raises RuntimeError unless rate > 0."""
+    require(rate > 0, f"exponential_ takes a rate above 0, not {rate}")
     u = _draws(x, torch.float64, generator)
     r = single(rate)
     return x.copy_(elementwise(lambda k, u: -k.log1p(-u) / r, u))
@@ -187,12 +195,18 @@ def multinomial(
 ) -> Tensor:
     """The indices of the largest x / q, q exponential (PyTorch's own way for one sample or none put back).
 
-    Raises NotExactError for several samples with replacement.
+    Raises NotExactError for several samples with replacement, RuntimeError for what are no probabilities.
     """
     if replacement and count > 1:
         raise NotExactError(
             "Several samples with replacement have no exact definition; draw one at a time."
         )
+    require((x >= 0) & x.isfinite(), "a probability of multinomial is inf, NaN or below 0")
+    require(x.sum(-1) > 0, "the probabilities of multinomial are all 0")
+    require(
+        count <= x.shape[-1],
+        f"multinomial cannot draw {count} of {x.shape[-1]} without replacement",
+    )
     q = exponential(torch.empty_like(x), generator=generator)
     ratio = (x.double() / q.double()).float()
     order: Tensor = ratio.sort(dim=-1, descending=True, stable=True).indices

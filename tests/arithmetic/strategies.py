@@ -51,6 +51,9 @@ def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     return x
 
 
+UNIT = st.one_of(st.floats(0, 1, width=32), st.sampled_from([0.0, 1.0, 0.5, 2.0**-149, 1 - 2**-24]))
+
+
 @st.composite
 def tensors(draw: Any, shape: tuple[int, ...], values: Any = ANY) -> torch.Tensor:
     """float32 of this shape. One family for the whole tensor half of the time, so that sums cancel."""
@@ -60,6 +63,8 @@ def tensors(draw: Any, shape: tuple[int, ...], values: Any = ANY) -> torch.Tenso
     )
     if family is SMALL_INTEGERS and values is POSITIVE:
         family = SMALL_INTEGERS.map(abs)
+    if family is SMALL_INTEGERS and values is UNIT:
+        family = st.sampled_from([0.0, 1.0])
     numbers = draw(st.lists(family, min_size=n, max_size=n))
     x = torch.tensor(numbers, dtype=torch.float32).reshape(shape)
     return lay_out(x, draw(st.sampled_from(LAYOUTS)))

@@ -808,3 +808,29 @@ def test_a_quotient_is_one_operation_of_the_processor(n):
     w, v = x.double(), y.double()
     for a, b in zip(found, [w / v, w / 3, 3 / w, w / w[0], w / torch.tensor(0.9).double()]):
         assert a.view(torch.int32).equal(b.float().view(torch.int32))
+
+
+HALVES, NAN = torch.full((2,), 0.5), float("nan")
+WRONG = {
+    "bce": lambda: torch.nn.functional.binary_cross_entropy(torch.tensor([0.5, 1.5]), HALVES),
+    "bce of NaN": lambda: torch.nn.functional.binary_cross_entropy(HALVES * NAN, HALVES),
+    "bce's target": lambda: torch.nn.functional.binary_cross_entropy(HALVES, HALVES * 4),
+    "bernoulli": lambda: torch.bernoulli(torch.tensor([1.5])),
+    "bernoulli_": lambda: torch.empty(2).bernoulli_(-0.5),
+    "multinomial": lambda: torch.multinomial(torch.tensor([-1.0, 2.0]), 1),
+    "multinomial of nothing": lambda: torch.multinomial(torch.zeros(2), 1),
+    "multinomial of few": lambda: torch.multinomial(torch.ones(2), 3),
+    "normal": lambda: torch.normal(0.0, -1.0, (2,)),
+    "normal of tensors": lambda: torch.normal(torch.zeros(2), torch.tensor([1.0, -1.0])),
+    "uniform_": lambda: torch.empty(2).uniform_(1, 0),
+    "exponential_": lambda: torch.empty(2).exponential_(-1),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_pytorch_refuses_is_refused(name):
+    """A probability that is none trains on unnoticed otherwise, to a digest that anyone can reproduce."""
+    with pytest.raises(RuntimeError):
+        WRONG[name]()
+    with pytest.raises(RuntimeError), reproml.exact():
+        WRONG[name]()

@@ -28,6 +28,7 @@ from tests.arithmetic.strategies import (
     MODERATE,
     POSITIVE,
     SPECIAL,
+    UNIT,
     broadcast,
     grid,
     tensors,
@@ -35,7 +36,6 @@ from tests.arithmetic.strategies import (
 
 aten = torch.ops.aten
 HALF = Fraction(1, 2)
-UNIT = st.one_of(st.floats(0, 1, width=32), st.sampled_from([0.0, 1.0, 0.5, 2.0**-149, 1 - 2**-24]))
 TESTS = settings(max_examples=12, suppress_health_check=list(HealthCheck))
 
 
