@@ -148,7 +148,7 @@ class Checkpoints:
         if start and start.head.recipe != recipe:
             raise ReproError(
                 f"{folder} has checkpoints of another recipe than {recipe.name}; "
-                "leave out --recipe, or choose another folder with --out"
+                "leave out --recipe, or begin anew without --resume"
             )
         if start and start.head.numerics != numerics:
             raise ReproError(

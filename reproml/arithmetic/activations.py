@@ -523,6 +523,9 @@ def nll_loss(
         loss, total = nll_loss(x.unsqueeze(0), target.reshape(1), weight, reduction, ignore_index)
         return (loss.squeeze(0) if reduction == NONE else loss), total
     counted = target != ignore_index
+    missing = counted & ((target < 0) | (target >= x.shape[1]))
+    if x.is_cpu and bool(missing.any()):
+        raise IndexError(f"Target {int(target[missing][0])} is out of bounds.")
     at = torch.where(counted, target, 0)
     picked = torch.where(counted, x.gather(1, at.unsqueeze(1)).squeeze(1), 0.0)
     w = counted.float() if weight is None else torch.where(counted, weight[at], 0.0)

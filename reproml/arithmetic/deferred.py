@@ -60,9 +60,10 @@ class _Entry:
 
 def _forked() -> None:
     """A device is not for a forked process."""
-    global _lock
+    global _lock, _held
     _lock = threading.RLock()
     _log.clear()
+    _held = 0
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -134,11 +135,13 @@ def run(operator: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             _random(operator, kwargs),
             torch.get_default_dtype(),
         )
+        readings = _readings
         try:
             with _noted() as entry.outcomes:
                 result = run(*args, **kwargs)
         except BaseException:
-            _put_back(entry.before)
+            if readings == _readings:  # else it is from before it was settled
+                _put_back(entry.before)
             raise
         if _log or entry.outcomes:
             entry.result = _kept(result)
@@ -150,6 +153,7 @@ def run(operator: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 _held = 0  # bytes in the log
+_readings = 0  # how often it was read
 
 
 def step(run: Callable[..., None], lists: Sequence[list[Any]], options: dict[str, Any]) -> None:
@@ -181,13 +185,14 @@ def step(run: Callable[..., None], lists: Sequence[list[Any]], options: dict[str
 
 def settle_all() -> None:
     """Read the outcomes of all tests so far, and put right what they say is wrong."""
-    global _held
+    global _held, _readings
     with _lock:
         if not _log:
             return
         log = list(_log)
         _log.clear()
         _held = 0
+        _readings += 1
         noted = [(i, outcome) for i, entry in enumerate(log) for outcome in entry.outcomes]
         with _aside():
             places = sorted({noted[i][0] for i in _all([outcome for _, outcome in noted])})
@@ -198,6 +203,8 @@ def settle_all() -> None:
                     _put_back(entry.before)
                 for entry in log[i:]:
                     entry.result = _over(entry.result, _again(entry, entry.args, entry.kwargs))
+                if torch.cuda.is_initialized():
+                    torch.cuda.synchronize()  # other streams may read it from now on
                 return
 
 
@@ -273,12 +280,19 @@ def _stands(entry: _Entry, since: list[_Entry]) -> bool:
 
 def _then(x: Tensor, since: list[_Entry]) -> Any:
     """The contents of x before the log `since`; None if they are not kept."""
-    memory = x.untyped_storage().data_ptr()
+    first, end = _reach(x)
     for entry in since:
         for y, contents in entry.before:
-            if y.untyped_storage().data_ptr() == memory:
+            start, last = _reach(y)
+            if start < end and first < last:
                 return contents.view_as(x) if _place(x) == _place(y) else None
     return x
+
+
+def _reach(x: Tensor) -> tuple[int, int]:
+    """The addresses of its first byte and after its last."""
+    last = sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1 if x.numel() else 0
+    return x.data_ptr(), x.data_ptr() + last * x.element_size()
 
 
 def _place(x: Tensor) -> Any:

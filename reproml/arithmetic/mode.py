@@ -11,6 +11,7 @@ Every operator below autograd comes here (dispatch.py), the backward ones includ
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import threading
 import traceback
@@ -290,7 +291,8 @@ class exact(ContextDecorator):  # noqa: N801 (used like a function: `with reprom
     def __enter__(self) -> exact:
         depth = settings.active.depth
         if depth == 0:
-            import torch._dynamo  # noqa: F401  (optimizers import it; here it meets no mode)
+            with torch.device("cpu"):  # it cannot be imported with "meta" for a default device
+                importlib.import_module("torch._dynamo")  # optimizers do; here it meets no mode
 
             if _flushes_subnormals():
                 raise NotExactError(

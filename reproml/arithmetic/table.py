@@ -43,7 +43,7 @@ new_ones full full_like new_full lift_fresh
 """.split())
 COPIES = frozenset("""
 cat stack index index_select embedding threshold_backward fill zero _local_scalar_dense argmax argmin
-clone relu max_pool2d_with_indices where masked_fill
+clone max_pool2d_with_indices where masked_fill
 """.split())
 
 MOVES = VIEWS | COPIES | frozenset("""
@@ -55,7 +55,7 @@ logical_not logical_and logical_or
 masked_select gather _unsafe_index index_fill take nonzero
 scatter
 hardtanh sort topk
-abs neg threshold adaptive_max_pool2d
+abs neg relu threshold adaptive_max_pool2d
 floor ceil round trunc
 """.split())
 # fmt: on

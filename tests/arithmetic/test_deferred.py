@@ -347,6 +347,19 @@ def test_an_error_midway_leaves_what_was_there(which, far):
     assert torch.equal(p, TERMS) and not x.any()
 
 
+def test_an_error_after_all_was_settled_leaves_that(far):
+    def function() -> list[Tensor]:
+        x = TERMS[:, :3]
+        q, r, i = x.t() @ x, x.t() @ x, (TERMS @ TERMS.t()).view(-1).argsort()
+        with pytest.raises(reproml.NotExactError):
+            torch.linalg.qr(torch.zeros(3, 3), out=(q, r))
+        with pytest.raises(reproml.NotExactError):
+            i.copy_(torch.full((16,), float("nan")))
+        return [q, r, i]
+
+    same(function)
+
+
 def test_a_forked_process_waits_for_nobody(far):
     with reproml.exact():
         TERMS.sum()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import subprocess
+import sys
 import threading
 import warnings
+from contextlib import nullcontext
 from fractions import Fraction
 from typing import Any
 
@@ -834,3 +837,28 @@ def test_what_pytorch_refuses_is_refused(name):
         WRONG[name]()
     with pytest.raises(RuntimeError), reproml.exact():
         WRONG[name]()
+
+
+@pytest.mark.parametrize("target", [4, -1])
+def test_a_target_that_is_no_class_is_pytorch_s_own_error(target):
+    x, y = torch.zeros(2, 4), torch.tensor([0, target])
+    for mode in (nullcontext(), reproml.exact()):
+        with pytest.raises(IndexError, match=f"Target {target} is out of bounds"), mode:
+            torch.nn.functional.cross_entropy(x, y)
+
+
+def test_a_default_device_does_not_stand_in_the_way():
+    script = "import torch; torch.set_default_device('meta'); import reproml; reproml.exact().__enter__()"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32])
+def test_moves_of_other_types_run_as_ever(dtype):
+    """Also those that pass the engine by, whatever PyTorch's kernel calls inside."""
+    x = torch.tensor([[-1.5, 2.0], [3.25, -0.0]]).to(dtype)
+    moves: list[Any] = [
+        torch.relu, torch.clone, lambda x: torch.where(x > 0, x, x.t()),
+        lambda x: x.masked_fill(x > 0, 7), lambda x: torch.stack([x, x]), lambda x: x.t().contiguous(),
+    ]  # fmt: skip
+    for move in moves:
+        assert torch.equal(exactly(move, x), move(x))
