@@ -21,12 +21,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from reproml.arithmetic import NotExactError
+from reproml.arithmetic.operands import tensors, writes, written
 
 _C: Any = torch._C
 KEY = _C._parse_dispatch_key("Fake")  # by which operators come to us (dispatch.py)
@@ -39,9 +41,9 @@ active = False  # whether some test has met a device yet; until then nothing is 
 _changes: list[Callable[[], None]] = []  # to be called once when that happens
 _lock = threading.RLock()  # the backward pass of a device has a thread of its own
 _log: list[_Entry] = []
-_local = (
-    threading.local()
-)  # outcomes: those of the running operator; none where each is read at once
+_held = 0  # bytes in it
+_readings = 0  # how often it was read
+_local = threading.local()  # outcomes: of the running operator; none where each is read at once
 
 
 @dataclass(eq=False)
@@ -117,21 +119,21 @@ def run(operator: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
     Raises NotExactError while a CUDA graph is captured, which could not be settled."""
     global _held
-    given = list(_tensors([args, kwargs]))
+    given = list(tensors([args, kwargs]))
     if not any(map(far, given)) or hasattr(run, "parts"):  # the parts come here by themselves
         return run(*args, **kwargs)
     if given[0].is_cuda and torch.cuda.is_current_stream_capturing():
         raise NotExactError("a CUDA graph is replayed without rounding tests; do not capture one")
     with _lock:
-        written = list(_written(operator, args, kwargs))
-        if not all(map(far, given)) or _unlogged(operator, args, kwargs, written):
+        targets = list(written(operator, args, kwargs))
+        if not all(map(far, given)) or _unlogged(operator, args, kwargs, targets):
             settle_all()
             return run(*args, **kwargs)
         entry = _Entry(
             run,
             _kept(args),
             _kept(kwargs),
-            [(x.data, x.data.clone()) for x in written],
+            [(x.data, x.data.clone()) for x in targets],
             _random(operator, kwargs),
             torch.get_default_dtype(),
         )
@@ -152,28 +154,24 @@ def run(operator: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return result
 
 
-_held = 0  # bytes in the log
-_readings = 0  # how often it was read
-
-
 def step(run: Callable[..., None], lists: Sequence[list[Any]], options: dict[str, Any]) -> None:
     """An optimizer's step, run(*lists, **options), of which the second list holds the gradients.
 
     What comes before it is settled first, and itself before it ends. The lists may get other tensors.
     """
-    written = list(_tensors([x for i, x in enumerate(lists) if i != 1])) if active else []
-    if not any(map(far, written)):
+    targets = list(tensors([x for i, x in enumerate(lists) if i != 1])) if active else []
+    if not any(map(far, targets)):
         run(*lists, **options)
         return
     with _lock:
         settle_all()
         given = [list(x) for x in lists]
-        before = [(x.data, x.data.clone()) for x in written]
+        before = [(x.data, x.data.clone()) for x in targets]
         failed = True
         try:
             with _noted() as outcomes:
                 run(*lists, **options)
-            failed = _first(outcomes) is not None
+            failed = bool(_all(outcomes))
         finally:
             if failed:  # or an error was raised
                 _put_back(before)
@@ -239,10 +237,6 @@ def _all(outcomes: list[Tensor]) -> list[int]:
     return found
 
 
-def _first(outcomes: list[Tensor]) -> Optional[int]:
-    return min(_all(outcomes), default=None)
-
-
 def _again(entry: _Entry, args: Any, kwargs: Any) -> Any:
     """Run it once more, with the random numbers and the default dtype that it had."""
     dtype = torch.get_default_dtype()
@@ -263,18 +257,18 @@ def _stands(entry: _Entry, since: list[_Entry]) -> bool:
     """Whether what it gave was right: that comes out again on its operands as they were.
 
     since: the log from it on. False also where that cannot be known."""
-    operands = {id(x): _then(x, since) for x in _tensors([entry.args, entry.kwargs])}
-    given = [*_tensors(entry.result), *[x for x, _ in entry.before]]
+    operands = {id(x): _then(x, since) for x in tensors([entry.args, entry.kwargs])}
+    given = [*tensors(entry.result), *[x for x, _ in entry.before]]
     gave = [_then(x, since[1:]) for x in given]
     if any(x is None for x in [*operands.values(), *gave]):
         return False
-    written = {_place(x) for x, _ in entry.before}
-    used = lambda x: operands[id(x)].clone() if _place(x) in written else operands[id(x)]  # noqa: E731
-    args, kwargs = _map(used, entry.args), _map(used, entry.kwargs)
+    places = {_place(x) for x, _ in entry.before}
+    used = lambda x: operands[id(x)].clone() if _place(x) in places else operands[id(x)]  # noqa: E731
+    args, kwargs = tree_map_only(Tensor, used, (entry.args, entry.kwargs))
     result = _again(entry, args, kwargs)
-    copies = {_place(x): y for x, y in zip(*map(_tensors, (entry.args, args)))}
-    copies.update({_place(x): y for x, y in zip(*map(_tensors, (entry.kwargs, kwargs)))})
-    gives = [*_tensors(result), *[copies[_place(x)] for x, _ in entry.before]]
+    then, now = tensors([entry.args, entry.kwargs]), tensors([args, kwargs])
+    copies = {_place(x): y for x, y in zip(then, now)}
+    gives = [*tensors(result), *[copies[_place(x)] for x, _ in entry.before]]
     return len(gives) == len(gave) and all(map(_same_bits, gives, gave))
 
 
@@ -318,34 +312,15 @@ def _over(old: Any, new: Any) -> Any:
     return type(old)(map(_over, old, new)) if isinstance(old, (list, tuple)) else new
 
 
-def _map(f: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """x with f of each of its tensors."""
-    if isinstance(x, Tensor):
-        return f(x)
-    if isinstance(x, dict):
-        return {key: _map(f, value) for key, value in x.items()}
-    return type(x)(_map(f, y) for y in x) if type(x) in (list, tuple) else x
-
-
 # The same on the same memory, but with tensors of our own: theirs may get other sizes or memory.
-_kept = partial(_map, lambda x: x.data)
-
-
-def _tensors(x: Any) -> Iterator[Tensor]:
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, (list, tuple)):
-        for y in x:
-            yield from _tensors(y)
-    elif isinstance(x, dict):
-        yield from _tensors(list(x.values()))
+_kept = partial(tree_map_only, Tensor, lambda x: x.data)
 
 
 def _size(x: Any) -> int:
-    return sum(y.numel() * y.element_size() for y in _tensors(x))
+    return sum(y.numel() * y.element_size() for y in tensors(x))
 
 
-def _unlogged(operator: Any, args: Any, kwargs: Any, written: list[Tensor]) -> bool:
+def _unlogged(operator: Any, args: Any, kwargs: Any, targets: list[Tensor]) -> bool:
     """Whether an operator, on operands of devices alone, is none that can be run again later."""
     if _has_effects(operator):
         return True
@@ -353,10 +328,10 @@ def _unlogged(operator: Any, args: Any, kwargs: Any, written: list[Tensor]) -> b
         return True
     if operator._schema.name.startswith(("aten::index", "aten::_index_put", "aten::_unsafe_index")):
         masks = (torch.bool, torch.uint8)
-        if any(x.dtype in masks for x in _tensors(list(args[1:2]))):
+        if any(x.dtype in masks for x in tensors(list(args[1:2]))):
             return True
     # several elements in one place
-    return any(0 in x.stride() and x.numel() > 1 for x in written)
+    return any(0 in x.stride() and x.numel() > 1 for x in targets)
 
 
 @cache
@@ -372,7 +347,7 @@ def _has_effects(operator: Any) -> bool:
         )
         or torch.Tag.inplace_view in tags
         or any("Tensor" not in x for x in returns)
-        or not (returns or _writes(operator))
+        or not (returns or writes(operator))
     )
 
 
@@ -381,20 +356,3 @@ def _random(operator: Any, kwargs: Any) -> Any:
         return None
     generator = kwargs.get("generator") or torch.default_generator
     return generator, generator.get_state()
-
-
-def _written(operator: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """The operands that it writes to."""
-    for i, name in _writes(operator):
-        yield from _tensors(args[i] if i < len(args) else kwargs.get(name))
-
-
-@cache
-def _writes(operator: Any) -> list[tuple[int, str]]:
-    """Their places and names. Of batch norm's running statistics the schema does not say so."""
-    statistics = ("running_mean", "running_var") if "batch_norm" in str(operator) else ()
-    return [
-        (i, x.name)
-        for i, x in enumerate(operator._schema.arguments)
-        if x.name in statistics or (x.alias_info is not None and x.alias_info.is_write)
-    ]

@@ -11,7 +11,6 @@ give modes and subclasses their turn before ours: they see the operators and not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any, Callable
 
@@ -21,6 +20,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import _pop_mode_temporarily
 
 from reproml.arithmetic import NotExactError, deferred
+from reproml.arithmetic.operands import tensors
 
 _C: Any = torch._C
 _NAME, _KEY = "Fake", deferred.KEY
@@ -158,12 +158,3 @@ def _say_of_python(operator: Any, args: Any, kwargs: Any) -> Any:
 def _python_is_off() -> bool:
     """Whether modes and subclasses are passed over, as a subclass does that calls an operator natively."""
     return bool(_C._dispatch_tls_is_dispatch_key_excluded(_C.DispatchKey.Python))
-
-
-def tensors(args: Any) -> Iterator[Tensor]:
-    """All tensors among the operands, those in lists included."""
-    for x in args:
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, (list, tuple)):
-            yield from tensors(x)

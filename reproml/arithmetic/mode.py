@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic import NotExactError, deferred, dispatch, settings, table
-from reproml.arithmetic.dispatch import tensors
+from reproml.arithmetic.operands import tensors
 
 Handler = Callable[..., Any]
 

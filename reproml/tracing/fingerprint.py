@@ -111,14 +111,3 @@ class unseen:  # noqa: N801 (used like a function; a generator would take twice 
     def __exit__(self, *exc: Any) -> None:
         for guard in reversed(self._guards):
             guard.__exit__(*exc)
-
-
-def tensors(data: Any) -> list[Tensor]:
-    """The tensors in nested lists, tuples and mappings, in order."""
-    if isinstance(data, Tensor):
-        return [data]
-    if isinstance(data, dict):
-        data = data.values()
-    elif not isinstance(data, (list, tuple)):
-        return []
-    return [x for part in data for x in tensors(part)]

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reproml.arithmetic
-from reproml.tracing.fingerprint import fingerprints, tensors, unseen
+from reproml.arithmetic.operands import tensors, written
+from reproml.tracing.fingerprint import fingerprints, unseen
 
 Write = Callable[[dict[str, Any], list[Tensor]], None]
 
@@ -66,11 +67,11 @@ class Operators(TorchDispatchMode):
         name = func._schema.name.replace("::", ".")
         short = name.split(".")[-1]
         line, node = self._line()
-        written = _written(func, args, kwargs)
-        skipped = written if short in _FILLING or func._overloadname.endswith("out") else []
+        targets = list(written(func, args, kwargs))
+        skipped = targets if short in _FILLING or func._overloadname.endswith("out") else []
         inputs = _described([args, kwargs], skipped)
         result = func(*args, **kwargs)
-        outputs = tensors([result]) or written
+        outputs = list(tensors(result)) or targets
         with unseen():
             if short in _UNFILLED:
                 for x in outputs:
@@ -96,16 +97,6 @@ def _described(given: Any, skipped: list[Tensor]) -> list[str]:
     """Fingerprints of tensors, the values of numbers and texts."""
     found = [x for x in tensors(given) if not any(x is y for y in skipped)]
     return fingerprints(found) + [repr(x) for x in _plain_values(given)]
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors that the operator writes to, by its schema."""
-    found = []
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            found += tensors(value)
-    return found
 
 
 def _caller() -> str:

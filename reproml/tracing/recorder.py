@@ -37,9 +37,10 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from reproml import environment
 from reproml.arithmetic import DEFINITIONS, settings
+from reproml.arithmetic.operands import tensors
 from reproml.digest import digest
 from reproml.tracing.chain import Writer
-from reproml.tracing.fingerprint import fingerprints, first, measure, tensors, unseen
+from reproml.tracing.fingerprint import fingerprints, first, measure, unseen
 from reproml.tracing.operators import Operators
 
 RERUN = "REPROML_TRACE_RERUN"  # see rerun.py
@@ -186,7 +187,7 @@ class Recorder:
 
     def _fetch(self, source: int, data: Any) -> None:
         if self._level != "epoch":
-            self._fetched[source] = tensors(data)
+            self._fetched[source] = list(tensors(data))
 
     def _call(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

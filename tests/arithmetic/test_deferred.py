@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reproml
 from reproml import data, preprocess, recipe
 from reproml.arithmetic import deferred, dot, indexing, kernels, optimizers, reductions, table
+from reproml.arithmetic.operands import tensors
 from reproml.arithmetic.rounding import settle_sum
 from reproml.train import train as train_recipe
 from tests.arithmetic.oracle import same_bits
@@ -458,7 +459,7 @@ class NothingCrosses(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if "copy" in str(func):
-            given = list(deferred._tensors([args, list((kwargs or {}).values()), result]))
+            given = list(tensors([args, list((kwargs or {}).values()), result]))
             assert len({x.device for x in given}) == 1, func
         return result
 

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
 from reproml.arithmetic import NotExactError
-from reproml.arithmetic.dispatch import tensors as tensors
+from reproml.arithmetic.operands import tensors as tensors
 from reproml.arithmetic.sharded.exchange import Pending, await_end, note, raw
 from reproml.arithmetic.sharded.tensor import Rows, Sharded
 
