@@ -9,9 +9,9 @@
     let
       inherit (nixpkgs) lib;
 
-      # A recipe in reproml/recipes with a golden file gets its packages and its check from that. A golden
+      # A recipe in reproml/pipeline/recipes with a golden file gets its packages and its check from that. A golden
       # file alone belongs to a recipe that lies elsewhere.
-      recipes = lib.filter (recipe: builtins.pathExists (./reproml/recipes + "/${recipe}.toml")) (
+      recipes = lib.filter (recipe: builtins.pathExists (./reproml/pipeline/recipes + "/${recipe}.toml")) (
         map (lib.removeSuffix ".json") (
           lib.filter (lib.hasSuffix ".json") (lib.attrNames (builtins.readDir ./golden))
         )

@@ -8,8 +8,8 @@ setup(
     ext_modules=[
         Extension(
             "reproml.arithmetic._kernels",
-            sorted(glob("reproml/arithmetic/c/*.c")),
-            depends=sorted(glob("reproml/arithmetic/c/*.h")),
+            sorted(glob("reproml/arithmetic/csrc/*.c")),
+            depends=sorted(glob("reproml/arithmetic/csrc/*.h")),
             extra_compile_args=[
                 "-O3",
                 "-ffp-contract=off",

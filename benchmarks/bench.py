@@ -33,7 +33,8 @@ from rich.table import Table
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import reproml
-from reproml import data, environment, preprocess, recipe, train
+from reproml import environment
+from reproml.pipeline import data, preprocess, recipe, train
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -27,7 +27,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import reproml
 from reproml import distributed, environment
-from reproml.arithmetic import partial
+from reproml.arithmetic.distributed import partial_sums
 
 WORKERS = [1, 2, 4]
 PAIRS = 5  # of a native and an exact measurement
@@ -95,13 +95,13 @@ class Measured:
 def worker() -> None:
     """What each process does; the first prints the results."""
     settled: list[int] = []
-    plain_settle = partial._settle
+    plain_settle = partial_sums._settle
 
     def settle(group: Any, partials: Any, whole: Any, lists: Any) -> None:
         settled.append(sum(map(len, lists)))
         plain_settle(group, partials, whole, lists)
 
-    partial._settle = settle
+    partial_sums._settle = settle
     results: dict[str, Any] = {}
     with distributed.joined(64):
         for case in CASES:

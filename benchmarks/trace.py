@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 import reproml
-from reproml import recipe, run
-from reproml.preprocess import Prepared
-from reproml.recipe import Recipe
-from reproml.train import train
+from reproml.pipeline import recipe, run
+from reproml.pipeline.preprocess import Prepared
+from reproml.pipeline.recipe import Recipe
+from reproml.pipeline.train import train
 
 ROUNDS = 8
 

@@ -19,15 +19,15 @@ from reproml.errors import ReproError
 from reproml.terminal import Terminal
 
 if TYPE_CHECKING:
-    from reproml.checkpoint import Checkpoint
-    from reproml.recipe import Recipe
+    from reproml.pipeline.checkpoint import Checkpoint
+    from reproml.pipeline.recipe import Recipe
 
 Result = tuple[int, dict[str, Any]]  # exit status, what --json prints
 
 
 def data(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Get the recipe's data and check every hash."""
-    from reproml import data as datasets
+    from reproml.pipeline import data as datasets
 
     dataset = datasets.load(_recipe(args).data.name, args.data)
     for name, sha256 in dataset.hashes.items():
@@ -37,7 +37,7 @@ def data(args: argparse.Namespace, terminal: Terminal) -> Result:
 
 def train(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Train and evaluate the recipe; leave a run folder."""
-    from reproml import run
+    from reproml.pipeline import run
 
     if args.steps is not None:
         return _train_steps(args, _recipe(args), terminal)
@@ -62,7 +62,7 @@ def _beginning(
     args: argparse.Namespace, terminal: Terminal
 ) -> tuple[Path, Recipe, Optional[Checkpoint]]:
     """Return the run folder, the recipe and the checkpoint to go on from, if there is one."""
-    from reproml import checkpoint, run
+    from reproml.pipeline import checkpoint, run
 
     if args.resume is None:
         recipe = _recipe(args)
@@ -90,7 +90,7 @@ def _train_whole(
     terminal: Terminal,
 ) -> dict[str, Any]:
     """Train into the run folder, with checkpoints beside it if they are asked for or there."""
-    from reproml import checkpoint, run
+    from reproml.pipeline import checkpoint, run
 
     checkpoints = None
     every = args.checkpoint_every or (start.head.every if start else None)
@@ -120,8 +120,8 @@ def _train_steps(args: argparse.Namespace, recipe: Recipe, terminal: Terminal) -
     """Train some steps only: for a comparison of hashes, not a run, so it leaves no folder."""
     from reproml.digest import digest
     from reproml.distributed import joined
-    from reproml.run import prepare, tracing
-    from reproml.train import train
+    from reproml.pipeline.run import prepare, tracing
+    from reproml.pipeline.train import train
 
     if args.checkpoint_every or args.resume:
         raise ReproError("--steps leaves nothing behind; leave out --checkpoint-every and --resume")
@@ -137,7 +137,7 @@ def _train_steps(args: argparse.Namespace, recipe: Recipe, terminal: Terminal) -
 
 def evaluate(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Evaluate the weights of a run folder on the training and the test set."""
-    from reproml import run
+    from reproml.pipeline import run
 
     recipe = _recipe(args, args.run)
     folder = args.run or _default_run(args, recipe)
@@ -149,7 +149,7 @@ def evaluate(args: argparse.Namespace, terminal: Terminal) -> Result:
 
 def verify(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Train anew, or take the run folder --run DIR, and compare all of it with the golden file."""
-    from reproml import golden, run
+    from reproml.pipeline import golden, run
 
     _refuse_native(args)
     recipe = _recipe(args, args.run)
@@ -185,7 +185,7 @@ def verify(args: argparse.Namespace, terminal: Terminal) -> Result:
 
 def pipeline(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Do it all in order: data, train, evaluate, verify (the run just trained)."""
-    from reproml import golden
+    from reproml.pipeline import golden
 
     _refuse_native(args)
     recipe = _recipe(args)
@@ -201,8 +201,8 @@ def pipeline(args: argparse.Namespace, terminal: Terminal) -> Result:
 
 def golden(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Train the recipe and write what it comes to as its golden file."""
-    from reproml import golden as goldens
-    from reproml import run
+    from reproml.pipeline import golden as goldens
+    from reproml.pipeline import run
 
     _refuse_native(args)
     recipe = _recipe(args)
@@ -273,7 +273,7 @@ def matrix(args: argparse.Namespace, terminal: Terminal) -> Result:
 def doctor(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Say what this machine is and test here all that exact arithmetic takes for granted."""
     from reproml import doctor as doctors
-    from reproml.arithmetic import assumptions
+    from reproml.arithmetic import selftest
 
     differing = [] if args.run is None else doctors.differences(args.run)
     described = doctors.here()
@@ -285,7 +285,7 @@ def doctor(args: argparse.Namespace, terminal: Terminal) -> Result:
             terminal.say(f"{d.fact:<32} {d.here}, in the run {d.run}")
         terminal.say("an exact run has the same bits all the same, a native one may have others")
     outcomes = []
-    for outcome in assumptions.self_test():
+    for outcome in selftest.self_test():
         outcomes.append(outcome)
         said = outcome.fault or outcome.note
         label = "ok     " if outcome.fault is None else "BROKEN "
@@ -305,7 +305,7 @@ def doctor(args: argparse.Namespace, terminal: Terminal) -> Result:
 
 def report(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Write one page for a run folder: its verdict against the golden file, where it parts from another."""
-    from reproml import report as reports
+    from reproml.pipeline import report as reports
 
     recipe = _recipe(args, args.run)
     folder = args.run or _default_run(args, recipe)
@@ -326,7 +326,7 @@ def diff(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Tell where two traces, runs, weights or golden files first part, by how much, and why."""
     from dataclasses import asdict
 
-    from reproml.tracing import diff as differences
+    from reproml.diff import compare as differences
 
     found = differences.compare(args.a, args.b, args.rerun)
     for line in differences.lines(found, str(args.a), str(args.b)):
@@ -363,8 +363,9 @@ def _let_others_go(args: argparse.Namespace) -> None:
 
 def _help(args: argparse.Namespace) -> None:
     """What all workers but the first do: their part of the training, in silence."""
-    from reproml import distributed, run
-    from reproml.train import train
+    from reproml import distributed
+    from reproml.pipeline import run
+    from reproml.pipeline.train import train
 
     with distributed.joined() as task:
         if task is None:
@@ -376,8 +377,8 @@ def _help(args: argparse.Namespace) -> None:
 
 def _steps(args: argparse.Namespace) -> int:
     """Return --steps, or the number of steps that the recipe's training has."""
-    from reproml import data as datasets
-    from reproml.train import step_count
+    from reproml.pipeline import data as datasets
+    from reproml.pipeline.train import step_count
 
     recipe = _recipe(args)
     samples = len(datasets.load(recipe.data.name, args.data).train.labels)
@@ -522,10 +523,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _recipe(args: argparse.Namespace, folder: Optional[Path] = None) -> Recipe:
     """Return the recipe that was named, else that of the run folder, else the default."""
-    from reproml.recipe import load
+    from reproml.pipeline.recipe import load
 
     if folder is not None and args.recipe is None:
-        from reproml import run
+        from reproml.pipeline import run
 
         return run.recipe_of(folder)
     return load(args.recipe or _DEFAULT)

@@ -1,7 +1,7 @@
 """What this machine is, what was different where a run was made, and whether the arithmetic holds here.
 
 Facts never decide: an exact run has the same bits whatever they are, and a native run differs for any
-of them. What decides is the self-test (arithmetic/assumptions.py).
+of them. What decides is the self-test (arithmetic/selftest.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from reproml import environment
 from reproml.arithmetic import DEFINITIONS
-from reproml.run import Number, read_record
+from reproml.pipeline.run import Number, read_record
 
 _GROUPS = ("arithmetic", "versions", "machine", "torch", "variables")
 _ABSENT = "not recorded"

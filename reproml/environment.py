@@ -47,7 +47,7 @@ def describe() -> dict[str, Any]:
     """Return versions, machine, PyTorch's build and switches, and the variables that matter, as JSON."""
     import torch
 
-    from reproml.arithmetic import kernels
+    from reproml.arithmetic.compiler import kernels
 
     cudnn: Any = torch.backends.cudnn
     build = torch.__config__.show()

@@ -36,8 +36,8 @@ from reproml.arithmetic import DEFINITIONS
 from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.files import write_whole
+from reproml.pipeline.train import numerics_mode
 from reproml.tracing import trace
-from reproml.train import numerics_mode
 
 
 @dataclass

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Callable
 
 if TYPE_CHECKING:
-    from reproml.golden import Comparison
+    from reproml.pipeline.golden import Comparison
 
 
 class Terminal:

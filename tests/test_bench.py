@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 
 from benchmarks import bench
-from reproml import train
-from reproml.recipe import known
+from reproml.pipeline import train
+from reproml.pipeline.recipe import known
 from tests import tiny
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from reproml import cli, golden
-from reproml import run as runs
+from reproml import cli
 from reproml.arithmetic import NotExactError
-from reproml.checkpoint import paths_in
 from reproml.cli import main
+from reproml.pipeline import golden
+from reproml.pipeline import run as runs
+from reproml.pipeline.checkpoint import paths_in
 from tests import tiny
 
 

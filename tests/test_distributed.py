@@ -24,8 +24,8 @@ from reproml.cli import main
 from reproml.distributed import DistributedDataParallel, joined
 from reproml.errors import ReproError
 from tests import tiny
-from tests.arithmetic.together import Thread, together
-from tests.forked import ROOT, environment
+from tests.arithmetic.distributed.together import Thread, together
+from verification.subprocesses import ROOT, environment
 
 
 def launch(size: int, *arguments: str, folder: Path) -> list[tuple[int, str, str]]:

@@ -1,4 +1,4 @@
-"""The facts and their comparison; the self-test itself is tests/arithmetic/test_assumptions.py."""
+"""The facts and their comparison; the self-test itself is tests/arithmetic/test_selftest.py."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from reproml import doctor
-from reproml.arithmetic import assumptions
-from reproml.arithmetic.assumptions import Fault
+from reproml.arithmetic import selftest
+from reproml.arithmetic.selftest import Fault
 from reproml.cli import main
-from reproml.run import place
+from reproml.pipeline.run import place
 from tests import tiny
 
 FAULT = Fault("torch.add, element 3,", ["0x1p+0", "0x1p-24"], "0x1p+0", "0x1.000002p+0")
@@ -32,7 +32,7 @@ def change(folder: Path, group: str, **facts: object) -> None:
 
 
 def only(monkeypatch, *checks: object) -> None:
-    monkeypatch.setattr(assumptions, "CHECKS", {f"assumption {i}": c for i, c in enumerate(checks)})
+    monkeypatch.setattr(selftest, "CHECKS", {f"assumption {i}": c for i, c in enumerate(checks)})
 
 
 def broken() -> None:

@@ -5,7 +5,7 @@ import json
 import torch
 
 from reproml import environment
-from reproml.arithmetic import kernels
+from reproml.arithmetic.compiler import kernels
 
 
 def test_describes_what_may_change_native_results(monkeypatch):

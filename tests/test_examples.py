@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.forked import ROOT, Reproml
+from verification.subprocesses import ROOT, Reproml
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 STEPS = "2"

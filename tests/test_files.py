@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from reproml.files import locked, write_whole
-from tests.forked import environment
+from verification.subprocesses import environment
 
 
 @pytest.mark.parametrize("before", [None, b"old"])

@@ -13,11 +13,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from reproml import data, recipe
+from reproml.pipeline import data, recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 WHEELS: dict[str, dict[str, str]] = json.loads((ROOT / "nix/wheels.json").read_text("utf-8"))
-RECIPES = sorted(path.stem for path in (ROOT / "reproml/recipes").glob("*.toml"))
+RECIPES = sorted(path.stem for path in (ROOT / "reproml/pipeline/recipes").glob("*.toml"))
 NIXPKGS = "1e5b653dff12029333a6546c11e108ede13052eb"
 
 

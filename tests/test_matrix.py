@@ -15,7 +15,7 @@ from reproml import matrix
 from reproml.cli import main
 from reproml.digest import digest
 from reproml.errors import ReproError
-from reproml.train import train
+from reproml.pipeline.train import train
 from tests import tiny
 
 

@@ -95,7 +95,10 @@ def test_wheel_carries_recipes_and_golden_files(tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
-    recipes = {f"reproml/recipes/{path.name}" for path in ROOT.glob("reproml/recipes/*.toml")}
+    recipes = {
+        f"reproml/pipeline/recipes/{path.name}"
+        for path in ROOT.glob("reproml/pipeline/recipes/*.toml")
+    }
     golden = {f"reproml/golden_files/{path.name}" for path in ROOT.glob("golden/*.json")}
     modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("reproml/**/*.py")}
     assert recipes and golden
@@ -103,5 +106,5 @@ def test_wheel_carries_recipes_and_golden_files(tmp_path):
 
 
 def test_the_public_names_are_functions_whatever_was_imported_before() -> None:
-    code = "import reproml.train, reproml; assert reproml.digest({}) and reproml.exact()"
+    code = "import reproml.pipeline.train, reproml; assert reproml.digest({}) and reproml.exact()"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import reproml
 from reproml.script import _state_dicts
-from tests.forked import Reproml, Shown, environment
+from verification.subprocesses import Reproml, Shown, environment
 
 TRAIN = """
 import torch

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from reproml.golden import Comparison
+from reproml.pipeline.golden import Comparison
 from reproml.terminal import Terminal
 
 GOOD, BAD = Comparison("a.sha256", "0" * 64, "0" * 64), Comparison("b.count", "12", "13")

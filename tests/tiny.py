@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from reproml.checkpoint import Checkpoints
 from reproml.cli import main
-from reproml.data import load as load_data
-from reproml.preprocess import Prepared, preprocess
-from reproml.recipe import Recipe
-from reproml.recipe import load as load_recipe
-from reproml.run import Run, perform
+from reproml.pipeline.checkpoint import Checkpoints
+from reproml.pipeline.data import load as load_data
+from reproml.pipeline.preprocess import Prepared, preprocess
+from reproml.pipeline.recipe import Recipe
+from reproml.pipeline.recipe import load as load_recipe
+from reproml.pipeline.run import Run, perform
 
 TOML = """
 name = "tiny"

@@ -31,12 +31,12 @@ class NotExactError(RuntimeError):
 
 
 if TYPE_CHECKING:
-    from reproml.arithmetic.mode import exact as exact
+    from reproml.arithmetic.handlers import exact as exact
 
 
 def __getattr__(name: str) -> Any:
     if name == "exact":  # loads PyTorch, so not before it is asked for
-        from reproml.arithmetic.mode import exact
+        from reproml.arithmetic.handlers import exact
 
         return exact
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

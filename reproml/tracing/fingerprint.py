@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reproml.arithmetic import dispatch, kernels
+from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.dispatch import dispatcher
 from reproml.digest import canonical_array
 
 WORDS = 1024
@@ -104,7 +105,7 @@ class unseen:  # noqa: N801 (used like a function; a generator would take twice 
     """A context whose operators are no part of the training: no mode sees them, nor does exact()."""
 
     def __enter__(self) -> None:
-        self._guards = dispatch.natively(), torch._C._DisableTorchDispatch()
+        self._guards = dispatcher.natively(), torch._C._DisableTorchDispatch()
         for guard in self._guards:
             guard.__enter__()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reproml.arithmetic
-from reproml.arithmetic.operands import tensors, written
+from reproml.arithmetic.dispatch.schema import tensors, written
 from reproml.tracing.fingerprint import fingerprints, unseen
 
 Write = Callable[[dict[str, Any], list[Tensor]], None]
@@ -52,7 +52,7 @@ _OURS = (
 class Operators(TorchDispatchMode):
     """Tells `write` of each operator: what is in the entry, and its output tensors.
 
-    Within exact() these are the operators, not what their definitions are made of (arithmetic/dispatch.py).
+    Within exact() these are the operators, not what their definitions are made of (arithmetic/dispatch/dispatcher.py).
     """
 
     def __init__(self, write: Write) -> None:

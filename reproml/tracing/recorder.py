@@ -36,8 +36,8 @@ from torch.optim.optimizer import (
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from reproml import environment
-from reproml.arithmetic import DEFINITIONS, settings
-from reproml.arithmetic.operands import tensors
+from reproml.arithmetic import DEFINITIONS, patches
+from reproml.arithmetic.dispatch.schema import tensors
 from reproml.digest import digest
 from reproml.tracing.chain import Writer
 from reproml.tracing.fingerprint import fingerprints, first, measure, unseen
@@ -299,7 +299,7 @@ class Recorder:
                 "entry": "optimizer",
                 "optimizer": number,
                 "kind": type(optimizer).__name__,
-                "numerics": "exact" if settings.active.depth else "native",
+                "numerics": "exact" if patches.active.depth else "native",
                 "settings": [
                     {k: repr(v) for k, v in sorted(g.items()) if k != "params"} for g in groups
                 ],

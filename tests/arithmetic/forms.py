@@ -7,8 +7,8 @@ from typing import Any, Callable
 import pytest
 import torch
 
-from reproml.arithmetic import kernels
-from tests.arithmetic.oracle import same_bits
+from reproml.arithmetic.compiler import kernels
+from verification.oracle import same_bits
 
 KINDS = ["normal", "integers", "ties", "wide", "cancelling", "far", "constant", "sparse"]
 

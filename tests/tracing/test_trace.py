@@ -18,11 +18,11 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 import reproml
 from reproml.cli import main
 from reproml.errors import ReproError
-from reproml.run import RUN, TRACE
+from reproml.pipeline.run import RUN, TRACE
 from reproml.tracing.chain import Reader
 from reproml.tracing.fingerprint import fingerprints
 from tests import tiny
-from tests.forked import Reproml
+from verification.subprocesses import Reproml
 
 
 def entries(path: Path, kind: str = "") -> list[dict[str, Any]]:
@@ -95,7 +95,7 @@ def test_a_step_has_the_fingerprints_of_what_it_was(tmp_path, numerics, inside):
 @pytest.mark.parametrize("level", ["epoch", "step", "op"])
 @pytest.mark.parametrize("numerics", ["exact", "native"])
 def test_a_trace_changes_no_bit_and_stays_the_same(tmp_path, level, numerics):
-    from reproml.train import train
+    from reproml.pipeline.train import train
 
     plain = train(tiny.recipe(), tiny.prepared(), numerics)
     for name in ("a", "b"):
@@ -431,7 +431,10 @@ def test_a_kill_while_the_run_is_saved_does_not_take_the_trace_away(tmp_path, mo
     """The checkpoints are still there then, and need it."""
     monkeypatch.chdir(tmp_path)
     asks_for_a_trace(tmp_path, "step")
-    for place in ("reproml.run._publish", "reproml.checkpoint.Checkpoints.delete"):
+    for place in (
+        "reproml.pipeline.run._publish",
+        "reproml.pipeline.checkpoint.Checkpoints.delete",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(place, lambda *args: os.kill(os.getpid(), signal.SIGINT))
             assert main(["train", *TINY, "--resume", "runs/tiny"]) == 130

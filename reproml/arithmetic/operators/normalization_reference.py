@@ -1,0 +1,88 @@
+"""Batch, group and layer normalisation: written expressions of correctly rounded steps.
+
+Of each group of numbers the mean and 1 / sqrt(variance + eps) are rounded once, from the exact mean
+and variance; then each output once, from these. Backward likewise: the sums over a group are rounded,
+then each element. `rows` are float32 [groups, n]; statistics are float32 [groups, 1].
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
+from reproml.arithmetic.operators.matmul import sum_over
+
+
+def statistics(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The mean and 1 / sqrt(variance + eps) of each row, the variance divided by n."""
+    n, epsilon = rows.shape[1], Fraction(eps)
+
+    def inverse_deviation(k: Any, x: Any) -> Any:
+        return 1 / k.sqrt(_variance(k, x, n, Fraction(0)) + epsilon)
+
+    return sum_over(rows, (1,), keepdim=True, divisor=n), rowwise(inverse_deviation, 1, rows)
+
+
+def variance(rows: Tensor, correction: float, root: bool = False) -> Tensor:
+    """The variance of each row, divided by n - correction, or its square root, [groups, 1]."""
+    n, c = rows.shape[1], Fraction(correction)
+    divisor = n - c if n > c else Fraction(1)
+
+    def formula(k: Any, x: Any) -> Any:
+        v = _variance(k, x, n, n - divisor)
+        return k.sqrt(v) if root else v
+
+    if not n:
+        return rows.new_full((len(rows), 1), torch.nan)
+    result = rowwise(formula, 1, rows)
+    return result if n > c else result / 0.0  # like PyTorch: infinite, or NaN of equal numbers
+
+
+def _variance(k: Any, x: Any, n: int, correction: Fraction) -> Any:
+    d = x - k.sum(x) / n
+    return k.sum(d * d) / (n - correction)
+
+
+def normalize(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Optional[Tensor], bias: Optional[Tensor]
+) -> Tensor:
+    """(x - mean) * rstd * weight + bias; all broadcast against x."""
+    one, zero = torch.ones((), device=x.device), torch.zeros((), device=x.device)
+    w, b = one if weight is None else weight, zero if bias is None else bias
+    return elementwise(lambda k, x, m, r, w, b: (x - m) * r * w + b, x, mean, rstd, w, b)
+
+
+def group_backward(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of rows that were normalised with their own statistics.
+
+    rstd * (w g - a / n - (x - mean) * rstd * b / n), with a = sum w g and b = sum w g (x - mean) rstd
+    over the row, each rounded once; 0 for rows of one element, which normalise to a constant. g, x
+    [groups, n]; weight broadcast to them.
+    """
+    n = x.shape[1]
+    if n == 1:
+        return torch.zeros_like(x)
+    weight = weight.expand(x.shape)
+    a = sum_over(g, (1,), keepdim=True, y=weight)
+    b = rowwise(lambda k, g, w, x, m, r: k.sum(w * g * (x - m) * r), 1, g, weight, x, mean, rstd)
+    return gradient(n, g, weight, x, mean, rstd, a, b)
+
+
+def gradient(
+    n: int, g: Tensor, w: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, a: Tensor, b: Tensor
+) -> Tensor:
+    """The last step of group_backward."""
+
+    def formula(k: Any, g: Any, w: Any, x: Any, m: Any, r: Any, a: Any, b: Any) -> Any:
+        return r * (w * g - (a + (x - m) * r * b) / n)
+
+    return elementwise(formula, g, w, x, mean, rstd, a, b)
+
+
+def scaled_sum(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """sum g (x - mean) rstd over the last axis: the gradient of a weight. [groups, n] -> [groups]."""
+    return rowwise(lambda k, g, x, m, r: k.sum(g * (x - m) * r), 1, g, x, mean, rstd).squeeze(1)

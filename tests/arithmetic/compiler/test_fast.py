@@ -1,0 +1,194 @@
+"""Formulas with a loop of their own (c/direct.c): the same bits as the plain evaluation and as the tape."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from reproml.arithmetic import operator_table
+from reproml.arithmetic.compiler import executor, kernels
+from tests.arithmetic.forms import plain
+from tests.arithmetic.strategies import LAYOUTS, NOT_FINITE, SPECIAL, grid, lay_out
+from verification.oracle import bits_of_tensor, same_bits
+
+pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
+
+ONE = ["exp", "expm1", "tanh", "sigmoid", "silu", "gelu"]
+TWO = ["tanh_backward", "sigmoid_backward", "silu_backward", "gelu_backward"]
+ROWS = ["_softmax", "_safe_softmax", "_log_softmax"]
+ROWS_BACKWARD = ["_softmax_backward_data", "_log_softmax_backward_data"]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(executor, "_plans", {})
+
+
+def agree(name: str, *arguments: Any) -> torch.Tensor:
+    """The result, the same in all three forms."""
+    f = operator_table.EXACT[name]
+    found: torch.Tensor = f(*arguments)
+    expected = plain(f, *arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "_DIRECT", {})
+        patch.setattr(executor, "_plans", {})
+        taped = f(*arguments)
+    for other in (expected, taped):
+        assert same_bits(found, other), (name, bits_of_tensor(found), bits_of_tensor(other))
+    return found
+
+
+def is_direct() -> bool:
+    return any(plan is not None and plan.direct >= 0 for plan in executor._plans.values())
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 2) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def any_numbers(n: int, seed: int = 0) -> torch.Tensor:
+    """Of any bits: all exponents, subnormal, infinite and NaN."""
+    random = torch.Generator().manual_seed(seed)
+    patterns = torch.randint(-(2**31), 2**31, (n,), generator=random)
+    return patterns.to(torch.int32).view(torch.float32)
+
+
+def integers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_one_operand(name):
+    agree(name, torch.tensor(SPECIAL + NOT_FINITE))
+    agree(name, any_numbers(4000))
+    for scale in (1e-30, 1e-6, 1, 10, 100):
+        agree(name, normal(2000, scale=scale))
+    agree(name, integers(300) / 4)
+    assert is_direct()
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_operands(name):
+    special = [x.contiguous() for x in torch.broadcast_tensors(*grid(2))]
+    agree(name, *special)
+    agree(name, *[torch.tensor(SPECIAL + NOT_FINITE), torch.tensor(NOT_FINITE + SPECIAL)])
+    agree(name, any_numbers(1000), any_numbers(1000, seed=1))
+    for scale in (1e-30, 1e-6, 1, 5):
+        agree(name, normal(2000), normal(2000, seed=1, scale=scale))
+    agree(name, integers(300), integers(300, seed=1) / 4)
+    agree(name, normal(300) * 1e-40, normal(300, seed=1))
+    agree(name, integers(300).clamp(-1, 0), normal(300, seed=1, scale=4))  # zeros, many
+    assert is_direct()
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_backward", "silu_backward"])
+def test_around_the_zero_of_a_slope_and_the_ends(name):
+    at = [-0.7517915964126587, -1.2784645557403564, -8.0, 8.0, -14.0, -27.0, -38.0, 700.0, -745.0]
+    ulps = torch.arange(-3, 4, dtype=torch.int32)
+    x = torch.cat([(torch.tensor([a]).view(torch.int32) + ulps).view(torch.float32) for a in at])
+    for g in (1.0, 0.0, -0.0, 2.0**-149, -3e38):
+        agree(name, *([torch.full_like(x, g)] if "backward" in name else []), x)
+
+
+@pytest.mark.parametrize("n", [1, 2, 255, 256, 257, 511, 513, 4099])
+def test_lengths_around_a_block(n):
+    for name in ("tanh", "gelu_backward"):
+        agree(name, *[normal(n, seed=s) for s in range(1 + (name in TWO))])
+
+
+def rows_of(shape: tuple[int, ...]) -> list[torch.Tensor]:
+    masked = normal(*shape, seed=7)
+    masked[masked > 1] = -math.inf
+    infinite = torch.where(masked > 1.5, math.inf, masked)
+    return [
+        normal(*shape),
+        integers(*shape),
+        normal(*shape, scale=100),
+        normal(*shape, scale=1e-20),
+        normal(*shape) + 1e9,
+        torch.where(integers(*shape) > 1, 1e20, normal(*shape)),  # differences that are rounded
+        masked,
+        torch.full(shape, -math.inf),
+        infinite,
+        torch.where(masked > 0, math.nan, masked),
+    ]
+
+
+SHAPES = [(1, 1), (3, 1), (2, 2), (5, 12), (3, 15), (3, 16), (3, 17), (40, 33), (2, 257), (2, 2048)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(name, shape):
+    for x in rows_of(shape):
+        agree(name, x, -1)
+    assert is_direct()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ROWS_BACKWARD)
+def test_backward_of_rows(name, shape):
+    forward = operator_table.EXACT[name.replace("_backward_data", "")]
+    hot = torch.zeros(shape)
+    hot[:, 0] = -1 / 3
+    for x in rows_of(shape)[:7]:
+        y = forward(x, 1)
+        for g in (normal(*shape, seed=3), integers(*shape, seed=3), hot, 0 * hot, any_row(shape)):
+            agree(name, g, y, 1, torch.float32)
+    assert is_direct()
+
+
+def any_row(shape: tuple[int, ...]) -> torch.Tensor:
+    return any_numbers(math.prod(shape), seed=5).view(shape)
+
+
+def test_longer_rows_are_left_to_the_tape():
+    agree("_softmax", normal(2, 2049), 1)
+    assert not is_direct()
+
+
+def test_a_row_with_one_entry_passes():
+    """As in causal attention: its gradient is an exact zero, and found to be."""
+    x = normal(6, 6).masked_fill(torch.ones(6, 6).tril() == 0, -math.inf)
+    y = operator_table.EXACT["_softmax"](x, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "_settle", lambda *arguments: pytest.fail("it was not"))
+        z = operator_table.EXACT["_softmax_backward_data"](
+            normal(6, 6, seed=1), y, 1, torch.float32
+        )
+    assert not z[0].any() and not z[0].signbit().any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    x, g = (lay_out(normal(3, 4, 5, seed=s), layout) for s in (0, 1))
+    for name in ("gelu", "tanh"):
+        agree(name, x)
+    agree("gelu_backward", g, x)
+    agree("gelu_backward", g, x[:1])
+    for dim in range(3):
+        agree("_softmax", x, dim)
+        agree("_log_softmax", x, dim)
+        agree("_softmax_backward_data", g, x, dim, torch.float32)
+        agree("_log_softmax_backward_data", g, -x.abs(), dim, torch.float32)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads(threads, monkeypatch):
+    """Each thread has its own part of the failures; none is lost."""
+    monkeypatch.setattr(executor, "_TASK", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = normal(4099)
+        x[::97] = math.nan
+        agree("tanh", x)
+        for shape in [(700, 7), (3, 1500)]:
+            rows = normal(*shape)
+            rows[::2, 0] = math.inf
+            agree("_softmax", rows, 1)
+    finally:
+        torch.set_num_threads(before)

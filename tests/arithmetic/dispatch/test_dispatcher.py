@@ -1,0 +1,192 @@
+"""The way an operator takes: to us first, but for modes, subclasses and views."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import reproml
+from reproml.arithmetic.dispatch import dispatcher
+from reproml.arithmetic.numerics.rounding import nearest
+from verification.oracle import same_bits
+
+# Added one by one from the left in binary32, nothing is left of the ones.
+TERMS = [2.0**24, 1.0, 1.0, -(2.0**24)] * 20
+EXACT_SUM = nearest(sum(map(Fraction, TERMS), Fraction(0)))
+
+
+class Witness(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Wrapped(Tensor):
+    """A subclass that holds a tensor and does all with that."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Any:
+        make: Any = Tensor._make_wrapper_subclass
+        x = make(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+        x.held = inner
+        return x
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        inside = [x.held if isinstance(x, Wrapped) else x for x in args]
+        return Wrapped(func(*inside, **(kwargs or {})))
+
+
+class Modest(Tensor):
+    """A subclass that leaves an operator to others; alone it runs all but `sum` of an axis on itself."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if len(types) > 1 or str(func) == "aten.sum.dim_IntList":
+            return NotImplemented
+        with torch._C._DisableTorchDispatch():
+            return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode_first", [False, True])
+def test_a_mode_sees_the_operators_and_not_what_they_are_made_of(mode_first):
+    x, witness = torch.tensor(TERMS).repeat(3, 1), Witness()
+    first, second = (witness, reproml.exact()) if mode_first else (reproml.exact(), witness)
+    with first, second:
+        total = torch.sum(torch.mul(x.t(), 1.0), 0)
+    assert total.tolist() == [EXACT_SUM] * 3
+    assert witness.seen[-2:] == ["aten.mul.Tensor", "aten.sum.dim_IntList"]
+
+
+def test_two_modes():
+    outer, inner = Witness(), Witness()
+    with reproml.exact(), outer, inner:
+        assert torch.tensor(TERMS).sum().item() == EXACT_SUM
+    assert "aten.sum.default" in outer.seen and outer.seen == inner.seen
+
+
+def test_what_a_mode_calls_is_exact():
+    class Twice(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if "aten.sum" in str(func):
+                return torch.tensor(TERMS).sum() + func(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    with reproml.exact(), Twice():
+        assert torch.ones(3).sum().item() == EXACT_SUM + 3
+
+
+def test_a_mode_does_not_let_an_operator_slip_by():
+    for operation in (torch.special.bessel_j0, lambda x: torch.linalg.svd(x.expand(2, 2))):
+        with pytest.raises(reproml.NotExactError), reproml.exact(), Witness():
+            operation(torch.ones(2))
+    with reproml.exact(), Witness():
+        assert torch.bitwise_and(torch.tensor(6), 3).item() == 2
+
+
+def test_a_subclass_does_its_own_and_what_it_calls_is_exact():
+    x = Wrapped(torch.tensor(TERMS))
+    with reproml.exact():
+        assert torch.sum(x).held.item() == EXACT_SUM  # type: ignore[attr-defined]
+        with pytest.raises(reproml.NotExactError):
+            torch.special.bessel_j0(x)
+
+
+def test_what_has_no_say_leaves_it_to_the_next():
+    class Plain(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return NotImplemented if types else func(*args, **(kwargs or {}))
+
+    x = torch.tensor(TERMS)
+    with reproml.exact():
+        with Plain():
+            assert torch.sum(Wrapped(x)).held.item() == EXACT_SUM  # type: ignore[attr-defined]
+            assert torch.sum(torch.nn.Parameter(x)).item() == EXACT_SUM
+        assert type(torch.maximum(x.as_subclass(Modest), Wrapped(x))) is Wrapped
+        with pytest.raises(TypeError, match="Modest"):
+            torch.sum(x.as_subclass(Modest), 0)
+
+
+def test_a_subclass_that_calls_the_operator_on_itself():
+    with reproml.exact():
+        total = torch.sum(torch.tensor(TERMS).as_subclass(Modest))
+    assert float(total) == EXACT_SUM
+
+
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_compiled_functions_run_as_they_are_written(compiled_before):
+    called = []
+
+    def backend(graph: Any, examples: Any) -> Any:
+        def run(*inputs: Any) -> Any:
+            called.append(inputs)
+            return (inputs[0].detach().double().sum().float() + 1,)
+
+        return run
+
+    compiled = torch.compile(lambda x: x.tanh().sum(), backend=backend)
+    x = torch.tensor(TERMS)
+    if compiled_before:
+        compiled(x)
+    count = len(called)
+    with reproml.exact():
+        assert same_bits(compiled(x), x.tanh().sum())
+    assert len(called) == count
+    compiled(x)
+    assert len(called) == count + 1  # the compiler is back
+
+
+def test_natively_and_again():
+    x = torch.linspace(-3, 3, 1000)
+    native = torch.exp(x)
+    with reproml.exact():
+        exact = torch.exp(x)
+        with dispatcher.natively():
+            assert same_bits(torch.exp(x), native)
+            torch.special.bessel_j0(x)
+            with dispatcher.again():
+                assert same_bits(torch.exp(x), exact)
+        assert same_bits(torch.exp(x), exact)
+
+
+def test_an_error_leaves_the_way_open():
+    with reproml.exact():
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                torch.mm(torch.ones(2, 3), torch.ones(2, 3))
+        with pytest.raises(reproml.NotExactError):
+            torch.special.bessel_j0(torch.ones(2))
+        assert torch.tensor(TERMS).sum().item() == EXACT_SUM
+
+
+def test_operators_of_other_namespaces_come_too():
+    library = torch.library.Library("reproml_test", "DEF")
+    library.define("halve(Tensor x) -> Tensor")
+    library.impl("halve", lambda x: x / 2, "CPU")
+    try:
+        halve = torch.ops.reproml_test.halve
+        assert halve(torch.ones(1)).item() == 0.5
+        for _ in range(2):
+            with pytest.raises(reproml.NotExactError, match="halve"), reproml.exact():
+                halve(torch.ones(1))
+    finally:
+        library._destroy()

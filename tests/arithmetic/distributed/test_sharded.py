@@ -1,0 +1,351 @@
+"""Programs over a batch that is dealt to workers: bit for bit those of one process with the whole batch."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import reproml
+from reproml.arithmetic.distributed import pending
+from reproml.arithmetic.distributed.pending import Pending
+from reproml.arithmetic.distributed.sharded import Sharded, gathered, share
+from reproml.errors import ReproError
+from tests.arithmetic.distributed.together import Thread, together
+
+Loss = Callable[[nn.Module, Any, Any], torch.Tensor]
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.cell, self.out = kind(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.out(self.cell(x)[0][:, -1])
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 8)
+        self.places = nn.Parameter(torch.randn(5, 8))
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.25, batch_first=True)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.layer(self.table(x) + self.places).mean(1))
+
+
+class Shared(nn.Module):
+    """A weight that is used twice, and a parameter that meets the batch by broadcasting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.layer(x)) * self.scale)[:, :3]
+
+
+def floats(*shape: int) -> Callable[[int], torch.Tensor]:
+    return lambda n: torch.randn(n, *shape)
+
+
+def mlp(*last: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, 6), *last, nn.ReLU(), nn.Linear(6, 3))
+
+
+def cnn(*between: nn.Module, **options: Any) -> nn.Module:
+    first = nn.Conv2d(2, 4, 3, padding=1, **options)
+    return nn.Sequential(
+        first, *between, nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, groups=2),
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(4, 3),
+    )  # fmt: skip
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]] = {
+    "mlp": (mlp, floats(2, 2)),
+    "layer norm": (lambda: mlp(nn.LayerNorm(6)), floats(4)),
+    "batch norm": (lambda: mlp(nn.BatchNorm1d(6)), floats(4)),
+    "dropout": (lambda: mlp(nn.Dropout(0.5)), floats(4)),
+    "activations": (lambda: mlp(nn.GELU(), nn.SiLU(), nn.PReLU(), nn.Softplus()), floats(4)),
+    "cnn": (cnn, floats(2, 8, 8)),
+    "batch norm 2d": (lambda: cnn(nn.BatchNorm2d(4)), floats(2, 8, 8)),
+    "group norm": (lambda: cnn(nn.GroupNorm(2, 4)), floats(2, 8, 8)),
+    "transposed": (lambda: cnn(nn.ConvTranspose2d(4, 4, 2), nn.ReLU(), nn.AvgPool2d(2, 1)),
+                   floats(2, 8, 8)),
+    "reflected": (lambda: cnn(padding_mode="reflect"), floats(2, 8, 8)),
+    "conv 1d": (lambda: nn.Sequential(nn.Conv1d(2, 3, 3, stride=2), nn.Flatten(), nn.Linear(6, 3)),
+                floats(2, 5)),
+    "lstm": (lambda: Recurrent(nn.LSTM), floats(3, 4)),
+    "gru": (lambda: Recurrent(nn.GRU), floats(3, 4)),
+    "attention": (Attention, lambda n: torch.randint(7, (n, 5))),
+    "shared": (Shared, floats(4)),
+}  # fmt: skip
+
+
+def classes(n: int) -> torch.Tensor:
+    return torch.randint(3, (n,))
+
+
+LOSSES: dict[str, tuple[Callable[..., torch.Tensor], Callable[[int], torch.Tensor]]] = {
+    "cross entropy": (F.cross_entropy, classes),
+    "sum": (lambda x, y: F.cross_entropy(x, y, reduction="sum"), classes),
+    "weights": (lambda x, y: F.cross_entropy(x, y, weight=torch.tensor([0.1, 2, 3])), classes),
+    "ignored": (lambda x, y: F.cross_entropy(x, y, ignore_index=0), classes),
+    "each": (lambda x, y: F.cross_entropy(x, y, reduction="none").mean(), classes),
+    "smoothed": (lambda x, y: F.cross_entropy(x, y, label_smoothing=0.1), classes),
+    "mse": (F.mse_loss, floats(3)),
+    "l1": (F.l1_loss, floats(3)),
+    "huber": (F.huber_loss, floats(3)),
+    "by hand": (lambda x, y: ((x - y) ** 2).sum() / 3, floats(3)),
+    "weighed": (lambda x, y: (x * y).sum(1).mean(), floats(3)),
+    "gathered": (lambda x, y: -x.gather(1, y.unsqueeze(1)).mean(), classes),
+    "swapped": (lambda x, y: F.mse_loss(y, x), floats(3)),
+    "each weighed": (
+        lambda x, y: F.binary_cross_entropy_with_logits(x, y, weight=y),
+        lambda n: torch.rand(n, 3),
+    ),
+    "cosine": (lambda x, y: F.cosine_similarity(x, y).mean(), floats(3)),
+    "bce": (F.binary_cross_entropy_with_logits, lambda n: torch.rand(n, 3)),
+}
+
+
+def trained(model: nn.Module, x: Any, y: Any, loss: Any, steps: int = 1) -> list[torch.Tensor]:
+    """Losses, gradients and state dict after some backward passes."""
+    torch.manual_seed(5)
+    values = []
+    for _ in range(steps):
+        value = loss(model(x), y)
+        value.backward()
+        values.append(value.detach())
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [*values, *gradients, *model.state_dict().values()]
+
+
+def by_workers(
+    size: int, model: nn.Module, x: Any, y: Any, loss: Any, local: bool = True, steps: int = 1
+) -> list[Any]:
+    """`trained` on each worker; y is its own rows if `local`, else the whole batch's."""
+
+    def work(me: Thread) -> list[torch.Tensor]:
+        mine = copy.deepcopy(model)
+
+        def write(group: Any) -> None:
+            for p in mine.parameters() if group is me else ():
+                if isinstance(p.grad, Pending):
+                    p.grad = p.grad.value()
+
+        pending.at_end_of_backward(write)
+        try:
+            with reproml.exact():
+                target = y[me.rank :: size] if local else share(y, me)
+                return trained(mine, share(x, me), target, loss, steps)
+        finally:
+            pending._at_end.remove(write)
+
+    return together(size, work)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    assert type(a) is type(b) is torch.Tensor
+    return reproml.digest({"": a}) == reproml.digest({"": b})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_trains_as_in_one_process(name):
+    """Three rows for one to four workers: one has none."""
+    make, data = MODELS[name]
+    torch.manual_seed(1)
+    with reproml.exact():
+        model, x, y = make(), data(3), classes(3)
+        expected = trained(copy.deepcopy(model), x, y, F.cross_entropy)
+    for size in (1, 2, 4):
+        for found in by_workers(size, model, x, y, F.cross_entropy):
+            assert len(found) == len(expected)
+            assert all(map(same, found, expected))
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_that_of_the_whole_batch(name, local, rows):
+    """Two backward passes: the second adds to the gradients. With shares of a row and of none."""
+    loss, target = LOSSES[name]
+    torch.manual_seed(2)
+    with reproml.exact():
+        model, x, y = mlp(), torch.randn(rows, 4), target(rows)
+        expected = trained(copy.deepcopy(model), x, y, loss, steps=2)
+    for size in (2, 3):
+        for found in by_workers(size, model, x, y, loss, local, steps=2):
+            assert all(map(same, found, expected))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_go_through_as_in_one_process(bad):
+    torch.manual_seed(3)
+    with reproml.exact():
+        model, x, y = mlp(), torch.randn(4, 4), torch.randn(4, 3)
+        x[2, 1] = y[1, 1] = bad
+        expected = trained(copy.deepcopy(model), x, y, F.mse_loss)
+    for found in by_workers(3, model, x, y, F.mse_loss):
+        assert all(map(same, found, expected))
+
+
+HARD = torch.tensor(
+    [
+        [1.0, 1e8, 0.0, 1 + 2.0**-23, 3e38, 1.0],
+        [1.0 + 2.0**-23, 1e8 + 8, 0.0, 1.0, -3e38, 2.0],
+        [2.0**-24, 1e8 - 8, 2.0**-149, 1.0, 3e38, float("inf")],
+        [-(2.0**-24), 1e8, 0.0, 1.0, 1e38, 0.0],
+    ]
+)
+
+
+def test_batch_statistics_that_are_hard_to_round():
+    """Ties, cancellation, subnormal numbers, overflow and infinity, each in a channel of its own."""
+    with reproml.exact():
+        model, y = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)), torch.tensor([0, 1, 2, 0])
+        expected = trained(copy.deepcopy(model), HARD, y, F.cross_entropy)
+    for size in (2, 3):
+        for found in by_workers(size, model, HARD, y, F.cross_entropy):
+            assert all(map(same, found, expected))
+
+
+Program = Callable[[torch.Tensor], Any]
+WHOLE: dict[str, Program] = {
+    "var": lambda x: x.var(0),
+    "max": lambda x: x.max(0).values,
+    "argmax": lambda x: x.argmax(),
+    "median of a row": lambda x: x.sort(1).values[:, 1].sum(),
+    "norm": lambda x: x.norm(),
+    "joined rows": lambda x: torch.cat([x, x]),
+    "flip": lambda x: x.flip(0),
+    "picked": lambda x: x[x[:, 0] > 0],
+    "gram": lambda x: x @ x.t(),
+    "count": lambda x: (x > 0).sum(),
+    "fraction of a type": lambda x: (x > 0).mean(dtype=torch.float32),
+    "sum as float": lambda x: ((x > 0) * (2**24 + 1)).sum(dtype=torch.float32),
+    "fraction": lambda x: (x > 0).float().mean(),
+    "item": lambda x: torch.tensor(x.sum().item()),
+    "rows added to what all have": lambda x: torch.ones(5, 4).add_(x),
+    "random": lambda x: (x * torch.rand_like(x) + torch.randn(len(x), 4)).sum(),
+    "mask": lambda x: x.masked_fill(torch.ones(5, 4).tril().bool(), 0.5).sum(0),
+    "transposed": lambda x: (x.t() * torch.arange(4.0).unsqueeze(1)).t().reshape(-1).sum(),
+    "rows of rows": lambda x: x.unsqueeze(0).expand(2, 5, 4).reshape(10, 4).cumsum(1).sum(0),
+    "padded": lambda x: F.pad(x, (1, 0)).sum(0),
+    "scaled by what looks like a row": lambda x: (x * torch.full((1, 4), 0.5)).sum(0),
+    "halves": lambda x: torch.cat([y * 3 for y in x.chunk(2, 1)], 1).sum(0),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_function_of_the_batch_is_that_of_the_whole_batch(name):
+    program = WHOLE[name]
+    x = torch.arange(20.0).reshape(5, 4).sin()
+
+    def work(me: Thread) -> torch.Tensor:
+        torch.manual_seed(7)
+        with reproml.exact():
+            result = program(share(x, me))
+        return gathered(result) if isinstance(result, Sharded) else result
+
+    torch.manual_seed(7)
+    with reproml.exact():
+        expected = program(x)
+    for size in (1, 2, 3):
+        assert all(same(found, expected) for found in together(size, work))
+
+
+def write_a_row(x: torch.Tensor) -> None:
+    x[0] = 1.0
+
+
+REFUSED: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
+    "a row": (lambda x: x[0], "aten.select.int .*some rows"),
+    "rows": (lambda x: x[:2], "aten.slice.Tensor .*some rows"),
+    "split": (lambda x: x.split(2), "aten.split.Tensor .*some rows"),
+    "write": (write_a_row, "rows"),
+    "apart": (lambda x: x.view(2, 10), r"\[5, 4\] as \[2, 10\] takes the rows of the batch apart"),
+    "strange rows": (lambda x: x + torch.ones(4, 4), r"\[4, 4\] has neither all of the batch"),
+    "crossed": (lambda x: x.unsqueeze(0) + x.unsqueeze(1), "the batch in different places"),
+    "strange labels": (lambda x: F.cross_entropy(x, torch.ones(4).long()), "The target has 4 rows"),
+    "joined to rows": (lambda x: torch.cat([torch.ones(3, 4), x]), "aten.cat.default .*joins rows"),
+    "double": (lambda x: x.double() + 1, "float64"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_takes_rows_apart_is_refused(name):
+    program, words = REFUSED[name]
+
+    def work(me: Thread) -> None:
+        with reproml.exact(), pytest.raises(reproml.NotExactError, match=words):
+            program(share(torch.ones(5, 4), me))
+
+    together(2, work)
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveMaxPool2d(2)])
+def test_gradients_of_the_gathered_batch_go_on_to_rows(pool):
+    torch.manual_seed(1)
+    with reproml.exact():
+        model, x = nn.Conv2d(2, 4, 3), torch.randn(5, 2, 6, 6)
+
+    def loss(x: Any, y: Any) -> torch.Tensor:
+        return torch.sum(pool(x).flip(0) * y)
+
+    y = torch.randn(5, 4, 2, 2)
+    with reproml.exact():
+        expected = trained(copy.deepcopy(model), x, y, loss)
+    for found in by_workers(2, model, x, y, lambda x, _: loss(x, y)):
+        assert all(map(same, found, expected))
+
+
+UNLIKE: dict[str, Callable[[torch.Tensor, Thread], torch.Tensor]] = {
+    "a count of labels": lambda x, me: x.sum() / (me.rank + 1),
+    "a number of labels": lambda x, me: (x * (me.rank + 0.5)).sum(),
+    "random numbers": lambda x, me: (torch.manual_seed(me.rank), F.dropout(x))[1].sum(),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_workers_that_compute_with_different_numbers_are_refused(name):
+    model = nn.Linear(4, 3)
+
+    def work(me: Thread) -> None:
+        mine = copy.deepcopy(model)
+        with reproml.exact():
+            loss = UNLIKE[name](mine(share(torch.ones(5, 4), me)), me)
+            with pytest.raises(ReproError, match="the workers computed with different numbers"):
+                loss.backward()
+            mine(share(torch.ones(5, 4), me)).sum().backward()  # and may go on
+
+    together(2, work)
+
+
+def test_the_gradients_of_a_backward_pass_meet_once():
+    """And the float64 sums go to their owners in one piece, not to everybody."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(50, 40), nn.Tanh(), nn.Linear(40, 10))
+    weights = sum(p.numel() for p in model.parameters())
+
+    def work(me: Thread) -> None:
+        mine = copy.deepcopy(model)
+        with reproml.exact():
+            loss = F.cross_entropy(mine(share(torch.randn(8, 50), me)), classes(4))
+            me.sent.clear()
+            loss.backward()
+        to_owners, *to_all = me.sent
+        assert to_owners[0] == 2 and weights < to_owners[0] * to_owners[1] < 1.05 * weights
+        assert [weights / 2 < math.prod(shape) < 0.6 * weights for shape in to_all][:1] == [True]
+        assert len(to_all) <= 2  # the second for what failed the test
+
+    together(2, work)

@@ -1,0 +1,46 @@
+"""The negative log-likelihood of c/losses.c: what a test with a bound cannot settle, it settles itself."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.operators import activations
+from verification.oracle import Real, check
+
+pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
+
+HALF = 2.0**-24  # of the last place of 1
+ROWS = [
+    [1.0, HALF], [1.0, -HALF / 2], [1 + 2 * HALF, HALF], [1.0, HALF + 2.0**-60],
+    [2.0**60, 2.0**36, 2.0**-60], [2.0**60, 2.0**36, -(2.0**-60)], [3.0, -1.0, -2.0],
+    [2.0**-149], [2.0**-149, 2.0**-148, 0.0, 0.0], [3.4028234663852886e38, 2.0**102, 2.0**102],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("copies", [1, 4, 3])
+@pytest.mark.parametrize("reduction", [activations.MEAN, activations.SUM])
+@pytest.mark.parametrize("weight", [None, [0.5, 1.0, 4.0], [1.0, 1.0, 1.0 + 2 * HALF]])
+def test_ties_and_their_neighbours_are_settled_in_the_loop(weight, reduction, copies, monkeypatch):
+    for plain in ("rowwise", "sum_over"):
+        monkeypatch.setattr(activations, plain, lambda *_, **__: pytest.fail("the plain path ran"))
+    for row in ROWS:
+        terms = [-x for x in row] * copies
+        target = torch.arange(len(terms)) % 3
+        x = torch.zeros(len(terms), 3)
+        x[torch.arange(len(terms)), target] = torch.tensor(terms)
+        w = None if weight is None else torch.tensor(weight)
+        factors = [1.0 if w is None else float(w[i]) for i in target.tolist()]
+        picked = x[torch.arange(len(terms)), target].tolist()
+        exact = -sum(Fraction(a) * Fraction(f) for a, f in zip(picked, factors))
+        total = sum(map(Fraction, factors))
+        loss, weights = activations.nll_loss(x, target, w, reduction, -100)
+        if exact or reduction == activations.MEAN:
+            mean = reduction == activations.MEAN
+            check(loss.reshape(1), [Real(exact / total if mean else exact)])
+        else:
+            assert loss == 0
+        check(weights.reshape(1), [Real(total)])

@@ -1,0 +1,240 @@
+"""Sums and matrix products: rounded once whatever the size, order, layout and path."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.operators import matmul
+from tests.arithmetic.strategies import ANY, FINITE, LAYOUTS, SMALL_INTEGERS, lay_out, tensors
+from verification.oracle import Real, check, reals, same_bits, total
+
+few = settings(max_examples=25)
+
+
+@pytest.fixture(params=["plain", 2, 4, 8], autouse=True, ids=lambda x: f"{x}")
+def form(request, monkeypatch):
+    """PyTorch's own kernels, and the compiled ones with vectors of 2, 4 and 8 doubles."""
+    if request.param == "plain":
+        monkeypatch.setattr(kernels, "library", None)
+        yield
+    elif kernels.library is None:
+        pytest.skip("the kernels are not built")
+    else:
+        kernels.library.reproml_limit_vectors(request.param)
+        yield
+        kernels.library.reproml_limit_vectors(8)
+
+
+def exact_product(a, b, bias=None):
+    """a b + bias in integers: much faster than fractions, for matrices of one scale."""
+    scaled = [(x.double() * 2.0**60).numpy() for x in (a, b)]
+    whole = [np.vectorize(int, otypes=[object])(x) if x.size else x.astype(object) for x in scaled]
+    c = whole[0].dot(whole[1])
+    out = np.empty(c.shape, dtype=object)
+    for i in np.ndindex(c.shape):
+        value = Fraction(int(c[i]), 2**120)
+        if bias is not None:
+            value += Fraction(float(bias.expand(c.shape)[i]))
+        out[i] = Real(value)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["ties", "cancelling", "integers", "normal"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_whole_matrices(kind, bias):
+    """Thousands of elements, many of which fail the test at once (and so take every path)."""
+    random = torch.Generator().manual_seed(3)
+    m, k, n = 17, 40, 19
+    if kind == "integers":
+        a, b = (torch.randint(-4, 5, s, generator=random).float() for s in ((m, k), (k, n)))
+        c = torch.randint(-4, 5, (n,), generator=random).float()
+    else:
+        a, b = (torch.randn(s, generator=random) for s in ((m, k), (k, n)))
+        c = torch.randn(n, generator=random)
+    if kind == "ties":  # one large product and halves of its ulp
+        a = torch.round(a * 4) * 2.0**-25
+        b = torch.round(b)
+        a[:, 0], b[0] = 1.0, 1.0
+        c = torch.round(c) * 2.0**-25
+    if kind == "cancelling":  # row times column is almost 0
+        a, b = torch.cat([a, -a * (1 + 2.0**-23)], 1), torch.cat([b, b], 0)
+        c = c * 2.0**-40
+    expected = exact_product(a, b, c if bias else None)
+    found = matmul.matmul(a, b, c if bias else None)
+    check(found, expected)
+    for layout in LAYOUTS:
+        assert same_bits(
+            found, matmul.matmul(lay_out(a, layout), lay_out(b, layout), c if bias else None)
+        )
+
+
+@pytest.mark.parametrize("m, n", [(1, 1), (8, 24), (9, 25), (3, 48), (17, 31), (40, 7)])
+@pytest.mark.parametrize("k", [1, 7, 100, 447, 448, 453, 1024, 1025, 2100])
+def test_every_shape_of_tile(form, monkeypatch, m, n, k):
+    """All layouts of both factors, against PyTorch's own kernels in binary64."""
+    random = torch.Generator().manual_seed(m * n * k)
+    a, b, c = (torch.randn(s, generator=random) for s in ((m, k), (k, n), (n,)))
+    a[:, ::3] = 0.0
+    expected = matmul._plain(a, b, None), matmul._plain(a, b, c)
+    for x in (a, a.t().contiguous().t(), a.repeat(1, 2)[:, :k]):
+        for y in (b, b.t().contiguous().t(), b.repeat(1, 2)[:, n:]):
+            assert same_bits(matmul.matmul(x, y), expected[0])
+            assert same_bits(matmul.matmul(x, y, c), expected[1])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads(form, threads):
+    random = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(s, generator=random) for s in ((3, 70, 90), (3, 90, 80)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert same_bits(matmul.matmul(a, b), matmul._plain(a, b, None))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("count", [1, 30])
+def test_what_is_not_finite(value, count):
+    """A few such numbers, and more than the kernels' list of failures holds."""
+    a, b = torch.ones(40, 30), torch.ones(30, 50)
+    a[:count, 3] = value
+    b[5, :count] = -value
+    expected = (a.double() @ b.double()).float()
+    assert same_bits(matmul.matmul(a, b), expected)
+
+
+@few
+@given(st.data())
+def test_order_does_not_matter(data):
+    m, k, n = (data.draw(st.integers(1, 5)) for _ in range(3))
+    a, b = data.draw(tensors((m, k), FINITE)), data.draw(tensors((k, n), FINITE))
+    at = torch.tensor(data.draw(st.permutations(range(k))))
+    assert same_bits(matmul.matmul(a, b), matmul.matmul(a[:, at], b[at]))
+    assert same_bits(matmul.matmul(a, b), matmul.matmul(b.t(), a.t()).t())
+
+
+@few
+@given(st.data())
+def test_a_product_does_not_depend_on_its_batch(data):
+    a, b = data.draw(tensors((3, 4, 5), FINITE)), data.draw(tensors((3, 5, 2), FINITE))
+    whole = matmul.matmul(a, b)
+    for i in range(3):
+        assert same_bits(whole[i], matmul.matmul(a[i], b[i]))
+        assert same_bits(whole[i, :1], matmul.matmul(a[i, :1], b[i]))
+
+
+@few
+@given(st.sampled_from([(0, 3, 2), (2, 0, 3), (2, 3, 0), (0, 0, 0)]))
+def test_empty(shape):
+    m, k, n = shape
+    assert same_bits(matmul.matmul(torch.ones(m, k), torch.ones(k, n)), torch.zeros(m, n))
+    assert same_bits(matmul.matmul(torch.ones(0, m, k), torch.ones(0, k, n)), torch.zeros(0, m, n))
+    minus = torch.full((n,), -0.0)
+    assert same_bits(matmul.matmul(torch.ones(m, k), torch.ones(k, n), minus), torch.zeros(m, n))
+
+
+@pytest.mark.parametrize("a, b", [((3, 2, 2), (2, 2, 2)), ((3, 4, 4), (1, 4, 4)), ((2, 3), (2, 3))])
+def test_what_does_not_multiply_is_refused(a, b):
+    with pytest.raises(RuntimeError, match="do not multiply"):
+        matmul.matmul(torch.ones(a), torch.ones(b))
+
+
+def test_only_numbers_in_memory_are_multiplied():
+    with pytest.raises(RuntimeError):
+        matmul.matmul(torch.ones(2, 2), torch.ones(2, 2, device="meta"))
+
+
+@few
+@given(tensors((4, 6), ANY))
+def test_sum_over(x):
+    a = reals(x)
+    check(matmul.sum_over(x, ()), total(a))
+    check(matmul.sum_over(x, (0,)), [total(c) for c in a.T])
+    check(matmul.sum_over(x, (1,), keepdim=True), [[total(r)] for r in a])
+    check(matmul.sum_over(x, (-1,), divisor=3), [total(r) / 3 for r in a])
+    check(matmul.sum_over(x, (1,), y=x.flip(0)), [total(r * s) for r, s in zip(a, a[::-1])])
+
+
+@pytest.mark.parametrize("scale", [1, Fraction(1, 3), Fraction(-5, 7)])
+def test_nearest_of_rows(scale):
+    """Both below and above the number of rows from which sums are compensated."""
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(300, 9, generator=random).double()
+    rows[::2, 1] = -rows[::2, 0]
+    rows[1::3] = torch.round(rows[1::3] * 4) * 2.0**-25 + torch.tensor([1.0] + [0.0] * 8)
+    rows[5::7] *= 2.0**-140
+    rows[::11] = 0.0
+    rows[3::11] *= -0.0
+    expected = [Real(sum(map(Fraction, r), Fraction(0)) * scale) for r in rows.tolist()]
+    for part in (rows, rows[:5]):
+        found = torch.tensor(matmul.nearest_of_rows(part, scale))
+        check(found, expected[: len(part)])
+
+
+@few
+@given(tensors((70, 7), SMALL_INTEGERS), st.sampled_from([2.0**-24, 2.0**-150, 1.0]))
+def test_many_ties(x, unit):
+    """1 + integers of half an ulp: about half of all sums are ties."""
+    terms = x.double() * unit
+    terms[:, 0] += 1
+    found = torch.tensor(matmul.nearest_of_rows(terms))
+    check(found, [Real(sum(map(Fraction, r), Fraction(0))) for r in terms.tolist()])
+
+
+def test_huge_exponent_range():
+    values = torch.tensor([3.4e38, -3.4e38, 1e-45, 1.0, 2.0**-24, -1.0])
+    a = torch.stack([values.roll(i) for i in range(6)])
+    b = torch.stack([values.flip(0).roll(i) for i in range(6)])
+    expected = [[total(x * y) for y in reals(b.t())] for x in reals(a)]
+    check(matmul.matmul(a, b), expected)
+
+
+SETTINGS = [
+    {"OMP_NUM_THREADS": "1"},
+    {"OMP_NUM_THREADS": "2", "ATEN_CPU_CAPABILITY": "default"},
+    {"OMP_NUM_THREADS": "2", "MKL_CBWR": "COMPATIBLE", "REPROML_KERNELS": "off"},
+]
+PROGRAM = """
+import hashlib, torch, reproml
+torch.manual_seed(0)
+with reproml.exact():
+    model = torch.nn.Sequential(torch.nn.Linear(70, 50), torch.nn.ReLU(), torch.nn.Linear(50, 10))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        x, y = torch.rand(64, 70), torch.randint(0, 10, (64,))
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+    print(reproml.digest(model), loss.item().hex(), (torch.randn(40000) * 3).exp().sum().item().hex())
+"""
+
+
+def test_threads_and_instruction_sets_give_the_same_bits(form, request):
+    if "[8]" not in request.node.name:
+        return  # the settings are below
+    lines = set()
+    for setting in SETTINGS:
+        environment = {**os.environ, **setting}
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", PROGRAM],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        lines.add(result.stdout)
+    assert len(lines) == 1

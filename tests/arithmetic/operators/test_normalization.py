@@ -1,0 +1,226 @@
+"""The normalisations: compiled loops and the plain path against the oracle, and against each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.operators import normalization
+from tests.arithmetic.forms import KINDS, agree, numbers, with_threads
+from tests.arithmetic.strategies import LAYOUTS, lay_out
+from tests.arithmetic.test_operator_table import CASES, TESTS, compare
+
+pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
+EPS = 1e-5
+ALL = [True, True, True]
+
+
+@pytest.mark.parametrize("form", ["compiled", "plain"])
+@pytest.mark.parametrize("name", [name for name in sorted(CASES) if "_norm" in name])
+@TESTS
+@given(data=st.data())
+def test_each_form_is_rounded_once(form, name, data):
+    with pytest.MonkeyPatch.context() as m:
+        if form == "plain":
+            m.setattr(kernels, "library", None)
+        for case in CASES[name]:
+            compare(name, case, data.draw(case.draw))
+
+
+def parameters(shape, affine):
+    if not affine:
+        return None, None
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    return numbers(shape, seed=2), numbers(shape, "integers", seed=3)
+
+
+def batch_norm(x, weight, bias, training, momentum=0.1, eps=EPS):
+    """With the running statistics after it."""
+    c = x.shape[1]
+    mean, var = numbers((c,), seed=4), numbers((c,), seed=5).abs()
+    result = normalization.batch_norm(x, weight, bias, mean, var, training, momentum, eps)
+    return (*result, mean, var)
+
+
+def check_batch_norm(x, g, weight, bias, momentum=0.1):
+    *_, mean, var = agree(batch_norm, x, weight, bias, False)
+    _, m, r, *_ = agree(batch_norm, x, weight, bias, True, momentum)
+    for train in (True, False):
+        agree(normalization.batch_norm_backward, g, x, weight, mean, var, m, r, train, EPS, ALL)
+
+
+def check_layer_norm(x, g, shape, weight, bias):
+    shape = list(shape)
+    _, m, r = agree(normalization.layer_norm, x, shape, weight, bias, EPS)
+    agree(normalization.layer_norm_backward, g, x, shape, m, r, weight, bias, ALL)
+
+
+def check_group_norm(x, g, groups, weight, bias):
+    n, c = x.shape[:2]
+    sizes = (n, c, x[0, 0].numel(), groups)
+    _, m, r = agree(normalization.group_norm, x, weight, bias, *sizes, EPS)
+    agree(normalization.group_norm_backward, g, x, m, r, weight, *sizes, ALL)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 6, 5, 5), (3, 1, 4, 4), (9, 4), (2, 6, 7), (2, 2, 3, 3), (1, 2, 1), (2, 4, 12, 13)],
+)
+def test_both_forms_agree(shape, kind, affine):
+    c, places = shape[1], tuple(shape[2:])
+    x = numbers(shape, kind)
+    for i, g in enumerate((numbers(shape, seed=1), numbers(shape, "ties", 1), x)):
+        x, g = lay_out(x, LAYOUTS[i]), lay_out(g, LAYOUTS[-i])
+        weight, bias = parameters(c, affine)
+        check_batch_norm(x, g, weight, bias, momentum=(0.1, 0.5, 1.0)[i])
+        check_layer_norm(x, g, shape[1:], *parameters(shape[1:], affine))
+        if places:
+            check_layer_norm(x, g, shape[-1:], *parameters(shape[-1], affine))
+            for groups in {1, 2 if c % 2 == 0 else c, c}:
+                check_group_norm(x, g, groups, *parameters(c, affine))
+
+
+@pytest.mark.parametrize("kind", ["normal", "far"])
+def test_long_rows(kind):
+    x, g = numbers((2, 2, 3, 6_001), kind), numbers((2, 2, 3, 6_001), seed=1)
+    check_batch_norm(x, g, *parameters(2, True))
+    check_layer_norm(x, g, x.shape[-1:], *parameters(6_001, True))
+
+
+def test_wide_and_short_rows():
+    x, g = numbers((3000, 5)), numbers((3000, 5), seed=1)
+    check_layer_norm(x, g, (5,), *parameters(5, True))
+    check_layer_norm(x[:, :1], g[:, :1], (1,), *parameters(1, True))
+    check_batch_norm(x, g, *parameters(5, True))
+
+
+def test_one_parameter_alone():
+    x, g = numbers((7, 5)), numbers((7, 5), seed=1)
+    weight, bias = parameters(5, True)
+    for pair in ((weight, None), (None, bias)):
+        check_layer_norm(x, g, (5,), *pair)
+        check_batch_norm(x, g, *pair)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
+def test_what_is_not_finite(value):
+    x, g = numbers((3, 4, 3, 3)), numbers((3, 4, 3, 3), seed=1)
+    x[1, 2, 0, 0] = value
+    check_batch_norm(x, g, *parameters(4, True))
+    check_batch_norm(g, x, *parameters(4, True))
+    check_layer_norm(x, g, (3,), *parameters(3, True))
+    check_group_norm(g, x, 2, *parameters(4, True))
+
+
+def test_channels_last_and_empty():
+    x, g = (numbers((3, 4, 5, 5), seed=s).to(memory_format=torch.channels_last) for s in (0, 1))
+    check_batch_norm(x, g, *parameters(4, True))
+    check_group_norm(x, g, 2, *parameters(4, True))
+    agree(normalization.layer_norm, torch.empty(0, 3), [3], None, None, EPS)
+
+
+def test_threads_do_not_matter():
+    x, g = numbers((6, 9, 30, 31)), numbers((6, 9, 30, 31), seed=1)
+    weight, bias = parameters(9, True)
+    with_threads(batch_norm, x, weight, bias, True)
+    _, m, r, mean, var = batch_norm(x, weight, bias, True)
+    with_threads(normalization.batch_norm_backward, g, x, weight, mean, var, m, r, True, EPS, ALL)
+    rows, g_rows = x.reshape(-1, 31), g.reshape(-1, 31)
+    weight, bias = parameters(31, True)
+    with_threads(normalization.layer_norm, rows, [31], weight, bias, EPS)
+    _, m, r = normalization.layer_norm(rows, [31], weight, bias, EPS)
+    backward = normalization.layer_norm_backward
+    with_threads(backward, g_rows, rows, [31], m, r, weight, bias, ALL)
+
+
+# ---- the stairs --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """How many elements each call of a kernel left to Python."""
+    counts = []
+    unsettled = kernels.unsettled
+
+    def counted(*arguments):
+        result = unsettled(*arguments)
+        counts.append(None if result is None else len(result))
+        return result
+
+    monkeypatch.setattr(kernels, "unsettled", counted)
+    return counts
+
+
+def test_statistics_are_settled_with_their_errors_kept(left):
+    """A mean, a variance and sums that are ties or zero: Ziv's test fails on them all."""
+    x = (
+        torch.tensor([[1.0, 1 + 2.0**-23], [4097.0, 0.0], [3.0, 3.0]])
+        .repeat(1, 8)
+        .reshape(1, 3, 16)
+    )
+    g = torch.tensor([[1.0, 2.0**-24], [1.0, -1.0], [0.0, -0.0]]).repeat(1, 8).reshape(1, 3, 16)
+    g[0, 0, 1:-1] = 0.0
+    check_batch_norm(x, g, *parameters(3, True))
+    check_layer_norm(x, g, (16,), *parameters(16, True))
+    check_group_norm(x, g, 3, *parameters(3, True))
+    check_group_norm(x.transpose(0, 1).contiguous(), g.transpose(0, 1).contiguous(), 1, None, None)
+    assert None not in left
+
+
+def test_what_only_fractions_can_settle_goes_to_the_plain_path(left):
+    x = torch.tensor([2.0**80, 1.0, -(2.0**80), -1.0] * 4).reshape(1, 1, 16)
+    g = torch.ones_like(x)
+    check_batch_norm(x, g, None, None)
+    check_layer_norm(x, g, (16,), None, None)
+    assert None in left
+
+
+def ties(n):
+    """Of mean 0 and variance 1; with a bias of half an ulp each second output is a tie."""
+    x = torch.tensor([1.0, -1.0]).repeat(n // 2).reshape(1, 1, n)
+    return x, torch.ones(1), torch.full((1,), 2.0**-24)
+
+
+@pytest.mark.parametrize("n", [16, 2000])
+def test_elements_that_are_left_to_python(left, n):
+    """Few one by one; many by the plain path, which must not find the running statistics moved."""
+    x, weight, bias = ties(n)
+    agree(batch_norm, x, weight, bias, True, 0.1, 0.0)
+    agree(
+        normalization.layer_norm,
+        x,
+        [n],
+        weight.expand(n).contiguous(),
+        bias.expand(n).contiguous(),
+        0.0,
+    )
+    expected = 8 if n == 16 else None
+    assert left == [expected] * 2
+
+
+def test_gradients_that_are_left_to_python(left):
+    x, weight, _ = ties(16)
+    g = torch.zeros_like(x)
+    g[..., 0], g[..., 1], g[..., 2] = 1.0, 2.0**-20, -(2.0**-20)
+    one, zero = torch.ones(1), torch.zeros(1)
+    for w in (weight, weight * 3 + 2.0**-12):
+        backward = normalization.batch_norm_backward
+        for train in (True, False):
+            agree(backward, g * (1 + 2.0**-12), x, w, zero, one, zero, one, train, 0.0, ALL)
+        agree(
+            normalization.layer_norm_backward,
+            g,
+            x,
+            [16],
+            zero,
+            one,
+            w.expand(16).contiguous(),
+            None,
+            ALL,
+        )
+    assert any(left)

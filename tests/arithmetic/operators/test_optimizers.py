@@ -1,0 +1,453 @@
+"""Each parameter and state after a step, against the definitions calculated in real numbers."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import threading
+from fractions import Fraction
+from typing import Any
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reproml
+from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.operators import optimizers
+from tests.arithmetic.strategies import FINITE, MODERATE, NOT_FINITE, SPECIAL, tensors
+from verification import oracle as o
+from verification.oracle import Real, check, real, reals, rounded, same_bits, single
+
+few = settings(max_examples=15)
+
+
+@pytest.fixture(params=["compiled", "plain"], autouse=True)
+def form(request, monkeypatch):
+    if request.param == "plain":
+        monkeypatch.setattr(kernels, "library", None)
+    elif kernels.library is None:
+        pytest.skip("the kernels are not built")
+
+
+def penalized(p: Any, g: Any, decay: float, maximize: bool) -> Any:
+    g = -g if maximize else g
+    return g + single(decay) * p if single(decay).v else g
+
+
+def adam_step(p, g, state, t, c):
+    """One element of Adam or AdamW: (param, grad, [m, v, v_max]) -> the same after step t."""
+    m, v, v_max = state
+    beta1, beta2 = c["betas"]
+    decoupled = c["decoupled"]
+    d = penalized(p, g, 0 if decoupled else c["weight_decay"], c["maximize"])
+    m = rounded(single(beta1) * m + single(1 - beta1) * d)
+    v = rounded(single(beta2) * v + single(1 - beta2) * (d * d))
+    used = v
+    if c["amsgrad"]:
+        used = v_max = v if v.v != v.v or v > v_max else v_max
+    correction1, correction2 = (1 - Fraction(b) ** t for b in (beta1, beta2))
+    keep = 1 - single(c["lr"]) * single(c["weight_decay"]) if decoupled else real(1)
+    move = single(c["lr"]) / correction1 * (used_over(m, used, correction2, c["eps"]))
+    return rounded(keep * p - move), [m, v, v_max]
+
+
+def used_over(m, v, correction, eps):
+    return m / (o.sqrt(v / correction) + single(eps))
+
+
+def sgd_step(p, g, buffer, c):
+    d = penalized(p, g, c["weight_decay"], c["maximize"])
+    mu = single(c["momentum"])
+    if mu.v == 0:
+        return rounded(p - single(c["lr"]) * d), None
+    if buffer is None:
+        buffer = rounded(d)
+    else:
+        buffer = rounded(mu * buffer + single(1 - c["dampening"]) * d)
+    direction = d + mu * buffer if c["nesterov"] else buffer
+    return rounded(p - single(c["lr"]) * direction), buffer
+
+
+def run(kind, start, grads, **options):
+    p = torch.nn.Parameter(start.clone())
+    optimizer = getattr(torch.optim, kind)([p], **options)
+    with reproml.exact():
+        for g in grads:
+            p.grad = g.clone()
+            optimizer.step()
+    return p.detach(), optimizer.state[p]
+
+
+def elements(x: torch.Tensor) -> Any:
+    return list(reals(x).ravel())
+
+
+ADAM = st.fixed_dictionaries(
+    {
+        "lr": st.sampled_from([1e-3, 0.1, 1.0, 2.0**-130]),
+        "betas": st.sampled_from([(0.9, 0.999), (0.5, 0.75), (0.0, 0.0), (0.9999, 0.99999)]),
+        "eps": st.sampled_from([1e-8, 0.0, 1.0]),
+        "weight_decay": st.sampled_from([0.0, 0.01, 0.3]),
+        "amsgrad": st.booleans(),
+        "maximize": st.booleans(),
+    }
+)
+
+
+def grads_of(values):
+    return st.lists(tensors((4,), values), min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
+@pytest.mark.parametrize("values", [MODERATE, FINITE], ids=["moderate", "finite"])
+@few
+@given(data=st.data())
+def test_adam(kind, values, data):
+    c = data.draw(ADAM)
+    start, grads = data.draw(tensors((4,), values)), data.draw(grads_of(values))
+    found, state = run(kind, start, grads, **c)
+    c["decoupled"] = kind == "AdamW"
+    states: Any = [[Real(0)] * 3 for _ in range(4)]
+    p = elements(start)
+    for t, g in enumerate(grads, 1):
+        p, states = zip(*[adam_step(*a, t, c) for a in zip(p, elements(g), states)])
+    check(found, p)
+    for name, i in [("exp_avg", 0), ("exp_avg_sq", 1), *[("max_exp_avg_sq", 2)] * c["amsgrad"]]:
+        check(state[name], [s[i] for s in states])
+    assert state["step"].item() == len(grads)
+
+
+@pytest.mark.parametrize("values", [MODERATE, FINITE], ids=["moderate", "finite"])
+@few
+@given(data=st.data())
+def test_sgd(values, data):
+    c = {
+        "lr": data.draw(st.sampled_from([1e-3, 0.1, 1.0, 2.0**-130])),
+        "momentum": data.draw(st.sampled_from([0.0, 0.5, 0.9])),
+        "weight_decay": data.draw(st.sampled_from([0.0, 0.01, 0.5])),
+        "maximize": data.draw(st.booleans()),
+        "nesterov": False,
+        "dampening": 0.0,
+    }
+    if c["momentum"]:
+        c["nesterov"] = data.draw(st.booleans())
+        c["dampening"] = 0.0 if c["nesterov"] else data.draw(st.sampled_from([0.0, 0.1, 0.5]))
+    start, grads = data.draw(tensors((4,), values)), data.draw(grads_of(values))
+    found, state = run("SGD", start, grads, **c)
+    buffers: Any = [None] * 4
+    p = elements(start)
+    for g in grads:
+        p, buffers = zip(*[sgd_step(*a, c) for a in zip(p, elements(g), buffers)])
+    check(found, p)
+    if c["momentum"]:
+        check(state["momentum_buffer"], buffers)
+
+
+EXTREME = torch.tensor((SPECIAL + NOT_FINITE) * 60)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+def test_all_special_values_meet(kind):
+    """Ties, subnormals, overflow, infinities and NaN as parameter and gradient."""
+    n = len(SPECIAL + NOT_FINITE)
+    start, g = (x.reshape(-1).contiguous() for x in torch.broadcast_tensors(
+        EXTREME[:n].unsqueeze(1), EXTREME[:n]))  # fmt: skip
+    c: dict[str, Any] = {"lr": 0.25, "weight_decay": 0.01, "maximize": False}
+    if kind == "SGD":
+        c.update(momentum=0.0, nesterov=False, dampening=0.0)
+        expected = [sgd_step(p, d, None, c)[0] for p, d in zip(elements(start), elements(g))]
+    else:
+        c.update(betas=(0.9, 0.999), eps=1e-8, amsgrad=False)
+        d = {**c, "decoupled": kind == "AdamW"}
+        states = [[Real(0)] * 3] * len(g)
+        expected = [adam_step(*a, 1, d)[0] for a in zip(elements(start), elements(g), states)]
+    check(run(kind, start, [g], **c)[0], expected)
+
+
+def test_ties_are_even():
+    """p - lr g exactly between two binary32 numbers."""
+    p = torch.tensor([1.0, 1 + 2**-23, 2.0**24, 2.0**-149] * 20)
+    g = torch.tensor([-(2.0**-24), -(2.0**-24), -1.0, 2.0**-150 * 2] * 20)
+    found, _ = run("SGD", p, [g], lr=1.0)
+    check(found, reals(p) - reals(g))
+    assert found[:2].tolist() == [1.0, 1 + 2 * 2**-23]
+    found, _ = run("SGD", p, [g], lr=0.5)
+    check(found, reals(p) - reals(g) * Fraction(1, 2))
+
+
+OPTIONS = [
+    ("SGD", {"lr": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "maximize": True}),
+    ("Adam", {"weight_decay": 0.1}),
+    ("Adam", {"amsgrad": True}),
+    ("AdamW", {}),
+    ("AdamW", {"amsgrad": True, "maximize": True}),
+]
+
+
+@pytest.mark.parametrize("kind, options", OPTIONS)
+def test_all_forms_give_the_same_bits(kind, options):
+    torch.manual_seed(0)
+    start, grads = torch.randn(300), [torch.randn(300) for _ in range(3)]
+    forms = [{"foreach": False, "fused": False}, {"foreach": True}, {"fused": True}]
+    results = [run(kind, start, grads, **options, **f)[0] for f in forms]
+    strided = torch.stack([start, start], 1)[:, 0]
+    results.append(run(kind, strided, grads, **options)[0])
+    assert all(same_bits(results[0], r) for r in results)
+
+
+@pytest.mark.parametrize("kind, options", OPTIONS)
+def test_is_near_to_pytorch_s_own(kind, options):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(50))
+    start, grads = p.detach().clone(), [torch.randn(50) for _ in range(4)]
+    optimizer = getattr(torch.optim, kind)([p], **options)
+    for g in grads:
+        p.grad = g.clone()
+        optimizer.step()
+    assert torch.allclose(run(kind, start, grads, **options)[0], p, rtol=1e-5, atol=1e-6)
+
+
+def test_fused_operators():
+    """_fused_adam_, _fused_adamw_ and _fused_sgd_ themselves are the same definitions."""
+    torch.manual_seed(0)
+    start, g = torch.randn(9), torch.randn(9)
+    rest: dict[str, Any] = {"weight_decay": 0.1, "maximize": False}
+    adam: dict[str, Any] = {
+        "lr": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "eps": 1e-8,
+        "amsgrad": False,
+        **rest,
+    }
+    sgd: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "nesterov": False, **rest}
+    for kind, options in [("Adam", adam), ("AdamW", adam), ("SGD", sgd)]:
+        p, m, v = start.clone(), torch.zeros(9), torch.zeros(9)
+        with reproml.exact():
+            if kind == "SGD":
+                torch._fused_sgd_([p], [g], [m], **options, is_first_step=True)
+            else:
+                step = torch.ones(())
+                getattr(torch, f"_fused_{kind.lower()}_")([p], [g], [m], [v], [], [step], **options)
+        public = {k: x for k, x in options.items() if k not in ("beta1", "beta2")}
+        if kind != "SGD":
+            public["betas"] = (0.9, 0.99)
+        assert same_bits(p, run(kind, start, [g], **public)[0])
+
+
+@given(st.sampled_from([0.0, 0.5, 0.9, 0.999, 0.9999999, 1e-300]), st.integers(1, 2000))
+@few
+def test_bias_correction(beta, step):
+    with mpmath.workprec(400):
+        exact = 1 - mpmath.mpf(beta) ** step
+        found = optimizers.bias_correction(beta, step)
+        assert abs(mpmath.mpf(found.numerator) / found.denominator - exact) <= mpmath.mpf(2) ** -160
+
+
+def refuses(p, grad, kind="Adam", **options):
+    optimizer = getattr(torch.optim, kind)([p], **options)
+    p.grad = grad
+    before = p.detach().clone()
+    with pytest.raises(reproml.NotExactError), reproml.exact():
+        optimizer.step()
+    assert torch.equal(p.detach(), before)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+def test_refuses_what_has_no_definition(kind):
+    wide = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    refuses(wide, torch.ones(2, dtype=torch.float64), kind)
+    number = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    refuses(number, torch.ones(2, dtype=torch.complex64), kind)
+    half = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
+    refuses(half, torch.ones(2, dtype=torch.float16), kind)
+    refuses(torch.nn.Parameter(torch.ones(2)), torch.ones(2), kind, differentiable=True)
+
+
+def test_refuses_a_sparse_gradient():
+    sparse = torch.sparse_coo_tensor(torch.tensor([[0, 0]]), torch.ones(2), (2,))
+    refuses(torch.nn.Parameter(torch.ones(2)), sparse, "SGD")
+
+
+@pytest.mark.parametrize("kind", ["ASGD", "NAdam", "RAdam", "Adamax"])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_refuses_optimizers_that_take_powers_in_python(kind, foreach):
+    refuses(torch.nn.Parameter(torch.ones(2)), torch.ones(2), kind, foreach=foreach)
+
+
+def functions():
+    return [
+        getattr(importlib.import_module(f"torch.optim.{name}"), form + name)
+        for name in ("adam", "sgd")
+        for form in ("_single_tensor_", "_multi_tensor_", "_fused_")
+    ]
+
+
+def test_pytorch_s_functions_are_back_afterwards():
+    before = functions()
+    with reproml.exact():
+        with reproml.exact():
+            pass
+        assert all(a is not b for a, b in zip(functions(), before))
+    assert functions() == before
+    with pytest.raises(ZeroDivisionError), reproml.exact():
+        raise ZeroDivisionError
+    assert functions() == before
+
+    def work():
+        for _ in range(20):
+            with reproml.exact():
+                pass
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert functions() == before
+
+
+def test_a_thread_outside_takes_pytorch_s_own_steps():
+    def step():
+        p = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+        p.grad = torch.full((4,), 0.1, dtype=torch.float64)
+        torch.optim.SGD([p], lr=0.1).step()
+        results.append(p.detach())
+
+    results: list[torch.Tensor] = []
+    step()
+    with reproml.exact():
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+    assert len(results) == 2 and torch.equal(*results)
+
+
+# ---- RMSprop, Adagrad, Adadelta ------------------------------------------------------------------
+
+
+def direction(p, g, c):
+    return penalized(p, g, c.get("weight_decay", 0.0), c.get("maximize", False))
+
+
+def rmsprop_step(p, g, s, t, c):
+    v, a, b = s
+    d = direction(p, g, c)
+    keep, rest = single(c["alpha"]), single(1 - c["alpha"])
+    v = rounded(keep * v + rest * (d * d))
+    a = rounded(keep * a + rest * d) if c["centered"] else a
+    u = d / (o.sqrt(v - a * a if c["centered"] else v) + single(c["eps"]))
+    if not c["momentum"]:
+        return rounded(p - single(c["lr"]) * u), [v, a, b]
+    b = rounded(single(c["momentum"]) * b + u)
+    return rounded(p - single(c["lr"]) * b), [v, a, b]
+
+
+def adagrad_step(p, g, s, t, c):
+    d = direction(p, g, c)
+    v = rounded(s[0] + d * d)
+    rate = single(c["lr"]) / (1 + (t - 1) * single(c["lr_decay"]))
+    return rounded(p - rate * (d / (o.sqrt(v) + single(c["eps"])))), [v]
+
+
+def adadelta_step(p, g, s, t, c):
+    v, a = s
+    d = direction(p, g, c)
+    keep, rest, eps = single(c["rho"]), single(1 - c["rho"]), single(c["eps"])
+    v = rounded(keep * v + rest * (d * d))
+    u = rounded(o.sqrt(a + eps) / o.sqrt(v + eps) * d)
+    a = rounded(keep * a + rest * (u * u))
+    return rounded(p - single(c["lr"]) * u), [v, a]
+
+
+OTHERS = [
+    ("RMSprop", rmsprop_step, 3, {"lr": 0.01, "alpha": 0.9, "eps": 1e-8, "centered": False,
+                                  "momentum": 0.9}),
+    ("RMSprop", rmsprop_step, 3, {"lr": 0.01, "alpha": 0.75, "eps": 1e-8, "centered": True, "momentum": 0.0,
+                                  "weight_decay": 0.1}),
+    ("Adagrad", adagrad_step, 1, {"lr": 0.1, "lr_decay": 0.3, "eps": 1e-10, "weight_decay": 0.1}),
+    ("Adadelta", adadelta_step, 2, {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "maximize": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, step, states, options", OTHERS)
+@few
+@given(start=tensors((4,), MODERATE), grads=grads_of(MODERATE))
+def test_others(kind, step, states, options, start, grads):
+    state: Any = [[Real(0)] * states for _ in range(4)]
+    p = elements(start)
+    for t, g in enumerate(grads, 1):
+        p, state = zip(*[step(*a, t, options) for a in zip(p, elements(g), state)])
+    for foreach in (False, True):
+        check(run(kind, start, grads, foreach=foreach, **options)[0], np.array(p, dtype=object))
+
+
+def test_a_state_of_another_shape_is_refused():
+    p = torch.nn.Parameter(torch.ones(8))
+    for optimizer, name in (
+        (torch.optim.Adam([p]), "exp_avg"),
+        (torch.optim.SGD([p], lr=0.1, momentum=0.9), "momentum_buffer"),
+    ):
+        p.grad = torch.ones(8)
+        with reproml.exact():
+            optimizer.step()
+            optimizer.state[p][name] = torch.ones(1)
+            with pytest.raises(RuntimeError):
+                optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+def test_autograd_sees_that_a_parameter_has_changed(kind):
+    p = torch.nn.Parameter(torch.ones(8))
+    p.grad = torch.ones(8)
+    with reproml.exact():
+        y = (p * p).sum()
+        kind([p], lr=0.1).step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_parameters_that_share_memory_are_stepped_in_order(threads, form):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        base = torch.linspace(-1, 1, 60_000)
+        p, q = torch.nn.Parameter(base), torch.nn.Parameter(base.view(200, 300))
+        p.grad, q.grad = torch.ones(60_000), torch.full((200, 300), -0.5)
+        with reproml.exact():
+            torch.optim.Adam([p, q], lr=0.1).step()
+    finally:
+        torch.set_num_threads(before)
+    one = torch.nn.Parameter(torch.linspace(-1, 1, 60_000))
+    for grad in (1.0, -0.5):
+        one.grad = torch.full((60_000,), grad)
+        with reproml.exact():
+            torch.optim.Adam([one], lr=0.1).step()
+    assert same_bits(p, one)
+
+
+def test_a_gradient_that_is_the_parameter():
+    p = torch.nn.Parameter(torch.tensor([math.inf, 1.0, 2.0**-140]))
+    p.grad = p.detach()
+    with reproml.exact():
+        torch.optim.SGD([p], lr=1.0).step()
+    assert p[0].isnan() and p[1:].tolist() == [0, 0]
+
+
+def test_a_negative_epsilon_in_both_forms(form):
+    """Its root and epsilon may cancel, which the compiled loop's bound does not foresee."""
+    p, m, v = torch.ones(64), torch.zeros(64), torch.zeros(64)
+    g = 1 + torch.arange(64) * 2.0**-23
+    options: dict[str, Any] = {"lr": 2.0**-24, "beta1": 0.0, "beta2": 0.0, "eps": -1.0}
+    options.update(weight_decay=0.0, amsgrad=False, maximize=False)
+    with reproml.exact():
+        torch._fused_adam_([p], [g], [m], [v], [], [torch.ones(())], **options)
+    expected = [1 - 2.0**-24 * (x / (o.sqrt(rounded(x * x)) - 1)) for x in reals(g[1:])]
+    check(p[1:], expected)

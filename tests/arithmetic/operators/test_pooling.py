@@ -1,0 +1,139 @@
+"""Pooling, embeddings and scattered sums: compiled loops and the plain path against the oracle, and
+against each other."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.operators import convolution, indexing
+from tests.arithmetic.forms import KINDS, agree, numbers, with_threads
+from tests.arithmetic.strategies import LAYOUTS, lay_out
+from tests.arithmetic.test_operator_table import CASES, TESTS, compare
+from verification.oracle import Real, check
+
+pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
+aten = torch.ops.aten
+NAMES = [
+    n for n in sorted(CASES) if "pool" in n or "embedding" in n or "scatter" in n or "index_" in n
+]
+
+
+@pytest.mark.parametrize("form", ["compiled", "plain"])
+@pytest.mark.parametrize("name", NAMES)
+@TESTS
+@given(data=st.data())
+def test_each_form_is_rounded_once(form, name, data):
+    with pytest.MonkeyPatch.context() as m:
+        if form == "plain":
+            m.setattr(kernels, "library", None)
+        for case in CASES[name]:
+            compare(name, case, data.draw(case.draw))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "window",
+    [
+        ([2, 2], [2, 2], [0, 0]),
+        ([3, 3], [2, 2], [1, 1]),
+        ([2, 3], [3, 1], [0, 1]),
+        ([2, 3], [2, 3], [0, 1]),
+    ],
+)
+def test_both_forms_of_pooling_agree(kind, window):
+    x = lay_out(numbers((2, 3, 10, 9), kind), "transposed")
+    out, index = aten.max_pool2d_with_indices(x, *window)
+    for i, g in enumerate(
+        (numbers(out.shape, kind, 1), torch.zeros(out.shape) * -1.0, numbers(out.shape, "ties"))
+    ):
+        g = lay_out(g, LAYOUTS[i])
+        agree(indexing.max_pool_backward, g, x, *window, [1, 1], False, index)
+        agree(convolution.avg_pool2d, x, *window)
+        agree(convolution.avg_pool2d, x[0], *window, divisor_override=-3)
+        size = aten.avg_pool2d(x, *window).shape
+        g = numbers(size, kind, 2 + i)
+        for divisor in (None, 5, -4):
+            agree(convolution.avg_pool2d_backward, g, x, *window, False, True, divisor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 2), (8, 12), (4, 5)])
+def test_both_forms_of_adaptive_pooling_agree(kind, size):
+    x = numbers((2, 3, 8, 12), kind)
+    agree(convolution.adaptive_avg_pool2d, x, size)
+    agree(convolution.adaptive_avg_pool2d_backward, numbers((2, 3, *size), kind, 1), x)
+    zeros = torch.full((2, 3, *size), -0.0)
+    assert agree(convolution.adaptive_avg_pool2d_backward, zeros, x).is_contiguous()
+
+
+def test_quotients_that_underflow_keep_their_sign():
+    g = torch.tensor([-(2.0**-149), 2.0**-149, -3 * 2.0**-149, -0.0]).reshape(1, 4, 1, 1)
+    agree(convolution.adaptive_avg_pool2d_backward, g, torch.zeros(1, 4, 3, 3))
+    window = ([3, 3], [3, 3], [0, 0], False, True, None)
+    agree(convolution.avg_pool2d_backward, g, torch.zeros(1, 4, 3, 3), *window)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1, 7, 300])
+def test_both_forms_of_embedding_agree(kind, width):
+    g = numbers((6, 9, width), kind)
+    index = torch.randint(0, 7, (6, 9), generator=torch.Generator().manual_seed(0))
+    for layout in LAYOUTS:
+        for padding in (-1, 3):
+            laid = lay_out(g, layout)
+            agree(indexing.embedding_backward, laid, index, 8, padding, False)
+            agree(indexing.embedding_backward, laid, index.int(), 8, padding, False)
+
+
+def test_what_is_not_finite():
+    g = torch.tensor([1.0, float("inf"), float("nan"), -float("inf"), 2.0, 3e38, 3e38]).reshape(
+        7, 1
+    )
+    for index in ([0, 1, 2, 3, 4, 5, 5], [0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 1, 2, 3, 4]):
+        agree(indexing.embedding_backward, g, torch.tensor(index), 8, -1, False)
+        wide = g.expand(7, 3).contiguous()
+        agree(indexing.embedding_backward, wide, torch.tensor(index), 8, -1, False)
+        agree(indexing.sum_at, torch.tensor(index), g.reshape(-1), 8, g.new_full((8,), -0.0))
+
+
+def test_ties_are_settled_in_the_loop():
+    values = torch.tensor(
+        [1.0, 2.0**-24, 2.0**-90, 1.0, 2.0**-24, -(2.0**-90), 3.0, -3.0, -0.0, -0.0]
+    )
+    index = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3, 3])
+    groups = [[values[i].item() for i in range(10) if index[i] == row] for row in range(5)]
+    expected = [Real(sum(map(Fraction, group), Fraction(0))) for group in groups]
+    found = indexing._scatter(1, 5, index, values)
+    assert found is not None
+    check(found.reshape(5), expected)
+    wide = indexing._scatter(1, 5, index, values.unsqueeze(1).expand(10, 2))
+    assert wide is not None
+    check(wide[0, :, 1], expected)
+
+
+def test_what_the_loop_cannot_settle_goes_to_the_plain_path():
+    values = torch.tensor([2.0**80, 1.0, -(2.0**80), -1.0])
+    index = torch.zeros(4, dtype=torch.int64)
+    assert indexing._scatter(1, 2, index, values) is None
+    agree(indexing.sum_at, index, values, 2)
+
+
+def test_an_index_out_of_range_is_an_error():
+    for width in (1, 3):
+        with pytest.raises((IndexError, RuntimeError)):
+            indexing.embedding_backward(torch.ones(2, width), torch.tensor([0, 5]), 4, -1, False)
+
+
+def test_threads_do_not_matter():
+    x = numbers((8, 9, 30, 31))
+    for window in (([2, 2], [2, 2]), ([3, 3], [2, 2])):
+        out, index = aten.max_pool2d_with_indices(x, *window)
+        g = numbers(out.shape, "ties")
+        with_threads(indexing.max_pool_backward, g, x, index)
+        with_threads(convolution.avg_pool2d, x, *window)

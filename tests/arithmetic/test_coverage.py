@@ -1,0 +1,261 @@
+"""Every operator in PyTorch's own registry: moved, exact, cast, taken apart, or refused. None slips by."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+import reproml
+from reproml.arithmetic import operator_table
+from reproml.arithmetic.dispatch import dispatcher
+from reproml.arithmetic.handlers import handler
+from verification import op_db
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# What the engine made of an operator, by the function it returned.
+KINDS = {
+    "_strided": "moved or cast",
+    "_for_float32": "exact",
+    "_for_each": "each of a list",
+    "_taken_apart": "taken apart",
+    "_guarded": "refused",
+}
+
+# Takes a file's name.
+NOT_CALLED = {"from_file"}
+# A view and a change of size, which PyTorch does before it comes to the engine.
+VIEWS = {"_fw_primal", "resize_"}
+
+
+def overloads() -> list[Any]:
+    """All operators under aten:: that PyTorch's dispatcher knows and Python can call."""
+    found = []
+    for full in sorted(torch._C._dispatch_get_all_op_names()):
+        namespace, _, name = full.partition("::")
+        name, _, overload = name.partition(".")
+        packet = getattr(torch.ops.aten, name, None) if namespace == "aten" else None
+        if packet is not None and (overload or "default") in packet.overloads():
+            found.append(getattr(packet, overload or "default"))
+    return found
+
+
+OVERLOADS = overloads()
+
+
+def kind_of(func: Any) -> str:
+    return KINDS[handler(func).__qualname__.split(".<locals>")[0]]
+
+
+OF_KIND: dict[str, list[Any]] = {}
+for _func in OVERLOADS:
+    OF_KIND.setdefault(kind_of(_func), []).append(_func)
+
+
+def dummy(kind: str, dtype: torch.dtype) -> Any:
+    """An argument of a schema's type. Tensors are small, and their numbers nothing special."""
+    if kind.startswith("Optional[") and "Tensor" not in kind:
+        return None
+    if kind in ("Tensor", "Optional[Tensor]"):
+        return torch.full((2, 2), 0.75, dtype=dtype)
+    if kind in ("List[Tensor]", "List[Optional[Tensor]]", "Optional[List[Tensor]]"):
+        return [torch.full((2, 2), 0.75, dtype=dtype)]
+    plain = {"int": 1, "float": 0.5, "bool": False, "number": 0.5, "str": "", "Scalar": 0.5}
+    plain.update({"complex": 1j, "Device": "cpu", "ScalarType": 6, "Layout": 0})
+    if kind in plain:
+        return plain[kind]
+    if kind in ("List[int]", "List[bool]", "List[float]", "List[number]"):
+        return [plain[kind[5:-1]]] * 2
+    return None
+
+
+def dummies(func: Any, dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for i, a in enumerate(func._schema.arguments):
+        if a.has_default_value() and not a.is_out and "Tensor" not in str(a.type):
+            continue
+        value = dummy(str(a.type), dtype)
+        if a.kwarg_only or len(args) < i:
+            kwargs[a.name] = value
+        else:
+            args.append(value)
+    return args, kwargs
+
+
+def floats(x: Any) -> list[Any]:
+    """What of a result is, or holds, floating-point numbers."""
+    return [
+        t
+        for t in tree_flatten(x)[0]
+        if isinstance(t, (float, complex))
+        or (isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()))
+    ]
+
+
+def attempt(func: Any, dtype: torch.dtype) -> str:
+    args, kwargs = dummies(func, dtype)
+    given = tree_flatten([args, kwargs])[0]
+    before = [x.clone() if isinstance(x, Tensor) else x for x in given]
+    try:
+        with reproml.exact():
+            result = func(*args, **kwargs)
+    except reproml.NotExactError as error:
+        assert str(error).startswith("aten.")
+        for x, y in zip(given, before):
+            assert not isinstance(x, Tensor) or torch.equal(x, y), f"{func} wrote before it refused"
+        return "refused"
+    except Exception:  # PyTorch does not take these arguments
+        return "not called"
+    return "returned floats" if floats(result) else "returned"
+
+
+def test_the_registry_is_large_and_every_operator_has_a_kind():
+    assert len(OVERLOADS) > 2500
+    assert set(OF_KIND) == set(KINDS.values())
+    assert len(OF_KIND["refused"]) > 800
+
+
+def test_every_operator_outside_the_table_refuses_floats():
+    """Called with small float32 tensors, or with numbers: none returns a float."""
+    counts: Counter[str] = Counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for func in OF_KIND["refused"]:
+            if func._schema.name[len("aten::") :] in NOT_CALLED | VIEWS:
+                continue
+            outcome = attempt(func, torch.float32)
+            assert outcome != "returned floats", func
+            counts[outcome] += 1
+    assert counts["refused"] >= 0.95 * sum(counts.values()), counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
+def test_other_floats_are_refused(dtype):
+    """By every line of EXACT; complex numbers by the moves as well, as their abs is arithmetic."""
+    counts: Counter[str] = Counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for func in OF_KIND["exact"] + OF_KIND["each of a list"] + OF_KIND["moved or cast"]:
+            name = func._schema.name[len("aten::") :].replace("_foreach_", "").rstrip("_")
+            moved = name in operator_table.MOVES or name in operator_table.CASTS or name == "copy"
+            if (moved and not dtype.is_complex) or not takes_tensors(func) or name + "_" in VIEWS:
+                continue
+            if name in operator_table.VIEWS | operator_table.COPIES:
+                continue
+            outcome = attempt(func, dtype)
+            assert outcome != "returned floats", func
+            counts[outcome] += 1
+    assert counts["refused"] >= 0.85 * sum(counts.values()), counts
+
+
+def takes_tensors(func: Any) -> bool:
+    return any("Tensor" in str(a.type) for a in func._schema.arguments if not a.is_out)
+
+
+@pytest.mark.parametrize(
+    "key", sorted({*operator_table.EXACT, *operator_table.MOVES, *operator_table.CASTS})
+)
+def test_every_name_of_the_table_is_an_operator(key):
+    packet = getattr(torch.ops.aten, key)
+    for overload in packet.overloads():
+        wanted = "exact" if key in operator_table.EXACT else "moved or cast"
+        kind = kind_of(getattr(packet, overload))
+        assert kind == wanted or (wanted, kind) == ("moved or cast", "refused")
+
+
+# ---- moves -----------------------------------------------------------------------------------------
+
+ROUNDED: dict[str, Any] = {
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "round": round,
+    "trunc": math.trunc,
+}
+SIGNS = {"abs", "neg", "sign", "sgn"}
+
+
+def memory_of(x: Any) -> Any:
+    """All that a tensor's storage holds, as `as_strided` may go beyond the tensor."""
+    if not isinstance(x, Tensor):
+        return x
+    return torch.empty(0, dtype=x.dtype).set_(x.detach().untyped_storage()).clone()
+
+
+class MoveChecker(TorchDispatchMode):
+    """Each float32 number that a move returns is one of its operands', or a constant: 0, 1, -1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name[len("aten::") :]
+        key = name if name in operator_table.MOVES else name.rstrip("_")
+        if key not in operator_table.MOVES or "empty" in key or key == "resize_":
+            return func(*args, **kwargs)
+        with dispatcher.natively():
+            before = tree_map(memory_of, [args, kwargs])
+        result = func(*args, **kwargs)
+        with dispatcher.natively():
+            outputs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+            outputs = [t for t in outputs if t.dtype is torch.float32 and t.numel()]
+            if outputs:
+                self.check(key, tree_flatten(before)[0], outputs, func)
+        return result
+
+    def check(self, key: str, operands: list[Any], outputs: list[Tensor], func: Any) -> None:
+        numbers = [float(x) for x in operands if isinstance(x, (int, float))] + [0.0, 1.0, -1.0]
+        tensors = [torch.tensor(numbers, dtype=torch.float32)]
+        tensors += [x.reshape(-1).float() for x in operands if isinstance(x, Tensor)]
+        given = torch.cat(tensors)
+        if key in SIGNS:
+            given = torch.cat([given, -given])
+        if key in ROUNDED:
+            finite = given[given.isfinite()].tolist()
+            given = torch.cat([given, torch.tensor([float(ROUNDED[key](x)) for x in finite])])
+            given = torch.cat([given, torch.zeros(1).neg()])
+        out = torch.cat([t.detach().reshape(-1) for t in outputs])
+        out, given = out[~out.isnan()], given.contiguous()
+        known = torch.isin(out.view(torch.int32), given.view(torch.int32))
+        assert bool(known.all()), f"{func} made {out[~known][0].item()!r}"
+        self.seen[key] += 1
+
+
+def test_moves_only_move():
+    """With PyTorch's own samples of every operator that is a move."""
+    checker = MoveChecker()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for op in op_db.operators():
+            key = op.name.rsplit(".", 1)[-1]
+            if key not in operator_table.MOVES and "pad" not in key and "pool" not in key:
+                continue
+            for sample, _ in islice(op_db.samples(op), 5):
+                try:
+                    with reproml.exact(), checker:
+                        op(sample.input, *sample.args, **sample.kwargs)
+                except (reproml.NotExactError, RuntimeError):
+                    continue
+    assert len(checker.seen) >= 60, sorted(checker.seen)
+
+
+# ---- the page --------------------------------------------------------------------------------------
+
+
+def test_docs_name_every_line_of_the_table():
+    page = (ROOT / "docs" / "exact.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z0-9_]+)`", page))
+    assert sorted(set(operator_table.EXACT) - named) == []

@@ -1,0 +1,865 @@
+"""The engine: what runs by the table, what is refused, and that nothing slips through."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import subprocess
+import sys
+import threading
+import warnings
+from contextlib import nullcontext
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reproml
+from reproml import NotExactError
+from reproml.arithmetic import operator_table
+from reproml.arithmetic.numerics import libm
+from tests.arithmetic.strategies import ANY, LAYOUTS, MODERATE, lay_out, tensors
+from verification import oracle as o
+from verification.oracle import Real, check, dot, reals, rounded, same_bits, single, total
+
+aten = torch.ops.aten
+few = settings(max_examples=20)
+ones = torch.ones(3)
+
+
+def exactly(function: Any, *args: Any, **kwargs: Any) -> Any:
+    with reproml.exact():
+        return function(*args, **kwargs)
+
+
+def refused(function, *args, **kwargs):
+    with pytest.raises(NotExactError) as caught, reproml.exact():
+        function(*args, **kwargs)
+    return str(caught.value)
+
+
+# ---- MOVES ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted([*operator_table.MOVES, *operator_table.EXACT]))
+def test_is_an_operator_of_pytorch(name):
+    assert hasattr(aten, name) or hasattr(aten, name + "_"), name
+
+
+MOVED: dict[str, Any] = {
+    "argmax": lambda x: x.argmax(-1),
+    "cat": lambda x: torch.cat([x, x], -1),
+    "sort": lambda x: tuple(torch.sort(x, dim=-1, stable=True)),
+    "topk": lambda x: x.topk(2, -1).values,
+    "where": lambda x: torch.where(x > 0, x, 0.5),
+    "gather": lambda x: x.gather(0, torch.zeros((1, 4), dtype=torch.int64)),
+    "index": lambda x: x[[1, 0]],
+    "masked_fill": lambda x: x.masked_fill(x < 0, 2.0),
+    "abs": torch.abs,
+    "neg": torch.neg,
+    "relu": torch.relu,
+    "flip": lambda x: x.flip(0),
+    "tril": torch.tril,
+    "roll": lambda x: x.roll(1, 0),
+    "floor": torch.floor,
+    "trunc": torch.trunc,
+    "le": lambda x: x <= 0.1,
+    "isnan": torch.isnan,
+    "threshold_backward": lambda x: aten.threshold_backward(x, x.flip(0), 0),
+    "max_pool2d_with_indices": lambda x: aten.max_pool2d_with_indices(x.reshape(1, 3, 4), [2, 2]),
+    "embedding": lambda x: torch.nn.functional.embedding(torch.tensor([2, 0]), x),
+    "clone": torch.clone,
+    "constant_pad_nd": lambda x: torch.nn.functional.pad(x, (1, 2), value=0.1),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MOVED))
+@few
+@given(x=tensors((3, 4), ANY))
+def test_moves_leave_the_bits_alone(name, x):
+    expected = MOVED[name](x)
+    for layout in LAYOUTS:
+        found = exactly(MOVED[name], lay_out(x, layout))
+        for a, b in zip(*[y if isinstance(y, tuple) else (y,) for y in (found, expected)]):
+            assert same_bits(a, b)
+
+
+def test_sign_of_nan():
+    """A NaN's sign is the machine's; it must not be seen."""
+    nans = torch.tensor([0x7FC00000, -0x400000], dtype=torch.int32).view(torch.float32)
+    x = torch.cat([nans, torch.tensor([0.0, -0.0, -1.0])])
+    assert exactly(torch.signbit, x).tolist() == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("function", [torch.maximum, torch.minimum, torch.fmax, torch.fmin])
+def test_the_sign_of_zero_does_not_depend_on_the_layout(function):
+    x, y = torch.tensor([0.0, -0.0] * 20), torch.tensor([-0.0, 0.0] * 20)
+    try:
+        results = [exactly(function, lay_out(x, k), lay_out(y, k)) for k in LAYOUTS]
+    except NotExactError:
+        return
+    results.append(exactly(function, y, x))
+    results.append(torch.cat([exactly(function, a, b) for a, b in zip(x.split(1), y.split(1))]))
+    assert all(same_bits(results[0], r) for r in results)
+
+
+# ---- casts and dtypes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, low, high", [
+    (torch.int64, -(2.0**63), 2.0**63), (torch.int32, -(2.0**31), 2.0**31),
+    (torch.int16, -(2.0**15), 2.0**15), (torch.int8, -128, 128), (torch.uint8, 0, 256),
+])  # fmt: skip
+@pytest.mark.parametrize("source", [torch.float32, torch.float64])
+def test_casts_to_integers_stay_in_range(dtype, low, high, source):
+    below = np.nextafter(np.float32(high), np.float32(0)).item()
+    inside = torch.tensor([low, 0.0, -0.0, 0.75, below], dtype=source)
+    assert exactly(inside.to, dtype).tolist() == [int(x) for x in inside.tolist()]
+    for value in (
+        high,
+        float(np.nextafter(np.float32(low), np.float32(-np.inf))) - 1,
+        np.nan,
+        np.inf,
+    ):
+        x = torch.tensor([1.0, value], dtype=source)
+        refused(x.to, dtype)
+        refused(torch.zeros(2, dtype=dtype).copy_, x)
+
+
+def test_casts_that_would_round_twice():
+    x = torch.tensor([1 + 2.0**-11 + 2.0**-40], dtype=torch.float64)
+    for dtype in (torch.float16, torch.bfloat16):
+        refused(x.to, dtype)
+        refused(torch.zeros(1, dtype=dtype).copy_, x)
+    y = x.float()
+    assert exactly(y.to, torch.float16).item() == 1
+    assert exactly(x.to, torch.float32).item() == 1 + 2.0**-11
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=20))
+@few
+def test_integers_become_the_nearest_float32(values):
+    x = torch.tensor(values)
+    for layout in LAYOUTS:
+        check(exactly(lay_out(x, layout).to, torch.float32), [Real(v) for v in values])
+
+
+@few
+@given(tensors((4,), ANY), st.integers(-(2**40), 2**40), st.floats(-1e3, 1e3))
+def test_numbers_meet_a_tensor_as_float32(x, n, f):
+    a = reals(x)
+    check(exactly(lambda: x * f), a * single(f))
+    check(exactly(lambda: x + f), a + single(f))
+    check(exactly(lambda: x / f) if f else x / 1.0, a / single(f if f else 1.0))
+    check(exactly(lambda: f - x), [single(f) - v for v in a])
+    check(exactly(lambda: x * torch.tensor(f, dtype=torch.float64)), a * single(f))
+    check(exactly(lambda: x * torch.tensor([n])), a * rounded(Real(n)))
+    check(exactly(lambda: x + torch.tensor(True)), a + 1)
+
+
+WIDE = [torch.float64, torch.float16, torch.bfloat16, torch.complex64]
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("shape", [(3,), ()])
+@pytest.mark.parametrize("function", [
+    lambda x: x + x, lambda x: x.exp(), lambda x: x.sum(), lambda x: x / 3, lambda x: x.sqrt(),
+    lambda x: x.mean(), lambda x: x.add(x, alpha=2), lambda x: x.uniform_(), lambda x: x * 2,
+], ids=str)  # fmt: skip
+def test_other_dtypes_are_refused(dtype, shape, function):
+    x = torch.ones(shape, dtype=dtype)
+    if dtype is torch.complex64:
+        with pytest.raises((NotExactError, RuntimeError, NotImplementedError)), reproml.exact():
+            function(x)
+    else:
+        assert str(dtype).replace("torch.", "") in refused(function, x)
+
+
+def test_complex_numbers_are_refused():
+    refused(lambda: ones * 1j)
+    refused(lambda: ones + 1j)
+    refused(torch.abs, torch.ones(2, dtype=torch.complex64))
+
+
+def test_integers_are_left_alone():
+    x = torch.tensor([1, 2, 3])
+    with reproml.exact():
+        assert (x + x).tolist() == [2, 4, 6] and (x * 2).sum().item() == 12
+        assert (x // 2).tolist() == [0, 1, 1] and (x % 2).tolist() == [1, 0, 1]
+        assert torch.add(x, x, out=torch.empty(3, dtype=torch.int64)).tolist() == [2, 4, 6]
+        assert x.clone().mul_(3).tolist() == [3, 6, 9] and (x @ x).item() == 14
+        assert torch.arange(4).cumsum(0).tolist() == [0, 1, 3, 6]
+        assert x.max().item() == 3 and x.amin(0).item() == 1 and x.clamp(2).tolist() == [2, 2, 3]
+        assert torch.minimum(x > 1, x > 2).tolist() == [False, False, True]
+        check(x / 2, [Real(0.5), Real(1), Real(1.5)])
+        check(x.float().mean(), Real(2))
+
+
+def test_in_place_keeps_the_dtype():
+    whole = torch.tensor([1, 2])
+    for function in (
+        lambda: whole.mul_(torch.tensor([1.5, 2.5])),
+        lambda: whole.add_(0.5),
+        lambda: torch.add(ones, ones, out=torch.empty(3, dtype=torch.int64)),
+        lambda: torch.ones(2).add_(torch.ones(2, dtype=torch.float64)),
+        lambda: torch.ones(2).mul_(torch.ones(2, dtype=torch.complex64)),
+    ):
+        with pytest.raises(RuntimeError), reproml.exact():
+            function()
+    assert whole.tolist() == [1, 2]
+    assert (
+        exactly(torch.ones(2).add_, torch.tensor(0.1, dtype=torch.float64)).dtype is torch.float32
+    )
+
+
+def test_in_place_and_out_forms():
+    x, y = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 7.0, 0.1])
+    with reproml.exact():
+        expected = x / y
+        z = x.clone()
+        assert z.div_(y) is z and same_bits(z, expected)
+        out = torch.empty(0)
+        assert torch.div(x, y, out=out) is out and same_bits(out, expected)
+        view = torch.zeros(6)[::2]
+        torch.div(x, y, out=view)
+        assert same_bits(view, expected)
+        z = x.clone()
+        torch.div(z, y, out=z)
+        assert same_bits(z, expected)
+        total_ = torch.empty(())
+        torch.sum(x, dim=0, out=total_)
+        assert total_.item() == 6
+        leaf: Any = x.clone().requires_grad_()
+        (leaf * 1).exp_().sum().backward()
+        assert same_bits(leaf.grad, x.exp())
+
+
+@pytest.mark.parametrize("name", sorted(operator_table.IN_PLACE))
+@few
+@given(x=tensors((3, 4), ANY), y=tensors((4,), ANY), f=st.floats(-1e3, 1e3))
+def test_in_place_is_the_plain_form(name, x, y, f):
+    for operand in (y, x[0], f, 3, torch.tensor([2**24 + 1, 2, 3, 4]), torch.tensor(f)):
+        for layout in LAYOUTS:
+            z = lay_out(x, layout).clone()
+            with reproml.exact():
+                expected = getattr(torch, name)(x, operand)
+                assert getattr(z, name + "_")(operand) is z
+            assert same_bits(z, expected)
+
+
+def test_overlapping_memory():
+    with reproml.exact():
+        with pytest.raises(RuntimeError):
+            torch.ones(1).expand(3).add_(1)
+        with pytest.raises(RuntimeError):
+            torch.ones(1).expand(3).div_(3)
+        x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        try:
+            x[1:].div_(x[:-1])
+        except RuntimeError:  # as PyTorch does for some
+            return
+        assert x.tolist() == [1.0, 2.0, 1.5, rounded(Real(4) / 3).v]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_quantized_tensors_are_refused():
+    x = torch.quantize_per_tensor(torch.ones(1, 1, 4, 4), 0.1, 0, torch.quint8)
+    for function in (
+        lambda: torch.nn.functional.avg_pool2d(x, 2),
+        lambda: torch.clamp(x, 0.0, 0.5),
+        lambda: x.max(),
+        lambda: torch.ops.quantized.add_relu(x, x, 0.1, 0),
+    ):
+        refused(function)
+
+
+def test_sparse_tensors_are_refused():
+    sparse = torch.sparse_coo_tensor(
+        torch.tensor([[0, 0, 0]]), torch.tensor([1.0, 2.0**-24, 2.0**-24]), (3,)
+    )
+    for function in (
+        lambda: ones + sparse,
+        lambda: sparse * ones,
+        lambda: sparse.sum(),
+        lambda: sparse.coalesce(),
+        lambda: sparse.to_dense(),
+        lambda: torch.sparse.mm(sparse.unsqueeze(0), torch.ones(3, 1)),
+        lambda: torch.eye(3).to_sparse_csr() @ ones,
+    ):
+        with pytest.raises((NotExactError, RuntimeError, NotImplementedError)), reproml.exact():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                function()
+
+
+# ---- refusal -------------------------------------------------------------------------------------
+
+UNKNOWN = [
+    lambda: torch.linalg.svd(torch.eye(2)),
+    lambda: torch.linalg.inv(torch.eye(2)),
+    lambda: torch.special.bessel_j0(ones),
+    lambda: torch.fft.fft(ones),
+    lambda: torch.lgamma(ones),
+    lambda: torch.histc(ones),
+    lambda: torch.logspace(0, 10, 7),
+    lambda: torch.logspace(0, 10, 7, dtype=torch.int64),
+    lambda: torch.linspace(0, 10, 7, dtype=torch.int64),
+    lambda: torch.empty(5, dtype=torch.int64).geometric_(0.3),
+    lambda: torch.empty(5).cauchy_(),
+    lambda: torch.empty(5).log_normal_(),
+    lambda: torch.poisson(ones),
+    lambda: torch.round(ones * 1.234, decimals=2),
+    lambda: torch.zeros(3).scatter(0, torch.tensor([0, 0]), ones[:2], reduce="add"),
+    lambda: torch.zeros(3).scatter_reduce(0, torch.tensor([0, 0]), ones[:2], "mean"),
+    lambda: torch.div(ones, 2, rounding_mode="floor"),
+    lambda: ones // 2,
+    lambda: ones % 0.3,
+    lambda: torch.pow(ones, ones),
+    lambda: torch.prod(ones),
+    lambda: torch.cumprod(ones, 0),
+    lambda: torch.nn.functional.interpolate(
+        torch.ones(1, 1, 3, 3), scale_factor=1.5, mode="bilinear"
+    ),
+    lambda: torch.atan2(ones, ones),
+    lambda: torch.tensor([1, 2]).float_power(0.5),
+    lambda: torch.bincount(torch.tensor([0, 0, 1]), weights=ones),
+    lambda: torch.sum(ones, dtype=torch.float64),
+    lambda: torch.tensor([1, 2]).sum(dtype=torch.float64),
+    lambda: torch.rand(3, dtype=torch.float64),
+    lambda: torch.ones(2, dtype=torch.int64).to(torch.float16) + 1,
+]
+
+
+@pytest.mark.parametrize("function", UNKNOWN)
+def test_what_is_not_in_the_table_is_refused(function):
+    refused(function)
+
+
+def test_the_message_says_what_where_and_what_to_do():
+    line = inspect.stack()[0].lineno + 1
+    message = refused(lambda: torch.linalg.svd(torch.ones(2, 3)))
+    for part in ("_linalg_svd", "float32", "[2, 3]", f"{__file__}:{line}", "reproml.exact()"):
+        assert part in message, message
+    message = refused(lambda: torch.ones(2, dtype=torch.float64) + 1)
+    assert "aten.add" in message and "float64" in message and "[2]" in message
+
+
+def test_no_operator_slips_through():
+    """Every float32 operator that PyTorch can be asked for is in the table, taken apart, or refused.
+
+    The engine's choice is read from its handlers: a native one for anything but a move is a hole.
+    """
+    from reproml.arithmetic import handlers
+
+    native = []
+    for name in torch._C._dispatch_get_all_op_names():
+        space, _, rest = name.partition("::")
+        base, _, overload = rest.partition(".")
+        if space != "aten":
+            continue
+        try:
+            func = getattr(getattr(torch.ops.aten, base), overload or "default")
+        except (AttributeError, RuntimeError):
+            continue
+        if handlers.handler(func) is func:
+            native.append(name)
+    allowed = set(operator_table.MOVES) | {m + "_" for m in operator_table.MOVES}
+    extra = {n for n in native if n.split("::")[1].split(".")[0] not in allowed}
+    assert not extra
+    for arithmetic in (
+        "aten::round.decimals",
+        "aten::scatter.reduce",
+        "aten::scatter.value_reduce",
+    ):
+        assert arithmetic not in native
+
+
+def test_math_of_the_c_library_in_pytorch_s_own_code():
+    """Values that PyTorch's Python code takes from `math`."""
+    p = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    with reproml.exact():
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 7)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            schedule.step()
+    expected = 0.05 * (1 + float(o.mp.cos(o.mp.mpf(np.pi / 7))))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-15)
+
+
+POWERS = st.floats(1e-3, 1e3).map(lambda x: x * (-1) ** int(x * 1e6))
+
+
+@given(POWERS, st.one_of(st.floats(-20, 20), st.integers(-20, 20).map(float)))
+def test_powers_of_schedulers_are_correctly_rounded(base, exponent):
+    plain = base**exponent
+    found = libm.ExactPower(base) ** exponent, base ** libm.ExactPower(exponent)
+    if isinstance(plain, complex):
+        assert found == (plain, plain)
+    else:
+        expected = float(o.mp.power(o.mp.mpf(base), o.mp.mpf(exponent)))
+        assert found == (expected, expected)
+
+
+@pytest.mark.parametrize("base", [0.0, -0.0, math.inf, -math.inf, 1.0, 2.0, 0.25])
+def test_powers_at_the_ends(base):
+    for exponent in (0.0, 1.0, 2.0, 3.0, 0.5, math.inf):
+        assert libm.ExactPower(base) ** exponent == base**exponent
+    with pytest.raises(ZeroDivisionError):
+        0.0 ** libm.ExactPower(-1.0)
+
+
+def schedulers(optimizer):
+    library = torch.optim.lr_scheduler
+    return [
+        library.PolynomialLR(optimizer, 9, power=0.9),
+        library.ExponentialLR(optimizer, 0.9),
+        library.CyclicLR(
+            optimizer, 0.01, 0.1, 3, mode="exp_range", gamma=0.97, cycle_momentum=False
+        ),
+    ]
+
+
+def test_schedulers_take_no_power_from_the_c_library(monkeypatch):
+    taken = []
+    power = libm._power
+
+    def counted(x, y):
+        taken.append((x, y))
+        return power(x, y)
+
+    monkeypatch.setattr(libm, "_power", counted)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    with reproml.exact(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        polynomial, exponential, cyclic = schedulers(optimizer)
+        taken.clear()
+        for scheduler, arguments in ((polynomial, ()), (exponential, (5,)), (cyclic, ())):
+            scheduler.step(*arguments)
+            assert taken, scheduler
+            taken.clear()
+        assert type(polynomial.power) is float and type(exponential.gamma) is float
+    polynomial.step()
+    assert not taken
+
+
+F = torch.nn.functional
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: F.layer_norm(torch.ones(2, 4), (5,)),
+        lambda: F.layer_norm(torch.ones(2, 4), (400_000,)),
+        lambda: F.layer_norm(torch.ones(2, 3, 4), (4, 3)),
+        lambda: F.layer_norm(torch.ones(2, 8), (4,)),
+        lambda: F.layer_norm(torch.ones(2, 4), (4,), torch.ones(3)),
+        lambda: F.layer_norm(torch.ones(2, 4), (4,), torch.ones(4), torch.ones(4000)),
+        lambda: torch.dot(torch.ones(3), torch.ones(4)),
+        lambda: torch.dot(torch.ones(1), torch.ones(4)),
+        lambda: torch.ones(2, 3).softmax(5),
+        lambda: torch.ones(2, 3).log_softmax(-3),
+        lambda: F.avg_pool2d(torch.ones(1, 1, 5, 5), 2, padding=2),
+        lambda: F.avg_pool2d(torch.ones(1, 1, 5, 5), 0),
+        lambda: torch.nn.ConvTranspose2d(2, 3, 3, output_padding=3)(torch.ones(1, 2, 4, 4)),
+        lambda: torch.nn.Conv2d(3, 4, 3)(torch.ones(2, 4, 8, 8)),
+        lambda: torch.nn.Conv2d(3, 4, 9)(torch.ones(2, 3, 4, 4)),
+    ],
+)
+def test_what_pytorch_s_own_kernels_refuse(function):
+    """Our definitions stand in their place, so they have to look themselves."""
+    with pytest.raises((RuntimeError, IndexError)) as native:
+        function()
+    with pytest.raises(native.type), reproml.exact():
+        function()
+
+
+@pytest.mark.parametrize("pool", [F.max_pool2d, F.adaptive_max_pool2d])
+def test_the_gradient_of_an_empty_pooling(pool):
+    x = torch.ones(0, 2, 6, 6, requires_grad=True)
+    with reproml.exact():
+        pool(x, 2).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
+def test_flushed_subnormals_are_refused():
+    if not torch.set_flush_denormal(True):
+        return
+    try:
+        refused(lambda: torch.tensor([1e-38]) * 0.1)
+    finally:
+        torch.set_flush_denormal(False)
+    assert exactly(lambda: torch.tensor([1e-38]) * 0.1).item() > 0
+
+
+def test_tensors_print_as_ever():
+    for x in (torch.tensor([1.5, -0.001, 2e20]), torch.rand(2, 1200), torch.tensor([1j])):
+        text = repr(x)
+        assert exactly(repr, x) == text and exactly(str, x) == text
+        assert exactly(repr, torch.nn.Parameter(x)) == repr(torch.nn.Parameter(x))
+
+
+# ---- the context ---------------------------------------------------------------------------------
+
+
+def active() -> bool:
+    try:
+        torch.special.bessel_j0(ones)
+    except NotExactError:
+        return True
+    return False
+
+
+def test_nesting_and_leaving():
+    assert not active()
+    with reproml.exact():
+        assert active()
+        with reproml.exact():
+            assert active()
+        assert active()
+        with pytest.raises(ZeroDivisionError), reproml.exact():
+            raise ZeroDivisionError
+        assert active()
+    assert not active()
+
+
+def test_one_object_used_twice_and_within_itself():
+    context = reproml.exact()
+    for _ in range(2):
+        with context, context:
+            assert active()
+        assert not active()
+
+
+def test_decorator():
+    @reproml.exact()
+    def function(x, *, deep=0):
+        """Its own words."""
+        return function(x, deep=deep - 1) if deep else active()
+
+    assert function(1, deep=2) and function.__doc__ == "Its own words." and not active()
+
+
+def test_generators_and_coroutines_do_not_escape():
+    """Their bodies run after the call has returned: refused, or inside."""
+
+    def generator():
+        yield active()
+
+    async def coroutine():
+        return active()
+
+    pairs: list[Any] = [(generator, next), (coroutine, asyncio.run)]
+    for function, run in pairs:
+        try:
+            assert run(reproml.exact()(function)())
+        except TypeError as error:
+            assert function.__name__ in str(error)
+    assert not active()
+
+
+def test_threads_have_their_own():
+    seen = []
+    inside, leave = threading.Event(), threading.Event()
+
+    def work():
+        with reproml.exact():
+            inside.set()
+            leave.wait(10)
+            seen.append(active())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    inside.wait(10)
+    assert not active()
+    with reproml.exact():
+        leave.set()
+        thread.join()
+        assert active()
+    assert seen == [True] and not active()
+
+
+def test_threads_at_once_give_the_same_bits():
+    torch.manual_seed(0)
+    a, b = torch.randn(40, 60), torch.randn(60, 30)
+    g, y = torch.randn(40, 30), torch.randint(0, 30, (40,))
+
+    def work():
+        with reproml.exact():
+            z = (a @ b).requires_grad_()
+            torch.nn.functional.cross_entropy(z, y).backward()
+            results.append((z.detach(), z.grad, g.exp().sum()))
+
+    results: list = []
+    work()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 5
+    for other in results[1:]:
+        assert all(same_bits(x, z) for x, z in zip(results[0], other))
+
+
+def test_inference_mode_gives_the_same_bits():
+    torch.manual_seed(0)
+    layer, x, y = torch.nn.Linear(20, 5), torch.randn(7, 20), torch.randint(0, 5, (7,))
+
+    def work():
+        z = layer(x)
+        return (
+            z.detach(),
+            torch.nn.functional.cross_entropy(z, y).detach(),
+            torch.einsum("ij,ij->i", z, z).detach(),
+        )
+
+    with reproml.exact():
+        expected = work()
+        with torch.inference_mode():
+            inference = work()
+        with torch.no_grad():
+            no_grad = work()
+    for other in (inference, no_grad):
+        assert all(same_bits(a, b) for a, b in zip(expected, other))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_thread_counts(threads):
+    torch.manual_seed(0)
+    x = torch.randn(300, 200) * 0.1
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = exactly(lambda: (x @ x.t()).log_softmax(1).exp().sum())
+    finally:
+        torch.set_num_threads(before)
+    p = exactly(lambda: (x @ x.t()).log_softmax(1).exp()).double().reshape(-1)
+    check(found, Real(Fraction(sum(int(v) for v in (p * 2.0**80).tolist()), 2**80)))
+
+
+# ---- forward and backward ------------------------------------------------------------------------
+
+
+@few
+@given(tensors((3, 4), MODERATE), tensors((2, 4), MODERATE), tensors((2,), MODERATE), st.data())
+def test_training_step_by_step(x, w, bias, data):
+    """cross_entropy(Linear(x)), forward and backward: each operator against its definition."""
+    labels = data.draw(st.lists(st.integers(0, 1), min_size=3, max_size=3))
+    layer: Any = torch.nn.Linear(4, 2)
+    with torch.no_grad():
+        layer.weight.copy_(w)
+        layer.bias.copy_(bias)
+    x = x.clone().requires_grad_()
+    with reproml.exact():
+        z = layer(x)
+        loss = torch.nn.functional.cross_entropy(z, torch.tensor(labels))
+        loss.backward()
+    a, b, c = reals(x), reals(w), reals(bias)
+    logits = np.array(
+        [[rounded(total([*(p * q for p, q in zip(r, s)), t])) for s, t in zip(b, c)] for r in a],
+        dtype=object,
+    )
+    check(z, logits)
+    log_p = np.empty((3, 2), dtype=object)
+    for i, row in enumerate(logits):
+        d = row[1] - row[0]
+        far = -o.log1p(o.exp(-abs(d)))  # of the larger
+        log_p[i] = [rounded(far if v.v == max(row[0].v, row[1].v) else -abs(d) + far) for v in row]
+    check(loss, -total([r[t] for r, t in zip(log_p, labels)]) / 3, any_zero=True)
+    g = np.array(
+        [[rounded(-Real(1) / 3) if j == t else Real(0) for j in range(2)] for t in labels],
+        dtype=object,
+    )
+    dz = np.array(
+        [[rounded(h - o.exp(v) * total(gr)) for h, v in zip(gr, r)] for gr, r in zip(g, log_p)],
+        dtype=object,
+    )
+    check(layer.bias.grad, [total(column) for column in dz.T])
+    check(layer.weight.grad, [[dot(dz[:, j], a[:, k]) for k in range(4)] for j in range(2)])
+    check(x.grad, [[dot(dz[i], b[:, k]) for k in range(4)] for i in range(3)])
+
+
+# ---- found by review, each once a wrong bit ------------------------------------------------------
+
+
+def log_softmax(*row):
+    return exactly(torch.log_softmax, torch.tensor(row), 0)
+
+
+def test_log_softmax_of_masked_and_confident_rows():
+    inf = float("inf")
+    tiny = -o.log1p(o.exp(Real(-30)))
+    check(log_softmax(0.0, -30.0, -inf), [tiny, Real(-30) + tiny, Real(-inf)])
+    for gap in (200.0, 2000.0, 2.0**100):  # -log(1 + exp(-gap)) underflows from below
+        found = log_softmax(0.0, -gap)
+        assert found.tolist() == [0.0, -gap] and found[0].signbit()
+    assert exactly(torch.log_softmax, torch.zeros(2, 0), 1).shape == (2, 0)
+    assert exactly(torch.log_softmax, torch.tensor(3.0), 0).item() == 0
+
+
+def test_log_softmax_backward_underflows_with_its_sign():
+    g, y = torch.tensor([0.0, 1e-38]), torch.tensor([-600.0, 0.0])
+    found = exactly(aten._log_softmax_backward_data, g, y, 0, torch.float32)
+    assert found[0] == 0 and found[0].signbit()
+
+
+def test_backward_of_a_masked_row():
+    x: Any = torch.tensor([[1.0, -float("inf"), 2.0]], requires_grad=True)
+    with reproml.exact():
+        torch.nn.functional.cross_entropy(x, torch.tensor([2])).backward()
+    assert x.grad[0, 1] == 0 and x.grad.isfinite().all()
+
+
+def test_powers_of_infinity():
+    x = torch.tensor([float("inf"), -float("inf")])
+    assert exactly(torch.pow, x, 3).tolist() == x.tolist()
+    assert exactly(torch.pow, x, -1).tolist() == [0.0, 0.0]
+
+
+def test_zero_dim():
+    x = torch.tensor(16777216.0)
+    with reproml.exact():
+        assert x.expm1().item() == float("inf")
+        assert torch.tensor(0.0).sub(torch.tensor(1.0), alpha=3).item() == -3
+        zero = torch.tensor(-0.0).mean()
+        assert zero == 0 and not zero.signbit() and torch.tensor(1.0).mean(0).item() == 1
+
+
+@pytest.mark.parametrize("function", [
+    pytest.param(lambda x, i, v: x.index_put((i,), v), id="index_put"),
+    pytest.param(lambda x, i, v: put(x, i, v), id="setitem"),
+    pytest.param(lambda x, i, v: x.scatter(0, i, v), id="scatter"),
+])  # fmt: skip
+def test_duplicate_indices(function):
+    """Which of them is written last must not be left to the threads: the last one, or refused."""
+    random = torch.Generator().manual_seed(0)
+    i = torch.randint(0, 50, (400_000,), generator=random)
+    v = torch.randn(400_000, generator=random)
+    expected = np.zeros(50, np.float32)
+    expected[i.numpy()] = v.numpy()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(3):
+            try:
+                found = exactly(function, torch.zeros(50), i, v)
+            except NotExactError:
+                return
+            assert same_bits(found, torch.from_numpy(expected))
+    finally:
+        torch.set_num_threads(before)
+
+
+def put(x, index, values):
+    x[index] = values
+    return x
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("warm", [False, True])
+def test_compiled_code_does_not_escape(warm):
+    """TorchScript, also when its optimised form was made outside."""
+    script = torch.jit.script(softened)
+    x = torch.linspace(-3, 3, 1000)
+    for _ in range(3 if warm else 0):
+        script(x)
+    expected = exactly(softened, x)
+    for _ in range(3):
+        assert same_bits(exactly(script, x), expected)
+
+
+def softened(x: torch.Tensor) -> torch.Tensor:
+    return (x.exp() * x.sigmoid()).tanh()
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "TransformerEncoderLayer", "attention"])
+def test_whole_layers_give_the_same_bits_in_every_grad_mode(kind):
+    """Without gradients PyTorch takes fused operators for these: they must be taken apart alike."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 8)
+    layers: dict[str, Any] = {
+        "attention": lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+        "TransformerEncoderLayer": torch.nn.TransformerEncoderLayer(8, 2, 16).eval(),
+    }
+    layer = layers.get(kind) or getattr(torch.nn, kind)(8, 4, bidirectional=True)
+
+    def call() -> Any:
+        y = layer(x)
+        return y[0] if isinstance(y, tuple) else y
+
+    with reproml.exact():
+        expected = call().detach()
+        with torch.no_grad():
+            assert same_bits(call(), expected)
+        with torch.inference_mode():
+            assert same_bits(call().clone(), expected)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 33, 100003])
+def test_a_quotient_is_one_operation_of_the_processor(n):
+    """Not a product with a reciprocal, by a tensor or a number: its cast from binary64 rounds the same."""
+    random = torch.Generator().manual_seed(n)
+    x = torch.randn(n, generator=random) * 2.0 ** torch.randint(-140, 120, (n,), generator=random)
+    y = torch.randn(n, generator=random)
+    with reproml.exact():
+        found = [x / y, x / 3, torch.tensor(3.0) / x, x / x[0], x.clone().div_(0.9)]
+    w, v = x.double(), y.double()
+    for a, b in zip(found, [w / v, w / 3, 3 / w, w / w[0], w / torch.tensor(0.9).double()]):
+        assert a.view(torch.int32).equal(b.float().view(torch.int32))
+
+
+HALVES, NAN = torch.full((2,), 0.5), float("nan")
+WRONG = {
+    "bce": lambda: torch.nn.functional.binary_cross_entropy(torch.tensor([0.5, 1.5]), HALVES),
+    "bce of NaN": lambda: torch.nn.functional.binary_cross_entropy(HALVES * NAN, HALVES),
+    "bce's target": lambda: torch.nn.functional.binary_cross_entropy(HALVES, HALVES * 4),
+    "bernoulli": lambda: torch.bernoulli(torch.tensor([1.5])),
+    "bernoulli_": lambda: torch.empty(2).bernoulli_(-0.5),
+    "multinomial": lambda: torch.multinomial(torch.tensor([-1.0, 2.0]), 1),
+    "multinomial of nothing": lambda: torch.multinomial(torch.zeros(2), 1),
+    "multinomial of few": lambda: torch.multinomial(torch.ones(2), 3),
+    "normal": lambda: torch.normal(0.0, -1.0, (2,)),
+    "normal of tensors": lambda: torch.normal(torch.zeros(2), torch.tensor([1.0, -1.0])),
+    "uniform_": lambda: torch.empty(2).uniform_(1, 0),
+    "exponential_": lambda: torch.empty(2).exponential_(-1),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_pytorch_refuses_is_refused(name):
+    """A probability that is none trains on unnoticed otherwise, to a digest that anyone can reproduce."""
+    with pytest.raises(RuntimeError):
+        WRONG[name]()
+    with pytest.raises(RuntimeError), reproml.exact():
+        WRONG[name]()
+
+
+@pytest.mark.parametrize("target", [4, -1])
+def test_a_target_that_is_no_class_is_pytorch_s_own_error(target):
+    x, y = torch.zeros(2, 4), torch.tensor([0, target])
+    for handlers in (nullcontext(), reproml.exact()):
+        with pytest.raises(IndexError, match=f"Target {target} is out of bounds"), handlers:
+            torch.nn.functional.cross_entropy(x, y)
+
+
+def test_a_default_device_does_not_stand_in_the_way():
+    script = "import torch; torch.set_default_device('meta'); import reproml; reproml.exact().__enter__()"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32])
+def test_moves_of_other_types_run_as_ever(dtype):
+    """Also those that pass the engine by, whatever PyTorch's kernel calls inside."""
+    x = torch.tensor([[-1.5, 2.0], [3.25, -0.0]]).to(dtype)
+    moves: list[Any] = [
+        torch.relu, torch.clone, lambda x: torch.where(x > 0, x, x.t()),
+        lambda x: x.masked_fill(x > 0, 7), lambda x: torch.stack([x, x]), lambda x: x.t().contiguous(),
+    ]  # fmt: skip
+    for move in moves:
+        assert torch.equal(exactly(move, x), move(x))

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from reproml.diff.causes import CAUSES, Evidence, likely
+
+
+def header(**changes: Any) -> dict[str, Any]:
+    environment: dict[str, dict[str, Any]] = {
+        "torch": {"threads": 2, "capability": "AVX512", "mkl": True},
+        "versions": {"torch": "2.8.0"},
+        "machine": {"cpu": "A", "architecture": "x86_64"},
+        "variables": {"OMP_NUM_THREADS": "2"},
+    }
+    for name in ("torch", "versions", "machine", "variables"):
+        environment[name].update(changes.pop(name, {}))
+    return {"environment": environment, "definitions": 1, "numerics": "native", **changes}
+
+
+THREADS = {"torch": {"threads": 1}, "variables": {"OMP_NUM_THREADS": "1"}}
+RECIPE = {"name": "a", "seed": 1, "optimizer": {"kind": "sgd", "learning_rate": 0.1}}
+
+# name of the cause -> (what is planted in b, the evidence, words of the sentence)
+PLANTED: dict[str, tuple[dict, dict, str]] = {
+    "definitions": (
+        {"definitions": 2},
+        {"part": "loss"},
+        "definitions of exact arithmetic: 1 and 2",
+    ),
+    "data": ({"data.sha256": {"x": "1"}}, {"part": "batch"}, "other data"),
+    "recipe": (
+        {"recipe": {**RECIPE, "name": "b", "optimizer": {"kind": "sgd", "learning_rate": 0.2}}},
+        {"part": "weights"},
+        "another recipe: optimizer.learning_rate (0.1 and 0.2)",
+    ),
+    "optimizer": ({}, {"part": "settings", "settings": ["lr (1 and 2)"]}, "lr (1 and 2)"),
+    "model": ({}, {"part": "model"}, "another model"),
+    "seed": ({}, {"part": "initial weights", "same_random": False}, "another seed"),
+    "numerics": ({"numerics": "exact"}, {"part": "gradients"}, "exact arithmetic against native"),
+    "contracted uniform_": (
+        {"torch": {"capability": "NO AVX"}},
+        {"part": "initial weights", "same_random": True, "operator": "aten.uniform_"},
+        "by the CPU capability (AVX512 and NO AVX)",
+    ),
+    "initial weights": (
+        {},
+        {"part": "initial weights", "same_random": True},
+        "another initialisation",
+    ),
+    "part of the batch": (
+        {},
+        {"part": "batch", "same_samples": True, "beside_same": True},
+        "out of step with their inputs",
+    ),
+    "shuffle": ({}, {"part": "batch", "same_samples": True}, "another shuffle"),
+    "other data": ({}, {"part": "batch", "same_samples": False}, "other data"),
+    "data or shuffle": ({}, {"part": "batch"}, "would tell which"),
+    "random numbers": ({}, {"part": "loss", "same_random": False}, "other random numbers"),
+    "order of a sum": (
+        THREADS,
+        {"part": "gradients", "same_random": True, "operator": "aten.mm", "same_inputs": True},
+        "the order in which aten.mm adds up, by the number of threads (2 and 1)",
+    ),
+    "environment": (
+        {"versions": {"torch": "2.9"}, "variables": {"MKL_CBWR": "COMPATIBLE"}},
+        {"part": "loss", "same_random": True, "operator": "aten.exp", "same_inputs": True},
+        "the version of PyTorch (2.8.0 and 2.9) and MKL_CBWR (unset and COMPATIBLE)",
+    ),
+    "length": ({}, {"part": "length"}, "ended earlier"),
+    "optimizer's schedule": (
+        {},
+        {"part": "weights", "same_random": True},
+        "from the same gradients",
+    ),
+    "sum without order": (
+        {},
+        {"part": "gradients", "same_random": True, "operator": "aten.index_add"},
+        "from run to run",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_cause_is_told(name):
+    changes, evidence, words = PLANTED[name]
+    numerics = "exact" if name == "definitions" else "native"
+    a = header(**{"recipe": RECIPE, "data.sha256": {"x": "0"}, "numerics": numerics})
+    b = header(**{"recipe": RECIPE, "data.sha256": {"x": "0"}, "numerics": numerics, **changes})
+    found, sentence = likely(Evidence(a, b, **evidence))
+    assert found == name and words in sentence
+
+
+def test_every_cause_is_planted():
+    assert list(PLANTED) == [name for name, _, _ in CAUSES]
+
+
+def test_nothing_fits():
+    assert likely(Evidence(header(), header(), "loss", same_random=True))[0] == "unknown"
+    assert likely(Evidence({}, {}, "item"))[0] == "unknown"
+
+
+def test_the_machine_is_no_cause_where_the_inputs_differ_already():
+    evidence = Evidence(header(), header(**THREADS), "operator", "aten.mm", same_inputs=False)
+    assert likely(evidence)[0] == "unknown"
+
+
+def test_a_name_alone_is_no_other_recipe():
+    a, b = header(recipe=RECIPE), header(recipe={**RECIPE, "name": "b", "trace": "op"}, **THREADS)
+    assert likely(Evidence(a, b, "loss", same_random=True))[0] == "environment"

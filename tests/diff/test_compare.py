@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import reproml
+from reproml.cli import main
+from reproml.diff import compare as compare_module
+from reproml.diff.compare import Divergence, compare, sparkline
+from reproml.diff.ulps import Distance
+from reproml.errors import ReproError
+from reproml.pipeline import golden
+from reproml.pipeline.run import TRACE, perform, place
+from tests import tiny
+from verification.subprocesses import environment
+
+# --- differences that are planted -----------------------------------------------------------------
+
+
+def train(
+    path: Path,
+    numerics: str = "native",
+    level: str = "step",
+    seed: int = 1,
+    shuffle: int = 1,
+    lr: float = 0.1,
+    later_lr: float = 0.1,
+    data: int = 0,
+    labels_behind: int = 0,
+    width: int = 5,
+    initial: float = 0.0,
+    dropout: int = 0,
+    epochs: int = 2,
+) -> None:
+    """Four samples a step, three steps an epoch."""
+    torch.manual_seed(7)
+    x, y = torch.rand(12, 4), torch.randint(3, (12,)).roll(labels_behind)
+    x.view(torch.int32).view(-1)[20] ^= data
+    exact: Any = reproml.exact if numerics == "exact" else torch.enable_grad
+    with reproml.trace(path, level), exact():
+        torch.manual_seed(seed)
+        last = nn.Linear(width, 3)
+        model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Dropout(0.5), last)
+        with torch.no_grad():
+            last.bias[0] += initial
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        generator = torch.Generator().manual_seed(shuffle)
+        loader: Any = DataLoader(TensorDataset(x, y), 4, shuffle=True, generator=generator)
+        step = 0
+        for _ in range(epochs):
+            for inputs, labels in loader:
+                step += 1
+                if step == 4:
+                    optimizer.param_groups[0]["lr"] = later_lr
+                    torch.rand(dropout)
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(inputs), labels).backward()
+                optimizer.step()
+
+
+def planted(folder: Path, **changes: Any) -> Divergence:
+    train(folder / "a", level=changes.get("level", "step"))
+    train(folder / "b", **changes)
+    found = compare(folder / "a", folder / "b")
+    assert found is not None and found.kind == "trace"
+    return found
+
+
+def test_the_same_twice_is_no_difference(tmp_path):
+    for level in ("epoch", "step", "op"):
+        train(tmp_path / "a", level=level)
+        train(tmp_path / "b", level=level)
+        assert compare(tmp_path / "a", tmp_path / "b") is None
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "part", "step", "tensor", "cause"),
+    [
+        ({"shuffle": 2}, "batch", 1, "tensor 1 of the batch", "shuffle"),
+        ({"labels_behind": 1}, "batch", 1, "tensor 2 of the batch", "part of the batch"),
+        ({"data": 1}, "batch", None, "tensor 1 of the batch", "other data"),
+        ({"seed": 2}, "initial weights", 1, "0.weight", "seed"),
+        ({"initial": 2**-20}, "initial weights", 1, "3.bias", "initial weights"),
+        ({"width": 6}, "model", 1, None, "model"),
+        ({"lr": 0.2}, "settings", 1, None, "optimizer"),
+        ({"later_lr": 0.2}, "weights", 4, "0.weight", "optimizer's schedule"),
+        ({"dropout": 50}, "loss", 4, None, "random numbers"),
+        ({"epochs": 1}, "length", 4, None, "length"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_where_they_part_and_why(tmp_path, changes, part, step, tensor, cause):
+    found = planted(tmp_path, **changes)
+    assert (found.part, found.tensor, found.cause[0]) == (part, tensor, cause)
+    assert found.step == step or step is None
+
+
+def test_exact_against_native(tmp_path):
+    found = planted(tmp_path, numerics="exact")
+    assert found.cause[0] == "numerics" and found.part in ("initial weights", "loss", "gradients")
+
+
+def test_how_the_difference_grows(tmp_path):
+    found = planted(tmp_path, initial=2**-20)
+    assert [step for step, _ in found.growth] == [1, 2, 3, 4, 5, 6]
+    assert all(apart > 0 for _, apart in found.growth)
+    found = planted(tmp_path, later_lr=0.2)
+    assert [step for step, _ in found.growth] == [4, 5, 6]
+
+
+def test_op_level_names_the_operator_and_the_line(tmp_path):
+    found = planted(tmp_path, level="op", initial=2**-20)
+    assert found.part == "operator" and found.operator is not None and found.step == 1
+    assert found.operator.name == "aten.add_" and found.operator.line.startswith(__file__)
+    lines = Path(__file__).read_text().splitlines()
+    assert "+= initial" in lines[int(found.operator.line.rsplit(":", 1)[1]) - 1]
+
+
+def test_a_trace_that_is_cut_off_parts_at_its_end_and_says_so(tmp_path):
+    train(tmp_path / "a")
+    raw = (tmp_path / "a").read_bytes()
+    whole = raw[: raw.index(b'"step":4') + 3]
+    (tmp_path / "b").write_bytes(whole)
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert found is not None and found.part == "length" and found.cause[0] == "length"
+    assert found.notes == [
+        f"{tmp_path / 'b'} is cut off after entry {whole.count(bytes([10])) - 1}"
+    ]
+
+
+def test_damage_after_the_parting_is_found(tmp_path):
+    train(tmp_path / "a")
+    train(tmp_path / "b", lr=0.2)
+    raw = (tmp_path / "b").read_bytes()
+    (tmp_path / "b").write_bytes(raw.replace(b'"step":6', b'"step":7'))
+    with pytest.raises(ReproError, match="is damaged: entry"):
+        compare(tmp_path / "a", tmp_path / "b")
+
+
+# --- the rerun ------------------------------------------------------------------------------------
+
+# An operator whose result is one ulp off where the variable says so, from the third step on.
+SCRIPT = """
+import os, sys
+import torch
+import reproml
+
+step = 0
+
+@torch.library.custom_op("planted::sum", mutates_args=())
+def add_up(x: torch.Tensor) -> torch.Tensor:
+    turned = step >= 3 and os.environ.get("OMP_TURNED") == "1"
+    return torch.nextafter(x.sum(), torch.tensor(torch.inf)) if turned else x.sum()
+
+def keep(ctx, inputs, output):
+    ctx.size = inputs[0].shape
+
+add_up.register_autograd(lambda ctx, g: g.expand(ctx.size), setup_context=keep)
+
+torch.manual_seed(1)
+x = torch.nn.Parameter(torch.rand(1000))
+optimizer = torch.optim.SGD([x], lr=0.1)
+with reproml.trace(sys.argv[1]):
+    for step in range(1, 5):
+        optimizer.zero_grad()
+        loss = add_up(x * x)  # here
+        loss.backward()
+        optimizer.step()
+"""
+
+
+def test_the_step_that_parts_is_run_again_to_find_the_operator(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    for name, variable in (("a", "0"), ("b", "1")):
+        subprocess.run(
+            [sys.executable, "script.py", name],
+            cwd=tmp_path,
+            env={**environment(), "OMP_TURNED": variable},
+            check=True,
+        )
+    before = {name: (tmp_path / name).read_bytes() for name in ("a", "b")}
+    found = compare(tmp_path / "a", tmp_path / "b", rerun=True)
+    assert {name: (tmp_path / name).read_bytes() for name in ("a", "b")} == before
+
+    assert found is not None and (found.part, found.step, found.notes) == ("loss", 3, [])
+    operator = found.operator
+    assert operator is not None and (operator.name, operator.same_inputs) == ("planted.sum", True)
+    line = SCRIPT.splitlines().index("        loss = add_up(x * x)  # here") + 1
+    assert operator.line == f"{tmp_path}/script.py:{line}" or operator.line == f"script.py:{line}"
+    assert operator.distance == Distance(1, 1, 1) and operator.shape == "float32[]"
+    assert found.cause[0] == "order of a sum"
+    assert "in which planted.sum adds up, by OMP_TURNED (0 and 1)" in found.cause[1]
+
+
+def test_a_rerun_needs_a_way_to_run_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [""])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    train(tmp_path / "a")
+    train(tmp_path / "b", initial=0.5)
+    with pytest.raises(ReproError, match="does not say how to run it again"):
+        compare(tmp_path / "a", tmp_path / "b", rerun=True)
+
+
+# --- runs, weights, golden files ------------------------------------------------------------------
+
+
+def saved(out: Path, **changes: Any) -> Path:
+    with place(out) as save:
+        save(perform(tiny.recipe(**changes)) if changes else tiny.run())
+    return out
+
+
+def test_runs_without_traces_part_at_an_item(tmp_path):
+    a, b = saved(tmp_path / "a"), saved(tmp_path / "b", seed=2)
+    assert compare(a, a) is None
+    found = compare(a, b)
+    assert found is not None and (found.kind, found.part) == ("run", "item")
+    assert found.cause == ("recipe", "another recipe: seed (1 and 2)")
+    assert found.item == "recipe.canonical_json.sha256"
+    assert found.tensor in safetensors.torch.load(tiny.run().weights)
+    shown = compare_module.lines(found, "a", "b")
+    assert f"an item, first {found.item}; " in shown[0]
+    assert shown[2].startswith(f"by how much: weights, most in {found.tensor}: at most ")
+    with pytest.raises(ReproError, match="--rerun needs two traces"):
+        compare(a, b, rerun=True)
+
+
+def test_runs_with_traces_part_at_a_step(tmp_path):
+    folders = []
+    for name in ("a", "b"):
+        optimizer = 'kind = "sgd"\nlearning_rate = ' + {"a": "0.1", "b": "0.2"}[name]
+        recipe = replace_trace(tiny.recipe(optimizer=optimizer))
+        result = perform(recipe, trace=tmp_path / f"{name}.trace")
+        with place(tmp_path / name) as save:
+            save(replace(result, trace=tmp_path / f"{name}.trace"))
+        folders.append(tmp_path / name)
+        assert (tmp_path / name / TRACE).exists()
+    found = compare(*folders)
+    assert found is not None and (found.kind, found.part) == ("run", "settings")
+    assert found.cause == ("recipe", "another recipe: optimizer.learning_rate (0.1 and 0.2)")
+
+
+def replace_trace(recipe: Any) -> Any:
+    import msgspec
+
+    return msgspec.structs.replace(recipe, trace="step")
+
+
+def test_weights(tmp_path):
+    state = safetensors.torch.load(tiny.run().weights)
+    safetensors.torch.save_file(state, tmp_path / "a.safetensors")
+    state["1.bias"][2] = torch.nextafter(state["1.bias"][2], torch.tensor(9.0))
+    safetensors.torch.save_file(state, tmp_path / "b.safetensors")
+    assert compare(tmp_path / "a.safetensors", tmp_path / "a.safetensors") is None
+    found = compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert found is not None and (found.tensor, found.differing) == ("1.bias", (1, 4))
+    assert found.distance == Distance(1, 1, 8)
+
+
+def test_golden_files_part_in_the_pipelines_order(tmp_path):
+    items = dict(tiny.run().items)
+    golden.save(items, tmp_path / "a.json", False)
+    later = {**items, "epoch.1.loss": 0.5, "weights.safetensors.sha256": "0"}
+    golden.save(later, tmp_path / "b.json", False)
+    golden.save({**later, "preprocessed.arrays.sha256": "0"}, tmp_path / "c.json", False)
+    found = compare(tmp_path / "a.json", tmp_path / "b.json")
+    assert found is not None and (found.item, found.differing) == (
+        "epoch.1.loss",
+        (2, len(items)),
+    )
+    assert found.values == (repr(items["epoch.1.loss"]), "0.5")
+    found = compare(tmp_path / "a.json", tmp_path / "c.json")
+    assert found is not None and found.item == "preprocessed.arrays.sha256"
+    assert found.cause[0] == "preprocessing"
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(Path("a"))
+    train(Path("b"), lr=0.2)
+    train(Path("c"), level="op")
+    assert main(["diff", "a", "a"]) == 0
+    assert capsys.readouterr().out == "a and a: no difference\n"
+    assert main(["diff", "a", "b"]) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("a and b part in the first step: the settings of the optimizer")
+    assert shown[-1] == "likely cause: other settings of the optimizer: lr (0.1 and 0.2)"
+    assert main(["diff", "a", "b", "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["differ"] is True and result["part"] == "settings"
+    for arguments, words in (
+        (["a", "c"], "at level step and c at op"),
+        (["a", "none"], "none: No such file"),
+        (["a", "x.safetensors"], "a is a trace file and x.safetensors a weights file"),
+    ):
+        assert main(["diff", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+
+
+def test_every_part_has_words():
+    parts = {part for order in compare_module._ORDER.values() for _, part in order}
+    assert parts | {"item", "length"} == set(compare_module.PARTS)
+
+
+def test_the_sparkline():
+    assert sparkline([0, 0, 1, 2, 1024]) == "▁▁▁▂█"
+    assert sparkline([0]) == "▁" and len(sparkline(list(range(1000)))) == 40

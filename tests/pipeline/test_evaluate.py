@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import hashlib
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from reproml.pipeline import evaluate as module
+from reproml.pipeline.evaluate import Score, evaluate
+from reproml.pipeline.train import train
+from tests import tiny
+
+
+class Logits(nn.Module):
+    """Gives out its input: the test chooses the logits."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(-2, 2), min_size=3, max_size=3), st.integers(0, 2)),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_counts_and_hash_are_those_of_a_plain_loop(rows):
+    logits, labels = [row[0] for row in rows], [row[1] for row in rows]
+    predictions = [row.index(max(row)) for row in logits]  # the first of the largest
+    score = evaluate(Logits(), np.array(logits, np.float32), np.array(labels, np.int64))
+    assert score.correct == sum(p == y for p, y in zip(predictions, labels))
+    assert score.total == len(rows)
+    packed = struct.pack(f"<{len(rows)}q", *predictions)
+    assert score.predictions_sha256 == hashlib.sha256(packed).hexdigest()
+
+
+@pytest.mark.parametrize("numerics", ["exact", "native"])
+def test_batches_do_not_count(monkeypatch, numerics):
+    model = train(tiny.recipe(), tiny.prepared(), "native", steps=3).model
+    x, y = tiny.prepared().test
+    whole = evaluate(model, x, y, numerics)
+    monkeypatch.setattr(module, "_BATCH", 100)
+    assert evaluate(model, x, y, numerics) == whole
+
+
+def test_a_score_reads_as_a_sentence():
+    assert str(Score(9711, 10000, "")) == "9711 of 10000 correct (97.11 %)"

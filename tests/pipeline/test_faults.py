@@ -1,0 +1,229 @@
+"""Kill it, fill the disk, take the rights away: nothing is lost, nothing half-written is believed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reproml import cli
+from reproml.pipeline import golden
+from reproml.pipeline.checkpoint import Checkpoints, folder_of, paths_in
+from reproml.pipeline.run import Run, items_json, perform, place
+from tests import tiny
+from verification.subprocesses import Reproml
+
+FILES = ["log.txt", "metrics.json", "run.json", "weights.safetensors"]
+TINY = ["--recipe", "./tiny.toml"]
+TRAIN = [
+    "train",
+    *TINY,
+    "--checkpoint-every",
+    "2",
+    "--resume",
+    "runs/tiny",
+]  # as a restart loop has
+
+
+@pytest.fixture(scope="module")
+def reproml() -> Iterator[Reproml]:
+    with Reproml({"OMP_NUM_THREADS": "1"}) as reproml:
+        yield reproml
+
+
+@pytest.fixture(scope="module")
+def other() -> Run:
+    """A run of the same name that is to be replaced."""
+    return perform(tiny.recipe(seed=2))
+
+
+@contextmanager
+def at_work() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        tiny.toml(Path(name))
+        yield Path(name)
+
+
+def is_whole(out: Path, run: Run) -> bool:
+    """Whether all of this run is there; the log's and the record's times are another's."""
+    contents = {path.name: path.read_bytes() for path in out.iterdir()}
+    return (
+        sorted(contents) == FILES
+        and contents["metrics.json"] == items_json(run.items).encode()
+        and contents["weights.safetensors"] == run.weights
+        and contents["run.json"].endswith(b"\n}\n")
+        and contents["log.txt"].splitlines()[-1].endswith(run.log[-1].split(" ", 1)[1].encode())
+    )
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+
+def test_killed_at_each_call_that_changes_a_folder(reproml, other, monkeypatch):
+    """Before each of them, and half-way in each write: all the states that a kill can leave."""
+    status, call = -9, 0
+    while status == -9:
+        call += 1
+        with at_work() as folder:
+            out = folder / "runs/tiny"
+            with place(out) as save:
+                save(other)
+            status = reproml(folder, *TRAIN, call=call).returncode
+            assert is_whole(out, tiny.run()) or (is_whole(out, other) and status == -9)
+            monkeypatch.chdir(folder)
+            assert cli.main(TRAIN) == 0
+            assert is_whole(out, tiny.run())
+            assert paths_in(folder_of(out)) == []
+    assert status == 0 and call > 30  # three checkpoints and four files
+
+
+@given(kills=st.lists(st.floats(0.001, 0.4), max_size=3), every=st.integers(1, 6))
+@settings(max_examples=6)
+def test_killed_at_any_time_any_number_of_times(reproml, kills, every):
+    with at_work() as folder:
+        for seconds in kills:
+            shown = reproml(folder, *TRAIN, "--checkpoint-every", str(every), seconds=seconds)
+            assert shown.returncode in (-9, 0) and shown.stderr == ""
+        assert reproml(folder, *TRAIN).returncode == 0
+        assert is_whole(folder / "runs/tiny", tiny.run())
+
+
+def test_a_golden_file_is_replaced_whole_whenever_it_is_killed(reproml):
+    status, call = -9, 0
+    old, new = "{}", items_json(tiny.run().items)
+    while status == -9:
+        call += 1
+        with at_work() as folder:
+            path = folder / golden.place("tiny")
+            path.parent.mkdir()
+            path.write_text(old)
+            status = reproml(folder, "golden", *TINY, "--force", call=call).returncode
+            assert path.read_text() == new or (path.read_text() == old and status == -9)
+    assert status == 0 and call > 3
+
+
+# --- a disk that is full, a folder that cannot be written -----------------------------------------
+
+
+@pytest.fixture
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a training that was interrupted after 4 of 6 steps."""
+    monkeypatch.chdir(tmp_path)
+    tiny.toml(tmp_path)
+    interrupt_after(4, monkeypatch)
+    assert cli.main(TRAIN) == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Checkpoints.save
+
+    def save(self, training, log):
+        plain(self, training, log)
+        if training.done == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+
+
+def everything(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@contextmanager
+def files_end_after(size: int) -> Iterator[None]:
+    """As on a disk with no more room: a write stops there, half-way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("every", "words"),
+    [("1", "cannot write checkpoints into"), ("9", "cannot write the run folder")],
+)
+def test_a_full_disk_loses_no_checkpoint(begun, capsys, every, words):
+    before = everything(begun)
+    assert len(before) == 3  # two checkpoints and the recipe
+    with files_end_after(1000):
+        assert cli.main([*TRAIN, "--checkpoint-every", every]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert everything(begun) == before
+    assert cli.main(TRAIN) == 0
+    assert is_whole(begun / "runs/tiny", tiny.run())
+    assert os.listdir("runs") == ["tiny"]
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Root may write anywhere: be somebody else for the block."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("there", ["nothing", "run", "checkpoints"])
+def test_a_read_only_folder_is_told_before_the_training(there):
+    with at_work() as folder:
+        out = folder / "tiny"
+        if there == "run":
+            with place(out) as save:
+                save(tiny.run())
+        if there == "checkpoints":
+            folder_of(out).mkdir()
+        before = everything(folder)
+        folder.chmod(0o555)
+        try:
+            with nobody(), pytest.raises(Exception, match="cannot write .*: Permission denied"):
+                with place(out):
+                    raise AssertionError("the training was begun")
+        finally:
+            folder.chmod(0o755)
+        assert everything(folder) == before
+
+
+def test_checkpoints_in_a_read_only_folder_are_told_before_the_training():
+    with at_work() as folder:
+        folder.chmod(0o555)
+        try:
+            with nobody(), pytest.raises(Exception, match="cannot write checkpoints into .*denied"):
+                Checkpoints(folder / "tiny.checkpoints", tiny.recipe(), "exact", 1, None)
+        finally:
+            folder.chmod(0o755)
+
+
+# --- two at once ----------------------------------------------------------------------------------
+
+
+def test_of_two_trainings_into_one_folder_the_second_is_refused(begun, capsys):
+    before = everything(begun / "runs/tiny.checkpoints")
+    with place(begun / "runs/tiny") as save:
+        assert cli.main(TRAIN) == 2
+        error = capsys.readouterr().err
+        assert "another process is training into" in error and error.count("\n") == 1
+        assert everything(begun / "runs/tiny.checkpoints") == before
+        save(tiny.run())
+    assert is_whole(begun / "runs/tiny", tiny.run())

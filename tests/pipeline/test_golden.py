@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reproml.arithmetic import DEFINITIONS
+from reproml.cli import main
+from reproml.errors import ReproError
+from reproml.pipeline import golden
+from reproml.pipeline.run import Items, Number, items_json, place
+from tests import tiny
+
+ITEMS = {
+    "definitions.version": DEFINITIONS,
+    "epoch.1.loss": 0.1158857,
+    "epoch.2.loss": None,
+    "test.correct": 971,
+    "weights.sha256": "ab" * 32,
+}
+
+
+def altered(value: object) -> object:
+    """The same value with one bit, or the last digit, changed."""
+    if value is None:
+        return 1.0
+    if isinstance(value, str):
+        return value[:-1] + chr(ord(value[-1]) ^ 1)
+    assert isinstance(value, (int, float))
+    return value + 1 if isinstance(value, int) else value * (1 + 2**-52)
+
+
+@pytest.fixture
+def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the tiny recipe, its golden file and its run."""
+    monkeypatch.chdir(tmp_path)
+    tiny.toml(tmp_path)
+    golden.save(tiny.run().items, golden.place("tiny"), force=False)
+    with place(tmp_path / "run") as save:
+        save(tiny.run())
+    return tmp_path
+
+
+VERIFY = ["verify", "--recipe", "./tiny.toml", "--json", "--run", "run"]
+
+
+def test_a_run_is_verified_item_by_item(at_work, capsys):
+    assert main(VERIFY) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["verified"] is True
+    assert [row["item"] for row in result["items"]] == list(tiny.run().items)
+    assert all(row["match"] for row in result["items"])
+
+
+def test_retraining_is_verified(at_work, capsys):
+    assert main(VERIFY[:-2]) == 0
+    assert main(["golden", "--recipe", "./tiny.toml", "--force"]) == 0
+    assert (at_work / "golden/tiny.json").read_text() == items_json(tiny.run().items)
+
+
+@pytest.mark.parametrize("item", sorted(tiny.run().items))
+def test_every_golden_value_is_compared(at_work, capsys, item):
+    path = at_work / "golden/tiny.json"
+    values = json.loads(path.read_text())
+    values[item] = altered(values[item])
+    path.write_text(json.dumps(values))
+    before = {p: p.read_bytes() for p in at_work.rglob("*") if p.is_file()}
+    status = main(VERIFY)
+    captured = capsys.readouterr()
+    if item == "definitions.version":
+        assert status == 2 and item in captured.err
+    else:
+        assert status == 1
+        first, *rest = json.loads(captured.out)["items"]
+        assert (first["item"], first["match"]) == (item, False)
+        assert first["expected"] == str(values[item])
+        assert first["found"] == str(tiny.run().items[item])
+        assert all(row["match"] for row in rest)
+    assert {p: p.read_bytes() for p in at_work.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("item", sorted(tiny.run().items))
+def test_a_run_that_records_something_else_is_not_verified(at_work, capsys, item):
+    path = at_work / "run/metrics.json"
+    values = json.loads(path.read_text())
+    values[item] = altered(values[item])
+    path.write_text(json.dumps(values))
+    assert main(VERIFY) == 1
+    first, *_ = json.loads(capsys.readouterr().out)["items"]
+    assert item in first["item"] and not first["match"]
+
+
+def test_altered_weights_are_named(at_work, capsys):
+    path = at_work / "run/weights.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    assert main(VERIFY) == 1
+    differing = [r["item"] for r in json.loads(capsys.readouterr().out)["items"] if not r["match"]]
+    assert differing[:2] == ["epoch.2.state_dict.sha256", "weights.safetensors.sha256"]
+
+
+# --- compare --------------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_any_other_character_in_a_golden_value_is_a_difference(data):
+    """In the text itself, so that not even a digit beyond binary64's precision is passed over."""
+    text = items_json(ITEMS)
+    item = data.draw(st.sampled_from([k for k in sorted(ITEMS) if k != "definitions.version"]))
+    start = text.index(f'"{item}": ') + len(item) + 4
+    end = min(i for i in (text.find(",\n", start), text.find("\n}", start)) if i > 0)
+    position = data.draw(st.integers(start, end - 1))
+    character = data.draw(st.characters(min_codepoint=32, max_codepoint=126))
+    changed = text[:position] + character + text[position + 1 :]
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(changed)
+        file.flush()
+        try:
+            expected = golden.read(Path(file.name))
+        except ReproError:
+            return
+    found = [c.item for c in golden.compare(expected, ITEMS) if not c.match]
+    assert changed == text or character == " " or found[0] == item
+
+
+def test_missing_and_unknown_items_are_differences():
+    found: Items = {"b": 1, "a": 2}
+    rows = golden.compare({"c": Number("3"), "a": Number("2")}, found)
+    assert [(c.item, c.expected, c.found, c.match) for c in rows] == [
+        ("b", "missing", "1", False),
+        ("a", "2", "2", True),
+        ("c", "3", "missing", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "shown"),
+    [("297", 297, '"297"'), ("null", None, '"null"'), ("missing", ..., '"missing"')],
+)
+def test_a_string_is_no_number(expected, found, shown):
+    [row] = golden.compare({"a": expected}, {} if found is ... else {"a": found})
+    assert (row.expected, row.match) == (shown, False)
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (DEFINITIONS + 1, "update reproml"),
+        (10**30, "update reproml"),
+        (DEFINITIONS - 1, "write it anew with --force"),
+        ("none: native numerics", "must be a whole number"),
+        (1.5, "must be a whole number"),
+        (str(DEFINITIONS), f'must be a whole number, not "{DEFINITIONS}"'),
+        (None, "must be a whole number"),
+    ],
+)
+def test_other_definitions_are_refused(tmp_path, version, message):
+    path = tmp_path / "golden.json"
+    path.write_text(json.dumps({**ITEMS, "definitions.version": version}))
+    with pytest.raises(ReproError, match=f"definitions.version.*{message}"):
+        golden.read(path)
+
+
+def test_a_golden_file_without_a_version_is_none(tmp_path):
+    (tmp_path / "golden.json").write_text("{}")
+    with pytest.raises(ReproError, match="is not a golden file: it has no definitions.version"):
+        golden.read(tmp_path / "golden.json")
+
+
+def test_a_golden_file_is_readable_and_sorted(tmp_path):
+    golden.save(ITEMS, tmp_path / "new" / "golden.json", force=False)
+    text = (tmp_path / "new/golden.json").read_text()
+    lines = text.splitlines()
+    assert lines[0] == "{" and lines[-1] == "}" and lines[1:-1] == sorted(lines[1:-1])
+    assert json.loads(text) == ITEMS
+    assert os.listdir(tmp_path / "new") == ["golden.json"]
+
+
+def test_only_force_overwrites(tmp_path):
+    path = tmp_path / "golden.json"
+    path.write_text("mine")
+    with pytest.raises(ReproError, match="is there already; --force replaces it"):
+        golden.save(ITEMS, path, force=False)
+    assert path.read_text() == "mine"
+    golden.save(ITEMS, path, force=True)
+    assert json.loads(path.read_text()) == ITEMS
+
+
+def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
+    path = tmp_path / "golden.json"
+    path.write_text("mine")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(ReproError, match="cannot write the golden file"):
+            golden.save(ITEMS, path, force=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "mine" and os.listdir(tmp_path) == ["golden.json"]
+
+
+def test_the_working_directory_comes_before_the_installed_copy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(golden, "_INSTALLED", tmp_path / "installed")
+    with pytest.raises(ReproError, match="no golden file golden/tiny.json"):
+        golden.find("tiny")
+    golden.save(ITEMS, tmp_path / "installed/tiny.json", force=False)
+    assert golden.find("tiny") == tmp_path / "installed/tiny.json"
+    golden.save(ITEMS, golden.place("tiny"), force=False)
+    assert golden.find("tiny") == Path("golden/tiny.json")

@@ -1,0 +1,280 @@
+"""Recipes: what is accepted, what is refused and by what words, and what the hash covers."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any, Union, get_args, get_type_hints
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reproml.errors import ReproError
+from reproml.pipeline import data, recipe
+
+TEXT = """\
+name = "mine"
+seed = 1
+[data]
+name = "digits"
+[preprocess]
+kind = "standardize"
+[model]
+kind = "mlp"
+hidden = [128]
+[train]
+epochs = 2
+batch_size = 64
+[optimizer]
+kind = "adamw"
+learning_rate = 0.001
+"""
+
+
+def changed(old: str, new: str) -> str:
+    assert TEXT.count(old) == 1, old
+    return TEXT.replace(old, new)
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: Union[str, bytes], name: str = "mine.toml") -> str:
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def test_the_bundled_recipes_are_named_as_their_files() -> None:
+    assert recipe.known() == ["digits-mlp", "mnist-cnn", "mnist-mlp"]
+    for name in recipe.known():
+        assert recipe.load(name).name == name
+
+
+def test_mnist_mlp_is_the_experiment_of_the_readme() -> None:
+    assert recipe.load("mnist-mlp") == recipe.Recipe(
+        name="mnist-mlp",
+        seed=1,
+        data=recipe.Data("mnist"),
+        preprocess=recipe.Standardize(),
+        model=recipe.MLP((128,)),
+        train=recipe.Train(epochs=2, batch_size=64),
+        optimizer=recipe.AdamW(learning_rate=0.001),
+    )
+
+
+def test_mnist_cnn_is_lenet5_on_the_same_images() -> None:
+    assert recipe.load("mnist-cnn") == recipe.Recipe(
+        name="mnist-cnn",
+        seed=1,
+        data=recipe.Data("mnist"),
+        preprocess=recipe.Standardize(),
+        model=recipe.LeNet5(),
+        train=recipe.Train(epochs=2, batch_size=100),
+        optimizer=recipe.Adam(learning_rate=0.001),
+    )
+
+
+def test_every_dataset_that_a_recipe_can_name_can_be_loaded() -> None:
+    names = get_args(get_type_hints(recipe.Data)["name"])
+    assert set(names) == set(data._LOADERS)
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD"])
+def test_defaults_are_pytorchs(kind: str) -> None:
+    import torch
+
+    ours = msgspec.to_builtins(getattr(recipe, kind)(learning_rate=0.001))
+    assert ours.pop("kind") == kind.lower() == getattr(recipe, kind)(1.0).kind
+    ours["lr"] = ours.pop("learning_rate")
+    theirs = inspect.signature(getattr(torch.optim, kind)).parameters
+    assert {name: theirs[name].default for name in ours} == ours
+
+
+# Each pair: a change of the text above, and words that the message must have.
+REFUSED = [
+    (
+        "batch_size = 64",
+        "bach_size = 64",
+        "unknown key `bach_size`; its keys are epochs, batch_size",
+    ),
+    ("[model]", "[modle]", "contains unknown key `modle`; its keys are name, seed, data"),
+    (
+        "0.001",
+        "0.001\nmomentum = 0.9",
+        "unknown key `momentum`; its keys are kind, learning_rate, betas",
+    ),
+    (
+        'kind = "standardize"',
+        "scale = 2",
+        "preprocess: contains unknown key `scale`; its keys are kind",
+    ),
+    ("epochs = 2\n", "", "train: missing required key `epochs`"),
+    (
+        'kind = "mlp"',
+        'kind = "lenet5"',
+        "model: contains unknown key `hidden`; its keys are kind",
+    ),
+    ('kind = "mlp"\n', "", "model: missing required key `kind`; allowed: mlp, lenet5"),
+    ('kind = "standardize"\n', "", "preprocess: missing required key `kind`"),
+    ('kind = "adamw"\n', "", "missing required key `kind`; allowed: adamw, adam, sgd"),
+    ('"mlp"', '"lstm"', "model.kind: invalid value 'lstm'; allowed: mlp, lenet5"),
+    ('"adamw"', '"lion"', "invalid value 'lion'; allowed: adamw, adam, sgd"),
+    ('"digits"', '"../digits"', "invalid enum value '../digits'; allowed: mnist, digits"),
+    ("64", "-64", "train.batch_size: expected `int` >= 1"),
+    ("64", "0", "train.batch_size: expected `int` >= 1"),
+    ("64", '"64"', "train.batch_size: expected `int`, got `str`"),
+    ("64", "64.0", "train.batch_size: expected `int`, got `float`"),
+    ("64", "true", "train.batch_size: expected `int`, got `bool`"),
+    ("64", "1" + "0" * 30, "train.batch_size: expected `int` <="),
+    ("64", "1" + "0" * 5000, "mine.toml"),
+    ("64", "2020-01-01", "train.batch_size: expected `int`, got `date`"),
+    ("seed = 1", "seed = -1", "seed: expected `int` >= 0"),
+    ("seed = 1", "seed = 9223372036854775808", "seed: expected `int` <= 9223372036854775807"),
+    ("seed = 1", "seed = 18446744073709551616", "seed: expected `int` <= 9223372036854775807"),
+    ("[128]", "[0]", "model.hidden[0]: expected `int` >= 1"),
+    ("[128]", "[1000000000]", "model.hidden[0]: expected `int` <= 65536"),
+    ("[128]", "128", "model.hidden: expected `array`, got `int`"),
+    ("0.001", "nan", "optimizer.learning_rate: expected `float` > 0"),
+    ("0.001", "inf", "optimizer.learning_rate: expected `float` <="),
+    ("0.001", "-inf", "optimizer.learning_rate: expected `float` > 0"),
+    ("0.001", "1e999", "optimizer.learning_rate: expected `float` <="),
+    ("0.001", "0", "optimizer.learning_rate: expected `float` > 0"),
+    ("0.001", "-0.001", "optimizer.learning_rate: expected `float` > 0"),
+    ("0.001", '"0.001"', "optimizer.learning_rate: expected `float`, got `str`"),
+    ("0.001", "1" + "0" * 400, "optimizer.learning_rate"),
+    ("0.001", "0.001\nbetas = [0.9, 1.0]", "optimizer.betas[1]: expected `float` < 1"),
+    ("0.001", "0.001\nbetas = [0.9]", "optimizer.betas: expected `array` of length 2"),
+    ("0.001", "0.001\neps = nan", "optimizer.eps: expected `float` >= 0"),
+    ("0.001", "0.001\nweight_decay = nan", "optimizer.weight_decay: expected `float` >= 0"),
+    ('"adamw"', '"sgd"\nnesterov = true', "optimizer: nesterov needs a momentum above 0"),
+    ('"mine"', '"../mine"', "name: expected `str` matching"),
+    ('"mine"', '"mine\\n"', "name: expected `str` matching"),
+    ('"mine"', '"-mine"', "name: expected `str` matching"),
+    ('"mine"', '""', "; a name has small letters, digits and hyphens"),
+    ('"mine"', '"' + "m" * 65 + '"', "name: expected `str` of length <= 64"),
+    ("[train]", "[train", "not TOML"),
+    ("seed = 1", "seed = 1\nseed = 2", "not TOML"),
+    ("[128]", "[" * 5000, "not TOML"),
+    ("[train]", "[data]", "not TOML"),
+]
+
+
+@pytest.mark.parametrize("old, new, words", REFUSED)
+def test_refused_by_name(old: str, new: str, words: str, write) -> None:
+    path = write(changed(old, new))
+    with pytest.raises(ReproError) as caught:
+        recipe.load(path)
+    message = str(caught.value)
+    assert message.startswith(f"recipe {path}: ") and words in message and "\n" not in message
+
+
+def test_a_recipe_of_ones_own_is_a_copied_file(write) -> None:
+    text = changed("[128]", "[64, 32]").replace('"adamw"', '"sgd"\nmomentum = 0.9\nnesterov = true')
+    mine = recipe.load(write(text))
+    assert mine.model == recipe.MLP((64, 32)) and mine.model.kind == "mlp"
+    assert mine.optimizer == recipe.SGD(learning_rate=0.001, momentum=0.9, nesterov=True)
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ReproError, match="'mnist-mpl'.*digits-mlp, mnist-cnn, mnist-mlp"):
+        recipe.load("mnist-mpl")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "mnist-mlp\0", "*", "Mnist-MLP"])
+def test_no_name_reaches_beyond_the_bundled_recipes(name: str) -> None:
+    with pytest.raises(ReproError, match="no recipe is called"):
+        recipe.load(name)
+
+
+def test_files_that_are_no_recipe(tmp_path: Path, write, monkeypatch) -> None:
+    write("# Not TOML\nat all", "there.md")
+    monkeypatch.chdir(tmp_path)
+    for path, words in [
+        (str(tmp_path / "none.toml"), "no such file"),
+        ("a\0b.toml", "cannot be read"),
+        (str(tmp_path) + "/", "not a file"),
+        ("/dev/zero", "not a file"),
+        (write(b"name = '\xff'", "latin.toml"), "byte 9 is not UTF-8"),
+        ("there.md", "not TOML"),
+        (write(b"", "empty.toml"), "missing required key `name`"),
+        (write(b"#" * (2 << 20), "large.toml"), "larger than"),
+        (write("", "file") + "/x.toml", "cannot be read: Not a directory"),
+    ]:
+        with pytest.raises(ReproError) as caught:
+            recipe.load(path)
+        assert words in str(caught.value)
+
+
+def test_nothing_can_be_changed() -> None:
+    mine = recipe.load("digits-mlp")
+    for table, key in [(mine, "seed"), (mine.train, "epochs"), (mine.optimizer, "learning_rate")]:
+        with pytest.raises(AttributeError):
+            setattr(table, key, 3)
+    hash(mine)  # no list inside either
+
+
+def test_the_hash_is_that_of_sorted_json(write) -> None:
+    values: dict[str, Any] = {
+        "name": "mine",
+        "seed": 1,
+        "data": {"name": "digits"},
+        "preprocess": {"kind": "standardize"},
+        "model": {"kind": "mlp", "hidden": [128]},
+        "train": {"epochs": 2, "batch_size": 64},
+        "optimizer": {
+            "kind": "adamw",
+            "learning_rate": 0.001,
+            "betas": [0.9, 0.999],
+            "eps": 1e-08,
+            "weight_decay": 0.01,
+            "amsgrad": False,
+        },
+    }
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    assert recipe.load(write(TEXT)).sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_the_hash_is_of_values_not_of_their_writing(write) -> None:
+    head, *tables = TEXT.split("\n[")
+    for same in [
+        "# a comment\n" + TEXT,
+        TEXT.replace("\n", "\r\n"),
+        "\n[".join([head, *reversed(tables)]),
+        changed("0.001", "1e-3"),
+        changed("0.001", "0.001\nweight_decay = 0.01"),  # the default
+    ]:
+        assert recipe.load(write(same)).sha256 == recipe.load(write(TEXT)).sha256
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ('"mine"', '"yours"'),
+        ("seed = 1", "seed = 2"),
+        ("digits", "mnist"),
+        ("[128]", "[128, 128]"),
+        ("epochs = 2", "epochs = 3"),
+        ("64", "65"),
+        ('"adamw"', '"adam"'),
+        ("0.001", "0.0010000000000000002"),
+        ("0.001", "0.001\namsgrad = true"),
+    ],
+)
+def test_any_other_value_is_another_hash(old: str, new: str, write) -> None:
+    assert recipe.load(write(changed(old, new))).sha256 != recipe.load(write(TEXT)).sha256
+
+
+@given(junk=st.binary(max_size=200), place=st.integers(0, len(TEXT)))
+def test_no_bytes_do_worse_than_a_sentence(junk: bytes, place: int, tmp_path_factory) -> None:
+    path = tmp_path_factory.getbasetemp() / "junk.toml"
+    path.write_bytes(TEXT.encode()[:place] + junk + TEXT.encode()[place:])
+    try:
+        recipe.load(str(path))
+    except ReproError as error:
+        assert str(error).startswith(f"recipe {path}: ")

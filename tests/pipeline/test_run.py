@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from reproml.digest import digest
+from reproml.errors import ReproError
+from reproml.pipeline import run as module
+from reproml.pipeline.run import Run, items_json, load, place, read_items, recompute
+from tests import tiny
+
+FILES = ["log.txt", "metrics.json", "run.json", "weights.safetensors"]
+
+
+def save(out: Path, run: Run) -> None:
+    with place(out) as write:
+        write(run)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tmp_path / "run", tiny.run())
+    return tmp_path / "run"
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_leaves_these_files(folder):
+    assert sorted(os.listdir(folder)) == FILES
+    assert os.listdir(folder.parent) == ["run"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics == tiny.run().items
+    weights = (folder / "weights.safetensors").read_bytes()
+    assert metrics["weights.safetensors.sha256"] == hashlib.sha256(weights).hexdigest()
+    assert metrics["epoch.2.state_dict.sha256"] == digest(safetensors.torch.load(weights))
+    assert (metrics["train.total"], metrics["test.total"]) == (1500, 297)
+    assert "epoch 2 of 2: loss" in (folder / "log.txt").read_text()
+    record = json.loads((folder / "run.json").read_text())
+    assert record["recipe.sha256"] == tiny.recipe().sha256
+    assert record["recipe"]["train"] == {"epochs": 2, "batch_size": 500}
+    assert {"data.sha256", "versions", "machine", "definitions.version", "times"} <= set(record)
+
+
+def test_items_are_in_the_pipelines_order():
+    names = list(tiny.run().items)
+    starts = ["recipe", "definitions", "data", "preprocessed", "initial", "epoch.1", "epoch.2"]
+    starts += ["weights", "train", "test"]
+    positions = [next(i for i, name in enumerate(names) if name.startswith(s)) for s in starts]
+    assert positions == sorted(positions)
+
+
+def test_epochs_sort_as_they_ran():
+    run = module.perform(tiny.recipe(epochs=11), numerics="native")
+    losses = [name for name in run.items if name.endswith(".loss")]
+    assert losses == sorted(losses) and losses[0] == "epoch.01.loss"
+
+
+def test_the_weights_file_has_the_same_bytes_with_any_safetensors():
+    """The golden hash is of the file: a library that lays it out otherwise must be noticed here."""
+    model = nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1))
+    for tensor in model.state_dict().values():
+        tensor.fill_(1)
+    sha256 = hashlib.sha256(safetensors.torch.save(model.state_dict())).hexdigest()
+    assert sha256 == "18cfb5a4acd187308e534eacb1a319432a5f55e2eb353dd923354bda149159ee"
+
+
+def test_recomputing_finds_what_was_recorded(folder):
+    items, recorded = recompute(folder, tiny.recipe())
+    assert items_json(recorded).replace('"', "") == items_json(items).replace('"', "")
+    assert list(items) == list(tiny.run().items)
+
+
+def test_what_follows_from_the_weights_is_not_believed(folder):
+    lies = {name: "0" for name in tiny.run().items}
+    (folder / "metrics.json").write_text(items_json({**lies, "more": "1"}))
+    items, _ = recompute(folder, tiny.recipe())
+    trail = {"epoch.1.loss", "epoch.2.loss", "epoch.1.state_dict.sha256"}
+    assert {name for name, value in items.items() if value == "0"} == trail
+    assert items["more"] == "1"
+
+
+# --- the folder appears whole or not at all -------------------------------------------------------
+
+
+def other(run: Run) -> Run:
+    return dataclasses.replace(run, log=["another"])
+
+
+def test_a_run_is_replaced_whole(folder):
+    save(folder, other(tiny.run()))
+    assert (folder / "log.txt").read_text() == "another\n"
+    assert sorted(os.listdir(folder)) == FILES and os.listdir(folder.parent) == ["run"]
+
+
+def test_a_run_is_replaced_where_the_system_cannot_swap(folder, monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    save(folder, other(tiny.run()))
+    assert (folder / "log.txt").read_text() == "another\n"
+    assert os.listdir(folder.parent) == ["run"]
+
+
+@pytest.mark.parametrize("stray", ["notes.txt", "log.txt"])  # beside a run; an incomplete run
+def test_other_content_is_refused_and_kept(tmp_path, stray):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / stray).write_text("mine")
+    with pytest.raises(ReproError, match="not a run; choose another folder with --out"):
+        save(out, tiny.run())
+    assert everything(tmp_path) == {f"run/{stray}": b"mine"}
+
+
+def test_content_that_came_during_the_training_is_kept_and_so_is_the_run(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(ReproError, match=r"stays in .*/\.run\.partial-.*: .* not a run"):
+        with place(out) as write:
+            out.mkdir()
+            (out / "notes.txt").write_text("mine")
+            write(tiny.run())
+    assert (out / "notes.txt").read_text() == "mine"
+    (kept,) = tmp_path.glob(".run.partial-*")
+    assert sorted(os.listdir(kept)) == FILES
+
+
+def test_of_two_runs_into_one_folder_the_second_is_refused(tmp_path):
+    with place(tmp_path / "run") as write:
+        with pytest.raises(ReproError, match="another process is training into .*/run; wait"):
+            save(tmp_path / "run", other(tiny.run()))
+        save(tmp_path / "beside", other(tiny.run()))
+        write(tiny.run())
+    save(tmp_path / "run", other(tiny.run()))  # the lock is free again
+    assert (tmp_path / "run/log.txt").read_text() == "another\n"
+    assert sorted(os.listdir(tmp_path)) == ["beside", "run"]
+
+
+def test_what_a_killed_run_left_is_swept_but_nothing_whole(tmp_path):
+    (tmp_path / ".run.partial-1").mkdir()
+    (tmp_path / ".run.partial-1/metrics.json").write_text("{")
+    (tmp_path / ".run.partial-2").mkdir()
+    for name in FILES:
+        (tmp_path / ".run.partial-2" / name).write_text("")
+    (tmp_path / ".run.partial-3").write_text("a file of somebody's")
+    (tmp_path / ".run.lock").write_text("")
+    save(tmp_path / "run", tiny.run())
+    assert sorted(os.listdir(tmp_path)) == [".run.partial-2", ".run.partial-3", "run"]
+
+
+def test_what_was_killed_when_it_was_whole_goes_with_the_same_run(tmp_path):
+    """Between the last file and the rename; a run whose weights or items differ stays."""
+    for number, result in enumerate([tiny.run(), other(tiny.run())]):
+        save(tmp_path / "beside", result)
+        os.rename(tmp_path / "beside", tmp_path / f".run.partial-{number}")
+    for number, name in (2, "weights.safetensors"), (3, "metrics.json"):
+        save(tmp_path / "beside", tiny.run())
+        (tmp_path / "beside" / name).write_text("{}")
+        os.rename(tmp_path / "beside", tmp_path / f".run.partial-{number}")
+    save(tmp_path / "run", tiny.run())
+    left = [".run.partial-2", ".run.partial-3", "run"]
+    assert sorted(os.listdir(tmp_path)) == left  # the log and the record are of no account
+
+
+def test_an_empty_folder_is_used_and_a_link_is_followed(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    save(tmp_path / "link", tiny.run())
+    assert sorted(os.listdir(tmp_path / "empty")) == FILES and (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc/reproml-test", "/"])
+def test_a_folder_that_cannot_be_written_is_found_before_the_training(tmp_path, out):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ReproError), place(tmp_path / out):
+        raise AssertionError("the training was begun")
+    assert everything(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+@pytest.mark.parametrize("limit", [0, 100, 1500])
+def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, there_before, limit):
+    out = tmp_path / "run"
+    if there_before:
+        save(out, other(tiny.run()))
+    before = everything(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(ReproError, match="cannot write the run folder"), place(out) as write:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # as at the end of a disk
+            write(tiny.run())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert everything(tmp_path) == before and len(os.listdir(tmp_path)) == there_before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ReproError])
+def test_a_training_that_ends_early_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), place(tmp_path / "runs" / "run"):
+        raise error
+    assert os.listdir(tmp_path / "runs") == []
+
+
+# --- a run folder that is no good -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "run.json", "weights.safetensors"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ReproError, match=f"not a whole run: it has no {name}"):
+        recompute(folder, tiny.recipe())
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ReproError, match="does not exist"):
+        recompute(tmp_path / "none", tiny.recipe())
+
+
+@given(st.data())
+@settings(max_examples=30)
+def test_a_damaged_weights_file_is_found(tmp_path_factory, data):
+    """Cut short anywhere or with any bit flipped: refused, or another hash. Never accepted."""
+    folder = tmp_path_factory.mktemp("damaged")
+    save(folder / "run", tiny.run())
+    raw = bytearray(tiny.run().weights)
+    if data.draw(st.booleans(), "cut"):
+        del raw[data.draw(st.integers(0, len(raw) - 1)) :]
+    else:
+        start = data.draw(st.sampled_from([0, 0, len(raw) // 2]))  # the header more often
+        bit = data.draw(st.integers(8 * start, 8 * min(start + 400, len(raw)) - 1))
+        raw[bit // 8] ^= 1 << bit % 8
+    (folder / "run/weights.safetensors").write_bytes(raw)
+    try:
+        _, _, sha256 = load(folder / "run", tiny.recipe(), tiny.prepared(), "exact")
+        assert sha256 != tiny.run().items["weights.safetensors.sha256"]
+    except ReproError as error:
+        assert "weights.safetensors" in str(error)
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_pickle_is_not_taken_for_weights(folder):
+    torch.save({"1.weight": torch.zeros(1)}, folder / "weights.safetensors")
+    with pytest.raises(ReproError, match="not a safetensors file"):
+        recompute(folder, tiny.recipe())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("1.bias"),
+        lambda state: state.update(extra=torch.zeros(1)),
+        lambda state: state.update({"1.bias": state["1.bias"].double()}),
+        lambda state: state.update({"1.bias": state["1.bias"][:-1].clone()}),
+    ],
+)
+def test_other_tensors_are_refused(folder, change):
+    state = safetensors.torch.load(tiny.run().weights)
+    change(state)
+    (folder / "weights.safetensors").write_bytes(safetensors.torch.save(state))
+    with pytest.raises(ReproError, match="other tensors than a model of tiny"):
+        recompute(folder, tiny.recipe())
+
+
+def test_a_run_of_another_recipe(folder):
+    with pytest.raises(ReproError, match="a run of another recipe"):
+        recompute(folder, tiny.recipe(seed=2))
+
+
+def test_a_native_run(tmp_path):
+    save(tmp_path / "run", module.perform(tiny.recipe(), numerics="native"))
+    with pytest.raises(ReproError, match="not a run in exact numerics"):
+        recompute(tmp_path / "run", tiny.recipe())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not JSON"),
+        ("{", "is not JSON"),
+        ("\xff", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "must be a JSON object"),
+        ('{"a": {}}', "the value of 'a' must be"),
+        ('{"a": true}', "the value of 'a' must be"),
+        ('{"a": 1, "b": 2, "a": 1}', "is not JSON: the key 'a' is there twice"),
+    ],
+)
+def test_a_file_of_items_that_is_none(tmp_path, text, message):
+    path = tmp_path / "items.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ReproError, match=message):
+        read_items(path)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder for many examples; each puts its files back."""
+    folder = tmp_path_factory.mktemp("shared") / "run"
+    save(folder, tiny.run())
+    return folder
+
+
+@given(st.sampled_from(FILES[1:3]), st.binary(max_size=60), st.integers(0, 3000), st.data())
+@example("run.json", b"[" * 100_000, 0, None)
+def test_no_bytes_do_worse_than_a_sentence(shared, name, junk, place, data):
+    """In metrics.json and run.json, in place of as many or more of their own."""
+    content = (shared / name).read_bytes()
+    end = place + len(junk) if data is None else data.draw(st.integers(place, place + 100), "end")
+    try:
+        (shared / name).write_bytes(content[:place] + junk + content[end:])
+        for read in (
+            lambda: read_items(shared / "metrics.json"),
+            lambda: module.recipe_of(shared),
+            lambda: module.finished(shared, tiny.recipe(), "exact"),
+        ):
+            try:
+                read()
+            except ReproError as error:
+                assert str(shared) in str(error)
+    finally:
+        (shared / name).write_bytes(content)
+
+
+def test_items_keep_every_digit(tmp_path):
+    (tmp_path / "items.json").write_text('{"a": 0.10000000000000001, "b": 1.0, "c": 1, "d": null}')
+    items = read_items(tmp_path / "items.json")
+    assert items == {"a": "0.10000000000000001", "b": "1.0", "c": "1", "d": None}

@@ -1,0 +1,259 @@
+"""Damage the files and command lines that reproml reads; none may do worse than an error.
+
+    python -m verification.fuzz [--minutes 60] [--seed 0]
+
+In a folder with a recipe, its golden file, runs, checkpoints, traces and a data set in MNIST's format, one
+thing or several are altered, and a verb is called in this process. Good is exit status 0, 1, or 2 with
+one sentence on standard error; a mutant that does worse is printed with the seed that makes it again.
+A damaged checkpoint gets the right hash every other time, so that what comes after its check is reached.
+MNIST's files never do: nothing decodes them before their hash is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+
+import reproml
+from reproml import cli
+from reproml.pipeline import data
+from reproml.pipeline.checkpoint import Checkpoints
+
+RECIPE = """
+name = "fuzzed"
+seed = 1
+[data]
+name = "{data}"
+[preprocess]
+kind = "standardize"
+[model]
+kind = "mlp"
+hidden = [4]
+[train]
+epochs = 2
+batch_size = {batch_size}
+[optimizer]
+kind = "adamw"
+learning_rate = 0.001
+"""
+TRAIN = ["train", "--numerics", "native"]
+RESUME = [*TRAIN, "--resume", "runs/begun"]
+COMMANDS = [
+    ["data", "--recipe", "mnist.toml", "--data", "mnist"],
+    [*TRAIN, "--recipe", "mnist.toml", "--data", "mnist", "--steps", "1"],
+    [*TRAIN, "--recipe", "./digits.toml", "--steps", "1"],
+    [*TRAIN, "--recipe", "./digits.toml", "--out", "runs/fuzzed"],
+    [*RESUME],
+    [*RESUME, "--checkpoint-every", "2"],
+    [*RESUME, "--recipe", "./digits.toml"],
+    ["evaluate", "--run", "runs/fuzzed"],
+    ["evaluate", "--recipe", "./digits.toml", "--run", "runs/fuzzed"],
+    ["verify", "--run", "runs/fuzzed"],
+    ["verify", "--recipe", "./digits.toml", "--run", "runs/fuzzed", "--json"],
+    ["golden", "--recipe", "./digits.toml"],
+    ["diff", "one.trace", "two.trace"],
+    ["diff", "two.trace", "one.trace", "--json"],
+    ["diff", "runs/fuzzed", "runs/other"],
+    ["diff", "runs/fuzzed/weights.safetensors", "runs/other/weights.safetensors"],
+    ["diff", "golden/fuzzed.json", "runs/fuzzed/metrics.json"],
+    ["report", "--recipe", "./digits.toml", "--run", "runs/fuzzed"],
+    ["report", "--recipe", "./digits.toml", "--run", "runs/fuzzed", "--diff", "runs/other"],
+    ["report", "--recipe", "./digits.toml", "--run", "runs/other", "--diff", "one.trace", "--json"],
+    [*TRAIN, "--recipe", "./digits.toml", "--steps", "1", "--trace", "one.trace"],
+]
+WORDS = [
+    "",
+    "-1",
+    "0",
+    "1",
+    "99999999999999999999",
+    "nan",
+    "é",
+    "/",
+    "..",
+    "../..",
+    "/dev/null",
+]
+WORDS += [
+    "runs",
+    "runs/fuzzed",
+    "digits.toml",
+    "mnist",
+    "--json",
+    "--run",
+    "--resume",
+    "--steps",
+    "--",
+]
+SNIPPETS = [
+    b"",
+    b"\0",
+    b"\xff",
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"[]",
+    b"{}",
+    b'"',
+    b"\n",
+    b"[" * 2000,
+]
+SNIPPETS += [
+    b"9" * 400,
+    b"\xff" * 8,
+    b"\x80\x02c",
+    b'"../../up"',
+    b'{"a":1,"a":2}',
+    b"= [[",
+    b"e308",
+]
+
+
+def idx(array: np.ndarray) -> bytes:
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return gzip.compress(header + array.tobytes(), mtime=0)
+
+
+def prepare(folder: Path) -> None:
+    """Leave a whole, good set of files."""
+    (folder / "digits.toml").write_text(RECIPE.format(data="digits", batch_size=500))
+    (folder / "mnist.toml").write_text(RECIPE.format(data="mnist", batch_size=5))
+    (folder / "mnist").mkdir()
+    chance = np.random.default_rng(0)
+    for name in data.MNIST:
+        shape = (10, 28, 28) if "images" in name else (10,)
+        top = 256 if "images" in name else 10
+        (folder / "mnist" / name).write_bytes(idx(chance.integers(0, top, shape, np.uint8)))
+    assert call(["golden", "--recipe", "./digits.toml"])[0] == 0
+    assert call(["train", "--recipe", "./digits.toml"])[0] == 0
+    plain = Checkpoints.delete
+    Checkpoints.delete = lambda self: None  # type: ignore[method-assign]
+    begin = [*TRAIN, "--recipe", "./digits.toml", "--out", "runs/begun", "--checkpoint-every", "2"]
+    assert call(begin)[0] == 0
+    Checkpoints.delete = plain  # type: ignore[method-assign]
+    shutil.rmtree(folder / "runs/begun")
+    for name, level in (("one", "step"), ("two", "op")):
+        with reproml.trace(f"{name}.trace", level):
+            few = ["--steps", "2", "--recipe", "./digits.toml"]
+            assert call([*TRAIN, *few])[0] == 0
+    assert call([*TRAIN, "--recipe", "./digits.toml", "--out", "runs/other"])[0] == 0
+    shutil.copy("one.trace", "runs/other/trace.jsonl")
+
+
+def mutate(content: bytes, chance: random.Random) -> bytes:
+    """Return the bytes altered in one to four places."""
+    for _ in range(chance.choice([1, 1, 1, 2, 4])):
+        at = chance.randrange(len(content) + 1)
+        if chance.random() < 0.5:
+            at = min(at, chance.randrange(400))  # the heads of binary files more often
+        end = min(len(content), at + chance.choice([0, 1, 1, 2, 8, 100, 100_000]))
+        new = chance.choice(SNIPPETS)
+        if chance.random() < 0.3 and at < len(content):
+            end, new = at + 1, bytes([content[at] ^ 1 << chance.randrange(8)])
+        if chance.random() < 0.1:
+            start = chance.randrange(len(content) + 1)
+            new = content[start : start + chance.randrange(200)]
+        content = content[:at] + new + content[end:]
+    return content
+
+
+def alter_file(folder: Path, chance: random.Random) -> None:
+    path = chance.choice(sorted(p for p in folder.rglob("*") if p.is_file()))
+    new = mutate(path.read_bytes(), chance)
+    path.write_bytes(new)
+    if path.name.startswith("step-") and chance.random() < 0.5:
+        path.rename(
+            path.with_name(f"{path.name[:14]}{hashlib.sha256(new).hexdigest()}.safetensors")
+        )
+
+
+def alter_words(command: list[str], chance: random.Random) -> list[str]:
+    command = list(command)
+    at = chance.randrange(1, len(command) + 1)
+    command[at : at + chance.randrange(2)] = [chance.choice(WORDS)]
+    return command
+
+
+def call(command: list[str]) -> tuple[object, str]:
+    """Return the exit status, and what stood on standard error."""
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+        try:
+            return cli.main(command), errors.getvalue()
+        except SystemExit as wish:
+            return wish.code, errors.getvalue()
+        except BaseException:
+            return "a traceback", traceback.format_exc()
+
+
+def one(folder: Path, seed: int, statuses: Counter[object]) -> Optional[str]:
+    """Make one mutant and call a verb; return what is wrong with what it did, if anything."""
+    chance = random.Random(seed)
+    command = chance.choice(COMMANDS)
+    for _ in range(chance.choice([1, 1, 1, 2, 3])):
+        alter_file(folder, chance)
+    if chance.random() < 0.2:
+        command = alter_words(command, chance)
+    status, errors = call(command)
+    told = errors.splitlines()
+    if "--json" in command:  # what is said on the way goes there too
+        told = [line for line in told if line.startswith("reproml: ")]
+    usage = errors.startswith("usage: ")
+    statuses[status] += 1
+    if status in (0, 1) or (status == 2 and (usage or len(told) == 1)):
+        return None
+    return f"seed {seed}: {' '.join(command)!r} gives {status}\n{errors}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first mutant; the next is one more"
+    )
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    os.environ["REPROML_MIRROR"] = "mnist"  # nothing is to be downloaded
+    statuses: Counter[object] = Counter()
+    bad, seed, end = 0, args.seed, time.monotonic() + 60 * args.minutes
+    with tempfile.TemporaryDirectory() as name:
+        good, work = Path(name) / "good", Path(name) / "work"
+        good.mkdir()
+        os.chdir(good)
+        prepare(good)
+        while time.monotonic() < end:
+            os.chdir("/")
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.copytree(good, work)
+            os.chdir(work)
+            wrong = one(work, seed, statuses)
+            if wrong:
+                bad += 1
+                print(wrong, flush=True)
+            seed += 1
+            if seed % 1000 == 0:
+                print(f"{seed - args.seed} mutants, exit status: {dict(statuses)}", flush=True)
+        os.chdir("/")
+    print(f"{seed - args.seed} mutants in {args.minutes} minutes, {bad} did worse than an error")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Kill a training at random moments, resume it, and compare each ending with the golden file.
+
+    python -m verification.kills [--kills 200] [--recipe digits-mlp] [--every 10] [--seed 0]
+
+Each training is killed (SIGKILL) at least once: half of them at a random moment of their whole life,
+reading, training, saving checkpoints, writing the results, deleting the checkpoints; the others at one of
+the calls that change a folder, chosen at random, or half-way in a write. The same command goes on with it,
+and may be killed again, with a chance of one half each time. Exit status 1 if an ending is not the golden
+one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from reproml.digest import file_sha256
+from reproml.pipeline import golden
+from reproml.pipeline.run import Items, read_items
+from verification.subprocesses import Reproml
+
+CALLS = 190  # about as many as a whole training of digits-mlp has
+SHA256 = "weights.safetensors.sha256"
+
+
+def stage(folder: Path) -> str:
+    """Return what the killed process was doing, as far as its folder shows."""
+    names = {path.name for path in folder.rglob("*")}
+    if "weights.safetensors" in names:
+        return "results begun"
+    if any(name.startswith(".step-") for name in names):
+        return "within a checkpoint"
+    return "some checkpoints" if any(n.startswith("step-") for n in names) else "no checkpoint"
+
+
+def is_golden(run: Path, expected: Items) -> bool:
+    """Whether all items and the weights file itself are the golden file's."""
+    weights = file_sha256(run / "weights.safetensors")
+    return read_items(run / "metrics.json") == expected and weights == expected[SHA256]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200, help="how many trainings are killed")
+    parser.add_argument("--recipe", default="digits-mlp")
+    parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    out = f"runs/{args.recipe}"
+    train = ["train", "--recipe", args.recipe, "--checkpoint-every", str(args.every)]
+    chance, expected = random.Random(args.seed), read_items(golden.find(args.recipe))
+    stages: Counter[str] = Counter()
+    good = endings = 0
+    life = 0.0
+    with Reproml() as reproml:
+        while endings < args.kills:
+            with tempfile.TemporaryDirectory() as name:
+                folder, kills = Path(name), 0
+                while life and (kills == 0 or chance.random() < 0.5):
+                    moment: dict[str, Any] = {"seconds": chance.uniform(0.001, life)}
+                    if endings % 2:
+                        moment = {"call": chance.randint(1, CALLS)}
+                    status = reproml(folder, *train, "--resume", out, **moment).returncode
+                    if status != -9:
+                        break
+                    kills += 1
+                    stages[stage(folder)] += 1
+                began = time.monotonic()
+                shown = reproml(folder, *train, "--resume", out)
+                if not kills:  # the first one, to see how long it takes, or it was too quick
+                    life = life or time.monotonic() - began
+                    continue
+                endings += 1
+                good += shown.returncode == 0 and is_golden(folder / out, expected)
+                total = sum(stages.values())
+                print(
+                    f"{good} of {endings} endings golden, {total} kills: {dict(stages)}", flush=True
+                )
+    return int(good != endings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""PyTorch's own operator samples under exact arithmetic, each against a float64 reference.
+
+    python -m verification.op_db [NAME ...]            # default: every operator of op_db
+
+For each float32 sample of `torch.testing._internal.common_methods_invocations.op_db` that exact() does
+not refuse, forward and backward, three things are compared:
+
+1. every call of an operator of the table, in the forward as in the backward pass, with PyTorch's own
+   operator on the same operands in float64: no further from it than half an ulp of binary32, plus what
+   the float64 reference itself may be off. For the operators of COMPOSITE, which round more than once:
+   a few ulps of the largest element;
+2. the results and the gradients with float64 autograd, from end to end: COARSE, as several roundings
+   may lie between;
+3. the shapes, dtypes and devices of all of them with native float32.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple, Optional
+from unittest import TestCase, mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+import reproml
+from reproml.arithmetic import operator_table
+from reproml.arithmetic.dispatch import dispatcher
+
+# Expressions of several rounded steps (docs/exact.md names the steps): allowed, relative to the largest
+# element of the result.
+COMPOSITE = frozenset(
+    """
+    native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+    native_batch_norm_backward native_layer_norm native_layer_norm_backward native_group_norm
+    native_group_norm_backward
+    """.split()
+)
+STEPS = 2.0**-19
+
+FACTORIES = frozenset({"arange", "linspace"})  # made of Python numbers alone
+
+# Their Python numbers enter as they are given; those of all others are rounded to binary32 first.
+AS_GIVEN = (
+    COMPOSITE
+    | FACTORIES
+    | {"var", "std"}
+    | {"smooth_l1_loss", "smooth_l1_loss_backward", "huber_loss", "huber_loss_backward"}
+)
+
+# The float64 reference is trusted to this, relative to its largest element and its operands.
+REFERENCE = 2.0**-46
+# From end to end: relative to the largest element, or to 1.
+COARSE = 2.0**-13
+
+# Outputs that only PyTorch's own backward kernel reads, so that nobody sees them here.
+UNUSED = frozenset({("log_sigmoid_forward", 1), ("nll_loss_forward", 1), ("nll_loss2d_forward", 1)})
+# The reference, not the result, is off: PyTorch's float64 kernel of it has 1 / 6 in float32.
+REFERENCE_OFF = {"hardsigmoid_backward": 2.0**-24}
+# Of these the elements are whatever was in memory, or random numbers.
+ARBITRARY = (
+    "empty",
+    "rand",
+    "bernoulli",
+    "multinomial",
+    "normal",
+    "uniform",
+    "exponential",
+    "dropout",
+)
+
+SHOWN = 3  # failures of an operator, unless it was asked for by name
+
+
+class Outcome(NamedTuple):
+    """Of one sample: "passed", "failed" or "refused", and why."""
+
+    status: str
+    reason: str = ""
+
+
+def name_of(func: Any) -> str:
+    """The key of the table for an operator: add for aten::add_, None outside the table."""
+    name: str = func._schema.name[len("aten::") :]
+    return name if name in operator_table.EXACT else name.rstrip("_")
+
+
+def _double(x: Any) -> Any:
+    """A copy in float64 of every float32 tensor and dtype in a tree."""
+
+    def one(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            y = x.detach().clone()
+            return (y.double() if y.dtype is torch.float32 else y).requires_grad_(x.requires_grad)
+        return torch.float64 if x is torch.float32 else x
+
+    return tree_map(one, x)
+
+
+def _as_operands(x: Any) -> Any:
+    """Python numbers and 0-dim float64 tensors as they meet a float32 tensor, in float64 again."""
+
+    def one(x: Any) -> Any:
+        if isinstance(x, float):
+            return torch.tensor(x, dtype=torch.float32).item()
+        if isinstance(x, Tensor) and x.dtype is torch.float64 and not x.dim():
+            return x.float().double()
+        return x
+
+    return tree_map(one, x)
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(x)[0] if isinstance(t, Tensor)]
+
+
+def _with_defaults(func: Any, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments, with numbers left to the schema's default rounded like those given."""
+    defaults = {
+        a.name: a.default_value
+        for a in func._schema.arguments[len(args) :]
+        if isinstance(a.default_value, float) and a.name not in kwargs
+    }
+    return kwargs if name_of(func) in AS_GIVEN else {**kwargs, **_as_operands(defaults)}
+
+
+def _largest(x: Tensor) -> float:
+    x = x.detach().double().abs()
+    x = x[x.isfinite()]
+    return float(x.max()) if x.numel() else 0.0
+
+
+def ulp(x: Tensor) -> Tensor:
+    """The distance of binary32 numbers around each element of x, float64."""
+    exponent = torch.frexp(x.abs().clamp(min=2.0**-126))[1]
+    return torch.ldexp(torch.ones_like(x), exponent - 24)
+
+
+def difference(got: Tensor, reference: Tensor, allowed: Tensor) -> str:
+    """The worst element of `got` that is further from `reference` than allowed; empty if there is none."""
+    if got.shape != reference.shape:
+        return f"shape {list(got.shape)}, not {list(reference.shape)}"
+    if not got.numel():
+        return ""
+    x, y = got.detach().double(), reference.detach()
+    y = torch.where(y.abs() >= 2.0**128 * (1 - 2.0**-25), y.sign() * torch.inf, y)  # overflows
+    both = (x == y) | (x.isnan() & y.isnan())
+    off = torch.where(both, 0.0, ((x - y).abs() - allowed).nan_to_num(torch.inf, torch.inf))
+    if not bool((off > 0).any()):
+        return ""
+    i = int(off.argmax())
+    return f"{x.flatten()[i].item()!r} for {y.flatten()[i].item()!r} (element {i})"
+
+
+class Checker(TorchDispatchMode):
+    """Inside exact(): compares each call of an operator of the table with float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.wrong: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Optional[dict[str, Any]] = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = name_of(func)
+        given = _tensors([args, kwargs])
+        checked = (
+            name in operator_table.EXACT
+            and torch.Tag.nondeterministic_seeded not in func.tags
+            and (any(x.dtype is torch.float32 for x in given) or name in FACTORIES)
+            and not any(x.dtype is torch.float64 and x.dim() for x in given)
+        )
+        if not checked:
+            return func(*args, **kwargs)
+        with dispatcher.natively():
+            wide_args, wide_kwargs = [list(args), kwargs]
+            if name not in AS_GIVEN:
+                wide_args, wide_kwargs = _as_operands([wide_args, wide_kwargs])
+            wide_args, wide_kwargs = _double([wide_args, wide_kwargs])
+        result = func(*args, **kwargs)
+        with dispatcher.natively():
+            if name in FACTORIES:
+                if result.dtype is not torch.float32:
+                    return result
+                wide_kwargs["dtype"] = torch.float64
+            if name == "log_sigmoid_backward":  # its buffer is the forward's second output
+                wide_args[2] = torch.ops.aten.log_sigmoid_forward(wide_args[1])[1]
+            self.calls[name] += 1
+            reference = func(*wide_args, **_with_defaults(func, wide_args, wide_kwargs))
+            size = max([1.0, *map(_largest, _tensors([wide_args, wide_kwargs]))])
+            for i, (x, y) in enumerate(zip(_tensors(result), _tensors(reference))):
+                if (name, i) in UNUSED:
+                    continue
+                if x.dtype is not torch.float32:
+                    y = y.to(x.dtype) if x.dtype is y.dtype else y
+                    if x.dtype is not y.dtype or not torch.equal(x, y):
+                        self.wrong.append(f"{func} output {i}: {x.dtype} differs from {y.dtype}")
+                    continue
+                allowed = (_largest(y) + size * size) * REFERENCE_OFF.get(name, REFERENCE)
+                if name in COMPOSITE:
+                    limit = torch.full_like(y, max(_largest(y), 1.0) * STEPS + allowed)
+                else:
+                    limit = ulp(y) / 2 * (1 + 2.0**-20) + allowed
+                message = difference(x, y, limit)
+                if message:
+                    shapes = [list(t.shape) for t in given]
+                    self.wrong.append(f"{func} output {i} of {shapes}: {message}")
+        return result
+
+
+def _gradients(outputs: Any, inputs: Any, seed: int) -> list[Optional[Tensor]]:
+    """Of all inputs, for incoming gradients of a fixed pattern."""
+    outs = [t for t in _tensors(outputs) if t.requires_grad and t.is_floating_point()]
+    leaves = [t for t in _tensors(inputs) if t.requires_grad]
+    if not outs or not leaves:
+        return []
+    incoming = []
+    for t in outs:
+        pattern = [(n * 37 % 64 - 31) / 32 for n in range(seed, seed + t.numel())]
+        incoming.append(torch.tensor(pattern, dtype=t.dtype).reshape(t.shape))
+    return list(torch.autograd.grad(outs, leaves, incoming, allow_unused=True))
+
+
+def _run(op: Any, sample: Any, tree: Any, backward: bool) -> tuple[Any, list[Optional[Tensor]]]:
+    torch.manual_seed(0)
+    input, args, kwargs = tree
+    result = op(input, *args, **kwargs)
+    kept = sample.output_process_fn_grad(result) if sample.output_process_fn_grad else result
+    return result, _gradients(kept, tree, 1) if backward else []
+
+
+def check(op: Any, sample: Any, backward: bool) -> tuple[Outcome, Counter[str]]:
+    """One sample: the outcome, and how often each operator of the table was compared."""
+    tree = (sample.input, sample.args, sample.kwargs)
+    checker = Checker()
+
+    def fresh(dtype: torch.dtype) -> Any:
+        copied = _double(tree) if dtype is torch.float64 else tree_map(_copied, tree)
+        return copied
+
+    def _copied(x: Any) -> Any:
+        return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+    try:
+        native, native_grads = _run(op, sample, fresh(torch.float32), backward)
+        wide, wide_grads = _run(op, sample, fresh(torch.float64), backward)
+    except Exception as error:  # PyTorch itself does not run this sample in these dtypes
+        return Outcome("refused", f"natively: {type(error).__name__}"), checker.calls
+    try:
+        with reproml.exact(), checker:
+            result, grads = _run(op, sample, fresh(torch.float32), backward)
+    except reproml.NotExactError as error:
+        return Outcome("refused", str(error)), checker.calls
+    except Exception as error:
+        return Outcome("failed", f"{type(error).__name__}: {error}"), checker.calls
+    if checker.wrong:
+        return Outcome("failed", checker.wrong[0]), checker.calls
+    random = any(word in op.name for word in ARBITRARY)
+    for kind, ours, theirs, references in (
+        ("result", result, native, wide),
+        ("gradient", grads, native_grads, wide_grads),
+    ):
+        message = _compare(_tensors(ours), _tensors(theirs), _tensors(references), random)
+        if message:
+            return Outcome("failed", f"{kind} {message}"), checker.calls
+    return Outcome("passed"), checker.calls
+
+
+def _compare(
+    ours: list[Tensor], theirs: list[Tensor], references: list[Tensor], random: bool
+) -> str:
+    if len(ours) != len(theirs):
+        return f"has {len(ours)} tensors, not {len(theirs)}"
+    for i, (x, native, wide) in enumerate(zip(ours, theirs, references)):
+        for what in ("shape", "dtype", "device", "layout"):
+            if getattr(x, what) != getattr(native, what):
+                return f"{i}: {what} {getattr(x, what)}, not {getattr(native, what)}"
+        if random or not x.is_floating_point() or not wide.is_floating_point():
+            continue
+        allowed = torch.full_like(wide, COARSE * max(1.0, _largest(wide)), dtype=torch.float64)
+        message = difference(x, wide.double(), allowed)
+        if message:
+            return f"{i}: {message}"
+    return ""
+
+
+def operators(names: Any = ()) -> Iterator[Any]:
+    # PyTorch's samples import it for a base class of tests, which are not wanted here.
+    stand_in = ModuleType("expecttest")  # a module, as hypothesis reads all of sys.modules
+    stand_in.TestCase = TestCase  # type: ignore[attr-defined]
+    sys.modules.setdefault("expecttest", stand_in)
+    with mock.patch("torch.backends.disable_global_flags"):  # it would outlive the import
+        from torch.testing._internal.common_methods_invocations import op_db
+
+    for op in op_db:
+        if (not names or op.name in names) and torch.float32 in op.supported_dtypes("cpu"):
+            yield op
+
+
+def title(op: Any) -> str:
+    return f"{op.name}.{op.variant_test_name}" if op.variant_test_name else str(op.name)
+
+
+def samples(op: Any) -> Iterator[tuple[Any, bool]]:
+    """(sample, whether it has a backward pass)."""
+    backward = op.supports_autograd and op.supports_dtype(torch.float32, "cpu")
+    for sample in op.sample_inputs("cpu", torch.float32, requires_grad=backward):
+        yield sample, backward
+
+
+def main(names: list[str]) -> int:
+    warnings.simplefilter("ignore")
+    counts: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    refused: list[str] = []
+    claimed = 0
+    for op in operators(names):
+        outcomes: Counter[str] = Counter()
+        for number, (sample, backward) in enumerate(samples(op)):
+            outcome, compared = check(op, sample, backward)
+            calls += compared
+            outcomes[outcome.status] += 1
+            if outcome.status == "failed" and (names or outcomes["failed"] <= SHOWN):
+                print(
+                    f"{title(op)} sample {number}: {outcome.status}: {outcome.reason}", flush=True
+                )
+        counts += outcomes
+        ran = outcomes["passed"] + outcomes["failed"]
+        claimed += ran > 0
+        counts["operators"] += 1
+        counts["all"] += ran > 0 and not outcomes["refused"]
+        if not ran:
+            refused.append(title(op))
+    ran = counts["passed"] + counts["failed"]
+    print(f"refused throughout: {', '.join(refused)}")
+    print(f"never called: {', '.join(sorted(set(operator_table.EXACT) - set(calls)))}")
+    print(
+        f"{counts['operators']} operators in op_db; {claimed} claimed ({counts['all']} with every "
+        f"sample), {len(refused)} refused. {ran} samples ran, {counts['refused']} were refused; "
+        f"{counts['passed']} passed, {counts['failed']} failed. {sum(calls.values())} calls of "
+        f"{len(calls)} lines of the table were compared."
+    )
+    return 1 if counts["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
