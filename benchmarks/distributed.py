@@ -97,11 +97,11 @@ def worker() -> None:
     settled: list[int] = []
     plain_settle = partial_sums._settle
 
-    def settle(group: Any, partials: Any, whole: Any, lists: Any) -> None:
+    def round_ball(group: Any, partials: Any, whole: Any, lists: Any) -> None:
         settled.append(sum(map(len, lists)))
         plain_settle(group, partials, whole, lists)
 
-    partial_sums._settle = settle
+    partial_sums._settle = round_ball
     results: dict[str, Any] = {}
     with distributed.joined(64):
         for case in CASES:

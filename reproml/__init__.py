@@ -15,18 +15,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from reproml.digest import digest as digest
+from reproml.errors import NotExactError as NotExactError
+from reproml.errors import ReproError as ReproError
 from reproml.tracing import trace as trace
-
-__version__ = "0.1.0"
+from reproml.versions import __version__ as __version__
 
 if TYPE_CHECKING:
-    from reproml.arithmetic import NotExactError as NotExactError
-    from reproml.arithmetic import exact as exact
+    from reproml.arithmetic.context import exact as exact
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("exact", "NotExactError"):
+    if name != "exact":
         raise AttributeError(f"module 'reproml' has no attribute {name!r}")
-    from reproml import arithmetic
+    from reproml.arithmetic.context import exact
 
-    return getattr(arithmetic, name)
+    return exact

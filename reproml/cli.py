@@ -14,8 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-from reproml.arithmetic import NotExactError
-from reproml.errors import ReproError
+from reproml.errors import NotExactError, ReproError
 from reproml.terminal import Terminal
 
 if TYPE_CHECKING:

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data.distributed import DistributedSampler
 
-from reproml.arithmetic import NotExactError, patches
+from reproml.arithmetic import state
 from reproml.arithmetic.distributed.partial_sums import Group
 from reproml.arithmetic.distributed.pending import Pending, at_end_of_backward, raw
 from reproml.arithmetic.distributed.sharded import Rows, Sharded, gathered, share
-from reproml.errors import ReproError
+from reproml.errors import NotExactError, ReproError
 
 _TIMEOUT = timedelta(
     minutes=10
@@ -106,7 +106,7 @@ class DistributedDataParallel(nn.Module):
     """
 
     def __new__(cls, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if patches.active.depth == 0:
+        if state.active.depth == 0:
             return nn.parallel.DistributedDataParallel(module, *args, **kwargs)
         return super().__new__(cls)
 
@@ -132,7 +132,7 @@ class DistributedDataParallel(nn.Module):
         _wrapped.add(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if patches.active.depth == 0:
+        if state.active.depth == 0:
             raise ReproError(
                 "a model that was wrapped within reproml.exact() was called outside of it; "
                 "put the training loop inside"
@@ -209,7 +209,7 @@ _plain_iter = DistributedSampler.__iter__
 def _iter(sampler: DistributedSampler[Any]) -> Iterator[Any]:
     """Its samples, unless PyTorch would repeat or drop some so that all workers have the same number."""
     samples, workers = len(sampler.dataset), sampler.num_replicas  # type: ignore[arg-type]
-    if patches.active.depth and samples % workers:
+    if state.active.depth and samples % workers:
         raise ReproError(
             f"DistributedSampler deals {samples} samples to {workers} workers by repeating or dropping "
             f"some, so that the batches depend on the number of workers; give it a multiple of {workers}, "
@@ -284,4 +284,4 @@ def rows(batch: Tensor) -> Tensor:
     if not dist.is_initialized():
         return batch
     group = workers()
-    return share(batch, group) if patches.active.depth else batch[group.rank :: group.size]
+    return share(batch, group) if state.active.depth else batch[group.rank :: group.size]

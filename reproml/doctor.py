@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from reproml import environment
-from reproml.arithmetic import DEFINITIONS
 from reproml.pipeline.run import Number, read_record
+from reproml.versions import DEFINITIONS
 
 _GROUPS = ("arithmetic", "versions", "machine", "torch", "variables")
 _ABSENT = "not recorded"

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from reproml import __version__
+from reproml.versions import __version__
 
 _PACKAGES = ("torch", "numpy", "safetensors", "scikit-learn", "msgspec")
 

@@ -1,4 +1,4 @@
-"""The one exception for bad input."""
+"""The exceptions that reproml raises on purpose."""
 
 
 class ReproError(Exception):
@@ -6,3 +6,7 @@ class ReproError(Exception):
 
     The command line prints it without a traceback and exits with 2.
     """
+
+
+class NotExactError(RuntimeError):
+    """An operator has no exact definition here; the message names it, its operands and the caller."""

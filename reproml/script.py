@@ -32,12 +32,12 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from reproml.arithmetic import DEFINITIONS
 from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.files import write_whole
 from reproml.pipeline.train import numerics_mode
 from reproml.tracing import trace
+from reproml.versions import DEFINITIONS
 
 
 @dataclass

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from reproml import cli
-from reproml.arithmetic import NotExactError
 from reproml.cli import main
+from reproml.errors import NotExactError
 from reproml.pipeline import golden
 from reproml.pipeline import run as runs
 from reproml.pipeline.checkpoint import paths_in

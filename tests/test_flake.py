@@ -155,7 +155,7 @@ def test_weights_have_the_golden_hash(name):
     assert 'outputHash = golden."weights.safetensors.sha256";' in steps
     assert '= golden."recipe.canonical_json.sha256";' in steps
     flake = (ROOT / "flake.nix").read_text("utf-8")
-    assert 'builtins.pathExists (./reproml/recipes + "/${recipe}.toml")' in flake
+    assert 'builtins.pathExists (./reproml/pipeline/recipes + "/${recipe}.toml")' in flake
 
 
 def test_there_are_recipes():

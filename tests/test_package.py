@@ -99,10 +99,10 @@ def test_wheel_carries_recipes_and_golden_files(tmp_path):
         f"reproml/pipeline/recipes/{path.name}"
         for path in ROOT.glob("reproml/pipeline/recipes/*.toml")
     }
-    golden = {f"reproml/golden_files/{path.name}" for path in ROOT.glob("golden/*.json")}
+    golden = {f"reproml/pipeline/golden_files/{path.name}" for path in ROOT.glob("golden/*.json")}
     modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("reproml/**/*.py")}
     assert recipes and golden
-    assert inside >= recipes | golden | modules | {"reproml/report.html"}
+    assert inside >= recipes | golden | modules | {"reproml/pipeline/report.html"}
 
 
 def test_the_public_names_are_functions_whatever_was_imported_before() -> None:

@@ -143,11 +143,11 @@ def prepare(folder: Path) -> None:
         (folder / "mnist" / name).write_bytes(idx(chance.integers(0, top, shape, np.uint8)))
     assert call(["golden", "--recipe", "./digits.toml"])[0] == 0
     assert call(["train", "--recipe", "./digits.toml"])[0] == 0
-    plain = Checkpoints.delete
+    reference = Checkpoints.delete
     Checkpoints.delete = lambda self: None  # type: ignore[method-assign]
     begin = [*TRAIN, "--recipe", "./digits.toml", "--out", "runs/begun", "--checkpoint-every", "2"]
     assert call(begin)[0] == 0
-    Checkpoints.delete = plain  # type: ignore[method-assign]
+    Checkpoints.delete = reference  # type: ignore[method-assign]
     shutil.rmtree(folder / "runs/begun")
     for name, level in (("one", "step"), ("two", "op")):
         with reproml.trace(f"{name}.trace", level):

@@ -192,7 +192,7 @@ def dot(a: Any, b: Any) -> Real:
     return total([x * y for x, y in zip(np.ravel(a), np.ravel(b))])
 
 
-def single(x: float) -> Real:
+def float32_scalar(x: float) -> Real:
     """A Python number as it meets a float32 tensor."""
     return Real(struct_float32(x))
 

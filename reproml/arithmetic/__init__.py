@@ -21,22 +21,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# The version of the definitions: which exact value each operator returns. A golden file records it.
-# It is raised when, and only when, some operator is given another definition.
-DEFINITIONS = 1
-
-
-class NotExactError(RuntimeError):
-    """An operator has no exact definition here; the message names it, its operands and the caller."""
-
+from reproml.errors import NotExactError as NotExactError
+from reproml.versions import DEFINITIONS as DEFINITIONS
 
 if TYPE_CHECKING:
-    from reproml.arithmetic.handlers import exact as exact
+    from reproml.arithmetic.context import exact as exact
 
 
 def __getattr__(name: str) -> Any:
     if name == "exact":  # loads PyTorch, so not before it is asked for
-        from reproml.arithmetic.handlers import exact
+        from reproml.arithmetic.context import exact
 
         return exact
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

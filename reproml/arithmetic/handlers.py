@@ -11,21 +11,18 @@ Every operator below autograd comes here (dispatch.py), the backward ones includ
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import threading
 import traceback
-import warnings
 from collections.abc import Sequence
-from contextlib import ContextDecorator
 from typing import Any, Callable
 
 import torch
 from torch import Tensor
 
-from reproml.arithmetic import NotExactError, operator_table, patches
-from reproml.arithmetic.dispatch import deferred, dispatcher
+from reproml.arithmetic import operator_table, state
+from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.schema import tensors
+from reproml.errors import NotExactError
 
 Handler = Callable[..., Any]
 
@@ -36,10 +33,13 @@ def handler(func: Any) -> Handler:
     if not name.startswith("aten::"):
         return func if name.startswith(("profiler::", "prim::")) else _guarded(func)
     name = name[len("aten::") :]
-    if f"{name.rstrip('_')}.{func._overloadname.replace('_out', '')}" in operator_table.NOT_MOVES:
+    if (
+        f"{name.rstrip('_')}.{func._overloadname.replace('_out', '')}"
+        in operator_table.COMPUTING_OVERLOADS
+    ):
         return _guarded(func)
     if name not in operator_table.EXACT and (
-        name in operator_table.MOVES or name.rstrip("_") in operator_table.MOVES
+        name in operator_table.DATA_MOVEMENT or name.rstrip("_") in operator_table.DATA_MOVEMENT
     ):
         return _strided(func)
     if name in operator_table.CASTS:
@@ -62,7 +62,7 @@ def _for_each(name: str, func: Any) -> Handler:
     plain = {"norm": "linalg_vector_norm"}.get(plain, plain)
     if plain in operator_table.EXACT:
         exact = _for_float32(plain, getattr(torch.ops.aten, plain))
-    elif plain in operator_table.MOVES:
+    elif plain in operator_table.DATA_MOVEMENT:
         exact = _strided(getattr(torch.ops.aten, plain))
     else:
         return _guarded(func)
@@ -130,7 +130,7 @@ def _for_float32(name: str, func: Any, outputs: Sequence[str] = ()) -> Handler:
     in_place = tuple(outputs) == ("self",)
 
     def exact(*args: Any, **kwargs: Any) -> Any:
-        if not kwargs and _plainly_float32(args):
+        if not kwargs and _all_float32(args):
             if not outputs:
                 return definitions[name](*args)
             if in_place and name in operator_table.IN_PLACE:
@@ -152,7 +152,7 @@ def _for_float32(name: str, func: Any, outputs: Sequence[str] = ()) -> Handler:
     return exact
 
 
-def _plainly_float32(args: Any) -> bool:
+def _all_float32(args: Any) -> bool:
     """Whether the first operand is float32 and all others are float32 or no floats: the usual case."""
     first = True
     for x in args:
@@ -175,11 +175,11 @@ def _is_exact(name: str, given: list[Tensor], args: list[Any]) -> bool:
     """Whether the definition applies: False for integers alone. Raises where it would not be exact."""
     if any(isinstance(x, complex) for x in args):
         raise NotExactError("it is not defined for complex numbers")
-    single = any(x.dtype is torch.float32 and x.dim() for x in given)
+    beside_float32 = any(x.dtype is torch.float32 and x.dim() for x in given)
     for x in given:
         if x.layout is not torch.strided:
             raise NotExactError(f"it is not defined for layout {x.layout}")
-        if x.dtype is torch.float64 and not x.dim() and single:
+        if x.dtype is torch.float64 and not x.dim() and beside_float32:
             continue  # beside a float32 tensor it counts like a Python number
         if _inexact(x) and x.dtype is not torch.float32:
             raise NotExactError(f"it is defined for float32, not for {x.dtype}")
@@ -241,82 +241,10 @@ def _caller() -> str:
     return "an unknown line"
 
 
-def _flushes_subnormals() -> bool:
-    """Whether some thread does; it is a setting of each, which those of a pool have from their start."""
-    threads = torch.get_num_threads()
-    size = (
-        1 if threads == 1 else (threads + 1) << 15
-    )  # PyTorch gives a thread 2^15 elements or more
-    x = torch.full((size,), 2.0**-140, dtype=torch.float32, device="cpu").mul(1)
-    return int(x.count_nonzero()) < size
-
-
-def _refused(error: NotExactError, func: Any, args: Any, kwargs: Any) -> Any:
-    if patches.active.passed is not None:
-        patches.active.passed.setdefault(str(func), _caller())
+def refused(error: NotExactError, func: Any, args: Any, kwargs: Any) -> Any:
+    if state.active.passed is not None:
+        state.active.passed.setdefault(str(func), _caller())
         return func(*args, **kwargs)
     if getattr(error, "named", False):
         raise error
     raise refusal(func, args, str(error)) from None
-
-
-dispatcher.install(handler, _refused, operator_table.VIEWS, operator_table.COPIES)
-
-
-class exact(ContextDecorator):  # noqa: N801 (used like a function: `with reproml.exact():`)
-    """Every floating-point operator inside returns the correctly rounded result, or raises.
-
-        with reproml.exact():
-            train()
-
-        @reproml.exact()
-        def train(): ...
-
-    Raises NotExactError for an operator that has no exact definition; with `on_unknown="warn"` such
-    operators run natively, and a warning at the end lists all that may have cost the guarantee. Use
-    inside another exact() is allowed and changes nothing. Like every mode of PyTorch it holds for the
-    thread that enters it.
-    """
-
-    def __init__(self, on_unknown: str = "raise") -> None:
-        if on_unknown not in ("raise", "warn"):
-            raise ValueError(f"on_unknown must be 'raise' or 'warn', not {on_unknown!r}")
-        self._on_unknown = on_unknown
-
-    def __call__(self, func: Any) -> Any:
-        if inspect.isgeneratorfunction(func) or inspect.iscoroutinefunction(func):
-            raise TypeError(
-                f"reproml.exact() does not reach into {func.__name__}, which runs after it returned; "
-                "use `with reproml.exact():` inside."
-            )
-        return super().__call__(func)
-
-    def __enter__(self) -> exact:
-        depth = patches.active.depth
-        if depth == 0:
-            with torch.device("cpu"):  # it cannot be imported with "meta" for a default device
-                importlib.import_module("torch._dynamo")  # optimizers do; here it meets no mode
-
-            if _flushes_subnormals():
-                raise NotExactError(
-                    "Subnormal numbers are flushed to zero; torch.set_flush_denormal(False)."
-                )
-            patches.take_over()
-            patches.active.passed = {} if self._on_unknown == "warn" else None
-            dispatcher.include(True)
-        patches.active.depth = depth + 1
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        patches.active.depth -= 1
-        if patches.active.depth == 0:
-            dispatcher.include(False)
-            try:
-                deferred.settle_all()
-            finally:
-                patches.give_back()
-            if patches.active.passed:
-                listed = ", ".join(f"{op} ({at})" for op, at in patches.active.passed.items())
-                warnings.warn(
-                    f"not exact, so the bits may differ elsewhere: {listed}", stacklevel=2
-                )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import torch
 import torch._tensor_str
@@ -26,6 +26,7 @@ import torch.optim.lr_scheduler
 from torch.autograd.profiler import record_function
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler
 
+from reproml.arithmetic import state
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.numerics.libm import ExactMath, ExactPower
 from reproml.arithmetic.operators import optimizers, random
@@ -44,68 +45,60 @@ _exact_math: Any = ExactMath()
 _USERS_OF_MATH: list[Any] = [torch.nn.init, torch.optim.lr_scheduler]
 
 
-_plain_trunc_normal = torch.nn.init._no_grad_trunc_normal_
+_original_trunc_normal = torch.nn.init._no_grad_trunc_normal_
 
 
 def _trunc_normal(*args: Any, **kwargs: Any) -> Any:
-    if not active.depth:
-        return _plain_trunc_normal(*args, **kwargs)
+    if not state.active.depth:
+        return _original_trunc_normal(*args, **kwargs)
     return random.trunc_normal_(*args, **kwargs)
 
 
-_plain_enter, _plain_exit = record_function.__enter__, record_function.__exit__
+_original_enter, _original_exit = record_function.__enter__, record_function.__exit__
 
 
 def _enter_mark(self: Any) -> Any:
-    if active.depth and not torch._C._autograd._profiler_enabled():
+    if state.active.depth and not torch._C._autograd._profiler_enabled():
         return self
-    return _plain_enter(self)
+    return _original_enter(self)
 
 
 def _exit_mark(self: Any, *exc: Any) -> None:
     if self.record is not None:  # what was not entered is not left
-        _plain_exit(self, *exc)
+        _original_exit(self, *exc)
 
 
-_plain_text = torch._tensor_str._str
+_original_text = torch._tensor_str._str
 
 
 def _text(*args: Any, **kwargs: Any) -> Any:
     with dispatcher.natively():
-        return _plain_text(*args, **kwargs)
+        return _original_text(*args, **kwargs)
 
 
-_plain_step = LRScheduler.step
-_plain_range = CyclicLR._exp_range_scale_fn
+_original_step = LRScheduler.step
+_original_range = CyclicLR._exp_range_scale_fn
 
 
 def _step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """A scheduler's step with `**` correctly rounded: what it takes powers of is one for so long."""
     taken: dict[str, float] = {}
-    for name in ("gamma", "power") if active.depth else ():
+    for name in ("gamma", "power") if state.active.depth else ():
         value = getattr(scheduler, name, None)
         if isinstance(value, (int, float)):
             taken[name] = value
             setattr(scheduler, name, ExactPower(value))
     try:
-        return _plain_step(scheduler, *args, **kwargs)
+        return _original_step(scheduler, *args, **kwargs)
     finally:
         _set(scheduler, **taken)
 
 
 def _range(gamma: float, x: float) -> float:
-    result: float = _plain_range(ExactPower(gamma) if active.depth else gamma, x)
+    result: float = _original_range(ExactPower(gamma) if state.active.depth else gamma, x)
     return float(result)
 
 
-class _Active(threading.local):
-    """How many `exact()` this thread is in, and what it lets pass."""
-
-    depth = 0
-    passed: Optional[dict[str, str]] = None  # operators let through natively -> the first caller
-
-
-active = _Active()
 _lock = threading.Lock()
 _users = 0
 _before: list[bool] = []
@@ -117,7 +110,7 @@ def _set(owner: Any, **attributes: Any) -> None:
         setattr(owner, name, value)
 
 
-def take_over() -> None:
+def apply() -> None:
     """Change all of it, until as many calls of `give_back`."""
     global _users, _stance
     with _lock:
@@ -136,10 +129,10 @@ def take_over() -> None:
         _set(record_function, __enter__=_enter_mark, __exit__=_exit_mark)
         _set(LRScheduler, step=_step)
         _set(CyclicLR, _exp_range_scale_fn=staticmethod(_range))
-        optimizers.take_over(lambda: active.depth > 0)
+        optimizers.apply(lambda: state.active.depth > 0)
 
 
-def give_back() -> None:
+def restore() -> None:
     """Undo one `take_over`."""
     global _users
     with _lock:
@@ -151,9 +144,9 @@ def give_back() -> None:
             set_to(value)
         for module in _USERS_OF_MATH:
             module.math = math
-        torch.nn.init._no_grad_trunc_normal_ = _plain_trunc_normal
-        _set(torch._tensor_str, _str=_plain_text)
-        _set(record_function, __enter__=_plain_enter, __exit__=_plain_exit)
-        _set(LRScheduler, step=_plain_step)
-        _set(CyclicLR, _exp_range_scale_fn=staticmethod(_plain_range))
-        optimizers.give_back()
+        torch.nn.init._no_grad_trunc_normal_ = _original_trunc_normal
+        _set(torch._tensor_str, _str=_original_text)
+        _set(record_function, __enter__=_original_enter, __exit__=_original_exit)
+        _set(LRScheduler, step=_original_step)
+        _set(CyclicLR, _exp_range_scale_fn=staticmethod(_original_range))
+        optimizers.restore()

@@ -29,8 +29,8 @@ from typing import Any, Callable, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from reproml.arithmetic import exact
 from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.context import exact
 
 
 class Fault(Exception):
@@ -367,8 +367,8 @@ def _widening() -> None:
     draw = random.Random(2)
     whole = [draw.getrandbits(1 + i % 53) * (-1) ** i for i in range(1001)]
     there = torch.tensor(whole).repeat(-(-_threaded() // len(whole)))
-    exactly = [nearest(Fraction(k), DOUBLE) for k in whole]
-    case = _Bits([(x,) for x in exactly], exactly, DOUBLE, DOUBLE)
+    expected = [nearest(Fraction(k), DOUBLE) for k in whole]
+    case = _Bits([(x,) for x in expected], expected, DOUBLE, DOUBLE)
     _compare("cast of int64 to float64", there.double(), case)
     wrong = (there.double().long() != there).nonzero()
     if len(wrong):
@@ -494,10 +494,10 @@ def _wide(*shape: int, spread: int = 20) -> Tensor:
 
 def _within(name: str, found: float, terms: Sequence[int], scale: int) -> None:
     """Raise Fault unless |found - sum of the terms| <= gamma_n * sum of their absolute values."""
-    exactly = Fraction(sum(terms), scale)
+    exact_sum = Fraction(sum(terms), scale)
     bound = _gamma(len(terms)) * Fraction(sum(map(abs, terms)), scale)
-    if not math.isfinite(found) or abs(Fraction(found) - exactly) > bound:
-        right = f"{float(exactly)!r} within {float(bound):.3g}"
+    if not math.isfinite(found) or abs(Fraction(found) - exact_sum) > bound:
+        right = f"{float(exact_sum)!r} within {float(bound):.3g}"
         raise Fault(name, [f"{len(terms)} terms"], right, repr(found))
 
 
@@ -536,9 +536,9 @@ def _product_bound() -> None:
         }
         for name, product in _PRODUCTS.items():
             c = product(a, b)
-            for (i, j), exactly in terms.items():
+            for (i, j), exact_sum in terms.items():
                 title = f"{name}, element [{i}, {j}] of float64 [{m}, {k}] @ [{k}, {n}],"
-                _within(title, float(c[i, j]), exactly, _SCALE**2)
+                _within(title, float(c[i, j]), exact_sum, _SCALE**2)
 
 
 def _product_of_integers() -> None:
@@ -600,12 +600,12 @@ def _mt19937() -> None:
     words = drawn(20_002)
     # The C++ standard ([rand.predef]) gives this one.
     _same("mt19937 of Python", "its 10,000th draw", 4123659995, words[9999])
-    single = torch.rand(20_001, generator=stream()).double().mul(2.0**24).long().tolist()
+    singles = torch.rand(20_001, generator=stream()).double().mul(2.0**24).long().tolist()
     double = (
         torch.rand(10_001, generator=stream(), dtype=torch.float64).mul(2.0**53).long().tolist()
     )
     order = torch.randperm(10_001, generator=stream()).tolist()
-    for i, found in enumerate(single):
+    for i, found in enumerate(singles):
         _same("torch.rand in float32", f"draw {i}", words[i] & 0xFF_FFFF, found)
     for i, found in enumerate(double):
         right = (words[2 * i] << 32 | words[2 * i + 1]) & (1 << 53) - 1
@@ -670,8 +670,8 @@ def _compiled_loops() -> Optional[str]:
     for name, (shapes, function) in _SAMPLES.items():
         compiled = _train(shapes, function)
         with _without_compiled_loops():
-            plain = _train(shapes, function)
-        for part, (found, right) in enumerate(zip(compiled, plain)):
+            reference = _train(shapes, function)
+        for part, (found, right) in enumerate(zip(compiled, reference)):
             bits, expected = (x.contiguous().view(torch.int32).reshape(-1) for x in (found, right))
             wrong = (bits != expected).nonzero()
             if len(wrong):

@@ -22,11 +22,11 @@ import msgspec
 import safetensors.torch
 from safetensors import SafetensorError
 
-from reproml.arithmetic import DEFINITIONS
 from reproml.errors import ReproError
 from reproml.files import sync_folder, write_whole
 from reproml.pipeline.recipe import Recipe
 from reproml.pipeline.train import Epoch, State, Training
+from reproml.versions import DEFINITIONS
 
 FORMAT = 1
 KEPT = 2

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reproml.arithmetic import DEFINITIONS
 from reproml.errors import ReproError
 from reproml.files import write_whole
 from reproml.pipeline.run import METRICS, Items, Number, items_json, read_items
+from reproml.versions import DEFINITIONS
 
 _INSTALLED = Path(__file__).parent / "golden_files"
 _MISSING = Number("missing")  # unlike any value of an item

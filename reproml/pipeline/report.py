@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from reproml import doctor
-from reproml.arithmetic import exact
+from reproml.arithmetic.context import exact
 from reproml.diff import compare
 from reproml.diff.compare import Divergence
 from reproml.errors import ReproError

@@ -32,7 +32,6 @@ from safetensors import SafetensorError
 from torch import nn
 
 from reproml import distributed, environment
-from reproml.arithmetic import DEFINITIONS
 from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.files import locked, partial, sync_folder, write
@@ -44,6 +43,7 @@ from reproml.pipeline.preprocess import Prepared, preprocess
 from reproml.pipeline.recipe import Recipe
 from reproml.pipeline.train import Training, shapes, train
 from reproml.tracing import trace as start_trace
+from reproml.versions import DEFINITIONS
 
 # Name of an item: its value. The order is the pipeline's, so the first difference is the cause.
 Items = dict[str, Union[str, int, float, None]]

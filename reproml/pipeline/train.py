@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from reproml import distributed
-from reproml.arithmetic import exact
+from reproml.arithmetic.context import exact
 from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.pipeline import models

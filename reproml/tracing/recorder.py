@@ -36,12 +36,13 @@ from torch.optim.optimizer import (
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from reproml import environment
-from reproml.arithmetic import DEFINITIONS, patches
+from reproml.arithmetic import state
 from reproml.arithmetic.dispatch.schema import tensors
 from reproml.digest import digest
 from reproml.tracing.chain import Writer
 from reproml.tracing.fingerprint import fingerprints, first, measure, unseen
 from reproml.tracing.operators import Operators
+from reproml.versions import DEFINITIONS
 
 RERUN = "REPROML_TRACE_RERUN"  # see rerun.py
 _SAMPLE = (
@@ -299,7 +300,7 @@ class Recorder:
                 "entry": "optimizer",
                 "optimizer": number,
                 "kind": type(optimizer).__name__,
-                "numerics": "exact" if patches.active.depth else "native",
+                "numerics": "exact" if state.active.depth else "native",
                 "settings": [
                     {k: repr(v) for k, v in sorted(g.items()) if k != "params"} for g in groups
                 ],

@@ -34,7 +34,7 @@ def numbers(shape: tuple[int, ...], kind: str = "normal", seed: int = 0) -> torc
     return x
 
 
-def plain(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def reference(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """The function's result without the compiled loops."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(kernels, "library", None)
@@ -43,7 +43,7 @@ def plain(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 
 def agree(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Assert that both forms give the same bits; return the result."""
-    found, expected = function(*arguments, **options), plain(function, *arguments, **options)
+    found, expected = function(*arguments, **options), reference(function, *arguments, **options)
     for x, y in zip(*((r if isinstance(r, tuple) else (r,)) for r in (found, expected))):
         assert (x is None and y is None) or same_bits(x, y), (function, [str(a) for a in arguments])
     return found

@@ -71,12 +71,12 @@ def dummy(kind: str, dtype: torch.dtype) -> Any:
         return torch.full((2, 2), 0.75, dtype=dtype)
     if kind in ("List[Tensor]", "List[Optional[Tensor]]", "Optional[List[Tensor]]"):
         return [torch.full((2, 2), 0.75, dtype=dtype)]
-    plain = {"int": 1, "float": 0.5, "bool": False, "number": 0.5, "str": "", "Scalar": 0.5}
-    plain.update({"complex": 1j, "Device": "cpu", "ScalarType": 6, "Layout": 0})
-    if kind in plain:
-        return plain[kind]
+    reference = {"int": 1, "float": 0.5, "bool": False, "number": 0.5, "str": "", "Scalar": 0.5}
+    reference.update({"complex": 1j, "Device": "cpu", "ScalarType": 6, "Layout": 0})
+    if kind in reference:
+        return reference[kind]
     if kind in ("List[int]", "List[bool]", "List[float]", "List[number]"):
-        return [plain[kind[5:-1]]] * 2
+        return [reference[kind[5:-1]]] * 2
     return None
 
 
@@ -149,7 +149,11 @@ def test_other_floats_are_refused(dtype):
         warnings.simplefilter("ignore")
         for func in OF_KIND["exact"] + OF_KIND["each of a list"] + OF_KIND["moved or cast"]:
             name = func._schema.name[len("aten::") :].replace("_foreach_", "").rstrip("_")
-            moved = name in operator_table.MOVES or name in operator_table.CASTS or name == "copy"
+            moved = (
+                name in operator_table.DATA_MOVEMENT
+                or name in operator_table.CASTS
+                or name == "copy"
+            )
             if (moved and not dtype.is_complex) or not takes_tensors(func) or name + "_" in VIEWS:
                 continue
             if name in operator_table.VIEWS | operator_table.COPIES:
@@ -165,7 +169,7 @@ def takes_tensors(func: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    "key", sorted({*operator_table.EXACT, *operator_table.MOVES, *operator_table.CASTS})
+    "key", sorted({*operator_table.EXACT, *operator_table.DATA_MOVEMENT, *operator_table.CASTS})
 )
 def test_every_name_of_the_table_is_an_operator(key):
     packet = getattr(torch.ops.aten, key)
@@ -203,8 +207,8 @@ class MoveChecker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name[len("aten::") :]
-        key = name if name in operator_table.MOVES else name.rstrip("_")
-        if key not in operator_table.MOVES or "empty" in key or key == "resize_":
+        key = name if name in operator_table.DATA_MOVEMENT else name.rstrip("_")
+        if key not in operator_table.DATA_MOVEMENT or "empty" in key or key == "resize_":
             return func(*args, **kwargs)
         with dispatcher.natively():
             before = tree_map(memory_of, [args, kwargs])
@@ -241,7 +245,7 @@ def test_moves_only_move():
         warnings.simplefilter("ignore")
         for op in op_db.operators():
             key = op.name.rsplit(".", 1)[-1]
-            if key not in operator_table.MOVES and "pad" not in key and "pool" not in key:
+            if key not in operator_table.DATA_MOVEMENT and "pad" not in key and "pool" not in key:
                 continue
             for sample, _ in islice(op_db.samples(op), 5):
                 try:

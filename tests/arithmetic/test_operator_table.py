@@ -33,7 +33,7 @@ from tests.arithmetic.strategies import (
     tensors,
 )
 from verification import oracle as o
-from verification.oracle import Real, check, dot, real, reals, rounded, single, total
+from verification.oracle import Real, check, dot, float32_scalar, real, reals, rounded, total
 
 aten = torch.ops.aten
 HALF = Fraction(1, 2)
@@ -158,8 +158,8 @@ def product(a: Any, b: Any, bias: Any = None, alpha: float = 1, beta: float = 1)
     for i in np.ndindex(out.shape):
         *batch, m, n = i
         c = dot(a[(*batch, m)], b[(*batch, slice(None), n)])
-        c = c if alpha == 1 else single(alpha) * c
-        c = c if bias is None or beta == 0 else c + single(beta) * bias[i]
+        c = c if alpha == 1 else float32_scalar(alpha) * c
+        c = c if bias is None or beta == 0 else c + float32_scalar(beta) * bias[i]
         out[i] = c if c.v != 0 else Real(0)
     return out
 
@@ -210,14 +210,14 @@ def density(x: Any) -> Any:
 
 
 def elu(x: Any, alpha: float = 1, scale: float = 1, inner: float = 1) -> Any:
-    a, s, i = single(alpha), single(scale), single(inner)
+    a, s, i = float32_scalar(alpha), float32_scalar(scale), float32_scalar(inner)
     return x * s if x > 0 or x.v != x.v else s * a * o.expm1(i * x)
 
 
 def elu_backward(g: Any, x: Any, a: float, s: float, i: float, is_result: bool) -> Any:
     if x > 0:
-        return g * single(s)
-    a_, s_, i_ = single(a), single(s), single(i)
+        return g * float32_scalar(s)
+    a_, s_, i_ = float32_scalar(a), float32_scalar(s), float32_scalar(i)
     return g * i_ * (x + s_ * a_) if is_result else g * i_ * s_ * a_ * o.exp(i_ * x)
 
 
@@ -780,15 +780,15 @@ PAIRS = st.one_of(
 )
 
 CASES: dict[str, list[Case]] = {
-    "add": [each(lambda x, y: x + y, 2), each(lambda x, y, alpha: x + single(alpha) * y, 2, alpha=0.3)],
-    "sub": [each(lambda x, y: x - y, 2), each(lambda x, y, alpha: x + single(-alpha) * y, 2, alpha=3)],
-    "rsub": [each(lambda x, y: y - x, 2), each(lambda x, y, alpha: y + single(-alpha) * x, 2, alpha=0.1)],
+    "add": [each(lambda x, y: x + y, 2), each(lambda x, y, alpha: x + float32_scalar(alpha) * y, 2, alpha=0.3)],
+    "sub": [each(lambda x, y: x - y, 2), each(lambda x, y, alpha: x + float32_scalar(-alpha) * y, 2, alpha=3)],
+    "rsub": [each(lambda x, y: y - x, 2), each(lambda x, y, alpha: y + float32_scalar(-alpha) * x, 2, alpha=0.1)],
     "mul": [each(lambda x, y: x * y, 2)],
     "div": [each(lambda x, y: x / y, 2)],
     "reciprocal": [each(lambda x: 1 / x)],
     "sqrt": [each(o.sqrt)],
-    "addcmul": [each(lambda x, a, b, value: x + single(value) * a * b, 3, FINITE, value=0.7)],
-    "addcdiv": [each(lambda x, a, b, value: x + single(value) * a / b, 3, FINITE, value=-0.7)],
+    "addcmul": [each(lambda x, a, b, value: x + float32_scalar(value) * a * b, 3, FINITE, value=0.7)],
+    "addcdiv": [each(lambda x, a, b, value: x + float32_scalar(value) * a / b, 3, FINITE, value=-0.7)],
     "lerp": [each(lambda x, y, w: x + w * (y - x), 3, FINITE)],
     "rsqrt": [each(lambda x: 1 / o.sqrt(x))],
     "sum": [reduced(total)],
@@ -899,10 +899,10 @@ CASES: dict[str, list[Case]] = {
     "log_sigmoid_forward": [each(lambda x: -o.softplus(-x), 1, FINITE)],
     "log_sigmoid_backward": [Case(broadcast(2, MODERATE).map(lambda t: (*t, torch.empty(0))),
                                   lambda g, x, _: each(lambda g, x: g * o.sigmoid(-x), 2).oracle(g, x))],
-    "leaky_relu": [each(lambda x: x if x > 0 else x * single(0.01))],
+    "leaky_relu": [each(lambda x: x if x > 0 else x * float32_scalar(0.01))],
     "leaky_relu_backward": [Case(broadcast(2).map(lambda t: (*t, 0.01, False)),
                                  lambda g, x, s, _: each(
-                                     lambda g, x: g if x > 0 else g * single(s), 2).oracle(g, x))],
+                                     lambda g, x: g if x > 0 else g * float32_scalar(s), 2).oracle(g, x))],
     "_prelu_kernel": [each(lambda x, w: x if x > 0 else x * w, 2)],
     "_prelu_kernel_backward": [Case(st.tuples(tensors((4,)), tensors((4,)), tensors((4,))),
                                     lambda g, x, w: (
@@ -951,28 +951,28 @@ CASES: dict[str, list[Case]] = {
 
 # Keys whose tests are elsewhere: module and a function of it.
 ELSEWHERE = {
-    "arange": "test_randomness.test_arange",
-    "linspace": "test_randomness.test_linspace",
-    "signbit": "test_mode.test_sign_of_nan",
-    "randint": "test_randomness.test_integers",
-    "random_": "test_randomness.test_integers",
-    "randperm": "test_randomness.test_integers",
-    "multinomial": "test_randomness.test_multinomial",
-    "rand": "test_randomness.test_rand_is_pytorch_s_own",
-    "rand_like": "test_randomness.test_rand_is_pytorch_s_own",
-    "native_dropout": "test_randomness.test_dropout_is_one_on_all_devices",
-    "native_dropout_backward": "test_randomness.test_dropout_is_one_on_all_devices",
-    "uniform_": "test_randomness.test_uniform",
-    "randn": "test_randomness.test_normal",
-    "randn_like": "test_randomness.test_normal",
-    "normal": "test_randomness.test_normal",
-    "normal_": "test_randomness.test_normal",
-    "bernoulli": "test_randomness.test_bernoulli",
-    "bernoulli_": "test_randomness.test_bernoulli",
-    "exponential_": "test_randomness.test_exponential",
-    "_fused_adam_": "test_optimizers.test_fused_operators",
-    "_fused_adamw_": "test_optimizers.test_fused_operators",
-    "_fused_sgd_": "test_optimizers.test_fused_operators",
+    "arange": "operators.test_random.test_arange",
+    "linspace": "operators.test_random.test_linspace",
+    "signbit": "test_handlers.test_sign_of_nan",
+    "randint": "operators.test_random.test_integers",
+    "random_": "operators.test_random.test_integers",
+    "randperm": "operators.test_random.test_integers",
+    "multinomial": "operators.test_random.test_multinomial",
+    "rand": "operators.test_random.test_rand_is_pytorch_s_own",
+    "rand_like": "operators.test_random.test_rand_is_pytorch_s_own",
+    "native_dropout": "operators.test_random.test_dropout_is_one_on_all_devices",
+    "native_dropout_backward": "operators.test_random.test_dropout_is_one_on_all_devices",
+    "uniform_": "operators.test_random.test_uniform",
+    "randn": "operators.test_random.test_normal",
+    "randn_like": "operators.test_random.test_normal",
+    "normal": "operators.test_random.test_normal",
+    "normal_": "operators.test_random.test_normal",
+    "bernoulli": "operators.test_random.test_bernoulli",
+    "bernoulli_": "operators.test_random.test_bernoulli",
+    "exponential_": "operators.test_random.test_exponential",
+    "_fused_adam_": "operators.test_optimizers.test_fused_operators",
+    "_fused_adamw_": "operators.test_optimizers.test_fused_operators",
+    "_fused_sgd_": "operators.test_optimizers.test_fused_operators",
 }
 
 
@@ -987,7 +987,7 @@ def form(request, monkeypatch):
 def test_each_line_of_the_table_has_a_case():
     assert set(CASES) | set(ELSEWHERE) == set(operator_table.EXACT)
     for place in ELSEWHERE.values():
-        module, function = place.split(".")
+        module, function = place.rsplit(".", 1)
         assert hasattr(importlib.import_module(f"tests.arithmetic.{module}"), function)
 
 

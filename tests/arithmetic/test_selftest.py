@@ -49,9 +49,9 @@ def test_nearest_is_pythons_division_of_integers(x):
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-3, 3))
 def test_nearest_is_the_tests_own_rounding_to_binary32(x, k):
-    exactly = Fraction(x) + k * Fraction(x) / 2**60
-    if exactly:
-        assert nearest(exactly, SINGLE) == oracle.bits_of(oracle.Real(exactly)) & 0xFFFF_FFFF
+    exact_path = Fraction(x) + k * Fraction(x) / 2**60
+    if exact_path:
+        assert nearest(exact_path, SINGLE) == oracle.bits_of(oracle.Real(exact_path)) & 0xFFFF_FFFF
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.floats(-1e-307, 1e-307))
@@ -184,12 +184,12 @@ def ulps(count: int) -> Change:
     return lambda x, args: (x.view(torch.int64) + count).view(torch.float64)
 
 
-plain_product = matmul._compiled
+reference_product = matmul._compiled
 last_product = off_by_an_ulp()
 
 
 def wrong_product(*args: Any) -> Any:
-    return last_product(plain_product(*args), args)
+    return last_product(reference_product(*args), args)
 
 
 F32, F64 = torch.float32, torch.float64

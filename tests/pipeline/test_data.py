@@ -597,7 +597,7 @@ def test_ctrl_c_during_a_download(mirror, tmp_path: Path) -> None:
     table = {name: tuple(file) for name, file in TABLE.items()}
     script = f"""
 import signal
-from reproml import data
+from reproml.pipeline import data
 signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored in a background job
 data.MNIST = {{name: data._File(*file) for name, file in {table!r}.items()}}
 data.load("mnist")

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reproml.arithmetic import DEFINITIONS
 from reproml.cli import main
 from reproml.errors import ReproError
 from reproml.pipeline import golden
 from reproml.pipeline.run import Items, Number, items_json, place
+from reproml.versions import DEFINITIONS
 from tests import tiny
 
 ITEMS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from reproml.arithmetic import exact
+from reproml.arithmetic.context import exact
 from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.pipeline.models import build

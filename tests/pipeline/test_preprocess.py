@@ -170,7 +170,7 @@ def test_workers(workers: int) -> None:
 def test_thread_count_of_a_fresh_process(threads: str) -> None:
     script = """
 import numpy as np
-from reproml import preprocess
+from reproml.pipeline import preprocess
 array = np.arange(5 * 4096, dtype=np.int64).reshape(5, 64, 64) ** 2 % 251
 table = preprocess.standardization(preprocess.histogram(array, 256))
 print(preprocess.digest({"x": preprocess.standardize(array, table)}))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from reproml.arithmetic import exact
+from reproml.arithmetic.context import exact
 from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.pipeline.recipe import Recipe

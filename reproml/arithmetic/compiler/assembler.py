@@ -155,17 +155,17 @@ class Program:
     """What c/tape.c runs; keeps its arrays alive."""
 
     def __init__(self, tape: Tape, y: Ball, rows: bool) -> None:
-        if not isinstance(y.c, Register):
+        if not isinstance(y.mid, Register):
             raise Unsupported("a constant result")
-        c = y.c + 0.0 if rows else y.c  # an exact zero of a row is +0
-        error = y.e if isinstance(y.e, Register) else tape.constant_at(float(y.e))
+        c = y.mid + 0.0 if rows else y.mid  # an exact zero of a row is +0
+        error = y.rad if isinstance(y.rad, Register) else tape.constant_at(float(y.rad))
         if isinstance(error, Register):
             if tape.scalar[error.at] and not tape.scalar[c.at]:
                 error = tape.spread(error)
             if tape.scalar[c.at] and not tape.scalar[error.at]:
                 c = tape.spread(c)
             error = error.at
-        code = _Assembler(tape, c.at, tape.constant_at(float(y.r)), error)
+        code = _Assembler(tape, c.at, tape.constant_at(float(y.rel)), error)
         straight = code.straight()
         staged, stages = code.staged()
         if len(code.reductions) > _REDUCTIONS or code.registers > _SCRATCH // 32:

@@ -20,17 +20,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reproml.arithmetic.compiler import executor
-from reproml.arithmetic.dispatch.deferred import on_device
 from reproml.arithmetic.numerics.balls import (
-    Binary64,
     Formula,
     Irrational,
-    MultiPrecision,
-    Rational,
+    MultiPrecisionContext,
+    RationalContext,
+    TensorContext,
 )
-from reproml.arithmetic.numerics.rounding import nearest, settle
+from reproml.arithmetic.numerics.devices import to_device
+from reproml.arithmetic.numerics.rounding import nearest, round_ball
 
-BINARY64 = Binary64()
+TENSORS = TensorContext()
 # A value that agrees with a midpoint of two binary32 numbers to 1,000 bits is taken to be it. This is
 # part of the contract: a term that is 2^-1000 times smaller than the rest counts as zero.
 _BITS = (120, 240, 480, 1100)
@@ -50,22 +50,22 @@ def exact_values(
     """
     rationals = [_to_fraction(np.atleast_1d(x)) for x in operands]
     try:
-        return np.asarray(_nearest(formula(Rational(), *rationals)[at]))
+        return np.asarray(_nearest(formula(RationalContext(), *rationals)[at]))
     except Irrational:
         pass
     with _lock:
         return _multi_precision(formula, rationals, at)
 
 
-_multi_precision_field = lru_cache(maxsize=None)(MultiPrecision)  # under the lock
+_multi_precision_context = lru_cache(maxsize=None)(MultiPrecisionContext)  # under the lock
 
 
 def _multi_precision(formula: Formula, rationals: Sequence[Any], at: Any) -> NDArray[Any]:
     for bits in _BITS:
-        k = _multi_precision_field(bits)
+        k = _multi_precision_context(bits)
         number = np.frompyfunc(k.number, 1, 1)
         y = formula(k, *[k.exact(number(x)) for x in rationals])
-        c, e = y.c[at], np.broadcast_to(y.error, y.c.shape)[at]
+        c, e = y.mid[at], np.broadcast_to(y.error, y.mid.shape)[at]
         e = np.where(e == e, e, k.infinity)  # 0 times infinity: nothing is known
         low, high = (_nearest(_from_mp(end)) for end in (c - e, c + e))
         same = (low == high) & (np.signbit(low) == np.signbit(high))
@@ -101,23 +101,23 @@ _CHUNK = 1 << 15
 
 
 def _wide(x: Union[Tensor, float, int], device: torch.device) -> Tensor:
-    return on_device(x, device).double()
+    return to_device(x, device).double()
 
 
 def elementwise(
     formula: Formula,
     *operands: Union[Tensor, float, int],
-    plain: Optional[Callable[..., Tensor]] = None,
-    direct: Optional[str] = None,
+    reference: Optional[Callable[..., Tensor]] = None,
+    fast: Optional[str] = None,
 ) -> Tensor:
     """The formula on each element of operands that broadcast together, rounded once to float32.
 
     plain: the whole definition on tensors, where the formula only stands for it as long as its result
     passes the rounding test. direct: the name of the formula's own loop in c/direct.c, if it has one.
     """
-    definition = plain or partial(_in_chunks, formula)
-    exactly = None if plain else partial(_exactly, formula)
-    result = executor.elementwise(formula, definition, operands, direct, exactly)
+    definition = reference or partial(_in_chunks, formula)
+    exact_path = None if reference else partial(_exactly, formula)
+    result = executor.elementwise(formula, definition, operands, fast, exact_path)
     return definition(*operands) if result is None else result
 
 
@@ -150,7 +150,7 @@ def _in_chunks(formula: Formula, *operands: Union[Tensor, float, int]) -> Tensor
 def _elementwise(formula: Formula, *operands: Union[Tensor, float, int]) -> Tensor:
     device = next(x.device for x in operands if isinstance(x, Tensor))
     wide = [_wide(x, device) for x in operands]
-    y = formula(BINARY64, *[BINARY64.exact(x) for x in wide])
+    y = formula(TENSORS, *[TENSORS.exact(x) for x in wide])
     shape = torch.broadcast_shapes(*[x.shape for x in wide])
     if not shape:
         return _elementwise(formula, *[x.reshape(1) for x in wide]).reshape(())
@@ -165,44 +165,44 @@ def _elementwise(formula: Formula, *operands: Union[Tensor, float, int]) -> Tens
     def resolve(index: Tensor) -> list[float]:
         where = torch.unravel_index(index, shape)
         rows = torch.stack([x.expand(shape)[where] for x in wide], 1).cpu().numpy()
-        return [value(row, c) for row, c in zip(rows, y.c.expand(shape)[where].tolist())]
+        return [value(row, c) for row, c in zip(rows, y.mid.expand(shape)[where].tolist())]
 
-    return settle(y.c.expand(shape), _wide(y.error, device).expand(shape), resolve)
+    return round_ball(y.mid.expand(shape), _wide(y.error, device).expand(shape), resolve)
 
 
 def rowwise(
     formula: Formula,
     dim: int,
     *operands: Tensor,
-    plain: Optional[Callable[..., Tensor]] = None,
-    direct: Optional[str] = None,
+    reference: Optional[Callable[..., Tensor]] = None,
+    fast: Optional[str] = None,
 ) -> Tensor:
     """The formula on each row along `dim`, of operands that broadcast, rounded once to float32.
 
     The formula gives a value for each element of the row, or one for each row (then `dim` has
     length 1 in the result). plain, direct: as for `elementwise`, plain on rows along the last axis.
     """
-    definition = plain or partial(_rowwise, formula, -1)
-    result = executor.rowwise(formula, definition, dim, operands, direct)
+    definition = reference or partial(_rowwise, formula, -1)
+    result = executor.rowwise(formula, definition, dim, operands, fast)
     if result is not None:
         return result
-    if plain is None:
+    if reference is None:
         return _rowwise(formula, dim, *operands)
     wide = [torch.atleast_1d(x).movedim(dim, -1) for x in torch.broadcast_tensors(*operands)]
-    result = plain(*wide).movedim(-1, dim)
+    result = reference(*wide).movedim(-1, dim)
     return result if operands[0].dim() else result.reshape(())
 
 
 def _rowwise(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
     operands = torch.broadcast_tensors(*[x.double() for x in operands])
     wide = [torch.atleast_1d(x).movedim(dim, -1) for x in operands]
-    y = formula(BINARY64, *[BINARY64.exact(x) for x in wide])
-    n = y.c.shape[-1]
+    y = formula(TENSORS, *[TENSORS.exact(x) for x in wide])
+    n = y.mid.shape[-1]
 
     def resolve(index: Tensor) -> list[float]:
         rows, counts = torch.unique_consecutive(index // n, return_counts=True)
         picked = torch.stack([x.reshape(-1, x.shape[-1])[rows] for x in wide], 1).cpu().numpy()
-        centre = y.c.reshape(-1, n)[rows].cpu().numpy()
+        centre = y.mid.reshape(-1, n)[rows].cpu().numpy()
         values: list[float] = []
         for row, c, at in zip(picked, centre, (index % n).split(counts.tolist())):
             at = at.cpu().numpy()
@@ -213,5 +213,5 @@ def _rowwise(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
         return values
 
     # + 0.0: an exact zero is +0, as the order of a sum may decide its sign natively
-    result = settle(y.c + 0.0, y.error, resolve).movedim(-1, dim)
+    result = round_ball(y.mid + 0.0, y.error, resolve).movedim(-1, dim)
     return result if operands[0].dim() else result.reshape(())

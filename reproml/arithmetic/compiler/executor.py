@@ -48,7 +48,7 @@ class _Plan(NamedTuple):
     """A program with the layout of its operands and its result."""
 
     program: Optional[Program]
-    direct: int  # the loop of c/direct.c that takes the program's place; -1 for none
+    fast: int  # the loop of c/direct.c that takes the program's place; -1 for none
     dims: int
     sizes: Any
     strides: Any
@@ -72,26 +72,26 @@ _FEW = 16
 Exactly = Callable[..., Optional[Tensor]]
 
 # The formulas that have a loop of their own, as in c/direct.c; its rows have _ROOM numbers at most.
-_DIRECT = {
+_FAST = {
     name: i
     for i, name in enumerate(
         """exp expm1 tanh sigmoid silu gelu tanh_backward sigmoid_backward silu_backward gelu_backward
         softmax log_softmax softmax_backward log_softmax_backward""".split()
     )
 }
-_ROOM, _DIRECT_STEPS = 2048, 16
+_ROOM, _FAST_STEPS = 2048, 16
 
 
 def elementwise(
     formula: Formula,
     definition: Callable[..., Tensor],
     operands: Sequence[Any],
-    direct: Optional[str] = None,
-    exactly: Optional[Exactly] = None,
+    fast: Optional[str] = None,
+    exact_path: Optional[Exactly] = None,
 ) -> Optional[Tensor]:
     """ball.elementwise by a program; None if there is none. exactly: what may do for the definition, for a
     few places where operands and value are numbers."""
-    return _evaluate(formula, definition, None, operands, direct, exactly)
+    return _evaluate(formula, definition, None, operands, fast, exact_path)
 
 
 def rowwise(
@@ -99,10 +99,10 @@ def rowwise(
     definition: Callable[..., Tensor],
     dim: int,
     operands: Sequence[Tensor],
-    direct: Optional[str] = None,
+    fast: Optional[str] = None,
 ) -> Optional[Tensor]:
     """ball.rowwise by a program; None if there is none."""
-    return _evaluate(formula, definition, dim, operands, direct)
+    return _evaluate(formula, definition, dim, operands, fast)
 
 
 def _evaluate(
@@ -110,29 +110,29 @@ def _evaluate(
     definition: Callable[..., Tensor],
     dim: Optional[int],
     operands: Sequence[Any],
-    direct: Optional[str] = None,
-    exactly: Optional[Exactly] = None,
+    fast: Optional[str] = None,
+    exact_path: Optional[Exactly] = None,
 ) -> Optional[Tensor]:
     library = kernels.library
     if library is None:
         return None
     try:
-        key = [_key(formula), dim, direct]
+        key = [_key(formula), dim, fast]
         for x in operands:
             if not x.is_cpu:
                 return None
             key += (x.dtype, x.shape, x.stride())
     except (TypeError, AttributeError):
-        return _evaluate_converted(formula, definition, dim, operands, exactly)
+        return _evaluate_converted(formula, definition, dim, operands, exact_path)
     hashed = tuple(key)
     try:
         plan = _plans[hashed]
     except KeyError:
         if len(_plans) >= _PLANS:
             _plans.clear()
-        plan = _plans[hashed] = _planned(key[0], formula, dim, operands, direct)
+        plan = _plans[hashed] = _planned(key[0], formula, dim, operands, fast)
     if plan is None:
-        return _evaluate_converted(formula, definition, dim, operands, exactly)
+        return _evaluate_converted(formula, definition, dim, operands, exact_path)
     if plan.like < 0:
         out = torch.empty(plan.shape, dtype=torch.float32, device="cpu")
     else:
@@ -142,12 +142,12 @@ def _evaluate(
     tasks = torch.get_num_threads() if plan.work > _TASK else 1
     layout = plan.dims, plan.sizes, plan.strides, pointers, failed.data_ptr(), tasks
     if plan.program is None:
-        count = library.reproml_direct(plan.direct, *layout)
-        definition, exactly = partial(_again, formula, definition, dim, exactly), None
+        count = library.reproml_direct(plan.fast, *layout)
+        definition, exact_path = partial(_again, formula, definition, dim, exact_path), None
     else:
         count = library.reproml_tape(plan.program.address, *layout)
     if count:
-        _settle(plan, definition, exactly, dim, operands, out, failed[:count].clone())
+        _settle(plan, definition, exact_path, dim, operands, out, failed[:count].clone())
     return out
 
 
@@ -155,13 +155,13 @@ def _again(
     formula: Formula,
     definition: Callable[..., Tensor],
     dim: Optional[int],
-    exactly: Optional[Exactly],
+    exact_path: Optional[Exactly],
     *operands: Tensor,
 ) -> Tensor:
     """What a direct loop left, by the program, which is more precise."""
     dim = None if dim is None else -1
     stored = [x.contiguous() for x in operands]
-    result = _evaluate(formula, definition, dim, stored, exactly=exactly)
+    result = _evaluate(formula, definition, dim, stored, exact_path=exact_path)
     return definition(*operands) if result is None else result
 
 
@@ -170,7 +170,7 @@ def _evaluate_converted(
     definition: Callable[..., Tensor],
     dim: Optional[int],
     operands: Sequence[Any],
-    exactly: Optional[Exactly],
+    exact_path: Optional[Exactly],
 ) -> Optional[Tensor]:
     """Numbers and integers first become float64 tensors."""
     wide = [
@@ -179,7 +179,7 @@ def _evaluate_converted(
     ]
     if all(x is y for x, y in zip(wide, operands)):
         return None
-    return _evaluate(formula, definition, dim, wide, exactly=exactly)
+    return _evaluate(formula, definition, dim, wide, exact_path=exact_path)
 
 
 def _failed(count: int) -> Tensor:
@@ -199,7 +199,7 @@ def _failed(count: int) -> Tensor:
 def _settle(
     plan: _Plan,
     definition: Callable[..., Tensor],
-    exactly: Optional[Exactly],
+    exact_path: Optional[Exactly],
     dim: Optional[int],
     operands: Sequence[Tensor],
     out: Tensor,
@@ -213,8 +213,8 @@ def _settle(
     if dim is None:
         at = torch.unravel_index(index, out.shape)
         few, value = [x[at] for x in laid], None
-        if exactly and len(index) < _FEW and bool(torch.stack([*few, out[at]]).isfinite().all()):
-            value = exactly(*few)
+        if exact_path and len(index) < _FEW and bool(torch.stack([*few, out[at]]).isfinite().all()):
+            value = exact_path(*few)
         out[at] = definition(*few) if value is None else value
         return
     laid, out = [x.unsqueeze(0) for x in laid], out.unsqueeze(0)
@@ -231,7 +231,7 @@ def _planned(
     formula: Formula,
     dim: Optional[int],
     operands: Sequence[Tensor],
-    direct: Optional[str],
+    fast: Optional[str],
 ) -> Optional[_Plan]:
     if any(x.dtype not in (torch.float32, torch.float64) for x in operands):
         return None
@@ -260,10 +260,10 @@ def _planned(
     )
     flat = [s for operand in strides for s in operand]
     loop = -1
-    if direct in _DIRECT and all(x.dtype is torch.float32 for x in operands):
+    if fast in _FAST and all(x.dtype is torch.float32 for x in operands):
         dense = len(sizes) == 1 and all(s == [1] for s in strides)
         if (dense or sizes[0] == 1) if row is None else sizes[-1] <= _ROOM:
-            loop = _DIRECT[direct]
+            loop = _FAST[fast]
     return _Plan(
         program if loop < 0 else None,
         loop,
@@ -276,7 +276,7 @@ def _planned(
         order,
         tuple(full),
         ctypes.c_void_p * (len(operands) + 1),
-        full.numel() * (program.instructions if loop < 0 else _DIRECT_STEPS),
+        full.numel() * (program.instructions if loop < 0 else _FAST_STEPS),
     )
 
 

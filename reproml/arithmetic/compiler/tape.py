@@ -12,7 +12,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Union
 
-from reproml.arithmetic.numerics.balls import Ball, DoubleField
+from reproml.arithmetic.numerics.balls import Ball, Binary64Context
 from reproml.arithmetic.numerics.rounding import SLACK, U
 
 Value = Union["Register", float, int]
@@ -107,7 +107,7 @@ def _function(name: str) -> Any:
     return function
 
 
-class Tape(DoubleField):
+class Tape(Binary64Context):
     """Balls on registers."""
 
     def __init__(self, operands: Sequence[str]) -> None:
@@ -270,7 +270,7 @@ class Tape(DoubleField):
 
     def plus(self, x: Ball, y: Ball) -> Ball:
         """As Binary64.plus."""
-        s, t = self._two_sum(x.c, y.c)
+        s, t = self._two_sum(x.mid, y.mid)
         e = x.error + y.error
         return Ball(
             self._record("plus", 0, s, t, e), 0, self._record("plus_error", 1, s, t, e), self

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from reproml.arithmetic import NotExactError
 from reproml.arithmetic.dispatch.schema import tensors, writes, written
+from reproml.arithmetic.numerics import devices
+from reproml.errors import NotExactError
 
 _C: Any = torch._C
 KEY = _C._parse_dispatch_key("Fake")  # by which operators come to us (dispatch.py)
@@ -71,24 +72,10 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
-def far(x: Tensor) -> bool:
-    """Whether a host that reads x waits for a device."""
-    return not (x.is_cpu or x.is_meta)
-
-
-def on_device(x: Any, device: torch.device) -> Tensor:
-    """A number, or a tensor of the host's, as a tensor there, for which the host does not wait."""
-    if not isinstance(x, Tensor):
-        return torch.full((), x, device=device)
-    if x.is_cpu and device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
 @contextmanager
 def at_once() -> Iterator[None]:
     """Settle what there is, and each test within at once: for a definition that looks at numbers."""
-    settle_all()
+    flush()
     with _noted(None):
         yield
 
@@ -98,7 +85,7 @@ def at_first(change: Callable[[], None]) -> None:
     _changes.append(change)
 
 
-def later(failed: Tensor, c: Tensor) -> bool:
+def defer_test(failed: Tensor, c: Tensor) -> bool:
     """Whether the outcome of a rounding test on c, bool of its shape, is noted and read later.
 
     Where c is NaN or infinite there is nothing to settle."""
@@ -107,7 +94,7 @@ def later(failed: Tensor, c: Tensor) -> bool:
     if outcomes is not None:
         outcomes.append((failed & c.isfinite()).any())
         return True
-    if not active and far(failed):
+    if not active and devices.is_on_accelerator(failed):
         active = True
         for change in _changes:
             change()
@@ -120,14 +107,18 @@ def run(operator: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     Raises NotExactError while a CUDA graph is captured, which could not be settled."""
     global _held
     given = list(tensors([args, kwargs]))
-    if not any(map(far, given)) or hasattr(run, "parts"):  # the parts come here by themselves
+    if not any(map(devices.is_on_accelerator, given)) or hasattr(
+        run, "parts"
+    ):  # the parts come here by themselves
         return run(*args, **kwargs)
     if given[0].is_cuda and torch.cuda.is_current_stream_capturing():
         raise NotExactError("a CUDA graph is replayed without rounding tests; do not capture one")
     with _lock:
         targets = list(written(operator, args, kwargs))
-        if not all(map(far, given)) or _unlogged(operator, args, kwargs, targets):
-            settle_all()
+        if not all(map(devices.is_on_accelerator, given)) or _unlogged(
+            operator, args, kwargs, targets
+        ):
+            flush()
             return run(*args, **kwargs)
         entry = _Entry(
             run,
@@ -150,7 +141,7 @@ def run(operator: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             _log.append(entry)
             _held += _size([entry.args, entry.kwargs, entry.result, entry.before])
             if len(_log) >= _OPERATORS or _held >= _BYTES:
-                settle_all()
+                flush()
         return result
 
 
@@ -160,11 +151,11 @@ def step(run: Callable[..., None], lists: Sequence[list[Any]], options: dict[str
     What comes before it is settled first, and itself before it ends. The lists may get other tensors.
     """
     targets = list(tensors([x for i, x in enumerate(lists) if i != 1])) if active else []
-    if not any(map(far, targets)):
+    if not any(map(devices.is_on_accelerator, targets)):
         run(*lists, **options)
         return
     with _lock:
-        settle_all()
+        flush()
         given = [list(x) for x in lists]
         before = [(x.data, x.data.clone()) for x in targets]
         failed = True
@@ -181,7 +172,7 @@ def step(run: Callable[..., None], lists: Sequence[list[Any]], options: dict[str
             run(*lists, **options)
 
 
-def settle_all() -> None:
+def flush() -> None:
     """Read the outcomes of all tests so far, and put right what they say is wrong."""
     global _held, _readings
     with _lock:

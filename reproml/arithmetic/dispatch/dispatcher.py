@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _pop_mode_temporarily
 
-from reproml.arithmetic import NotExactError
 from reproml.arithmetic.dispatch import deferred
 from reproml.arithmetic.dispatch.schema import tensors
+from reproml.arithmetic.numerics import rounding
+from reproml.errors import NotExactError
 
 _C: Any = torch._C
 _NAME, _KEY = "Fake", deferred.KEY
@@ -47,6 +48,10 @@ def install(
     NotExactError `refused(error, operator, args, kwargs)` has the last word.
     """
 
+    if _registered:
+        return
+    rounding.defer_test = deferred.defer_test
+
     def door(find: Callable[[], Any]) -> Callable[..., Any]:
         operator = run = None
 
@@ -65,7 +70,7 @@ def install(
                     return deferred.run(operator, run, args, kwargs)
                 return run(*args, **kwargs)
             except NotExactError as error:
-                deferred.settle_all()
+                deferred.flush()
                 return refused(error, operator, args, kwargs)
             finally:
                 _exclude(_KEY, False)
@@ -77,7 +82,7 @@ def install(
         return door(lambda: operator)
 
     # One by one, as a fallback for all is not found while a mode is active.
-    single, others = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+    main_library, others = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
     lent = torch.library.Library("aten", "IMPL")
     passing = torch.library.fallthrough_kernel
     names: list[str] = []  # of the copies
@@ -90,16 +95,16 @@ def install(
                 names.append(name)
                 lent.impl(name, passing, _NAME)
             else:
-                single.impl(
+                main_library.impl(
                     name, passing if plain in views else door(partial(_overload, name)), _NAME
                 )
     others.fallback(lambda operator, *args, **kwargs: rare(operator)(*args, **kwargs), _NAME)
-    _registered.extend([single, others, lent])
+    _registered.extend([main_library, others, lent])
 
     def watch_copies() -> None:
         lent._destroy()
         for name in names:
-            single.impl(name, door(partial(_overload, name)), _NAME)
+            main_library.impl(name, door(partial(_overload, name)), _NAME)
 
     deferred.at_first(watch_copies)
 
@@ -116,7 +121,7 @@ def include(on: bool) -> None:
 
 def natively() -> Any:
     """A context in which no operator comes to us."""
-    deferred.settle_all()
+    deferred.flush()
     return _C._SetExcludeDispatchKeyGuard(_KEY, True)
 
 
@@ -141,7 +146,7 @@ def _say_of_python(operator: Any, args: Any, kwargs: Any) -> Any:
             types.insert(next(before, len(types)), t)
     said = NotImplemented
     if types or _modes():
-        deferred.settle_all()
+        deferred.flush()
     if _modes():
         with _pop_mode_temporarily() as mode:
             said = mode.__torch_dispatch__(operator, types, args, kwargs)

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
-from reproml.arithmetic import NotExactError
 from reproml.arithmetic.dispatch.schema import tensors as tensors
 from reproml.arithmetic.distributed.pending import Pending, await_end, note, raw
 from reproml.arithmetic.distributed.sharded import Rows, Sharded
+from reproml.errors import NotExactError
 
 
 def refuse(func: Any, why: str) -> NoReturn:

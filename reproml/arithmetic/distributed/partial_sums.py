@@ -19,7 +19,8 @@ from typing import Callable, Optional, Protocol
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.numerics.rounding import exact_sum, gamma, nearest
+from reproml.arithmetic.numerics.exact_sums import exact_sum
+from reproml.arithmetic.numerics.rounding import gamma, nearest
 from reproml.errors import ReproError
 
 # A product of four binary32 numbers is a multiple of 2^-596 below 2^512; 2^63 of them fit 1,216 bits.

@@ -34,53 +34,56 @@ class Ball:
     nothing. e: the absolute bound, of c's shape, or a Python 0 where there is none.
     """
 
-    __slots__ = ("c", "r", "e", "k")
+    __slots__ = ("mid", "rel", "rad", "ctx")
     __array_ufunc__ = None  # numpy leaves mixed operations to this class
 
-    def __init__(self, c: Any, r: Any, e: Any, k: Any) -> None:
-        self.c, self.r, self.e, self.k = c, r, e, k
+    def __init__(self, mid: Any, rel: Any, rad: Any, ctx: Any) -> None:
+        self.mid, self.rel, self.rad, self.ctx = mid, rel, rad, ctx
 
     @property
     def error(self) -> Any:
         """The absolute bound, a Python 0 for an exact number."""
         # the number comes second: in front of an array mpmath would first print the array
-        return self.e if isinstance(self.r, int) else abs(self.c) * self.r + self.e
+        return self.rad if isinstance(self.rel, int) else abs(self.mid) * self.rel + self.rad
 
     @property
     def _relative(self) -> bool:
-        return isinstance(self.e, int)
+        return isinstance(self.rad, int)
 
     def _lift(self, other: Union[Ball, Number]) -> Ball:
-        return other if isinstance(other, Ball) else self.k.constant(other)
+        return other if isinstance(other, Ball) else self.ctx.constant(other)
 
     def __add__(self, other: Union[Ball, Number]) -> Ball:
         other = self._lift(other)
-        return Ball(self.c + other.c, self.k.u, self.error + other.error, self.k)
+        return Ball(self.mid + other.mid, self.ctx.u, self.error + other.error, self.ctx)
 
     def __mul__(self, other: Union[Ball, Number]) -> Ball:
         if not isinstance(other, Ball) and _is_power_of_two(other):  # rounds nothing
-            factor = self.k.number(other)
+            factor = self.ctx.number(other)
             return Ball(
-                self.c * factor, self.r, 0 if self._relative else self.e * abs(factor), self.k
+                self.mid * factor,
+                self.rel,
+                0 if self._relative else self.rad * abs(factor),
+                self.ctx,
             )
         other = self._lift(other)
-        c, k = self.c * other.c, self.k
+        c, k = self.mid * other.mid, self.ctx
         if self._relative and other._relative:
-            return Ball(c, k.passed(self.r, other.r), 0, k)
+            return Ball(c, k.passed(self.rel, other.rel), 0, k)
         d, other_d = self.error, other.error
-        return Ball(c, k.u, d * (abs(other.c) + other_d) + other_d * abs(self.c), k)
+        return Ball(c, k.u, d * (abs(other.mid) + other_d) + other_d * abs(self.mid), k)
 
     def __truediv__(self, other: Union[Ball, Number]) -> Ball:
         other = self._lift(other)
-        c, k = self.c / other.c, self.k
+        c, k = self.mid / other.mid, self.ctx
         if self._relative and other._relative:
-            return Ball(c, k.passed(self.r, other.r), 0, k)
+            return Ball(c, k.passed(self.rel, other.rel), 0, k)
         d, other_d = self.error, other.error
-        low = abs(other.c) - other_d  # |a/b - c| <= (da + |c| db) / (|b| - db)
+        low = abs(other.mid) - other_d  # |a/b - c| <= (da + |c| db) / (|b| - db)
         return Ball(c, k.u, k.where(low > 0, (d + abs(c) * other_d) / low, k.infinity), k)
 
     def __neg__(self) -> Ball:
-        return Ball(-self.c, self.r, self.e, self.k)
+        return Ball(-self.mid, self.rel, self.rad, self.ctx)
 
     def __sub__(self, other: Union[Ball, Number]) -> Ball:
         return self + -self._lift(other)
@@ -98,10 +101,10 @@ class Ball:
 
     def __lt__(self, other: int) -> Any:
         """Elementwise, of an exact number."""
-        return self.c < other
+        return self.mid < other
 
     def __abs__(self) -> Ball:
-        return Ball(abs(self.c), self.r, self.e, self.k)
+        return Ball(abs(self.mid), self.rel, self.rad, self.ctx)
 
 
 def _is_power_of_two(x: Number) -> bool:
@@ -109,7 +112,7 @@ def _is_power_of_two(x: Number) -> bool:
     return n > 0 and not n & (n - 1) and not d & (d - 1)
 
 
-class _BallField:
+class BallContext:
     """What the two fields of balls have in common: how errors pass through a function."""
 
     u: Any
@@ -131,25 +134,25 @@ class _BallField:
         return (r + other + self.u) * (1 + 2.0**-20)
 
     def exp(self, x: Ball) -> Ball:
-        c, d = self._exp(x.c), x.error
-        e = self.where(x.c <= self.exp_max, 0.0, self.infinity) if self.exp_max else 0
+        c, d = self._exp(x.mid), x.error
+        e = self.where(x.mid <= self.exp_max, 0.0, self.infinity) if self.exp_max else 0
         if not isinstance(d, int):  # exp(d) - 1 <= 2 d for d <= 1
             e = e + self.where(d <= 1, 2 * c * d, self.infinity)
         return Ball(c, self.exp_relative, e, self)
 
     def log(self, x: Ball) -> Ball:
-        c, d = self._log(x.c), x.error
+        c, d = self._log(x.mid), x.error
         if isinstance(d, int):
             return Ball(c, self.relative, 0, self)
-        low = x.c - d
+        low = x.mid - d
         return Ball(c, self.relative, self.where(low > 0, d / low, self.infinity), self)
 
     def sqrt(self, x: Ball) -> Ball:
-        c = self._sqrt(x.c)
+        c = self._sqrt(x.mid)
         if x._relative:  # sqrt(1 + r) <= 1 + r / 2, sqrt(1 - r) >= 1 - r
-            return Ball(c, self.passed(x.r, self.relative), 0, self)
+            return Ball(c, self.passed(x.rel, self.relative), 0, self)
         d = x.error  # |sqrt(a + d) - sqrt(a)| <= d / sqrt(a), also <= sqrt(d)
-        e = self.where(d < x.c, d / self.where(c == 0, 1, c), self._sqrt(d) + c)
+        e = self.where(d < x.mid, d / self.where(c == 0, 1, c), self._sqrt(d) + c)
         return Ball(c, self.relative, e, self)
 
     def tanh(self, x: Ball) -> Ball:
@@ -161,66 +164,66 @@ class _BallField:
     def sigmoid(self, x: Ball) -> Ball:
         """1 / (1 + t) or t / (1 + t) with t = exp(-|x|)."""
         t = self.exp(-abs(x))
-        return self.choose(x < 0, t, self.exact(t.c * 0 + 1)) / (1 + t)
+        return self.choose(x < 0, t, self.exact(t.mid * 0 + 1)) / (1 + t)
 
     def choose(self, condition: Any, x: Ball, y: Ball) -> Ball:
         """x where the condition on exact numbers holds, else y. Neither may divide by zero."""
-        c = self.where(condition, x.c, y.c)
+        c = self.where(condition, x.mid, y.mid)
         if x._relative and y._relative:
-            return Ball(c, max(x.r, y.r), 0, self)
+            return Ball(c, max(x.rel, y.rel), 0, self)
         return Ball(c, 0, self.where(condition, x.error, y.error), self)
 
     def expm1(self, x: Ball) -> Ball:
-        c, d = self._expm1(x.c), x.error
+        c, d = self._expm1(x.mid), x.error
         if isinstance(d, int):
-            e = self.where(x.c <= self.exp_max, 0.0, self.infinity) if self.exp_max else 0
+            e = self.where(x.mid <= self.exp_max, 0.0, self.infinity) if self.exp_max else 0
         else:  # the derivative is 1 + expm1
-            e = self.where((d <= 1) & (x.c <= 700), 2 * (1 + abs(c)) * d, self.infinity)
+            e = self.where((d <= 1) & (x.mid <= 700), 2 * (1 + abs(c)) * d, self.infinity)
         return Ball(c, self.relative, e, self)
 
     def log1p(self, x: Ball) -> Ball:
-        c, d = self._log1p(x.c), x.error
+        c, d = self._log1p(x.mid), x.error
         if isinstance(d, int):
             return Ball(c, self.relative, 0, self)
-        low = 1 + x.c - d
+        low = 1 + x.mid - d
         return Ball(c, self.relative, self.where(low > 0, 2 * d / low, self.infinity), self)
 
     def sin(self, x: Ball) -> Ball:
-        return self._periodic(self._sin(x.c), x)
+        return self._periodic(self._sin(x.mid), x)
 
     def cos(self, x: Ball) -> Ball:
-        return self._periodic(self._cos(x.c), x)
+        return self._periodic(self._cos(x.mid), x)
 
     def _periodic(self, c: Any, x: Ball) -> Ball:
         e = x.error  # no derivative exceeds 1
         if self.sin_max:
-            e = e + self.where(abs(x.c) <= self.sin_max, 0.0, self.infinity)
+            e = e + self.where(abs(x.mid) <= self.sin_max, 0.0, self.infinity)
         return Ball(c, self.relative, e, self)
 
     def sinpi(self, x: Ball) -> Ball:
-        return Ball(self._sinpi(x.c), self.relative, 4 * x.error, self)
+        return Ball(self._sinpi(x.mid), self.relative, 4 * x.error, self)
 
     def cospi(self, x: Ball) -> Ball:
-        return Ball(self._cospi(x.c), self.relative, 4 * x.error, self)
+        return Ball(self._cospi(x.mid), self.relative, 4 * x.error, self)
 
     def erf(self, x: Ball) -> Ball:
-        return Ball(self._erf(x.c), self.relative, 2 * x.error, self)
+        return Ball(self._erf(x.mid), self.relative, 2 * x.error, self)
 
     def erfc(self, x: Ball) -> Ball:
         """Its logarithm's slope is below 2 |t| + 2: erfc(t) > 2 / sqrt(pi) exp(-t^2) / (t + sqrt(t^2 + 2))
         for t >= 0 (Abramowitz & Stegun, 7.1.13), and erfc(t) >= 1 below 0."""
-        c, d = self._erfc(x.c), x.error
+        c, d = self._erfc(x.mid), x.error
         if isinstance(d, int):
             return Ball(c, self.relative, 0, self)
         q = d * (
-            2 * (abs(x.c) + d) + 2
+            2 * (abs(x.mid) + d) + 2
         )  # over the ball by a factor exp(q) at most, exp(q) - 1 <= 2 q
-        far = self.where(abs(x.c) - d > 27, 2.0**-1050, self.infinity)  # 0 or 2 to 2^-1050
+        far = self.where(abs(x.mid) - d > 27, 2.0**-1050, self.infinity)  # 0 or 2 to 2^-1050
         return Ball(c, self.relative, self.where(q <= 1, 2 * q * c, far), self)
 
     def erfinv(self, x: Ball) -> Ball:
         """Of an exact number."""
-        return Ball(self._erfinv(x.c), self.relative, 0, self)
+        return Ball(self._erfinv(x.mid), self.relative, 0, self)
 
     def number(self, x: Number) -> Any:
         raise NotImplementedError
@@ -240,7 +243,7 @@ class _BallField:
     where: Callable[[Any, Any, Any], Any]
 
 
-class DoubleField(_BallField):
+class Binary64Context(BallContext):
     """Balls on binary64 numbers, whatever holds them: tensors (Binary64) or registers (tape.Tape)."""
 
     u, relative, infinity, exp_max = U, elementary.RELATIVE, math.inf, 709.0
@@ -255,19 +258,19 @@ class DoubleField(_BallField):
 
     def sum(self, x: Ball) -> Ball:
         """Over the last axis, which stays with length 1."""
-        e = (self._gamma(x.c) + x.r) * self._total(abs(x.c), x.c)
+        e = (self._gamma(x.mid) + x.rel) * self._total(abs(x.mid), x.mid)
         if not x._relative:
-            e = e + self._total(x.e, x.c)
-        return Ball(self._total(x.c, x.c), 0, e, self)
+            e = e + self._total(x.rad, x.mid)
+        return Ball(self._total(x.mid, x.mid), 0, e, self)
 
     def difference(self, x: Ball, y: Ball) -> Ball:
         """x - y of exact numbers, known to be exact where it is (TwoSum's error is the bound)."""
-        s, t = self._two_sum(x.c, -y.c)
+        s, t = self._two_sum(x.mid, -y.mid)
         return Ball(s, 0, abs(t), self)
 
     def max(self, x: Ball) -> Ball:
         """The largest of exact numbers over the last axis, which stays with length 1."""
-        return self.exact(self._largest(x.c))
+        return self.exact(self._largest(x.mid))
 
     def ball(self, c: Any, e: Any) -> Ball:
         """With an absolute bound."""
@@ -284,7 +287,7 @@ class DoubleField(_BallField):
     _two_sum: Callable[[Any, Any], tuple[Any, Any]]
 
 
-class Binary64(DoubleField):
+class TensorContext(Binary64Context):
     """Balls on float64 tensors."""
 
     _exp = staticmethod(elementary.exp)
@@ -320,7 +323,7 @@ class Binary64(DoubleField):
         If x + y rounds to a midpoint of binary32 in binary64, TwoSum's error tells the side: no other
         midpoint is within an ulp of binary64, so any number on that side rounds like the true one.
         """
-        s, t = two_sum(x.c, y.c)
+        s, t = two_sum(x.mid, y.mid)
         e = x.error + y.error
         toward = torch.nextafter(s, torch.where(t > 0, torch.inf, -torch.inf).to(s))
         sided = ((s.contiguous().view(torch.int64) & 0x1FFFFFFF) == 0x10000000) & (t.abs() > e)
@@ -347,7 +350,7 @@ _TRANSCENDENTAL = {
 }
 
 
-class MultiPrecision(_BallField):
+class MultiPrecisionContext(BallContext):
     """Balls on numpy arrays of mpmath numbers with `bits` binary digits."""
 
     exp_max = sin_max = None  # mpmath's exponents are unbounded, its reduction has no limit
@@ -377,11 +380,11 @@ class MultiPrecision(_BallField):
         return np.where(condition, x, y)
 
     def sum(self, x: Ball) -> Ball:
-        n = x.c.shape[-1]
-        e = np.sum(abs(x.c), -1, keepdims=True) * (2 * n * self.u + x.r)
+        n = x.mid.shape[-1]
+        e = np.sum(abs(x.mid), -1, keepdims=True) * (2 * n * self.u + x.rel)
         if not x._relative:
-            e = e + np.sum(np.broadcast_to(x.e, x.c.shape), -1, keepdims=True)
-        return Ball(np.sum(x.c, -1, keepdims=True), 0, e, self)
+            e = e + np.sum(np.broadcast_to(x.rad, x.mid.shape), -1, keepdims=True)
+        return Ball(np.sum(x.mid, -1, keepdims=True), 0, e, self)
 
     def difference(self, x: Ball, y: Ball) -> Ball:
         return x - y
@@ -390,7 +393,7 @@ class MultiPrecision(_BallField):
         return x + y
 
     def max(self, x: Ball) -> Ball:
-        return self.exact(np.max(x.c, -1, keepdims=True))
+        return self.exact(np.max(x.mid, -1, keepdims=True))
 
 
 class Irrational(ArithmeticError):
@@ -424,7 +427,7 @@ def _turning(quarter: int) -> Any:
     return np.frompyfunc(function, 1, 1)
 
 
-class Rational:
+class RationalContext:
     """Numpy arrays of fractions."""
 
     def __init__(self) -> None:

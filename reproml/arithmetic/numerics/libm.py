@@ -56,11 +56,11 @@ class ExactPower(float):
 
 
 def _power(base: float, exponent: float) -> Any:
-    plain: Any = float(base) ** float(exponent)  # raises as it always does
-    if isinstance(plain, complex):
-        return plain
+    reference: Any = float(base) ** float(exponent)  # raises as it always does
+    if isinstance(reference, complex):
+        return reference
     if base == 0 or not (math.isfinite(base) and math.isfinite(exponent)):
-        return plain  # a limit
+        return reference  # a limit
     if base < 0:  # then the exponent is whole, or `plain` is complex
         return -_power(-base, exponent) if exponent % 2 else _power(-base, exponent)
     import mpmath

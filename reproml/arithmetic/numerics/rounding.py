@@ -14,8 +14,6 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.dispatch.deferred import later
-
 U = 2.0**-53  # unit roundoff of binary64
 # Bounds are themselves computed in binary64; this much covers their own rounding errors.
 SLACK = 1 + 2.0**-20
@@ -24,6 +22,15 @@ TINY = 2.0**-1000
 
 # Where the test failed: flat indices, int64 [k] -> the k correctly rounded values.
 Resolve = Callable[[Tensor], Sequence[float]]
+
+
+def _read_at_once(failed: Tensor, c: Tensor) -> bool:
+    return False
+
+
+# Whether the outcome of a test is noted, to be read later; the log of a device's operators
+# (dispatch/deferred.py) puts itself here.
+defer_test: Callable[[Tensor, Tensor], bool] = _read_at_once
 
 
 def gamma(n: Any) -> Any:
@@ -38,7 +45,7 @@ def gamma(n: Any) -> Any:
     return n * U / (1 - n * U) * SLACK
 
 
-def settle(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
+def round_ball(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
     """Round to binary32 the real numbers that lie within `e` of `c`.
 
     c, e: float64 tensors of one shape, e >= 0. A c that is NaN or infinite is the result itself.
@@ -52,12 +59,12 @@ def settle(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
     failed = (c - e).float() != (c + e).float()  # also where c or e is NaN
     # Of what underflows, the sign has to be sure as well.
     failed |= (result == 0) & (c.abs() <= e) & (e > 2 * TINY)
-    if not later(failed, c) and failed.any():
-        settle_at(result, c, failed.reshape(-1).nonzero().squeeze(1), resolve)
+    if not defer_test(failed, c) and failed.any():
+        overwrite_failures(result, c, failed.reshape(-1).nonzero().squeeze(1), resolve)
     return result
 
 
-def settle_sum(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
+def round_sum(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
     """Like `settle`, for sums and dot products: the order in which c was summed may be any.
 
     So not even the sign of a zero may come from c: the test compares bit patterns, -0 with +0 fails,
@@ -65,17 +72,17 @@ def settle_sum(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
     """
     result = (c + e).float()
     failed = (c - e).float().view(torch.int32) != result.view(torch.int32)
-    if later(failed, c):
+    if defer_test(failed, c):
         return torch.where(failed, (c + 0.0).float(), result)  # mostly right: a tie, or a zero
     if failed.any():
-        settle_at(result, c, failed.reshape(-1).nonzero().squeeze(1), resolve)
+        overwrite_failures(result, c, failed.reshape(-1).nonzero().squeeze(1), resolve)
     return result
 
 
-def settle_at(result: Tensor, c: Tensor, index: Tensor, resolve: Resolve) -> None:
+def overwrite_failures(result: Tensor, c: Tensor, index: Tensor, resolve: Resolve) -> None:
     """Put the exact values into `result` at the flat indices where the test failed."""
     if not result.dim():
-        return settle_at(result.view(1), c.view(1), index, resolve)
+        return overwrite_failures(result.view(1), c.view(1), index, resolve)
     where = torch.unravel_index(index, result.shape)
     at = c[where]
     value = at.float()  # right where c is NaN or infinite
@@ -111,19 +118,3 @@ def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     s = a + b
     z = s - a
     return s, (a - (s - z)) + (b - z)
-
-
-def exact_sum(terms: list[float]) -> Fraction:
-    """The exact sum of finite binary64 numbers.
-
-    `math.fsum` rounds the exact sum correctly (Shewchuk, Discrete & Computational Geometry 18, 1997);
-    what it left is a sum again, 2^53 times smaller, until nothing is left.
-    """
-    terms = list(terms)
-    total = Fraction(0)
-    while True:
-        part = math.fsum(terms)
-        if part == 0:
-            return total
-        total += Fraction(part)
-        terms.append(-part)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, unfold
 
-from reproml.arithmetic import NotExactError
 from reproml.arithmetic.compiler import kernels
-from reproml.arithmetic.compiler.evaluate import rowwise
-from reproml.arithmetic.operators.matmul import matmul, sum_over
+from reproml.arithmetic.operators.arguments import pair
+from reproml.arithmetic.operators.matmul import matmul
+from reproml.arithmetic.operators.reductions import sum_over
+from reproml.errors import NotExactError
 
 
 def _patches(
@@ -52,7 +53,7 @@ def _correlate(
 ) -> Tensor:
     """x [n, c, h, w], w [o, c / groups, kh, kw], bias [o] -> [n, o, *size]."""
 
-    def plain() -> Tensor:
+    def reference() -> Tensor:
         columns = _patches(x, w.shape[2:], stride, padding, dilation, groups, size)
         n, out = len(x), len(w)
         kernels = w.reshape(1, groups, out // groups, -1).expand(n, -1, -1, -1)
@@ -60,10 +61,10 @@ def _correlate(
         return matmul(kernels, columns, b).reshape(n, out, *size)
 
     if x.shape[1] != groups * w.shape[1]:
-        return plain()  # which says so
+        return reference()  # which says so
     geometry = _geometry(w, groups, x.shape, size, stride, padding, dilation)
     shape = (len(x), len(w), *size)
-    return _compiled("reproml_convolution", geometry, [x, w, bias], shape, plain)
+    return _compiled("reproml_convolution", geometry, [x, w, bias], shape, reference)
 
 
 def _geometry(
@@ -82,23 +83,23 @@ def _compiled(
     geometry: Any,
     operands: Sequence[Optional[Tensor]],
     shape: Sequence[int],
-    plain: Callable[[], Tensor],
+    reference: Callable[[], Tensor],
 ) -> Tensor:
     """The kernel's result of this shape, with what it leaves as `plain` has it, or all of it if it must."""
     given = [None if x is None else x.contiguous() for x in operands]
     if not all(x is None or x.numel() for x in given):
-        return plain()
+        return reference()
     if not kernels.usable(*[x for x in given if x is not None]):
-        return plain()
+        return reference()
     out = torch.empty(shape, dtype=torch.float32, device="cpu")
     if not out.numel():
-        return plain()
+        return reference()
     pointers = [None if x is None else x.data_ptr() for x in (*given, out)]
     left = kernels.unsettled(getattr(kernels.library, kernel), geometry, *pointers)
     if left is None:
-        return plain()
+        return reference()
     if left is not kernels.NONE:
-        out.view(-1)[left] = plain().reshape(-1)[left]
+        out.view(-1)[left] = reference().reshape(-1)[left]
     return out
 
 
@@ -108,7 +109,7 @@ def _flipped(w: Tensor, groups: int) -> Tensor:
     return split.reshape(-1, len(w) // groups, *w.shape[2:]).flip(2, 3)
 
 
-def _spread(
+def spread_out(
     g: Tensor, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, size: Any
 ) -> Tensor:
     """g with stride - 1 zeros between its elements, padded so that sliding the kernel over it at stride
@@ -138,15 +139,15 @@ def _transposed(
 ) -> Tensor:
     """The convolution's transpose: g [n, o, ...], w [o, c / groups, kh, kw] -> [n, c, *size]."""
 
-    def plain() -> Tensor:
-        wide = _spread(g, w.shape[2:], stride, padding, dilation, size)
+    def reference() -> Tensor:
+        wide = spread_out(g, w.shape[2:], stride, padding, dilation, size)
         return _correlate(wide, _flipped(w, groups), bias, (1, 1), (0, 0), dilation, groups, size)
 
     if g.shape[1] != len(w):
-        return plain()  # which says so
+        return reference()  # which says so
     shape = (len(g), groups * w.shape[1], *size)
     geometry = _geometry(w, groups, shape, g.shape[2:], stride, padding, dilation)
-    return _compiled("reproml_transposed", geometry, [g, w, bias], shape, plain)
+    return _compiled("reproml_transposed", geometry, [g, w, bias], shape, reference)
 
 
 def _weight_gradient(
@@ -154,14 +155,14 @@ def _weight_gradient(
 ) -> Tensor:
     """The gradient of w, [o, c / groups, kh, kw], from x [n, c, h, w] and the output's g [n, o, ...]."""
 
-    def plain() -> Tensor:
+    def reference() -> Tensor:
         rows, columns = weight_operands(x, g, w, stride, padding, dilation, groups)
         rows = rows.permute(1, 2, 0, 3).reshape(groups, rows.shape[2], -1)
         columns = columns.transpose(0, 1).reshape(groups, -1, columns.shape[3])
         return matmul(rows, columns).reshape(w.shape)
 
     geometry = _geometry(w, groups, x.shape, g.shape[2:], stride, padding, dilation)
-    return _compiled("reproml_weight_gradient", geometry, [x, g], w.shape, plain)
+    return _compiled("reproml_weight_gradient", geometry, [x, g], w.shape, reference)
 
 
 def weight_operands(
@@ -202,9 +203,9 @@ def convolution(
             groups,
         )
         return flat.squeeze(2)
-    _only_two_dimensions(x)
+    require_two_dimensions(x)
     stride, padding, dilation, output_padding = map(
-        _pair, (stride, padding, dilation, output_padding)
+        pair, (stride, padding, dilation, output_padding)
     )
     reach = [d * (k - 1) for d, k in zip(dilation, w.shape[2:])]
     sides = list(zip(x.shape[2:], stride, padding, reach, output_padding))
@@ -259,7 +260,7 @@ def _check_size(size: list[int], x: Tensor, w: Tensor) -> None:
         )
 
 
-def _only_two_dimensions(x: Tensor) -> None:
+def require_two_dimensions(x: Tensor) -> None:
     if x.dim() != 4:
         raise NotExactError(
             f"A convolution or pooling of an input of shape {list(x.shape)} has no exact definition here; "
@@ -289,8 +290,8 @@ def convolution_backward(
     if one_dimension:
         g, x, w = g.unsqueeze(2), x.unsqueeze(2), w.unsqueeze(2)
         stride, dilation, padding = [1, *stride], [1, *dilation], [0, *padding]
-    _only_two_dimensions(x)
-    stride, padding, dilation = map(_pair, (stride, padding, dilation))
+    require_two_dimensions(x)
+    stride, padding, dilation = map(pair, (stride, padding, dilation))
     grad_x = grad_w = None
     if mask[0]:
         if transposed:
@@ -308,146 +309,3 @@ def convolution_backward(
 
 
 # ---- pooling ---------------------------------------------------------------------------------------
-
-
-def _pair(x: Any) -> list[int]:
-    return [x[0], x[-1]] if isinstance(x, (list, tuple)) else [x, x]
-
-
-def _pooling(
-    x: Tensor, kernel: Any, stride: Any, padding: Any, ceil: bool, count_padding: bool, divisor: Any
-) -> tuple[list[int], list[int], list[int], int]:
-    kernel, padding = _pair(kernel), _pair(padding)
-    stride = _pair(stride) if stride else kernel
-    if min(*kernel, *stride) < 1 or any(not 0 <= 2 * p <= k for p, k in zip(padding, kernel)):
-        raise RuntimeError(
-            f"pooling cannot have kernel {kernel}, stride {stride}, padding {padding}"
-        )
-    sides = zip(x.shape[-2:], kernel, stride, padding)
-    whole = all((i + 2 * p - k) % s == 0 for i, k, s, p in sides)
-    if (ceil and not whole) or (any(padding) and not count_padding and divisor is None):
-        raise NotExactError(
-            "Average pooling whose windows are of different size at the border has no exact definition "
-            "here; use ceil_mode=False and count_include_pad=True."
-        )
-    return kernel, stride, padding, divisor or kernel[0] * kernel[1]
-
-
-def avg_pool2d(
-    x: Tensor,
-    kernel: Any,
-    stride: Any = (),
-    padding: Any = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: Optional[int] = None,
-) -> Tensor:
-    """The mean of each window, rounded once. x [n, c, h, w] or [c, h, w]."""
-    if x.dim() == 3:
-        x4 = x.unsqueeze(0)
-        return avg_pool2d(
-            x4, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
-        ).squeeze(0)
-    kernel, stride, padding, divisor = _pooling(
-        x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
-    )
-    x = pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
-    return sum_over(_windows_of(x, kernel, stride), (-2, -1), divisor=divisor)
-
-
-def avg_pool2d_backward(
-    g: Tensor,
-    x: Tensor,
-    kernel: Any,
-    stride: Any,
-    padding: Any,
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor_override: Optional[int],
-) -> Tensor:
-    """The sum of the gradients of the windows over an element, divided by the window's size."""
-    if x.dim() == 3:
-        rest = (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
-        return avg_pool2d_backward(g.unsqueeze(0), x.unsqueeze(0), *rest).squeeze(0)
-    kernel, stride, padding, divisor = _pooling(
-        x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
-    )
-    covered = [m * k for m, k in zip(g.shape[2:], kernel)]
-    if kernel == stride and not any(padding) and covered == list(x.shape[2:]) and divisor > 0:
-        return _share(g, kernel, divisor)
-    wide = _spread(g, kernel, stride, padding, (1, 1), x.shape[2:])
-    return sum_over(_windows_of(wide, kernel, (1, 1)), (-2, -1), divisor=divisor)
-
-
-def _windows_of(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """The windows of [n, c, h, w], a view [n, c, rows, columns, *kernel]."""
-    return x.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
-
-
-def _share(g: Tensor, kernel: Sequence[int], divisor: int) -> Tensor:
-    """g / divisor, rounded once, for each element of windows that do not overlap.
-
-    A quotient in binary64 rounds like the exact one (see docs/exact.md); an exact zero is +0.
-    """
-    *outer, rows, columns = g.shape
-    each = ((g.double() + 0.0) / divisor).float().reshape(*outer, rows, 1, columns, 1)
-    shared = each.expand(*outer, rows, kernel[0], columns, kernel[1]).contiguous()
-    return shared.reshape(*outer, rows * kernel[0], columns * kernel[1])
-
-
-def _windows(n: int, parts: int) -> list[tuple[int, int]]:
-    """Of n elements, the `parts` windows of adaptive pooling."""
-    return [(i * n // parts, -(-(i + 1) * n // parts)) for i in range(parts)]
-
-
-def _factors(size: Sequence[int], parts: Sequence[int]) -> Optional[list[tuple[int, int]]]:
-    """Parts and their length along each axis, where all windows are equal and do not overlap."""
-    if any(p < 1 or n < 1 or n % p for n, p in zip(size, parts)):
-        return None
-    return [(p, n // p) for n, p in zip(size, parts)]
-
-
-def adaptive_avg_pool2d(x: Tensor, size: Any) -> Tensor:
-    """The mean of each window, rounded once. x [..., h, w]."""
-    factors = _factors(x.shape[-2:], _pair(size))
-    if factors:
-        (m, a), (n, b) = factors
-        return sum_over(x.reshape(*x.shape[:-2], m, a, n, b), (-3, -1), divisor=a * b)
-    rows, columns = (_windows(n, p) for n, p in zip(x.shape[-2:], _pair(size)))
-    means = [
-        sum_over(x[..., top:bottom, left:right], (-2, -1), divisor=(bottom - top) * (right - left))
-        for top, bottom in rows
-        for left, right in columns
-    ]
-    return torch.stack(means, -1).reshape(*x.shape[:-2], len(rows), len(columns))
-
-
-def adaptive_avg_pool2d_backward(g: Tensor, x: Tensor) -> Tensor:
-    """For each element the sum of gradient / size over the windows that hold it, rounded once."""
-    factors = _factors(x.shape[-2:], g.shape[-2:])
-    if factors:
-        (_, a), (_, b) = factors
-        return _share(g, (a, b), a * b)
-    rows, columns = (_windows(n, p) for n, p in zip(x.shape[-2:], g.shape[-2:]))
-    holders = [
-        (
-            [i for i, (a, b) in enumerate(rows) if a <= y < b],
-            [j for j, (a, b) in enumerate(columns) if a <= z < b],
-        )
-        for y in range(x.shape[-2])
-        for z in range(x.shape[-1])
-    ]
-    area = torch.empty(g.shape[-2:], dtype=torch.float32, device=g.device)
-    for i, (top, bottom) in enumerate(rows):
-        for j, (left, right) in enumerate(columns):
-            area[i, j] = (bottom - top) * (right - left)
-    grads = [
-        rowwise(
-            lambda k, g, a: k.sum(g / a),
-            -1,
-            g[..., ys, :][..., zs].flatten(-2),
-            area[ys][:, zs].flatten(),
-        )
-        for ys, zs in holders
-    ]
-    return torch.cat(grads, -1).reshape(x.shape)

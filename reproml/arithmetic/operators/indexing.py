@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from reproml.arithmetic import NotExactError
 from reproml.arithmetic.compiler import kernels
-from reproml.arithmetic.numerics.rounding import gamma, settle_sum
-from reproml.arithmetic.operators.matmul import nearest_of_rows
+from reproml.arithmetic.numerics.exact_sums import nearest_of_rows
+from reproml.arithmetic.numerics.rounding import gamma, round_sum
+from reproml.errors import NotExactError
 
 
 def sum_at(index: Tensor, values: Tensor, size: int, start: Optional[Tensor] = None) -> Tensor:
     """start + the sum of the values of each index. index int64 [n], values float32 [n] -> [size]."""
-    compiled = _scatter(1, size, index, values, start)
+    compiled = scatter_sums(1, size, index, values, start)
     if compiled is not None:
         return compiled.reshape(size)
     wide = values.double()
@@ -31,10 +30,10 @@ def sum_at(index: Tensor, values: Tensor, size: int, start: Optional[Tensor] = N
     def resolve(at: Tensor) -> Sequence[float]:
         return [nearest_of_rows(wide[index == i].unsqueeze(0))[0] for i in at.tolist()]
 
-    return settle_sum(c, bound * gamma(terms), resolve)
+    return round_sum(c, bound * gamma(terms), resolve)
 
 
-def _scatter(
+def scatter_sums(
     planes: int,
     rows: int,
     index: Tensor,
@@ -121,23 +120,10 @@ def embedding_backward(
         raise NotExactError(
             "An embedding with scale_grad_by_freq=True has no exact definition; leave it out."
         )
-    compiled = _scatter(1, rows, indices.long(), g, padding=padding)
+    compiled = scatter_sums(1, rows, indices.long(), g, padding=padding)
     if compiled is not None:
         return compiled.squeeze(0)
     flat, width = indices.reshape(-1), g.shape[-1]
     grads = torch.where((flat == padding).unsqueeze(1), 0.0, g.reshape(-1, width))
     at = flat.unsqueeze(1) * width + torch.arange(width, device=g.device)
     return sum_at(at.reshape(-1), grads.reshape(-1), rows * width).reshape(rows, width)
-
-
-def max_pool_backward(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    """The gradients of all windows whose largest element is this one; the indices come last."""
-    indices = rest[-1]
-    planes = g.shape[:-2].numel()
-    area = x.shape[-2] * x.shape[-1]
-    compiled = _scatter(planes, area, indices, g)
-    if compiled is not None:
-        return compiled.reshape(x.shape)
-    first = torch.arange(planes, device=g.device).unsqueeze(1) * area
-    at = indices.reshape(planes, math.prod(indices.shape[-2:])) + first
-    return sum_at(at.reshape(-1), g.reshape(-1), x.numel()).reshape(x.shape)

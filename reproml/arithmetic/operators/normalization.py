@@ -14,14 +14,13 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.operators import normalization_compiled as loops
-from reproml.arithmetic.operators.matmul import sum_over
 from reproml.arithmetic.operators.normalization_reference import (
     group_backward,
     normalize,
     scaled_sum,
     statistics,
-    variance,
 )
+from reproml.arithmetic.operators.reductions import row_variance, sum_over
 
 
 def channels(x: Tensor) -> Tensor:
@@ -61,9 +60,9 @@ def batch_norm(
     if training:
         mean, rstd = statistics(rows, eps)
         if running_mean is not None:
-            follow(running_mean, mean.squeeze(1), momentum)
+            update_running_stat(running_mean, mean.squeeze(1), momentum)
         if running_var is not None:
-            follow(running_var, variance(rows, 1).squeeze(1), momentum)
+            update_running_stat(running_var, row_variance(rows, 1).squeeze(1), momentum)
     else:
         assert running_mean is not None and running_var is not None
         mean, rstd = running_mean.unsqueeze(1), _rstd(running_var, eps).unsqueeze(1)
@@ -88,12 +87,12 @@ def batch_norm_inference(
 
 
 def _rstd(variance: Tensor, eps: float) -> Tensor:
-    return elementwise(lambda k, v: 1 / k.sqrt(v + Fraction(eps)), variance)
+    return elementwise(lambda ctx, v: 1 / ctx.sqrt(v + Fraction(eps)), variance)
 
 
-def follow(running: Tensor, new: Tensor, momentum: float) -> None:
+def update_running_stat(running: Tensor, new: Tensor, momentum: float) -> None:
     m = Fraction(torch.tensor(momentum, dtype=torch.float32).item())
-    running.copy_(elementwise(lambda k, old, new: (1 - m) * old + m * new, running, new))
+    running.copy_(elementwise(lambda ctx, old, new: (1 - m) * old + m * new, running, new))
 
 
 def batch_norm_backward(
@@ -123,7 +122,7 @@ def batch_norm_backward(
     if mask[0] and train:
         grad_x = _back(group_backward(g_rows, rows, mean, rstd, w), x)
     elif mask[0]:
-        grad_x = _back(elementwise(lambda k, g, w, r: g * w * r, g_rows, w, rstd), x)
+        grad_x = _back(elementwise(lambda ctx, g, w, r: g * w * r, g_rows, w, rstd), x)
     grad_weight = scaled_sum(g_rows, rows, mean, rstd) if mask[1] else None
     return grad_x, grad_weight, sum_over(g_rows, (1,)) if mask[2] else None
 

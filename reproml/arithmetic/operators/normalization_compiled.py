@@ -17,7 +17,7 @@ from torch import Tensor
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.operators import normalization_reference as steps
-from reproml.arithmetic.operators.matmul import sum_over
+from reproml.arithmetic.operators.reductions import sum_over
 
 
 class Layout(NamedTuple):
@@ -62,11 +62,11 @@ def _by_group(n: int, c: int, places: int, groups: int) -> Layout:
 
 
 def _usable(x: Tensor, *others: Optional[Tensor]) -> bool:
-    single = torch.float32
-    if kernels.library is None or not x.is_cpu or x.dtype is not single or not x.numel():
+    f32 = torch.float32
+    if kernels.library is None or not x.is_cpu or x.dtype is not f32 or not x.numel():
         return False
     for t in others:
-        if t is not None and not (t.is_cpu and t.dtype is single and t.is_contiguous()):
+        if t is not None and not (t.is_cpu and t.dtype is f32 and t.is_contiguous()):
             return False
     return True
 
@@ -155,7 +155,7 @@ def _backward(
         some_g, some_x = (t.view(-1)[left] for t in (g, x))
         m, r = mean.view(-1)[group], rstd.view(-1)[group]
         if sums[0] is None or sums[1] is None:
-            value = elementwise(lambda k, g, w, r: g * w * r, some_g, w, r)
+            value = elementwise(lambda ctx, g, w, r: g * w * r, some_g, w, r)
         else:
             n = layout.runs * layout.length
             value = steps.gradient(n, some_g, w, some_x, m, r, sums[0][group], sums[1][group])

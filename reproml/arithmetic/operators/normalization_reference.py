@@ -14,37 +14,17 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
-from reproml.arithmetic.operators.matmul import sum_over
+from reproml.arithmetic.operators.reductions import _variance, sum_over
 
 
 def statistics(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The mean and 1 / sqrt(variance + eps) of each row, the variance divided by n."""
     n, epsilon = rows.shape[1], Fraction(eps)
 
-    def inverse_deviation(k: Any, x: Any) -> Any:
-        return 1 / k.sqrt(_variance(k, x, n, Fraction(0)) + epsilon)
+    def inverse_deviation(ctx: Any, x: Any) -> Any:
+        return 1 / ctx.sqrt(_variance(ctx, x, n, Fraction(0)) + epsilon)
 
     return sum_over(rows, (1,), keepdim=True, divisor=n), rowwise(inverse_deviation, 1, rows)
-
-
-def variance(rows: Tensor, correction: float, root: bool = False) -> Tensor:
-    """The variance of each row, divided by n - correction, or its square root, [groups, 1]."""
-    n, c = rows.shape[1], Fraction(correction)
-    divisor = n - c if n > c else Fraction(1)
-
-    def formula(k: Any, x: Any) -> Any:
-        v = _variance(k, x, n, n - divisor)
-        return k.sqrt(v) if root else v
-
-    if not n:
-        return rows.new_full((len(rows), 1), torch.nan)
-    result = rowwise(formula, 1, rows)
-    return result if n > c else result / 0.0  # like PyTorch: infinite, or NaN of equal numbers
-
-
-def _variance(k: Any, x: Any, n: int, correction: Fraction) -> Any:
-    d = x - k.sum(x) / n
-    return k.sum(d * d) / (n - correction)
 
 
 def normalize(
@@ -53,7 +33,7 @@ def normalize(
     """(x - mean) * rstd * weight + bias; all broadcast against x."""
     one, zero = torch.ones((), device=x.device), torch.zeros((), device=x.device)
     w, b = one if weight is None else weight, zero if bias is None else bias
-    return elementwise(lambda k, x, m, r, w, b: (x - m) * r * w + b, x, mean, rstd, w, b)
+    return elementwise(lambda ctx, x, m, r, w, b: (x - m) * r * w + b, x, mean, rstd, w, b)
 
 
 def group_backward(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
@@ -68,7 +48,9 @@ def group_backward(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Ten
         return torch.zeros_like(x)
     weight = weight.expand(x.shape)
     a = sum_over(g, (1,), keepdim=True, y=weight)
-    b = rowwise(lambda k, g, w, x, m, r: k.sum(w * g * (x - m) * r), 1, g, weight, x, mean, rstd)
+    b = rowwise(
+        lambda ctx, g, w, x, m, r: ctx.sum(w * g * (x - m) * r), 1, g, weight, x, mean, rstd
+    )
     return gradient(n, g, weight, x, mean, rstd, a, b)
 
 
@@ -77,7 +59,7 @@ def gradient(
 ) -> Tensor:
     """The last step of group_backward."""
 
-    def formula(k: Any, g: Any, w: Any, x: Any, m: Any, r: Any, a: Any, b: Any) -> Any:
+    def formula(ctx: Any, g: Any, w: Any, x: Any, m: Any, r: Any, a: Any, b: Any) -> Any:
         return r * (w * g - (a + (x - m) * r * b) / n)
 
     return elementwise(formula, g, w, x, mean, rstd, a, b)
@@ -85,4 +67,4 @@ def gradient(
 
 def scaled_sum(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """sum g (x - mean) rstd over the last axis: the gradient of a weight. [groups, n] -> [groups]."""
-    return rowwise(lambda k, g, x, m, r: k.sum(g * (x - m) * r), 1, g, x, mean, rstd).squeeze(1)
+    return rowwise(lambda ctx, g, x, m, r: ctx.sum(g * (x - m) * r), 1, g, x, mean, rstd).squeeze(1)

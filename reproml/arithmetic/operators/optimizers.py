@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from reproml.arithmetic import NotExactError
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.dispatch import deferred, dispatcher
 from reproml.arithmetic.distributed.pending import Pending
 from reproml.arithmetic.distributed.sharded import Sharded
-from reproml.arithmetic.operators.activations import single
+from reproml.arithmetic.numerics import devices
+from reproml.arithmetic.numerics.scalars import float32_scalar
+from reproml.errors import NotExactError
 
 _STEP_BITS, _POWER_BITS = 160, 256
 
@@ -162,9 +163,15 @@ class _AdamNumbers(NamedTuple):
 def _adam_numbers(
     lr: float, beta1: float, beta2: float, penalty: float, held: float, eps: float
 ) -> _AdamNumbers:
-    keep = 1 - single(lr) * single(held)
-    first = single(penalty), keep, single(beta1), single(1 - beta1)
-    exact = *first, single(beta2), single(1 - beta2), single(eps), single(lr)
+    keep = 1 - float32_scalar(lr) * float32_scalar(held)
+    first = float32_scalar(penalty), keep, float32_scalar(beta1), float32_scalar(1 - beta1)
+    exact = (
+        *first,
+        float32_scalar(beta2),
+        float32_scalar(1 - beta2),
+        float32_scalar(eps),
+        float32_scalar(lr),
+    )
     return _AdamNumbers(*exact, beta1, beta2, tuple(map(float, exact)))
 
 
@@ -181,11 +188,11 @@ def _adam_step(
     rate, correction = n.lr / bias_correction(n.beta1, step), bias_correction(n.beta2, step)
     direction = _direction(n.decay, sign)
 
-    def moved(k: Any, p: Any, m: Any, v: Any) -> Any:
-        return n.keep * p - rate * (m / (k.sqrt(v / correction) + n.epsilon))
+    def moved(ctx: Any, p: Any, m: Any, v: Any) -> Any:
+        return n.keep * p - rate * (m / (ctx.sqrt(v / correction) + n.epsilon))
 
-    m.copy_(elementwise(lambda k, p, g, m: n.b1 * m + n.rest1 * direction(p, g), p, g, m))
-    v.copy_(elementwise(lambda k, p, g, v: n.b2 * v + n.rest2 * square(direction(p, g)), p, g, v))
+    m.copy_(elementwise(lambda ctx, p, g, m: n.b1 * m + n.rest1 * direction(p, g), p, g, m))
+    v.copy_(elementwise(lambda ctx, p, g, v: n.b2 * v + n.rest2 * square(direction(p, g)), p, g, v))
     if v_max:
         v = torch.maximum(v_max[0], v, out=v_max[0])
     p.copy_(elementwise(moved, p, m, v))
@@ -210,30 +217,32 @@ def sgd(
     param' = param - lr * (buffer', or d + momentum * buffer' with nesterov), rounded once.
     """
     rate, decay, mu, fresh = (
-        single(lr),
-        single(weight_decay),
-        single(momentum),
-        single(1 - dampening),
+        float32_scalar(lr),
+        float32_scalar(weight_decay),
+        float32_scalar(momentum),
+        float32_scalar(1 - dampening),
     )
     sign = -1 if maximize else 1
     direction = _direction(decay, sign)
 
     def plain(p: Tensor, g: Tensor) -> None:
-        p.copy_(elementwise(lambda k, p, g: p - rate * direction(p, g), p, g))
+        p.copy_(elementwise(lambda ctx, p, g: p - rate * direction(p, g), p, g))
 
     def first(p: Tensor, g: Tensor, b: Tensor) -> None:
-        b.copy_(elementwise(lambda k, p, g: direction(p, g), p, g))
+        b.copy_(elementwise(lambda ctx, p, g: direction(p, g), p, g))
         move(p, g, b)
 
     def later(p: Tensor, g: Tensor, b: Tensor) -> None:
-        b.copy_(elementwise(lambda k, p, g, b: mu * b + fresh * direction(p, g), p, g, b))
+        b.copy_(elementwise(lambda ctx, p, g, b: mu * b + fresh * direction(p, g), p, g, b))
         move(p, g, b)
 
     def move(p: Tensor, g: Tensor, b: Tensor) -> None:
         if nesterov:
-            p.copy_(elementwise(lambda k, p, g, b: p - rate * (direction(p, g) + mu * b), p, g, b))
+            p.copy_(
+                elementwise(lambda ctx, p, g, b: p - rate * (direction(p, g) + mu * b), p, g, b)
+            )
         else:
-            p.copy_(elementwise(lambda k, p, b: p - rate * b, p, b))
+            p.copy_(elementwise(lambda ctx, p, b: p - rate * b, p, b))
 
     numbers = (nesterov, sign, decay, rate, mu, fresh)
     for i, (p, g) in enumerate(zip(params, grads)):
@@ -271,27 +280,33 @@ def rmsprop(
     u = d / (sqrt(v' - a'^2) + eps); without momentum param' = param - lr u, rounded once; else
     buffer' = momentum * buffer + u and param' = param - lr * buffer', each rounded once.
     """
-    rate, keep, rest = single(lr), single(alpha), single(1 - alpha)
-    epsilon, mu = single(eps), single(momentum)
-    direction = _direction(single(weight_decay), -1 if maximize else 1)
+    rate, keep, rest = float32_scalar(lr), float32_scalar(alpha), float32_scalar(1 - alpha)
+    epsilon, mu = float32_scalar(eps), float32_scalar(momentum)
+    direction = _direction(float32_scalar(weight_decay), -1 if maximize else 1)
 
-    def update(k: Any, p: Any, g: Any, v: Any, a: Any) -> Any:
-        return direction(p, g) / (k.sqrt(v - a * a if centered else v) + epsilon)
+    def update(ctx: Any, p: Any, g: Any, v: Any, a: Any) -> Any:
+        return direction(p, g) / (ctx.sqrt(v - a * a if centered else v) + epsilon)
 
     for i, (p, g, v) in enumerate(zip(params, grads, square_avgs)):
         _check(p, g, v)
-        v.copy_(elementwise(lambda k, p, g, v: keep * v + rest * square(direction(p, g)), p, g, v))
+        v.copy_(
+            elementwise(lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), p, g, v)
+        )
         a = grad_avgs[i] if centered else v
         if centered:
-            a.copy_(elementwise(lambda k, p, g, a: keep * a + rest * direction(p, g), p, g, a))
+            a.copy_(elementwise(lambda ctx, p, g, a: keep * a + rest * direction(p, g), p, g, a))
         if mu:
             b = buffers[i]
             b.copy_(
-                elementwise(lambda k, p, g, v, a, b: mu * b + update(k, p, g, v, a), p, g, v, a, b)
+                elementwise(
+                    lambda ctx, p, g, v, a, b: mu * b + update(ctx, p, g, v, a), p, g, v, a, b
+                )
             )
-            p.copy_(elementwise(lambda k, p, b: p - rate * b, p, b))
+            p.copy_(elementwise(lambda ctx, p, b: p - rate * b, p, b))
         else:
-            p.copy_(elementwise(lambda k, p, g, v, a: p - rate * update(k, p, g, v, a), p, g, v, a))
+            p.copy_(
+                elementwise(lambda ctx, p, g, v, a: p - rate * update(ctx, p, g, v, a), p, g, v, a)
+            )
 
 
 def adagrad(
@@ -311,14 +326,17 @@ def adagrad(
     d = grad + weight_decay * param;   s' = s + d^2, rounded once;
     param' = param - lr / (1 + (t - 1) lr_decay) * d / (sqrt(s') + eps), rounded once.
     """
-    epsilon, direction = single(eps), _direction(single(weight_decay), -1 if maximize else 1)
+    epsilon, direction = (
+        float32_scalar(eps),
+        _direction(float32_scalar(weight_decay), -1 if maximize else 1),
+    )
     for p, g, s, step in zip(params, grads, state_sums, steps):
         _check(p, g, s)
-        rate = single(lr) / (1 + (step - 1) * single(lr_decay))
-        s.copy_(elementwise(lambda k, p, g, s: s + square(direction(p, g)), p, g, s))
+        rate = float32_scalar(lr) / (1 + (step - 1) * float32_scalar(lr_decay))
+        s.copy_(elementwise(lambda ctx, p, g, s: s + square(direction(p, g)), p, g, s))
 
-        def moved(k: Any, p: Any, g: Any, s: Any, rate: Fraction = rate) -> Any:
-            return p - rate * (direction(p, g) / (k.sqrt(s) + epsilon))
+        def moved(ctx: Any, p: Any, g: Any, s: Any, rate: Fraction = rate) -> Any:
+            return p - rate * (direction(p, g) / (ctx.sqrt(s) + epsilon))
 
         p.copy_(elementwise(moved, p, g, s))
 
@@ -341,18 +359,25 @@ def adadelta(
     u = sqrt(a + eps) / sqrt(v' + eps) * d, rounded once;   a' = rho a + (1 - rho) u^2 and
     param' = param - lr * u, each rounded once.
     """
-    rate, keep, rest, epsilon = single(lr), single(rho), single(1 - rho), single(eps)
-    direction = _direction(single(weight_decay), -1 if maximize else 1)
+    rate, keep, rest, epsilon = (
+        float32_scalar(lr),
+        float32_scalar(rho),
+        float32_scalar(1 - rho),
+        float32_scalar(eps),
+    )
+    direction = _direction(float32_scalar(weight_decay), -1 if maximize else 1)
 
-    def update(k: Any, p: Any, g: Any, v: Any, a: Any) -> Any:
-        return k.sqrt(a + epsilon) / k.sqrt(v + epsilon) * direction(p, g)
+    def update(ctx: Any, p: Any, g: Any, v: Any, a: Any) -> Any:
+        return ctx.sqrt(a + epsilon) / ctx.sqrt(v + epsilon) * direction(p, g)
 
     for p, g, v, a in zip(params, grads, square_avgs, acc_deltas):
         _check(p, g, v, a)
-        v.copy_(elementwise(lambda k, p, g, v: keep * v + rest * square(direction(p, g)), p, g, v))
+        v.copy_(
+            elementwise(lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), p, g, v)
+        )
         u = elementwise(update, p, g, v, a)
-        a.copy_(elementwise(lambda k, a, u: keep * a + rest * (u * u), a, u))
-        p.copy_(elementwise(lambda k, p, u: p - rate * u, p, u))
+        a.copy_(elementwise(lambda ctx, a, u: keep * a + rest * (u * u), a, u))
+        p.copy_(elementwise(lambda ctx, p, u: p - rate * u, p, u))
 
 
 def square(x: Any) -> Any:
@@ -453,7 +478,7 @@ def _python(
 
 def _whole(counters: Sequence[Tensor]) -> list[int]:
     """The numbers in 0-dim tensors; of those on a device the host reads all at once."""
-    together = len({x.device for x in counters}) == 1 and deferred.far(counters[0])
+    together = len({x.device for x in counters}) == 1 and devices.is_on_accelerator(counters[0])
     return [int(x) for x in (torch.stack(list(counters)).tolist() if together else counters)]
 
 
@@ -557,7 +582,7 @@ def _refused(name: str) -> Callable[..., None]:
     return step
 
 
-def take_over(active: Callable[[], bool]) -> None:
+def apply(active: Callable[[], bool]) -> None:
     """Make every form of PyTorch's optimizers the definitions above."""
     steps = {**PYTHON_STEPS, **{name: _refused(name) for name in _REFUSED}}
     for name, step in steps.items():
@@ -569,7 +594,7 @@ def take_over(active: Callable[[], bool]) -> None:
                 setattr(module, form + name, _instead(original, step, active))
 
 
-def give_back() -> None:
+def restore() -> None:
     """Undo take_over()."""
     while _originals:
         setattr(*_originals.pop())

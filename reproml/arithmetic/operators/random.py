@@ -14,12 +14,13 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from reproml.arithmetic import NotExactError
 from reproml.arithmetic.compiler.evaluate import elementwise
-from reproml.arithmetic.dispatch.deferred import on_device
+from reproml.arithmetic.numerics.devices import to_device
 from reproml.arithmetic.numerics.libm import ExactMath
 from reproml.arithmetic.numerics.rounding import nearest
-from reproml.arithmetic.operators.activations import require, single
+from reproml.arithmetic.numerics.scalars import float32_scalar
+from reproml.arithmetic.operators.arguments import require
+from reproml.errors import NotExactError
 
 
 def _only_float32(dtype: Any) -> None:
@@ -35,7 +36,7 @@ def _on_cpu(generator: Optional[torch.Generator]) -> None:
 
 
 def _sent(x: Tensor, device: Any) -> Tensor:
-    return on_device(x, torch.device(device or "cpu"))
+    return to_device(x, torch.device(device or "cpu"))
 
 
 def rand(
@@ -51,8 +52,8 @@ def uniform(x: Tensor, low: float = 0, high: float = 1, *, generator: Any = None
     """u (high - low) + low, rounded once. Raises RuntimeError for low > high."""
     require(low <= high, f"uniform_ takes a range from low to high, not from {low} to {high}")
     u = _draws(x, torch.float32, generator)
-    a, b = single(low), single(high)
-    return x.copy_(u if (low, high) == (0, 1) else elementwise(lambda k, u: u * (b - a) + a, u))
+    a, b = float32_scalar(low), float32_scalar(high)
+    return x.copy_(u if (low, high) == (0, 1) else elementwise(lambda ctx, u: u * (b - a) + a, u))
 
 
 def normal(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None) -> Tensor:
@@ -67,12 +68,12 @@ def normal(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None)
     """
     _on_cpu(generator)
     require(std >= 0, f"a normal distribution has a std of 0 or more, not {std}")
-    m, s = single(mean), single(std)
+    m, s = float32_scalar(mean), float32_scalar(std)
 
     def pairs(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        radius_of = lambda k, u: s * k.sqrt(-2 * k.log1p(-u))  # noqa: E731
-        cosine = elementwise(lambda k, u, v: radius_of(k, u) * k.cospi(2 * v) + m, u, v)
-        return cosine, elementwise(lambda k, u, v: radius_of(k, u) * k.sinpi(2 * v) + m, u, v)
+        radius_of = lambda ctx, u: s * ctx.sqrt(-2 * ctx.log1p(-u))  # noqa: E731
+        cosine = elementwise(lambda ctx, u, v: radius_of(ctx, u) * ctx.cospi(2 * v) + m, u, v)
+        return cosine, elementwise(lambda ctx, u, v: radius_of(ctx, u) * ctx.sinpi(2 * v) + m, u, v)
 
     def blocks(u: Tensor) -> Tensor:
         u = u.reshape(-1, 2, 8)
@@ -121,7 +122,7 @@ def normal_of(
     require(std >= 0, "a normal distribution has no std below 0")
     shape = torch.broadcast_shapes(*[x.shape for x in (mean, std) if isinstance(x, Tensor)])
     z = normal(torch.empty(shape, dtype=torch.float32, device="cpu"), generator=generator)
-    return elementwise(lambda k, z, s, m: z * s + m, z, std, mean)
+    return elementwise(lambda ctx, z, s, m: z * s + m, z, std, mean)
 
 
 def like(draw: Any) -> Any:
@@ -163,15 +164,15 @@ def dropout_backward(g: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 def _factor(keep: float) -> float:
     """1 / keep as the CPU has it: keep is rounded to binary32 first."""
-    return nearest(1 / single(keep))
+    return nearest(1 / float32_scalar(keep))
 
 
 def exponential(x: Tensor, rate: float = 1, *, generator: Any = None) -> Tensor:
     """-log(1 - u) / rate, u a float64 of `rand`. Raises RuntimeError unless rate > 0."""
     require(rate > 0, f"exponential_ takes a rate above 0, not {rate}")
     u = _draws(x, torch.float64, generator)
-    r = single(rate)
-    return x.copy_(elementwise(lambda k, u: -k.log1p(-u) / r, u))
+    r = float32_scalar(rate)
+    return x.copy_(elementwise(lambda ctx, u: -ctx.log1p(-u) / r, u))
 
 
 def on_cpu(draw: Any) -> Any:

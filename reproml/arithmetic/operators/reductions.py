@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import ctypes
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Callable, Optional
@@ -11,23 +11,12 @@ import torch
 from torch import Tensor
 from torch._prims_common import canonicalize_dims
 
-from reproml.arithmetic import NotExactError
-from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
-from reproml.arithmetic.dispatch import deferred
-from reproml.arithmetic.numerics.rounding import gamma, settle_sum
-from reproml.arithmetic.operators import normalization_reference
-from reproml.arithmetic.operators.activations import single
-from reproml.arithmetic.operators.matmul import matmul, nearest_of_rows, sum_over
-
-
-def dims_of(dim: Any) -> Sequence[int]:
-    """PyTorch's `dim` as a sequence; empty for all axes."""
-    return () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
-
-
-def only_float32(dtype: Any) -> None:
-    if dtype not in (None, torch.float32):
-        raise NotExactError(f"A result of {dtype} has no exact definition here; ask for float32.")
+from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.compiler.evaluate import rowwise
+from reproml.arithmetic.numerics.exact_sums import nearest_of_rows
+from reproml.arithmetic.numerics.rounding import gamma, round_sum
+from reproml.arithmetic.operators.arguments import dims_of, only_float32
+from reproml.errors import NotExactError
 
 
 def total(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
@@ -58,15 +47,13 @@ def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor, dim: Any, keepdim:
 
 def variance(x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Tensor:
     c = 1 if correction is None else correction
-    return _by_rows(lambda rows: normalization_reference.variance(rows, c), x, dim, keepdim)
+    return _by_rows(lambda rows: row_variance(rows, c), x, dim, keepdim)
 
 
 def deviation(x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Tensor:
     """The square root of the exact variance."""
     c = 1 if correction is None else correction
-    return _by_rows(
-        lambda rows: normalization_reference.variance(rows, c, root=True), x, dim, keepdim
-    )
+    return _by_rows(lambda rows: row_variance(rows, c, root=True), x, dim, keepdim)
 
 
 def vector_norm(
@@ -75,7 +62,9 @@ def vector_norm(
     """The 2-norm, 1-norm, or largest absolute value."""
     only_float32(dtype)
     if ord == 2:
-        return _by_rows(lambda r: rowwise(lambda k, x: k.sqrt(k.sum(x * x)), 1, r), x, dim, keepdim)
+        return _by_rows(
+            lambda r: rowwise(lambda ctx, x: ctx.sqrt(ctx.sum(x * x)), 1, r), x, dim, keepdim
+        )
     if ord == 1:
         return sum_over(x.abs(), dims_of(dim), keepdim)
     if ord == float("inf"):
@@ -103,129 +92,96 @@ def cumsum(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
         return [nearest_of_rows(flat[i : i + 1, : j + 1])[0] for i, j in pairs]
 
     c, bound = rows.cumsum(-1), rows.abs().cumsum(-1) * gamma(n)
-    return settle_sum(c, bound, resolve).movedim(-1, dim).reshape(x.shape)
+    return round_sum(c, bound, resolve).movedim(-1, dim).reshape(x.shape)
 
 
-def power(x: Any, exponent: Any) -> Tensor:
-    """x^exponent for a number as the exponent: a product where it is whole, else exp(exponent log x)."""
-    if isinstance(x, Tensor) and not isinstance(exponent, Tensor):
-        p = single(exponent)
-        if p == 2:
-            return x * x
-        if p == 0:
-            return torch.ones_like(x)
-        if p.denominator == 1 and abs(p) <= 64:
-            return elementwise(lambda k, x: _whole_power(x, int(p)), x)
-        y = elementwise(lambda k, x: k.exp(p * k.log(x)), torch.where(x > 0, x, 1.0))
-        at_zero = torch.where(x == 0, 0.0 if p > 0 else torch.inf, torch.nan)
-        return torch.where(x > 0, y, at_zero)
-    raise NotExactError("A power whose exponent is a tensor has no exact definition; use a number.")
-
-
-def _whole_power(x: Any, n: int) -> Any:
-    if n < 0:
-        return 1 / _whole_power(x, -n)
-    y = x
-    for _ in range(n - 1):
-        y = y * x
-    return y
-
-
-def addcmul(x: Tensor, a: Tensor, b: Tensor, value: float = 1) -> Tensor:
-    v = single(value)
-    return elementwise(lambda k, x, a, b: x + v * a * b, x, a, b)
-
-
-def addcdiv(x: Tensor, a: Tensor, b: Tensor, value: float = 1) -> Tensor:
-    v = single(value)
-    return elementwise(lambda k, x, a, b: x + v * a / b, x, a, b)
-
-
-def lerp(x: Tensor, y: Tensor, weight: Any) -> Tensor:
-    """x + weight (y - x)."""
-    w = weight if isinstance(weight, Tensor) else float(single(weight))
-    return elementwise(lambda k, x, y, w: x + w * (y - x), x, y, w)
-
-
-def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """alpha * (a @ b) + beta * bias, also of two dimensions (addmm) or of vectors (addmv)."""
-    if alpha == beta == 1:
-        return matmul(a, b, bias)
-    return matmul(a, b, bias, single(alpha), single(beta))
-
-
-def addmv(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    bias = bias.expand(len(a)).unsqueeze(1)
-    return matmul(a, b.unsqueeze(1), bias, single(alpha), single(beta)).squeeze(1)
-
-
-def arange(*bounds: float, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-    """start + i * step. Whole numbers are left to PyTorch."""
-    if (
-        dtype not in (None, torch.float32)
-        or all(isinstance(b, int) for b in bounds)
-        and dtype is None
-    ):
-        return torch.arange(*bounds, dtype=dtype, device=device)
-    start, end, step = (
-        (0, bounds[0], 1) if len(bounds) == 1 else (*bounds, 1) if len(bounds) == 2 else bounds
-    )
-    count = math.ceil((end - start) / step)  # in binary64, as PyTorch counts
-    i = torch.arange(max(count, 0), dtype=torch.int64)
-    return elementwise(lambda k, i: Fraction(start) + i * Fraction(step), i).to(device or "cpu")
-
-
-def linspace(
-    start: Any, end: Any, steps: int, *, dtype: Any = None, device: Any = None, **_: Any
+def sum_over(
+    x: Tensor,
+    dims: Sequence[int],
+    keepdim: bool = False,
+    divisor: int = 1,
+    y: Optional[Tensor] = None,
 ) -> Tensor:
-    """start + i (end - start) / (steps - 1)."""
-    only_float32(dtype)
-    a, b = Fraction(float(start)), Fraction(float(end))
-    i = torch.arange(steps, dtype=torch.int64)
-    return elementwise(lambda k, i: a + i * ((b - a) / max(steps - 1, 1)), i).to(device or "cpu")
+    """The sum of x, or of the products x * y, over `dims`, divided by `divisor`, rounded once.
 
-
-def upsample_nearest_backward(
-    g: Tensor,
-    out: Any,
-    size: Any,
-    scales_h: Optional[float] = None,
-    scales_w: Optional[float] = None,
-) -> Tensor:
-    """The sum over the copies of each element; whole factors only."""
-    n, c, h, w = size
-    if g.shape[2] % h or g.shape[3] % w:
-        raise NotExactError(
-            f"Upsampling from {[h, w]} to {list(g.shape[2:])} has no exact backward; use whole factors."
-        )
-    return sum_over(g.reshape(n, c, h, g.shape[2] // h, w, g.shape[3] // w), (3, 5))
-
-
-def qr(a: Tensor, mode: str = "reduced") -> tuple[Tensor, Tensor]:
-    """A = Q R with a positive diagonal, of [m, n], by Gram & Schmidt, each column twice (Kahan: twice is
-    enough; Parlett, The Symmetric Eigenvalue Problem, section 6.9): v - Q (Q^T v) with both products
-    rounded once, then v / |v| rounded once; R = Q^T A rounded once, zero below its diagonal.
-
-    Raises NotExactError for another mode, a batch, or columns that depend on each other.
+    x, y: float32 of one shape; dims: empty for all. Returns float32.
     """
-    if mode != "reduced" or a.dim() != 2:
-        raise NotExactError("A QR factorisation is defined for one matrix and mode='reduced'.")
-    with deferred.at_once():
-        return _gram_schmidt(a)
+    if y is not None and y.shape != x.shape:
+        raise RuntimeError(f"tensors of shapes {list(x.shape)} and {list(y.shape)} do not multiply")
+    if kernels.library and x.is_cpu:
+        total = _compiled_sum(x, dims or range(x.dim()), keepdim, divisor, y)
+        if total is not None:
+            return total
+    dims = sorted(canonicalize_dims(x.dim(), tuple(dims))) if dims else list(range(x.dim()))
+    dims = dims if x.dim() else []
+    wide = x.double() if y is None else x.double() * y.double()
+    count = 1
+    for d in dims:
+        count *= x.shape[d]
+    if not dims:
+        c, size = wide, wide.abs()
+    else:
+        c, size = wide.sum(dims, keepdim=keepdim), wide.abs().sum(dims, keepdim=keepdim)
+    if divisor != 1:
+        c, size = c / divisor, size / divisor
+
+    def resolve(index: Tensor) -> list[float]:
+        kept = [d for d in range(x.dim()) if d not in dims]
+        rows = wide.permute([*kept, *dims]).reshape(-1, count)
+        return nearest_of_rows(rows[index], scale=Fraction(1, divisor))
+
+    return round_sum(c, size * gamma(count), resolve)
 
 
-def _gram_schmidt(a: Tensor) -> tuple[Tensor, Tensor]:
-    q = a.new_zeros(a.shape[0], min(a.shape))
-    for j in range(q.shape[1]):
-        v = a[:, j : j + 1]
-        for _ in range(2 if j else 0):
-            past = q[:, :j]
-            along = matmul(past.t(), v)
-            v = matmul(-past, along, v)
-        length = vector_norm(v)
-        if not length > 0:
-            raise NotExactError(
-                "The columns depend on each other: their QR factorisation is not unique."
-            )
-        q[:, j : j + 1] = elementwise(lambda k, v, n: v / n, v, length)
-    return q, matmul(q.t(), a).triu()
+def _compiled_sum(
+    x: Tensor, dims: Sequence[int], keepdim: bool, divisor: int, y: Optional[Tensor]
+) -> Optional[Tensor]:
+    """sum_over by c/sums.c; None where that cannot settle all."""
+    rank, reduced = x.dim(), 0
+    for d in dims:
+        if not -rank <= d < rank or reduced >> d % rank & 1:
+            return None  # the plain path names the error
+        reduced |= 1 << d % rank
+    shape = x.shape
+    kept = [
+        1 if reduced >> d & 1 else m for d, m in enumerate(shape) if keepdim or not reduced >> d & 1
+    ]
+    if not rank or abs(divisor) > 1 << 53:
+        return None
+    out = x.new_empty(kept)
+    strides = x.stride()
+    axes = (ctypes.c_int64 * (3 * rank))(*shape, *strides, *(strides if y is None else y.stride()))
+    factor = None if y is None else y.data_ptr()
+    left = kernels.library.reproml_sum(
+        x.data_ptr(), factor, axes, rank, reduced, divisor, out.data_ptr()
+    )
+    if left < 0:  # axes too scattered for one loop
+        order = sorted(range(rank), key=lambda d: reduced >> d & 1)
+        count = x.numel() // max(out.numel(), 1)
+        rows, factors = (
+            None if t is None else t.permute(order).reshape(out.numel(), count) for t in (x, y)
+        )
+        assert rows is not None
+        total = _compiled_sum(rows, (1,), False, divisor, factors)
+        return None if total is None else total.reshape(kept)
+    return None if left else out
+
+
+def row_variance(rows: Tensor, correction: float, root: bool = False) -> Tensor:
+    """The variance of each row, divided by n - correction, or its square root, [groups, 1]."""
+    n, c = rows.shape[1], Fraction(correction)
+    divisor = n - c if n > c else Fraction(1)
+
+    def formula(ctx: Any, x: Any) -> Any:
+        v = _variance(ctx, x, n, n - divisor)
+        return ctx.sqrt(v) if root else v
+
+    if not n:
+        return rows.new_full((len(rows), 1), torch.nan)
+    result = rowwise(formula, 1, rows)
+    return result if n > c else result / 0.0  # like PyTorch: infinite, or NaN of equal numbers
+
+
+def _variance(ctx: Any, x: Any, n: int, correction: Fraction) -> Any:
+    d = x - ctx.sum(x) / n
+    return ctx.sum(d * d) / (n - correction)

@@ -15,25 +15,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reproml.arithmetic import operator_table
-from reproml.arithmetic.compiler.evaluate import BINARY64, elementwise, exact_values, rowwise
-from reproml.arithmetic.numerics.balls import MultiPrecision
+from reproml.arithmetic.compiler.evaluate import TENSORS, elementwise, exact_values, rowwise
+from reproml.arithmetic.numerics.balls import MultiPrecisionContext
 from tests.arithmetic.strategies import ANY, MODERATE, tensors
 from verification import oracle as o
 from verification.oracle import Real, check, reals, same_bits
 
 # name -> (formula of a field, the same in real numbers)
 FORMULAS: dict[str, Any] = {
-    "polynomial": (lambda k, x, y: x * x * y - 3 * x + y, lambda x, y: x * x * y - 3 * x + y),
-    "quotient": (lambda k, x, y: (x + 1) / (y * y + 2), lambda x, y: (x + 1) / (y * y + 2)),
-    "thirds": (lambda k, x, y: x * Fraction(1, 3) - y / 3, lambda x, y: x * Fraction(1, 3) - y / 3),
-    "exp": (lambda k, x, y: k.exp(x - y) - k.exp(y), lambda x, y: o.exp(x - y) - o.exp(y)),
-    "log": (lambda k, x, y: k.log(x * x + abs(y) + 1), lambda x, y: o.log(x * x + abs(y) + 1)),
-    "sqrt": (lambda k, x, y: k.sqrt(x * x + y * y) - abs(x), lambda x, y: o.sqrt(x * x + y * y) - abs(x)),
-    "log1p": (lambda k, x, y: k.log1p(k.exp(x)) * y, lambda x, y: o.log1p(o.exp(x)) * y),
-    "expm1": (lambda k, x, y: k.expm1(x * y), lambda x, y: o.expm1(x * y)),
-    "tanh": (lambda k, x, y: k.tanh(x) * k.sigmoid(y), lambda x, y: o.tanh(x) * o.sigmoid(y)),
-    "erfc": (lambda k, x, y: k.erfc(x) - k.erf(y), lambda x, y: o.erfc(x) - o.erf(y)),
-    "sin": (lambda k, x, y: k.sin(x) + k.cos(y), lambda x, y: o.sin(x) + o.cos(y)),
+    "polynomial": (lambda ctx, x, y: x * x * y - 3 * x + y, lambda x, y: x * x * y - 3 * x + y),
+    "quotient": (lambda ctx, x, y: (x + 1) / (y * y + 2), lambda x, y: (x + 1) / (y * y + 2)),
+    "thirds": (lambda ctx, x, y: x * Fraction(1, 3) - y / 3, lambda x, y: x * Fraction(1, 3) - y / 3),
+    "exp": (lambda ctx, x, y: ctx.exp(x - y) - ctx.exp(y), lambda x, y: o.exp(x - y) - o.exp(y)),
+    "log": (lambda ctx, x, y: ctx.log(x * x + abs(y) + 1), lambda x, y: o.log(x * x + abs(y) + 1)),
+    "sqrt": (lambda ctx, x, y: ctx.sqrt(x * x + y * y) - abs(x), lambda x, y: o.sqrt(x * x + y * y) - abs(x)),
+    "log1p": (lambda ctx, x, y: ctx.log1p(ctx.exp(x)) * y, lambda x, y: o.log1p(o.exp(x)) * y),
+    "expm1": (lambda ctx, x, y: ctx.expm1(x * y), lambda x, y: o.expm1(x * y)),
+    "tanh": (lambda ctx, x, y: ctx.tanh(x) * ctx.sigmoid(y), lambda x, y: o.tanh(x) * o.sigmoid(y)),
+    "erfc": (lambda ctx, x, y: ctx.erfc(x) - ctx.erf(y), lambda x, y: o.erfc(x) - o.erf(y)),
+    "sin": (lambda ctx, x, y: ctx.sin(x) + ctx.cos(y), lambda x, y: o.sin(x) + o.cos(y)),
 }  # fmt: skip
 small = st.floats(-20, 20, width=32)
 
@@ -44,9 +44,9 @@ small = st.floats(-20, 20, width=32)
 def test_the_exact_value_is_in_the_ball(name, pairs):
     formula, exact = FORMULAS[name]
     x, y = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs))
-    ball = formula(BINARY64, BINARY64.exact(x), BINARY64.exact(y))
+    ball = formula(TENSORS, TENSORS.exact(x), TENSORS.exact(y))
     error = torch.as_tensor(ball.error, dtype=torch.float64).expand(x.shape)
-    for c, e, (a, b) in zip(ball.c.tolist(), error.tolist(), pairs):
+    for c, e, (a, b) in zip(ball.mid.tolist(), error.tolist(), pairs):
         if math.isfinite(e) and math.isfinite(c):
             value = exact(Real(a), Real(b)).mpf
             assert (
@@ -54,11 +54,11 @@ def test_the_exact_value_is_in_the_ball(name, pairs):
                 <= o.mp.mpf(e) * (1 + o.mp.mpf(2) ** -20) + o.mp.mpf(2) ** -1000
             )
     for bits in (80, 300):
-        k = MultiPrecision(bits)
+        k = MultiPrecisionContext(bits)
         p, q = (np.array([k.mp.mpf(v) for v in column], dtype=object) for column in zip(*pairs))
         ball = formula(k, k.exact(p), k.exact(q))
         errors = np.broadcast_to(ball.error, p.shape)
-        for c, e, pair in zip(ball.c, errors, pairs):
+        for c, e, pair in zip(ball.mid, errors, pairs):
             value = exact(Real(pair[0]), Real(pair[1])).mpf
             assert abs(value - o.mp.mpf(c)) <= o.mp.mpf(e) + o.mp.mpf(2) ** -1000
 
@@ -80,20 +80,20 @@ def test_ties_and_underflow(value):
     """1 + value and value, both halfway between two binary32 numbers or near it."""
     v = Fraction(value)
     one = torch.ones(3)
-    check(elementwise(lambda k, x: x + v, one), [Real(1 + v)] * 3)
-    check(elementwise(lambda k, x: x * v, one), [Real(v)] * 3)
+    check(elementwise(lambda ctx, x: x + v, one), [Real(1 + v)] * 3)
+    check(elementwise(lambda ctx, x: x * v, one), [Real(v)] * 3)
     # through a square root: undecidable for balls, rational or recognised as the midpoint itself
     four = torch.full((), 4.0)
-    check(elementwise(lambda k, x: k.sqrt(x) - 1 + v, four), Real(1 + v))
+    check(elementwise(lambda ctx, x: ctx.sqrt(x) - 1 + v, four), Real(1 + v))
     two = torch.full((2,), 2.0)
-    check(elementwise(lambda k, x: k.sqrt(x) * k.sqrt(x) - 1 + v, two), [Real(1 + v)] * 2)
+    check(elementwise(lambda ctx, x: ctx.sqrt(x) * ctx.sqrt(x) - 1 + v, two), [Real(1 + v)] * 2)
 
 
 def test_not_finite_operands_have_ieee_values():
     x = torch.tensor([math.inf, -math.inf, math.nan, 0.0])
-    found = elementwise(lambda k, x: 2 * x + 1, x)
+    found = elementwise(lambda ctx, x: 2 * x + 1, x)
     assert found[:2].tolist() == [math.inf, -math.inf] and found[2].isnan() and found[3] == 1
-    found = elementwise(lambda k, x: 1 / x, x)
+    found = elementwise(lambda ctx, x: 1 / x, x)
     assert found[:2].tolist() == [0, 0] and found[3] == math.inf
 
 
@@ -101,11 +101,11 @@ def test_not_finite_operands_have_ieee_values():
 def test_shapes(shape):
     x = torch.full(shape, 1.0)
     third = o.float_of(Real(Fraction(1, 3)))
-    assert same_bits(elementwise(lambda k, x: x / 3, x), torch.full(shape, third))
+    assert same_bits(elementwise(lambda ctx, x: x / 3, x), torch.full(shape, third))
     # exactly a tie, so that each element is resolved
-    assert same_bits(elementwise(lambda k, x: x + Fraction(1, 2**24), x), x)
+    assert same_bits(elementwise(lambda ctx, x: x + Fraction(1, 2**24), x), x)
     for dim in range(-len(shape), len(shape)):
-        found = rowwise(lambda k, x: x / k.sum(x), dim, x)
+        found = rowwise(lambda ctx, x: x / ctx.sum(x), dim, x)
         n = max(1, x.shape[dim])
         assert same_bits(found, torch.full(shape, o.float_of(Real(Fraction(1, n)))))
 
@@ -116,8 +116,8 @@ def test_rowwise_does_not_depend_on_the_order(data):
     x = data.draw(tensors((3, 6), MODERATE))
     at = torch.tensor(data.draw(st.permutations(range(6))))
     for formula in (
-        lambda k, x: k.sum(x * x) - k.sum(x) * k.sum(x) / 6,
-        lambda k, x: k.log1p(k.sum(k.exp(x - k.max(x)))),
+        lambda ctx, x: ctx.sum(x * x) - ctx.sum(x) * ctx.sum(x) / 6,
+        lambda ctx, x: ctx.log1p(ctx.sum(ctx.exp(x - ctx.max(x)))),
     ):
         assert same_bits(rowwise(formula, 1, x), rowwise(formula, 1, x[:, at]))
         assert same_bits(rowwise(formula, 1, x), rowwise(formula, 0, x.t()).t())
@@ -127,7 +127,7 @@ def test_rowwise_does_not_depend_on_the_order(data):
 @given(tensors((3, 5), ANY))
 def test_rowwise_sum(x):
     expected = [[o.total(row)] for row in reals(x)]
-    check(rowwise(lambda k, x: k.sum(x), 1, x), expected)
+    check(rowwise(lambda ctx, x: ctx.sum(x), 1, x), expected)
 
 
 def test_resolving_in_threads():
@@ -156,9 +156,9 @@ def test_resolving_in_threads():
 def test_finite_extremes():
     for values in ([3.4028234663852886e38] * 4, [2.0**-149] * 4, [3e38, -3e38, 1e-45, 2.0**-126]):
         x = torch.tensor(values)
-        check(elementwise(lambda k, x: x * x / x, x), [v * v / v for v in reals(x)])
-        check(elementwise(lambda k, x: x * x, x), [v * v for v in reals(x)])
-        check(elementwise(lambda k, x, y: x / y, x, x.flip(0)), reals(x) / reals(x.flip(0)))
+        check(elementwise(lambda ctx, x: x * x / x, x), [v * v / v for v in reals(x)])
+        check(elementwise(lambda ctx, x: x * x, x), [v * v for v in reals(x)])
+        check(elementwise(lambda ctx, x, y: x / y, x, x.flip(0)), reals(x) / reals(x.flip(0)))
 
 
 def test_an_unknown_bound_is_not_taken_for_an_infinite_value():

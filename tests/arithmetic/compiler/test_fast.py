@@ -10,7 +10,7 @@ import torch
 
 from reproml.arithmetic import operator_table
 from reproml.arithmetic.compiler import executor, kernels
-from tests.arithmetic.forms import plain
+from tests.arithmetic.forms import reference
 from tests.arithmetic.strategies import LAYOUTS, NOT_FINITE, SPECIAL, grid, lay_out
 from verification.oracle import bits_of_tensor, same_bits
 
@@ -31,9 +31,9 @@ def agree(name: str, *arguments: Any) -> torch.Tensor:
     """The result, the same in all three forms."""
     f = operator_table.EXACT[name]
     found: torch.Tensor = f(*arguments)
-    expected = plain(f, *arguments)
+    expected = reference(f, *arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor, "_DIRECT", {})
+        patch.setattr(executor, "_FAST", {})
         patch.setattr(executor, "_plans", {})
         taped = f(*arguments)
     for other in (expected, taped):
@@ -42,7 +42,7 @@ def agree(name: str, *arguments: Any) -> torch.Tensor:
 
 
 def is_direct() -> bool:
-    return any(plan is not None and plan.direct >= 0 for plan in executor._plans.values())
+    return any(plan is not None and plan.fast >= 0 for plan in executor._plans.values())
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 2) -> torch.Tensor:

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are
 def fresh(monkeypatch):
     monkeypatch.setattr(executor, "_plans", {})
     monkeypatch.setattr(executor, "_programs", {})
-    monkeypatch.setattr(executor, "_DIRECT", {})  # test_direct.py has these
+    monkeypatch.setattr(executor, "_FAST", {})  # test_direct.py has these
 
 
 def is_compiled() -> bool:
@@ -44,8 +44,8 @@ def both(function: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
 
 
 def agree(function: Any, *arguments: Any, **options: Any) -> None:
-    found, plain = both(function, *arguments, **options)
-    pairs = zip(found, plain) if isinstance(found, tuple) else [(found, plain)]
+    found, reference = both(function, *arguments, **options)
+    pairs = zip(found, reference) if isinstance(found, tuple) else [(found, reference)]
     for x, y in pairs:
         assert x.shape == y.shape and same_bits(x, y), (bits_of_tensor(x), bits_of_tensor(y))
 
@@ -119,12 +119,12 @@ def test_losses(name, n, reduction):
     assert is_compiled()
 
 
-def polynomial(k: Any, x: Any, y: Any) -> Any:
+def polynomial(ctx: Any, x: Any, y: Any) -> Any:
     return x * y + x * Fraction(1, 3) - y
 
 
-def weighed(k: Any, x: Any, y: Any) -> Any:
-    return x * k.sum(x * y)
+def weighed(ctx: Any, x: Any, y: Any) -> Any:
+    return x * ctx.sum(x * y)
 
 
 SHAPES = [
@@ -144,7 +144,7 @@ def test_shapes_and_layouts(shapes, layout):
     for dim in range(len(whole)):
         if math.prod(whole):
             agree(rowwise, weighed, dim, x, y)
-            agree(rowwise, lambda k, x, y: k.sum(x * y) / 3, dim, x, y)
+            agree(rowwise, lambda ctx, x, y: ctx.sum(x * y) / 3, dim, x, y)
 
 
 def test_numbers_and_integers():
@@ -164,16 +164,16 @@ def test_the_result_is_laid_out_like_its_operand():
     "n", [15, 16, 17, 31, 32, 33, 127, 128, 129, 255, 256, 257, 511, 513, 1025]
 )
 def test_lengths_around_a_block(n):
-    agree(lambda x: elementwise(lambda k, x: k.exp(x) / 3, x), normal(n))
+    agree(lambda x: elementwise(lambda ctx, x: ctx.exp(x) / 3, x), normal(n))
     for rows in (1, 2, 9):
-        agree(lambda x: rowwise(lambda k, x: x - k.sum(x) / 7, 1, x), normal(rows, n))
+        agree(lambda x: rowwise(lambda ctx, x: x - ctx.sum(x) / 7, 1, x), normal(rows, n))
         agree(
-            lambda x: rowwise(lambda k, x: k.max(x) - k.sum(k.exp(x - k.max(x))), 1, x),
+            lambda x: rowwise(lambda ctx, x: ctx.max(x) - ctx.sum(ctx.exp(x - ctx.max(x))), 1, x),
             normal(rows, n),
         )
 
 
-def added(k: Any, x: Any, y: Any) -> Any:
+def added(ctx: Any, x: Any, y: Any) -> Any:
     return x + y
 
 
@@ -189,8 +189,8 @@ def test_threads(threads, monkeypatch):
             x.view(-1)[::97] = 1 + 2.0**-23
             y = torch.where(x == 1 + 2.0**-23, 2.0**-24, 0.25)
             agree(elementwise, added, x, y)
-            agree(rowwise, lambda k, x, y: x + y + 0 * k.sum(x), -1, x, y)
-            agree(rowwise, lambda k, x, y: k.sum(x + y), -1, x, y)
+            agree(rowwise, lambda ctx, x, y: x + y + 0 * ctx.sum(x), -1, x, y)
+            agree(rowwise, lambda ctx, x, y: ctx.sum(x + y), -1, x, y)
     finally:
         torch.set_num_threads(before)
 
@@ -198,12 +198,12 @@ def test_threads(threads, monkeypatch):
 def test_what_fails_goes_to_the_definition():
     seen = []
 
-    def plain(x):
+    def reference(x):
         seen.append(x.numel())
         return x + 5
 
     x = torch.tensor([2.0, 1.0, 3.0, math.nan, 1.0])
-    y = elementwise(lambda k, x: x + Fraction(1, 2**24), x, plain=plain)
+    y = elementwise(lambda ctx, x: x + Fraction(1, 2**24), x, reference=reference)
     assert (
         seen == [3]
         and y[[1, 4]].tolist() == [6, 6]
@@ -211,29 +211,29 @@ def test_what_fails_goes_to_the_definition():
         and y[[0, 2]].tolist() == [2, 3]
     )
     rows = torch.tensor([[1.0, 2.0**-24], [1.0, 1.0], [2.0**-24, 1.0]])
-    y = rowwise(lambda k, x: k.sum(x), 1, rows, plain=lambda x: x.sum(1, keepdim=True) + 7)
+    y = rowwise(lambda ctx, x: ctx.sum(x), 1, rows, reference=lambda x: x.sum(1, keepdim=True) + 7)
     assert y.tolist() == [[8], [2], [8]]
 
 
 def test_a_formula_is_known_by_its_code_and_its_cells():
     def scaled(factor: Any) -> Any:
-        return elementwise(lambda k, x: x * factor, torch.ones(2))[0].item()
+        return elementwise(lambda ctx, x: x * factor, torch.ones(2))[0].item()
 
     assert [scaled(f) for f in (2, 3, Fraction(1, 2), 2)] == [2, 3, 0.5, 2]
 
     def through(f: Any) -> Any:
-        return elementwise(lambda k, x: f(x), torch.ones(1)).item()
+        return elementwise(lambda ctx, x: f(x), torch.ones(1)).item()
 
     assert [through(lambda x: x + 1), through(lambda x: x + 2)] == [2, 3]
     assert len(executor._plans) == 5
 
 
 def test_what_cannot_be_recorded_is_left_to_the_plain_path():
-    branching = lambda k, x: x if x < 0 else -x  # noqa: E731
+    branching = lambda ctx, x: x if x < 0 else -x  # noqa: E731
     one = torch.ones(1)
     assert elementwise(branching, -one).item() == -1 and elementwise(branching, one).item() == -1
     listed = [1]
-    assert elementwise(lambda k, x: x + listed[0], one).item() == 2
+    assert elementwise(lambda ctx, x: x + listed[0], one).item() == 2
     agree(operator_table.EXACT["erfinv"], torch.linspace(-1, 1, 40))
     assert not is_compiled()
 
@@ -242,7 +242,7 @@ def test_plans_are_bounded(monkeypatch):
     monkeypatch.setattr(executor, "_PLANS", 4)
 
     def plus(n: int) -> Any:
-        return elementwise(lambda k, x: x + n, torch.zeros(1)).item()
+        return elementwise(lambda ctx, x: x + n, torch.zeros(1)).item()
 
     assert [plus(n) for n in range(20)] == list(range(20))
     assert len(executor._plans) <= 4
@@ -251,9 +251,9 @@ def test_plans_are_bounded(monkeypatch):
 # ---- the parts -------------------------------------------------------------------------------------
 
 
-def centre(k: Any, y: Any, from_: Any = None) -> Any:
+def centre(ctx: Any, y: Any, from_: Any = None) -> Any:
     """The computed value itself, or its difference from a float64 operand, as if it were exact."""
-    return k.exact(y.c if from_ is None else y.c - from_.c)
+    return ctx.exact(y.mid if from_ is None else y.mid - from_.mid)
 
 
 def refuse(*operands: Any) -> Any:
@@ -279,19 +279,19 @@ def test_functions_are_those_of_elementary_py_bit_for_bit(name):
     """So the error that test_elementary.py measures is theirs, too."""
     low, high = RANGES[name]
     x = torch.cat([sample(low, high), sample(max(low, -2), min(high, 2))])
-    plain: Any = PLAIN.get(name) or getattr(elementary, name)
+    reference: Any = PLAIN.get(name) or getattr(elementary, name)
     difference = elementwise(
-        lambda k, x, y: centre(k, getattr(k, name)(x), y), x, plain(x), plain=refuse
+        lambda ctx, x, y: centre(ctx, getattr(ctx, name)(x), y), x, reference(x), reference=refuse
     )
     assert not difference.any()
     special = torch.tensor([0.0, -0.0, *NOT_FINITE, -5e-324, 1e308])
     special = special if name not in ("sinpi", "cospi") else special[:2]
     agree_in = elementwise(
-        lambda k, x: centre(k, getattr(k, name)(x)),
+        lambda ctx, x: centre(ctx, getattr(ctx, name)(x)),
         special,
-        plain=lambda x: plain(x.double()).float(),
+        reference=lambda x: reference(x.double()).float(),
     )
-    assert same_bits(agree_in, plain(special.double()).float())
+    assert same_bits(agree_in, reference(special.double()).float())
 
 
 @pytest.mark.parametrize("n", [1, 3, 16, 33, 256, 257, 3000, 100000])
@@ -299,7 +299,7 @@ def test_a_sum_keeps_its_errors(n):
     random = np.random.default_rng(n)
     x = torch.tensor(random.standard_normal(n) * 2.0 ** random.integers(-20, 20, n))
     exact = torch.full((n,), math.fsum(x.tolist()), dtype=torch.float64)
-    difference = rowwise(lambda k, x, y: centre(k, k.sum(x), k.max(y)), 0, x, exact)
+    difference = rowwise(lambda ctx, x, y: centre(ctx, ctx.sum(x), ctx.max(y)), 0, x, exact)
     assert abs(difference.item()) <= 2 * U * x.abs().sum()
 
 

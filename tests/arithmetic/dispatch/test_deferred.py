@@ -19,7 +19,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reproml.arithmetic.dispatch.schema import tensors
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,7 +27,9 @@ import reproml
 from reproml.arithmetic import operator_table
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.dispatch import deferred
-from reproml.arithmetic.numerics.rounding import settle_sum
+from reproml.arithmetic.dispatch.schema import tensors
+from reproml.arithmetic.numerics import devices
+from reproml.arithmetic.numerics.rounding import round_sum
 from reproml.arithmetic.operators import indexing, matmul, optimizers, reductions
 from reproml.pipeline import data, preprocess, recipe
 from reproml.pipeline.train import train as train_recipe
@@ -42,7 +43,7 @@ def wrongly(c: Tensor, e: Tensor, resolve: Any) -> Tensor:
     """settle_sum of a sum that is off by some ulps, with a bound to match."""
     e = e * 2**26
     noise = torch.sin(7.7 * torch.arange(c.numel(), dtype=torch.float64)).reshape(c.shape)
-    return settle_sum(c + 0.4 * e * noise, 1.5 * e, resolve)
+    return round_sum(c + 0.4 * e * noise, 1.5 * e, resolve)
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def well(monkeypatch: Any) -> Iterator[Counter[str]]:
     monkeypatch.setattr(kernels, "library", None)
     monkeypatch.setattr(deferred, "_all", reading)
     monkeypatch.setattr(deferred, "_stands", standing)
-    monkeypatch.setattr(deferred, "far", lambda x: not x.is_meta)
+    monkeypatch.setattr(devices, "is_on_accelerator", lambda x: not x.is_meta)
     with reproml.exact():
         torch.ones(3).sum()  # the first test that meets a device
     count.clear()
@@ -76,16 +77,16 @@ def well(monkeypatch: Any) -> Iterator[Counter[str]]:
 def far(well: Counter[str], monkeypatch: Any) -> Counter[str]:
     """The same, with sums that are mostly wrong at first."""
     for module in (matmul, reductions, indexing):
-        monkeypatch.setattr(module, "settle_sum", wrongly)
+        monkeypatch.setattr(module, "round_sum", wrongly)
     return well
 
 
 def nearby(function: Callable[[], Any]) -> Any:
     """The function's result where each test is read at once, and sums are good."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(deferred, "far", lambda x: False)
+        m.setattr(devices, "is_on_accelerator", lambda x: False)
         for module in (matmul, reductions, indexing):
-            m.setattr(module, "settle_sum", settle_sum)
+            m.setattr(module, "round_sum", round_sum)
         with reproml.exact():
             return function()
 
@@ -263,13 +264,13 @@ def other_defaults() -> list[Tensor]:
     y = torch.lerp(TERMS.sum(1), x, 0.3)
     torch.set_default_dtype(torch.float64)
     try:
-        deferred.settle_all()
+        deferred.flush()
     finally:
         torch.set_default_dtype(torch.float32)
     torch.manual_seed(2)
     z = torch.randn_like(TERMS.sum(0)) + TERMS.sum(0)
     with torch.device("meta"):  # a mode that sees every call of torch's functions
-        deferred.settle_all()
+        deferred.flush()
     return [x, y, z]
 
 

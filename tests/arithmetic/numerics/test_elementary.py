@@ -99,6 +99,6 @@ def test_layout_and_length_do_not_matter(function):
     x = sample(0.01, 30)
     whole = function(x)
     strided = torch.stack([x, x], 1)[:, 0]
-    single = torch.stack([function(v) for v in x[:50]])
-    assert torch.equal(whole, function(strided)) and torch.equal(whole[:50], single)
+    one_by_one = torch.stack([function(v) for v in x[:50]])
+    assert torch.equal(whole, function(strided)) and torch.equal(whole[:50], one_by_one)
     assert function(x[:0]).shape == (0,)

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reproml.arithmetic.numerics.rounding import U, exact_sum, gamma, nearest, settle, settle_sum
+from reproml.arithmetic.numerics.exact_sums import exact_sum
+from reproml.arithmetic.numerics.rounding import U, gamma, nearest, round_ball, round_sum
 from tests.arithmetic.strategies import FINITE, SPECIAL
 from verification import oracle as o
 from verification.oracle import Real
@@ -75,7 +76,7 @@ def test_settle_asks_whenever_the_bound_leaves_a_doubt(values, width):
         e = torch.tensor(
             [float(abs(v)) * (width + (2 * U if width else 0)) for v in values], dtype=torch.float64
         )
-        for function in (settle, settle_sum):
+        for function in (round_ball, round_sum):
             found = function(
                 c, e * (1 + 2.0**-40), lambda at: [nearest(values[i]) for i in at.tolist()]
             )
@@ -85,14 +86,14 @@ def test_settle_asks_whenever_the_bound_leaves_a_doubt(values, width):
 def test_settle_takes_nan_and_infinity_as_they_are():
     c = torch.tensor([math.nan, math.inf, -math.inf], dtype=torch.float64)
     for e in (0.0, math.inf):
-        for function in (settle, settle_sum):
+        for function in (round_ball, round_sum):
             x = function(c, torch.full((3,), e, dtype=torch.float64), lambda at: [])
             assert x.isnan().tolist() == [True, False, False] and x[1:].tolist() == c[1:].tolist()
 
 
 def test_an_exact_zero_of_a_sum_is_plus_zero():
     c = torch.tensor([0.0, -0.0], dtype=torch.float64)
-    x = settle_sum(c, torch.zeros(2, dtype=torch.float64), lambda at: [0.0] * len(at))
+    x = round_sum(c, torch.zeros(2, dtype=torch.float64), lambda at: [0.0] * len(at))
     assert not x.signbit().any()
 
 
@@ -102,14 +103,14 @@ def test_a_zero_that_is_not_sure_is_asked_for():
         for value in (0.0, -0.0):
             centre, bound = torch.tensor([[c], [1e-70]], dtype=torch.float64)
             answer = [value]
-            x = settle(centre, bound, lambda at, answer=answer: answer)  # type: ignore[misc]
+            x = round_ball(centre, bound, lambda at, answer=answer: answer)  # type: ignore[misc]
             assert x.signbit().item() == (math.copysign(1, value) < 0)
 
 
 def test_0_dim_and_empty():
     for shape in [(), (0,), (2, 0)]:
         c = torch.full(shape, 1 + 2.0**-24, dtype=torch.float64)
-        for function in (settle, settle_sum):
+        for function in (round_ball, round_sum):
             found = function(c, c * U, lambda at: [1.0] * len(at))
             assert found.shape == torch.Size(shape) and bool((found == 1).all())
 
@@ -118,5 +119,5 @@ def test_special_values_round_like_the_hardware():
     c = torch.tensor([x * y for x in SPECIAL for y in SPECIAL], dtype=torch.float64)
     with np.errstate(over="ignore"):
         expected = torch.tensor(c.numpy().astype(np.float32))
-    found = settle(c, torch.zeros_like(c), lambda at: c[at].tolist())
+    found = round_ball(c, torch.zeros_like(c), lambda at: c[at].tolist())
     assert torch.equal(found.view(torch.int32), expected.view(torch.int32))

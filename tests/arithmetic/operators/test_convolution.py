@@ -49,8 +49,8 @@ def check(x, w, g, bias, places):
     rest = (stride, padding, dilation, False, [0, 0], groups)
     assert same_bits(*both(convolution.convolution, x, w, bias, *rest))
     backward = both(convolution.convolution_backward, g, x, w, None, *rest, [True, True, False])
-    for compiled, plain in zip(*backward):
-        assert plain is None or same_bits(compiled, plain)
+    for compiled, reference in zip(*backward):
+        assert reference is None or same_bits(compiled, reference)
     more = [min(1, s - 1) for s in stride]
     rest = (stride, padding, dilation, True, more, groups)
     size = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reproml.arithmetic.compiler import kernels
-from reproml.arithmetic.operators import activations
+from reproml.arithmetic.operators import activations, losses
 from verification.oracle import Real, check
 
 pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
@@ -22,11 +22,11 @@ ROWS = [
 
 
 @pytest.mark.parametrize("copies", [1, 4, 3])
-@pytest.mark.parametrize("reduction", [activations.MEAN, activations.SUM])
+@pytest.mark.parametrize("reduction", [losses.MEAN, losses.SUM])
 @pytest.mark.parametrize("weight", [None, [0.5, 1.0, 4.0], [1.0, 1.0, 1.0 + 2 * HALF]])
 def test_ties_and_their_neighbours_are_settled_in_the_loop(weight, reduction, copies, monkeypatch):
-    for plain in ("rowwise", "sum_over"):
-        monkeypatch.setattr(activations, plain, lambda *_, **__: pytest.fail("the plain path ran"))
+    for reference in ("rowwise", "sum_over"):
+        monkeypatch.setattr(losses, reference, lambda *_, **__: pytest.fail("the plain path ran"))
     for row in ROWS:
         terms = [-x for x in row] * copies
         target = torch.arange(len(terms)) % 3
@@ -37,9 +37,9 @@ def test_ties_and_their_neighbours_are_settled_in_the_loop(weight, reduction, co
         picked = x[torch.arange(len(terms)), target].tolist()
         exact = -sum(Fraction(a) * Fraction(f) for a, f in zip(picked, factors))
         total = sum(map(Fraction, factors))
-        loss, weights = activations.nll_loss(x, target, w, reduction, -100)
-        if exact or reduction == activations.MEAN:
-            mean = reduction == activations.MEAN
+        loss, weights = losses.nll_loss(x, target, w, reduction, -100)
+        if exact or reduction == losses.MEAN:
+            mean = reduction == losses.MEAN
             check(loss.reshape(1), [Real(exact / total if mean else exact)])
         else:
             assert loss == 0

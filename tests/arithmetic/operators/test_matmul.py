@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reproml.arithmetic.compiler import kernels
-from reproml.arithmetic.operators import matmul
+from reproml.arithmetic.numerics import exact_sums
+from reproml.arithmetic.operators import matmul, reductions
 from tests.arithmetic.strategies import ANY, FINITE, LAYOUTS, SMALL_INTEGERS, lay_out, tensors
 from verification.oracle import Real, check, reals, same_bits, total
 
@@ -86,7 +87,7 @@ def test_every_shape_of_tile(form, monkeypatch, m, n, k):
     random = torch.Generator().manual_seed(m * n * k)
     a, b, c = (torch.randn(s, generator=random) for s in ((m, k), (k, n), (n,)))
     a[:, ::3] = 0.0
-    expected = matmul._plain(a, b, None), matmul._plain(a, b, c)
+    expected = matmul._reference(a, b, None), matmul._reference(a, b, c)
     for x in (a, a.t().contiguous().t(), a.repeat(1, 2)[:, :k]):
         for y in (b, b.t().contiguous().t(), b.repeat(1, 2)[:, n:]):
             assert same_bits(matmul.matmul(x, y), expected[0])
@@ -100,7 +101,7 @@ def test_threads(form, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert same_bits(matmul.matmul(a, b), matmul._plain(a, b, None))
+        assert same_bits(matmul.matmul(a, b), matmul._reference(a, b, None))
     finally:
         torch.set_num_threads(before)
 
@@ -161,11 +162,11 @@ def test_only_numbers_in_memory_are_multiplied():
 @given(tensors((4, 6), ANY))
 def test_sum_over(x):
     a = reals(x)
-    check(matmul.sum_over(x, ()), total(a))
-    check(matmul.sum_over(x, (0,)), [total(c) for c in a.T])
-    check(matmul.sum_over(x, (1,), keepdim=True), [[total(r)] for r in a])
-    check(matmul.sum_over(x, (-1,), divisor=3), [total(r) / 3 for r in a])
-    check(matmul.sum_over(x, (1,), y=x.flip(0)), [total(r * s) for r, s in zip(a, a[::-1])])
+    check(reductions.sum_over(x, ()), total(a))
+    check(reductions.sum_over(x, (0,)), [total(c) for c in a.T])
+    check(reductions.sum_over(x, (1,), keepdim=True), [[total(r)] for r in a])
+    check(reductions.sum_over(x, (-1,), divisor=3), [total(r) / 3 for r in a])
+    check(reductions.sum_over(x, (1,), y=x.flip(0)), [total(r * s) for r, s in zip(a, a[::-1])])
 
 
 @pytest.mark.parametrize("scale", [1, Fraction(1, 3), Fraction(-5, 7)])
@@ -180,7 +181,7 @@ def test_nearest_of_rows(scale):
     rows[3::11] *= -0.0
     expected = [Real(sum(map(Fraction, r), Fraction(0)) * scale) for r in rows.tolist()]
     for part in (rows, rows[:5]):
-        found = torch.tensor(matmul.nearest_of_rows(part, scale))
+        found = torch.tensor(exact_sums.nearest_of_rows(part, scale))
         check(found, expected[: len(part)])
 
 
@@ -190,7 +191,7 @@ def test_many_ties(x, unit):
     """1 + integers of half an ulp: about half of all sums are ties."""
     terms = x.double() * unit
     terms[:, 0] += 1
-    found = torch.tensor(matmul.nearest_of_rows(terms))
+    found = torch.tensor(exact_sums.nearest_of_rows(terms))
     check(found, [Real(sum(map(Fraction, r), Fraction(0))) for r in terms.tolist()])
 
 

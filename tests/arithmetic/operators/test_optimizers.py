@@ -20,7 +20,7 @@ from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.operators import optimizers
 from tests.arithmetic.strategies import FINITE, MODERATE, NOT_FINITE, SPECIAL, tensors
 from verification import oracle as o
-from verification.oracle import Real, check, real, reals, rounded, same_bits, single
+from verification.oracle import Real, check, float32_scalar, real, reals, rounded, same_bits
 
 few = settings(max_examples=15)
 
@@ -35,7 +35,7 @@ def form(request, monkeypatch):
 
 def penalized(p: Any, g: Any, decay: float, maximize: bool) -> Any:
     g = -g if maximize else g
-    return g + single(decay) * p if single(decay).v else g
+    return g + float32_scalar(decay) * p if float32_scalar(decay).v else g
 
 
 def adam_step(p, g, state, t, c):
@@ -44,32 +44,32 @@ def adam_step(p, g, state, t, c):
     beta1, beta2 = c["betas"]
     decoupled = c["decoupled"]
     d = penalized(p, g, 0 if decoupled else c["weight_decay"], c["maximize"])
-    m = rounded(single(beta1) * m + single(1 - beta1) * d)
-    v = rounded(single(beta2) * v + single(1 - beta2) * (d * d))
+    m = rounded(float32_scalar(beta1) * m + float32_scalar(1 - beta1) * d)
+    v = rounded(float32_scalar(beta2) * v + float32_scalar(1 - beta2) * (d * d))
     used = v
     if c["amsgrad"]:
         used = v_max = v if v.v != v.v or v > v_max else v_max
     correction1, correction2 = (1 - Fraction(b) ** t for b in (beta1, beta2))
-    keep = 1 - single(c["lr"]) * single(c["weight_decay"]) if decoupled else real(1)
-    move = single(c["lr"]) / correction1 * (used_over(m, used, correction2, c["eps"]))
+    keep = 1 - float32_scalar(c["lr"]) * float32_scalar(c["weight_decay"]) if decoupled else real(1)
+    move = float32_scalar(c["lr"]) / correction1 * (used_over(m, used, correction2, c["eps"]))
     return rounded(keep * p - move), [m, v, v_max]
 
 
 def used_over(m, v, correction, eps):
-    return m / (o.sqrt(v / correction) + single(eps))
+    return m / (o.sqrt(v / correction) + float32_scalar(eps))
 
 
 def sgd_step(p, g, buffer, c):
     d = penalized(p, g, c["weight_decay"], c["maximize"])
-    mu = single(c["momentum"])
+    mu = float32_scalar(c["momentum"])
     if mu.v == 0:
-        return rounded(p - single(c["lr"]) * d), None
+        return rounded(p - float32_scalar(c["lr"]) * d), None
     if buffer is None:
         buffer = rounded(d)
     else:
-        buffer = rounded(mu * buffer + single(1 - c["dampening"]) * d)
+        buffer = rounded(mu * buffer + float32_scalar(1 - c["dampening"]) * d)
     direction = d + mu * buffer if c["nesterov"] else buffer
-    return rounded(p - single(c["lr"]) * direction), buffer
+    return rounded(p - float32_scalar(c["lr"]) * direction), buffer
 
 
 def run(kind, start, grads, **options):
@@ -339,31 +339,35 @@ def direction(p, g, c):
 def rmsprop_step(p, g, s, t, c):
     v, a, b = s
     d = direction(p, g, c)
-    keep, rest = single(c["alpha"]), single(1 - c["alpha"])
+    keep, rest = float32_scalar(c["alpha"]), float32_scalar(1 - c["alpha"])
     v = rounded(keep * v + rest * (d * d))
     a = rounded(keep * a + rest * d) if c["centered"] else a
-    u = d / (o.sqrt(v - a * a if c["centered"] else v) + single(c["eps"]))
+    u = d / (o.sqrt(v - a * a if c["centered"] else v) + float32_scalar(c["eps"]))
     if not c["momentum"]:
-        return rounded(p - single(c["lr"]) * u), [v, a, b]
-    b = rounded(single(c["momentum"]) * b + u)
-    return rounded(p - single(c["lr"]) * b), [v, a, b]
+        return rounded(p - float32_scalar(c["lr"]) * u), [v, a, b]
+    b = rounded(float32_scalar(c["momentum"]) * b + u)
+    return rounded(p - float32_scalar(c["lr"]) * b), [v, a, b]
 
 
 def adagrad_step(p, g, s, t, c):
     d = direction(p, g, c)
     v = rounded(s[0] + d * d)
-    rate = single(c["lr"]) / (1 + (t - 1) * single(c["lr_decay"]))
-    return rounded(p - rate * (d / (o.sqrt(v) + single(c["eps"])))), [v]
+    rate = float32_scalar(c["lr"]) / (1 + (t - 1) * float32_scalar(c["lr_decay"]))
+    return rounded(p - rate * (d / (o.sqrt(v) + float32_scalar(c["eps"])))), [v]
 
 
 def adadelta_step(p, g, s, t, c):
     v, a = s
     d = direction(p, g, c)
-    keep, rest, eps = single(c["rho"]), single(1 - c["rho"]), single(c["eps"])
+    keep, rest, eps = (
+        float32_scalar(c["rho"]),
+        float32_scalar(1 - c["rho"]),
+        float32_scalar(c["eps"]),
+    )
     v = rounded(keep * v + rest * (d * d))
     u = rounded(o.sqrt(a + eps) / o.sqrt(v + eps) * d)
     a = rounded(keep * a + rest * (u * u))
-    return rounded(p - single(c["lr"]) * u), [v, a]
+    return rounded(p - float32_scalar(c["lr"]) * u), [v, a]
 
 
 OTHERS = [

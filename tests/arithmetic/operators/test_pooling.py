@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reproml.arithmetic.compiler import kernels
-from reproml.arithmetic.operators import convolution, indexing
+from reproml.arithmetic.operators import indexing, pooling
 from tests.arithmetic.forms import KINDS, agree, numbers, with_threads
 from tests.arithmetic.strategies import LAYOUTS, lay_out
 from tests.arithmetic.test_operator_table import CASES, TESTS, compare
@@ -53,30 +53,30 @@ def test_both_forms_of_pooling_agree(kind, window):
         (numbers(out.shape, kind, 1), torch.zeros(out.shape) * -1.0, numbers(out.shape, "ties"))
     ):
         g = lay_out(g, LAYOUTS[i])
-        agree(indexing.max_pool_backward, g, x, *window, [1, 1], False, index)
-        agree(convolution.avg_pool2d, x, *window)
-        agree(convolution.avg_pool2d, x[0], *window, divisor_override=-3)
+        agree(pooling.max_pool_backward, g, x, *window, [1, 1], False, index)
+        agree(pooling.avg_pool2d, x, *window)
+        agree(pooling.avg_pool2d, x[0], *window, divisor_override=-3)
         size = aten.avg_pool2d(x, *window).shape
         g = numbers(size, kind, 2 + i)
         for divisor in (None, 5, -4):
-            agree(convolution.avg_pool2d_backward, g, x, *window, False, True, divisor)
+            agree(pooling.avg_pool2d_backward, g, x, *window, False, True, divisor)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 2), (8, 12), (4, 5)])
 def test_both_forms_of_adaptive_pooling_agree(kind, size):
     x = numbers((2, 3, 8, 12), kind)
-    agree(convolution.adaptive_avg_pool2d, x, size)
-    agree(convolution.adaptive_avg_pool2d_backward, numbers((2, 3, *size), kind, 1), x)
+    agree(pooling.adaptive_avg_pool2d, x, size)
+    agree(pooling.adaptive_avg_pool2d_backward, numbers((2, 3, *size), kind, 1), x)
     zeros = torch.full((2, 3, *size), -0.0)
-    assert agree(convolution.adaptive_avg_pool2d_backward, zeros, x).is_contiguous()
+    assert agree(pooling.adaptive_avg_pool2d_backward, zeros, x).is_contiguous()
 
 
 def test_quotients_that_underflow_keep_their_sign():
     g = torch.tensor([-(2.0**-149), 2.0**-149, -3 * 2.0**-149, -0.0]).reshape(1, 4, 1, 1)
-    agree(convolution.adaptive_avg_pool2d_backward, g, torch.zeros(1, 4, 3, 3))
+    agree(pooling.adaptive_avg_pool2d_backward, g, torch.zeros(1, 4, 3, 3))
     window = ([3, 3], [3, 3], [0, 0], False, True, None)
-    agree(convolution.avg_pool2d_backward, g, torch.zeros(1, 4, 3, 3), *window)
+    agree(pooling.avg_pool2d_backward, g, torch.zeros(1, 4, 3, 3), *window)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,10 +109,10 @@ def test_ties_are_settled_in_the_loop():
     index = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3, 3])
     groups = [[values[i].item() for i in range(10) if index[i] == row] for row in range(5)]
     expected = [Real(sum(map(Fraction, group), Fraction(0))) for group in groups]
-    found = indexing._scatter(1, 5, index, values)
+    found = indexing.scatter_sums(1, 5, index, values)
     assert found is not None
     check(found.reshape(5), expected)
-    wide = indexing._scatter(1, 5, index, values.unsqueeze(1).expand(10, 2))
+    wide = indexing.scatter_sums(1, 5, index, values.unsqueeze(1).expand(10, 2))
     assert wide is not None
     check(wide[0, :, 1], expected)
 
@@ -120,7 +120,7 @@ def test_ties_are_settled_in_the_loop():
 def test_what_the_loop_cannot_settle_goes_to_the_plain_path():
     values = torch.tensor([2.0**80, 1.0, -(2.0**80), -1.0])
     index = torch.zeros(4, dtype=torch.int64)
-    assert indexing._scatter(1, 2, index, values) is None
+    assert indexing.scatter_sums(1, 2, index, values) is None
     agree(indexing.sum_at, index, values, 2)
 
 
@@ -135,5 +135,5 @@ def test_threads_do_not_matter():
     for window in (([2, 2], [2, 2]), ([3, 3], [2, 2])):
         out, index = aten.max_pool2d_with_indices(x, *window)
         g = numbers(out.shape, "ties")
-        with_threads(indexing.max_pool_backward, g, x, index)
-        with_threads(convolution.avg_pool2d, x, *window)
+        with_threads(pooling.max_pool_backward, g, x, index)
+        with_threads(pooling.avg_pool2d, x, *window)

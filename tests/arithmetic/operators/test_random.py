@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import reproml
 from tests.arithmetic.strategies import LAYOUTS, lay_out
 from verification import oracle as o
-from verification.oracle import Real, check, reals, same_bits, single
+from verification.oracle import Real, check, float32_scalar, reals, same_bits
 
 few = settings(max_examples=15)
 shapes = st.sampled_from([(), (0,), (1,), (15,), (16,), (17,), (40,), (3, 7), (2, 3, 4, 5)])
@@ -63,7 +63,7 @@ def test_uniform_draws_like_pytorch(shape, layout):
 def test_uniform(low, width):
     u, _ = both(lambda: torch.empty(20).uniform_())
     native, exact = both(lambda: torch.empty(20).uniform_(low, low + width))
-    a, b = single(low), single(low + width)
+    a, b = float32_scalar(low), float32_scalar(low + width)
     check(exact, reals(u) * (b - a) + a)
     assert torch.allclose(native, exact, rtol=1e-5, atol=1e-6)
 
@@ -149,7 +149,7 @@ def test_exponential(shape, layout, rate):
         return
     torch.manual_seed(5)
     u = torch.rand(shape, dtype=torch.float64)
-    check(exact, -np.vectorize(o.log1p, otypes=[object])(-reals(u)) / single(rate)
+    check(exact, -np.vectorize(o.log1p, otypes=[object])(-reals(u)) / float32_scalar(rate)
           if u.numel() else np.empty(shape, dtype=object))  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._prims_common import compute_elementwise_output_strides
 from torch.utils._pytree import tree_map_only
 
+from reproml.arithmetic.dispatch.schema import tensors
 from reproml.arithmetic.distributed.operands import (
     by_name,
     dimensions,
@@ -19,7 +20,6 @@ from reproml.arithmetic.distributed.operands import (
     own_part,
     refuse,
     rows_of,
-    tensors,
     with_batch,
 )
 from reproml.arithmetic.distributed.partial_sums import (

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.compiler.evaluate import BINARY64
+from reproml.arithmetic.compiler.evaluate import TENSORS
 from reproml.arithmetic.distributed.partial_sums import Partial, merge, plain_sum, units
 from reproml.arithmetic.distributed.pending import exchanged, raw
 from reproml.arithmetic.distributed.rules.compute import everywhere
@@ -18,12 +18,8 @@ from reproml.arithmetic.distributed.sharded import Sharded, gathered
 from reproml.arithmetic.numerics.balls import Ball
 from reproml.arithmetic.numerics.rounding import SLACK, TINY, U, gamma
 from reproml.arithmetic.operators import normalization
-from reproml.arithmetic.operators.normalization_reference import (
-    gradient,
-    normalize,
-    statistics,
-    variance,
-)
+from reproml.arithmetic.operators.normalization_reference import gradient, normalize, statistics
+from reproml.arithmetic.operators.reductions import row_variance
 
 aten = torch.ops.aten
 
@@ -89,7 +85,7 @@ def batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
     for old, new in zip(running or (None, None), (mean, var)):
         if old is not None:
             with raw():
-                normalization.follow(old, new, momentum)
+                normalization.update_running_stat(old, new, momentum)
     weight, bias = (None if t is None else _column(t, x) for t in (weight, bias))
     with raw():
         out = normalize(x.local, _column(mean, x), _column(rstd, x), weight, bias)
@@ -111,7 +107,7 @@ def _statistics(x: Sharded, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
     The first worker puts the rounding test to them; channels that fail are gathered.
     """
-    group, k = x.at.group, BINARY64
+    group, k = x.at.group, TENSORS
     with raw():
         rows = normalization.channels(x.local).double()
         n, places = rows.shape[1], math.prod(x.shape[2:])
@@ -133,9 +129,9 @@ def _statistics(x: Sharded, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         rstd = 1 / k.sqrt(v / total + Fraction(eps))
         found, failed = [], rows.new_zeros(len(rows), dtype=torch.bool)
         for ball in (mean, rstd, v / max(total - 1, 1)):
-            e = ball.error * SLACK + 2 * U * ball.c.abs() + TINY
-            low, high = (ball.c - e).float(), (ball.c + e).float()
-            failed |= ~(low.view(torch.int32) == high.view(torch.int32)) | ~ball.c.isfinite()
+            e = ball.error * SLACK + 2 * U * ball.mid.abs() + TINY
+            low, high = (ball.mid - e).float(), (ball.mid + e).float()
+            failed |= ~(low.view(torch.int32) == high.view(torch.int32)) | ~ball.mid.isfinite()
             found.append(high)
         if total == 1:
             failed[:] = True
@@ -143,7 +139,7 @@ def _statistics(x: Sharded, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         doubtful = failed.nonzero().squeeze(1)
         if len(doubtful):
             whole = normalization.channels(gathered(Sharded(x.local[:, doubtful], x.at)))
-            exact = *statistics(whole, eps), variance(whole, 1)
+            exact = *statistics(whole, eps), row_variance(whole, 1)
             for known, settled in zip(found, exact):
                 known[doubtful] = settled.squeeze(1)
     return found[0], found[1], found[2]

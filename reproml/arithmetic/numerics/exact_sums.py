@@ -1,0 +1,79 @@
+"""Sums without rounding errors, rounded once at the end: where the rounding test fails."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic.numerics.rounding import gamma, nearest, two_sum
+
+ONE = Fraction(1)
+
+
+# From this many failures on, a whole product of absolute values is cheaper than each by itself.
+MANY = 64
+
+
+_CHUNK = 1 << 22  # elements gathered at once
+
+
+def nearest_of_rows(terms: Tensor, scale: Fraction = ONE) -> list[float]:
+    """The correctly rounded sum of each row of finite float64 terms [rows, n], times `scale`."""
+    values: list[float] = []
+    for chunk in terms.split(max(1, _CHUNK // max(1, terms.shape[1]))):
+        if scale == 1 and len(chunk) >= MANY:
+            values += _by_two_sum(chunk)
+        else:
+            values += [nearest(scale * exact_sum(row)) for row in chunk.tolist()]
+    return values
+
+
+def _by_two_sum(terms: Tensor) -> list[float]:
+    """nearest_of_rows by compensated sums (Ogita, Rump & Oishi, SIAM J. Sci. Comput. 26(6), 2005).
+
+    Each row becomes s + t with |s + t - exact| <= e. The rows for which this is not enough, and those
+    whose s + t rounds to a midpoint of binary32 in binary64 (which would round twice), go on.
+    """
+    s, n = terms, terms.shape[1]
+    t = torch.zeros(len(terms), dtype=torch.float64, device=terms.device)
+    size = torch.zeros_like(t)
+    while s.shape[1] > 1:
+        if s.shape[1] % 2:
+            s = torch.nn.functional.pad(s, (0, 1))
+        s, error = two_sum(*s.split(s.shape[1] // 2, 1))
+        t = t + error.sum(1)
+        size = size + error.abs().sum(1)
+    s = s.sum(1)
+    e = size * gamma(n) + 2.0**-1000 * (size > 0)
+    low, high = s + (t - e), s + (t + e)
+    result = high.float()
+    sure = (low.float() == result) & ~_maybe_midpoint(low) & ~_maybe_midpoint(high)
+    values: list[float] = (result + 0.0).tolist()
+    for i in (~sure).nonzero().squeeze(1).tolist():
+        values[i] = nearest(exact_sum(terms[i].tolist()))
+    return values
+
+
+def _maybe_midpoint(x: Tensor) -> Tensor:
+    """Whether float64 x may be halfway between two binary32 numbers (all subnormal ones may)."""
+    half = (x.view(torch.int64) & 0x1FFFFFFF) == 0x10000000
+    return half | ((x.abs() < 2.0**-125) & (x != 0))
+
+
+def exact_sum(terms: list[float]) -> Fraction:
+    """The exact sum of finite binary64 numbers.
+
+    `math.fsum` rounds the exact sum correctly (Shewchuk, Discrete & Computational Geometry 18, 1997);
+    what it left is a sum again, 2^53 times smaller, until nothing is left.
+    """
+    terms = list(terms)
+    total = Fraction(0)
+    while True:
+        part = math.fsum(terms)
+        if part == 0:
+            return total
+        total += Fraction(part)
+        terms.append(-part)

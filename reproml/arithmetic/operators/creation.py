@@ -1,0 +1,39 @@
+"""Tensors that are computed from numbers: arange and linspace."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.operators.arguments import only_float32
+
+
+def arange(*bounds: float, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    """start + i * step. Whole numbers are left to PyTorch."""
+    if (
+        dtype not in (None, torch.float32)
+        or all(isinstance(b, int) for b in bounds)
+        and dtype is None
+    ):
+        return torch.arange(*bounds, dtype=dtype, device=device)
+    start, end, step = (
+        (0, bounds[0], 1) if len(bounds) == 1 else (*bounds, 1) if len(bounds) == 2 else bounds
+    )
+    count = math.ceil((end - start) / step)  # in binary64, as PyTorch counts
+    i = torch.arange(max(count, 0), dtype=torch.int64)
+    return elementwise(lambda ctx, i: Fraction(start) + i * Fraction(step), i).to(device or "cpu")
+
+
+def linspace(
+    start: Any, end: Any, steps: int, *, dtype: Any = None, device: Any = None, **_: Any
+) -> Tensor:
+    """start + i (end - start) / (steps - 1)."""
+    only_float32(dtype)
+    a, b = Fraction(float(start)), Fraction(float(end))
+    i = torch.arange(steps, dtype=torch.int64)
+    return elementwise(lambda ctx, i: a + i * ((b - a) / max(steps - 1, 1)), i).to(device or "cpu")
