@@ -304,7 +304,7 @@ def doctor(args: argparse.Namespace, terminal: Terminal) -> Result:
 
 def report(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Write one page for a run folder: its verdict against the golden file, where it parts from another."""
-    from reproml.pipeline import report as reports
+    from reproml import report as reports
 
     recipe = _recipe(args, args.run)
     folder = args.run or _default_run(args, recipe)

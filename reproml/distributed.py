@@ -29,6 +29,7 @@ from torch.utils.data.distributed import DistributedSampler
 from reproml.arithmetic import state
 from reproml.arithmetic.distributed.partial_sums import Group
 from reproml.arithmetic.distributed.pending import Pending, at_end_of_backward, raw
+from reproml.arithmetic.distributed.rules import table as _rules  # noqa: F401  (fills in the rules)
 from reproml.arithmetic.distributed.sharded import Rows, Sharded, gathered, share
 from reproml.errors import NotExactError, ReproError
 

@@ -17,10 +17,19 @@ from reproml.arithmetic.distributed.partial_sums import Group, Partial, merge, r
 raw = dispatcher.natively  # for what is no operator of the user's
 
 
+# Why an optimizer's step refuses a tensor of this folder (operators/optimizers.py).
+OPTIMIZER_REFUSAL = (
+    "The optimizer's step met a gradient that backward() did not write, as it does where a "
+    "wrapped model has the parameter: wrap the module that owns this parameter "
+    "(reproml.distributed.DistributedDataParallel)."
+)
+
+
 class Pending(Tensor):
     """A gradient not known before the workers have met: an operator that reads it makes them meet."""
 
     _value: Callable[[], Tensor]
+    optimizer_refusal = OPTIMIZER_REFUSAL
 
     @staticmethod
     def __new__(cls, like: Tensor, value: Callable[[], Tensor]) -> Pending:

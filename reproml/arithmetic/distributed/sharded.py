@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from reproml.arithmetic.distributed.partial_sums import Group
-from reproml.arithmetic.distributed.pending import Pending, raw
+from reproml.arithmetic.distributed.pending import OPTIMIZER_REFUSAL, Pending, raw
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,27 @@ class Rows:
         return split[tuple(index)].flatten(dim, dim + 2)
 
 
+class Rules:
+    """What operators and functions of torch do with a Sharded tensor: rules/table.py fills this in."""
+
+    prepare: Callable[[Any, Any, Any], tuple[Any, Any]]
+    compute: Callable[[Any, Any, Any], Any]
+
+
+_rules = Rules()
+
+
+def use_rules(prepare: Callable[..., Any], compute: Callable[..., Any]) -> None:
+    """Have Sharded tensors handled by these: of a function of torch the arguments, of an operator the result."""
+    _rules.prepare, _rules.compute = prepare, compute
+
+
 class Sharded(Tensor):
     """The whole batch, of which `local` is here. No two tensors share a `local` unless one is a view."""
 
     local: Tensor
     at: Rows
+    optimizer_refusal = OPTIMIZER_REFUSAL
 
     @staticmethod
     def __new__(cls, local: Tensor, at: Rows, strides: Optional[Sequence[int]] = None) -> Sharded:
@@ -85,7 +100,7 @@ class Sharded(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            args, kwargs = _table().prepared(func, args, kwargs or {})
+            args, kwargs = _rules.prepare(func, args, kwargs or {})
             return func(*args, **kwargs)
 
     @classmethod
@@ -94,16 +109,7 @@ class Sharded(Tensor):
     ) -> Any:
         if any(issubclass(t, Pending) for t in types):
             args, kwargs = tree_map_only(Pending, Pending.value, (args, kwargs))
-        return _table().computed(func, args, kwargs or {})
-
-
-@functools.cache
-def _table() -> Any:
-    from reproml.arithmetic.distributed.rules import (
-        table,  # whose rules are made of what stands here
-    )
-
-    return table
+        return _rules.compute(func, args, kwargs or {})
 
 
 def _strides(local: Tensor, shape: Sequence[int]) -> list[int]:

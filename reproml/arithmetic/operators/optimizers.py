@@ -25,8 +25,6 @@ from torch.autograd.graph import increment_version
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.dispatch import deferred, dispatcher
-from reproml.arithmetic.distributed.pending import Pending
-from reproml.arithmetic.distributed.sharded import Sharded
 from reproml.arithmetic.numerics import devices
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.errors import NotExactError
@@ -428,12 +426,9 @@ def _check(*tensors: Tensor) -> None:
     for x in tensors:
         if x.dtype is torch.float32 and x.layout is torch.strided and type(x) in _PLAIN:
             continue
-        if isinstance(x, (Pending, Sharded)):
-            raise NotExactError(
-                "The optimizer's step met a gradient that backward() did not write, as it does where a "
-                "wrapped model has the parameter: wrap the module that owns this parameter "
-                "(reproml.distributed.DistributedDataParallel)."
-            )
+        refusal = getattr(type(x), "optimizer_refusal", None)
+        if refusal is not None:
+            raise NotExactError(refusal)
         if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             raise NotExactError(
                 f"The optimizer's step is defined for plain tensors, not for {type(x).__name__}; "

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reproml.arithmetic.compiler import kernels
-from reproml.arithmetic.operators import activations, losses
+from reproml.arithmetic.operators import losses
 from verification.oracle import Real, check
 
 pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")

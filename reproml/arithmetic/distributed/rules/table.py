@@ -14,7 +14,7 @@ from reproml.arithmetic.distributed.operands import (
     with_target,
 )
 from reproml.arithmetic.distributed.rules import compute, losses, normalization, views
-from reproml.arithmetic.distributed.sharded import Sharded
+from reproml.arithmetic.distributed.sharded import Sharded, use_rules
 
 Rule = Callable[[Any, Any, Any], Any]  # (operator, positional, keywords) -> result
 
@@ -135,3 +135,5 @@ RULES: dict[str, Rule] = {
 _BESIDE = {name for name, rule in RULES.items() if rule is compute.pointwise}
 _BESIDE |= {a + b for a in "ri" for b in "add sub mul div truediv pow".split()}
 _BESIDE |= set("gather take_along_dim truediv true_divide divide multiply subtract square".split())
+
+use_rules(prepared, computed)

@@ -25,16 +25,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from reproml import cli
+from reproml import cli, report
 from reproml.cli import main
 from reproml.diff import compare
 from reproml.diff.ulps import Distance
 from reproml.errors import ReproError
-from reproml.pipeline import golden, report
+from reproml.pipeline import golden
 from reproml.pipeline import run as runs
 from reproml.pipeline.run import TRACE, Run, perform, place
+from tests import browser as browsers
 from tests import tiny
-from tests.pipeline import browser as browsers
 
 TINY = ["--recipe", "tiny.toml"]
 FOLDER = Path("runs/tiny")
