@@ -1,4 +1,4 @@
-"""Promises of the package as a whole: light import, lock without addresses, wheel with its data."""
+"""Promises of the package: light import, lock without addresses, wheel with its data."""
 
 from __future__ import annotations
 
