@@ -94,7 +94,7 @@ def of_size(size: str, value: int) -> Run:
 
 
 def step_seconds(run: Run, numerics: str) -> float:
-    """Return the seconds from the end of the first step to the end of the last: no set-up, no evaluation."""
+    """Return the seconds from the end of the first step to the end of the last."""
     ends: list[float] = []
     hook = register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     try:

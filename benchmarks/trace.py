@@ -1,8 +1,8 @@
 """Measure what a trace costs.
 
-`python -m benchmarks.trace` trains mnist-mlp without a trace and at each level, in turn. It adds up the CPU time
-of the training, from before the trace is opened until it is closed: the least time of each step over all
-rounds, so that other work on the machine counts little.
+`python -m benchmarks.trace` trains mnist-mlp without a trace and at each level, in turn. It adds up the
+CPU time of the training, from before the trace is opened until it is closed: the least time of each step
+over all rounds, so that other work on the machine counts little.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python tools/pictures.py        # writes docs/pictures/*.svg
 
-The numbers in them are measured or read here: the shares of the ladder on 67 million random numbers, the hashes from
-a golden file.
+The numbers in them are measured or read here: the shares of the ladder on 67 million random numbers, the
+hashes from a golden file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "reproml", "
 
 
 def rounding_test() -> Any:
-    """Two intervals on a number line: one between two midpoints, and one that contains a midpoint."""
+    """Draw two intervals on a number line: one between two midpoints, and one that contains a midpoint."""
     figure, axes = plt.subplots(figsize=(8, 2.6))
     axes.axhline(0, color="black", linewidth=1)
     for x in range(4):
@@ -54,7 +54,7 @@ def rounding_test() -> Any:
 
 
 def shares(count: int = 1 << 26) -> dict[str, int]:
-    """Path -> how many of `count` normally distributed numbers reach it, for gelu."""
+    """Return how many of `count` normally distributed numbers reach each path, for gelu."""
     failed = {"fast": 0, "compiled": 0, "exact": 0}
 
     def counted(path: str, kernel: Callable[..., int]) -> Callable[..., int]:
@@ -85,11 +85,11 @@ def shares(count: int = 1 << 26) -> dict[str, int]:
 
 
 def ladder() -> Any:
-    """A bar for each path, on a logarithmic scale, with the number of elements that reach it."""
+    """Draw a bar for each path, on a logarithmic scale, with the number of elements that reach it."""
     found = shares()
     figure, axes = plt.subplots(figsize=(8, 2.2))
     total = max(found.values())
-    for y, (path, count) in enumerate(found.items()):
+    for y, count in enumerate(found.values()):
         axes.barh(-y, max(count, 0.5), color=BLUE, height=0.6)
         text = f" {count:,}" if count == total else f" {count:,} of {total:,}"
         axes.text(max(count, 0.5), -y, text, va="center")
@@ -102,7 +102,7 @@ def ladder() -> Any:
 
 
 def pipeline() -> Any:
-    """The steps of a recipe, with the SHA-256 that the golden file records after each."""
+    """Draw the steps of a recipe, with the SHA-256 that the golden file records after each."""
     golden = json.loads((ROOT / "golden" / "digits-mlp.json").read_text("utf-8"))
     data = next(value for name, value in golden.items() if name.startswith("data."))
     steps = [

@@ -1,4 +1,6 @@
-"""Find the first difference of two trainings, its size and its cause: traces, run folders, weights or golden files.
+"""Find the first difference of two trainings, its size and its likely cause.
+
+It compares two traces, run folders, weights or golden files:
 
 reproml diff a.trace b.trace           # the first step and tensor that differ
 reproml diff a.trace b.trace --rerun   # and, by running that step again, the first operator and its line
@@ -528,7 +530,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: list[int], width: int = 40) -> str:
-    """Draw non-negative numbers as a line of bars, by their binary logarithms, the largest of each column."""
+    """Draw numbers as a line of bars, by their binary logarithms, the largest of each column."""
     columns = [
         max(values[i * len(values) // width : (i + 1) * len(values) // width], default=None)
         for i in range(width)

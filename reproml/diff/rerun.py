@@ -1,9 +1,9 @@
 """Run a traced training again up to one step, and record each operator of that step with its results.
 
-The header of a trace has the command, the folder, the environment variables and the number of threads. The same
-command runs in a new process with REPROML_TRACE_RERUN = {"step": ..., "folder": ...}: its trace is then
-written to that folder and ends the process after that step (recorder.py). Everything else that the command
-does, it does again.
+The header of a trace has the command, the folder, the environment variables and the number of threads. The
+same command runs in a new process with REPROML_TRACE_RERUN = {"step": ..., "folder": ...}: its trace is
+then written to that folder and ends the process after that step (recorder.py). Everything else that the
+command does, it does again.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ class Distance:
 def distance(a: Tensor, b: Tensor) -> Optional[Distance]:
     """Return the distance of two real tensors, or None if their shapes or dtypes differ.
 
-    The floating-point numbers of a format are numbered in their order, with -0 just below +0; the distance of
-    two is the difference of their numbers. The numbers of infinity and NaN follow those of finite values.
+    The floating-point numbers of a format are numbered in their order, with -0 just below +0; the distance
+    of two is the difference of their numbers. The numbers of infinity and NaN follow those of finite
+    values.
     """
     if (a.shape, a.dtype) != (b.shape, b.dtype) or a.is_complex():
         return None

@@ -62,15 +62,16 @@ class Writer:
         reader = Reader(path)
         if reader.header["level"] != level:
             raise ReproError(
-                f"{path} was traced at level {reader.header['level']}, so it cannot be resumed at level {level}"
+                f"{path} was traced at level {reader.header['level']}, so it cannot be resumed "
+                f"at level {level}"
             )
         entries = iter(reader)
         while reader.entries < head["entries"] and next(entries, None) is not None:
             pass
         if (reader.entries, reader.head) != (head["entries"], head["sha256"]):
             raise ReproError(
-                f"cannot resume trace {path}: it does not contain the checkpoint's entry {head['entries']}; "
-                "it belongs to another run or was truncated; restore the right file, resume without "
+                f"cannot resume trace {path}: it does not contain the checkpoint's entry "
+                f"{head['entries']}; it belongs to another run or was truncated; restore the right file, resume without "
                 "--trace, or start the training again"
             )
         self.entries, self.head = reader.entries, reader.head

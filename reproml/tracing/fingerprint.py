@@ -1,4 +1,4 @@
-"""Compute 64-bit fingerprints of tensors: equal bits have equal fingerprints, and it is much faster than SHA-256.
+"""Compute 64-bit fingerprints of tensors, which identify their bits much faster than a SHA-256.
 
 The elements' bytes, row-major and little-endian as for `reproml.digest` (with one canonical NaN), are split
 into blocks of 1024 words of 32 bits; the last block is padded with zeros. A block's hash is NH (J. Black,
@@ -6,9 +6,9 @@ S. Halevi, H. Krawczyk, T. Krovetz, P. Rogaway: UMAC, CRYPTO 1999, section 4.1)
 
     sum over j < 512 of (word[j] + key[j] mod 2^32) (word[j + 512] + key[j + 512] mod 2^32)   mod 2^64,
 
-and the fingerprint is a polynomial in MULTIPLIER over the hashes of the blocks, with the number of bytes as its
-first coefficient. For a random key, two different blocks have the same hash with a probability of at most
-2^-32. The key is public: unlike a SHA-256, a fingerprint does not protect against forgery.
+and the fingerprint is a polynomial in MULTIPLIER over the hashes of the blocks, with the number of bytes
+as its first coefficient. For a random key, two different blocks have the same hash with a probability of
+at most 2^-32. The key is public: unlike a SHA-256, a fingerprint does not protect against forgery.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ MULTIPLIER = 0x9E37_79B9_7F4A_7C15  # 2^64 over the golden ratio, an odd number
 
 
 def fingerprints(of: Sequence[Tensor]) -> list[str]:
-    """Return 16 hexadecimal digits for each tensor, of any layout, device and dtype that `reproml.digest` takes.
+    """Return a fingerprint of 16 hexadecimal digits for each tensor.
 
-    The shape and the dtype do not enter.
+    Tensors may have any layout, device and dtype that `reproml.digest` takes. The shape and the dtype do not enter.
     """
     return [f"{fingerprint:016x}" for fingerprint, _ in measure(of, 0)]
 
 
 def measure(of: Sequence[Tensor], summed: int) -> list[tuple[int, int]]:
-    """Return the fingerprint of each tensor and, for the first `summed`, the sum of its words (mod 2^64), else 0.
+    """Return (fingerprint, sum of the words mod 2^64) for each tensor; the sum is 0 after the first `summed`.
 
     The sum does not depend on the order of the samples if a sample has a multiple of 32 bits.
     """

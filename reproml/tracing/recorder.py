@@ -1,16 +1,16 @@
 """Record a training at PyTorch's own functions, so that no training loop changes.
 
-    where                          what is recorded
-    a DataLoader's next batch      its tensors: the batch, if a backward pass follows; a new iterator begins a
+    where                          what is recorded a DataLoader's next batch      its tensors: the batch,
+    if a backward pass follows; a new iterator begins a
                                    new epoch
     a module called directly       its input tensors that need no gradient, unless they are the loader's
     torch.autograd.backward        the loss; the batch is complete
     an optimizer, before a step    the gradients and the state of the random number generator
     an optimizer, after a step     the weights; the entry is written
 
-Only what happens with gradients enabled is recorded, so an evaluation leaves no trace. Tensors are recorded by
-their fingerprints (fingerprint.py); the weights at the start, after each epoch and at the end also by their
-SHA-256.
+Only what happens with gradients enabled is recorded, so an evaluation leaves no trace. Tensors are
+recorded by their fingerprints (fingerprint.py); the weights at the start, after each epoch and at the end
+also by their SHA-256.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class StepReached(BaseException):
 
 @dataclass
 class _Stepped:
-    """An optimizer and its parameters by name. The parameters are kept alive; the optimizer's state may be freed."""
+    """An optimizer and its parameters by name; the parameters are kept, its state may be freed."""
 
     optimizer: weakref.ref[Optimizer]
     named: dict[str, Tensor]
@@ -115,8 +115,8 @@ class Recorder:
     def head(self) -> dict[str, Any]:
         """Return the current end of the trace, as JSON, to be kept in a checkpoint and passed as `resume`.
 
-        The file is flushed to the disk up to this point. entries and sha256 are the number of entries and the
-        head of the last; numbering continues from step, epoch and optimizers. An unfinished epoch is
+        The file is flushed to the disk up to this point. entries and sha256 are the number of entries and
+        the head of the last; numbering continues from step, epoch and optimizers. An unfinished epoch is
         counted as one that begins again.
         """
         self._writer.sync()
@@ -280,7 +280,7 @@ class Recorder:
         raise StepReached
 
     def _write_operator(self, found: dict[str, Any], outputs: list[Tensor]) -> None:
-        """Write an operator. In a rerun only those of the last step are kept, together with their results."""
+        """Write an operator; in a rerun, only those of the last step, together with their results."""
         if self._rerun:
             step, folder = self._rerun
             if self._step + 1 != step:
@@ -330,7 +330,7 @@ class Recorder:
         return len(self._optimizers)
 
     def _named(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """Return the optimizer's parameters under their modules' names, or a number where no module has one."""
+        """Return the optimizer's parameters under their modules' names, or their numbers without a module."""
         names: dict[int, str] = {}
         roots = sorted(
             (m for m in self._roots if next(m.parameters(), None) is not None),
