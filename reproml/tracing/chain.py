@@ -71,8 +71,8 @@ class Writer:
         if (reader.entries, reader.head) != (head["entries"], head["sha256"]):
             raise ReproError(
                 f"cannot resume trace {path}: it does not contain the checkpoint's entry "
-                f"{head['entries']}; it belongs to another run or was truncated; restore the right file, resume without "
-                "--trace, or start the training again"
+                f"{head['entries']}; it belongs to another run or was truncated; restore the right "
+                "file, resume without --trace, or start the training again"
             )
         self.entries, self.head = reader.entries, reader.head
         os.truncate(path, reader.offset)

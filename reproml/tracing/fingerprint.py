@@ -40,13 +40,14 @@ MULTIPLIER = 0x9E37_79B9_7F4A_7C15  # 2^64 over the golden ratio, an odd number
 def fingerprints(of: Sequence[Tensor]) -> list[str]:
     """Return a fingerprint of 16 hexadecimal digits for each tensor.
 
-    Tensors may have any layout, device and dtype that `reproml.digest` takes. The shape and the dtype do not enter.
+    Tensors may have any layout, device and dtype that `reproml.digest` takes. The shape and the
+    dtype do not enter.
     """
     return [f"{fingerprint:016x}" for fingerprint, _ in measure(of, 0)]
 
 
 def measure(of: Sequence[Tensor], summed: int) -> list[tuple[int, int]]:
-    """Return (fingerprint, sum of the words mod 2^64) for each tensor; the sum is 0 after the first `summed`.
+    """Return (fingerprint, sum of the words mod 2^64) for each tensor; sums only for the first `summed`.
 
     The sum does not depend on the order of the samples if a sample has a multiple of 32 bits.
     """

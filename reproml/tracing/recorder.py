@@ -330,7 +330,7 @@ class Recorder:
         return len(self._optimizers)
 
     def _named(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """Return the optimizer's parameters under their modules' names, or their numbers without a module."""
+        """Return the optimizer's parameters under their modules' names, else under numbers."""
         names: dict[int, str] = {}
         roots = sorted(
             (m for m in self._roots if next(m.parameters(), None) is not None),
