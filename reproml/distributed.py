@@ -274,7 +274,7 @@ def wrap(model: nn.Module) -> nn.Module:
     return wrapped
 
 
-def local_rows(batch: Tensor) -> Tensor:
+def shard(batch: Tensor) -> Tensor:
     """Return this worker's rows of a batch that every worker has; the batch without a process group.
 
     Within exact() the result is a Sharded tensor.

@@ -125,7 +125,7 @@ def test_without_torchrun_no_process_group_is_initialized(monkeypatch):
     with joined(1):
         assert not dist.is_initialized()
     model, batch = nn.Linear(1, 1), torch.ones(3, 1)
-    assert distributed.wrap(model) is model and distributed.local_rows(batch) is batch
+    assert distributed.wrap(model) is model and distributed.shard(batch) is batch
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def shard_like(y: Any, x: Any) -> Any:
 Prepare = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
-def targets(count: int) -> Prepare:
+def shard_targets(count: int) -> Prepare:
     """Return a function for losses whose first `count` arguments have rows."""
 
     def prepare(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -122,8 +122,8 @@ def targets(count: int) -> Prepare:
     return prepare
 
 
-def local_operands(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Prepare the arguments of an elementwise function, or gather, beside which a tensor may be local rows.
+def shard_local_operands(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Prepare an elementwise function, or gather, whose plain operands may have this worker's rows.
 
     Autograd keeps operands for the backward pass, where nothing else identifies whose rows they are.
     """
@@ -149,7 +149,7 @@ def _is_local(y: Tensor, shard: RoundRobinShard) -> bool:
     if y.requires_grad or y.dim() < -shard.dim or shard.group.size == 1:
         return False
     n = y.shape[shard.dim]
-    sizes = [shard.size_for(shard.local_count(r)) for r in range(shard.group.size)]
+    sizes = shard.local_sizes
     if n not in (1, shard.local_size) or n == shard.global_size != 1:
         return False
     if 1 not in sizes:
@@ -158,7 +158,7 @@ def _is_local(y: Tensor, shard: RoundRobinShard) -> bool:
         return shard.group.all_gather(torch.tensor(n, device=y.device)).tolist() == sizes
 
 
-def hidden_state(dim: int) -> Prepare:
+def shard_hidden_state(dim: int) -> Prepare:
     """Return a function for recurrent layers whose initial state has the batch in `dim`."""
 
     def prepare(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""A tensor that represents the global batch, of which each worker holds some rows."""
+"""A tensor that represents the global batch: each worker holds some of its rows."""
 
 from __future__ import annotations
 
@@ -45,6 +45,11 @@ class RoundRobinShard:
         return self.before * rows * self.after
 
     @property
+    def local_sizes(self) -> list[int]:
+        """The size of the dimension on each worker."""
+        return [self.size_for(self.local_count(r)) for r in range(self.group.size)]
+
+    @property
     def local_size(self) -> int:
         """The size of the dimension on this worker."""
         return self.size_for(self.local_count(self.group.rank))
@@ -78,7 +83,7 @@ class RoundRobinShard:
 
 
 class Rule(NamedTuple):
-    """What an operator does with a Sharded tensor."""
+    """How an operator treats a Sharded tensor."""
 
     compute: Callable[[Any, Any, Any], Any]  # (operator, args, kwargs) -> result
     takes_local_rows: bool = False  # whether a plain tensor may have this worker's rows only
@@ -186,7 +191,7 @@ def _checksum_operands(args: Any, kwargs: Any, takes_local_rows: bool) -> None:
     A worker may have computed them from its own rows; the exchange of gradients then raises ReproError.
     """
     shard = shard_from_right(first_sharded(args, kwargs))
-    sizes = [shard.size_for(shard.local_count(r)) for r in range(shard.group.size)]
+    sizes = shard.local_sizes
     if len(sizes) == 1:
         return
     for x in args:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from reproml.arithmetic.distributed.operands import hidden_state, local_operands, targets
+from reproml.arithmetic.distributed.operands import (
+    shard_hidden_state,
+    shard_local_operands,
+    shard_targets,
+)
 from reproml.arithmetic.distributed.rules import compute, losses, normalization, views
 from reproml.arithmetic.distributed.sharded import DEFAULT, FUNCTIONS, OPERATORS, Rule
 
@@ -82,20 +86,20 @@ OPERATORS.update({
 FUNCTIONS.update(dict.fromkeys([
     *ELEMENTWISE, *[a + b for a in "ri" for b in "add sub mul div truediv pow".split()],
     *"gather take_along_dim truediv true_divide divide multiply subtract square".split(),
-], local_operands))
+], shard_local_operands))
 FUNCTIONS.update(dict.fromkeys([
     F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.kl_div,
     F.poisson_nll_loss, F.hinge_embedding_loss, F.multilabel_soft_margin_loss,
     F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
     F.cosine_similarity, F.pairwise_distance,
-], targets(2)))
+], shard_targets(2)))
 FUNCTIONS.update(dict.fromkeys([
     F.gaussian_nll_loss, F.cosine_embedding_loss, F.margin_ranking_loss, F.triplet_margin_loss,
-], targets(3)))
+], shard_targets(3)))
 FUNCTIONS.update(dict.fromkeys(
-    [torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu], hidden_state(1)
+    [torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu], shard_hidden_state(1)
 ))
 FUNCTIONS.update(dict.fromkeys(
-    [torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell], hidden_state(0)
+    [torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell], shard_hidden_state(0)
 ))
 # fmt: on
