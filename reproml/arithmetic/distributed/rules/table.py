@@ -29,6 +29,7 @@ ELEMENTWISE = """
 """.split()
 
 # fmt: off
+# A name with "_" at its end is the in-place variant; without a line here it is refused.
 OPERATORS.update({
     DEFAULT: Rule(compute.on_gathered_batch),
     **dict.fromkeys([*ELEMENTWISE, *[name + "_" for name in ELEMENTWISE]],

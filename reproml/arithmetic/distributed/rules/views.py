@@ -58,7 +58,7 @@ def view(func: Any, args: Any, kwargs: Any) -> Any:
 def _shard_in_shape(
     shard: RoundRobinShard, inner: int, shape: Sequence[int]
 ) -> Optional[RoundRobinShard]:
-    """Return the shard in another shape, None if there is none.
+    """Return the shard of a tensor after a reshape, or None if this would split rows of the batch.
 
     inner: the distance between consecutive rows of the batch, in elements of the tensor.
     """
