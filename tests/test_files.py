@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reproml.files import locked, write_whole
+from reproml.files import locked, write_atomically
 from verification.subprocesses import environment
 
 
@@ -22,11 +22,11 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, before):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # as at the end of a disk
     try:
         with pytest.raises(OSError):
-            write_whole(path, bytes(11))
+            write_atomically(path, bytes(11))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.read_bytes() for p in tmp_path.iterdir()] == ([] if before is None else [before])
-    write_whole(path, bytes(11))
+    write_atomically(path, bytes(11))
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [bytes(11)]
 
 

@@ -10,10 +10,9 @@ import pytest
 
 from reproml.cli import main
 from reproml.pipeline.checkpoint import Checkpoints
-from reproml.pipeline.data import load as load_data
+from reproml.pipeline.data import load_dataset
 from reproml.pipeline.preprocess import Prepared, preprocess
-from reproml.pipeline.recipe import Recipe
-from reproml.pipeline.recipe import load as load_recipe
+from reproml.pipeline.recipe import Recipe, load_recipe
 from reproml.pipeline.run import Run, perform
 
 TOML = """
@@ -51,7 +50,7 @@ def recipe(seed: int = 1, hidden: str = "[8]", epochs: int = 2, optimizer: str =
 
 @functools.cache
 def prepared() -> Prepared:
-    return preprocess(load_data("digits"), recipe().preprocess)
+    return preprocess(load_dataset("digits"), recipe().preprocess)
 
 
 @functools.cache
@@ -62,10 +61,10 @@ def run() -> Run:
 
 def begin(monkeypatch: pytest.MonkeyPatch, *arguments: str, until: int = 4) -> None:
     """Train by the command line until that step's checkpoint is saved, then press Ctrl-C."""
-    plain = Checkpoints.save
+    save_checkpoint = Checkpoints.save
 
-    def save(self, training, log):
-        plain(self, training, log)
+    def save(self, training, log, recorder):
+        save_checkpoint(self, training, log, recorder)
         if training.done == until:
             raise KeyboardInterrupt
 

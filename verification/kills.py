@@ -54,7 +54,7 @@ def main() -> int:
     args = parser.parse_args()
     out = f"runs/{args.recipe}"
     train = ["train", "--recipe", args.recipe, "--checkpoint-every", str(args.every)]
-    chance, expected = random.Random(args.seed), read_items(golden.find(args.recipe))
+    chance, expected = random.Random(args.seed), read_items(golden.find_golden(args.recipe))
     stages: Counter[str] = Counter()
     good = endings = 0
     life = 0.0

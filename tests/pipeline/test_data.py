@@ -215,7 +215,7 @@ def check_tiny(dataset: data.Dataset) -> None:
 
 def refusal(folder: Optional[Path] = None) -> str:
     with pytest.raises(ReproError) as caught:
-        data.load("mnist", folder)
+        data.load_dataset("mnist", folder)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -229,7 +229,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_mnist(mnist_mirror: Path) -> None:
-    dataset = data.load("mnist", mnist_mirror)
+    dataset = data.load_dataset("mnist", mnist_mirror)
     assert dataset.train.images.shape == (60000, 28, 28)
     assert dataset.test.images.shape == (10000, 28, 28)
     # The published counts of the classes: 5,923 zeros and 6,742 ones among the training labels.
@@ -245,7 +245,7 @@ def test_mnist_is_what_torchvision_reads(mnist_mirror: Path, tmp_path: Path) -> 
     raw.mkdir(parents=True)
     for name in data.MNIST:
         (raw / name[: -len(".gz")]).write_bytes(gzip.decompress((mnist_mirror / name).read_bytes()))
-    ours = data.load("mnist", mnist_mirror)
+    ours = data.load_dataset("mnist", mnist_mirror)
     for split, train in [(ours.train, True), (ours.test, False)]:
         theirs = datasets.MNIST(str(tmp_path), train=train)
         assert np.array_equal(split.images, theirs.data.numpy())
@@ -255,7 +255,7 @@ def test_mnist_is_what_torchvision_reads(mnist_mirror: Path, tmp_path: Path) -> 
 def test_digits_are_scikit_learns() -> None:
     from sklearn.datasets import load_digits
 
-    bunch, dataset = load_digits(), data.load("digits")
+    bunch, dataset = load_digits(), data.load_dataset("digits")
     assert dataset.train.images.shape == (1500, 8, 8)
     assert dataset.test.images.shape == (297, 8, 8)
     assert np.array_equal(np.concatenate([dataset.train.images, dataset.test.images]), bunch.images)
@@ -274,7 +274,7 @@ def test_altered_digits_are_refused(change: float, monkeypatch: pytest.MonkeyPat
     bunch.images[3, 2, 1] += change  # 256 is lost in a cast to uint8
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: bunch)
     with pytest.raises(ReproError, match="altered: the SHA-256 of images.uint8"):
-        data.load("digits")
+        data.load_dataset("digits")
 
 
 def test_unreadable_digits_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +285,7 @@ def test_unreadable_digits_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(sklearn.datasets, "load_digits", broken)
     with pytest.raises(ReproError, match="digits cannot be read: .*; reinstall"):
-        data.load("digits")
+        data.load_dataset("digits")
 
 
 # --- IDX ------------------------------------------------------------------------------------------
@@ -318,9 +318,9 @@ def test_any_bytes_are_an_array_or_no_idx_file(junk: bytes, headed: bool) -> Non
 
 
 def test_named_folder(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_tiny(data.load("mnist", folder))
+    check_tiny(data.load_dataset("mnist", folder))
     monkeypatch.setenv("REPROML_DATA_DIR", str(folder))
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
     assert not cache.exists()  # nothing is copied
 
 
@@ -328,7 +328,7 @@ def test_option_comes_before_the_environment(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REPROML_DATA_DIR", str(tmp_path / "other"))
-    check_tiny(data.load("mnist", folder))
+    check_tiny(data.load_dataset("mnist", folder))
 
 
 def test_named_folder_is_the_only_source(folder: Path, mirror) -> None:
@@ -358,8 +358,8 @@ def test_one_altered_bit_is_caught(place: int, bit: int, name: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "MNIST", TABLE)
-        assert data._wrong(name, FILES[name]) is None
-        wrong = data._wrong(name, bytes(content))
+        assert data._defect(name, FILES[name]) is None
+        wrong = data._defect(name, bytes(content))
     assert wrong == f"its SHA-256 is {found}, not {TABLE[name].sha256}"
 
 
@@ -399,24 +399,24 @@ def test_things_that_are_no_file(folder: Path, tmp_path: Path) -> None:
 
 def test_download_once_then_use_the_cache(mirror, cache: Path) -> None:
     server = mirror(good)
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
     assert server.asked == list(FILES) and files(cache) == FILES
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
     assert server.asked == list(FILES)
 
 
 def test_cache_serves_without_any_mirror(mirror, monkeypatch: pytest.MonkeyPatch) -> None:
     mirror(good)
-    data.load("mnist")
+    data.load_dataset("mnist")
     monkeypatch.delenv("REPROML_MIRROR")
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
 
 
 def test_mirror_folder_is_read_in_place(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REPROML_MIRROR", str(folder))
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
     assert not cache.exists()
     (folder / IMAGES).write_bytes(b"")
     assert f"{folder / IMAGES} is not MNIST's file" in refusal()
@@ -426,7 +426,7 @@ def test_public_mirrors_in_turn(mirror, monkeypatch: pytest.MonkeyPatch) -> None
     first, second = mirror(not_found), mirror(good)
     monkeypatch.delenv("REPROML_MIRROR")
     monkeypatch.setattr(data, "MIRRORS", (first.url, second.url))
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
     assert first.asked == second.asked == list(FILES)
 
 
@@ -435,7 +435,7 @@ def test_named_mirror_is_asked_instead_of_the_public_ones(
 ) -> None:
     public, named = mirror(good), mirror(good)
     monkeypatch.setattr(data, "MIRRORS", (public.url,))
-    data.load("mnist")
+    data.load_dataset("mnist")
     assert public.asked == [] and named.asked == list(FILES)
 
 
@@ -446,7 +446,7 @@ def test_trouble_that_passes_is_retried(
     if bad is stalled:
         monkeypatch.setattr(data, "TIMEOUT", 1.0)
     server = mirror(bad, bad, good)
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
     assert server.asked[:4] == [IMAGES] * 3 + [list(FILES)[1]] and files(cache) == FILES
 
 
@@ -479,7 +479,7 @@ def test_trouble_that_stays_is_one_sentence(
 def test_a_redirection_is_followed_and_what_comes_is_checked(mirror, cache: Path) -> None:
     elsewhere, server = mirror(altered, good), mirror(good)
     server.answers = [redirect(f"{elsewhere.url}/{IMAGES}"), redirect(f"/{IMAGES}"), good]
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
     assert elsewhere.asked == [IMAGES]  # the wrong bytes; then from the mirror's other path
     assert server.asked[:3] == [IMAGES] * 3 and files(cache) == FILES
 
@@ -491,21 +491,21 @@ def test_a_redirection_in_a_circle_ends(mirror, cache: Path) -> None:
 
 def test_a_slow_mirror_is_waited_for(mirror) -> None:
     mirror(piecemeal)
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
 
 
 def test_a_damaged_cache_is_got_again(mirror, cache: Path, capsys) -> None:
     mirror(good)
-    data.load("mnist")
+    data.load_dataset("mnist")
     (cache / IMAGES).write_bytes(FILES[IMAGES][:-3])
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
     assert files(cache) == FILES
     assert "it ends after" in capsys.readouterr().err
 
 
 def test_a_damaged_cache_stays_until_there_is_better(mirror, cache: Path) -> None:
     server = mirror(good)
-    data.load("mnist")
+    data.load_dataset("mnist")
     server.answers = [not_found]
     (cache / IMAGES).write_bytes(b"damaged")
     assert "HTTP Error 404" in refusal()
@@ -524,14 +524,14 @@ def test_offline_with_nothing_cached(tiny: None, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("url", ["http://", "http://[", "http://a b/"])
 def test_addresses_that_are_none(url: str, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPROML_MIRROR", url)
-    assert "cannot get MNIST from" in refusal()
+    assert "cannot download MNIST from" in refusal()
 
 
 @pytest.mark.parametrize("url", ["ftp://x/", "file://host/mnist"])
 def test_addresses_of_another_kind(url: str, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPROML_MIRROR", url)
     message = refusal()
-    assert message.startswith(f"{url} does not name a folder: give its path")
+    assert message.startswith(f"{url} is not a folder: give its path")
     assert "REPROML_MIRROR" in message
 
 
@@ -544,7 +544,7 @@ def test_forms_of_a_folder(
     monkeypatch.setenv("HOME", str(named.parent))
     address = f"file://{named}".replace(" ", "%20")
     monkeypatch.setenv(variable, address if form == "file" else f"~/{named.name}")
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
     (named / IMAGES).unlink()
     message = refusal()
     assert f"{named / IMAGES} is missing" in message and variable in message
@@ -552,10 +552,10 @@ def test_forms_of_a_folder(
 
 def test_redirected_output_has_plain_lines(mirror, capsys) -> None:
     server = mirror(good)
-    data.load("mnist")
+    data.load_dataset("mnist")
     output = capsys.readouterr()
     assert output.out == ""  # kept for --json
-    assert output.err == "".join(f"reproml: getting {server.url}/{name}\n" for name in FILES)
+    assert output.err == "".join(f"reproml: downloading {server.url}/{name}\n" for name in FILES)
 
 
 # --- nothing half-written -------------------------------------------------------------------------
@@ -565,7 +565,7 @@ def test_a_cache_that_cannot_be_made(mirror, cache: Path) -> None:
     server = mirror(good)
     cache.parent.write_text("a file in the way")
     message = refusal()
-    assert f"cannot keep {cache / IMAGES}: " in message and "REPROML_DATA_DIR" in message
+    assert f"cannot store {cache / IMAGES}: " in message and "REPROML_DATA_DIR" in message
     assert server.asked == []  # told before the download
 
 
@@ -589,7 +589,7 @@ def test_a_file_larger_than_allowed(mirror, cache: Path) -> None:
         message = refusal()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "cannot keep" in message and files(cache) == {}
+    assert "cannot store" in message and files(cache) == {}
 
 
 def test_ctrl_c_during_a_download(mirror, tmp_path: Path) -> None:
@@ -600,7 +600,7 @@ import signal
 from reproml.pipeline import data
 signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored in a background job
 data.MNIST = {{name: data._File(*file) for name, file in {table!r}.items()}}
-data.load("mnist")
+data.load_dataset("mnist")
 """
     home = tmp_path / "home"
     child = subprocess.Popen(
@@ -623,7 +623,7 @@ data.load("mnist")
     assert [path for path in home.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("place", ["_fetch", "_wrong"])
+@pytest.mark.parametrize("place", ["_fetch", "_defect"])
 def test_ctrl_c_at_other_moments(
     place: str, mirror, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -634,13 +634,13 @@ def test_ctrl_c_at_other_moments(
 
     monkeypatch.setattr(data, place, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        data.load("mnist")
+        data.load_dataset("mnist")
     assert files(cache) == {}
 
 
 def test_processes_at_the_same_time(mirror, cache: Path) -> None:
     mirror(good)
-    threads = [threading.Thread(target=data.load, args=("mnist",)) for _ in range(4)]
+    threads = [threading.Thread(target=data.load_dataset, args=("mnist",)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from reproml import cli
 from reproml.pipeline import golden
-from reproml.pipeline.checkpoint import Checkpoints, folder_of, paths_in
-from reproml.pipeline.run import Run, items_json, perform, place
+from reproml.pipeline.checkpoint import Checkpoints, checkpoint_folder, checkpoint_paths
+from reproml.pipeline.run import Run, items_json, perform, reserve_run_folder
 from tests import tiny
 from verification.subprocesses import Reproml
 
@@ -74,14 +74,14 @@ def test_killed_at_each_call_that_changes_a_folder(reproml, other, monkeypatch):
         call += 1
         with at_work() as folder:
             out = folder / "runs/tiny"
-            with place(out) as save:
+            with reserve_run_folder(out) as save:
                 save(other)
             status = reproml(folder, *TRAIN, call=call).returncode
             assert is_whole(out, tiny.run()) or (is_whole(out, other) and status == -9)
             monkeypatch.chdir(folder)
             assert cli.main(TRAIN) == 0
             assert is_whole(out, tiny.run())
-            assert paths_in(folder_of(out)) == []
+            assert checkpoint_paths(checkpoint_folder(out)) == []
     assert status == 0 and call > 30  # three checkpoints and four files
 
 
@@ -102,7 +102,7 @@ def test_a_golden_file_is_replaced_whole_whenever_it_is_killed(reproml):
     while status == -9:
         call += 1
         with at_work() as folder:
-            path = folder / golden.place("tiny")
+            path = folder / golden.golden_path("tiny")
             path.parent.mkdir()
             path.write_text(old)
             status = reproml(folder, "golden", *TINY, "--force", call=call).returncode
@@ -126,10 +126,10 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Checkpoints.save
+    save_checkpoint = Checkpoints.save
 
-    def save(self, training, log):
-        plain(self, training, log)
+    def save(self, training, log, recorder):
+        save_checkpoint(self, training, log, recorder)
         if training.done == step:
             raise KeyboardInterrupt
 
@@ -190,15 +190,15 @@ def test_a_read_only_folder_is_told_before_the_training(there):
     with at_work() as folder:
         out = folder / "tiny"
         if there == "run":
-            with place(out) as save:
+            with reserve_run_folder(out) as save:
                 save(tiny.run())
         if there == "checkpoints":
-            folder_of(out).mkdir()
+            checkpoint_folder(out).mkdir()
         before = everything(folder)
         folder.chmod(0o555)
         try:
             with nobody(), pytest.raises(Exception, match="cannot write .*: Permission denied"):
-                with place(out):
+                with reserve_run_folder(out):
                     raise AssertionError("the training was begun")
         finally:
             folder.chmod(0o755)
@@ -220,7 +220,7 @@ def test_checkpoints_in_a_read_only_folder_are_told_before_the_training():
 
 def test_of_two_trainings_into_one_folder_the_second_is_refused(begun, capsys):
     before = everything(begun / "runs/tiny.checkpoints")
-    with place(begun / "runs/tiny") as save:
+    with reserve_run_folder(begun / "runs/tiny") as save:
         assert cli.main(TRAIN) == 2
         error = capsys.readouterr().err
         assert "another process is training into" in error and error.count("\n") == 1

@@ -51,13 +51,13 @@ def write(tmp_path: Path):
 
 
 def test_the_bundled_recipes_are_named_as_their_files() -> None:
-    assert recipe.known() == ["digits-mlp", "mnist-cnn", "mnist-mlp"]
-    for name in recipe.known():
-        assert recipe.load(name).name == name
+    assert recipe.recipe_names() == ["digits-mlp", "mnist-cnn", "mnist-mlp"]
+    for name in recipe.recipe_names():
+        assert recipe.load_recipe(name).name == name
 
 
 def test_mnist_mlp_is_the_experiment_of_the_readme() -> None:
-    assert recipe.load("mnist-mlp") == recipe.Recipe(
+    assert recipe.load_recipe("mnist-mlp") == recipe.Recipe(
         name="mnist-mlp",
         seed=1,
         data=recipe.Data("mnist"),
@@ -69,7 +69,7 @@ def test_mnist_mlp_is_the_experiment_of_the_readme() -> None:
 
 
 def test_mnist_cnn_is_lenet5_on_the_same_images() -> None:
-    assert recipe.load("mnist-cnn") == recipe.Recipe(
+    assert recipe.load_recipe("mnist-cnn") == recipe.Recipe(
         name="mnist-cnn",
         seed=1,
         data=recipe.Data("mnist"),
@@ -156,7 +156,7 @@ REFUSED = [
     ('"mine"', '"../mine"', "name: expected `str` matching"),
     ('"mine"', '"mine\\n"', "name: expected `str` matching"),
     ('"mine"', '"-mine"', "name: expected `str` matching"),
-    ('"mine"', '""', "; a name has small letters, digits and hyphens"),
+    ('"mine"', '""', "; a name has lower-case letters, digits and hyphens"),
     ('"mine"', '"' + "m" * 65 + '"', "name: expected `str` of length <= 64"),
     ("[train]", "[train", "not TOML"),
     ("seed = 1", "seed = 1\nseed = 2", "not TOML"),
@@ -169,27 +169,27 @@ REFUSED = [
 def test_refused_by_name(old: str, new: str, words: str, write) -> None:
     path = write(changed(old, new))
     with pytest.raises(ReproError) as caught:
-        recipe.load(path)
+        recipe.load_recipe(path)
     message = str(caught.value)
     assert message.startswith(f"recipe {path}: ") and words in message and "\n" not in message
 
 
 def test_a_recipe_of_ones_own_is_a_copied_file(write) -> None:
     text = changed("[128]", "[64, 32]").replace('"adamw"', '"sgd"\nmomentum = 0.9\nnesterov = true')
-    mine = recipe.load(write(text))
+    mine = recipe.load_recipe(write(text))
     assert mine.model == recipe.MLP((64, 32)) and mine.model.kind == "mlp"
     assert mine.optimizer == recipe.SGD(learning_rate=0.001, momentum=0.9, nesterov=True)
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ReproError, match="'mnist-mpl'.*digits-mlp, mnist-cnn, mnist-mlp"):
-        recipe.load("mnist-mpl")
+        recipe.load_recipe("mnist-mpl")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "mnist-mlp\0", "*", "Mnist-MLP"])
 def test_no_name_reaches_beyond_the_bundled_recipes(name: str) -> None:
-    with pytest.raises(ReproError, match="no recipe is called"):
-        recipe.load(name)
+    with pytest.raises(ReproError, match="no recipe is named"):
+        recipe.load_recipe(name)
 
 
 def test_files_that_are_no_recipe(tmp_path: Path, write, monkeypatch) -> None:
@@ -207,12 +207,12 @@ def test_files_that_are_no_recipe(tmp_path: Path, write, monkeypatch) -> None:
         (write("", "file") + "/x.toml", "cannot be read: Not a directory"),
     ]:
         with pytest.raises(ReproError) as caught:
-            recipe.load(path)
+            recipe.load_recipe(path)
         assert words in str(caught.value)
 
 
 def test_nothing_can_be_changed() -> None:
-    mine = recipe.load("digits-mlp")
+    mine = recipe.load_recipe("digits-mlp")
     for table, key in [(mine, "seed"), (mine.train, "epochs"), (mine.optimizer, "learning_rate")]:
         with pytest.raises(AttributeError):
             setattr(table, key, 3)
@@ -237,7 +237,7 @@ def test_the_hash_is_that_of_sorted_json(write) -> None:
         },
     }
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    assert recipe.load(write(TEXT)).sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert recipe.load_recipe(write(TEXT)).sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_the_hash_is_of_values_not_of_their_writing(write) -> None:
@@ -249,7 +249,7 @@ def test_the_hash_is_of_values_not_of_their_writing(write) -> None:
         changed("0.001", "1e-3"),
         changed("0.001", "0.001\nweight_decay = 0.01"),  # the default
     ]:
-        assert recipe.load(write(same)).sha256 == recipe.load(write(TEXT)).sha256
+        assert recipe.load_recipe(write(same)).sha256 == recipe.load_recipe(write(TEXT)).sha256
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,10 @@ def test_the_hash_is_of_values_not_of_their_writing(write) -> None:
     ],
 )
 def test_any_other_value_is_another_hash(old: str, new: str, write) -> None:
-    assert recipe.load(write(changed(old, new))).sha256 != recipe.load(write(TEXT)).sha256
+    assert (
+        recipe.load_recipe(write(changed(old, new))).sha256
+        != recipe.load_recipe(write(TEXT)).sha256
+    )
 
 
 @given(junk=st.binary(max_size=200), place=st.integers(0, len(TEXT)))
@@ -275,6 +278,6 @@ def test_no_bytes_do_worse_than_a_sentence(junk: bytes, place: int, tmp_path_fac
     path = tmp_path_factory.getbasetemp() / "junk.toml"
     path.write_bytes(TEXT.encode()[:place] + junk + TEXT.encode()[place:])
     try:
-        recipe.load(str(path))
+        recipe.load_recipe(str(path))
     except ReproError as error:
         assert str(error).startswith(f"recipe {path}: ")

@@ -18,14 +18,21 @@ from torch import nn
 from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.pipeline import run as module
-from reproml.pipeline.run import Run, items_json, load, place, read_items, recompute
+from reproml.pipeline.run import (
+    Run,
+    items_json,
+    load_run_model,
+    read_items,
+    recompute,
+    reserve_run_folder,
+)
 from tests import tiny
 
 FILES = ["log.txt", "metrics.json", "run.json", "weights.safetensors"]
 
 
 def save(out: Path, run: Run) -> None:
-    with place(out) as write:
+    with reserve_run_folder(out) as write:
         write(run)
 
 
@@ -126,7 +133,7 @@ def test_other_content_is_refused_and_kept(tmp_path, stray):
 def test_content_that_came_during_the_training_is_kept_and_so_is_the_run(tmp_path):
     out = tmp_path / "run"
     with pytest.raises(ReproError, match=r"stays in .*/\.run\.partial-.*: .* not a run"):
-        with place(out) as write:
+        with reserve_run_folder(out) as write:
             out.mkdir()
             (out / "notes.txt").write_text("mine")
             write(tiny.run())
@@ -136,7 +143,7 @@ def test_content_that_came_during_the_training_is_kept_and_so_is_the_run(tmp_pat
 
 
 def test_of_two_runs_into_one_folder_the_second_is_refused(tmp_path):
-    with place(tmp_path / "run") as write:
+    with reserve_run_folder(tmp_path / "run") as write:
         with pytest.raises(ReproError, match="another process is training into .*/run; wait"):
             save(tmp_path / "run", other(tiny.run()))
         save(tmp_path / "beside", other(tiny.run()))
@@ -182,7 +189,7 @@ def test_an_empty_folder_is_used_and_a_link_is_followed(tmp_path):
 @pytest.mark.parametrize("out", ["file", "file/below", "/proc/reproml-test", "/"])
 def test_a_folder_that_cannot_be_written_is_found_before_the_training(tmp_path, out):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ReproError), place(tmp_path / out):
+    with pytest.raises(ReproError), reserve_run_folder(tmp_path / out):
         raise AssertionError("the training was begun")
     assert everything(tmp_path) == {"file": b"mine"}
 
@@ -196,7 +203,10 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, there_before, limi
     before = everything(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(ReproError, match="cannot write the run folder"), place(out) as write:
+        with (
+            pytest.raises(ReproError, match="cannot write the run folder"),
+            reserve_run_folder(out) as write,
+        ):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # as at the end of a disk
             write(tiny.run())
     finally:
@@ -206,7 +216,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, there_before, limi
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ReproError])
 def test_a_training_that_ends_early_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), place(tmp_path / "runs" / "run"):
+    with pytest.raises(error), reserve_run_folder(tmp_path / "runs" / "run"):
         raise error
     assert os.listdir(tmp_path / "runs") == []
 
@@ -217,7 +227,7 @@ def test_a_training_that_ends_early_leaves_nothing(tmp_path, error):
 @pytest.mark.parametrize("name", ["metrics.json", "run.json", "weights.safetensors"])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
-    with pytest.raises(ReproError, match=f"not a whole run: it has no {name}"):
+    with pytest.raises(ReproError, match=f"not a complete run: it has no {name}"):
         recompute(folder, tiny.recipe())
 
 
@@ -241,7 +251,7 @@ def test_a_damaged_weights_file_is_found(tmp_path_factory, data):
         raw[bit // 8] ^= 1 << bit % 8
     (folder / "run/weights.safetensors").write_bytes(raw)
     try:
-        _, _, sha256 = load(folder / "run", tiny.recipe(), tiny.prepared(), "exact")
+        _, _, sha256 = load_run_model(folder / "run", tiny.recipe(), tiny.prepared(), "exact")
         assert sha256 != tiny.run().items["weights.safetensors.sha256"]
     except ReproError as error:
         assert "weights.safetensors" in str(error)
@@ -293,7 +303,7 @@ def test_a_native_run(tmp_path):
         ("[]", "must be a JSON object"),
         ('{"a": {}}', "the value of 'a' must be"),
         ('{"a": true}', "the value of 'a' must be"),
-        ('{"a": 1, "b": 2, "a": 1}', "is not JSON: the key 'a' is there twice"),
+        ('{"a": 1, "b": 2, "a": 1}', "is not JSON: the key 'a' occurs twice"),
     ],
 )
 def test_a_file_of_items_that_is_none(tmp_path, text, message):
@@ -321,8 +331,8 @@ def test_no_bytes_do_worse_than_a_sentence(shared, name, junk, place, data):
         (shared / name).write_bytes(content[:place] + junk + content[end:])
         for read in (
             lambda: read_items(shared / "metrics.json"),
-            lambda: module.recipe_of(shared),
-            lambda: module.finished(shared, tiny.recipe(), "exact"),
+            lambda: module.recorded_recipe(shared),
+            lambda: module.finished_items(shared, tiny.recipe(), "exact"),
         ):
             try:
                 read()

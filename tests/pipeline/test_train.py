@@ -18,10 +18,11 @@ from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.pipeline.recipe import Recipe
 from reproml.pipeline.train import (
+    Output,
     State,
-    _mean,
-    _optimizer,
+    build_optimizer,
     epoch_batches,
+    mean_loss,
     numerics_mode,
     step_count,
     train,
@@ -91,8 +92,7 @@ def test_steps_stop_it_early(steps, done, epochs):
         tiny.recipe(),
         tiny.prepared(),
         steps=steps,
-        log=lines.append,
-        progress=lambda n, total: calls.append((n, total)),
+        output=Output(lines.append, lambda n, total: calls.append((n, total))),
     )
     assert calls == [(n, done) for n in range(1, done + 1)]
     assert len(trained.epochs) == len(lines) == epochs
@@ -121,13 +121,13 @@ batches = st.lists(
 def test_the_loss_is_the_exact_mean_whatever_the_order(losses, random):
     exact = sum(Fraction(x) * n for x, n in losses) / sum(n for _, n in losses)
     shuffled = random.sample(losses, len(losses))
-    mean = _mean(shuffled)
+    mean = mean_loss(shuffled)
     assert mean is not None and mean == float(exact)
 
 
 @given(batches, st.sampled_from([math.nan, math.inf, -math.inf]))
 def test_a_loss_that_is_not_finite_is_none(losses, bad):
-    assert _mean([*losses, (bad, 1)]) is None
+    assert mean_loss([*losses, (bad, 1)]) is None
 
 
 def test_the_loss_is_that_of_the_forward_passes():
@@ -155,7 +155,7 @@ def test_the_loss_is_that_of_the_forward_passes():
 )
 def test_optimizers_are_pytorchs_with_its_defaults(toml, kind, settings):
     model = nn.Linear(1, 1)
-    ours = _optimizer(tiny.recipe(optimizer=toml).optimizer, model)
+    ours = build_optimizer(tiny.recipe(optimizer=toml).optimizer, model)
     assert type(ours) is kind
     assert ours.defaults == kind(model.parameters(), **settings).defaults
 
@@ -223,7 +223,7 @@ def test_from_each_step_on_all_bits_are_those_of_the_unbroken_training(
 ):
     """Weights, optimizer, generator, losses: after every later step."""
     if model == "noisy":
-        monkeypatch.setattr("reproml.pipeline.models.build", noisy)
+        monkeypatch.setattr("reproml.pipeline.models.build_model", noisy)
     recipe = tiny.recipe(optimizer=optimizer)
     states: list[State] = []
     whole = train(
@@ -258,7 +258,5 @@ def test_a_state_of_another_training_is_refused():
         tiny.recipe(hidden="[9]"),
         tiny.recipe(optimizer='kind = "sgd"\nlearning_rate = 0.1'),
     ):
-        with pytest.raises(
-            ReproError, match="the checkpoint of step 1 is not one of a training of"
-        ):
+        with pytest.raises(ReproError, match="the checkpoint of step 1 is not from a training of"):
             train(other, tiny.prepared(), start=states[0])
