@@ -1,8 +1,8 @@
 """Write files that appear complete or not at all, and hold locks that end with their process.
 
-Locks are not those of the package filelock: on Unix its version for Python 3.9 never deletes the lock
-file, and if we deleted it, two processes could hold the "same" lock, as it does not compare the file
-that it locked with the one of that name. It also creates missing folders, which are an error here.
+The package filelock does not replace `locked`: its version for Python 3.9 leaves the lock file behind, and
+deleting that file here would not be safe, because filelock does not check that the file it has locked still
+exists under its name. Two processes could then hold the lock.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A recipe that trains in a moment (the bundled digits, 6 steps), for the tests of the pipeline."""
+"""A recipe that trains in a moment (the bundled digits, 6 steps), for tests of the pipeline."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def prepared() -> Prepared:
 
 @functools.cache
 def run() -> Run:
-    """The exact run of `recipe()`; read it only."""
+    """Return the exact run of `recipe()`. It is shared: do not change it."""
     return perform(recipe())
 
 
 def begin(monkeypatch: pytest.MonkeyPatch, *arguments: str, until: int = 4) -> None:
-    """Train by the command line until that step's checkpoint is saved, then press Ctrl-C."""
+    """Train by the command line until the checkpoint of step `until` is saved, then interrupt."""
     save_checkpoint = Checkpoints.save
 
     def save(self, training, log, recorder):

@@ -5,7 +5,7 @@
 
 To add a data set, write a function here that returns a `Dataset`, enter it in `_LOADERS` at the end of
 this file, and add its name to `Data` in recipe.py. Images have the shape [n, h, w]; preprocess.py
-and models.py then take it as it is.
+and models.py need no change for them.
 
 Nothing is decoded or kept before its hash has been checked. The bytes that are hashed are the bytes that
 are decoded: each file is read once.
@@ -13,9 +13,9 @@ are decoded: each file is read once.
 Environment variables: REPROML_DATA_DIR is a folder with the files, and then the only source.
 REPROML_MIRROR is a folder, a file:// or an http(s) address to use instead of the public mirrors.
 
-Downloads are not made with the package pooch: it hashes a file and lets its caller read it again, takes
-one address per file instead of a list of mirrors, limits neither the size of a response nor what a
-retry leaves behind, and depends on requests.
+The package pooch (1.9) does not replace this code: it reads a response of any length (an endless one
+fills the disk), knows one address per file instead of several mirrors, does not flush files to the disk,
+returns a path whose file would be read a second time to decode it, and depends on requests.
 """
 
 from __future__ import annotations

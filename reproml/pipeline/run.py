@@ -383,7 +383,7 @@ def reserve_run_folder(out: Path) -> Iterator[Callable[[Run], None]]:
 
 
 class _Writer:
-    """Writes a run into the folder `part`, which then takes the place of `out`."""
+    """Writes a run into the folder `part`, which then replaces `out`."""
 
     def __init__(self, part: Path, out: Path) -> None:
         self._part, self._out = part, out

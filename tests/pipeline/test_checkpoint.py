@@ -43,7 +43,7 @@ def save(folder: Path, numerics: str = "exact", steps: int = 6, trace: Any = Non
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The two newest checkpoints after step 4; read them only."""
+    """Return the two newest checkpoints after step 4. They are shared: do not change them."""
     folder = tmp_path_factory.mktemp("saved")
     save(folder, steps=4, trace=TraceHead(7, "ab", 4, 1, 1))
     return {path.name: path.read_bytes() for path in checkpoint_paths(folder)}
@@ -66,7 +66,7 @@ def step(found: Checkpoint | None) -> int:
 
 
 def forged(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]) -> Path:
-    """Alter the newest checkpoint and give it the right SHA-256, as no damage would."""
+    """Alter the newest checkpoint and give it the right SHA-256, unlike accidental damage."""
     path = checkpoint_paths(folder)[0]
     raw = path.read_bytes()
     tensors = safetensors.torch.load(raw)
@@ -80,34 +80,34 @@ def forged(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, An
     return path
 
 
-def test_what_is_saved_is_loaded(folder):
+def test_load_returns_saved_checkpoint(folder):
     found = latest_checkpoint(folder)
     assert found is not None
     assert found.head.recipe == tiny.recipe() and found.head.numerics == "exact"
     assert (found.head.step, found.head.every, found.head.log) == (4, 1, ["step 4"])
     assert found.head.trace == TraceHead(7, "ab", 4, 1, 1)
-    whole = train(tiny.recipe(), tiny.prepared())
-    assert found.state.epochs == whole.epochs[:1]  # the loss to the last bit
-    assert found.state.initial_state_dict_sha256 == whole.initial_state_dict_sha256
+    unbroken = train(tiny.recipe(), tiny.prepared())
+    assert found.state.epochs == unbroken.epochs[:1]  # the loss to the last bit
+    assert found.state.initial_state_dict_sha256 == unbroken.initial_state_dict_sha256
     names = {name.split(".")[0] for name in found.state.tensors}
     assert names == {"model", "optimizer", "random", "losses"}
     assert found.state.tensors["losses"].shape == (1,)
 
 
 @pytest.mark.parametrize("numerics", ["exact", "native"])
-def test_a_training_goes_on_from_each_file_to_the_same_weights(tmp_path, monkeypatch, numerics):
+def test_training_resumes_to_same_weights(tmp_path, monkeypatch, numerics):
     monkeypatch.setattr(checkpoint, "KEPT", 6)
     save(tmp_path, numerics)
-    whole = train(tiny.recipe(), tiny.prepared(), numerics)
+    unbroken = train(tiny.recipe(), tiny.prepared(), numerics)
     starts = [checkpoint.load_checkpoint(path) for path in checkpoint_paths(tmp_path)]
     assert [start.head.step for start in starts] == [6, 5, 4, 3, 2, 1]
     for start in starts:
         trained = train(tiny.recipe(), tiny.prepared(), numerics, start=start.state)
-        assert digest(trained.model) == digest(whole.model)
-        assert trained.epochs == whole.epochs
+        assert digest(trained.model) == digest(unbroken.model)
+        assert trained.epochs == unbroken.epochs
 
 
-def test_a_run_that_goes_on_does_not_tell_its_rest_as_the_whole_training(tmp_path):
+def test_resumed_run_records_resumption_time(tmp_path):
     save(tmp_path)
     start = latest_checkpoint(tmp_path)
     checkpoints = Checkpoints(tmp_path, tiny.recipe(), "exact", 1, start)
@@ -117,7 +117,7 @@ def test_a_run_that_goes_on_does_not_tell_its_rest_as_the_whole_training(tmp_pat
     assert "data_ready" in tiny.run().record["times"]
 
 
-def test_the_last_two_are_kept(tmp_path):
+def test_save_keeps_last_two(tmp_path):
     save(tmp_path)
     assert [path.name[:13] for path in checkpoint_paths(tmp_path)] == [
         "step-00000006",
@@ -126,12 +126,12 @@ def test_the_last_two_are_kept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_files_name_has_what_sha256sum_prints(folder):
+def test_file_name_contains_sha256(folder):
     for path in checkpoint_paths(folder):
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem.split("-")[2]
 
 
-def test_only_each_nth_step_is_saved(tmp_path, monkeypatch):
+def test_save_respects_interval(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "KEPT", 6)
     checkpoints = Checkpoints(tmp_path, tiny.recipe(), "exact", 4, None)
     train(tiny.recipe(), tiny.prepared(), after_step=lambda t: checkpoints.save(t, []))
@@ -140,7 +140,7 @@ def test_only_each_nth_step_is_saved(tmp_path, monkeypatch):
     ]
 
 
-def test_a_whole_run_deletes_them_and_nothing_else(tmp_path):
+def test_delete_removes_only_checkpoints(tmp_path):
     save(tmp_path / "checkpoints").delete()
     assert list(tmp_path.iterdir()) == []
     checkpoints = save(tmp_path / "checkpoints")
@@ -149,7 +149,7 @@ def test_a_whole_run_deletes_them_and_nothing_else(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["notes.txt"]
 
 
-def test_what_a_kill_left_half_written_is_swept(folder):
+def test_partial_files_are_deleted(folder):
     (folder / ".step-00000005-ab.safetensors.partial-01234567").write_text("half")
     (folder / ".mine.partial-01234567").write_text("mine")
     Checkpoints(folder, tiny.recipe(), "exact", 1, latest_checkpoint(folder))
@@ -160,14 +160,14 @@ def test_what_a_kill_left_half_written_is_swept(folder):
 
 
 @pytest.mark.parametrize("name", ["runs/a", "runs/a.checkpoints", "runs/a/", "runs/a.checkpoints/"])
-def test_the_folder_of_a_run_and_the_run_of_a_folder(tmp_path, monkeypatch, name):
+def test_run_folder_and_checkpoint_folder_are_inverse(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     run = checkpoint.run_folder(Path(name))
     assert run == Path("runs/a")
     assert checkpoint.checkpoint_folder(run) == Path(tmp_path.resolve() / "runs/a.checkpoints")
 
 
-def test_no_checkpoints_at_all(tmp_path):
+def test_latest_is_none_without_checkpoints(tmp_path):
     assert latest_checkpoint(tmp_path) is None and latest_checkpoint(tmp_path / "none") is None
     (tmp_path / "step-1.safetensors").write_text("not ours")
     assert latest_checkpoint(tmp_path) is None
@@ -175,12 +175,12 @@ def test_no_checkpoints_at_all(tmp_path):
         latest_checkpoint(tmp_path / "step-1.safetensors")
 
 
-# --- damaged --------------------------------------------------------------------------------------
+# --- damaged files --------------------------------------------------------------------------------------
 
 
 @given(st.data())
-def test_any_damage_is_noticed_and_the_one_before_is_taken(saved, tmp_path_factory, data):
-    """Cut short anywhere, empty, any bit flipped."""
+def test_damaged_checkpoint_falls_back_to_previous(saved, tmp_path_factory, data):
+    """The newest checkpoint is truncated anywhere, or has any bit flipped."""
     folder = put(tmp_path_factory.mktemp("damaged"), saved)
     newest, before = checkpoint_paths(folder)
     raw = bytearray(newest.read_bytes())
@@ -193,11 +193,11 @@ def test_any_damage_is_noticed_and_the_one_before_is_taken(saved, tmp_path_facto
     lines: list[str] = []
     found = latest_checkpoint(folder, lines.append)
     assert found is not None and (found.path, found.head.step) == (before, 3)
-    wrong = "its SHA-256 differs from the one in its name"
-    assert lines == [f"skipping the damaged checkpoint {newest}: {wrong}"]
+    reason = "its SHA-256 differs from the one in its name"
+    assert lines == [f"skipping the damaged checkpoint {newest}: {reason}"]
 
 
-def test_a_damaged_one_never_counts_as_one_of_the_two(folder):
+def test_damaged_checkpoint_is_not_kept(folder):
     newest, before = checkpoint_paths(folder)
     newest.write_bytes(b"")
     start = latest_checkpoint(folder)
@@ -217,14 +217,16 @@ def test_a_damaged_one_never_counts_as_one_of_the_two(folder):
     ]
 
 
-def test_all_damaged(folder):
+def test_all_checkpoints_damaged_raises(folder):
     for path in checkpoint_paths(folder):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ReproError, match="all checkpoints in .* are damaged; delete that folder to train"):
+    with pytest.raises(
+        ReproError, match="all checkpoints in .* are damaged; delete that folder to train"
+    ):
         latest_checkpoint(folder)
 
 
-def test_one_that_cannot_be_read(folder):
+def test_unreadable_checkpoint_is_skipped(folder):
     newest, _ = checkpoint_paths(folder)
     newest.unlink()
     newest.mkdir()
@@ -234,7 +236,7 @@ def test_one_that_cannot_be_read(folder):
 
 
 class Trap:
-    """Unpickling it would leave a file behind."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -244,7 +246,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("write", [pickle.dump, torch.save])
-def test_a_pickle_is_never_unpickled(folder, tmp_path, write):
+def test_pickle_is_never_unpickled(folder, tmp_path, write):
     with (tmp_path / "pickle").open("wb") as file:
         write(Trap(tmp_path / "trap"), file)
     raw = (tmp_path / "pickle").read_bytes()
@@ -256,10 +258,10 @@ def test_a_pickle_is_never_unpickled(folder, tmp_path, write):
     assert not (tmp_path / "trap").exists()
 
 
-# --- of another training, of another version, forged ----------------------------------------------
+# --- another training, another version, forged contents ----------------------------------------------
 
 
-def test_another_recipe_and_other_numerics_are_refused(folder):
+def test_other_recipe_or_numerics_raises(folder):
     start = latest_checkpoint(folder)
     with pytest.raises(ReproError, match="checkpoints of another recipe than tiny; leave out"):
         Checkpoints(folder, tiny.recipe(seed=2), "exact", 1, start)
@@ -276,7 +278,7 @@ def test_another_recipe_and_other_numerics_are_refused(folder):
         ({"format": 2, "step": None, "new": []}, "version 2 of the format"),
     ],
 )
-def test_another_version_is_refused_not_passed_over(folder, change, message):
+def test_other_version_raises(folder, change, message):
     forged(folder, lambda tensors, head: head.update(change))
     with pytest.raises(ReproError, match=message):
         latest_checkpoint(folder)
@@ -287,13 +289,13 @@ def test_another_version_is_refused_not_passed_over(folder, change, message):
     [
         lambda head: head.pop("step"),
         lambda head: head.update(step="4"),
-        lambda head: head["recipe"].update(name="../up"),  # would be part of a file's name
+        lambda head: head["recipe"].update(name="../up"),  # would become part of a file name
         lambda head: head["recipe"]["model"].update(kind="unheard-of"),
         lambda head: head["epochs"].append([1]),
         lambda head: head.update(format="1"),
     ],
 )
-def test_a_head_that_is_none_is_damage(folder, change):
+def test_invalid_head_is_skipped_as_damaged(folder, change):
     path = forged(folder, lambda tensors, head: change(head))
     lines: list[str] = []
     assert step(latest_checkpoint(folder, lines.append)) == 3
@@ -323,7 +325,7 @@ def extra(head: dict[str, Any]) -> None:
         lambda tensors, head: head.update(step=13, epochs=head["epochs"] * 4),
     ],
 )
-def test_a_forged_state_is_refused_in_a_sentence(folder, change):
+def test_forged_state_raises_one_sentence(folder, change):
     path = forged(folder, change)
     state = checkpoint.load_checkpoint(path).state
     with pytest.raises(ReproError, match="is not from a training of tiny; delete it"):
@@ -331,8 +333,8 @@ def test_a_forged_state_is_refused_in_a_sentence(folder, change):
 
 
 @given(st.binary(max_size=400), st.integers(0, 400))
-def test_no_head_does_worse_than_a_sentence(saved, tmp_path_factory, junk, place):
-    """The header's JSON altered anywhere, with the right SHA-256 in the file's name."""
+def test_arbitrary_head_raises_at_most_repro_error(saved, tmp_path_factory, junk, place):
+    """The header's JSON is altered anywhere; the file name has the right SHA-256."""
     folder = tmp_path_factory.mktemp("junk")
     raw = bytearray(saved[max(saved)])
     raw[8 + place : 8 + place + len(junk)] = junk

@@ -27,7 +27,7 @@ ITEMS = {
 
 
 def altered(value: object) -> object:
-    """The same value with one bit, or the last digit, changed."""
+    """Return the value with one bit, or the last digit, changed."""
     if value is None:
         return 1.0
     if isinstance(value, str):
@@ -38,7 +38,7 @@ def altered(value: object) -> object:
 
 @pytest.fixture
 def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the tiny recipe, its golden file and its run."""
+    """Make a working directory with the tiny recipe, its golden file and its run."""
     monkeypatch.chdir(tmp_path)
     tiny.toml(tmp_path)
     golden.write_golden(tiny.run().items, golden.golden_path("tiny"), force=False)
@@ -50,7 +50,7 @@ def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 VERIFY = ["verify", "--recipe", "./tiny.toml", "--json", "--run", "run"]
 
 
-def test_a_run_is_verified_item_by_item(at_work, capsys):
+def test_verify_compares_every_item(at_work, capsys):
     assert main(VERIFY) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["verified"] is True
@@ -58,14 +58,14 @@ def test_a_run_is_verified_item_by_item(at_work, capsys):
     assert all(row["match"] for row in result["items"])
 
 
-def test_retraining_is_verified(at_work, capsys):
+def test_verify_by_retraining_succeeds(at_work, capsys):
     assert main(VERIFY[:-2]) == 0
     assert main(["golden", "--recipe", "./tiny.toml", "--force"]) == 0
     assert (at_work / "golden/tiny.json").read_text() == items_json(tiny.run().items)
 
 
 @pytest.mark.parametrize("item", sorted(tiny.run().items))
-def test_every_golden_value_is_compared(at_work, capsys, item):
+def test_altered_golden_value_differs(at_work, capsys, item):
     path = at_work / "golden/tiny.json"
     values = json.loads(path.read_text())
     values[item] = altered(values[item])
@@ -86,7 +86,7 @@ def test_every_golden_value_is_compared(at_work, capsys, item):
 
 
 @pytest.mark.parametrize("item", sorted(tiny.run().items))
-def test_a_run_that_records_something_else_is_not_verified(at_work, capsys, item):
+def test_altered_recorded_value_differs(at_work, capsys, item):
     path = at_work / "run/metrics.json"
     values = json.loads(path.read_text())
     values[item] = altered(values[item])
@@ -96,7 +96,7 @@ def test_a_run_that_records_something_else_is_not_verified(at_work, capsys, item
     assert item in first["item"] and not first["match"]
 
 
-def test_altered_weights_are_named(at_work, capsys):
+def test_altered_weights_differ(at_work, capsys):
     path = at_work / "run/weights.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
@@ -110,8 +110,8 @@ def test_altered_weights_are_named(at_work, capsys):
 
 
 @given(st.data())
-def test_any_other_character_in_a_golden_value_is_a_difference(data):
-    """In the text itself, so that not even a digit beyond binary64's precision is passed over."""
+def test_any_altered_character_is_a_difference(data):
+    """The text itself is altered, to include digits beyond the precision of binary64."""
     text = items_json(ITEMS)
     item = data.draw(st.sampled_from([k for k in sorted(ITEMS) if k != "definitions.version"]))
     start = text.index(f'"{item}": ') + len(item) + 4
@@ -144,7 +144,7 @@ def test_missing_and_unknown_items_are_differences():
     ("expected", "found", "shown"),
     [("297", 297, '"297"'), ("null", None, '"null"'), ("missing", ..., '"missing"')],
 )
-def test_a_string_is_no_number(expected, found, shown):
+def test_string_differs_from_number(expected, found, shown):
     [row] = golden.compare_items({"a": expected}, {} if found is ... else {"a": found})
     assert (row.expected, row.match) == (shown, False)
 
@@ -164,20 +164,20 @@ def test_a_string_is_no_number(expected, found, shown):
         (None, "must be an integer"),
     ],
 )
-def test_other_definitions_are_refused(tmp_path, version, message):
+def test_other_definitions_version_raises(tmp_path, version, message):
     path = tmp_path / "golden.json"
     path.write_text(json.dumps({**ITEMS, "definitions.version": version}))
     with pytest.raises(ReproError, match=f"definitions.version.*{message}"):
         golden.read_golden(path)
 
 
-def test_a_golden_file_without_a_version_is_none(tmp_path):
+def test_missing_definitions_version_raises(tmp_path):
     (tmp_path / "golden.json").write_text("{}")
     with pytest.raises(ReproError, match="is not a golden file: it has no definitions.version"):
         golden.read_golden(tmp_path / "golden.json")
 
 
-def test_a_golden_file_is_readable_and_sorted(tmp_path):
+def test_golden_file_is_sorted_json(tmp_path):
     golden.write_golden(ITEMS, tmp_path / "new" / "golden.json", force=False)
     text = (tmp_path / "new/golden.json").read_text()
     lines = text.splitlines()
@@ -186,7 +186,7 @@ def test_a_golden_file_is_readable_and_sorted(tmp_path):
     assert os.listdir(tmp_path / "new") == ["golden.json"]
 
 
-def test_only_force_overwrites(tmp_path):
+def test_write_golden_overwrites_only_with_force(tmp_path):
     path = tmp_path / "golden.json"
     path.write_text("mine")
     with pytest.raises(ReproError, match="already exists; --force replaces it"):
@@ -196,7 +196,7 @@ def test_only_force_overwrites(tmp_path):
     assert json.loads(path.read_text()) == ITEMS
 
 
-def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
+def test_full_disk_keeps_old_golden_file(tmp_path):
     path = tmp_path / "golden.json"
     path.write_text("mine")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -209,7 +209,7 @@ def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
     assert path.read_text() == "mine" and os.listdir(tmp_path) == ["golden.json"]
 
 
-def test_the_working_directory_comes_before_the_installed_copy(tmp_path, monkeypatch):
+def test_find_golden_prefers_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(golden, "_INSTALLED", tmp_path / "installed")
     with pytest.raises(ReproError, match="no golden file golden/tiny.json"):
