@@ -3,7 +3,7 @@
     python -m verification.fuzz [--minutes 60] [--seed 0]
 
 In a folder with a recipe, its golden file, runs, checkpoints, traces and a data set in MNIST's format, one
-or several files are altered, and a verb is called in this process. Allowed outcomes are exit status 0, 1, and
+or several files are altered, and a verb is called in this process. Allowed are exit status 0, 1, and
 2 with one sentence on standard error. Any other outcome is printed with the seed that reproduces it.
 Half of the damaged checkpoints get the right hash, so that the code after the check is reached as well.
 MNIST's files never do, because nothing decodes them before their hash has been checked.
