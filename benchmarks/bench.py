@@ -61,8 +61,8 @@ Pairs = dict[str, list[float]]  # the same number of native and of exact values
 
 def of_recipe(name: str) -> Run:
     """Return a function that trains the recipe on its own data."""
-    chosen = recipe.load(name)
-    prepared = preprocess.preprocess(data.load(chosen.data.name), chosen.preprocess)
+    chosen = recipe.load_recipe(name)
+    prepared = preprocess.preprocess(data.load_dataset(chosen.data.name), chosen.preprocess)
     return partial(train.train, chosen, prepared, steps=RECIPES[name] + 1)
 
 
@@ -83,7 +83,7 @@ def of_size(size: str, value: int) -> Run:
     sizes = {**SIZES, size: value}
     torch.set_num_threads(sizes["threads"])
     chosen = msgspec.structs.replace(
-        recipe.load("mnist-mlp"),
+        recipe.load_recipe("mnist-mlp"),
         model=recipe.MLP((sizes["width"],)),
         train=recipe.Train(epochs=1, batch_size=sizes["batch size"]),
     )

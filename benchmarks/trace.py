@@ -47,7 +47,7 @@ def pieces(
 
 
 def main() -> None:
-    mnist = recipe.load("mnist-mlp")
+    mnist = recipe.load_recipe("mnist-mlp")
     _, prepared, _ = run.prepare(mnist, None, "exact")
     print(f"mnist-mlp, {torch.get_num_threads()} threads: CPU time of a step")
     for numerics in ("exact", "native"):

@@ -28,7 +28,7 @@ def data(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Get the recipe's data and check every hash."""
     from reproml.pipeline import data as datasets
 
-    dataset = datasets.load(_recipe(args).data.name, args.data)
+    dataset = datasets.load_dataset(_recipe(args).data.name, args.data)
     for name, sha256 in dataset.hashes.items():
         terminal.say(f"{sha256}  {name}")
     return 0, {"dataset": dataset.name, "sha256": dataset.hashes}
@@ -42,7 +42,7 @@ def train(args: argparse.Namespace, terminal: Terminal) -> Result:
         return _train_steps(args, _recipe(args), terminal)
     out, recipe, start = _beginning(args, terminal)
     resume_none = args.resume is not None and start is None
-    items = run.finished(out, recipe, args.numerics) if resume_none else None
+    items = run.finished_items(out, recipe, args.numerics) if resume_none else None
     if items is not None:  # a loop that starts a killed training again may end so
         terminal.say(f"{out} is a finished run of {recipe.name} already")
     elif resume_none and args.checkpoint_every is None:
@@ -66,16 +66,16 @@ def _beginning(
     if args.resume is None:
         recipe = _recipe(args)
         out = _out(args, recipe)
-        if checkpoint.paths_in(checkpoint.folder_of(out)):
+        if checkpoint.checkpoint_paths(checkpoint.checkpoint_folder(out)):
             raise ReproError(
-                f"{checkpoint.folder_of(out)} has checkpoints of an unfinished training; "
+                f"{checkpoint.checkpoint_folder(out)} has checkpoints of an unfinished training; "
                 f"go on with --resume {out}, or delete that folder"
             )
         return out, recipe, None
     if args.out is not None:
         raise ReproError("--resume DIR names the run folder already; leave out --out")
-    out = checkpoint.run_of(args.resume)
-    start = checkpoint.latest(checkpoint.folder_of(out), terminal.say)
+    out = checkpoint.run_folder(args.resume)
+    start = checkpoint.latest_checkpoint(checkpoint.checkpoint_folder(out), terminal.say)
     if start:
         return out, _recipe(args) if args.recipe else start.head.recipe, start
     return out, _recipe(args, out if (out / run.RUN).is_file() else None), None
@@ -90,23 +90,18 @@ def _train_whole(
 ) -> dict[str, Any]:
     """Train into the run folder, with checkpoints beside it if they are asked for or there."""
     from reproml.pipeline import checkpoint, run
+    from reproml.pipeline.train import Output
 
     checkpoints = None
     every = args.checkpoint_every or (start.head.every if start else None)
-    with run.place(out) as save, terminal.bar("train") as progress:
+    with run.reserve_run_folder(out) as save, terminal.bar("train") as progress:
         if every:
-            folder = checkpoint.folder_of(out)
+            folder = checkpoint.checkpoint_folder(out)
             checkpoints = checkpoint.Checkpoints(folder, recipe, args.numerics, every, start)
         own = out.parent / f".{out.name}.trace.jsonl" if recipe.trace and not args.trace else None
-        result = run.perform(
-            recipe,
-            args.data,
-            args.numerics,
-            terminal.say,
-            progress,
-            checkpoints,
-            args.trace or own,
-        )
+        output = Output(terminal.say, progress)
+        recording = run.Recording(checkpoints, args.trace or own)
+        result = run.perform(recipe, args.data, args.numerics, output, recording)
         save(replace(result, trace=own))
         if checkpoints:
             checkpoints.delete()
@@ -119,16 +114,17 @@ def _train_steps(args: argparse.Namespace, recipe: Recipe, terminal: Terminal) -
     """Train some steps only: for a comparison of hashes, not a run, so it leaves no folder."""
     from reproml.digest import digest
     from reproml.distributed import joined
-    from reproml.pipeline.run import prepare, tracing
-    from reproml.pipeline.train import train
+    from reproml.pipeline.run import prepare, trace_training
+    from reproml.pipeline.train import Output, train
 
     if args.checkpoint_every or args.resume:
         raise ReproError("--steps leaves nothing behind; leave out --checkpoint-every and --resume")
     dataset, prepared, _ = prepare(recipe, args.data, args.numerics)
-    traced = tracing(args.trace, recipe, args.numerics, dataset)
+    traced = trace_training(args.trace, recipe, args.numerics, dataset)
     task = recipe, args.numerics, args.steps, None
     with joined(recipe.train.batch_size, task), traced, terminal.bar("train") as progress:
-        trained = train(recipe, prepared, args.numerics, args.steps, terminal.say, progress)
+        output = Output(terminal.say, progress)
+        trained = train(recipe, prepared, args.numerics, args.steps, output)
     sha256 = digest(trained.model)
     terminal.say(f"digest of the state dict after at most {args.steps} steps: {sha256}")
     return 0, {"weights.state_dict.sha256": sha256}
@@ -141,7 +137,7 @@ def evaluate(args: argparse.Namespace, terminal: Terminal) -> Result:
     recipe = _recipe(args, args.run)
     folder = args.run or _default_run(args, recipe)
     _, prepared, _ = run.prepare(recipe, args.data, args.numerics)
-    model, _, sha256 = run.load(folder, recipe, prepared, args.numerics)
+    model, _, sha256 = run.load_run_model(folder, recipe, prepared, args.numerics)
     run.refuse_damaged(folder, sha256)
     return 0, {"run": str(folder), "items": run.score(model, prepared, args.numerics, terminal.say)}
 
@@ -149,15 +145,17 @@ def evaluate(args: argparse.Namespace, terminal: Terminal) -> Result:
 def verify(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Train anew, or take the run folder --run DIR, and compare all of it with the golden file."""
     from reproml.pipeline import golden, run
+    from reproml.pipeline.train import Output
 
     _refuse_native(args)
     recipe = _recipe(args, args.run)
-    path = golden.find(recipe.name)
-    expected = golden.read(path)
+    path = golden.find_golden(recipe.name)
+    expected = golden.read_golden(path)
     if args.run is None:
         with terminal.bar("train") as progress:
-            found = run.perform(recipe, args.data, "exact", terminal.say, progress).items
-        comparisons = golden.compare(expected, found)
+            output = Output(terminal.say, progress)
+            found = run.perform(recipe, args.data, "exact", output).items
+        comparisons = golden.compare_items(expected, found)
     else:
         found, recorded = run.recompute(args.run, recipe, args.data)
         comparisons = golden.compare_run(expected, found, recorded, args.run)
@@ -188,7 +186,7 @@ def pipeline(args: argparse.Namespace, terminal: Terminal) -> Result:
 
     _refuse_native(args)
     recipe = _recipe(args)
-    golden.read(golden.find(recipe.name))  # found missing now, not after the training
+    golden.read_golden(golden.find_golden(recipe.name))  # found missing now, not after the training
     args.run, args.steps, args.trace = _out(args, recipe), None, None
     args.checkpoint_every, args.resume = None, None
     status, results = 0, {}
@@ -202,14 +200,16 @@ def golden(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Train the recipe and write what it comes to as its golden file."""
     from reproml.pipeline import golden as goldens
     from reproml.pipeline import run
+    from reproml.pipeline.train import Output
 
     _refuse_native(args)
     recipe = _recipe(args)
-    path = goldens.place(recipe.name)
+    path = goldens.golden_path(recipe.name)
     goldens.refuse_overwrite(path, args.force)
     with terminal.bar("train") as progress:
-        items = run.perform(recipe, args.data, "exact", terminal.say, progress).items
-    goldens.save(items, path, args.force)
+        output = Output(terminal.say, progress)
+        items = run.perform(recipe, args.data, "exact", output).items
+    goldens.write_golden(items, path, args.force)
     terminal.say(f"wrote {path}")
     return 0, {"golden": str(path), "items": items}
 
@@ -380,7 +380,7 @@ def _steps(args: argparse.Namespace) -> int:
     from reproml.pipeline.train import step_count
 
     recipe = _recipe(args)
-    samples = len(datasets.load(recipe.data.name, args.data).train.labels)
+    samples = len(datasets.load_dataset(recipe.data.name, args.data).train.labels)
     return min(args.steps or sys.maxsize, step_count(recipe, samples))
 
 
@@ -522,13 +522,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _recipe(args: argparse.Namespace, folder: Optional[Path] = None) -> Recipe:
     """Return the recipe that was named, else that of the run folder, else the default."""
-    from reproml.pipeline.recipe import load
+    from reproml.pipeline.recipe import load_recipe
 
     if folder is not None and args.recipe is None:
         from reproml.pipeline import run
 
-        return run.recipe_of(folder)
-    return load(args.recipe or _DEFAULT)
+        return run.recorded_recipe(folder)
+    return load_recipe(args.recipe or _DEFAULT)
 
 
 def _out(args: argparse.Namespace, recipe: Recipe) -> Path:

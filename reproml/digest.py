@@ -1,9 +1,9 @@
-"""One SHA-256 for a set of named arrays: a model, a state dict, a mapping of arrays.
+"""Compute one SHA-256 of a set of named arrays: a model, a state dict, a mapping of arrays.
 
-    reproml.digest(model)                       # parameters and buffers
-    reproml.digest({"x": numpy_array})          # torch tensors of the same bits: the same hash
+    reproml.digest(model)                # parameters and buffers
+    reproml.digest({"x": numpy_array})   # a torch tensor of the same bits has the same digest
 
-The bytes that are hashed, so that anyone can recompute it:
+The hashed bytes, so that anyone can recompute the digest:
 
 1. the line ``reproml digest 1\\n``;
 2. for each array, in the sorted order of the names' code points: the line
@@ -33,7 +33,7 @@ _FLOATS = {
 _FLOATS["complex64"] = _FLOATS["float32"]  # pairs: real, imaginary
 _FLOATS["complex128"] = _FLOATS["float64"]
 _INTEGERS = {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
-_CHUNK = 1 << 20  # elements at a time, so that a large array needs no second copy
+_CHUNK = 1 << 20  # elements at a time: a large array needs no second copy
 
 
 def digest(state: torch.nn.Module | Mapping[str, NDArray[Any] | torch.Tensor]) -> str:
@@ -41,7 +41,7 @@ def digest(state: torch.nn.Module | Mapping[str, NDArray[Any] | torch.Tensor]) -
 
     Values are numpy arrays or torch tensors of any shape, layout and device; bool, integers,
     float16, bfloat16, float32, float64, complex64 or complex128. Raises TypeError for anything
-    else: a hash that left something out would be worth nothing.
+    else, so that nothing is left out of the hash silently.
     """
     arrays: Mapping[str, Any] = state if isinstance(state, Mapping) else _state_dict(state)
     for name in arrays:
@@ -49,7 +49,7 @@ def digest(state: torch.nn.Module | Mapping[str, NDArray[Any] | torch.Tensor]) -
             raise TypeError(f"a digest needs names of type str, not {name!r}")
     sha = hashlib.sha256(b"reproml digest 1\n")
     for name in sorted(arrays):
-        dtype, shape, flat = _flat(name, arrays[name])
+        dtype, shape, flat = _flatten(name, arrays[name])
         sha.update(json.dumps([name, dtype, shape]).encode() + b"\n")
         for start in range(0, flat.size, _CHUNK):
             sha.update(_canonical(dtype, flat[start : start + _CHUNK]).data)
@@ -59,14 +59,14 @@ def digest(state: torch.nn.Module | Mapping[str, NDArray[Any] | torch.Tensor]) -
 def canonical_array(value: Any) -> NDArray[Any]:
     """Return the elements that `digest` hashes of one array: one-dimensional, floats as their bits.
 
-    Raises TypeError for what `digest` does not take.
+    Raises TypeError for a value that `digest` does not accept.
     """
-    dtype, _, flat = _flat("a tensor", value)
+    dtype, _, flat = _flatten("a tensor", value)
     return _canonical(dtype, flat)
 
 
 def file_sha256(path: Path) -> str:
-    """Return what ``sha256sum`` prints for the file. Raises OSError."""
+    """Return the SHA-256 of a file, as ``sha256sum`` prints it. Raises OSError."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_CHUNK):
@@ -81,7 +81,7 @@ def _state_dict(module: Any) -> Mapping[str, Any]:
     return state
 
 
-def _flat(name: str, value: Any) -> tuple[str, list[int], NDArray[Any]]:
+def _flatten(name: str, value: Any) -> tuple[str, list[int], NDArray[Any]]:
     """Return dtype, shape, and the elements in row-major, little-endian order (floats as bits)."""
     import numpy as np
 
@@ -103,7 +103,7 @@ def _from_torch(name: str, value: Any) -> tuple[str, NDArray[Any]]:
         raise TypeError(f"cannot digest {name!r}: {type(value).__name__} is not a dense array")
     tensor = value.detach().cpu().resolve_conj().resolve_neg()
     dtype = str(tensor.dtype)[len("torch.") :]
-    if dtype == "bfloat16":  # numpy has none: take the bits
+    if dtype == "bfloat16":  # NumPy has no bfloat16: take the bits
         return dtype, tensor.view(torch.int16).numpy()
     try:
         return dtype, tensor.numpy()

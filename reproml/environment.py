@@ -1,6 +1,6 @@
-"""What this machine is: recorded with each run, so that two runs can be told apart later.
+"""Describe this machine and its software. Each run records it, to explain differences between runs.
 
-Nothing here may change the result of an exact run. All of it may change a native one.
+Nothing in it changes the result of an exact run. Everything in it may change that of a native run.
 """
 
 from __future__ import annotations
@@ -16,23 +16,29 @@ from reproml.versions import __version__
 
 _PACKAGES = ("torch", "numpy", "safetensors", "scikit-learn", "msgspec")
 
-# Environment variables that change which kernels run, in which order they add, or how they round.
+# Prefixes of environment variables that may change which kernels run, in which order they add, or how
+# they round.
 PREFIXES = (
-    *(
-        "ATEN_",
-        "BLIS_",
-        "CUBLAS_",
-        "CUDA_",
-        "GLIBC_TUNABLES",
-        "GOMP_",
-        "KMP_",
-        "LD_PRELOAD",
-        "MKL_",
-    ),
-    *("NPY_", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTORCH_", "REPROML_KERNELS", "TORCH_", "VECLIB_"),
+    "ATEN_",
+    "BLIS_",
+    "CUBLAS_",
+    "CUDA_",
+    "GLIBC_TUNABLES",
+    "GOMP_",
+    "KMP_",
+    "LD_PRELOAD",
+    "MKL_",
+    "NPY_",
+    "OMP_",
+    "ONEDNN_",
+    "OPENBLAS_",
+    "PYTORCH_",
+    "REPROML_KERNELS",
+    "TORCH_",
+    "VECLIB_",
 )
 
-# The libraries that PyTorch was built with, as torch.__config__.show() names them.
+# The libraries with which PyTorch was built, as torch.__config__.show() names them.
 _LIBRARIES = {
     "blas": r"BLAS_INFO=(\w+)",
     "lapack": r"LAPACK_INFO=(\w+)",
@@ -44,7 +50,7 @@ _LIBRARIES = {
 
 
 def describe() -> dict[str, Any]:
-    """Return versions, machine, PyTorch's build and switches, and the variables that matter, as JSON."""
+    """Return versions, machine, PyTorch's build and switches, and environment variables, as JSON."""
     import torch
 
     from reproml.arithmetic.compiler import kernels

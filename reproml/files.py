@@ -1,4 +1,9 @@
-"""Files that appear whole or not at all, whatever kills the process, and locks that die with it."""
+"""Write files that appear complete or not at all, and hold locks that end with their process.
+
+The package filelock does not replace `locked`: its version for Python 3.9 leaves the lock file behind, and
+deleting that file here would not be safe, because filelock does not check that the file it has locked still
+exists under its name. Two processes could then hold the lock.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +15,32 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a new file to the disk itself, so that a crash after a rename finds it whole."""
+def write_and_sync(path: Path, data: bytes) -> None:
+    """Write a new file and flush it to the disk, so that it is complete if a crash follows a rename."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under another name beside its place, then rename it there. Raises OSError."""
-    part = partial(path)
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file under another name in the same folder, then rename it. Raises OSError."""
+    part = partial_path(path)
     try:
-        write(part, data)
+        write_and_sync(part, data)
         os.replace(part, path)
         sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
 
-def partial(path: Path) -> Path:
-    """Return a new name beside `path` for what is being written; a kill may leave it behind."""
+def partial_path(path: Path) -> Path:
+    """Return a new name in the folder of `path` for a file in progress; a kill may leave it behind."""
     return path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
 
 
 def sync_folder(folder: Path) -> None:
-    """Write a folder's list of names to the disk itself."""
+    """Flush a folder's list of names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -45,15 +50,17 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` for the block, then delete it; a killed process holds it no more.
+    """Hold the lock file `path` for the block, then delete it. The lock of a killed process is free.
 
-    Raises BlockingIOError at once if another holds it, OSError if it cannot be made.
+    Raises BlockingIOError immediately if another process holds it, OSError if it cannot be created.
     """
     descriptor = _lock(path)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: whoever waits for it sees it gone
+        path.unlink(
+            missing_ok=True
+        )  # before the lock is released: a waiting process sees it deleted
         os.close(descriptor)
 
 
@@ -65,7 +72,7 @@ def _lock(path: Path) -> int:
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except FileNotFoundError:
-            pass  # deleted by its holder between our two calls: make it anew
+            pass  # its holder deleted it between our two calls: create it again
         except BaseException:
             os.close(descriptor)
             raise

@@ -34,12 +34,11 @@ from reproml.arithmetic.context import exact
 from reproml.diff import compare
 from reproml.diff.compare import Divergence
 from reproml.errors import ReproError
-from reproml.files import write_whole
+from reproml.files import write_atomically
 from reproml.pipeline import golden, run
 from reproml.pipeline.data import Dataset, Split
 from reproml.pipeline.golden import Comparison
-from reproml.pipeline.recipe import Recipe
-from reproml.pipeline.recipe import load as load_recipe
+from reproml.pipeline.recipe import Recipe, load_recipe
 from reproml.pipeline.run import Items, Number
 from reproml.pipeline.train import step_count
 from reproml.tracing.chain import Reader
@@ -97,7 +96,7 @@ def build(
     divergence = _compare(folder, other) if other else None
     compared = compare.headline(divergence, str(folder), str(other)) if other else ""
     dataset, prepared, _ = run.prepare(recipe, data_folder, numerics)
-    model, _, sha256 = run.load(folder, recipe, prepared, numerics)
+    model, _, sha256 = run.load_run_model(folder, recipe, prepared, numerics)
     if numerics == "native":
         run.refuse_damaged(folder, sha256)
         found = {**run.read_items(folder / run.METRICS), **run.score(model, prepared, "exact")}
@@ -135,7 +134,7 @@ def save(html: str, path: Path) -> None:
     """Write the page, whole or not at all; an older one is replaced. Raises ReproError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, html.encode())
+        write_atomically(path, html.encode())
     except OSError as error:
         raise ReproError(f"cannot write the report {path}: {error.strerror}") from None
 
@@ -192,10 +191,10 @@ def png(grey: NDArray[np.uint8]) -> bytes:
 
 def _verdict(folder: Path, recipe: Recipe, found: Items, recorded: Items) -> Verdict:
     try:
-        path = golden.find(recipe.name)
+        path = golden.find_golden(recipe.name)
     except ReproError:
         return Verdict(None, golden.compare_run(found, found, recorded, folder))
-    return Verdict(path, golden.compare_run(golden.read(path), found, recorded, folder))
+    return Verdict(path, golden.compare_run(golden.read_golden(path), found, recorded, folder))
 
 
 def _losses(items: Items) -> list[float]:

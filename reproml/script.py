@@ -34,7 +34,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from reproml.digest import digest
 from reproml.errors import ReproError
-from reproml.files import write_whole
+from reproml.files import write_atomically
 from reproml.pipeline.train import numerics_mode
 from reproml.tracing import trace
 from reproml.versions import DEFINITIONS
@@ -213,6 +213,6 @@ def _writable(path: Path) -> Path:
 
 def _write_json(path: Path, result: dict[str, Any]) -> None:
     try:
-        write_whole(path, (json.dumps(result, indent=2) + "\n").encode())
+        write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
     except OSError as error:
         raise ReproError(f"cannot write {path}: {error.strerror}") from None

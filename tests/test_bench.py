@@ -8,12 +8,12 @@ import pytest
 
 from benchmarks import bench
 from reproml.pipeline import train
-from reproml.pipeline.recipe import known
+from reproml.pipeline.recipe import recipe_names
 from tests import tiny
 
 
 def test_cases_are_every_recipe_and_scripts_that_exist():
-    assert set(bench.RECIPES) == set(known())
+    assert set(bench.RECIPES) == set(recipe_names())
     assert all((bench.ROOT / "examples" / f"{name}.py").is_file() for name in bench.EXAMPLES)
 
 

@@ -15,7 +15,7 @@ from reproml.cli import main
 from reproml.errors import NotExactError
 from reproml.pipeline import golden
 from reproml.pipeline import run as runs
-from reproml.pipeline.checkpoint import paths_in
+from reproml.pipeline.checkpoint import checkpoint_paths
 from tests import tiny
 
 
@@ -58,14 +58,14 @@ def test_train_evaluate_verify(capsys, at_work):
     assert capsys.readouterr().out.splitlines() == [
         line.split(" ", 1)[1] for line in tiny.run().log if "correct" in line
     ]
-    golden.save(tiny.run().items, golden.place("tiny"), force=False)
+    golden.write_golden(tiny.run().items, golden.golden_path("tiny"), force=False)
     assert main(["verify", *TINY, "--run", "runs/tiny"]) == 0
     assert "tiny: verified, all" in capsys.readouterr().out
 
 
 def test_verify_says_what_differs_first_and_last(capsys, at_work):
     items = {**tiny.run().items, "train.correct": 1, "epoch.1.loss": 0.5}
-    golden.save(items, golden.place("tiny"), force=False)
+    golden.write_golden(items, golden.golden_path("tiny"), force=False)
     assert main(["verify", *TINY]) == 1
     lines = capsys.readouterr().out.splitlines()
     table = [line for line in lines if line.startswith(("ok ", "DIFFERS "))]
@@ -78,7 +78,7 @@ def test_verify_says_what_differs_first_and_last(capsys, at_work):
 
 
 def test_pipeline_trains_once(capsys, at_work, monkeypatch):
-    golden.save(tiny.run().items, golden.place("tiny"), force=False)
+    golden.write_golden(tiny.run().items, golden.golden_path("tiny"), force=False)
     trainings = []
     perform = runs.perform
 
@@ -126,7 +126,7 @@ def test_a_native_run_has_a_folder_of_its_own_and_no_golden_file(capsys, at_work
 
 
 def test_golden_refuses_to_overwrite_before_it_trains(capsys, at_work, monkeypatch):
-    golden.save(tiny.run().items, golden.place("tiny"), force=False)
+    golden.write_golden(tiny.run().items, golden.golden_path("tiny"), force=False)
     monkeypatch.setattr(runs, "perform", None)
     assert "--force" in refused(["golden", *TINY], capsys)
 
@@ -227,7 +227,7 @@ def test_resume_needs_nothing_but_the_folder(capsys, monkeypatch, at_work, folde
     assert sorted(os.listdir("runs")) == ["tiny.checkpoints"]
     (at_work / "tiny.toml").unlink()
     tiny.begin(monkeypatch, "--resume", folder, until=6)
-    newest, before = paths_in(at_work / "runs/tiny.checkpoints")
+    newest, before = checkpoint_paths(at_work / "runs/tiny.checkpoints")
     assert newest.name.startswith("step-00000006") and before.name.startswith("step-00000004")
     capsys.readouterr()
     assert main(["train", "--resume", folder, "--json"]) == 0
@@ -280,7 +280,7 @@ def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(capsys, at_w
 
 def test_checkpoints_of_an_unfinished_training_are_not_lost(capsys, at_work, monkeypatch):
     tiny.begin(monkeypatch, *TINY, *EVERY)
-    before = [path.name for path in paths_in(at_work / "runs/tiny.checkpoints")]
+    before = [path.name for path in checkpoint_paths(at_work / "runs/tiny.checkpoints")]
     capsys.readouterr()
     for more in ([], EVERY):
         error = refused(["train", *TINY, *more], capsys)
@@ -291,7 +291,7 @@ def test_checkpoints_of_an_unfinished_training_are_not_lost(capsys, at_work, mon
     assert "checkpoints of another recipe than tiny" in error
     error = refused(["train", "--resume", "runs/tiny", "--numerics", "native"], capsys)
     assert "in exact numerics, not native" in error
-    assert [path.name for path in paths_in(at_work / "runs/tiny.checkpoints")] == before
+    assert [path.name for path in checkpoint_paths(at_work / "runs/tiny.checkpoints")] == before
     assert os.listdir("runs") == ["tiny.checkpoints"]
 
 
@@ -307,7 +307,7 @@ def test_options_that_exclude_each_other(capsys):
 
 
 def test_a_run_says_of_which_recipe_it_is(capsys, at_work):
-    golden.save(tiny.run().items, golden.place("tiny"), force=False)
+    golden.write_golden(tiny.run().items, golden.golden_path("tiny"), force=False)
     assert main(["train", *TINY, "--out", "here"]) == 0
     (at_work / "tiny.toml").unlink()
     assert main(["verify", "--run", "here"]) == 0
@@ -315,12 +315,12 @@ def test_a_run_says_of_which_recipe_it_is(capsys, at_work):
     capsys.readouterr()
     Path("here/run.json").write_text('{"recipe": {"name": "../tiny"}}')
     error = refused(["verify", "--run", "here"], capsys)
-    assert "here/run.json does not say which recipe was run" in error and "--recipe" in error
+    assert "here/run.json does not record a valid recipe" in error and "--recipe" in error
     assert "here2 does not exist" in refused(["evaluate", "--run", "here2"], capsys)
 
 
 def test_damaged_weights_are_not_evaluated_and_do_not_verify(capsys, at_work):
-    golden.save(tiny.run().items, golden.place("tiny"), force=False)
+    golden.write_golden(tiny.run().items, golden.golden_path("tiny"), force=False)
     assert main(["train", *TINY]) == 0
     path = at_work / "runs/tiny/weights.safetensors"
     raw = bytearray(path.read_bytes())
@@ -339,7 +339,7 @@ def test_damaged_weights_are_not_evaluated_and_do_not_verify(capsys, at_work):
 
 
 def test_a_lie_in_metrics_is_shown_against_the_golden_file(capsys, at_work):
-    golden.save(tiny.run().items, golden.place("tiny"), force=False)
+    golden.write_golden(tiny.run().items, golden.golden_path("tiny"), force=False)
     assert main(["train", *TINY]) == 0
     path = at_work / "runs/tiny/metrics.json"
     path.write_text(runs.items_json({**tiny.run().items, "test.correct": 297, "epoch.1.loss": 0.5}))

@@ -1,4 +1,4 @@
-"""The digest is checked against a second implementation, written from its docstring alone."""
+"""Check the digest against a second implementation, written from its docstring alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ states = st.dictionaries(st.text(max_size=4), arrays, max_size=3)
 
 
 def oracle(state: dict[str, np.ndarray]) -> str:
-    """Element by element with struct, NaN by NaN: nothing shared with the code under test."""
+    """Compute the digest element by element with struct, sharing nothing with the code under test."""
     code = {"float16": "e", "float32": "f", "float64": "d", "complex64": "f", "bool": "?"}
     integers = {"uint8": "B", "int16": "h", "int64": "q"}
     nan = {"e": "007e", "f": "0000c07f", "d": "000000000000f87f"}
@@ -43,7 +43,7 @@ def oracle(state: dict[str, np.ndarray]) -> str:
 
 
 @given(states)
-def test_equals_the_documented_layout(state):
+def test_digest_equals_documented_layout(state):
     assert digest(state) == oracle(state)
 
 
@@ -53,7 +53,7 @@ def test_torch_and_numpy_agree(state):
 
 
 @given(states, st.randoms())
-def test_order_of_names_memory_layout_and_byte_order_do_not_count(state, random):
+def test_order_and_memory_layout_do_not_matter(state, random):
     names = list(state)
     random.shuffle(names)
     turned = {k: state[k].astype(state[k].dtype.newbyteorder(">"), order="F") for k in names}
@@ -62,7 +62,7 @@ def test_order_of_names_memory_layout_and_byte_order_do_not_count(state, random)
 
 
 @given(states.filter(lambda s: any(v.size for v in s.values())), st.data())
-def test_one_flipped_bit_changes_it(state, data):
+def test_flipped_bit_changes_digest(state, data):
     name = data.draw(st.sampled_from([k for k, v in state.items() if v.size]))
     raw = bytearray(state[name].tobytes())
     bit = data.draw(st.integers(0, 8 * len(raw) - 1))
@@ -71,18 +71,18 @@ def test_one_flipped_bit_changes_it(state, data):
     if state[name].dtype == bool:
         value = np.asarray(~state[name])
     elif state[name].dtype.kind in "fc" and (np.isnan(value) & np.isnan(state[name])).any():
-        return  # one NaN became another: that must not count, see below
+        return  # one NaN became another, which must not change the digest: see below
     assert digest({**state, name: value}) != digest(state)
 
 
-def test_name_dtype_and_shape_count():
+def test_name_dtype_and_shape_change_digest():
     zeros = np.zeros((2, 3), np.float32)
     variants: list[dict[str, np.ndarray]] = [
         {"a": zeros},
         {"b": zeros},
         {"a": zeros.reshape(3, 2)},
         {"a": zeros.view(np.int32)},
-        {"a": -zeros},  # -0 is not +0
+        {"a": -zeros},  # -0 differs from +0
         {"a": zeros[:1], "b": zeros[1:]},
         {},
         {"a": zeros[:0]},
@@ -98,18 +98,18 @@ def test_name_dtype_and_shape_count():
         (np.array([0x7FF8 << 48, 0xFFF8 << 48, (0x7FF0 << 48) + 1], np.uint64), "float64"),
     ],
 )
-def test_every_nan_is_the_same_nan(bits, float_dtype):
+def test_all_nans_have_same_digest(bits, float_dtype):
     assert len({digest({"x": bits[i : i + 1].view(float_dtype)}) for i in range(3)}) == 1
 
 
-def test_bfloat16():
+def test_bfloat16_digest_equals_documented_layout():
     bits = np.array([0x3F80, 0x7FC0, 0xFF81], np.uint16).view(np.int16)
     header = b'reproml digest 1\n["x", "bfloat16", [3]]\n'
     expected = hashlib.sha256(header + struct.pack("<3H", 0x3F80, 0x7FC0, 0x7FC0)).hexdigest()
     assert digest({"x": torch.from_numpy(bits).view(torch.bfloat16)}) == expected
 
 
-def test_a_module_counts_its_buffers():
+def test_module_digest_includes_buffers():
     norm = torch.nn.BatchNorm1d(2)
     before = digest(norm)
     assert before == digest(norm.state_dict())
@@ -117,12 +117,12 @@ def test_a_module_counts_its_buffers():
     assert digest(norm) != before
 
 
-def test_a_large_array_is_hashed_in_chunks_without_a_seam(monkeypatch):
+def test_chunks_do_not_change_digest(monkeypatch):
     x = np.arange(1000, dtype=np.float32)
     x[[6, 7, 8]] = np.nan
-    whole = digest({"x": x})
+    expected = digest({"x": x})
     monkeypatch.setattr(sys.modules["reproml.digest"], "_CHUNK", 7)
-    assert digest({"x": x}) == whole
+    assert digest({"x": x}) == expected
 
 
 @pytest.mark.parametrize(
@@ -137,11 +137,11 @@ def test_a_large_array_is_hashed_in_chunks_without_a_seam(monkeypatch):
         {"a": torch.zeros(2).to(torch.float8_e5m2)},
     ],
 )
-def test_what_cannot_be_hashed_whole_is_refused(state):
+def test_unsupported_values_raise(state):
     with pytest.raises(TypeError, match="digest"):
         digest(state)
 
 
-def test_file_sha256(tmp_path):
+def test_file_sha256_equals_hashlib(tmp_path):
     (tmp_path / "f").write_bytes(b"x" * (1 << 21))
     assert file_sha256(tmp_path / "f") == hashlib.sha256(b"x" * (1 << 21)).hexdigest()

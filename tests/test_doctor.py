@@ -11,7 +11,7 @@ from reproml import doctor
 from reproml.arithmetic import selftest
 from reproml.arithmetic.selftest import Fault
 from reproml.cli import main
-from reproml.pipeline.run import place
+from reproml.pipeline.run import reserve_run_folder
 from tests import tiny
 
 FAULT = Fault("torch.add, element 3,", ["0x1p+0", "0x1p-24"], "0x1p+0", "0x1.000002p+0")
@@ -19,7 +19,7 @@ FAULT = Fault("torch.add, element 3,", ["0x1p+0", "0x1p-24"], "0x1p+0", "0x1.000
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    with place(tmp_path / "run") as save:
+    with reserve_run_folder(tmp_path / "run") as save:
         save(tiny.run())
     return tmp_path / "run"
 

@@ -8,7 +8,7 @@ from reproml import environment
 from reproml.arithmetic.compiler import kernels
 
 
-def test_describes_what_may_change_native_results(monkeypatch):
+def test_describe_includes_relevant_variables_only(monkeypatch):
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
     monkeypatch.setenv("SECRET_TOKEN", "x")
     described = environment.describe()
@@ -18,7 +18,7 @@ def test_describes_what_may_change_native_results(monkeypatch):
     assert "SECRET_TOKEN" not in described["variables"]
 
 
-def test_describes_pytorchs_build_and_switches(monkeypatch):
+def test_describe_includes_build_and_switches(monkeypatch):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: "as asked")
     monkeypatch.setattr(kernels, "library", None)
     text = (
@@ -34,7 +34,7 @@ def test_describes_pytorchs_build_and_switches(monkeypatch):
     assert described["arithmetic"] == {"compiled_loops": False}
 
 
-def test_the_cpu_is_read_from_cpuinfo(tmp_path):
+def test_cpu_is_read_from_cpuinfo(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor : 0\nmodel name\t: A CPU @ 3 GHz: fast\nmodel name\t: other\n")
     assert environment._cpu(cpuinfo) == "A CPU @ 3 GHz: fast"
@@ -43,5 +43,5 @@ def test_the_cpu_is_read_from_cpuinfo(tmp_path):
     assert environment._cpu(tmp_path / "none")
 
 
-def test_a_package_that_is_not_there_is_said_to_be():
+def test_missing_package_is_reported():
     assert environment._version("no-such-package-here") == "not installed"

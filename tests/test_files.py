@@ -9,39 +9,39 @@ from pathlib import Path
 
 import pytest
 
-from reproml.files import locked, write_whole
+from reproml.files import locked, write_atomically
 from verification.subprocesses import environment
 
 
 @pytest.mark.parametrize("before", [None, b"old"])
-def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, before):
+def test_write_atomically_keeps_old_file_on_failure(tmp_path, before):
     path = tmp_path / "file"
     if before is not None:
         path.write_bytes(before)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # as at the end of a disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # like a full disk
     try:
         with pytest.raises(OSError):
-            write_whole(path, bytes(11))
+            write_atomically(path, bytes(11))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.read_bytes() for p in tmp_path.iterdir()] == ([] if before is None else [before])
-    write_whole(path, bytes(11))
+    write_atomically(path, bytes(11))
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [bytes(11)]
 
 
-def test_one_at_a_time_holds_a_lock_and_leaves_no_file(tmp_path):
+def test_lock_is_exclusive_and_leaves_no_file(tmp_path):
     path = tmp_path / "lock"
     with locked(path):
         with pytest.raises(BlockingIOError), locked(path):
             raise AssertionError("two hold it")
         assert path.exists()
-    with locked(path):  # free again
+    with locked(path):  # released above
         pass
     assert not path.exists()
 
 
-def test_a_killed_process_holds_no_lock(tmp_path):
+def test_killed_process_releases_lock(tmp_path):
     path = tmp_path / "lock"
     script = f"""
 import pathlib, time
@@ -64,13 +64,13 @@ with locked(pathlib.Path({str(path)!r})):
     assert not path.exists()
 
 
-def test_a_lock_file_that_its_holder_just_deleted_is_made_anew(tmp_path, monkeypatch):
+def test_deleted_lock_file_is_created_again(tmp_path, monkeypatch):
     path, calls = tmp_path / "lock", []
 
     def flock(descriptor, operation, flock=fcntl.flock):
         calls.append(descriptor)
         if len(calls) == 1:
-            path.unlink()  # after it was opened here
+            path.unlink()  # after the code under test opened it
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
@@ -80,6 +80,6 @@ def test_a_lock_file_that_its_holder_just_deleted_is_made_anew(tmp_path, monkeyp
             raise AssertionError("two hold it")
 
 
-def test_a_lock_in_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_lock_in_missing_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), locked(tmp_path / "none/lock"):
         raise AssertionError("nothing holds it")

@@ -150,7 +150,7 @@ def test_weights_have_the_golden_hash(name):
     """
     golden = json.loads((ROOT / f"golden/{name}.json").read_text("utf-8"))
     assert re.fullmatch("[0-9a-f]{64}", golden["weights.safetensors.sha256"])
-    assert golden["recipe.canonical_json.sha256"] == recipe.load(name).sha256
+    assert golden["recipe.canonical_json.sha256"] == recipe.load_recipe(name).sha256
     steps = (ROOT / "nix/steps.nix").read_text("utf-8")
     assert 'outputHash = golden."weights.safetensors.sha256";' in steps
     assert '= golden."recipe.canonical_json.sha256";' in steps

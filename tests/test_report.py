@@ -32,7 +32,7 @@ from reproml.diff.ulps import Distance
 from reproml.errors import ReproError
 from reproml.pipeline import golden
 from reproml.pipeline import run as runs
-from reproml.pipeline.run import TRACE, Run, perform, place
+from reproml.pipeline.run import TRACE, Recording, Run, perform, reserve_run_folder
 from tests import browser as browsers
 from tests import tiny
 
@@ -46,12 +46,12 @@ def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     tiny.toml(tmp_path)
     save_run(FOLDER)
-    golden.save(tiny.run().items, golden.place("tiny"), force=False)
+    golden.write_golden(tiny.run().items, golden.golden_path("tiny"), force=False)
     return tmp_path
 
 
 def save_run(folder: Path) -> None:
-    with place(folder) as save:
+    with reserve_run_folder(folder) as save:
         save(tiny.run())
 
 
@@ -60,13 +60,13 @@ def traced(seed: int, numerics: str) -> tuple[Run, bytes]:
     """A run and its trace, of level step."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / TRACE
-        result = perform(tiny.recipe(seed), numerics=numerics, trace=path)
+        result = perform(tiny.recipe(seed), numerics=numerics, recording=Recording(trace=path))
         return result, path.read_bytes()
 
 
 def save_traced(folder: Path, seed: int = 1, numerics: str = "exact") -> Path:
     result, content = traced(seed, numerics)
-    with place(folder) as save:
+    with reserve_run_folder(folder) as save:
         trace = folder.with_name("trace")
         trace.write_bytes(content)
         save(dataclasses.replace(result, trace=trace))
@@ -128,7 +128,7 @@ def test_a_run_that_is_the_golden_one():
 
 def test_what_differs_is_shown_with_both_values():
     items = {**tiny.run().items, "epoch.1.loss": 0.5, "train.correct": 1}
-    golden.save(items, golden.place("tiny"), force=True)
+    golden.write_golden(items, golden.golden_path("tiny"), force=True)
     built = page()
     assert built.verified is False
     text = Parsed(built.html).text
@@ -160,7 +160,7 @@ def test_what_the_run_says_of_itself_is_not_believed():
     built = page()
     assert built.verified is False
     assert "test.correct in runs/tiny/metrics.json" in Parsed(built.html).text
-    golden.place("tiny").unlink()
+    golden.golden_path("tiny").unlink()
     assert page().verified is False
     assert "Not what the run recorded" in page().html
 
@@ -174,7 +174,7 @@ def test_a_loss_that_is_no_number_differs_and_is_not_drawn():
 
 
 def test_without_a_golden_file_it_says_so():
-    golden.place("tiny").unlink()
+    golden.golden_path("tiny").unlink()
     built = page()
     assert built.verified is None
     assert "No golden file to compare with" in built.html and "Verified" not in built.html
@@ -243,7 +243,7 @@ def test_most_wrong_are_those_of_the_golden_predictions():
 
 
 def tiny_model():
-    return runs.load(FOLDER, tiny.recipe(), tiny.prepared(), "exact")[0]
+    return runs.load_run_model(FOLDER, tiny.recipe(), tiny.prepared(), "exact")[0]
 
 
 def test_a_perfect_run_has_nothing_wrong_to_show():
@@ -470,11 +470,13 @@ def test_a_run_that_is_named_by_a_dot_has_its_page_beside_it_too(capsys, at_work
     assert main(["report", "--recipe", "../../tiny.toml", "--run", "."]) == 0
     assert (at_work / "runs/tiny.html").is_file() and len(os.listdir(".")) == 4
     assert main(["report", "--run", "/"]) == 2
-    assert "/ is not a whole run" in capsys.readouterr().err
+    assert "/ is not a complete run" in capsys.readouterr().err
 
 
 def test_another_run_is_told_by_the_exit_status(capsys):
-    golden.save({**tiny.run().items, "test.correct": 1}, golden.place("tiny"), force=True)
+    golden.write_golden(
+        {**tiny.run().items, "test.correct": 1}, golden.golden_path("tiny"), force=True
+    )
     assert main(["report", *TINY]) == 1
     assert capsys.readouterr().out == "wrote runs/tiny.html: not the golden run\n"
 
@@ -493,7 +495,7 @@ def test_bad_input_is_one_sentence_and_leaves_no_page(capsys, at_work):
     (at_work / "golden/tiny.json").write_text("{}")
     assert "definitions.version" in refused()
     (FOLDER / "weights.safetensors").write_bytes(tiny.run().weights[:100])
-    assert "cut short" in refused()
+    assert "truncated" in refused()
     (FOLDER / "weights.safetensors").write_bytes(tiny.run().weights)
     (FOLDER / "metrics.json").unlink()
     assert "it has no metrics.json" in refused()
@@ -569,7 +571,7 @@ def everything(at_work: Path) -> Path:
     folder = save_traced(at_work / ("long-" * 40))
     other = save_traced(at_work / ("other" * 40), seed=2)
     items = {**tiny.run().items, "epoch.1.loss": 0.5, "x" * 90: "y" * 90}
-    golden.save(items, golden.place("tiny"), force=True)
+    golden.write_golden(items, golden.golden_path("tiny"), force=True)
     run, out = ["--run", str(folder), "--diff", str(other)], ["--out", str(at_work / "page.html")]
     assert main(["report", *TINY, *run, *out]) == 1
     return at_work / "page.html"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import reproml
 from reproml.script import _state_dicts
-from verification.subprocesses import Reproml, Shown, environment
+from verification.subprocesses import Reproml, Completed, environment
 
 TRAIN = """
 import torch
@@ -33,7 +33,7 @@ for _ in range(2):
 """
 
 
-def python(folder: Path, *arguments: str) -> Shown:
+def python(folder: Path, *arguments: str) -> Completed:
     child = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
@@ -42,7 +42,7 @@ def python(folder: Path, *arguments: str) -> Shown:
         text=True,
         check=False,
     )
-    return Shown(child.returncode, child.stdout, child.stderr)
+    return Completed(child.returncode, child.stdout, child.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,10 @@ def reproml_in() -> Iterator[Reproml]:
 
 
 @pytest.fixture
-def reproml_run(reproml_in: Reproml, tmp_path: Path) -> Callable[..., Shown]:
+def reproml_run(reproml_in: Reproml, tmp_path: Path) -> Callable[..., Completed]:
     """`python -m reproml run ARGUMENTS` in tmp_path, where script.py holds `source`."""
 
-    def run(*arguments: str, source: Optional[str] = None) -> Shown:
+    def run(*arguments: str, source: Optional[str] = None) -> Completed:
         if source is not None:
             (tmp_path / "script.py").write_text(source)
         return reproml_in(tmp_path, "run", *arguments)

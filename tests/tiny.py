@@ -1,4 +1,4 @@
-"""A recipe that trains in a moment (the bundled digits, 6 steps), for the tests of the pipeline."""
+"""A recipe that trains in a moment (the bundled digits, 6 steps), for tests of the pipeline."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import pytest
 
 from reproml.cli import main
 from reproml.pipeline.checkpoint import Checkpoints
-from reproml.pipeline.data import load as load_data
+from reproml.pipeline.data import load_dataset
 from reproml.pipeline.preprocess import Prepared, preprocess
-from reproml.pipeline.recipe import Recipe
-from reproml.pipeline.recipe import load as load_recipe
+from reproml.pipeline.recipe import Recipe, load_recipe
 from reproml.pipeline.run import Run, perform
 
 TOML = """
@@ -51,21 +50,21 @@ def recipe(seed: int = 1, hidden: str = "[8]", epochs: int = 2, optimizer: str =
 
 @functools.cache
 def prepared() -> Prepared:
-    return preprocess(load_data("digits"), recipe().preprocess)
+    return preprocess(load_dataset("digits"), recipe().preprocess)
 
 
 @functools.cache
 def run() -> Run:
-    """The exact run of `recipe()`; read it only."""
+    """Return the exact run of `recipe()`. It is shared: do not change it."""
     return perform(recipe())
 
 
 def begin(monkeypatch: pytest.MonkeyPatch, *arguments: str, until: int = 4) -> None:
-    """Train by the command line until that step's checkpoint is saved, then press Ctrl-C."""
-    plain = Checkpoints.save
+    """Train by the command line until the checkpoint of step `until` is saved, then interrupt."""
+    save_checkpoint = Checkpoints.save
 
-    def save(self, training, log):
-        plain(self, training, log)
+    def save(self, training, log, recorder):
+        save_checkpoint(self, training, log, recorder)
         if training.done == until:
             raise KeyboardInterrupt
 

@@ -1,12 +1,12 @@
-"""Damage the files and command lines that reproml reads; none may do worse than an error.
+"""Damage the files and command lines that reproml reads; the worst allowed outcome is an error message.
 
     python -m verification.fuzz [--minutes 60] [--seed 0]
 
 In a folder with a recipe, its golden file, runs, checkpoints, traces and a data set in MNIST's format, one
-thing or several are altered, and a verb is called in this process. Good is exit status 0, 1, or 2 with
-one sentence on standard error; a mutant that does worse is printed with the seed that makes it again.
-A damaged checkpoint gets the right hash every other time, so that what comes after its check is reached.
-MNIST's files never do: nothing decodes them before their hash is right.
+or several files are altered, and a verb is called in this process. Allowed are exit status 0, 1, and
+2 with one sentence on standard error. Any other outcome is printed with the seed that reproduces it.
+Half of the damaged checkpoints get the right hash, so that the code after the check is reached as well.
+MNIST's files never do, because nothing decodes them before their hash has been checked.
 """
 
 from __future__ import annotations
@@ -77,53 +77,16 @@ COMMANDS = [
     ["report", "--recipe", "./digits.toml", "--run", "runs/other", "--diff", "one.trace", "--json"],
     [*TRAIN, "--recipe", "./digits.toml", "--steps", "1", "--trace", "one.trace"],
 ]
+# fmt: off
 WORDS = [
-    "",
-    "-1",
-    "0",
-    "1",
-    "99999999999999999999",
-    "nan",
-    "é",
-    "/",
-    "..",
-    "../..",
-    "/dev/null",
-]
-WORDS += [
-    "runs",
-    "runs/fuzzed",
-    "digits.toml",
-    "mnist",
-    "--json",
-    "--run",
-    "--resume",
-    "--steps",
-    "--",
+    "", "-1", "0", "1", "99999999999999999999", "nan", "é", "/", "..", "../..", "/dev/null",
+    "runs", "runs/fuzzed", "digits.toml", "mnist", "--json", "--run", "--resume", "--steps", "--",
 ]
 SNIPPETS = [
-    b"",
-    b"\0",
-    b"\xff",
-    b"-1",
-    b"1e999",
-    b"NaN",
-    b"null",
-    b"[]",
-    b"{}",
-    b'"',
-    b"\n",
-    b"[" * 2000,
+    b"", b"\0", b"\xff", b"-1", b"1e999", b"NaN", b"null", b"[]", b"{}", b'"', b"\n", b"[" * 2000,
+    b"9" * 400, b"\xff" * 8, b"\x80\x02c", b'"../../up"', b'{"a":1,"a":2}', b"= [[", b"e308",
 ]
-SNIPPETS += [
-    b"9" * 400,
-    b"\xff" * 8,
-    b"\x80\x02c",
-    b'"../../up"',
-    b'{"a":1,"a":2}',
-    b"= [[",
-    b"e308",
-]
+# fmt: on
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -132,7 +95,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def prepare(folder: Path) -> None:
-    """Leave a whole, good set of files."""
+    """Write a complete set of valid files."""
     (folder / "digits.toml").write_text(RECIPE.format(data="digits", batch_size=500))
     (folder / "mnist.toml").write_text(RECIPE.format(data="mnist", batch_size=5))
     (folder / "mnist").mkdir()
@@ -143,11 +106,11 @@ def prepare(folder: Path) -> None:
         (folder / "mnist" / name).write_bytes(idx(chance.integers(0, top, shape, np.uint8)))
     assert call(["golden", "--recipe", "./digits.toml"])[0] == 0
     assert call(["train", "--recipe", "./digits.toml"])[0] == 0
-    reference = Checkpoints.delete
+    delete = Checkpoints.delete
     Checkpoints.delete = lambda self: None  # type: ignore[method-assign]
     begin = [*TRAIN, "--recipe", "./digits.toml", "--out", "runs/begun", "--checkpoint-every", "2"]
     assert call(begin)[0] == 0
-    Checkpoints.delete = reference  # type: ignore[method-assign]
+    Checkpoints.delete = delete  # type: ignore[method-assign]
     shutil.rmtree(folder / "runs/begun")
     for name, level in (("one", "step"), ("two", "op")):
         with reproml.trace(f"{name}.trace", level):
@@ -162,7 +125,7 @@ def mutate(content: bytes, chance: random.Random) -> bytes:
     for _ in range(chance.choice([1, 1, 1, 2, 4])):
         at = chance.randrange(len(content) + 1)
         if chance.random() < 0.5:
-            at = min(at, chance.randrange(400))  # the heads of binary files more often
+            at = min(at, chance.randrange(400))  # headers of binary files more often
         end = min(len(content), at + chance.choice([0, 1, 1, 2, 8, 100, 100_000]))
         new = chance.choice(SNIPPETS)
         if chance.random() < 0.3 and at < len(content):
@@ -192,19 +155,19 @@ def alter_words(command: list[str], chance: random.Random) -> list[str]:
 
 
 def call(command: list[str]) -> tuple[object, str]:
-    """Return the exit status, and what stood on standard error."""
+    """Run a command; return its exit status and its standard error."""
     errors = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
         try:
             return cli.main(command), errors.getvalue()
-        except SystemExit as wish:
-            return wish.code, errors.getvalue()
+        except SystemExit as exit_request:
+            return exit_request.code, errors.getvalue()
         except BaseException:
             return "a traceback", traceback.format_exc()
 
 
-def one(folder: Path, seed: int, statuses: Counter[object]) -> Optional[str]:
-    """Make one mutant and call a verb; return what is wrong with what it did, if anything."""
+def try_mutant(folder: Path, seed: int, statuses: Counter[object]) -> Optional[str]:
+    """Make one mutant and call a verb; return a description of a forbidden outcome, None if allowed."""
     chance = random.Random(seed)
     command = chance.choice(COMMANDS)
     for _ in range(chance.choice([1, 1, 1, 2, 3])):
@@ -212,12 +175,12 @@ def one(folder: Path, seed: int, statuses: Counter[object]) -> Optional[str]:
     if chance.random() < 0.2:
         command = alter_words(command, chance)
     status, errors = call(command)
-    told = errors.splitlines()
-    if "--json" in command:  # what is said on the way goes there too
-        told = [line for line in told if line.startswith("reproml: ")]
+    messages = errors.splitlines()
+    if "--json" in command:  # then progress is on standard error as well
+        messages = [line for line in messages if line.startswith("reproml: ")]
     usage = errors.startswith("usage: ")
     statuses[status] += 1
-    if status in (0, 1) or (status == 2 and (usage or len(told) == 1)):
+    if status in (0, 1) or (status == 2 and (usage or len(messages) == 1)):
         return None
     return f"seed {seed}: {' '.join(command)!r} gives {status}\n{errors}"
 
@@ -226,11 +189,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the first mutant; the next is one more"
+        "--seed", type=int, default=0, help="seed of the first mutant; each further one adds 1"
     )
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    os.environ["REPROML_MIRROR"] = "mnist"  # nothing is to be downloaded
+    os.environ["REPROML_MIRROR"] = "mnist"  # no downloads
     statuses: Counter[object] = Counter()
     bad, seed, end = 0, args.seed, time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as name:
@@ -243,15 +206,15 @@ def main() -> int:
             shutil.rmtree(work, ignore_errors=True)
             shutil.copytree(good, work)
             os.chdir(work)
-            wrong = one(work, seed, statuses)
-            if wrong:
+            failure = try_mutant(work, seed, statuses)
+            if failure:
                 bad += 1
-                print(wrong, flush=True)
+                print(failure, flush=True)
             seed += 1
             if seed % 1000 == 0:
                 print(f"{seed - args.seed} mutants, exit status: {dict(statuses)}", flush=True)
         os.chdir("/")
-    print(f"{seed - args.seed} mutants in {args.minutes} minutes, {bad} did worse than an error")
+    print(f"{seed - args.seed} mutants in {args.minutes} minutes, {bad} with a forbidden outcome")
     return int(bad > 0)
 
 

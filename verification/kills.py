@@ -2,11 +2,11 @@
 
     python -m verification.kills [--kills 200] [--recipe digits-mlp] [--every 10] [--seed 0]
 
-Each training is killed (SIGKILL) at least once: half of them at a random moment of their whole life,
-reading, training, saving checkpoints, writing the results, deleting the checkpoints; the others at one of
-the calls that change a folder, chosen at random, or half-way in a write. The same command goes on with it,
-and may be killed again, with a chance of one half each time. Exit status 1 if an ending is not the golden
-one.
+Each training is killed (SIGKILL) at least once. Half of them are killed at a random moment from start to
+end: while reading, training, saving checkpoints, writing the results or deleting the checkpoints. The
+others are killed at a random one of the calls that change a folder, or in the middle of a write. The same
+command resumes the training, and is killed again with probability one half each time. The exit status is
+1 if an ending differs from the golden file.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from reproml.pipeline import golden
 from reproml.pipeline.run import Items, read_items
 from verification.subprocesses import Reproml
 
-CALLS = 190  # about as many as a whole training of digits-mlp has
+CALLS = 190  # approximate number of such calls in a complete training of digits-mlp
 SHA256 = "weights.safetensors.sha256"
 
 
 def stage(folder: Path) -> str:
-    """Return what the killed process was doing, as far as its folder shows."""
+    """Return what the killed process was doing, judging by the files it left."""
     names = {path.name for path in folder.rglob("*")}
     if "weights.safetensors" in names:
         return "results begun"
@@ -40,30 +40,30 @@ def stage(folder: Path) -> str:
 
 
 def is_golden(run: Path, expected: Items) -> bool:
-    """Whether all items and the weights file itself are the golden file's."""
+    """Return whether all items and the weights file itself are those of the golden file."""
     weights = file_sha256(run / "weights.safetensors")
     return read_items(run / "metrics.json") == expected and weights == expected[SHA256]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="how many trainings are killed")
+    parser.add_argument("--kills", type=int, default=200, help="number of trainings to kill")
     parser.add_argument("--recipe", default="digits-mlp")
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     out = f"runs/{args.recipe}"
     train = ["train", "--recipe", args.recipe, "--checkpoint-every", str(args.every)]
-    chance, expected = random.Random(args.seed), read_items(golden.find(args.recipe))
+    chance, expected = random.Random(args.seed), read_items(golden.find_golden(args.recipe))
     stages: Counter[str] = Counter()
     good = endings = 0
-    life = 0.0
+    duration = 0.0
     with Reproml() as reproml:
         while endings < args.kills:
             with tempfile.TemporaryDirectory() as name:
                 folder, kills = Path(name), 0
-                while life and (kills == 0 or chance.random() < 0.5):
-                    moment: dict[str, Any] = {"seconds": chance.uniform(0.001, life)}
+                while duration and (kills == 0 or chance.random() < 0.5):
+                    moment: dict[str, Any] = {"seconds": chance.uniform(0.001, duration)}
                     if endings % 2:
                         moment = {"call": chance.randint(1, CALLS)}
                     status = reproml(folder, *train, "--resume", out, **moment).returncode
@@ -73,8 +73,8 @@ def main() -> int:
                     stages[stage(folder)] += 1
                 began = time.monotonic()
                 shown = reproml(folder, *train, "--resume", out)
-                if not kills:  # the first one, to see how long it takes, or it was too quick
-                    life = life or time.monotonic() - began
+                if not kills:  # the first, which measures the duration; or it ended before the kill
+                    duration = duration or time.monotonic() - began
                     continue
                 endings += 1
                 good += shown.returncode == 0 and is_golden(folder / out, expected)

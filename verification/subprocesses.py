@@ -1,4 +1,4 @@
-"""`python -m reproml` in a process of its own, without loading PyTorch each time."""
+"""Run `python -m reproml` in separate processes without loading PyTorch in each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, Callable, NamedTuple, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Forks for each command line that it reads. It computes nothing itself, so that it has no threads yet.
+# Forks once for each command line that it reads. It computes nothing itself, so it has no threads.
 _SERVER = """
 import gc, json, os, signal, sys
 import rich.console, sklearn.datasets, torch._dynamo
@@ -35,7 +35,7 @@ for line in sys.stdin:
         status = main(arguments)
         if not seconds and not call:
             sys.exit(status)
-        os._exit(status)  # before its time; to clear up all of PyTorch takes longer than most tests
+        os._exit(status)  # without PyTorch's cleanup, which takes longer than most tests
     signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
     signal.setitimer(signal.ITIMER_REAL, seconds)
     status = os.waitpid(child, 0)[1]
@@ -48,7 +48,7 @@ _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 
 def die_at_call(number: int) -> None:
-    """Have this process killed before its n-th call that changes a folder, or half-way in a write."""
+    """Kill this process before its n-th call that changes a folder, or in the middle of a write."""
     left = number
 
     def count(half_written: Optional[int] = None) -> None:
@@ -72,22 +72,22 @@ def die_at_call(number: int) -> None:
     sys.addaudithook(hook)
 
 
-class Shown(NamedTuple):
+class Completed(NamedTuple):
     returncode: int
     stdout: str
     stderr: str
 
 
 def environment(variables: Optional[Mapping[str, str]] = None) -> dict[str, str]:
-    """Return this process's environment, in which Python finds this checkout's reproml."""
+    """Return this process's environment, changed so that Python imports this checkout's reproml."""
     own = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     return {**os.environ, **own, **(variables or {})}
 
 
 class Reproml:
-    """Within `with`, a call runs the arguments in the folder, under the environment variables.
+    """Run command lines in a folder: `with Reproml() as reproml: reproml(folder, "train", ...)`.
 
-    The process is killed after `seconds`, or at its `call`-th call that changes a folder: 0 is never.
+    The process is killed after `seconds`, or at its `call`-th call that changes a folder; 0 means never.
     """
 
     def __init__(self, variables: Optional[Mapping[str, str]] = None) -> None:
@@ -111,15 +111,17 @@ class Reproml:
     ) -> None:
         self._server.__exit__(kind, error, trace)
 
-    def __call__(self, folder: Path, *arguments: str, seconds: float = 0, call: int = 0) -> Shown:
+    def __call__(
+        self, folder: Path, *arguments: str, seconds: float = 0, call: int = 0
+    ) -> Completed:
         assert self._server.stdin and self._server.stdout
         for name in ("stdout", "stderr"):
-            (folder / name).touch()  # it may be killed before it writes anything
-        order = json.dumps([str(folder), arguments, seconds, call])
-        print(order, file=self._server.stdin, flush=True)
+            (folder / name).touch()  # the process may be killed before it writes anything
+        job = json.dumps([str(folder), arguments, seconds, call])
+        print(job, file=self._server.stdin, flush=True)
         status = int(self._server.stdout.readline())
         texts = []
         for name in ("stdout", "stderr"):
             texts.append((folder / name).read_text())
             (folder / name).unlink()
-        return Shown(status, *texts)
+        return Completed(status, *texts)

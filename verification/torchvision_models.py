@@ -1,4 +1,4 @@
-"""Two training steps of a torchvision model with random weights: a plain script, to be run exactly.
+"""Take two training steps of a torchvision model with random weights: a plain script for exact numerics.
 
 invoke matrix --script "verification/torchvision_models.py resnet18"   # also: mobilenet_v2 vgg11 vit_b_16
 """

@@ -28,7 +28,7 @@ from reproml.diff.causes import Evidence
 from reproml.diff.rerun import Rerun
 from reproml.diff.ulps import Distance
 from reproml.errors import ReproError
-from reproml.pipeline.golden import compare as compare_items
+from reproml.pipeline.golden import compare_items
 from reproml.pipeline.run import METRICS, TRACE, WEIGHTS, Items, read_items, read_record
 from reproml.tracing.chain import Reader, is_trace
 

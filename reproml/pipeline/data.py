@@ -1,13 +1,21 @@
-"""The data sets: get the bytes, check their SHA-256, decode them.
+"""Load a data set: get its bytes, check their SHA-256, decode them.
 
-    dataset = load("mnist")    # from REPROML_DATA_DIR, else the cache, else a mirror
-    dataset = load("digits")   # bundled with scikit-learn: needs no download
+    dataset = load_dataset("mnist")    # from REPROML_DATA_DIR, else the cache, else a mirror
+    dataset = load_dataset("digits")   # bundled with scikit-learn: needs no download
 
-Nothing is decoded, and nothing is kept, before its hash is right. What is hashed is what is
-decoded: each file is read once.
+To add a data set, write a function here that returns a `Dataset`, enter it in `_LOADERS` at the end of
+this file, and add its name to `Data` in recipe.py. Images have the shape [n, h, w]; preprocess.py
+and models.py need no change for them.
 
-Environment: REPROML_DATA_DIR, a folder with the files, which is then the only source.
-REPROML_MIRROR, a folder, a file:// or an http(s) address, asked instead of the public mirrors.
+Nothing is decoded or kept before its hash has been checked. The bytes that are hashed are the bytes that
+are decoded: each file is read once.
+
+Environment variables: REPROML_DATA_DIR is a folder with the files, and then the only source.
+REPROML_MIRROR is a folder, a file:// or an http(s) address to use instead of the public mirrors.
+
+The package pooch (1.9) does not replace this code: it reads a response of any length (an endless one
+fills the disk), knows one address per file instead of several mirrors, does not flush files to the disk,
+returns a path whose file would be read a second time to decode it, and depends on requests.
 """
 
 from __future__ import annotations
@@ -32,7 +40,7 @@ from reproml.errors import ReproError
 
 
 class Split(NamedTuple):
-    """Samples: images uint8 [n, h, w] (grey levels), labels int64 [n] (classes)."""
+    """Samples: images uint8 [n, h, w] (grey levels) and labels int64 [n] (classes)."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -42,7 +50,7 @@ class Split(NamedTuple):
 class Dataset:
     """A data set with pixels in range(levels) and labels in range(classes).
 
-    `hashes` maps what was hashed (a file's name, or an array's name and dtype) to its SHA-256.
+    `hashes` maps the name of each hashed file, or the name and dtype of each hashed array, to its SHA-256.
     """
 
     name: str
@@ -53,11 +61,11 @@ class Dataset:
     hashes: dict[str, str]
 
 
-def load(name: str, folder: Optional[Path] = None) -> Dataset:
+def load_dataset(name: str, folder: Optional[Path] = None) -> Dataset:
     """Return the data set "mnist" or "digits".
 
-    `folder` has MNIST's four .gz files (default: REPROML_DATA_DIR, else the cache and mirrors).
-    Raises ReproError if a file is missing, cut short or altered, cannot be got or cannot be kept.
+    `folder` contains MNIST's four .gz files (default: REPROML_DATA_DIR, else the cache and mirrors).
+    Raises ReproError if a file is missing, truncated or altered, or cannot be downloaded or stored.
     """
     return _LOADERS[name](folder)
 
@@ -88,20 +96,20 @@ MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 )
-ROUNDS = 3  # how often all mirrors are asked for a file
+ROUNDS = 3  # how often all mirrors are tried for a file
 PAUSE = 1.0  # seconds between two rounds
-TIMEOUT = 30.0  # seconds without a byte
+TIMEOUT = 30.0  # seconds without a byte until a download fails
 
 
 def _mnist(folder: Optional[Path]) -> Dataset:
     if folder is None and os.environ.get("REPROML_DATA_DIR"):
-        with _named("REPROML_DATA_DIR"):
+        with _naming("REPROML_DATA_DIR"):
             return _mnist(_folder(os.environ["REPROML_DATA_DIR"]))
     arrays = {}
     for name in MNIST:
-        content = _get(name) if folder is None else _read(folder / name)
+        content = _cached_or_downloaded(name) if folder is None else _read_checked(folder / name)
         arrays[name] = _decode_idx(gzip.decompress(content))
-        del content  # ten megabytes that the next file need not share memory with
+        del content  # frees ten megabytes before the next file is read
     train_images, train_labels, test_images, test_labels = arrays.values()
     return Dataset(
         "mnist",
@@ -109,7 +117,7 @@ def _mnist(folder: Optional[Path]) -> Dataset:
         Split(test_images, test_labels.astype(np.int64)),
         levels=256,
         classes=10,
-        hashes={name: file.sha256 for name, file in MNIST.items()},  # all were checked above
+        hashes={name: file.sha256 for name, file in MNIST.items()},  # checked above
     )
 
 
@@ -121,25 +129,25 @@ def _decode_idx(content: bytes) -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape)
 
 
-def _read(path: Path) -> bytes:
-    """Read a file of MNIST whose bytes are right, or raise ReproError."""
+def _read_checked(path: Path) -> bytes:
+    """Read one of MNIST's files. Raises ReproError unless its bytes are the right ones."""
     try:
         if path.exists() and not path.is_file():
             raise ReproError(f"{path} is not a file; put MNIST's {path.name} there")
         with path.open("rb") as file:
-            content = file.read(MNIST[path.name].size + 1)  # one more byte shows a longer file
+            content = file.read(MNIST[path.name].size + 1)  # one byte more, to notice a longer file
     except FileNotFoundError:
         raise ReproError(f"{path} is missing; put MNIST's file of that name there") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the folder's name
         raise ReproError(f"{path} cannot be read: {_reason(error)}") from None
-    wrong = _wrong(path.name, content)
-    if wrong:
-        raise ReproError(f"{path} is not MNIST's file: {wrong}; replace it")
+    defect = _defect(path.name, content)
+    if defect:
+        raise ReproError(f"{path} is not MNIST's file: {defect}; replace it")
     return content
 
 
-def _wrong(name: str, content: bytes) -> Optional[str]:
-    """Say what is wrong with the bytes of a file, None if they are right."""
+def _defect(name: str, content: bytes) -> Optional[str]:
+    """Describe what is wrong with the bytes of a file; return None if they are right."""
     size, sha256 = MNIST[name]
     if len(content) < size:
         return f"it ends after {len(content)} of {size} bytes"
@@ -149,44 +157,44 @@ def _wrong(name: str, content: bytes) -> Optional[str]:
     return None if found == sha256 else f"its SHA-256 is {found}, not {sha256}"
 
 
-def _get(name: str) -> bytes:
-    """Return a file of MNIST from the cache, else from a mirror."""
+def _cached_or_downloaded(name: str) -> bytes:
+    """Return one of MNIST's files from the cache, else from a mirror."""
     import platformdirs
 
     path = platformdirs.user_cache_path("reproml", appauthor=False) / "mnist" / name
     try:
         cached = path.exists()
     except OSError:
-        cached = False  # a folder that may not be searched: writing will say so
+        cached = False  # the folder may not be searched: writing below raises the error
     if cached:
         try:
-            return _read(path)
+            return _read_checked(path)
         except ReproError as error:
-            _say(f"{error}: getting it again")
+            _report(f"{error}: downloading it again")
     mirror = os.environ.get("REPROML_MIRROR", "")
     if mirror and not mirror.startswith(("http://", "https://")):
-        with _named("REPROML_MIRROR"):
-            return _read(_folder(mirror) / name)  # on the disk already: no second copy
+        with _naming("REPROML_MIRROR"):
+            return _read_checked(_folder(mirror) / name)  # already on the disk: no second copy
     try:
-        with _appearing_whole(path) as file:
+        with _atomic_file(path) as file:
             content = _download(name, (mirror,) if mirror else MIRRORS)
             file.write(content)
     except OSError as error:
         raise ReproError(
-            f"cannot keep {path}: {_reason(error)}; "
-            "make room, or set REPROML_DATA_DIR to a folder that has MNIST's files"
+            f"cannot store {path}: {_reason(error)}; "
+            "make room, or set REPROML_DATA_DIR to a folder with MNIST's files"
         ) from None
     return content
 
 
 def _folder(text: str) -> Path:
-    """Return the folder that a path, with `~` or not, or a file:// address names."""
+    """Return the folder named by a path, which may begin with `~`, or by a file:// address."""
     from urllib.parse import unquote
 
     if text.startswith("file:///"):
         text = unquote(text[len("file://") :])
     elif "://" in text:
-        raise ReproError(f"{text} does not name a folder: give its path, or file:///PATH")
+        raise ReproError(f"{text} is not a folder: give its path, or file:///PATH")
     try:
         return Path(text).expanduser()
     except RuntimeError:  # no such user
@@ -194,8 +202,8 @@ def _folder(text: str) -> Path:
 
 
 @contextmanager
-def _named(variable: str) -> Iterator[None]:
-    """Say in a ReproError of the block which environment variable led there."""
+def _naming(variable: str) -> Iterator[None]:
+    """Add the name of the environment variable to a ReproError of the block."""
     try:
         yield
     except ReproError as error:
@@ -203,8 +211,8 @@ def _named(variable: str) -> Iterator[None]:
 
 
 @contextmanager
-def _appearing_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a file that becomes `path` at the end of the block, or leaves no trace if it fails."""
+def _atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a file that becomes `path` at the end of the block, or is deleted if the block fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -213,36 +221,36 @@ def _appearing_whole(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:  # Ctrl-C too
-        with suppress(FileNotFoundError):  # it may have its name already
+    except BaseException:  # also KeyboardInterrupt
+        with suppress(FileNotFoundError):  # it may have been renamed already
             os.unlink(temporary)
         raise
 
 
 def _download(name: str, mirrors: tuple[str, ...]) -> bytes:
-    """Return a file's right bytes from the first mirror that has them, or raise ReproError."""
+    """Return a file's bytes from the first mirror that has the right ones, or raise ReproError."""
     reasons: dict[str, str] = {}
     for round in range(ROUNDS):
         if round:
             time.sleep(PAUSE)
         for mirror in mirrors:
             url = f"{mirror.rstrip('/')}/{name}"
-            _say(f"getting {url}")
+            _report(f"downloading {url}")
             content, reason = _fetch(url, MNIST[name].size)
-            reason = reason or _wrong(name, content)
+            reason = reason or _defect(name, content)
             if reason is None:
                 return content
             reasons[url] = reason
     tried = ", ".join(f"{url} ({reason})" for url, reason in reasons.items())
     raise ReproError(
-        f"cannot get MNIST from {tried}: connect to the network, or set REPROML_MIRROR to a "
+        f"cannot download MNIST from {tried}: connect to the network, or set REPROML_MIRROR to a "
         "mirror's address or a folder with the four files, or use the recipe digits-mlp, "
         "which needs no download"
     )
 
 
 def _fetch(url: str, size: int) -> tuple[bytes, Optional[str]]:
-    """Return at most size + 1 bytes of an http(s) address, and what went wrong, if anything."""
+    """Return at most size + 1 bytes of an http(s) address, and the reason if that failed."""
     import urllib.request
 
     content = bytearray()
@@ -261,7 +269,7 @@ def _fetch(url: str, size: int) -> tuple[bytes, Optional[str]]:
 
 @contextmanager
 def _bar(size: int) -> Iterator[Callable[[int], None]]:
-    """Yield the function that shows how many bytes have come: a bar, on a terminal only."""
+    """Yield a function that shows the number of bytes received, as a bar, on a terminal only."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
@@ -272,7 +280,7 @@ def _bar(size: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.update(task, completed=done)
 
 
-def _say(line: str) -> None:
+def _report(line: str) -> None:
     print(f"reproml: {line}", file=sys.stderr)
 
 
@@ -281,7 +289,7 @@ def _reason(error: Exception) -> str:
     if isinstance(inner, Exception):
         error = inner
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    # A mirror can put anything into it: keep to one line that is fit to print.
+    # The text may come from the mirror: keep one line of printable characters.
     return "".join(c for c in " ".join(text.split()) if c.isprintable())[:200]
 
 
@@ -295,9 +303,9 @@ DIGITS = {
 
 
 def _digits(folder: Optional[Path]) -> Dataset:
-    """The first 1500 of 1797 digits for training, the rest for testing; `folder` is not used.
+    """Return the first 1500 of 1797 digits for training, the rest for testing; `folder` is not used.
 
-    The split needs no random numbers, and the classes come out even: 146 to 153 of each for
+    The split needs no random numbers, and the classes are balanced: 146 to 153 samples of each for
     training, 27 to 33 for testing.
     """
     import zlib
@@ -314,7 +322,9 @@ def _digits(folder: Optional[Path]) -> Dataset:
     for name, values in (("images.uint8", bunch.images), ("labels.uint8", bunch.target)):
         array = np.ascontiguousarray(values, dtype=np.uint8)
         found = hashlib.sha256(array.data).hexdigest()
-        if found != DIGITS[name] or not np.array_equal(array, values):  # the cast may hide a change
+        if found != DIGITS[name] or not np.array_equal(
+            array, values
+        ):  # the cast could hide a change
             raise ReproError(
                 f"scikit-learn's digits are altered: the SHA-256 of {name} is {found}, "
                 f"not {DIGITS[name]}; reinstall scikit-learn"
@@ -332,4 +342,5 @@ def _digits(folder: Optional[Path]) -> Dataset:
     )
 
 
+# To add a data set: a line here, and its name in recipe.Data.
 _LOADERS = {"mnist": _mnist, "digits": _digits}

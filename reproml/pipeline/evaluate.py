@@ -1,4 +1,4 @@
-"""Count what a model gets right."""
+"""Count the correct predictions of a model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from reproml.pipeline.train import numerics_mode
 
-_BATCH = 1024  # bounds the memory; exact results do not depend on it
+_BATCH = 1024  # limits the memory; exact results do not depend on it
 
 
 @dataclass(frozen=True)
 class Score:
-    """Correct predictions of a total, and the hash of them all."""
+    """The number of correct predictions, and the hash of all predictions."""
 
     correct: int
     total: int
@@ -32,7 +32,7 @@ def evaluate(
 ) -> Score:
     """Score `model` on x float32 [n, h, w] and y int64 [n].
 
-    The prediction is the class with the largest logit, the first of them if there are several.
+    The prediction is the class with the largest logit, the first one if several are equal.
     """
     model.eval()
     predictions = []

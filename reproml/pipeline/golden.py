@@ -1,6 +1,7 @@
-"""Golden files: what a recipe must come to, on any machine. `golden/<recipe>.json`.
+"""Read, write and compare golden files: the items that a recipe must produce on any machine.
 
-An item a line, sorted, under the names of a run's metrics.json: `diff` shows the same as `compare`.
+`golden/<recipe>.json` has one item per line, sorted, under the names of a run's metrics.json. So the
+`diff` of two files shows the same items as `compare_items`.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from reproml.errors import ReproError
-from reproml.files import write_whole
+from reproml.files import write_atomically
 from reproml.pipeline.run import METRICS, Items, Number, items_json, read_items
 from reproml.versions import DEFINITIONS
 
 _INSTALLED = Path(__file__).parent / "golden_files"
-_MISSING = Number("missing")  # unlike any value of an item
+_MISSING = Number("missing")  # differs from every value that an item can have
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One item of a golden file against what was found."""
+    """One item: its value in the golden file, and the value that was found."""
 
     item: str
     expected: str
@@ -33,9 +34,9 @@ class Comparison:
         return self.expected == self.found
 
 
-def find(recipe_name: str) -> Path:
-    """Return the golden file: the working directory's, else the one that came with reproml."""
-    candidates = [place(recipe_name), _INSTALLED / f"{recipe_name}.json"]
+def find_golden(recipe_name: str) -> Path:
+    """Return the golden file in the working directory, otherwise the one installed with reproml."""
+    candidates = [golden_path(recipe_name), _INSTALLED / f"{recipe_name}.json"]
     for path in candidates:
         if path.is_file():
             return path
@@ -45,74 +46,74 @@ def find(recipe_name: str) -> Path:
     )
 
 
-def place(recipe_name: str) -> Path:
-    """Return where the golden file of a recipe is written."""
+def golden_path(recipe_name: str) -> Path:
+    """Return the path at which the golden file of a recipe is written."""
     return Path("golden") / f"{recipe_name}.json"
 
 
-def read(path: Path) -> Items:
-    """Return the items of a golden file made with the definitions that are in force here."""
+def read_golden(path: Path) -> Items:
+    """Return the items of a golden file. Raises ReproError if it is for another version of definitions."""
     items = read_items(path)
     version = items.get("definitions.version")
     if "definitions.version" not in items:
         raise ReproError(f"{path} is not a golden file: it has no definitions.version")
     if not isinstance(version, Number) or not version.isdecimal():
         raise ReproError(
-            f"{path}: definitions.version must be a whole number, not {_texts(version, None)[0]}"
+            f"{path}: definitions.version must be an integer, not {_as_texts(version, None)[0]}"
         )
     if version == str(DEFINITIONS):
         return items
-    remedy = "update reproml" if int(version) > DEFINITIONS else "write it anew with --force"
+    remedy = "update reproml" if int(version) > DEFINITIONS else "write it again with --force"
     raise ReproError(
         f"{path} was made with version {version} of the definitions (definitions.version), "
         f"this reproml has version {DEFINITIONS}; {remedy}"
     )
 
 
-def compare(expected: Items, found: Items) -> list[Comparison]:
-    """Compare every item of either side, in the order of `found`, which is the pipeline's."""
+def compare_items(expected: Items, found: Items) -> list[Comparison]:
+    """Compare all items of both sides, in the order of `found`, which is that of the pipeline."""
     names = list(dict.fromkeys([*found, *sorted(expected)]))
     return [
-        Comparison(name, *_texts(expected.get(name, _MISSING), found.get(name, _MISSING)))
+        Comparison(name, *_as_texts(expected.get(name, _MISSING), found.get(name, _MISSING)))
         for name in names
     ]
 
 
 def compare_run(expected: Items, found: Items, recorded: Items, folder: Path) -> list[Comparison]:
-    """Compare a run on disk with `expected`: what `run.recompute` returns, (found, recorded).
+    """Compare a run on disk, as `run.recompute` returns it (found, recorded), with `expected`.
 
-    Where the run's metrics.json has another value than was found anew, and not the expected one, that
-    is one more that differs.
+    If the run's metrics.json records a value that is neither the recomputed nor the expected one, that
+    is one more difference.
     """
-    lies = {c.item for c in compare(found, recorded) if not c.match}
-    claims = [
+    contradicted = {c.item for c in compare_items(found, recorded) if not c.match}
+    wrong_records = [
         Comparison(f"{c.item} in {folder / METRICS}", c.expected, c.found)
-        for c in compare(expected, recorded)
-        if c.item in lies and not c.match
+        for c in compare_items(expected, recorded)
+        if c.item in contradicted and not c.match
     ]
-    return compare(expected, found) + claims
+    return compare_items(expected, found) + wrong_records
 
 
-def save(items: Items, path: Path, force: bool) -> None:
-    """Write a golden file, whole or not at all. Only `force` replaces one."""
+def write_golden(items: Items, path: Path, force: bool) -> None:
+    """Write a golden file atomically. Only `force` replaces an existing one."""
     refuse_overwrite(path, force)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, items_json(items).encode())
+        write_atomically(path, items_json(items).encode())
     except OSError as error:
         raise ReproError(f"cannot write the golden file {path}: {error.strerror}") from None
 
 
 def refuse_overwrite(path: Path, force: bool) -> None:
-    """Raise ReproError if the golden file is there and may not be replaced."""
+    """Raise ReproError if the golden file exists and may not be replaced."""
     if os.path.lexists(path) and not force:
-        raise ReproError(f"{path} is there already; --force replaces it")
+        raise ReproError(f"{path} already exists; --force replaces it")
 
 
-def _texts(expected: Any, found: Any) -> tuple[str, str]:
-    """Return the values as JSON writes them: the same digits, the same number.
+def _as_texts(expected: Any, found: Any) -> tuple[str, str]:
+    """Return both values as text, numbers with the digits of the file.
 
-    Two strings go without their quotes; a string against a number has them, and so differs.
+    Two strings are without quotes. A string compared with a number keeps its quotes, and so differs.
     """
     if not (_is_string(expected) and _is_string(found)):
         expected, found = (v if isinstance(v, Number) else json.dumps(v) for v in (expected, found))

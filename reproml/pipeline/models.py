@@ -1,4 +1,8 @@
-"""The networks a recipe can name: a new one is a function here and its line in `_KINDS`."""
+"""Build the network that a recipe names.
+
+To add a network, write a function here, enter it in `_KINDS` at the end of this file, and declare its
+settings as a class of `Model` in recipe.py.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,12 @@ from reproml.errors import ReproError
 from reproml.pipeline.recipe import MLP, LeNet5, Recipe
 
 
-def build(recipe: Recipe, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+def build_model(recipe: Recipe, input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """Return the recipe's network, float32, initialised as PyTorch initialises it.
 
     Its input has the shape [n, *input_shape], its output (logits) [n, classes]. The weights depend
-    on `torch.manual_seed` and on whether `reproml.exact()` is on. Raises ReproError if the network is
-    not one for inputs of that shape.
+    on `torch.manual_seed` and on whether `reproml.exact()` is active. Raises ReproError if the network
+    cannot take inputs of that shape.
     """
     return _KINDS[type(recipe.model)](recipe.model, input_shape, classes)
 
@@ -26,7 +30,7 @@ def _mlp(model: MLP, input_shape: tuple[int, ...], classes: int) -> nn.Module:
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in zip(widths, widths[1:]):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])  # logits: no ReLU after the last
+    return nn.Sequential(*layers[:-1])  # no ReLU after the last layer: its outputs are logits
 
 
 def _lenet5(model: LeNet5, input_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -51,6 +55,7 @@ def _lenet5(model: LeNet5, input_shape: tuple[int, ...], classes: int) -> nn.Mod
     )
 
 
+# To add a network: a line here, and its class in recipe.Model.
 _KINDS: dict[type, Callable[[Any, tuple[int, ...], int], nn.Module]] = {
     MLP: _mlp,
     LeNet5: _lenet5,

@@ -1,18 +1,21 @@
 """Standardise images exactly: sums in integers, then one correctly rounded value for each level.
 
+To add a preprocessing, write a function here from a histogram to a table, enter it in `_TABLES` at the
+end of this file, and declare its settings as a class of `Preprocess` in recipe.py.
+
 A pixel has few levels (256 for MNIST), so (v - mean) / std is a table with one entry a level, and
-preprocessing is a look-up. With N pixels in the training set, S the sum of their levels and Q the
+preprocessing is a table look-up. With N pixels in the training set, S the sum of their levels and Q the
 sum of the squares, and the population standard deviation,
 
     (v - mean) / std = (N v - S) / sqrt(N Q - S^2)
 
 The scale of the levels (1/255) cancels. The numerator and the number under the root are integers,
-computed exactly, so each entry is rounded once; and as integer sums have no order, nothing about
-batches, workers, memory layout or machine can change a bit.
+computed exactly, so each entry is rounded once. Integer sums do not depend on their order, so batches,
+workers, memory layout and machine cannot change a bit.
 
 torchvision's ToTensor and Normalize round five times in float32: v/255, the mean, the standard
-deviation, the difference, the quotient. They lose most where v is near the mean, because the
-subtraction there cancels the leading bits and leaves the errors of v/255 and of the mean.
+deviation, the difference, the quotient. The error is largest where v is near the mean: there the
+subtraction cancels the leading bits and leaves the errors of v/255 and of the mean.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ class Prepared:
 
     @cached_property
     def digest(self) -> str:
-        """`reproml.digest` of train.x, train.y, test.x and test.y; computed when first asked."""
+        """`reproml.digest` of train.x, train.y, test.x and test.y, computed at the first access."""
         return digest(
             {
                 "train.x": self.train.x,
@@ -62,9 +65,9 @@ class Prepared:
 
 
 def preprocess(dataset: Dataset, settings: Preprocess) -> Prepared:
-    """Preprocess both splits as the recipe's [preprocess] says, by the training set's statistics.
+    """Preprocess both splits with the recipe's settings and the statistics of the training set.
 
-    Raises ReproError if the training images cannot be standardised (all pixels alike).
+    Raises ReproError if the training images cannot be standardised (all pixels are equal).
     """
     table = _TABLES[type(settings)](histogram(dataset.train.images, dataset.levels))
 
@@ -75,10 +78,10 @@ def preprocess(dataset: Dataset, settings: Preprocess) -> Prepared:
 
 
 def histogram(images: NDArray[Any], levels: int) -> NDArray[np.int64]:
-    """Return how many pixels have each level: int64 [levels].
+    """Return the number of pixels of each level: int64 [levels].
 
     `images` is an array [n, ...] of any integer dtype and memory layout, with values in
-    range(levels). Histograms of parts add up to that of the whole. Raises ValueError for a value
+    range(levels). The histograms of parts add up to the histogram of all. Raises ValueError for a value
     out of range.
     """
     _check_range(images, levels)
@@ -101,13 +104,13 @@ def standardization(counts: NDArray[np.int64]) -> NDArray[np.float32]:
     d = n * q - s * s
     if d == 0:
         raise ReproError(
-            f"the training images cannot be standardised: their {n} pixels are all alike"
+            f"the training images cannot be standardised: their {n} pixels are all equal"
         )
     return np.array([_quotient(n * v - s, d) for v in range(len(pixels))], np.float32)
 
 
 def standardize(images: NDArray[Any], table: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Look each pixel up in the table: integers of shape [n, ...] to float32 of the same shape.
+    """Look up each pixel in the table: integers of shape [n, ...] to float32 of the same shape.
 
     Raises ValueError for a value out of range(len(table)).
     """
@@ -131,8 +134,8 @@ def _check_range(images: NDArray[Any], levels: int) -> None:
 def _quotient(a: int, d: int) -> np.float32:
     """Return a / sqrt(d), d > 0, correctly rounded to binary32 (to nearest, ties to even).
 
-    The 49 or so leading bits are an integer root; the last of them is set if anything is cut off
-    (round to odd). With at least 2 bits more than binary32 has, rounding that to nearest is
+    An integer root gives about 49 leading bits; the last of them is set if the root is inexact (round to
+    odd). As these are at least 2 bits more than binary32 has, rounding them to nearest gives the same as
     rounding the exact value (Boldo & Melquiond, 2008).
     """
     shift = 48 + d.bit_length() // 2 - abs(a).bit_length()
@@ -142,5 +145,5 @@ def _quotient(a: int, d: int) -> np.float32:
     return np.float32(ldexp(-odd if a < 0 else odd, -shift))  # ldexp is exact, the cast rounds
 
 
-# A preprocessing that is another table is a line here.
+# To add a preprocessing that is another table: a line here, and its class in recipe.Preprocess.
 _TABLES = {Standardize: standardization}

@@ -1,10 +1,13 @@
-"""The frozen description of an experiment: a TOML file, checked in full when it is read.
+"""Read a recipe: the description of an experiment in a TOML file, checked completely when it is read.
 
-    recipe = load("mnist-mlp")           # one of reproml/pipeline/recipes/
-    recipe = load("experiments/my.toml")  # or a file of your own
+    recipe = load_recipe("mnist-mlp")            # one of reproml/pipeline/recipes/
+    recipe = load_recipe("experiments/my.toml")  # or a file of your own
 
-Whatever is left out has PyTorch's default. Unknown keys, wrong types and values out of range are
-refused by name, so that a recipe never means something else than it says.
+Optimizer settings that are left out have PyTorch's defaults. Unknown keys, wrong types and values out of
+range are errors that name the key.
+
+Everything that a recipe can name is declared in this file. To add a data set, see data.py; a model,
+models.py; a preprocessing, preprocess.py; an optimizer, `build_optimizer` in train.py.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from reproml.errors import ReproError
 _FOLDER = Path(__file__).parent / "recipes"
 _MAX_BYTES = 1 << 20  # a recipe is a page of text
 
-# The upper limits only keep out slips and numbers that float32 or memory cannot hold.
+# The upper limits only exclude typing errors and numbers that do not fit float32 or memory.
 _Name = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9-]*\Z", max_length=64)]  # used in file names
 _Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 _Width = Annotated[int, Meta(ge=1, le=65_536)]
@@ -35,11 +38,11 @@ _Momentum = Annotated[float, Meta(ge=0, le=1)]
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A table of the recipe: nothing can be changed, nothing unknown gets in."""
+    """A table of the recipe. It is immutable and has no unknown keys."""
 
 
 class _Kind(_Table, frozen=True, tag_field="kind"):
-    """A table that comes in kinds: its key `kind` says which class it is."""
+    """A table whose key `kind` selects one of several classes."""
 
     @property
     def kind(self) -> str:
@@ -51,7 +54,7 @@ class Data(_Table, frozen=True):
 
 
 class Standardize(_Kind, frozen=True, tag="standardize"):
-    """(v - mean) / std, with the mean and the population standard deviation of the training set."""
+    """Compute (v - mean) / std, with mean and population standard deviation of the training set."""
 
 
 class MLP(_Kind, frozen=True, tag="mlp"):
@@ -61,7 +64,7 @@ class MLP(_Kind, frozen=True, tag="mlp"):
 
 
 class LeNet5(_Kind, frozen=True, tag="lenet5"):
-    """LeNet-5 (LeCun et al., 1998) with ReLU and max pooling, as it is trained today."""
+    """LeNet-5 (LeCun et al., 1998) with ReLU and max pooling, as is usual today."""
 
 
 class Train(_Table, frozen=True):
@@ -103,14 +106,14 @@ class SGD(_Kind, frozen=True, tag="sgd"):
             raise ValueError("nesterov needs a momentum above 0 and no dampening")
 
 
-# A new kind is a class above and a name here. Each class is one `kind` of its table.
+# To add a kind: a class above, and its name here. Each class is one `kind` of its table.
 Preprocess = Union[Standardize]
 Model = Union[MLP, LeNet5]
 Optimizer = Union[AdamW, Adam, SGD]
 
 
 class Recipe(_Table, frozen=True):
-    """Everything that the weights depend on, and whether to record how they came about."""
+    """Everything that the weights depend on, and the level at which the training is traced."""
 
     name: _Name
     seed: _Seed
@@ -125,41 +128,41 @@ class Recipe(_Table, frozen=True):
 
     @property
     def sha256(self) -> str:
-        """The hash of all values, defaults included, as sorted JSON: comments do not count."""
+        """SHA-256 of all values, including defaults, as sorted JSON. Comments do not change it."""
         return hashlib.sha256(canonical_json(self).encode()).hexdigest()
 
 
 def canonical_json(recipe: Recipe) -> str:
-    """Return all that the weights depend on, as JSON with sorted keys and no white space, in ASCII."""
+    """Return everything that the weights depend on as ASCII JSON, keys sorted, without white space."""
     values = msgspec.to_builtins(recipe)
     del values["trace"]
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def known() -> list[str]:
-    """Return the names of the recipes that come with reproml."""
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that are installed with reproml."""
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
-def load(name_or_path: str) -> Recipe:
-    """Read and check a recipe: a name from `known()`, or a path (with a `/`, ending in `.toml`, or of a
-    file that is there).
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read and check a recipe.
 
-    Raises ReproError with the reason: no such recipe, not readable, not TOML, or the key that is
-    unknown, missing, of the wrong type or out of range.
+    The argument is a path if it contains a `/`, ends in `.toml` or is an existing file; otherwise it must
+    be one of `recipe_names()`. Raises ReproError with the reason: no such recipe, not readable, not TOML,
+    or the key that is unknown, missing, of the wrong type or out of range.
     """
     if "/" in name_or_path or "\\" in name_or_path or name_or_path.endswith(".toml"):
         path = Path(name_or_path)
-    elif name_or_path in known():
+    elif name_or_path in recipe_names():
         path = _FOLDER / f"{name_or_path}.toml"
     elif _is_file(name_or_path):
         path = Path(name_or_path)
     else:
         raise ReproError(
-            f"no recipe is called {name_or_path!r}: there are {', '.join(known())}, "
+            f"no recipe is named {name_or_path!r}; the names are {', '.join(recipe_names())}, "
             "or give the path of a .toml file"
         )
-    content = _read(path)
+    content = _read_bytes(path)
     try:
         return _decode(content)
     except UnicodeDecodeError as error:
@@ -171,9 +174,9 @@ def load(name_or_path: str) -> Recipe:
     raise ReproError(f"recipe {path}: {reason}")
 
 
-def _read(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
-        if path.exists() and not path.is_file():  # a directory, a device without an end
+        if path.exists() and not path.is_file():  # a directory, or a device without an end
             raise ReproError(f"recipe {path}: not a file")
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -190,7 +193,7 @@ def _read(path: Path) -> bytes:
 def _decode(content: bytes) -> Recipe:
     values: Any = msgspec.toml.decode(content)
     recipe = msgspec.convert(values, Recipe)
-    if "kind" not in values["preprocess"]:  # with one kind only, msgspec would let it be left out
+    if "kind" not in values["preprocess"]:  # optional for msgspec if only one kind exists
         raise msgspec.ValidationError("Object missing required field `kind` - at `$.preprocess`")
     return recipe
 
@@ -198,16 +201,18 @@ def _decode(content: bytes) -> Recipe:
 def _is_file(name: str) -> bool:
     try:
         return Path(name).is_file()
-    except (OSError, ValueError):  # too long for a name; a NUL in it
+    except (OSError, ValueError):  # the name is too long or contains NUL
         return False
 
 
 def _allowed(message: str, content: bytes) -> str:
-    """Return what may stand where msgspec found something else, or nothing if its message says so."""
+    """Return the allowed values or keys to add to msgspec's message, or an empty text."""
     what, _, where = message.partition(" - at `$")
     table, _, key = where.strip(".`").partition(".")
     if table == "name" and "matching regex" in what:
-        return "; a name has small letters, digits and hyphens, and begins with no hyphen"
+        return (
+            "; a name has lower-case letters, digits and hyphens, and does not begin with a hyphen"
+        )
     if (table, key) == ("data", "name") and "enum" in what:
         return f"; allowed: {', '.join(get_args(get_type_hints(Data)['name']))}"
     tables: dict[str, Any] = {"": Recipe, "data": Data, "preprocess": Preprocess, "model": Model}
@@ -229,7 +234,7 @@ def _allowed(message: str, content: bytes) -> str:
 
 
 def _readable(message: str) -> str:
-    """Put the key before what msgspec says of it: "train.epochs: expected `int` >= 1"."""
+    """Return msgspec's message with the key first: "train.epochs: expected `int` >= 1"."""
     what, _, where = message.partition(" - at `$")
     what = what.replace("Object contains", "contains").replace("Object missing", "missing")
     what = what.replace("field", "key")

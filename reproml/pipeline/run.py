@@ -1,13 +1,13 @@
-"""A run: everything a recipe comes to, and the folder it leaves behind.
+"""Run a recipe, and read and write the folder that a run leaves behind.
 
     weights.safetensors   the final weights
-    metrics.json          every item that a golden file holds, under the same names
+    metrics.json          every item of a golden file, under the same names
     run.json              what was run: recipe, versions, machine, times
-    log.txt               what was printed
-    trace.jsonl           what was done, step by step, if that was asked for (trace.py)
+    log.txt               the lines that were printed
+    trace.jsonl           a record of each step, if the recipe asks for one (docs/trace.md)
 
-The folder appears whole or not at all: it is written beside its place and renamed into it. One process
-at a time may do so.
+The folder appears complete or not at all: it is written under another name beside it and then renamed.
+Only one process at a time can write it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 import msgspec
 import safetensors.torch
@@ -34,27 +34,29 @@ from torch import nn
 from reproml import distributed, environment
 from reproml.digest import digest
 from reproml.errors import ReproError
-from reproml.files import locked, partial, sync_folder, write
-from reproml.pipeline import data
-from reproml.pipeline.checkpoint import Checkpoints, TraceHead
-from reproml.pipeline.data import Dataset
+from reproml.files import locked, partial_path, sync_folder, write_and_sync
+from reproml.pipeline.checkpoint import Checkpoint, Checkpoints, TraceHead
+from reproml.pipeline.data import Dataset, load_dataset
 from reproml.pipeline.evaluate import evaluate
 from reproml.pipeline.preprocess import Prepared, preprocess
 from reproml.pipeline.recipe import Recipe
-from reproml.pipeline.train import Training, shapes, train
+from reproml.pipeline.train import SILENT, Output, Trained, Training, dtypes_and_shapes, train
 from reproml.tracing import trace as start_trace
 from reproml.versions import DEFINITIONS
 
-# Name of an item: its value. The order is the pipeline's, so the first difference is the cause.
+if TYPE_CHECKING:
+    from reproml.tracing.recorder import Recorder
+
+# Name of each item and its value, in the order of the pipeline: the first one that differs is the cause.
 Items = dict[str, Union[str, int, float, None]]
 
 
 class Number(str):
-    """A number of a JSON file as it is written there, to tell it from a string."""
+    """A number of a JSON file, as the digits that are written there; its type differs from a string's."""
 
 
 class _Record(msgspec.Struct):
-    """What is read of run.json."""
+    """The part of run.json that is decoded to types."""
 
     recipe: Recipe
 
@@ -70,78 +72,119 @@ class Run:
     """A finished run, not yet on disk."""
 
     items: Items
-    weights: bytes  # the file weights.safetensors
-    record: dict[str, Any]  # run.json
+    weights: bytes  # content of weights.safetensors
+    record: dict[str, Any]  # content of run.json
     log: list[str]
-    trace: Optional[Path] = None  # a file to be copied into the folder as trace.jsonl
+    trace: Optional[Path] = None  # a file to copy into the folder as trace.jsonl
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a training writes on its way: checkpoints that it can resume from, and a trace."""
+
+    checkpoints: Optional[Checkpoints] = None
+    trace: Optional[Path] = None
+
+    @property
+    def start(self) -> Optional[Checkpoint]:
+        """The checkpoint that the training resumes from."""
+        return self.checkpoints.start if self.checkpoints else None
+
+    def saving(self, log: list[str], recorder: Optional[Recorder]) -> Callable[[Training], None]:
+        """Return the function to call after each step: it saves a checkpoint when one is due."""
+        if self.checkpoints is None:
+            return lambda training: None
+        return functools.partial(self.checkpoints.save, log=log, recorder=recorder)
+
+
+NOTHING_RECORDED = Recording()
+
+
+class _Log:
+    """The lines of log.txt, each with its time. A resumed run continues those of its checkpoint."""
+
+    def __init__(self, output: Output, start: Optional[Checkpoint]) -> None:
+        self.lines = list(start.head.log) if start else []
+        self._output = output
+
+    def __call__(self, line: str) -> None:
+        self.lines.append(f"{_now()} {line}")
+        self._output.log(line)
 
 
 def perform(
     recipe: Recipe,
     data_folder: Optional[Path] = None,
     numerics: str = "exact",
-    log: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    checkpoints: Optional[Checkpoints] = None,
-    trace: Optional[Path] = None,
+    output: Output = SILENT,
+    recording: Recording = NOTHING_RECORDED,
 ) -> Run:
-    """Run the whole recipe in memory: data, preprocessing, training, evaluation.
+    """Run the complete recipe in memory: data, preprocessing, training, evaluation.
 
-    With `checkpoints` the training goes on from where they begin, and saves them on its way. `trace` is
-    a file to record the training in: from its beginning, so one that goes on does so in the same file.
+    With checkpoints in `recording`, the training resumes from their `start` and saves new ones. Its trace
+    covers the training from the beginning, so a resumed training continues the same file.
     """
+    start = recording.start
     times = {"started": _now()}
-    start = checkpoints.start if checkpoints else None
-    lines = list(start.head.log) if start else []
-
-    def tell(line: str) -> None:
-        lines.append(f"{_now()} {line}")
-        log(line)
-
-    def after_step(training: Training) -> None:
-        if checkpoints:
-            checkpoints.save(training, lines)
-
-    since = f", from the checkpoint of step {start.head.step} on" if start else ""
-    tell(f"{recipe.name}: {numerics} numerics{since}")
+    log = _Log(output, start)
+    resumed = f", from the checkpoint of step {start.head.step} on" if start else ""
+    log(f"{recipe.name}: {numerics} numerics{resumed}")
     dataset, prepared, items = prepare(recipe, data_folder, numerics)
-    times["resumed" if start else "data_ready"] = _now()  # the rest is not the time of it all
+    times["resumed" if start else "data_ready"] = _now()  # what follows is only the rest if resumed
+
+    head = _trace_head(recording, log)
     state = start.state if start else None
-    task = recipe, numerics, None, state
-    if start and trace and not start.head.trace:
-        raise ReproError(
-            f"{start.path} is of a training that was not traced, so no trace can go on from there; "
-            "leave out --trace, or delete the checkpoints to begin anew"
-        )
-    if start and start.head.trace and not trace:
-        tell("from here on not traced, as --trace is left out")
-    traced = tracing(trace, recipe, numerics, dataset, start.head.trace if start else None)
-    with distributed.joined(recipe.train.batch_size, task), traced as recorder:
-        if checkpoints and recorder:
-            checkpoints.trace = lambda: TraceHead(**recorder.head())
-        trained = train(recipe, prepared, numerics, None, tell, progress, state, after_step)
+    job = recipe, numerics, None, state  # what the other workers of torchrun need to know
+    traced = trace_training(recording.trace, recipe, numerics, dataset, head)
+    with distributed.joined(recipe.train.batch_size, job), traced as recorder:
+        save = recording.saving(log.lines, recorder)
+        trained = train(recipe, prepared, numerics, None, output._replace(log=log), state, save)
     times["trained"] = _now()
     weights: bytes = safetensors.torch.save(trained.model.state_dict())
 
-    items["initial.state_dict.sha256"] = trained.initial_state_dict_sha256
-    width = len(str(recipe.train.epochs))  # 01 ... 10, so that sorted names are in order
+    items.update(_training_items(trained, weights))
+    items.update(score(trained.model, prepared, numerics, log))
+    times["finished"] = _now()
+    return Run(items, weights, _record(recipe, numerics, dataset, times), log.lines)
+
+
+def _trace_head(recording: Recording, log: Callable[[str], None]) -> Optional[TraceHead]:
+    """Return the position from which the trace continues, None if it begins or if there is none."""
+    start = recording.start
+    if start and recording.trace and not start.head.trace:
+        raise ReproError(
+            f"{start.path} is from a training without a trace, so a trace cannot resume there; "
+            "leave out --trace, or delete the checkpoints to train from scratch"
+        )
+    if start and start.head.trace and not recording.trace:
+        log("no longer traced, as --trace is left out")
+    return start.head.trace if start else None
+
+
+def _training_items(trained: Trained, weights: bytes) -> Items:
+    items: Items = {"initial.state_dict.sha256": trained.initial_state_dict_sha256}
+    width = len(str(len(trained.epochs)))  # 01 ... 10, so that sorted names are in order
     for number, epoch in enumerate(trained.epochs, 1):
         items[f"epoch.{number:0{width}}.loss"] = epoch.loss
         items[f"epoch.{number:0{width}}.state_dict.sha256"] = epoch.state_dict_sha256
     items[_WEIGHTS_SHA256] = hashlib.sha256(weights).hexdigest()
-    items.update(score(trained.model, prepared, numerics, tell))
-    times["finished"] = _now()
-    record = {
+    return items
+
+
+def _record(
+    recipe: Recipe, numerics: str, dataset: Dataset, times: dict[str, str]
+) -> dict[str, Any]:
+    """Return the content of run.json."""
+    return {
         **_about(recipe, numerics, dataset),
         "definitions.version": DEFINITIONS,
         "times": times,
         **environment.describe(),
     }
-    return Run(items, weights, record, lines)
 
 
 def _about(recipe: Recipe, numerics: str, dataset: Dataset) -> dict[str, Any]:
-    """What run.json and the header of a trace both tell of a training."""
+    """Return what run.json and the header of a trace both record about a training."""
     return {
         "recipe": msgspec.to_builtins(recipe),
         "recipe.sha256": recipe.sha256,
@@ -150,29 +193,28 @@ def _about(recipe: Recipe, numerics: str, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def tracing(
+def trace_training(
     path: Optional[Path],
     recipe: Recipe,
     numerics: str,
     dataset: Dataset,
     head: Optional[TraceHead] = None,
-) -> AbstractContextManager[Any]:
-    """Return the context in which a training is recorded, at the recipe's level; none without a path.
+) -> AbstractContextManager[Optional[Recorder]]:
+    """Return a context in which a training is recorded at the recipe's level, or not without a path.
 
-    With a checkpoint's `head` the file that is there goes on.
+    With a checkpoint's `head`, the trace that exists is continued from there.
     """
     if path is None:
         return nullcontext()
     resume = msgspec.to_builtins(head) if head else None
-    about = _about(recipe, numerics, dataset)
-    return start_trace(path, recipe.trace or "step", resume, about)
+    return start_trace(path, recipe.trace or "step", resume, _about(recipe, numerics, dataset))
 
 
 def prepare(
     recipe: Recipe, data_folder: Optional[Path], numerics: str
 ) -> tuple[Dataset, Prepared, Items]:
     """Load and preprocess the recipe's data; return them and the items known before training."""
-    dataset = data.load(recipe.data.name, data_folder)
+    dataset = load_dataset(recipe.data.name, data_folder)
     prepared = preprocess(dataset, recipe.preprocess)
     items: Items = {
         "recipe.name": recipe.name,
@@ -188,52 +230,52 @@ def score(
     model: nn.Module,
     prepared: Prepared,
     numerics: str,
-    log: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = SILENT.log,
 ) -> Items:
-    """Return the items of an evaluation on the training and on the test set."""
+    """Evaluate the model on the training and the test set; return the items of both."""
     items: Items = {}
-    for part, (x, y) in {"train": prepared.train, "test": prepared.test}.items():
+    for split, (x, y) in {"train": prepared.train, "test": prepared.test}.items():
         result = evaluate(model, x, y, numerics)
-        log(f"{part}: {result}")
-        items[f"{part}.correct"] = result.correct
-        items[f"{part}.total"] = result.total
-        items[f"{part}.predictions.int64le.sha256"] = result.predictions_sha256
+        log(f"{split}: {result}")
+        items[f"{split}.correct"] = result.correct
+        items[f"{split}.total"] = result.total
+        items[f"{split}.predictions.int64le.sha256"] = result.predictions_sha256
     return items
 
 
-def load(
+def load_run_model(
     folder: Path, recipe: Recipe, prepared: Prepared, numerics: str
 ) -> tuple[nn.Module, str, str]:
-    """Return a run's model, the digest of its initial weights, the SHA-256 of its weights file.
+    """Return a run's model, the digest of its initial weights, and the SHA-256 of its weights file.
 
-    Raises ReproError if the folder is no whole run of this recipe in these numerics.
+    Raises ReproError if the folder is not a complete run of this recipe in these numerics.
     """
     record = read_record(folder)
     if record.get("recipe.sha256") != recipe.sha256:
         raise ReproError(
-            f"{folder} is a run of another recipe than {recipe.name}, says its {RUN} "
+            f"{folder} is a run of another recipe than {recipe.name}, according to its {RUN} "
             "(recipe.sha256); name the right one with --recipe"
         )
     if record.get("numerics") != numerics:
-        raise ReproError(f"{folder} is not a run in {numerics} numerics, says its {RUN}")
-    path = _part(folder, WEIGHTS)
-    raw = _read(path)
+        raise ReproError(f"{folder} is not a run in {numerics} numerics, according to its {RUN}")
+    path = _file_in(folder, WEIGHTS)
+    raw = _read_bytes(path)
     try:
         tensors = safetensors.torch.load(raw)
     except (SafetensorError, KeyError, ValueError) as error:
         raise ReproError(
-            f"{path} is cut short or not a safetensors file ({error}); train again"
+            f"{path} is truncated or not a safetensors file ({error}); train again"
         ) from None
-    fresh = train(recipe, prepared, numerics, steps=0)
-    if shapes(tensors) != shapes(fresh.model.state_dict()):
-        raise ReproError(f"{path} holds other tensors than a model of {recipe.name}; train again")
-    fresh.model.load_state_dict(tensors)
-    return fresh.model, fresh.initial_state_dict_sha256, hashlib.sha256(raw).hexdigest()
+    untrained = train(recipe, prepared, numerics, steps=0)
+    if dtypes_and_shapes(tensors) != dtypes_and_shapes(untrained.model.state_dict()):
+        raise ReproError(f"{path} has other tensors than a model of {recipe.name}; train again")
+    untrained.model.load_state_dict(tensors)
+    return untrained.model, untrained.initial_state_dict_sha256, hashlib.sha256(raw).hexdigest()
 
 
 def refuse_damaged(folder: Path, weights_sha256: str) -> None:
     """Raise ReproError if the run's weights file is not the one that its metrics.json records."""
-    recorded = read_items(_part(folder, METRICS)).get(_WEIGHTS_SHA256)
+    recorded = read_items(_file_in(folder, METRICS)).get(_WEIGHTS_SHA256)
     if recorded != weights_sha256:
         raise ReproError(
             f"{folder / WEIGHTS} is damaged: its SHA-256 is {weights_sha256}, "
@@ -241,45 +283,45 @@ def refuse_damaged(folder: Path, weights_sha256: str) -> None:
         )
 
 
-def recipe_of(folder: Path) -> Recipe:
-    """Return the recipe that a run folder is a run of, as its run.json has it."""
-    path = _part(folder, RUN)
+def recorded_recipe(folder: Path) -> Recipe:
+    """Return the recipe that is recorded in a run folder's run.json."""
+    path = _file_in(folder, RUN)
     try:
-        return msgspec.json.decode(_read(path), type=_Record).recipe
+        return msgspec.json.decode(_read_bytes(path), type=_Record).recipe
     except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ReproError(
-            f"{path} does not say which recipe was run ({error}); name it with --recipe"
+            f"{path} does not record a valid recipe ({error}); name it with --recipe"
         ) from None
 
 
-def finished(folder: Path, recipe: Recipe, numerics: str) -> Optional[Items]:
-    """Return the items of the run in a folder if it is a whole one of this recipe, else None."""
-    if not folder.is_dir() or set(os.listdir(folder)) - {TRACE} != _FILES:
+def finished_items(folder: Path, recipe: Recipe, numerics: str) -> Optional[Items]:
+    """Return the items of a folder that is a complete run of this recipe, None if it is not one."""
+    if not folder.is_dir() or not _is_complete(folder):
         return None
     record = read_record(folder)
-    same = {
+    expected = {
         "recipe.sha256": recipe.sha256,
         "numerics": numerics,
         "definitions.version": str(DEFINITIONS),
     }
-    if {name: record.get(name) for name in same} != same:
+    if {name: record.get(name) for name in expected} != expected:
         return None
-    refuse_damaged(folder, hashlib.sha256(_read(folder / WEIGHTS)).hexdigest())
-    items: Items = json.loads(_read(folder / METRICS))
+    refuse_damaged(folder, hashlib.sha256(_read_bytes(folder / WEIGHTS)).hexdigest())
+    items: Items = json.loads(_read_bytes(folder / METRICS))
     return items
 
 
 def recompute(
     folder: Path, recipe: Recipe, data_folder: Optional[Path] = None
 ) -> tuple[Items, Items]:
-    """Return the items of an exact run on disk: (as found out anew, as its metrics.json has them).
+    """Return the items of an exact run on disk: (computed again, recorded in its metrics.json).
 
-    Whatever follows from recipe, data and weights is computed anew. The trail of the training
-    (losses, weights after the earlier epochs) can only be taken from metrics.json.
+    Everything that follows from recipe, data and weights is computed again. What only the training can
+    produce (losses, weights after the earlier epochs) is taken from metrics.json.
     """
-    recorded = read_items(_part(folder, METRICS))
+    recorded = read_items(_file_in(folder, METRICS))
     _, prepared, items = prepare(recipe, data_folder, "exact")
-    model, initial_sha256, file_sha256 = load(folder, recipe, prepared, "exact")
+    model, initial_sha256, file_sha256 = load_run_model(folder, recipe, prepared, "exact")
     items["initial.state_dict.sha256"] = initial_sha256
     items.update({name: value for name, value in recorded.items() if name.startswith("epoch.")})
     items[f"epoch.{recipe.train.epochs}.state_dict.sha256"] = digest(model)
@@ -290,12 +332,12 @@ def recompute(
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return what a run's run.json says, numbers as they are written there."""
-    return _json_object(_part(folder, RUN))
+    """Return the content of a run's run.json, numbers as the digits that are written there."""
+    return _json_object(_file_in(folder, RUN))
 
 
 def read_items(path: Path) -> Items:
-    """Return the items in a JSON file, numbers as they are written there: no digit is lost."""
+    """Return the items in a JSON file, numbers as the digits that are written there."""
     items = _json_object(path)
     for name, value in items.items():
         if not isinstance(value, (str, type(None))):
@@ -304,17 +346,17 @@ def read_items(path: Path) -> Items:
 
 
 def items_json(items: Items) -> str:
-    """Return the text of a golden file or metrics.json: an item a line, sorted."""
+    """Return the text of a golden file or metrics.json: one item per line, sorted."""
     return json.dumps(items, indent=2, sort_keys=True) + "\n"
 
 
 @contextmanager
-def place(out: Path) -> Iterator[Callable[[Run], None]]:
-    """Reserve the run folder `out` and yield the function that saves a run there.
+def reserve_run_folder(out: Path) -> Iterator[Callable[[Run], None]]:
+    """Reserve the run folder `out` and yield the function that writes a run there.
 
-    Entered before the training, so that a folder that cannot be written is found at once, or one
-    that another process is training into. A whole run that is there already is replaced in one
-    step; any other folder with content is refused.
+    Enter it before the training, so that a folder that cannot be written, or into which another process
+    is training, is an error at once. An existing complete run is replaced in one step; a folder with any
+    other content is refused.
     """
     out = Path(os.path.realpath(out))
     with ExitStack() as stack:
@@ -322,8 +364,8 @@ def place(out: Path) -> Iterator[Callable[[Run], None]]:
             _refuse_other_content(out)
             out.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out.parent / f".{out.name}.lock"))
-            _delete_begun(out)
-            part = partial(out)
+            _delete_incomplete(out)
+            part = partial_path(out)
             part.mkdir()
         except BlockingIOError:
             raise ReproError(
@@ -332,56 +374,75 @@ def place(out: Path) -> Iterator[Callable[[Run], None]]:
             ) from None
         except OSError as error:
             raise ReproError(f"cannot write the run folder {out}: {error.strerror}") from None
-        kept: list[Path] = []
+        writer = _Writer(part, out)
         try:
-            yield functools.partial(_save, part, out, kept)
+            yield writer.write
         finally:
-            if part not in kept:
-                shutil.rmtree(part, ignore_errors=True)  # begun, or the run that was replaced
+            if not writer.unpublished:
+                shutil.rmtree(part, ignore_errors=True)  # incomplete, or the run that was replaced
 
 
-def _save(part: Path, out: Path, kept: list[Path], run: Run) -> None:
-    try:
-        write(part / WEIGHTS, run.weights)
-        write(part / METRICS, items_json(run.items).encode())
-        write(part / RUN, (json.dumps(run.record, indent=2, sort_keys=True) + "\n").encode())
-        if run.trace:
-            shutil.copyfile(run.trace, part / TRACE)  # killed now, a training goes on in the old
-        write(part / LOG, "".join(line + "\n" for line in run.log).encode())
-        sync_folder(part)
-    except OSError as error:
-        raise ReproError(f"cannot write the run folder {out}: {error.strerror}") from None
-    try:
-        _publish(part, out)
-        sync_folder(out.parent)
-    except (OSError, ReproError) as error:  # the training is done: not to be lost
-        kept.append(part)
-        why = error.strerror if isinstance(error, OSError) else error
-        raise ReproError(f"the run is whole but stays in {part}: {why}") from None
-    _delete_copies(part, out, run)
+class _Writer:
+    """Writes a run into the folder `part`, which then replaces `out`."""
+
+    def __init__(self, part: Path, out: Path) -> None:
+        self._part, self._out = part, out
+        self.unpublished = False  # whether `part` is a complete run that could not be renamed
+
+    def write(self, run: Run) -> None:
+        part, out = self._part, self._out
+        try:
+            _write_files(part, run)
+        except OSError as error:
+            raise ReproError(f"cannot write the run folder {out}: {error.strerror}") from None
+        try:
+            _publish(part, out)
+            sync_folder(out.parent)
+        except (OSError, ReproError) as error:  # the training is done and must not be lost
+            self.unpublished = True
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ReproError(f"the run is complete but stays in {part}: {reason}") from None
+        _delete_copies(part, out, run)
 
 
-def _partials(out: Path) -> list[tuple[Path, bool]]:
-    """Return what is being written for `out`, or was by killed processes: (folder, whether it is whole)."""
+def _write_files(part: Path, run: Run) -> None:
+    record = json.dumps(run.record, indent=2, sort_keys=True) + "\n"
+    write_and_sync(part / WEIGHTS, run.weights)
+    write_and_sync(part / METRICS, items_json(run.items).encode())
+    write_and_sync(part / RUN, record.encode())
+    if run.trace:
+        shutil.copyfile(
+            run.trace, part / TRACE
+        )  # not moved: after a kill, training resumes with it
+    write_and_sync(part / LOG, "".join(line + "\n" for line in run.log).encode())
+    sync_folder(part)
+
+
+def _is_complete(folder: Path) -> bool:
+    return set(os.listdir(folder)) - {TRACE} == _FILES
+
+
+def _partial_folders(out: Path) -> list[Path]:
+    """Return the folders in which runs for `out` are being written, or were by killed processes."""
     paths = [out.parent / name for name in os.listdir(out.parent)]
-    found = [p for p in paths if p.name.startswith(f".{out.name}.partial-") and p.is_dir()]
-    return [(path, set(os.listdir(path)) - {TRACE} == _FILES) for path in found]
+    return [p for p in paths if p.name.startswith(f".{out.name}.partial-") and p.is_dir()]
 
 
-def _delete_begun(out: Path) -> None:
-    """Delete what killed processes had begun to write for `out`; not what has all its files."""
-    for path, whole in _partials(out):
-        if not whole:
+def _delete_incomplete(out: Path) -> None:
+    """Delete the incomplete folders that killed processes left; a complete one stays."""
+    for path in _partial_folders(out):
+        if not _is_complete(path):
             shutil.rmtree(path)
 
 
 def _delete_copies(part: Path, out: Path, run: Run) -> None:
-    """Delete what processes killed just before the end had whole, if it is the run that is in `out` now."""
+    """Delete the folders that killed processes had completed, if they hold the run now in `out`."""
     content = {WEIGHTS: run.weights, METRICS: items_json(run.items).encode()}
     with suppress(OSError):
-        for path, whole in _partials(out):
-            same = whole and all((path / name).read_bytes() == content[name] for name in content)
-            if same and path != part:
+        for path in _partial_folders(out):
+            if path == part or not _is_complete(path):
+                continue
+            if all((path / name).read_bytes() == content[name] for name in content):
                 shutil.rmtree(path)
 
 
@@ -396,7 +457,7 @@ def _publish(part: Path, out: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> None:
-    """Swap two folders: in one step where the system can, else by way of a third name."""
+    """Swap two folders: in one step where the system can, otherwise through a third name."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2  # Linux
         at_fdcwd, rename_exchange = -100, 2
@@ -411,20 +472,19 @@ def _exchange(a: Path, b: Path) -> None:
 
 
 def _refuse_other_content(out: Path) -> None:
-    there = set(os.listdir(out)) if os.path.lexists(out) else set()
-    if there and there - {TRACE} != _FILES:
+    if os.path.lexists(out) and os.listdir(out) and not _is_complete(out):
         raise ReproError(f"{out} has content that is not a run; choose another folder with --out")
 
 
-def _part(folder: Path, name: str) -> Path:
+def _file_in(folder: Path, name: str) -> Path:
     if not folder.exists():
         raise ReproError(f"the run folder {folder} does not exist; train first, or name another")
     if not (folder / name).is_file():
-        raise ReproError(f"{folder} is not a whole run: it has no {name}; train first")
+        raise ReproError(f"{folder} is not a complete run: it has no {name}; train first")
     return folder / name
 
 
-def _read(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
@@ -434,11 +494,11 @@ def _read(path: Path) -> bytes:
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(
-            _read(path),
+            _read_bytes(path),
             parse_float=Number,
             parse_int=Number,
             parse_constant=Number,
-            object_pairs_hook=_unique,
+            object_pairs_hook=_unique_keys,
         )
     except (ValueError, RecursionError) as error:
         raise ReproError(f"{path} is not JSON: {error}") from None
@@ -447,11 +507,11 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for key, item in pairs:
         if key in value:
-            raise ValueError(f"the key {key!r} is there twice")
+            raise ValueError(f"the key {key!r} occurs twice")
         value[key] = item
     return value
 

@@ -20,7 +20,7 @@ from reproml.diff.compare import Divergence, compare, sparkline
 from reproml.diff.ulps import Distance
 from reproml.errors import ReproError
 from reproml.pipeline import golden
-from reproml.pipeline.run import TRACE, perform, place
+from reproml.pipeline.run import TRACE, Recording, perform, reserve_run_folder
 from tests import tiny
 from verification.subprocesses import environment
 
@@ -216,7 +216,7 @@ def test_rerun_without_a_command_is_refused(tmp_path, monkeypatch):
 
 
 def saved(out: Path, **changes: Any) -> Path:
-    with place(out) as save:
+    with reserve_run_folder(out) as save:
         save(perform(tiny.recipe(**changes)) if changes else tiny.run())
     return out
 
@@ -241,8 +241,8 @@ def test_runs_with_traces_diverge_at_a_step(tmp_path):
     for name in ("a", "b"):
         optimizer = 'kind = "sgd"\nlearning_rate = ' + {"a": "0.1", "b": "0.2"}[name]
         recipe = replace_trace(tiny.recipe(optimizer=optimizer))
-        result = perform(recipe, trace=tmp_path / f"{name}.trace")
-        with place(tmp_path / name) as save:
+        result = perform(recipe, recording=Recording(trace=tmp_path / f"{name}.trace"))
+        with reserve_run_folder(tmp_path / name) as save:
             save(replace(result, trace=tmp_path / f"{name}.trace"))
         folders.append(tmp_path / name)
         assert (tmp_path / name / TRACE).exists()
@@ -270,10 +270,10 @@ def test_weights_files_are_compared(tmp_path):
 
 def test_golden_files_diverge_in_pipeline_order(tmp_path):
     items = dict(tiny.run().items)
-    golden.save(items, tmp_path / "a.json", False)
+    golden.write_golden(items, tmp_path / "a.json", False)
     later = {**items, "epoch.1.loss": 0.5, "weights.safetensors.sha256": "0"}
-    golden.save(later, tmp_path / "b.json", False)
-    golden.save({**later, "preprocessed.arrays.sha256": "0"}, tmp_path / "c.json", False)
+    golden.write_golden(later, tmp_path / "b.json", False)
+    golden.write_golden({**later, "preprocessed.arrays.sha256": "0"}, tmp_path / "c.json", False)
     found = compare(tmp_path / "a.json", tmp_path / "b.json")
     assert found is not None and (found.item, found.differing) == (
         "epoch.1.loss",

@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import msgspec
@@ -16,8 +17,14 @@ from hypothesis import strategies as st
 from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.pipeline import checkpoint
-from reproml.pipeline.checkpoint import Checkpoint, Checkpoints, TraceHead, latest, paths_in
-from reproml.pipeline.run import perform
+from reproml.pipeline.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    TraceHead,
+    checkpoint_paths,
+    latest_checkpoint,
+)
+from reproml.pipeline.run import Recording, perform
 from reproml.pipeline.train import Training, train
 from tests import tiny
 
@@ -25,11 +32,10 @@ from tests import tiny
 def save(folder: Path, numerics: str = "exact", steps: int = 6, trace: Any = None) -> Checkpoints:
     """Train the tiny recipe some of its 6 steps, with a checkpoint after each."""
     checkpoints = Checkpoints(folder, tiny.recipe(), numerics, 1, None)
-    if trace:
-        checkpoints.trace = lambda: trace
+    recorder: Any = SimpleNamespace(head=lambda: msgspec.to_builtins(trace)) if trace else None
 
     def after_step(training: Training) -> None:
-        checkpoints.save(training, [f"step {training.done}"])
+        checkpoints.save(training, [f"step {training.done}"], recorder)
 
     train(tiny.recipe(), tiny.prepared(), numerics, steps, after_step=after_step)
     return checkpoints
@@ -37,10 +43,10 @@ def save(folder: Path, numerics: str = "exact", steps: int = 6, trace: Any = Non
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The two newest checkpoints after step 4; read them only."""
+    """Return the two newest checkpoints after step 4. They are shared: do not change them."""
     folder = tmp_path_factory.mktemp("saved")
     save(folder, steps=4, trace=TraceHead(7, "ab", 4, 1, 1))
-    return {path.name: path.read_bytes() for path in paths_in(folder)}
+    return {path.name: path.read_bytes() for path in checkpoint_paths(folder)}
 
 
 @pytest.fixture
@@ -60,8 +66,8 @@ def step(found: Checkpoint | None) -> int:
 
 
 def forged(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]) -> Path:
-    """Alter the newest checkpoint and give it the right SHA-256, as no damage would."""
-    path = paths_in(folder)[0]
+    """Alter the newest checkpoint and give it the right SHA-256, unlike accidental damage."""
+    path = checkpoint_paths(folder)[0]
     raw = path.read_bytes()
     tensors = safetensors.torch.load(raw)
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
@@ -74,62 +80,67 @@ def forged(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, An
     return path
 
 
-def test_what_is_saved_is_loaded(folder):
-    found = latest(folder)
+def test_load_returns_saved_checkpoint(folder):
+    found = latest_checkpoint(folder)
     assert found is not None
     assert found.head.recipe == tiny.recipe() and found.head.numerics == "exact"
     assert (found.head.step, found.head.every, found.head.log) == (4, 1, ["step 4"])
     assert found.head.trace == TraceHead(7, "ab", 4, 1, 1)
-    whole = train(tiny.recipe(), tiny.prepared())
-    assert found.state.epochs == whole.epochs[:1]  # the loss to the last bit
-    assert found.state.initial_state_dict_sha256 == whole.initial_state_dict_sha256
+    unbroken = train(tiny.recipe(), tiny.prepared())
+    assert found.state.epochs == unbroken.epochs[:1]  # the loss to the last bit
+    assert found.state.initial_state_dict_sha256 == unbroken.initial_state_dict_sha256
     names = {name.split(".")[0] for name in found.state.tensors}
     assert names == {"model", "optimizer", "random", "losses"}
     assert found.state.tensors["losses"].shape == (1,)
 
 
 @pytest.mark.parametrize("numerics", ["exact", "native"])
-def test_a_training_goes_on_from_each_file_to_the_same_weights(tmp_path, monkeypatch, numerics):
+def test_training_resumes_to_same_weights(tmp_path, monkeypatch, numerics):
     monkeypatch.setattr(checkpoint, "KEPT", 6)
     save(tmp_path, numerics)
-    whole = train(tiny.recipe(), tiny.prepared(), numerics)
-    starts = [checkpoint.load(path) for path in paths_in(tmp_path)]
+    unbroken = train(tiny.recipe(), tiny.prepared(), numerics)
+    starts = [checkpoint.load_checkpoint(path) for path in checkpoint_paths(tmp_path)]
     assert [start.head.step for start in starts] == [6, 5, 4, 3, 2, 1]
     for start in starts:
         trained = train(tiny.recipe(), tiny.prepared(), numerics, start=start.state)
-        assert digest(trained.model) == digest(whole.model)
-        assert trained.epochs == whole.epochs
+        assert digest(trained.model) == digest(unbroken.model)
+        assert trained.epochs == unbroken.epochs
 
 
-def test_a_run_that_goes_on_does_not_tell_its_rest_as_the_whole_training(tmp_path):
+def test_resumed_run_records_resumption_time(tmp_path):
     save(tmp_path)
-    start = latest(tmp_path)
+    start = latest_checkpoint(tmp_path)
     checkpoints = Checkpoints(tmp_path, tiny.recipe(), "exact", 1, start)
-    resumed = perform(tiny.recipe(), checkpoints=checkpoints)
+    resumed = perform(tiny.recipe(), recording=Recording(checkpoints))
     assert resumed.items == tiny.run().items
     assert {"started", "resumed", "trained", "finished"} == set(resumed.record["times"])
     assert "data_ready" in tiny.run().record["times"]
 
 
-def test_the_last_two_are_kept(tmp_path):
+def test_save_keeps_last_two(tmp_path):
     save(tmp_path)
-    assert [path.name[:13] for path in paths_in(tmp_path)] == ["step-00000006", "step-00000005"]
+    assert [path.name[:13] for path in checkpoint_paths(tmp_path)] == [
+        "step-00000006",
+        "step-00000005",
+    ]
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_files_name_has_what_sha256sum_prints(folder):
-    for path in paths_in(folder):
+def test_file_name_contains_sha256(folder):
+    for path in checkpoint_paths(folder):
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem.split("-")[2]
 
 
-def test_only_each_nth_step_is_saved(tmp_path, monkeypatch):
+def test_save_respects_interval(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "KEPT", 6)
     checkpoints = Checkpoints(tmp_path, tiny.recipe(), "exact", 4, None)
     train(tiny.recipe(), tiny.prepared(), after_step=lambda t: checkpoints.save(t, []))
-    assert [checkpoint.load(path).head.step for path in paths_in(tmp_path)] == [4]
+    assert [checkpoint.load_checkpoint(path).head.step for path in checkpoint_paths(tmp_path)] == [
+        4
+    ]
 
 
-def test_a_whole_run_deletes_them_and_nothing_else(tmp_path):
+def test_delete_removes_only_checkpoints(tmp_path):
     save(tmp_path / "checkpoints").delete()
     assert list(tmp_path.iterdir()) == []
     checkpoints = save(tmp_path / "checkpoints")
@@ -138,38 +149,40 @@ def test_a_whole_run_deletes_them_and_nothing_else(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["notes.txt"]
 
 
-def test_what_a_kill_left_half_written_is_swept(folder):
+def test_partial_files_are_deleted(folder):
     (folder / ".step-00000005-ab.safetensors.partial-01234567").write_text("half")
     (folder / ".mine.partial-01234567").write_text("mine")
-    Checkpoints(folder, tiny.recipe(), "exact", 1, latest(folder))
-    left = {path.name for path in folder.iterdir()} - {path.name for path in paths_in(folder)}
+    Checkpoints(folder, tiny.recipe(), "exact", 1, latest_checkpoint(folder))
+    left = {path.name for path in folder.iterdir()} - {
+        path.name for path in checkpoint_paths(folder)
+    }
     assert left == {".mine.partial-01234567"}
 
 
 @pytest.mark.parametrize("name", ["runs/a", "runs/a.checkpoints", "runs/a/", "runs/a.checkpoints/"])
-def test_the_folder_of_a_run_and_the_run_of_a_folder(tmp_path, monkeypatch, name):
+def test_run_folder_and_checkpoint_folder_are_inverse(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    run = checkpoint.run_of(Path(name))
+    run = checkpoint.run_folder(Path(name))
     assert run == Path("runs/a")
-    assert checkpoint.folder_of(run) == Path(tmp_path.resolve() / "runs/a.checkpoints")
+    assert checkpoint.checkpoint_folder(run) == Path(tmp_path.resolve() / "runs/a.checkpoints")
 
 
-def test_no_checkpoints_at_all(tmp_path):
-    assert latest(tmp_path) is None and latest(tmp_path / "none") is None
+def test_latest_is_none_without_checkpoints(tmp_path):
+    assert latest_checkpoint(tmp_path) is None and latest_checkpoint(tmp_path / "none") is None
     (tmp_path / "step-1.safetensors").write_text("not ours")
-    assert latest(tmp_path) is None
+    assert latest_checkpoint(tmp_path) is None
     with pytest.raises(ReproError, match="cannot read the checkpoints in .*: Not a directory"):
-        latest(tmp_path / "step-1.safetensors")
+        latest_checkpoint(tmp_path / "step-1.safetensors")
 
 
-# --- damaged --------------------------------------------------------------------------------------
+# --- damaged files --------------------------------------------------------------------------------------
 
 
 @given(st.data())
-def test_any_damage_is_noticed_and_the_one_before_is_taken(saved, tmp_path_factory, data):
-    """Cut short anywhere, empty, any bit flipped."""
+def test_damaged_checkpoint_falls_back_to_previous(saved, tmp_path_factory, data):
+    """The newest checkpoint is truncated anywhere, or has any bit flipped."""
     folder = put(tmp_path_factory.mktemp("damaged"), saved)
-    newest, before = paths_in(folder)
+    newest, before = checkpoint_paths(folder)
     raw = bytearray(newest.read_bytes())
     if data.draw(st.booleans(), "cut"):
         del raw[data.draw(st.integers(0, len(raw) - 1)) :]
@@ -178,16 +191,16 @@ def test_any_damage_is_noticed_and_the_one_before_is_taken(saved, tmp_path_facto
         raw[bit // 8] ^= 1 << bit % 8
     newest.write_bytes(raw)
     lines: list[str] = []
-    found = latest(folder, lines.append)
+    found = latest_checkpoint(folder, lines.append)
     assert found is not None and (found.path, found.head.step) == (before, 3)
-    wrong = "its SHA-256 is not the one in its name"
-    assert lines == [f"passing over the checkpoint {newest}: {wrong}"]
+    reason = "its SHA-256 differs from the one in its name"
+    assert lines == [f"skipping the damaged checkpoint {newest}: {reason}"]
 
 
-def test_a_damaged_one_never_counts_as_one_of_the_two(folder):
-    newest, before = paths_in(folder)
+def test_damaged_checkpoint_is_not_kept(folder):
+    newest, before = checkpoint_paths(folder)
     newest.write_bytes(b"")
-    start = latest(folder)
+    start = latest_checkpoint(folder)
     checkpoints = Checkpoints(folder, tiny.recipe(), "exact", 1, start)
     assert start is not None and start.path == before
     train(
@@ -197,28 +210,33 @@ def test_a_damaged_one_never_counts_as_one_of_the_two(folder):
         start=start.state,
         after_step=lambda t: checkpoints.save(t, []),
     )
-    assert newest not in paths_in(folder)
-    assert [checkpoint.load(path).head.step for path in paths_in(folder)] == [4, 3]
+    assert newest not in checkpoint_paths(folder)
+    assert [checkpoint.load_checkpoint(path).head.step for path in checkpoint_paths(folder)] == [
+        4,
+        3,
+    ]
 
 
-def test_all_damaged(folder):
-    for path in paths_in(folder):
+def test_all_checkpoints_damaged_raises(folder):
+    for path in checkpoint_paths(folder):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ReproError, match="no checkpoint in .* is whole; delete that folder to beg"):
-        latest(folder)
+    with pytest.raises(
+        ReproError, match="all checkpoints in .* are damaged; delete that folder to train"
+    ):
+        latest_checkpoint(folder)
 
 
-def test_one_that_cannot_be_read(folder):
-    newest, _ = paths_in(folder)
+def test_unreadable_checkpoint_is_skipped(folder):
+    newest, _ = checkpoint_paths(folder)
     newest.unlink()
     newest.mkdir()
     lines: list[str] = []
-    assert step(latest(folder, lines.append)) == 3
+    assert step(latest_checkpoint(folder, lines.append)) == 3
     assert "it cannot be read: Is a directory" in lines[0]
 
 
 class Trap:
-    """Unpickling it would leave a file behind."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -228,23 +246,23 @@ class Trap:
 
 
 @pytest.mark.parametrize("write", [pickle.dump, torch.save])
-def test_a_pickle_is_never_unpickled(folder, tmp_path, write):
+def test_pickle_is_never_unpickled(folder, tmp_path, write):
     with (tmp_path / "pickle").open("wb") as file:
         write(Trap(tmp_path / "trap"), file)
     raw = (tmp_path / "pickle").read_bytes()
     name = f"step-00000009-{hashlib.sha256(raw).hexdigest()}.safetensors"
     (tmp_path / "pickle").rename(folder / name)
     lines: list[str] = []
-    assert step(latest(folder, lines.append)) == 4
-    assert "it is not a checkpoint in safetensors" in lines[0] and name in lines[0]
+    assert step(latest_checkpoint(folder, lines.append)) == 4
+    assert "it is not a safetensors checkpoint" in lines[0] and name in lines[0]
     assert not (tmp_path / "trap").exists()
 
 
-# --- of another training, of another version, forged ----------------------------------------------
+# --- another training, another version, forged contents ----------------------------------------------
 
 
-def test_another_recipe_and_other_numerics_are_refused(folder):
-    start = latest(folder)
+def test_other_recipe_or_numerics_raises(folder):
+    start = latest_checkpoint(folder)
     with pytest.raises(ReproError, match="checkpoints of another recipe than tiny; leave out"):
         Checkpoints(folder, tiny.recipe(seed=2), "exact", 1, start)
     with pytest.raises(ReproError, match="in exact numerics, not native; choose with --numerics"):
@@ -255,15 +273,15 @@ def test_another_recipe_and_other_numerics_are_refused(folder):
     ("change", "message"),
     [
         ({"format": 2}, "version 2 of the format, this reproml has version 1; update reproml"),
-        ({"format": 0}, "version 0 of the format.*; delete the folder to begin anew"),
+        ({"format": 0}, "version 0 of the format.*; delete the folder to train from scratch"),
         ({"definitions": 2}, "version 2 of the definitions, this reproml has version 1; update"),
         ({"format": 2, "step": None, "new": []}, "version 2 of the format"),
     ],
 )
-def test_another_version_is_refused_not_passed_over(folder, change, message):
+def test_other_version_raises(folder, change, message):
     forged(folder, lambda tensors, head: head.update(change))
     with pytest.raises(ReproError, match=message):
-        latest(folder)
+        latest_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -271,17 +289,17 @@ def test_another_version_is_refused_not_passed_over(folder, change, message):
     [
         lambda head: head.pop("step"),
         lambda head: head.update(step="4"),
-        lambda head: head["recipe"].update(name="../up"),  # would be part of a file's name
+        lambda head: head["recipe"].update(name="../up"),  # would become part of a file name
         lambda head: head["recipe"]["model"].update(kind="unheard-of"),
         lambda head: head["epochs"].append([1]),
         lambda head: head.update(format="1"),
     ],
 )
-def test_a_head_that_is_none_is_damage(folder, change):
+def test_invalid_head_is_skipped_as_damaged(folder, change):
     path = forged(folder, lambda tensors, head: change(head))
     lines: list[str] = []
-    assert step(latest(folder, lines.append)) == 3
-    assert str(path) in lines[0] and "not a checkpoint" in lines[0]
+    assert step(latest_checkpoint(folder, lines.append)) == 3
+    assert str(path) in lines[0] and "not a safetensors checkpoint" in lines[0]
 
 
 def extra(head: dict[str, Any]) -> None:
@@ -307,23 +325,23 @@ def extra(head: dict[str, Any]) -> None:
         lambda tensors, head: head.update(step=13, epochs=head["epochs"] * 4),
     ],
 )
-def test_a_forged_state_is_refused_in_a_sentence(folder, change):
+def test_forged_state_raises_one_sentence(folder, change):
     path = forged(folder, change)
-    state = checkpoint.load(path).state
-    with pytest.raises(ReproError, match="is not one of a training of tiny; delete it"):
+    state = checkpoint.load_checkpoint(path).state
+    with pytest.raises(ReproError, match="is not from a training of tiny; delete it"):
         train(tiny.recipe(), tiny.prepared(), start=state)
 
 
 @given(st.binary(max_size=400), st.integers(0, 400))
-def test_no_head_does_worse_than_a_sentence(saved, tmp_path_factory, junk, place):
-    """The header's JSON altered anywhere, with the right SHA-256 in the file's name."""
+def test_arbitrary_head_raises_at_most_repro_error(saved, tmp_path_factory, junk, place):
+    """The header's JSON is altered anywhere; the file name has the right SHA-256."""
     folder = tmp_path_factory.mktemp("junk")
     raw = bytearray(saved[max(saved)])
     raw[8 + place : 8 + place + len(junk)] = junk
     path = folder / f"step-00000004-{hashlib.sha256(raw).hexdigest()}.safetensors"
     path.write_bytes(raw)
     try:
-        found = latest(folder)
+        found = latest_checkpoint(folder)
         assert found is not None and isinstance(msgspec.to_builtins(found.head), dict)
     except ReproError as error:
         assert str(folder) in str(error)

@@ -1,6 +1,6 @@
-"""Data: right bytes from every source, and one sentence for every way they can be wrong.
+"""Data: the right bytes from every source, and a one-sentence error for everything that can go wrong.
 
-A tiny MNIST of the same four names stands in for the real one; servers are on the loopback only.
+A tiny MNIST with the same four names replaces the real one. Servers listen on the loopback only.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ TABLE = {
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, no user settings, no public mirror, no proxy, no waiting."""
+    """Use an empty cache, no user settings, no public mirror, no proxy and no pauses."""
     for name in ("REPROML_DATA_DIR", "REPROML_MIRROR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "*")
@@ -73,7 +73,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny: None) -> Path:
-    """A folder with the tiny MNIST."""
+    """Make a folder with the tiny MNIST."""
     folder = tmp_path / "files"
     folder.mkdir()
     for name, content in FILES.items():
@@ -146,7 +146,7 @@ def garbage(request: BaseHTTPRequestHandler, content: bytes) -> None:
 
 
 def redirect(to: str) -> Answer:
-    """Send elsewhere: to a path on this mirror, or to another address."""
+    """Redirect to a path on this mirror, or to another address."""
 
     def answer(request: BaseHTTPRequestHandler, content: bytes) -> None:
         request.send_response(302)
@@ -158,22 +158,22 @@ def redirect(to: str) -> Answer:
 
 
 class Mirror(ThreadingHTTPServer):
-    """A mirror of the tiny MNIST that gives each answer in turn, then keeps to the last."""
+    """A mirror of the tiny MNIST that gives each answer in turn, and then repeats the last."""
 
     daemon_threads = True
     block_on_close = False
 
     def __init__(self, *answers: Answer) -> None:
         self.answers = list(answers)
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.stop = threading.Event()
         mirror = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                mirror.asked.append(self.path.lstrip("/"))
+                mirror.requests.append(self.path.lstrip("/"))
                 answer = mirror.answers.pop(0) if len(mirror.answers) > 1 else mirror.answers[0]
-                answer(self, FILES[mirror.asked[-1]])
+                answer(self, FILES[mirror.requests[-1]])
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -184,7 +184,7 @@ class Mirror(ThreadingHTTPServer):
 
 @pytest.fixture
 def mirror(tiny: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Mirror]]:
-    """Start a mirror with these answers and name it in REPROML_MIRROR."""
+    """Yield a function that starts a mirror with these answers and sets REPROML_MIRROR to it."""
     servers = []
 
     def start(*answers: Answer) -> Mirror:
@@ -213,23 +213,23 @@ def check_tiny(dataset: data.Dataset) -> None:
     assert dataset.hashes == {name: file.sha256 for name, file in TABLE.items()}
 
 
-def refusal(folder: Optional[Path] = None) -> str:
+def error_message(folder: Optional[Path] = None) -> str:
     with pytest.raises(ReproError) as caught:
-        data.load("mnist", folder)
+        data.load_dataset("mnist", folder)
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*")}  # hidden ones too
+    return {path.name: path.read_bytes() for path in folder.glob("*")}  # also hidden ones
 
 
 # --- the real data --------------------------------------------------------------------------------
 
 
-def test_mnist(mnist_mirror: Path) -> None:
-    dataset = data.load("mnist", mnist_mirror)
+def test_mnist_has_published_content(mnist_mirror: Path) -> None:
+    dataset = data.load_dataset("mnist", mnist_mirror)
     assert dataset.train.images.shape == (60000, 28, 28)
     assert dataset.test.images.shape == (10000, 28, 28)
     # The published counts of the classes: 5,923 zeros and 6,742 ones among the training labels.
@@ -239,23 +239,23 @@ def test_mnist(mnist_mirror: Path) -> None:
     assert dataset.hashes[IMAGES].startswith("440fcabf73cc546f")
 
 
-def test_mnist_is_what_torchvision_reads(mnist_mirror: Path, tmp_path: Path) -> None:
+def test_mnist_equals_torchvision(mnist_mirror: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("torchvision.datasets")
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in data.MNIST:
         (raw / name[: -len(".gz")]).write_bytes(gzip.decompress((mnist_mirror / name).read_bytes()))
-    ours = data.load("mnist", mnist_mirror)
+    ours = data.load_dataset("mnist", mnist_mirror)
     for split, train in [(ours.train, True), (ours.test, False)]:
         theirs = datasets.MNIST(str(tmp_path), train=train)
         assert np.array_equal(split.images, theirs.data.numpy())
         assert np.array_equal(split.labels, theirs.targets.numpy())
 
 
-def test_digits_are_scikit_learns() -> None:
+def test_digits_equal_scikit_learn() -> None:
     from sklearn.datasets import load_digits
 
-    bunch, dataset = load_digits(), data.load("digits")
+    bunch, dataset = load_digits(), data.load_dataset("digits")
     assert dataset.train.images.shape == (1500, 8, 8)
     assert dataset.test.images.shape == (297, 8, 8)
     assert np.array_equal(np.concatenate([dataset.train.images, dataset.test.images]), bunch.images)
@@ -267,17 +267,17 @@ def test_digits_are_scikit_learns() -> None:
 
 
 @pytest.mark.parametrize("change", [1, 256, 0.5])
-def test_altered_digits_are_refused(change: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_altered_digits_raise(change: float, monkeypatch: pytest.MonkeyPatch) -> None:
     import sklearn.datasets
 
     bunch = sklearn.datasets.load_digits()
     bunch.images[3, 2, 1] += change  # 256 is lost in a cast to uint8
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: bunch)
     with pytest.raises(ReproError, match="altered: the SHA-256 of images.uint8"):
-        data.load("digits")
+        data.load_dataset("digits")
 
 
-def test_unreadable_digits_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_digits_raise_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     import sklearn.datasets
 
     def broken() -> None:
@@ -285,27 +285,27 @@ def test_unreadable_digits_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(sklearn.datasets, "load_digits", broken)
     with pytest.raises(ReproError, match="digits cannot be read: .*; reinstall"):
-        data.load("digits")
+        data.load_dataset("digits")
 
 
 # --- IDX ------------------------------------------------------------------------------------------
 
 
 @given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=5)))
-def test_idx_decodes_what_was_encoded(array: np.ndarray) -> None:
+def test_idx_round_trip(array: np.ndarray) -> None:
     decoded = data._decode_idx(idx(array))
     assert decoded.dtype == np.uint8 and decoded.shape == array.shape
     assert np.array_equal(decoded, array)
 
 
-def test_other_idx_types_are_refused() -> None:
+def test_other_idx_types_raise() -> None:
     with pytest.raises(ValueError, match="not an IDX file"):
         data._decode_idx(b"\0\0\x0d\x01\0\0\0\x01\0\0\0\0")
 
 
 @given(st.binary(max_size=60), st.booleans())
-def test_any_bytes_are_an_array_or_no_idx_file(junk: bytes, headed: bool) -> None:
-    """The hash keeps such bytes from the decoder; it takes no harm from them either."""
+def test_arbitrary_idx_bytes_decode_or_raise(junk: bytes, headed: bool) -> None:
+    """The hash check keeps such bytes from the decoder, but the decoder handles them as well."""
     content = b"\0\0\x08" + junk if headed else junk
     try:
         decoded = data._decode_idx(content)
@@ -314,28 +314,30 @@ def test_any_bytes_are_an_array_or_no_idx_file(junk: bytes, headed: bool) -> Non
     assert idx(decoded) == content
 
 
-# --- a folder that the user names -----------------------------------------------------------------
+# --- a folder with the files -----------------------------------------------------------------
 
 
-def test_named_folder(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_tiny(data.load("mnist", folder))
+def test_data_folder_is_read_in_place(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_tiny(data.load_dataset("mnist", folder))
     monkeypatch.setenv("REPROML_DATA_DIR", str(folder))
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
     assert not cache.exists()  # nothing is copied
 
 
-def test_option_comes_before_the_environment(
+def test_folder_argument_overrides_environment(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REPROML_DATA_DIR", str(tmp_path / "other"))
-    check_tiny(data.load("mnist", folder))
+    check_tiny(data.load_dataset("mnist", folder))
 
 
-def test_named_folder_is_the_only_source(folder: Path, mirror) -> None:
+def test_data_folder_is_the_only_source(folder: Path, mirror) -> None:
     server = mirror(good)
     (folder / IMAGES).unlink()
-    assert f"{folder / IMAGES} is missing" in refusal(folder)
-    assert server.asked == []
+    assert f"{folder / IMAGES} is missing" in error_message(folder)
+    assert server.requests == []
 
 
 @pytest.mark.parametrize("name", list(FILES))
@@ -347,25 +349,23 @@ def test_every_file_is_checked(name: str, folder: Path) -> None:
         (content + b"\0", "it is longer than"),
     ]:
         (folder / name).write_bytes(wrong)
-        message = refusal(folder)
+        message = error_message(folder)
         assert f"{folder / name} is not MNIST's file: " in message and words in message
 
 
 @given(place=st.integers(min_value=0), bit=st.integers(0, 7), name=st.sampled_from(list(FILES)))
-def test_one_altered_bit_is_caught(place: int, bit: int, name: str) -> None:
+def test_one_altered_bit_is_detected(place: int, bit: int, name: str) -> None:
     content = bytearray(FILES[name])
     content[place % len(content)] ^= 1 << bit
     found = hashlib.sha256(content).hexdigest()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "MNIST", TABLE)
-        assert data._wrong(name, FILES[name]) is None
-        wrong = data._wrong(name, bytes(content))
+        assert data._defect(name, FILES[name]) is None
+        wrong = data._defect(name, bytes(content))
     assert wrong == f"its SHA-256 is {found}, not {TABLE[name].sha256}"
 
 
-def test_nothing_is_decoded_before_its_hash_is_right(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hash_is_checked_before_decoding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
 
     def decompress(content: bytes) -> bytes:
@@ -375,79 +375,77 @@ def test_nothing_is_decoded_before_its_hash_is_right(
     gzip_decompress = gzip.decompress
     monkeypatch.setattr(gzip, "decompress", decompress)
     (folder / "t10k-images-idx3-ubyte.gz").write_bytes(b"a bomb")
-    refusal(folder)
+    error_message(folder)
     assert decoded == [file.sha256 for file in list(TABLE.values())[:2]]
 
 
-def test_things_that_are_no_file(folder: Path, tmp_path: Path) -> None:
+def test_paths_that_are_not_files_raise(folder: Path, tmp_path: Path) -> None:
     (folder / IMAGES).unlink()
     (folder / IMAGES).mkdir()
-    assert "is not a file" in refusal(folder)
+    assert "is not a file" in error_message(folder)
     (folder / IMAGES).rmdir()
-    os.mkfifo(folder / IMAGES)  # reading it would wait for ever
-    assert "is not a file" in refusal(folder)
-    assert "is missing" in refusal(tmp_path / "none")
-    assert "Not a directory" in refusal(folder / "t10k-labels-idx1-ubyte.gz")
-    assert "cannot be read" in refusal(Path("a\0b"))
+    os.mkfifo(folder / IMAGES)  # reading it would block
+    assert "is not a file" in error_message(folder)
+    assert "is missing" in error_message(tmp_path / "none")
+    assert "Not a directory" in error_message(folder / "t10k-labels-idx1-ubyte.gz")
+    assert "cannot be read" in error_message(Path("a\0b"))
     (folder / IMAGES).unlink()
     (folder / IMAGES).symlink_to(IMAGES)
-    assert "cannot be read" in refusal(folder)
+    assert "cannot be read" in error_message(folder)
 
 
 # --- the cache and the mirrors --------------------------------------------------------------------
 
 
-def test_download_once_then_use_the_cache(mirror, cache: Path) -> None:
+def test_second_load_uses_the_cache(mirror, cache: Path) -> None:
     server = mirror(good)
-    check_tiny(data.load("mnist"))
-    assert server.asked == list(FILES) and files(cache) == FILES
-    check_tiny(data.load("mnist"))
-    assert server.asked == list(FILES)
+    check_tiny(data.load_dataset("mnist"))
+    assert server.requests == list(FILES) and files(cache) == FILES
+    check_tiny(data.load_dataset("mnist"))
+    assert server.requests == list(FILES)
 
 
-def test_cache_serves_without_any_mirror(mirror, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_works_without_mirror(mirror, monkeypatch: pytest.MonkeyPatch) -> None:
     mirror(good)
-    data.load("mnist")
+    data.load_dataset("mnist")
     monkeypatch.delenv("REPROML_MIRROR")
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
 
 
 def test_mirror_folder_is_read_in_place(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REPROML_MIRROR", str(folder))
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
     assert not cache.exists()
     (folder / IMAGES).write_bytes(b"")
-    assert f"{folder / IMAGES} is not MNIST's file" in refusal()
+    assert f"{folder / IMAGES} is not MNIST's file" in error_message()
 
 
-def test_public_mirrors_in_turn(mirror, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_public_mirrors_are_tried_in_turn(mirror, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = mirror(not_found), mirror(good)
     monkeypatch.delenv("REPROML_MIRROR")
     monkeypatch.setattr(data, "MIRRORS", (first.url, second.url))
-    check_tiny(data.load("mnist"))
-    assert first.asked == second.asked == list(FILES)
+    check_tiny(data.load_dataset("mnist"))
+    assert first.requests == second.requests == list(FILES)
 
 
-def test_named_mirror_is_asked_instead_of_the_public_ones(
-    mirror, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_named_mirror_replaces_public_mirrors(mirror, monkeypatch: pytest.MonkeyPatch) -> None:
     public, named = mirror(good), mirror(good)
     monkeypatch.setattr(data, "MIRRORS", (public.url,))
-    data.load("mnist")
-    assert public.asked == [] and named.asked == list(FILES)
+    data.load_dataset("mnist")
+    assert public.requests == [] and named.requests == list(FILES)
 
 
 @pytest.mark.parametrize("bad", [error_page, not_found, altered, longer, cut_off, garbage, stalled])
-def test_trouble_that_passes_is_retried(
+def test_transient_failure_is_retried(
     bad: Answer, mirror, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if bad is stalled:
         monkeypatch.setattr(data, "TIMEOUT", 1.0)
     server = mirror(bad, bad, good)
-    check_tiny(data.load("mnist"))
-    assert server.asked[:4] == [IMAGES] * 3 + [list(FILES)[1]] and files(cache) == FILES
+    check_tiny(data.load_dataset("mnist"))
+    assert server.requests[:4] == [IMAGES] * 3 + [list(FILES)[1]] and files(cache) == FILES
 
 
 @pytest.mark.parametrize(
@@ -464,135 +462,139 @@ def test_trouble_that_passes_is_retried(
         (redirect("file:///etc/hostname"), "is not allowed"),
     ],
 )
-def test_trouble_that_stays_is_one_sentence(
+def test_permanent_failure_raises_one_sentence(
     bad: Answer, words: str, mirror, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if bad is stalled:
         monkeypatch.setattr(data, "TIMEOUT", 1.0)
     server = mirror(bad)
-    message = refusal()
+    message = error_message()
     assert words in message and f"{server.url}/{IMAGES}" in message
-    assert server.asked == [IMAGES] * data.ROUNDS
+    assert server.requests == [IMAGES] * data.ROUNDS
     assert files(cache) == {}
 
 
-def test_a_redirection_is_followed_and_what_comes_is_checked(mirror, cache: Path) -> None:
+def test_redirected_download_is_checked(mirror, cache: Path) -> None:
     elsewhere, server = mirror(altered, good), mirror(good)
     server.answers = [redirect(f"{elsewhere.url}/{IMAGES}"), redirect(f"/{IMAGES}"), good]
-    check_tiny(data.load("mnist"))
-    assert elsewhere.asked == [IMAGES]  # the wrong bytes; then from the mirror's other path
-    assert server.asked[:3] == [IMAGES] * 3 and files(cache) == FILES
+    check_tiny(data.load_dataset("mnist"))
+    assert elsewhere.requests == [IMAGES]  # wrong bytes; then the mirror's other path is used
+    assert server.requests[:3] == [IMAGES] * 3 and files(cache) == FILES
 
 
-def test_a_redirection_in_a_circle_ends(mirror, cache: Path) -> None:
+def test_circular_redirection_raises(mirror, cache: Path) -> None:
     mirror(redirect(f"/{IMAGES}"))
-    assert "infinite loop" in refusal() and files(cache) == {}
+    assert "infinite loop" in error_message() and files(cache) == {}
 
 
-def test_a_slow_mirror_is_waited_for(mirror) -> None:
+def test_slow_mirror_succeeds(mirror) -> None:
     mirror(piecemeal)
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
 
 
-def test_a_damaged_cache_is_got_again(mirror, cache: Path, capsys) -> None:
+def test_damaged_cache_is_downloaded_again(mirror, cache: Path, capsys) -> None:
     mirror(good)
-    data.load("mnist")
+    data.load_dataset("mnist")
     (cache / IMAGES).write_bytes(FILES[IMAGES][:-3])
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
     assert files(cache) == FILES
     assert "it ends after" in capsys.readouterr().err
 
 
-def test_a_damaged_cache_stays_until_there_is_better(mirror, cache: Path) -> None:
+def test_damaged_cache_stays_if_download_fails(mirror, cache: Path) -> None:
     server = mirror(good)
-    data.load("mnist")
+    data.load_dataset("mnist")
     server.answers = [not_found]
     (cache / IMAGES).write_bytes(b"damaged")
-    assert "HTTP Error 404" in refusal()
+    assert "HTTP Error 404" in error_message()
     assert files(cache) == {**FILES, IMAGES: b"damaged"}
 
 
-def test_offline_with_nothing_cached(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_without_cache_raises(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     closed = Mirror(good)
-    closed.server_close()  # nothing listens there now
+    closed.server_close()  # nothing listens there any more
     monkeypatch.setattr(data, "MIRRORS", (closed.url,))
-    message = refusal()
+    message = error_message()
     assert "Connection refused" in message
     assert "REPROML_MIRROR" in message and "digits-mlp" in message
 
 
 @pytest.mark.parametrize("url", ["http://", "http://[", "http://a b/"])
-def test_addresses_that_are_none(url: str, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malformed_mirror_address_raises(
+    url: str, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("REPROML_MIRROR", url)
-    assert "cannot get MNIST from" in refusal()
+    assert "cannot download MNIST from" in error_message()
 
 
 @pytest.mark.parametrize("url", ["ftp://x/", "file://host/mnist"])
-def test_addresses_of_another_kind(url: str, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_mirror_scheme_raises(
+    url: str, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("REPROML_MIRROR", url)
-    message = refusal()
-    assert message.startswith(f"{url} does not name a folder: give its path")
+    message = error_message()
+    assert message.startswith(f"{url} is not a folder: give its path")
     assert "REPROML_MIRROR" in message
 
 
 @pytest.mark.parametrize("variable", ["REPROML_DATA_DIR", "REPROML_MIRROR"])
 @pytest.mark.parametrize("form", ["~", "file"])
-def test_forms_of_a_folder(
+def test_folder_accepts_home_and_file_address(
     form: str, variable: str, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = folder.rename(folder.with_name("a folder"))
     monkeypatch.setenv("HOME", str(named.parent))
     address = f"file://{named}".replace(" ", "%20")
     monkeypatch.setenv(variable, address if form == "file" else f"~/{named.name}")
-    check_tiny(data.load("mnist"))
+    check_tiny(data.load_dataset("mnist"))
     (named / IMAGES).unlink()
-    message = refusal()
+    message = error_message()
     assert f"{named / IMAGES} is missing" in message and variable in message
 
 
-def test_redirected_output_has_plain_lines(mirror, capsys) -> None:
+def test_redirected_output_has_no_progress_bar(mirror, capsys) -> None:
     server = mirror(good)
-    data.load("mnist")
+    data.load_dataset("mnist")
     output = capsys.readouterr()
-    assert output.out == ""  # kept for --json
-    assert output.err == "".join(f"reproml: getting {server.url}/{name}\n" for name in FILES)
+    assert output.out == ""  # reserved for --json
+    assert output.err == "".join(f"reproml: downloading {server.url}/{name}\n" for name in FILES)
 
 
-# --- nothing half-written -------------------------------------------------------------------------
+# --- no half-written files -------------------------------------------------------------------------
 
 
-def test_a_cache_that_cannot_be_made(mirror, cache: Path) -> None:
+def test_unwritable_cache_raises_before_download(mirror, cache: Path) -> None:
     server = mirror(good)
     cache.parent.write_text("a file in the way")
-    message = refusal()
-    assert f"cannot keep {cache / IMAGES}: " in message and "REPROML_DATA_DIR" in message
-    assert server.asked == []  # told before the download
+    message = error_message()
+    assert f"cannot store {cache / IMAGES}: " in message and "REPROML_DATA_DIR" in message
+    assert server.requests == []  # raised before the download
 
 
-def test_a_full_disk(mirror, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_file(mirror, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mirror(good)
 
     def no_space(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", no_space)
-    message = refusal()
+    message = error_message()
     assert "No space left on device" in message and "make room" in message
     assert files(cache) == {}
 
 
-def test_a_file_larger_than_allowed(mirror, cache: Path) -> None:
+def test_file_size_limit_leaves_no_file(mirror, cache: Path) -> None:
     mirror(good)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # the write itself stops half-way
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # the write itself stops in the middle
     try:
-        message = refusal()
+        message = error_message()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "cannot keep" in message and files(cache) == {}
+    assert "cannot store" in message and files(cache) == {}
 
 
-def test_ctrl_c_during_a_download(mirror, tmp_path: Path) -> None:
+def test_interrupted_download_leaves_no_file(mirror, tmp_path: Path) -> None:
     server = mirror(stalled)
     table = {name: tuple(file) for name, file in TABLE.items()}
     script = f"""
@@ -600,7 +602,7 @@ import signal
 from reproml.pipeline import data
 signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored in a background job
 data.MNIST = {{name: data._File(*file) for name, file in {table!r}.items()}}
-data.load("mnist")
+data.load_dataset("mnist")
 """
     home = tmp_path / "home"
     child = subprocess.Popen(
@@ -610,21 +612,21 @@ data.load("mnist")
     )
     try:
         for _ in range(3000):
-            if server.asked or child.poll() is not None:
+            if server.requests or child.poll() is not None:
                 break
             time.sleep(0.01)
-        time.sleep(0.1)  # in the middle of the body, most likely; anywhere must do
+        time.sleep(0.1)  # most likely in the middle of the body; any moment must work
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=60)
     finally:
         child.kill()
-    assert server.asked == [IMAGES]
-    assert b"KeyboardInterrupt" in err  # the command line makes one line of it
+    assert server.requests == [IMAGES]
+    assert b"KeyboardInterrupt" in err  # the command line reduces it to one line
     assert [path for path in home.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("place", ["_fetch", "_wrong"])
-def test_ctrl_c_at_other_moments(
+@pytest.mark.parametrize("place", ["_fetch", "_defect"])
+def test_interrupt_elsewhere_leaves_no_file(
     place: str, mirror, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mirror(good)
@@ -634,13 +636,13 @@ def test_ctrl_c_at_other_moments(
 
     monkeypatch.setattr(data, place, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        data.load("mnist")
+        data.load_dataset("mnist")
     assert files(cache) == {}
 
 
-def test_processes_at_the_same_time(mirror, cache: Path) -> None:
+def test_concurrent_downloads_agree(mirror, cache: Path) -> None:
     mirror(good)
-    threads = [threading.Thread(target=data.load, args=("mnist",)) for _ in range(4)]
+    threads = [threading.Thread(target=data.load_dataset, args=("mnist",)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

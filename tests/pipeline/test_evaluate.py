@@ -17,7 +17,7 @@ from tests import tiny
 
 
 class Logits(nn.Module):
-    """Gives out its input: the test chooses the logits."""
+    """Returns its input, so that the test chooses the logits."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -30,9 +30,9 @@ class Logits(nn.Module):
         max_size=20,
     )
 )
-def test_counts_and_hash_are_those_of_a_plain_loop(rows):
+def test_evaluate_equals_plain_loop(rows):
     logits, labels = [row[0] for row in rows], [row[1] for row in rows]
-    predictions = [row.index(max(row)) for row in logits]  # the first of the largest
+    predictions = [row.index(max(row)) for row in logits]  # the first of the largest ones
     score = evaluate(Logits(), np.array(logits, np.float32), np.array(labels, np.int64))
     assert score.correct == sum(p == y for p, y in zip(predictions, labels))
     assert score.total == len(rows)
@@ -41,13 +41,13 @@ def test_counts_and_hash_are_those_of_a_plain_loop(rows):
 
 
 @pytest.mark.parametrize("numerics", ["exact", "native"])
-def test_batches_do_not_count(monkeypatch, numerics):
+def test_batch_size_does_not_change_score(monkeypatch, numerics):
     model = train(tiny.recipe(), tiny.prepared(), "native", steps=3).model
     x, y = tiny.prepared().test
-    whole = evaluate(model, x, y, numerics)
+    expected = evaluate(model, x, y, numerics)
     monkeypatch.setattr(module, "_BATCH", 100)
-    assert evaluate(model, x, y, numerics) == whole
+    assert evaluate(model, x, y, numerics) == expected
 
 
-def test_a_score_reads_as_a_sentence():
+def test_score_formats_as_sentence():
     assert str(Score(9711, 10000, "")) == "9711 of 10000 correct (97.11 %)"

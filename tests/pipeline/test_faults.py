@@ -1,4 +1,4 @@
-"""Kill it, fill the disk, take the rights away: nothing is lost, nothing half-written is believed."""
+"""Kills, full disks and missing permissions: nothing is lost, no half-written file is accepted."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from reproml import cli
 from reproml.pipeline import golden
-from reproml.pipeline.checkpoint import Checkpoints, folder_of, paths_in
-from reproml.pipeline.run import Run, items_json, perform, place
+from reproml.pipeline.checkpoint import Checkpoints, checkpoint_folder, checkpoint_paths
+from reproml.pipeline.run import Run, items_json, perform, reserve_run_folder
 from tests import tiny
 from verification.subprocesses import Reproml
 
@@ -30,7 +30,7 @@ TRAIN = [
     "2",
     "--resume",
     "runs/tiny",
-]  # as a restart loop has
+]  # the command of a job that is restarted
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def reproml() -> Iterator[Reproml]:
 
 @pytest.fixture(scope="module")
 def other() -> Run:
-    """A run of the same name that is to be replaced."""
+    """Return a run of the same name, to be replaced."""
     return perform(tiny.recipe(seed=2))
 
 
@@ -52,8 +52,8 @@ def at_work() -> Iterator[Path]:
         yield Path(name)
 
 
-def is_whole(out: Path, run: Run) -> bool:
-    """Whether all of this run is there; the log's and the record's times are another's."""
+def is_complete(out: Path, run: Run) -> bool:
+    """Return whether `out` is a complete copy of the run, except for times in the log and the record."""
     contents = {path.name: path.read_bytes() for path in out.iterdir()}
     return (
         sorted(contents) == FILES
@@ -67,42 +67,42 @@ def is_whole(out: Path, run: Run) -> bool:
 # --- killed ---------------------------------------------------------------------------------------
 
 
-def test_killed_at_each_call_that_changes_a_folder(reproml, other, monkeypatch):
-    """Before each of them, and half-way in each write: all the states that a kill can leave."""
+def test_kill_at_each_folder_change_loses_nothing(reproml, other, monkeypatch):
+    """A kill before each of them and in the middle of each write leaves every possible state."""
     status, call = -9, 0
     while status == -9:
         call += 1
         with at_work() as folder:
             out = folder / "runs/tiny"
-            with place(out) as save:
+            with reserve_run_folder(out) as save:
                 save(other)
             status = reproml(folder, *TRAIN, call=call).returncode
-            assert is_whole(out, tiny.run()) or (is_whole(out, other) and status == -9)
+            assert is_complete(out, tiny.run()) or (is_complete(out, other) and status == -9)
             monkeypatch.chdir(folder)
             assert cli.main(TRAIN) == 0
-            assert is_whole(out, tiny.run())
-            assert paths_in(folder_of(out)) == []
+            assert is_complete(out, tiny.run())
+            assert checkpoint_paths(checkpoint_folder(out)) == []
     assert status == 0 and call > 30  # three checkpoints and four files
 
 
 @given(kills=st.lists(st.floats(0.001, 0.4), max_size=3), every=st.integers(1, 6))
 @settings(max_examples=6)
-def test_killed_at_any_time_any_number_of_times(reproml, kills, every):
+def test_kills_at_random_times_lose_nothing(reproml, kills, every):
     with at_work() as folder:
         for seconds in kills:
             shown = reproml(folder, *TRAIN, "--checkpoint-every", str(every), seconds=seconds)
             assert shown.returncode in (-9, 0) and shown.stderr == ""
         assert reproml(folder, *TRAIN).returncode == 0
-        assert is_whole(folder / "runs/tiny", tiny.run())
+        assert is_complete(folder / "runs/tiny", tiny.run())
 
 
-def test_a_golden_file_is_replaced_whole_whenever_it_is_killed(reproml):
+def test_killed_golden_replacement_is_atomic(reproml):
     status, call = -9, 0
     old, new = "{}", items_json(tiny.run().items)
     while status == -9:
         call += 1
         with at_work() as folder:
-            path = folder / golden.place("tiny")
+            path = folder / golden.golden_path("tiny")
             path.parent.mkdir()
             path.write_text(old)
             status = reproml(folder, "golden", *TINY, "--force", call=call).returncode
@@ -115,7 +115,7 @@ def test_a_golden_file_is_replaced_whole_whenever_it_is_killed(reproml):
 
 @pytest.fixture
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a training that was interrupted after 4 of 6 steps."""
+    """Make a working directory with a training that was interrupted after 4 of 6 steps."""
     monkeypatch.chdir(tmp_path)
     tiny.toml(tmp_path)
     interrupt_after(4, monkeypatch)
@@ -126,10 +126,10 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Checkpoints.save
+    save_checkpoint = Checkpoints.save
 
-    def save(self, training, log):
-        plain(self, training, log)
+    def save(self, training, log, recorder):
+        save_checkpoint(self, training, log, recorder)
         if training.done == step:
             raise KeyboardInterrupt
 
@@ -146,7 +146,7 @@ def everything(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def files_end_after(size: int) -> Iterator[None]:
-    """As on a disk with no more room: a write stops there, half-way."""
+    """Limit the size of files, so that a write stops in the middle as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -159,7 +159,7 @@ def files_end_after(size: int) -> Iterator[None]:
     ("every", "words"),
     [("1", "cannot write checkpoints into"), ("9", "cannot write the run folder")],
 )
-def test_a_full_disk_loses_no_checkpoint(begun, capsys, every, words):
+def test_full_disk_loses_no_checkpoint(begun, capsys, every, words):
     before = everything(begun)
     assert len(before) == 3  # two checkpoints and the recipe
     with files_end_after(1000):
@@ -168,13 +168,13 @@ def test_a_full_disk_loses_no_checkpoint(begun, capsys, every, words):
     assert words in error and error.count("\n") == 1
     assert everything(begun) == before
     assert cli.main(TRAIN) == 0
-    assert is_whole(begun / "runs/tiny", tiny.run())
+    assert is_complete(begun / "runs/tiny", tiny.run())
     assert os.listdir("runs") == ["tiny"]
 
 
 @contextmanager
-def nobody() -> Iterator[None]:
-    """Root may write anywhere: be somebody else for the block."""
+def unprivileged() -> Iterator[None]:
+    """Become another user for the block if this is root, who may write anywhere."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -186,44 +186,50 @@ def nobody() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("there", ["nothing", "run", "checkpoints"])
-def test_a_read_only_folder_is_told_before_the_training(there):
+def test_read_only_run_folder_raises_before_training(there):
     with at_work() as folder:
         out = folder / "tiny"
         if there == "run":
-            with place(out) as save:
+            with reserve_run_folder(out) as save:
                 save(tiny.run())
         if there == "checkpoints":
-            folder_of(out).mkdir()
+            checkpoint_folder(out).mkdir()
         before = everything(folder)
         folder.chmod(0o555)
         try:
-            with nobody(), pytest.raises(Exception, match="cannot write .*: Permission denied"):
-                with place(out):
+            with (
+                unprivileged(),
+                pytest.raises(Exception, match="cannot write .*: Permission denied"),
+            ):
+                with reserve_run_folder(out):
                     raise AssertionError("the training was begun")
         finally:
             folder.chmod(0o755)
         assert everything(folder) == before
 
 
-def test_checkpoints_in_a_read_only_folder_are_told_before_the_training():
+def test_read_only_checkpoint_folder_raises_before_training():
     with at_work() as folder:
         folder.chmod(0o555)
         try:
-            with nobody(), pytest.raises(Exception, match="cannot write checkpoints into .*denied"):
+            with (
+                unprivileged(),
+                pytest.raises(Exception, match="cannot write checkpoints into .*denied"),
+            ):
                 Checkpoints(folder / "tiny.checkpoints", tiny.recipe(), "exact", 1, None)
         finally:
             folder.chmod(0o755)
 
 
-# --- two at once ----------------------------------------------------------------------------------
+# --- two processes ----------------------------------------------------------------------------------
 
 
-def test_of_two_trainings_into_one_folder_the_second_is_refused(begun, capsys):
+def test_second_training_into_same_folder_raises(begun, capsys):
     before = everything(begun / "runs/tiny.checkpoints")
-    with place(begun / "runs/tiny") as save:
+    with reserve_run_folder(begun / "runs/tiny") as save:
         assert cli.main(TRAIN) == 2
         error = capsys.readouterr().err
         assert "another process is training into" in error and error.count("\n") == 1
         assert everything(begun / "runs/tiny.checkpoints") == before
         save(tiny.run())
-    assert is_whole(begun / "runs/tiny", tiny.run())
+    assert is_complete(begun / "runs/tiny", tiny.run())

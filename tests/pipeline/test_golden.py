@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reproml.cli import main
 from reproml.errors import ReproError
 from reproml.pipeline import golden
-from reproml.pipeline.run import Items, Number, items_json, place
+from reproml.pipeline.run import Items, Number, items_json, reserve_run_folder
 from reproml.versions import DEFINITIONS
 from tests import tiny
 
@@ -27,7 +27,7 @@ ITEMS = {
 
 
 def altered(value: object) -> object:
-    """The same value with one bit, or the last digit, changed."""
+    """Return the value with one bit, or the last digit, changed."""
     if value is None:
         return 1.0
     if isinstance(value, str):
@@ -38,11 +38,11 @@ def altered(value: object) -> object:
 
 @pytest.fixture
 def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the tiny recipe, its golden file and its run."""
+    """Make a working directory with the tiny recipe, its golden file and its run."""
     monkeypatch.chdir(tmp_path)
     tiny.toml(tmp_path)
-    golden.save(tiny.run().items, golden.place("tiny"), force=False)
-    with place(tmp_path / "run") as save:
+    golden.write_golden(tiny.run().items, golden.golden_path("tiny"), force=False)
+    with reserve_run_folder(tmp_path / "run") as save:
         save(tiny.run())
     return tmp_path
 
@@ -50,7 +50,7 @@ def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 VERIFY = ["verify", "--recipe", "./tiny.toml", "--json", "--run", "run"]
 
 
-def test_a_run_is_verified_item_by_item(at_work, capsys):
+def test_verify_compares_every_item(at_work, capsys):
     assert main(VERIFY) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["verified"] is True
@@ -58,14 +58,14 @@ def test_a_run_is_verified_item_by_item(at_work, capsys):
     assert all(row["match"] for row in result["items"])
 
 
-def test_retraining_is_verified(at_work, capsys):
+def test_verify_by_retraining_succeeds(at_work, capsys):
     assert main(VERIFY[:-2]) == 0
     assert main(["golden", "--recipe", "./tiny.toml", "--force"]) == 0
     assert (at_work / "golden/tiny.json").read_text() == items_json(tiny.run().items)
 
 
 @pytest.mark.parametrize("item", sorted(tiny.run().items))
-def test_every_golden_value_is_compared(at_work, capsys, item):
+def test_altered_golden_value_differs(at_work, capsys, item):
     path = at_work / "golden/tiny.json"
     values = json.loads(path.read_text())
     values[item] = altered(values[item])
@@ -86,7 +86,7 @@ def test_every_golden_value_is_compared(at_work, capsys, item):
 
 
 @pytest.mark.parametrize("item", sorted(tiny.run().items))
-def test_a_run_that_records_something_else_is_not_verified(at_work, capsys, item):
+def test_altered_recorded_value_differs(at_work, capsys, item):
     path = at_work / "run/metrics.json"
     values = json.loads(path.read_text())
     values[item] = altered(values[item])
@@ -96,7 +96,7 @@ def test_a_run_that_records_something_else_is_not_verified(at_work, capsys, item
     assert item in first["item"] and not first["match"]
 
 
-def test_altered_weights_are_named(at_work, capsys):
+def test_altered_weights_differ(at_work, capsys):
     path = at_work / "run/weights.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
@@ -110,8 +110,8 @@ def test_altered_weights_are_named(at_work, capsys):
 
 
 @given(st.data())
-def test_any_other_character_in_a_golden_value_is_a_difference(data):
-    """In the text itself, so that not even a digit beyond binary64's precision is passed over."""
+def test_any_altered_character_is_a_difference(data):
+    """The text itself is altered, to include digits beyond the precision of binary64."""
     text = items_json(ITEMS)
     item = data.draw(st.sampled_from([k for k in sorted(ITEMS) if k != "definitions.version"]))
     start = text.index(f'"{item}": ') + len(item) + 4
@@ -123,16 +123,16 @@ def test_any_other_character_in_a_golden_value_is_a_difference(data):
         file.write(changed)
         file.flush()
         try:
-            expected = golden.read(Path(file.name))
+            expected = golden.read_golden(Path(file.name))
         except ReproError:
             return
-    found = [c.item for c in golden.compare(expected, ITEMS) if not c.match]
+    found = [c.item for c in golden.compare_items(expected, ITEMS) if not c.match]
     assert changed == text or character == " " or found[0] == item
 
 
 def test_missing_and_unknown_items_are_differences():
     found: Items = {"b": 1, "a": 2}
-    rows = golden.compare({"c": Number("3"), "a": Number("2")}, found)
+    rows = golden.compare_items({"c": Number("3"), "a": Number("2")}, found)
     assert [(c.item, c.expected, c.found, c.match) for c in rows] == [
         ("b", "missing", "1", False),
         ("a", "2", "2", True),
@@ -144,8 +144,8 @@ def test_missing_and_unknown_items_are_differences():
     ("expected", "found", "shown"),
     [("297", 297, '"297"'), ("null", None, '"null"'), ("missing", ..., '"missing"')],
 )
-def test_a_string_is_no_number(expected, found, shown):
-    [row] = golden.compare({"a": expected}, {} if found is ... else {"a": found})
+def test_string_differs_from_number(expected, found, shown):
+    [row] = golden.compare_items({"a": expected}, {} if found is ... else {"a": found})
     assert (row.expected, row.match) == (shown, False)
 
 
@@ -157,28 +157,28 @@ def test_a_string_is_no_number(expected, found, shown):
     [
         (DEFINITIONS + 1, "update reproml"),
         (10**30, "update reproml"),
-        (DEFINITIONS - 1, "write it anew with --force"),
-        ("none: native numerics", "must be a whole number"),
-        (1.5, "must be a whole number"),
-        (str(DEFINITIONS), f'must be a whole number, not "{DEFINITIONS}"'),
-        (None, "must be a whole number"),
+        (DEFINITIONS - 1, "write it again with --force"),
+        ("none: native numerics", "must be an integer"),
+        (1.5, "must be an integer"),
+        (str(DEFINITIONS), f'must be an integer, not "{DEFINITIONS}"'),
+        (None, "must be an integer"),
     ],
 )
-def test_other_definitions_are_refused(tmp_path, version, message):
+def test_other_definitions_version_raises(tmp_path, version, message):
     path = tmp_path / "golden.json"
     path.write_text(json.dumps({**ITEMS, "definitions.version": version}))
     with pytest.raises(ReproError, match=f"definitions.version.*{message}"):
-        golden.read(path)
+        golden.read_golden(path)
 
 
-def test_a_golden_file_without_a_version_is_none(tmp_path):
+def test_missing_definitions_version_raises(tmp_path):
     (tmp_path / "golden.json").write_text("{}")
     with pytest.raises(ReproError, match="is not a golden file: it has no definitions.version"):
-        golden.read(tmp_path / "golden.json")
+        golden.read_golden(tmp_path / "golden.json")
 
 
-def test_a_golden_file_is_readable_and_sorted(tmp_path):
-    golden.save(ITEMS, tmp_path / "new" / "golden.json", force=False)
+def test_golden_file_is_sorted_json(tmp_path):
+    golden.write_golden(ITEMS, tmp_path / "new" / "golden.json", force=False)
     text = (tmp_path / "new/golden.json").read_text()
     lines = text.splitlines()
     assert lines[0] == "{" and lines[-1] == "}" and lines[1:-1] == sorted(lines[1:-1])
@@ -186,35 +186,35 @@ def test_a_golden_file_is_readable_and_sorted(tmp_path):
     assert os.listdir(tmp_path / "new") == ["golden.json"]
 
 
-def test_only_force_overwrites(tmp_path):
+def test_write_golden_overwrites_only_with_force(tmp_path):
     path = tmp_path / "golden.json"
     path.write_text("mine")
-    with pytest.raises(ReproError, match="is there already; --force replaces it"):
-        golden.save(ITEMS, path, force=False)
+    with pytest.raises(ReproError, match="already exists; --force replaces it"):
+        golden.write_golden(ITEMS, path, force=False)
     assert path.read_text() == "mine"
-    golden.save(ITEMS, path, force=True)
+    golden.write_golden(ITEMS, path, force=True)
     assert json.loads(path.read_text()) == ITEMS
 
 
-def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
+def test_full_disk_keeps_old_golden_file(tmp_path):
     path = tmp_path / "golden.json"
     path.write_text("mine")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
         with pytest.raises(ReproError, match="cannot write the golden file"):
-            golden.save(ITEMS, path, force=True)
+            golden.write_golden(ITEMS, path, force=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_text() == "mine" and os.listdir(tmp_path) == ["golden.json"]
 
 
-def test_the_working_directory_comes_before_the_installed_copy(tmp_path, monkeypatch):
+def test_find_golden_prefers_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(golden, "_INSTALLED", tmp_path / "installed")
     with pytest.raises(ReproError, match="no golden file golden/tiny.json"):
-        golden.find("tiny")
-    golden.save(ITEMS, tmp_path / "installed/tiny.json", force=False)
-    assert golden.find("tiny") == tmp_path / "installed/tiny.json"
-    golden.save(ITEMS, golden.place("tiny"), force=False)
-    assert golden.find("tiny") == Path("golden/tiny.json")
+        golden.find_golden("tiny")
+    golden.write_golden(ITEMS, tmp_path / "installed/tiny.json", force=False)
+    assert golden.find_golden("tiny") == tmp_path / "installed/tiny.json"
+    golden.write_golden(ITEMS, golden.golden_path("tiny"), force=False)
+    assert golden.find_golden("tiny") == Path("golden/tiny.json")

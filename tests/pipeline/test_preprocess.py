@@ -1,4 +1,4 @@
-"""Standardisation: correctly rounded, and the same however the pixels are laid out or split."""
+"""Standardisation: correctly rounded, and independent of the layout and the split of the pixels."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ counts = hnp.arrays(np.int64, st.integers(2, 40), elements=st.integers(0, 10**9)
 )
 
 
-def whole(array: np.ndarray, levels: int = 256) -> np.ndarray:
-    """The pipeline on one array: histogram, table, look-up."""
+def standardized(array: np.ndarray, levels: int = 256) -> np.ndarray:
+    """Run the pipeline on one array: histogram, table, look-up."""
     table = preprocess.standardization(preprocess.histogram(array, levels))
     return preprocess.standardize(array, table)
 
@@ -53,7 +53,7 @@ def compare(q: Fraction, a: int, d: int) -> int:
 
 
 def is_correctly_rounded(f: np.float32, a: int, d: int) -> bool:
-    """Is f the binary32 number nearest to a / sqrt(d), ties to even?"""
+    """Return whether f is the binary32 number nearest to a / sqrt(d), ties to even."""
     below, above = (np.nextafter(f, np.float32(to)) for to in (-np.inf, np.inf))
     low = compare((Fraction(float(below)) + Fraction(float(f))) / 2, a, d)
     high = compare((Fraction(float(f)) + Fraction(float(above))) / 2, a, d)
@@ -91,7 +91,7 @@ def test_quotient_against_mpmath(a: int, d: int) -> None:
 
 @given(m=st.integers(2**23, 2**24 - 1), root=st.sampled_from([1, 2, 2**20]), up=st.integers(-1, 1))
 def test_quotient_at_ties(m: int, root: int, up: int) -> None:
-    a = (2 * m + 1) * root * 2**40 + up  # half-way between two neighbours, and a hair beside it
+    a = (2 * m + 1) * root * 2**40 + up  # halfway between two neighbours, and just beside it
     f = preprocess._quotient(a, (root * 2**40) ** 2)
     below, above = 2 * m, 2 * m + 2
     expected = (below if m % 2 == 0 else above) if up == 0 else (below if up < 0 else above)
@@ -99,12 +99,12 @@ def test_quotient_at_ties(m: int, root: int, up: int) -> None:
     assert preprocess._quotient(-a, (root * 2**40) ** 2) == -f
 
 
-def test_a_level_at_the_mean_is_plus_zero() -> None:
+def test_level_at_mean_is_positive_zero() -> None:
     table = preprocess.standardization(np.array([1, 0, 1]))
     assert table.tolist() == [-1.0, 0.0, 1.0] and not np.signbit(table[1])
 
 
-def test_the_oracle_itself_refuses_neighbours() -> None:
+def test_oracle_rejects_neighbours() -> None:
     f = preprocess._quotient(1, 3)
     assert is_correctly_rounded(f, 1, 3)
     for to in (-np.inf, np.inf):
@@ -112,8 +112,8 @@ def test_the_oracle_itself_refuses_neighbours() -> None:
 
 
 @given(images)
-def test_mean_and_deviation_are_the_training_sets_own(array: np.ndarray) -> None:
-    result = whole(array)
+def test_result_is_close_to_float_standardization(array: np.ndarray) -> None:
+    result = standardized(array)
     v = array.astype(np.int64)
     variance = Fraction(int((v * v).sum()), v.size) - Fraction(int(v.sum()), v.size) ** 2
     root = Fraction(isqrt(int(variance * 4**60)), 2**60)
@@ -121,53 +121,53 @@ def test_mean_and_deviation_are_the_training_sets_own(array: np.ndarray) -> None
     assert np.allclose(result, expected, rtol=1e-6, atol=1e-6)
 
 
-# --- nothing but the pixels' values counts --------------------------------------------------------
+# --- only the values of the pixels matter --------------------------------------------------------
 
 
 @given(images, st.randoms(use_true_random=False))
-def test_order(array: np.ndarray, random: Any) -> None:
+def test_order_of_images_does_not_matter(array: np.ndarray, random: Any) -> None:
     order = list(range(len(array)))
     random.shuffle(order)
-    assert same_bits(whole(array[order]), whole(array)[order])
+    assert same_bits(standardized(array[order]), standardized(array)[order])
 
 
 @given(images, st.lists(st.integers(0, 20), max_size=6))
-def test_split_into_batches(array: np.ndarray, cuts: list[int]) -> None:
+def test_batches_do_not_matter(array: np.ndarray, cuts: list[int]) -> None:
     parts = np.split(array, sorted(min(cut, len(array)) for cut in cuts))
     pixels = sum((preprocess.histogram(part, 256) for part in parts), np.zeros(256, np.int64))
     table = preprocess.standardization(pixels)
     results = [preprocess.standardize(part, table) for part in parts]
-    assert same_bits(np.concatenate(results), whole(array))
+    assert same_bits(np.concatenate(results), standardized(array))
 
 
 @given(images, st.sampled_from([1, 2, 3, 7, 1000]))
-def test_chunk_size(array: np.ndarray, chunk: int) -> None:
+def test_chunk_size_does_not_matter(array: np.ndarray, chunk: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preprocess, "_CHUNK", chunk)
-        result = whole(array)
-    assert same_bits(result, whole(array))
+        result = standardized(array)
+    assert same_bits(result, standardized(array))
 
 
 @pytest.mark.parametrize("n", [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
-def test_edges_of_chunks(n: int) -> None:
+def test_chunk_boundaries_are_correct(n: int) -> None:
     array = np.random.default_rng(n).integers(0, 256, (n, 2, 3), dtype=np.uint8)
     table = preprocess.standardization(np.bincount(array.ravel(), minlength=256))
-    assert same_bits(whole(array), table[array])
+    assert same_bits(standardized(array), table[array])
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7])
-def test_workers(workers: int) -> None:
+def test_number_of_workers_does_not_matter(workers: int) -> None:
     array = np.random.default_rng(1).integers(0, 256, (500, 4, 4), dtype=np.uint8)
     parts = np.array_split(array, 13)
     with ThreadPoolExecutor(workers) as pool:
         pixels = sum(pool.map(lambda part: preprocess.histogram(part, 256), parts))
         table = preprocess.standardization(np.asarray(pixels))
         results = list(pool.map(lambda part: preprocess.standardize(part, table), parts))
-    assert same_bits(np.concatenate(results), whole(array))
+    assert same_bits(np.concatenate(results), standardized(array))
 
 
 @pytest.mark.parametrize("threads", ["1", "7"])
-def test_thread_count_of_a_fresh_process(threads: str) -> None:
+def test_thread_count_does_not_matter(threads: str) -> None:
     script = """
 import numpy as np
 from reproml.pipeline import preprocess
@@ -184,12 +184,12 @@ print(preprocess.digest({"x": preprocess.standardize(array, table)}))
         text=True,
     ).stdout
     array = np.arange(5 * 4096, dtype=np.int64).reshape(5, 64, 64) ** 2 % 251
-    assert printed.strip() == digest({"x": whole(array)})
+    assert printed.strip() == digest({"x": standardized(array)})
 
 
 @given(images)
-def test_memory_layout_and_contiguity(array: np.ndarray) -> None:
-    expected = whole(array)
+def test_memory_layout_does_not_matter(array: np.ndarray) -> None:
+    expected = standardized(array)
     wide = np.zeros((2 * len(array), *array.shape[1:]), np.uint8)
     wide[::2] = array
     unaligned = np.frombuffer(b"\0" + array.tobytes(), np.uint8, offset=1).reshape(array.shape)
@@ -200,32 +200,32 @@ def test_memory_layout_and_contiguity(array: np.ndarray) -> None:
         np.ascontiguousarray(array.transpose(2, 1, 0)).transpose(2, 1, 0),
         unaligned,  # and read-only
     ]:
-        result = whole(same)
+        result = standardized(same)
         assert np.array_equal(same, array) and same_bits(result, expected)
         assert result.flags.c_contiguous
 
 
 @given(images, st.sampled_from(DTYPES))
-def test_integer_dtype(array: np.ndarray, dtype: str) -> None:
-    assert same_bits(whole(array.astype(dtype)), whole(array))
+def test_integer_dtype_does_not_matter(array: np.ndarray, dtype: str) -> None:
+    assert same_bits(standardized(array.astype(dtype)), standardized(array))
 
 
 @given(images)
-def test_signed_bytes(array: np.ndarray) -> None:
+def test_signed_bytes_equal_unsigned(array: np.ndarray) -> None:
     half = array // 2
     assume(half.min() != half.max())
-    assert same_bits(whole(half.astype(np.int8)), whole(half))
+    assert same_bits(standardized(half.astype(np.int8)), standardized(half))
 
 
 @given(images)
-def test_shape_of_a_sample(array: np.ndarray) -> None:
+def test_sample_shape_does_not_matter(array: np.ndarray) -> None:
     flat = array.reshape(len(array), -1)
-    assert same_bits(whole(flat).reshape(array.shape), whole(array))
+    assert same_bits(standardized(flat).reshape(array.shape), standardized(array))
 
 
 @given(counts, st.integers(2, 30))
-def test_scale_of_the_levels_cancels(pixels: np.ndarray, scale: int) -> None:
-    """v/255, or any other multiple, has the same standardised value: no rounding of 1/255."""
+def test_scale_of_levels_cancels(pixels: np.ndarray, scale: int) -> None:
+    """A multiple of v, such as v/255, has the same standardised value: 1/255 is not rounded."""
     scaled = np.zeros(len(pixels) * scale, np.int64)
     scaled[::scale] = pixels
     table = preprocess.standardization(pixels)
@@ -236,20 +236,20 @@ def test_scale_of_the_levels_cancels(pixels: np.ndarray, scale: int) -> None:
 
 
 @pytest.mark.parametrize("shape, value", [((3, 2, 2), 0), ((3, 2, 2), 7), ((1, 1, 1), 255)])
-def test_constant_images(shape: tuple[int, ...], value: int) -> None:
-    with pytest.raises(ReproError, match="cannot be standardised.*all alike"):
-        whole(np.full(shape, value, np.uint8))
+def test_constant_images_raise(shape: tuple[int, ...], value: int) -> None:
+    with pytest.raises(ReproError, match="cannot be standardised.*all equal"):
+        standardized(np.full(shape, value, np.uint8))
 
 
-def test_no_images() -> None:
+def test_empty_images_raise() -> None:
     with pytest.raises(ReproError, match="cannot be standardised"):
-        whole(np.zeros((0, 28, 28), np.uint8))
+        standardized(np.zeros((0, 28, 28), np.uint8))
     table = np.arange(256, dtype=np.float32)
     assert preprocess.standardize(np.zeros((0, 28, 28), np.uint8), table).shape == (0, 28, 28)
 
 
 @pytest.mark.parametrize("value", [-1, 17, 2**40])
-def test_pixels_out_of_range(value: int) -> None:
+def test_pixels_out_of_range_raise(value: int) -> None:
     array = np.array([[0, 16, value]])
     with pytest.raises(ValueError, match="from 0 to 16"):
         preprocess.histogram(array, 17)
@@ -257,17 +257,17 @@ def test_pixels_out_of_range(value: int) -> None:
         preprocess.standardize(array, np.zeros(17, np.float32))
 
 
-def test_unsigned_pixels_that_would_wrap() -> None:
+def test_large_unsigned_pixels_raise() -> None:
     with pytest.raises(ValueError, match="from 0 to 16"):
         preprocess.histogram(np.array([[2**64 - 1]], np.uint64), 17)
 
 
-def test_pixels_that_are_no_integers() -> None:
+def test_float_pixels_raise() -> None:
     with pytest.raises(TypeError, match="must be integers, not float32"):
         preprocess.histogram(np.zeros((1, 2), np.float32), 17)
 
 
-# --- whole data sets ------------------------------------------------------------------------------
+# --- complete data sets ------------------------------------------------------------------------------
 
 
 def check_prepared(dataset: data.Dataset) -> preprocess.Prepared:
@@ -280,10 +280,10 @@ def check_prepared(dataset: data.Dataset) -> preprocess.Prepared:
     return prepared
 
 
-def test_digits() -> None:
-    prepared = check_prepared(data.load("digits"))
+def test_digits_have_known_sums() -> None:
+    prepared = check_prepared(data.load_dataset("digits"))
     # 1500 * 64 pixels, sum 468,645, sum of squares 5,744,313.
-    tops, d = numerators(preprocess.histogram(data.load("digits").train.images, 17))
+    tops, d = numerators(preprocess.histogram(data.load_dataset("digits").train.images, 17))
     assert tops[0] == -468_645 and d == 96_000 * 5_744_313 - 468_645**2
     assert prepared.digest == digest(
         {
@@ -295,8 +295,8 @@ def test_digits() -> None:
     )
 
 
-def test_the_digest_sees_every_array() -> None:
-    prepared = preprocess.preprocess(data.load("digits"), recipe.Standardize())
+def test_digest_covers_every_array() -> None:
+    prepared = preprocess.preprocess(data.load_dataset("digits"), recipe.Standardize())
     seen = {prepared.digest}
     for arrays in (prepared.train, prepared.test):
         for array in arrays:
@@ -307,33 +307,34 @@ def test_the_digest_sees_every_array() -> None:
     assert len(seen) == 5
 
 
-def test_mnist(mnist_mirror: Path) -> None:
-    dataset = data.load("mnist", mnist_mirror)
+def test_mnist_has_known_sums(mnist_mirror: Path) -> None:
+    dataset = data.load_dataset("mnist", mnist_mirror)
     check_prepared(dataset)
     tops, d = numerators(preprocess.histogram(dataset.train.images, 256))
-    assert tops[0] == -1_567_298_545  # mean 33.318 of 255: the 0.1307 that everybody writes
+    assert tops[0] == -1_567_298_545  # mean 33.318 of 255: the well-known 0.1307
     assert d == 47_040_000 * 342_590_800_147 - 1_567_298_545**2
 
 
-def test_against_torchvision_digits() -> None:
-    check_against_torchvision(data.load("digits"), differing=11, worst_ulps=20, worst_level=5)
+def test_digits_against_torchvision() -> None:
+    check_against_torchvision(
+        data.load_dataset("digits"), differing=11, worst_ulps=20, worst_level=5
+    )
 
 
-def test_against_torchvision_mnist(mnist_mirror: Path) -> None:
-    dataset = data.load("mnist", mnist_mirror)
+def test_mnist_against_torchvision(mnist_mirror: Path) -> None:
+    dataset = data.load_dataset("mnist", mnist_mirror)
     check_against_torchvision(dataset, differing=195, worst_ulps=64, worst_level=33)
 
 
 def check_against_torchvision(
     dataset: data.Dataset, differing: int, worst_ulps: int, worst_level: int
 ) -> None:
-    """Ours is within 1/2 ulp of the exact value at every level; ToTensor and Normalize are not.
+    """Check that our values are within 1/2 ulp of the exact ones, and torchvision's within their bound.
 
-    They round five times in float32, even with the mean and the standard deviation of the training
-    set given in full: v/255, mean, std, the difference, the quotient. Next to the mean (33.3 of
-    255 for MNIST, 4.9 for the digits) the difference cancels, and what is left of the roundings
-    of v/255 and of the mean is tens of ulps of the result. Everywhere the distance is within what
-    those five roundings explain.
+    ToTensor and Normalize round five times in float32, even if mean and standard deviation are given
+    with full precision: v/255, mean, std, the difference, the quotient. Near the mean (33.3 of 255 for
+    MNIST, 4.9 for the digits) the difference cancels, and the rounding errors of v/255 and of the mean
+    are tens of ulps of the result. The distance is always within the bound of those five roundings.
     """
     transforms = pytest.importorskip("torchvision.transforms")
     pixels = preprocess.histogram(dataset.train.images, dataset.levels)
@@ -361,6 +362,6 @@ def check_against_torchvision(
         assert their_errors.index(max(their_errors)) == worst_level
 
         for v, (f, x) in enumerate(zip(theirs, exact)):
-            inputs = u * (mpmath.mpf(v) / 255 + mean) / std  # v/255 and the mean, magnified
+            inputs = u * (mpmath.mpf(v) / 255 + mean) / std  # v/255 and the mean, amplified
             last = 3 * u * abs(x)  # std, difference, quotient
             assert abs(float(f) - x) <= (inputs + last) * (1 + 8 * u)

@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, what is refused and by what words, and what the hash covers."""
+"""Recipes: what is accepted, which message an error has, and what the hash covers."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def write(tmp_path: Path):
     return write
 
 
-def test_the_bundled_recipes_are_named_as_their_files() -> None:
-    assert recipe.known() == ["digits-mlp", "mnist-cnn", "mnist-mlp"]
-    for name in recipe.known():
-        assert recipe.load(name).name == name
+def test_bundled_recipe_names_equal_file_names() -> None:
+    assert recipe.recipe_names() == ["digits-mlp", "mnist-cnn", "mnist-mlp"]
+    for name in recipe.recipe_names():
+        assert recipe.load_recipe(name).name == name
 
 
-def test_mnist_mlp_is_the_experiment_of_the_readme() -> None:
-    assert recipe.load("mnist-mlp") == recipe.Recipe(
+def test_mnist_mlp_has_documented_values() -> None:
+    assert recipe.load_recipe("mnist-mlp") == recipe.Recipe(
         name="mnist-mlp",
         seed=1,
         data=recipe.Data("mnist"),
@@ -68,8 +68,8 @@ def test_mnist_mlp_is_the_experiment_of_the_readme() -> None:
     )
 
 
-def test_mnist_cnn_is_lenet5_on_the_same_images() -> None:
-    assert recipe.load("mnist-cnn") == recipe.Recipe(
+def test_mnist_cnn_has_documented_values() -> None:
+    assert recipe.load_recipe("mnist-cnn") == recipe.Recipe(
         name="mnist-cnn",
         seed=1,
         data=recipe.Data("mnist"),
@@ -80,13 +80,13 @@ def test_mnist_cnn_is_lenet5_on_the_same_images() -> None:
     )
 
 
-def test_every_dataset_that_a_recipe_can_name_can_be_loaded() -> None:
+def test_every_dataset_name_has_a_loader() -> None:
     names = get_args(get_type_hints(recipe.Data)["name"])
     assert set(names) == set(data._LOADERS)
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD"])
-def test_defaults_are_pytorchs(kind: str) -> None:
+def test_optimizer_defaults_equal_pytorch(kind: str) -> None:
     import torch
 
     ours = msgspec.to_builtins(getattr(recipe, kind)(learning_rate=0.001))
@@ -96,7 +96,7 @@ def test_defaults_are_pytorchs(kind: str) -> None:
     assert {name: theirs[name].default for name in ours} == ours
 
 
-# Each pair: a change of the text above, and words that the message must have.
+# Each entry: a change of the text above (old, new), and words that the message must contain.
 REFUSED = [
     (
         "batch_size = 64",
@@ -156,7 +156,7 @@ REFUSED = [
     ('"mine"', '"../mine"', "name: expected `str` matching"),
     ('"mine"', '"mine\\n"', "name: expected `str` matching"),
     ('"mine"', '"-mine"', "name: expected `str` matching"),
-    ('"mine"', '""', "; a name has small letters, digits and hyphens"),
+    ('"mine"', '""', "; a name has lower-case letters, digits and hyphens"),
     ('"mine"', '"' + "m" * 65 + '"', "name: expected `str` of length <= 64"),
     ("[train]", "[train", "not TOML"),
     ("seed = 1", "seed = 1\nseed = 2", "not TOML"),
@@ -166,33 +166,33 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("old, new, words", REFUSED)
-def test_refused_by_name(old: str, new: str, words: str, write) -> None:
+def test_invalid_recipe_raises_with_key(old: str, new: str, words: str, write) -> None:
     path = write(changed(old, new))
     with pytest.raises(ReproError) as caught:
-        recipe.load(path)
+        recipe.load_recipe(path)
     message = str(caught.value)
     assert message.startswith(f"recipe {path}: ") and words in message and "\n" not in message
 
 
-def test_a_recipe_of_ones_own_is_a_copied_file(write) -> None:
+def test_custom_recipe_is_loaded(write) -> None:
     text = changed("[128]", "[64, 32]").replace('"adamw"', '"sgd"\nmomentum = 0.9\nnesterov = true')
-    mine = recipe.load(write(text))
+    mine = recipe.load_recipe(write(text))
     assert mine.model == recipe.MLP((64, 32)) and mine.model.kind == "mlp"
     assert mine.optimizer == recipe.SGD(learning_rate=0.001, momentum=0.9, nesterov=True)
 
 
-def test_unknown_name_lists_the_known_ones() -> None:
+def test_unknown_name_lists_bundled_recipes() -> None:
     with pytest.raises(ReproError, match="'mnist-mpl'.*digits-mlp, mnist-cnn, mnist-mlp"):
-        recipe.load("mnist-mpl")
+        recipe.load_recipe("mnist-mpl")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "mnist-mlp\0", "*", "Mnist-MLP"])
-def test_no_name_reaches_beyond_the_bundled_recipes(name: str) -> None:
-    with pytest.raises(ReproError, match="no recipe is called"):
-        recipe.load(name)
+def test_invalid_name_raises(name: str) -> None:
+    with pytest.raises(ReproError, match="no recipe is named"):
+        recipe.load_recipe(name)
 
 
-def test_files_that_are_no_recipe(tmp_path: Path, write, monkeypatch) -> None:
+def test_files_that_are_not_recipes_raise(tmp_path: Path, write, monkeypatch) -> None:
     write("# Not TOML\nat all", "there.md")
     monkeypatch.chdir(tmp_path)
     for path, words in [
@@ -207,19 +207,19 @@ def test_files_that_are_no_recipe(tmp_path: Path, write, monkeypatch) -> None:
         (write("", "file") + "/x.toml", "cannot be read: Not a directory"),
     ]:
         with pytest.raises(ReproError) as caught:
-            recipe.load(path)
+            recipe.load_recipe(path)
         assert words in str(caught.value)
 
 
-def test_nothing_can_be_changed() -> None:
-    mine = recipe.load("digits-mlp")
+def test_recipe_is_immutable() -> None:
+    mine = recipe.load_recipe("digits-mlp")
     for table, key in [(mine, "seed"), (mine.train, "epochs"), (mine.optimizer, "learning_rate")]:
         with pytest.raises(AttributeError):
             setattr(table, key, 3)
-    hash(mine)  # no list inside either
+    hash(mine)  # raises TypeError if a list is inside
 
 
-def test_the_hash_is_that_of_sorted_json(write) -> None:
+def test_sha256_is_of_sorted_json(write) -> None:
     values: dict[str, Any] = {
         "name": "mine",
         "seed": 1,
@@ -237,10 +237,10 @@ def test_the_hash_is_that_of_sorted_json(write) -> None:
         },
     }
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    assert recipe.load(write(TEXT)).sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert recipe.load_recipe(write(TEXT)).sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_the_hash_is_of_values_not_of_their_writing(write) -> None:
+def test_sha256_ignores_formatting(write) -> None:
     head, *tables = TEXT.split("\n[")
     for same in [
         "# a comment\n" + TEXT,
@@ -249,7 +249,7 @@ def test_the_hash_is_of_values_not_of_their_writing(write) -> None:
         changed("0.001", "1e-3"),
         changed("0.001", "0.001\nweight_decay = 0.01"),  # the default
     ]:
-        assert recipe.load(write(same)).sha256 == recipe.load(write(TEXT)).sha256
+        assert recipe.load_recipe(write(same)).sha256 == recipe.load_recipe(write(TEXT)).sha256
 
 
 @pytest.mark.parametrize(
@@ -266,15 +266,20 @@ def test_the_hash_is_of_values_not_of_their_writing(write) -> None:
         ("0.001", "0.001\namsgrad = true"),
     ],
 )
-def test_any_other_value_is_another_hash(old: str, new: str, write) -> None:
-    assert recipe.load(write(changed(old, new))).sha256 != recipe.load(write(TEXT)).sha256
+def test_sha256_depends_on_every_value(old: str, new: str, write) -> None:
+    assert (
+        recipe.load_recipe(write(changed(old, new))).sha256
+        != recipe.load_recipe(write(TEXT)).sha256
+    )
 
 
 @given(junk=st.binary(max_size=200), place=st.integers(0, len(TEXT)))
-def test_no_bytes_do_worse_than_a_sentence(junk: bytes, place: int, tmp_path_factory) -> None:
+def test_arbitrary_bytes_raise_at_most_repro_error(
+    junk: bytes, place: int, tmp_path_factory
+) -> None:
     path = tmp_path_factory.getbasetemp() / "junk.toml"
     path.write_bytes(TEXT.encode()[:place] + junk + TEXT.encode()[place:])
     try:
-        recipe.load(str(path))
+        recipe.load_recipe(str(path))
     except ReproError as error:
         assert str(error).startswith(f"recipe {path}: ")

@@ -17,15 +17,22 @@ from torch import nn
 
 from reproml.digest import digest
 from reproml.errors import ReproError
-from reproml.pipeline import run as module
-from reproml.pipeline.run import Run, items_json, load, place, read_items, recompute
+from reproml.pipeline import run as runs
+from reproml.pipeline.run import (
+    Run,
+    items_json,
+    load_run_model,
+    read_items,
+    recompute,
+    reserve_run_folder,
+)
 from tests import tiny
 
 FILES = ["log.txt", "metrics.json", "run.json", "weights.safetensors"]
 
 
 def save(out: Path, run: Run) -> None:
-    with place(out) as write:
+    with reserve_run_folder(out) as write:
         write(run)
 
 
@@ -39,7 +46,7 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_run_leaves_these_files(folder):
+def test_run_folder_has_documented_files(folder):
     assert sorted(os.listdir(folder)) == FILES
     assert os.listdir(folder.parent) == ["run"]
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -55,7 +62,7 @@ def test_a_run_leaves_these_files(folder):
     assert {"data.sha256", "versions", "machine", "definitions.version", "times"} <= set(record)
 
 
-def test_items_are_in_the_pipelines_order():
+def test_items_follow_pipeline_order():
     names = list(tiny.run().items)
     starts = ["recipe", "definitions", "data", "preprocessed", "initial", "epoch.1", "epoch.2"]
     starts += ["weights", "train", "test"]
@@ -63,14 +70,14 @@ def test_items_are_in_the_pipelines_order():
     assert positions == sorted(positions)
 
 
-def test_epochs_sort_as_they_ran():
-    run = module.perform(tiny.recipe(epochs=11), numerics="native")
+def test_epoch_items_sort_chronologically():
+    run = runs.perform(tiny.recipe(epochs=11), numerics="native")
     losses = [name for name in run.items if name.endswith(".loss")]
     assert losses == sorted(losses) and losses[0] == "epoch.01.loss"
 
 
-def test_the_weights_file_has_the_same_bytes_with_any_safetensors():
-    """The golden hash is of the file: a library that lays it out otherwise must be noticed here."""
+def test_safetensors_file_has_known_bytes():
+    """The golden hash is that of the file, so a library with another layout must be noticed here."""
     model = nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1))
     for tensor in model.state_dict().values():
         tensor.fill_(1)
@@ -78,13 +85,13 @@ def test_the_weights_file_has_the_same_bytes_with_any_safetensors():
     assert sha256 == "18cfb5a4acd187308e534eacb1a319432a5f55e2eb353dd923354bda149159ee"
 
 
-def test_recomputing_finds_what_was_recorded(folder):
+def test_recompute_equals_recorded_items(folder):
     items, recorded = recompute(folder, tiny.recipe())
     assert items_json(recorded).replace('"', "") == items_json(items).replace('"', "")
     assert list(items) == list(tiny.run().items)
 
 
-def test_what_follows_from_the_weights_is_not_believed(folder):
+def test_recompute_ignores_recorded_results(folder):
     lies = {name: "0" for name in tiny.run().items}
     (folder / "metrics.json").write_text(items_json({**lies, "more": "1"}))
     items, _ = recompute(folder, tiny.recipe())
@@ -93,28 +100,28 @@ def test_what_follows_from_the_weights_is_not_believed(folder):
     assert items["more"] == "1"
 
 
-# --- the folder appears whole or not at all -------------------------------------------------------
+# --- the folder appears complete or not at all -------------------------------------------------------
 
 
 def other(run: Run) -> Run:
     return dataclasses.replace(run, log=["another"])
 
 
-def test_a_run_is_replaced_whole(folder):
+def test_run_is_replaced_atomically(folder):
     save(folder, other(tiny.run()))
     assert (folder / "log.txt").read_text() == "another\n"
     assert sorted(os.listdir(folder)) == FILES and os.listdir(folder.parent) == ["run"]
 
 
-def test_a_run_is_replaced_where_the_system_cannot_swap(folder, monkeypatch):
+def test_run_is_replaced_without_renameat2(folder, monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())
     save(folder, other(tiny.run()))
     assert (folder / "log.txt").read_text() == "another\n"
     assert os.listdir(folder.parent) == ["run"]
 
 
-@pytest.mark.parametrize("stray", ["notes.txt", "log.txt"])  # beside a run; an incomplete run
-def test_other_content_is_refused_and_kept(tmp_path, stray):
+@pytest.mark.parametrize("stray", ["notes.txt", "log.txt"])  # an unrelated file; an incomplete run
+def test_other_content_raises_and_stays(tmp_path, stray):
     out = tmp_path / "run"
     out.mkdir()
     (out / stray).write_text("mine")
@@ -123,10 +130,10 @@ def test_other_content_is_refused_and_kept(tmp_path, stray):
     assert everything(tmp_path) == {f"run/{stray}": b"mine"}
 
 
-def test_content_that_came_during_the_training_is_kept_and_so_is_the_run(tmp_path):
+def test_content_added_during_training_stays(tmp_path):
     out = tmp_path / "run"
     with pytest.raises(ReproError, match=r"stays in .*/\.run\.partial-.*: .* not a run"):
-        with place(out) as write:
+        with reserve_run_folder(out) as write:
             out.mkdir()
             (out / "notes.txt").write_text("mine")
             write(tiny.run())
@@ -135,31 +142,31 @@ def test_content_that_came_during_the_training_is_kept_and_so_is_the_run(tmp_pat
     assert sorted(os.listdir(kept)) == FILES
 
 
-def test_of_two_runs_into_one_folder_the_second_is_refused(tmp_path):
-    with place(tmp_path / "run") as write:
+def test_second_run_into_same_folder_raises(tmp_path):
+    with reserve_run_folder(tmp_path / "run") as write:
         with pytest.raises(ReproError, match="another process is training into .*/run; wait"):
             save(tmp_path / "run", other(tiny.run()))
         save(tmp_path / "beside", other(tiny.run()))
         write(tiny.run())
-    save(tmp_path / "run", other(tiny.run()))  # the lock is free again
+    save(tmp_path / "run", other(tiny.run()))  # the lock was released
     assert (tmp_path / "run/log.txt").read_text() == "another\n"
     assert sorted(os.listdir(tmp_path)) == ["beside", "run"]
 
 
-def test_what_a_killed_run_left_is_swept_but_nothing_whole(tmp_path):
+def test_incomplete_folders_of_killed_runs_are_deleted(tmp_path):
     (tmp_path / ".run.partial-1").mkdir()
     (tmp_path / ".run.partial-1/metrics.json").write_text("{")
     (tmp_path / ".run.partial-2").mkdir()
     for name in FILES:
         (tmp_path / ".run.partial-2" / name).write_text("")
-    (tmp_path / ".run.partial-3").write_text("a file of somebody's")
+    (tmp_path / ".run.partial-3").write_text("an unrelated file")
     (tmp_path / ".run.lock").write_text("")
     save(tmp_path / "run", tiny.run())
     assert sorted(os.listdir(tmp_path)) == [".run.partial-2", ".run.partial-3", "run"]
 
 
-def test_what_was_killed_when_it_was_whole_goes_with_the_same_run(tmp_path):
-    """Between the last file and the rename; a run whose weights or items differ stays."""
+def test_complete_copies_of_killed_runs_are_deleted(tmp_path):
+    """A kill between the last file and the rename leaves one; a run with other weights or items stays."""
     for number, result in enumerate([tiny.run(), other(tiny.run())]):
         save(tmp_path / "beside", result)
         os.rename(tmp_path / "beside", tmp_path / f".run.partial-{number}")
@@ -169,10 +176,10 @@ def test_what_was_killed_when_it_was_whole_goes_with_the_same_run(tmp_path):
         os.rename(tmp_path / "beside", tmp_path / f".run.partial-{number}")
     save(tmp_path / "run", tiny.run())
     left = [".run.partial-2", ".run.partial-3", "run"]
-    assert sorted(os.listdir(tmp_path)) == left  # the log and the record are of no account
+    assert sorted(os.listdir(tmp_path)) == left  # the log and the record may differ
 
 
-def test_an_empty_folder_is_used_and_a_link_is_followed(tmp_path):
+def test_empty_folder_and_link_are_used(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
     save(tmp_path / "link", tiny.run())
@@ -180,24 +187,27 @@ def test_an_empty_folder_is_used_and_a_link_is_followed(tmp_path):
 
 
 @pytest.mark.parametrize("out", ["file", "file/below", "/proc/reproml-test", "/"])
-def test_a_folder_that_cannot_be_written_is_found_before_the_training(tmp_path, out):
+def test_unwritable_folder_raises_before_training(tmp_path, out):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ReproError), place(tmp_path / out):
+    with pytest.raises(ReproError), reserve_run_folder(tmp_path / out):
         raise AssertionError("the training was begun")
     assert everything(tmp_path) == {"file": b"mine"}
 
 
 @pytest.mark.parametrize("there_before", [False, True])
 @pytest.mark.parametrize("limit", [0, 100, 1500])
-def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, there_before, limit):
+def test_full_disk_keeps_previous_content(tmp_path, there_before, limit):
     out = tmp_path / "run"
     if there_before:
         save(out, other(tiny.run()))
     before = everything(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(ReproError, match="cannot write the run folder"), place(out) as write:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # as at the end of a disk
+        with (
+            pytest.raises(ReproError, match="cannot write the run folder"),
+            reserve_run_folder(out) as write,
+        ):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # like a full disk
             write(tiny.run())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -205,43 +215,43 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, there_before, limi
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ReproError])
-def test_a_training_that_ends_early_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), place(tmp_path / "runs" / "run"):
+def test_interrupted_training_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), reserve_run_folder(tmp_path / "runs" / "run"):
         raise error
     assert os.listdir(tmp_path / "runs") == []
 
 
-# --- a run folder that is no good -----------------------------------------------------------------
+# --- invalid run folders -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "run.json", "weights.safetensors"])
-def test_a_missing_file_is_named(folder, name):
+def test_missing_file_raises_with_name(folder, name):
     (folder / name).unlink()
-    with pytest.raises(ReproError, match=f"not a whole run: it has no {name}"):
+    with pytest.raises(ReproError, match=f"not a complete run: it has no {name}"):
         recompute(folder, tiny.recipe())
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_missing_folder_raises(tmp_path):
     with pytest.raises(ReproError, match="does not exist"):
         recompute(tmp_path / "none", tiny.recipe())
 
 
 @given(st.data())
 @settings(max_examples=30)
-def test_a_damaged_weights_file_is_found(tmp_path_factory, data):
-    """Cut short anywhere or with any bit flipped: refused, or another hash. Never accepted."""
+def test_damaged_weights_file_is_detected(tmp_path_factory, data):
+    """A truncation or a flipped bit raises an error or changes the hash."""
     folder = tmp_path_factory.mktemp("damaged")
     save(folder / "run", tiny.run())
     raw = bytearray(tiny.run().weights)
     if data.draw(st.booleans(), "cut"):
         del raw[data.draw(st.integers(0, len(raw) - 1)) :]
     else:
-        start = data.draw(st.sampled_from([0, 0, len(raw) // 2]))  # the header more often
+        start = data.draw(st.sampled_from([0, 0, len(raw) // 2]))  # the header is hit more often
         bit = data.draw(st.integers(8 * start, 8 * min(start + 400, len(raw)) - 1))
         raw[bit // 8] ^= 1 << bit % 8
     (folder / "run/weights.safetensors").write_bytes(raw)
     try:
-        _, _, sha256 = load(folder / "run", tiny.recipe(), tiny.prepared(), "exact")
+        _, _, sha256 = load_run_model(folder / "run", tiny.recipe(), tiny.prepared(), "exact")
         assert sha256 != tiny.run().items["weights.safetensors.sha256"]
     except ReproError as error:
         assert "weights.safetensors" in str(error)
@@ -249,7 +259,7 @@ def test_a_damaged_weights_file_is_found(tmp_path_factory, data):
         shutil.rmtree(folder)
 
 
-def test_a_pickle_is_not_taken_for_weights(folder):
+def test_pickled_weights_raise(folder):
     torch.save({"1.weight": torch.zeros(1)}, folder / "weights.safetensors")
     with pytest.raises(ReproError, match="not a safetensors file"):
         recompute(folder, tiny.recipe())
@@ -264,7 +274,7 @@ def test_a_pickle_is_not_taken_for_weights(folder):
         lambda state: state.update({"1.bias": state["1.bias"][:-1].clone()}),
     ],
 )
-def test_other_tensors_are_refused(folder, change):
+def test_other_tensors_raise(folder, change):
     state = safetensors.torch.load(tiny.run().weights)
     change(state)
     (folder / "weights.safetensors").write_bytes(safetensors.torch.save(state))
@@ -272,13 +282,13 @@ def test_other_tensors_are_refused(folder, change):
         recompute(folder, tiny.recipe())
 
 
-def test_a_run_of_another_recipe(folder):
+def test_run_of_other_recipe_raises(folder):
     with pytest.raises(ReproError, match="a run of another recipe"):
         recompute(folder, tiny.recipe(seed=2))
 
 
-def test_a_native_run(tmp_path):
-    save(tmp_path / "run", module.perform(tiny.recipe(), numerics="native"))
+def test_recompute_of_native_run_raises(tmp_path):
+    save(tmp_path / "run", runs.perform(tiny.recipe(), numerics="native"))
     with pytest.raises(ReproError, match="not a run in exact numerics"):
         recompute(tmp_path / "run", tiny.recipe())
 
@@ -293,10 +303,10 @@ def test_a_native_run(tmp_path):
         ("[]", "must be a JSON object"),
         ('{"a": {}}', "the value of 'a' must be"),
         ('{"a": true}', "the value of 'a' must be"),
-        ('{"a": 1, "b": 2, "a": 1}', "is not JSON: the key 'a' is there twice"),
+        ('{"a": 1, "b": 2, "a": 1}', "is not JSON: the key 'a' occurs twice"),
     ],
 )
-def test_a_file_of_items_that_is_none(tmp_path, text, message):
+def test_invalid_items_file_raises(tmp_path, text, message):
     path = tmp_path / "items.json"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(ReproError, match=message):
@@ -305,7 +315,7 @@ def test_a_file_of_items_that_is_none(tmp_path, text, message):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder for many examples; each puts its files back."""
+    """Return a run folder for many examples; each restores its files."""
     folder = tmp_path_factory.mktemp("shared") / "run"
     save(folder, tiny.run())
     return folder
@@ -313,16 +323,16 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(st.sampled_from(FILES[1:3]), st.binary(max_size=60), st.integers(0, 3000), st.data())
 @example("run.json", b"[" * 100_000, 0, None)
-def test_no_bytes_do_worse_than_a_sentence(shared, name, junk, place, data):
-    """In metrics.json and run.json, in place of as many or more of their own."""
+def test_arbitrary_bytes_raise_at_most_repro_error(shared, name, junk, place, data):
+    """The bytes replace as many or more bytes of metrics.json or run.json."""
     content = (shared / name).read_bytes()
     end = place + len(junk) if data is None else data.draw(st.integers(place, place + 100), "end")
     try:
         (shared / name).write_bytes(content[:place] + junk + content[end:])
         for read in (
             lambda: read_items(shared / "metrics.json"),
-            lambda: module.recipe_of(shared),
-            lambda: module.finished(shared, tiny.recipe(), "exact"),
+            lambda: runs.recorded_recipe(shared),
+            lambda: runs.finished_items(shared, tiny.recipe(), "exact"),
         ):
             try:
                 read()

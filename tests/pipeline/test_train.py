@@ -18,10 +18,11 @@ from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.pipeline.recipe import Recipe
 from reproml.pipeline.train import (
+    Output,
     State,
-    _mean,
-    _optimizer,
+    build_optimizer,
     epoch_batches,
+    mean_loss,
     numerics_mode,
     step_count,
     train,
@@ -30,7 +31,7 @@ from tests import tiny
 
 
 def plain_script() -> tuple[str, list[str]]:
-    """What a user writes, without reproml: returns the initial digest and one for each epoch."""
+    """Train as a user would, without reproml; return the initial digest and that of each epoch."""
     x, y = (torch.from_numpy(array) for array in tiny.prepared().train)
     torch.manual_seed(1)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
@@ -46,7 +47,7 @@ def plain_script() -> tuple[str, list[str]]:
     return initial, digests
 
 
-def test_a_plain_script_under_exact_reaches_the_same_weights():
+def test_plain_script_reaches_same_weights():
     trained = train(tiny.recipe(), tiny.prepared())
     with exact():
         initial, digests = plain_script()
@@ -55,14 +56,14 @@ def test_a_plain_script_under_exact_reaches_the_same_weights():
     assert digest(trained.model) == digests[-1]
 
 
-def test_native_is_the_plain_script_on_this_machine():
+def test_native_equals_plain_script():
     trained = train(tiny.recipe(), tiny.prepared(), "native")
     with numerics_mode("native"):
         _, digests = plain_script()
     assert [epoch.state_dict_sha256 for epoch in trained.epochs] == digests
 
 
-def test_threads_do_not_count():
+def test_threads_do_not_change_weights():
     before = torch.get_num_threads()
     try:
         digests = set()
@@ -74,9 +75,9 @@ def test_threads_do_not_count():
     assert len(digests) == 1
 
 
-def test_the_seed_and_only_the_seed_counts():
+def test_only_the_seed_determines_weights():
     torch.manual_seed(99)
-    torch.rand(5)  # what the user did before must not count
+    torch.rand(5)  # earlier use of the generator must not matter
     again = train(tiny.recipe(), tiny.prepared(), steps=1)
     assert digest(again.model) == digest(train(tiny.recipe(), tiny.prepared(), steps=1).model)
     other = train(tiny.recipe(seed=2), tiny.prepared(), steps=1)
@@ -84,27 +85,26 @@ def test_the_seed_and_only_the_seed_counts():
 
 
 @pytest.mark.parametrize(("steps", "done", "epochs"), [(0, 0, 0), (2, 2, 0), (3, 3, 1), (99, 6, 2)])
-def test_steps_stop_it_early(steps, done, epochs):
+def test_steps_end_training_early(steps, done, epochs):
     calls: list[tuple[int, int]] = []
     lines: list[str] = []
     trained = train(
         tiny.recipe(),
         tiny.prepared(),
         steps=steps,
-        log=lines.append,
-        progress=lambda n, total: calls.append((n, total)),
+        output=Output(lines.append, lambda n, total: calls.append((n, total))),
     )
     assert calls == [(n, done) for n in range(1, done + 1)]
     assert len(trained.epochs) == len(lines) == epochs
-    whole = train(tiny.recipe(), tiny.prepared())
-    assert trained.initial_state_dict_sha256 == whole.initial_state_dict_sha256
-    assert trained.epochs == whole.epochs[:epochs]
-    digests = [whole.initial_state_dict_sha256, *[e.state_dict_sha256 for e in whole.epochs]]
+    unbroken = train(tiny.recipe(), tiny.prepared())
+    assert trained.initial_state_dict_sha256 == unbroken.initial_state_dict_sha256
+    assert trained.epochs == unbroken.epochs[:epochs]
+    digests = [unbroken.initial_state_dict_sha256, *[e.state_dict_sha256 for e in unbroken.epochs]]
     assert (digest(trained.model) in digests) == (done % 3 == 0)
 
 
 @given(st.integers(1, 200), st.integers(1, 64), st.integers(1, 3))
-def test_step_count_is_the_loaders(samples, batch_size, epochs):
+def test_step_count_equals_loader_length(samples, batch_size, epochs):
     schedule = msgspec.structs.replace(tiny.recipe().train, epochs=epochs, batch_size=batch_size)
     recipe = msgspec.structs.replace(tiny.recipe(), train=schedule)
     loader: DataLoader[int] = DataLoader(range(samples), batch_size=batch_size)  # type: ignore[arg-type]
@@ -118,22 +118,22 @@ batches = st.lists(
 
 
 @given(batches, st.randoms())
-def test_the_loss_is_the_exact_mean_whatever_the_order(losses, random):
+def test_mean_loss_is_correctly_rounded(losses, random):
     exact = sum(Fraction(x) * n for x, n in losses) / sum(n for _, n in losses)
     shuffled = random.sample(losses, len(losses))
-    mean = _mean(shuffled)
+    mean = mean_loss(shuffled)
     assert mean is not None and mean == float(exact)
 
 
 @given(batches, st.sampled_from([math.nan, math.inf, -math.inf]))
-def test_a_loss_that_is_not_finite_is_none(losses, bad):
-    assert _mean([*losses, (bad, 1)]) is None
+def test_mean_of_nonfinite_losses_is_none(losses, bad):
+    assert mean_loss([*losses, (bad, 1)]) is None
 
 
-def test_the_loss_is_that_of_the_forward_passes():
+def test_epoch_loss_equals_forward_loss():
     trained = train(tiny.recipe(optimizer='kind = "sgd"\nlearning_rate = 1e-30'), tiny.prepared())
     x, y = (torch.from_numpy(array) for array in tiny.prepared().train)
-    loss = nn.functional.cross_entropy(trained.model(x), y).item()  # the weights have not moved
+    loss = nn.functional.cross_entropy(trained.model(x), y).item()  # the weights have not changed
     assert trained.epochs[0].loss == pytest.approx(loss, rel=1e-6)
 
 
@@ -153,14 +153,14 @@ def test_the_loss_is_that_of_the_forward_passes():
         ),
     ],
 )
-def test_optimizers_are_pytorchs_with_its_defaults(toml, kind, settings):
+def test_optimizers_have_pytorch_defaults(toml, kind, settings):
     model = nn.Linear(1, 1)
-    ours = _optimizer(tiny.recipe(optimizer=toml).optimizer, model)
+    ours = build_optimizer(tiny.recipe(optimizer=toml).optimizer, model)
     assert type(ours) is kind
     assert ours.defaults == kind(model.parameters(), **settings).defaults
 
 
-def test_native_puts_the_switches_back():
+def test_native_restores_switches():
     cudnn = torch.backends.cudnn
 
     def switches():
@@ -172,11 +172,11 @@ def test_native_puts_the_switches_back():
     assert switches() == before
 
 
-# --- a training that goes on from a state ----------------------------------------------------------
+# --- resumed trainings ----------------------------------------------------------
 
 
 @given(st.integers(1, 300), st.integers(1, 64), st.integers(0, 2**63 - 1))
-def test_batches_and_draws_are_those_of_a_shuffling_loader(samples, batch_size, seed):
+def test_epoch_batches_equal_shuffling_loader(samples, batch_size, seed):
     torch.manual_seed(seed)
     loader = DataLoader(TensorDataset(torch.arange(samples)), batch_size, shuffle=True)
     expected = [rows.tolist() for (rows,) in loader]
@@ -195,7 +195,7 @@ def copy(state: State) -> State:
 
 
 def noisy(recipe: Recipe, input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """A model that draws random numbers in each step, and has buffers."""
+    """Return a model that draws random numbers in each step, and has buffers."""
     widths = input_shape[0] * input_shape[1]
     return nn.Sequential(
         nn.Flatten(),
@@ -218,15 +218,13 @@ def noisy(recipe: Recipe, input_shape: tuple[int, ...], classes: int) -> nn.Modu
         'kind = "sgd"\nlearning_rate = 0.1\nmomentum = 0.9\ndampening = 0.5',
     ],
 )
-def test_from_each_step_on_all_bits_are_those_of_the_unbroken_training(
-    monkeypatch, numerics, model, optimizer
-):
-    """Weights, optimizer, generator, losses: after every later step."""
+def test_resumed_training_equals_unbroken_training(monkeypatch, numerics, model, optimizer):
+    """Weights, optimizer, generator and losses are compared after every later step."""
     if model == "noisy":
-        monkeypatch.setattr("reproml.pipeline.models.build", noisy)
+        monkeypatch.setattr("reproml.pipeline.models.build_model", noisy)
     recipe = tiny.recipe(optimizer=optimizer)
     states: list[State] = []
-    whole = train(
+    unbroken = train(
         recipe, tiny.prepared(), numerics, after_step=lambda t: states.append(copy(t.state()))
     )
     assert [state.step for state in states] == [1, 2, 3, 4, 5, 6]
@@ -242,13 +240,13 @@ def test_from_each_step_on_all_bits_are_those_of_the_unbroken_training(
             after_step=partial(lambda found, t: found.append(bits(t.state())), found),
         )
         assert found == expected[start.step :]
-        assert digest(resumed.model) == digest(whole.model)
-        assert resumed.epochs == whole.epochs
-        assert resumed.initial_state_dict_sha256 == whole.initial_state_dict_sha256
-    assert [bits(state) for state in states] == expected  # a start is only read
+        assert digest(resumed.model) == digest(unbroken.model)
+        assert resumed.epochs == unbroken.epochs
+        assert resumed.initial_state_dict_sha256 == unbroken.initial_state_dict_sha256
+    assert [bits(state) for state in states] == expected  # a start is not changed
 
 
-def test_a_state_of_another_training_is_refused():
+def test_state_of_other_training_raises():
     states: list[State] = []
     train(
         tiny.recipe(), tiny.prepared(), steps=1, after_step=lambda t: states.append(copy(t.state()))
@@ -258,7 +256,5 @@ def test_a_state_of_another_training_is_refused():
         tiny.recipe(hidden="[9]"),
         tiny.recipe(optimizer='kind = "sgd"\nlearning_rate = 0.1'),
     ):
-        with pytest.raises(
-            ReproError, match="the checkpoint of step 1 is not one of a training of"
-        ):
+        with pytest.raises(ReproError, match="the checkpoint of step 1 is not from a training of"):
             train(other, tiny.prepared(), start=states[0])

@@ -426,9 +426,9 @@ def test_unresumable_trace_is_refused_in_one_sentence(tmp_path, monkeypatch, cap
     assert sorted(os.listdir("runs/tiny.checkpoints")) == checkpoints
     capsys.readouterr()
     tiny.begin(monkeypatch, "--resume", "runs/tiny", until=5)
-    assert "from here on not traced, as --trace is left out" in capsys.readouterr().out
+    assert "no longer traced, as --trace is left out" in capsys.readouterr().out
     assert main(["train", "--resume", "runs/tiny", "--trace", "a"]) == 2
-    assert "was not traced, so no trace can go on from there" in capsys.readouterr().err
+    assert "without a trace, so a trace cannot resume there" in capsys.readouterr().err
     assert Path("a").read_bytes() == raw
 
 

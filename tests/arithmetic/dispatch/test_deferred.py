@@ -159,8 +159,8 @@ def test_a_step_is_read_twice_and_hardly_ever_redone(make, well):
 
 
 def test_a_golden_file_comes_out(well):
-    chosen = recipe.load("digits-mlp")
-    prepared = preprocess.preprocess(data.load(chosen.data.name), chosen.preprocess)
+    chosen = recipe.load_recipe("digits-mlp")
+    prepared = preprocess.preprocess(data.load_dataset(chosen.data.name), chosen.preprocess)
     trained = train_recipe(chosen, prepared)
     expected = json.loads((Path(__file__).parents[3] / "golden" / "digits-mlp.json").read_text())
     for i, epoch in enumerate(trained.epochs, 1):
