@@ -25,7 +25,6 @@ from typing import Any, ClassVar, Optional
 import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 from reproml import doctor
@@ -462,18 +461,11 @@ def ticks(low: float, high: float) -> list[float]:
     return [round(k * step, 12) for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
-def _breakable(text: str) -> Markup:
-    """Allow a line break after each dot and underscore of a long name."""
-    return escape(text).replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>"))
-
-
-_ENVIRONMENT = Environment(
+_TEMPLATE = Environment(
     loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
     keep_trailing_newline=True,
-)
-_ENVIRONMENT.filters["breakable"] = _breakable
-_TEMPLATE = _ENVIRONMENT.get_template("report.html")
+).get_template("report.html")
