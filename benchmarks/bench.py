@@ -1,8 +1,8 @@
-"""What exact arithmetic costs: exact against native, in turn, all in one run of some minutes.
+"""Measure what exact arithmetic costs: exact and native runs in turn, in one go of some minutes.
 
     python -m benchmarks.bench        # or: invoke bench
 
-Prints two tables; leaves every number in benchmarks/results/bench.json and the curves in bench.png.
+It prints two tables and writes every number to benchmarks/results/bench.json and the curves to bench.png.
 Native is plain PyTorch on the same batches, with the same threads and the same warm-up.
 """
 
@@ -60,14 +60,14 @@ Pairs = dict[str, list[float]]  # the same number of native and of exact values
 
 
 def of_recipe(name: str) -> Run:
-    """The recipe, on its own data."""
+    """Return a function that trains the recipe on its own data."""
     chosen = recipe.load(name)
     prepared = preprocess.preprocess(data.load(chosen.data.name), chosen.preprocess)
     return partial(train.train, chosen, prepared, steps=RECIPES[name] + 1)
 
 
 def of_example(name: str) -> Run:
-    """A script of examples/, as it is."""
+    """Return a function that runs a script of examples/ unchanged."""
 
     def run(numerics: str) -> None:
         arguments = [name, "--steps", str(EXAMPLES[name] + 1)]
@@ -79,7 +79,7 @@ def of_example(name: str) -> Run:
 
 
 def of_size(size: str, value: int) -> Run:
-    """The recipe mnist-mlp on random images, one of its sizes changed."""
+    """Return a function that trains mnist-mlp on random images, with one of its sizes changed."""
     sizes = {**SIZES, size: value}
     torch.set_num_threads(sizes["threads"])
     chosen = msgspec.structs.replace(
@@ -94,7 +94,7 @@ def of_size(size: str, value: int) -> Run:
 
 
 def step_seconds(run: Run, numerics: str) -> float:
-    """Seconds from the end of the first step to that of the last: no set-up, no evaluation."""
+    """Return the seconds from the end of the first step to the end of the last."""
     ends: list[float] = []
     hook = register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     try:
@@ -105,7 +105,7 @@ def step_seconds(run: Run, numerics: str) -> float:
 
 
 def command(name: str, numerics: str) -> tuple[float, float]:
-    """Seconds from the interpreter's start to the written run, and its peak memory in MB."""
+    """Return the seconds from the interpreter's start to the written run, and its peak memory in MB."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["-m", "reproml", "train", "--recipe", name, "--numerics", numerics]
         arguments += ["--out", f"{folder}/run"]
@@ -119,7 +119,7 @@ def command(name: str, numerics: str) -> tuple[float, float]:
 
 
 def in_turn(measure: Callable[[str], Any], repeats: int = REPEATS) -> dict[str, list[Any]]:
-    """What is measured natively and exactly, in turn."""
+    """Measure natively and exactly, in turn."""
     values: dict[str, list[Any]] = {"native": [], "exact": []}
     start = time.perf_counter()
     for _ in range(repeats):
@@ -131,18 +131,18 @@ def in_turn(measure: Callable[[str], Any], repeats: int = REPEATS) -> dict[str, 
 
 
 def steps(run: Run) -> Pairs:
-    """Seconds of the training steps, after one run of each that does not count."""
+    """Return the seconds of the training steps, after one run of each that does not count."""
     in_turn(run, repeats=1)
     return in_turn(partial(step_seconds, run))
 
 
 def ratio(pairs: Pairs) -> float:
-    """How many times native's time exact takes."""
+    """Return the ratio of the exact to the native time."""
     return median(e / n for n, e in zip(pairs["native"], pairs["exact"]))
 
 
 def measure() -> dict[str, Any]:
-    """Measure everything: whole commands, training steps, curves."""
+    """Measure everything: commands, training steps, curves."""
     # The commands first: a child's peak memory counts what this process had when it started it.
     bar = partial(track, auto_refresh=False)  # no thread that draws while steps are timed
     commands = {name: in_turn(partial(command, name)) for name in bar(RECIPES, "train")}
@@ -168,9 +168,9 @@ def show(results: dict[str, Any]) -> None:
     for name, pairs in results["steps"].items():
         cells = [str({**RECIPES, **EXAMPLES}[name])]
         cells += [f"{median(values):.3f}" for values in pairs.values()] + [f"{ratio(pairs):.2f}"]
-        whole = results["commands"].get(name, {}).values()
-        cells += [f"{median(seconds for seconds, _ in values):.1f}" for values in whole]
-        cells += [f"{median(memory for _, memory in values):.0f}" for values in whole]
+        commands = results["commands"].get(name, {}).values()
+        cells += [f"{median(seconds for seconds, _ in values):.1f}" for values in commands]
+        cells += [f"{median(memory for _, memory in values):.0f}" for values in commands]
         table.add_row(name, *cells)
     Console().print(table)
     table = Table("of mnist-mlp", "exact / native", title="as one size grows", box=box.SIMPLE)
@@ -181,7 +181,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 def plot(curves: dict[str, dict[int, Pairs]], path: Path) -> None:
-    """Draw exact / native over each size."""
+    """Draw the ratio exact / native over each size."""
     from matplotlib.figure import Figure  # not before the commands: it takes memory
 
     figure = Figure(figsize=(12, 3.2), layout="constrained")

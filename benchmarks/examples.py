@@ -1,4 +1,4 @@
-"""What exact arithmetic costs each example: exact against native, alternating in one run.
+"""Measure what exact arithmetic costs each example: exact and native runs in turn.
 
 python benchmarks/examples.py [STEPS]
 """
@@ -24,7 +24,7 @@ REPEATS = 3
 
 
 def seconds(script: Path, steps: int, numerics: AbstractContextManager[Any]) -> float:
-    """Seconds that the script takes in this process."""
+    """Return the seconds that the script takes in this process."""
     sys.argv = [str(script), "--steps", str(steps)]
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), numerics:

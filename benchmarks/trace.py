@@ -1,7 +1,8 @@
-"""What a trace costs: `python -m benchmarks.trace` trains mnist-mlp without one and at each level, in turn.
+"""Measure what a trace costs.
 
-CPU time of the whole training, from before the trace is opened until it is closed, in pieces: each step's
-least time of all rounds, added up, so that other work on the machine counts little.
+`python -m benchmarks.trace` trains mnist-mlp without a trace and at each level, in turn. It adds up the
+CPU time of the training, from before the trace is opened until it is closed: the least time of each step
+over all rounds, so that other work on the machine counts little.
 """
 
 from __future__ import annotations

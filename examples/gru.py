@@ -1,4 +1,4 @@
-"""A bidirectional GRU that says whether a sequence of brackets is balanced; packed lengths."""
+"""A bidirectional GRU that decides whether a sequence of brackets is balanced; packed lengths."""
 
 import argparse
 

@@ -7,7 +7,7 @@
 }:
 stdenv.mkDerivation {
   name = "reproml";
-  # No more than what is installed, so that other edits do not train anew.
+  # Only what is installed, so that other edits do not cause another training.
   src = lib.fileset.toSource {
     root = ../.;
     fileset = lib.fileset.unions [

@@ -35,9 +35,11 @@ def test_tables_and_plot(tmp_path, capsys):
     run = partial(train.train, tiny.recipe(), tiny.prepared())
     pairs = bench.steps(run)
     assert [len(values) for values in pairs.values()] == [bench.REPEATS] * 2
-    whole = {"native": [(1.0, 300.0)], "exact": [(2.0, 400.0)]}
+    commands = {"native": [(1.0, 300.0)], "exact": [(2.0, 400.0)]}
     curves = {"width": {32: pairs, 64: pairs}, "steps": {10: pairs}}
-    bench.show({"commands": {"mnist-mlp": whole}, "steps": {"mnist-mlp": pairs}, "curves": curves})
+    bench.show(
+        {"commands": {"mnist-mlp": commands}, "steps": {"mnist-mlp": pairs}, "curves": curves}
+    )
     assert "mnist-mlp" in capsys.readouterr().out
     bench.plot(curves, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 0

@@ -16,7 +16,7 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def import_graph(root: Path, package: str) -> dict[str, set[str]]:
-    """Module -> the modules of the package that it imports, within functions too, but not for types only."""
+    """Module -> the modules of the package that it imports, also within functions, but not for types."""
     paths = {module_name(path, root): path for path in root.glob(f"{package}/**/*.py")}
     graph: dict[str, set[str]] = {}
     for module, path in paths.items():

@@ -335,13 +335,13 @@ def test_every_fact_of_divergence_is_shown():
     operator = compare.Operator("aten.mm", "train.py:10", "MmBackward0", True, d, "float32[8, 8]")
     found = compare.Divergence(
         "trace", "gradients", 2, 7, "1.weight", (1, 4), d, operator, [(7, 0), (8, 0)],
-        ("threads", "the order of a sum"), notes=["a.trace is cut off after entry 9"],
+        ("threads", "the order of a sum"), notes=["a.trace is truncated after entry 9"],
     )  # fmt: skip
     html = divergence_page(found, "a and b diverge")
     text = Parsed(html).text
     assert "a and b diverge" in text and "likely causethe order of a sum" in text
     for shown in ("aten.mm", "train.py:10", "MmBackward0", "float32[8, 8]", "at most 3 ulps",
-                  "2 of 64 elements", "notea.trace is cut off after entry 9"):  # fmt: skip
+                  "2 of 64 elements", "notea.trace is truncated after entry 9"):  # fmt: skip
         assert shown in text
     assert html.count("<svg") == 1  # the losses: nothing grew
     item = compare.Divergence("run", "item", item="test.correct", values=("9", "8"))

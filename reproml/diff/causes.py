@@ -1,4 +1,4 @@
-"""Why two trainings part: a table of known causes, of which the first that fits is told."""
+"""Explain why two trainings differ: a table of known causes, from which the first that fits is reported."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from typing import Any, Callable, Optional
 
 @dataclass
 class Evidence:
-    """What is known of two trainings a and b and of the place where they part."""
+    """What is known about two trainings a and b and about their first difference."""
 
     a: dict[str, Any]  # header of a trace, or record of a run: environment, recipe, numerics, ...
     b: dict[str, Any]
-    part: str  # what parts first: a key of diff.PARTS
-    operator: Optional[str] = None  # the first whose results differ
-    same_inputs: Optional[bool] = None  # of that operator
-    same_random: Optional[bool] = (
-        None  # the state of the random numbers at the first step from there on
-    )
-    same_samples: Optional[bool] = None  # the epoch's samples, in whatever order
-    beside_same: bool = False  # of the batch a tensor differs beside an earlier one that does not
-    settings: list[str] = field(default_factory=list)  # of the optimizer, that differ
+    part: str  # what differs first: a key of compare.PARTS
+    operator: Optional[str] = None  # the first operator whose results differ
+    same_inputs: Optional[bool] = None  # whether its inputs are the same
+    # Whether the state of the random number generator is the same at the first step from there on.
+    same_random: Optional[bool] = None
+    same_samples: Optional[bool] = None  # whether the epoch has the same samples, in any order
+    beside_same: bool = False  # whether an earlier tensor of the batch is the same on both sides
+    settings: list[str] = field(default_factory=list)  # the optimizer's settings that differ
 
     def both(self, *keys: str) -> tuple[Any, Any]:
-        """The values of a and b below these keys; None where there is none."""
+        """Return the values of a and b under these keys, None where one is missing."""
         found = []
         for value in (self.a, self.b):
             for key in keys:
@@ -33,12 +32,12 @@ class Evidence:
         return found[0], found[1]
 
     def differs(self, *keys: str) -> bool:
-        """Whether both sides tell, and not the same."""
+        """Return whether both sides have a value under these keys, and the values differ."""
         x, y = self.both(*keys)
         return x is not None and y is not None and x != y
 
     def environment(self) -> list[str]:
-        """What differs between the machines and can change native results, in words."""
+        """Describe what differs between the machines and can change native results."""
         found = [
             words.format(*self.both("environment", *keys))
             for words, keys in _ENVIRONMENT
@@ -55,9 +54,11 @@ class Evidence:
         return found
 
     def recipe(self) -> list[str]:
-        """The keys of the recipes that differ: "optimizer.learning_rate"."""
+        """Return the keys of the recipes that differ, such as "optimizer.learning_rate"."""
         found = _keys(*self.both("recipe"))
-        return [key for key in found if not key.startswith(("name ", "trace "))]  # without effect
+        return [
+            key for key in found if not key.startswith(("name ", "trace "))
+        ]  # these have no effect
 
 
 _ENVIRONMENT = [
@@ -69,7 +70,7 @@ _ENVIRONMENT = [
     ("another BLAS (MKL: {} and {})", ("torch", "mkl")),
 ]
 
-# What adds up many numbers, in an order that depends on threads, vector width and library.
+# Operators that add up many numbers, in an order that depends on threads, vector width and library.
 _SUMS = re.compile(
     "sum|mean|mm|dot|conv|norm|softmax|loss|var|linear|matmul|index_add|addmv|scatter_add|dense_backward"
     "|pool|attention|lstm|gru"
@@ -87,43 +88,43 @@ def _arithmetic(e: Evidence) -> bool:
     return e.part in _FROM_ARITHMETIC and e.same_inputs is not False
 
 
-# name, whether it fits, the sentence with what is to be filled in
+# name, whether it fits, the sentence, with fields to fill in
 Row = tuple[str, Callable[[Evidence], bool], str]
 CAUSES: list[Row] = [
     (
         "definitions",
         lambda e: e.differs("definitions") and _exact(e),
-        "another version of the definitions of exact arithmetic: {definitions}",
+        "different versions of the definitions of exact arithmetic: {definitions}",
     ),
     (
         "data",
         lambda e: e.differs("data.sha256"),
-        "other data: the files have other SHA-256s",
+        "different data: the SHA-256s of the files differ",
     ),
     (
         "recipe",
         lambda e: bool(e.recipe()),
-        "another recipe: {recipe}",
+        "different recipes: {recipe}",
     ),
     (
         "optimizer",
         lambda e: e.part == "settings",
-        "other settings of the optimizer: {settings}",
+        "different settings of the optimizer: {settings}",
     ),
     (
         "model",
         lambda e: e.part == "model",
-        "another model or another optimizer: its tensors have other names or shapes",
+        "different models or optimizers: the names or shapes of the tensors differ",
     ),
     (
         "seed",
         lambda e: e.part == "initial weights" and e.same_random is False,
-        "another seed, or random numbers drawn in another order, before the weights were initialised",
+        "a different seed, or a different order of random draws, before the weights were initialised",
     ),
     (
         "numerics",
         lambda e: e.differs("numerics") and e.part in _FROM_ARITHMETIC,
-        "exact arithmetic against native: native rounds in an order of its own",
+        "exact arithmetic on one side, native on the other, which rounds in an order of its own",
     ),
     (
         "contracted uniform_",
@@ -138,28 +139,28 @@ CAUSES: list[Row] = [
     (
         "initial weights",
         lambda e: e.part == "initial weights",
-        "other initial weights from the same random numbers: another initialisation or checkpoint",
+        "different initial weights from the same random numbers: a different initialisation or checkpoint",
     ),
     (
         "part of the batch",
         lambda e: e.part == "batch" and e.beside_same,
-        "other data: one tensor of the batch differs beside another that does not, as labels do that are "
-        "out of step with their inputs",
+        "different data: one tensor of the batch differs while another is the same, as when labels do not "
+        "match their inputs",
     ),
     (
         "shuffle",
         lambda e: e.part == "batch" and e.same_samples is True,
-        "another shuffle: the epoch has the same samples in another order",
+        "a different shuffle: the epoch has the same samples in another order",
     ),
     (
         "other data",
         lambda e: e.part == "batch" and e.same_samples is False,
-        "other data: the samples of the epoch are not the same",
+        "different data: the samples of the epoch differ",
     ),
     (
         "data or shuffle",
         lambda e: e.part == "batch",
-        "other data or another shuffle; a whole epoch in both traces would tell which",
+        "different data or a different shuffle; a complete epoch in both traces would show which",
     ),
     (
         "random numbers",
@@ -167,7 +168,7 @@ CAUSES: list[Row] = [
             e.part in _FROM_ARITHMETIC
             and (e.same_random is False or bool(_RANDOM.search(e.operator or "")))
         ),
-        "other random numbers (dropout, noise): another seed, or one side has drawn more of them before",
+        "different random numbers (dropout, noise): a different seed, or one side drew more of them before",
     ),
     (
         "order of a sum",
@@ -182,12 +183,12 @@ CAUSES: list[Row] = [
     (
         "length",
         lambda e: e.part == "length",
-        "one side ended earlier: fewer steps, or cut off",
+        "one side ended earlier: it has fewer steps or was truncated",
     ),
     (
         "optimizer's schedule",
         lambda e: e.part == "weights" and not e.operator,
-        "the optimizer: from the same gradients other weights, so its settings or its state differ",
+        "the optimizer: the same gradients gave different weights, so its settings or its state differ",
     ),
     (
         "sum without order",
@@ -195,10 +196,10 @@ CAUSES: list[Row] = [
         "the order in which {operator} adds up, which differs from run to run on one machine",
     ),
 ]
-_UNKNOWN = "unknown: nothing that was recorded explains it"
+_UNKNOWN = "unknown: the recorded facts do not explain it"
 
 
-def likely(e: Evidence) -> tuple[str, str]:
+def likely_cause(e: Evidence) -> tuple[str, str]:
     """Return name and sentence of the first cause that fits."""
     for name, fits, sentence in CAUSES:
         if fits(e):

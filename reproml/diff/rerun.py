@@ -1,9 +1,9 @@
-"""Run a traced training again up to one step, of which each operator is recorded, with its results.
+"""Run a traced training again up to one step, and record each operator of that step with its results.
 
-A trace's header has the command, the folder, the environment variables and the number of threads. The same
-command is run in a process of its own, with REPROML_TRACE_RERUN = {"step": ..., "folder": ...}: its trace
-goes into that folder then, and ends the process after that step (recorder.py). All else that the command
-does, it does again.
+The header of a trace has the command, the folder, the environment variables and the number of threads. The
+same command runs in a new process with REPROML_TRACE_RERUN = {"step": ..., "folder": ...}: its trace is
+then written to that folder and ends the process after that step (recorder.py). Everything else that the
+command does, it does again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reproml.errors import ReproError
 from reproml.tracing.chain import Reader
 from reproml.tracing.recorder import RERUN
 
-# What get_cpu_capability() calls it: what ATEN_CPU_CAPABILITY does.
+# The names of get_cpu_capability() -> the values of ATEN_CPU_CAPABILITY.
 _CAPABILITIES = {"DEFAULT": "default", "NO AVX": "default", "AVX2": "avx2", "AVX512": "avx512"}
 
 
@@ -30,11 +30,11 @@ class Rerun:
     """One step of a training, run again into `folder`."""
 
     def __init__(self, reader: Reader, step: int, folder: Path) -> None:
-        """Raises ReproError if the trace cannot be run again or does not reach that step."""
+        """Run it. Raises ReproError if the trace cannot be run again or does not reach that step."""
         header, path = reader.header, reader.path
         if not header.get("command"):
             raise ReproError(
-                f"{path} does not say how to run it again (it was not made by a script)"
+                f"cannot run {path} again: its header has no command, as no script made it"
             )
         try:
             child = subprocess.run(
@@ -56,21 +56,21 @@ class Rerun:
         self._folder = folder
         entries = list(Reader(folder / "trace"))
         self.step: dict[str, Any] = entries[-1]
-        # Each with its number, which is the name of its file of results.
+        # Each with its number, which is also the name of the file with its results.
         self.operators = [(i, e) for i, e in enumerate(entries, 1) if e["entry"] == "op"]
 
     def results(self, number: int) -> dict[str, Tensor]:
-        """The output tensors of an operator, by their position."""
+        """Return the output tensors of an operator by their position."""
         return self.tensors(str(number))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """`gradients` or `weights` of the step, by the parameters' names."""
+        """Return the `gradients` or `weights` of the step by the parameters' names."""
         found: dict[str, Tensor] = safetensors.torch.load_file(self._folder / f"{name}.safetensors")
         return found
 
 
 def _variables(header: dict[str, Any]) -> dict[str, str]:
-    """This process's variables, with those of the trace that change results in place of ours."""
+    """Return this process's variables, with those that change results replaced by the trace's."""
     then = header["environment"]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(environment.PREFIXES)}
     torch: dict[str, Any] = then["torch"]

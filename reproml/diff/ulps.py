@@ -1,4 +1,4 @@
-"""How far apart tensors are, in units in the last place: by how many floating-point numbers, counted."""
+"""Measure the distance of tensors in units in the last place, counted in floating-point numbers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ _WIDTHS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 @dataclass(frozen=True)
 class Distance:
-    """Of two tensors of one shape and dtype."""
+    """The distance of two tensors of the same shape and dtype."""
 
-    ulps: Optional[int]  # the largest distance of two elements; None if they are no floats
+    ulps: Optional[int]  # the largest distance of two elements; None for integers
     elements: int  # how many differ
     of: int  # of how many
 
 
 def distance(a: Tensor, b: Tensor) -> Optional[Distance]:
-    """Return how far apart two real tensors are, None if they have other shapes or dtypes.
+    """Return the distance of two real tensors, or None if their shapes or dtypes differ.
 
-    The floats of each format are numbered in their order, -0 just below +0; the distance of two is the
-    difference of their numbers. Infinity and NaN have the numbers that follow those of the finite ones.
+    The floating-point numbers of a format are numbered in their order, with -0 just below +0; the distance
+    of two is the difference of their numbers. The numbers of infinity and NaN follow those of finite
+    values.
     """
     if (a.shape, a.dtype) != (b.shape, b.dtype) or a.is_complex():
         return None
@@ -36,16 +37,16 @@ def distance(a: Tensor, b: Tensor) -> Optional[Distance]:
     if not a.is_floating_point():
         return Distance(None, elements, x.size)
     x, y = _order(x), _order(y)
-    apart = np.where(x > y, x - y, y - x)
-    return Distance(int(apart.max(initial=0)), elements, x.size)
+    differences = np.where(x > y, x - y, y - x)
+    return Distance(int(differences.max(initial=0)), elements, x.size)
 
 
-def first_apart(
+def first_difference(
     a: Mapping[str, Tensor], b: Mapping[str, Tensor]
 ) -> Optional[tuple[str, Optional[Distance]]]:
-    """Return the name and the distance of the tensor that is furthest apart, None if all are equal.
+    """Return the name and the distance of the tensor that differs most, or None if all are equal.
 
-    A tensor that only one of the two has, or of another shape, comes first, with None.
+    A tensor that only one side has, or whose shape differs, is returned first, with None.
     """
     if a.keys() != b.keys():
         return min(a.keys() ^ b.keys()), None
@@ -58,12 +59,12 @@ def first_apart(
 
 
 def _bits(x: Tensor) -> np.ndarray:  # type: ignore[type-arg]
-    """One NaN for all, as in a digest."""
+    """Return the bits of the elements, with one canonical NaN, as in a digest."""
     array = canonical_array(x)
     return array.view(_WIDTHS[array.itemsize])
 
 
 def _order(bits: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-    """Number the floats in their order, as unsigned integers."""
+    """Number the floating-point numbers in their order, as unsigned integers."""
     sign = np.array(1 << (8 * bits.itemsize - 1), bits.dtype)
     return np.where(bits & sign, ~bits, bits | sign)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from reproml.tracing.recorder import Recorder
 
 LEVELS = ("epoch", "step", "op")
-active: Optional[Recorder] = None  # the one that listens in this process
+active: Optional[Recorder] = None  # the recorder of this process, while it records
 
 
 @contextmanager
@@ -29,16 +29,17 @@ def trace(
     resume: Optional[dict[str, Any]] = None,
     about: Optional[dict[str, Any]] = None,
 ) -> Iterator[Recorder]:
-    """Record the training inside into a trace file, which is written as it goes on.
+    """Record the training inside the block in a trace file, which is written step by step.
 
-    level: "epoch" the weights after each epoch; "step" also batch, loss, gradients and weights of each
-    optimizer's step; "op" also each operator's inputs and outputs with the line of code (slow).
-    resume: what `Recorder.head()` returned, say in a checkpoint: the file is cut back to there and goes on.
-    about: more for the header; "command" is how to run this again, a list of words.
+    level: "epoch" records the weights after each epoch; "step" also the batch, loss, gradients and weights
+    of each optimizer step; "op" also the inputs and outputs of each operator with its line of code (slow).
+    resume: what `Recorder.head()` returned, for example from a checkpoint: the file is truncated to that
+    head and continued. about: more keys for the header; "command" is a list of words that runs this
+    training again.
 
-    Yields the recorder, whose `head()` can be asked for at any time. A trace that is there is replaced,
-    any other file refused. Raises ReproError with the reason if the file cannot be written or, with
-    `resume`, is damaged or another run's; or if a trace is being recorded already.
+    Yields the recorder, whose `head()` may be called at any time. An existing trace is replaced; any other
+    file is refused. Raises ReproError if the file cannot be written; with `resume`, if it is damaged or
+    belongs to another run; and if this process is recording a trace already.
     """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
@@ -46,7 +47,7 @@ def trace(
 
     global active
     if active is not None:
-        raise ReproError("a trace is being recorded already; one process records one at a time")
+        raise ReproError("this process is recording a trace already; end that trace first")
     with Recorder.open(Path(path), level, resume, about or {}) as recorder:
         active = recorder
         try:
@@ -56,21 +57,21 @@ def trace(
 
 
 def batch(*tensors: Any) -> None:
-    """Tell the trace, if one is recorded, the tensors of a batch: for a loop without a DataLoader."""
+    """Record the tensors of a batch, if a trace is being recorded: for a loop without a DataLoader."""
     if active is not None:
         active.batch(tensors)
 
 
 def end_epoch() -> None:
-    """Tell the trace, if one is recorded, that an epoch is over: for a loop without a DataLoader."""
+    """Record the end of an epoch, if a trace is being recorded: for a loop without a DataLoader."""
     if active is not None:
         active.end_epoch()
 
 
 def restoring() -> AbstractContextManager[Callable[[Any, Any], None]]:
-    """Return a context in which a checkpoint is loaded: nothing in it is recorded.
+    """Return a context in which a checkpoint is loaded: nothing inside it is recorded.
 
-    It yields a function that tells the trace, if one is recorded, a model and its optimizer that have
-    taken steps before: they are in its last entry, even if they take none any more.
+    It yields a function that registers a restored model and its optimizer with the trace, if one is being
+    recorded, so that they appear in its last entry even if they take no further step.
     """
     return active.restoring() if active is not None else nullcontext(lambda model, optimizer: None)

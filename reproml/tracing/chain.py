@@ -1,13 +1,13 @@
-"""A trace file: JSON lines, each bound to all lines before it, so that nothing in it changes unnoticed.
+"""Write and read a trace file: JSON lines in a hash chain, so that no change goes unnoticed.
 
 The first line is the header: {"reproml trace": 1, "level": ..., ..., "sha256": of the line without it}.
 Each further line is an entry whose last key is its head,
 
     head = SHA-256 of (the head before it, in hexadecimal, then the line without ',"head":"..."'),
 
-where the head before the first entry is the SHA-256 of "reproml trace 1". The header is no part of the
-chain: two runs that did the same on two machines have the same heads, and two heads that are equal say that
-all entries up to there are.
+where the head before the first entry is the SHA-256 of "reproml trace 1". The header is not part of the
+chain: two runs that did the same on two machines have the same heads, and equal heads mean that all entries
+up to them are equal.
 """
 
 from __future__ import annotations
@@ -32,44 +32,47 @@ _START = hashlib.sha256(b"reproml trace 1").hexdigest()
 
 
 class Writer:
-    """Appends entries, each with one write to the file, so that a crash cuts off the last line at most."""
+    """Appends entries, each with one write to the file, so that a crash truncates at most the last line."""
 
     def __init__(self, path: Path, header: dict[str, Any], head: Optional[dict[str, Any]] = None):
-        """Begin a file, which may replace another trace only; or with `head` go on in one.
+        """Begin a file, which may replace only another trace; or, with `head`, continue one.
 
-        Raises ReproError if the file cannot be written, is no trace, or does not lead to that head.
+        Raises ReproError if the file cannot be written, is not a trace, or does not contain that head.
         """
         self.entries, self.head = 0, _START
         try:
             if head is not None:
-                self._go_on(path, header["level"], head)
+                self._resume(path, header["level"], head)
                 return
             if path.exists() and path.stat().st_size and not is_trace(path):
-                raise ReproError(f"{path} is not a trace of reproml, so none is written there")
+                raise ReproError(
+                    f"{path} exists and is not a trace of reproml; choose another file"
+                )
             self._file = path.open("wb", buffering=0)
             self._file.write(_sealed({_KEY: FORMAT, **header}))
         except OSError as error:
             raise ReproError(f"cannot write the trace {path}: {error.strerror}") from None
 
-    def _go_on(self, path: Path, level: str, head: dict[str, Any]) -> None:
+    def _resume(self, path: Path, level: str, head: dict[str, Any]) -> None:
         if not path.exists():
             raise ReproError(
-                f"the trace {path} is not there to go on with; put it back, go on without a trace, "
-                "or begin the training anew"
+                f"cannot resume trace {path}: file not found; restore it, resume without --trace, "
+                "or start the training again"
             )
         reader = Reader(path)
         if reader.header["level"] != level:
             raise ReproError(
-                f"{path} was traced at level {reader.header['level']}, so it cannot go on at {level}"
+                f"{path} was traced at level {reader.header['level']}, so it cannot be resumed "
+                f"at level {level}"
             )
         entries = iter(reader)
         while reader.entries < head["entries"] and next(entries, None) is not None:
             pass
         if (reader.entries, reader.head) != (head["entries"], head["sha256"]):
             raise ReproError(
-                f"{path} does not lead to the head to go on from (entry {head['entries']}): "
-                "it is the trace of another run, or was cut off before; put the right one there, "
-                "go on without a trace, or begin the training anew"
+                f"cannot resume trace {path}: it does not contain the checkpoint's entry "
+                f"{head['entries']}; it belongs to another run or was truncated; restore the right "
+                "file, resume without --trace, or start the training again"
             )
         self.entries, self.head = reader.entries, reader.head
         os.truncate(path, reader.offset)
@@ -77,7 +80,7 @@ class Writer:
 
     def append(self, entry: dict[str, Any]) -> None:
         text = _encode(entry)
-        sha = _SHA256.copy()  # half the price of a new one
+        sha = _SHA256.copy()  # half as expensive as a new one
         sha.update(self.head.encode())
         sha.update(text)
         self.head = sha.hexdigest()
@@ -85,7 +88,7 @@ class Writer:
         self._file.write(text[:-1] + _tail(self.head))
 
     def sync(self) -> None:
-        """Write the file to the disk itself, so that no checkpoint outlives the entries it counts."""
+        """Flush the file to the disk, so that no checkpoint outlives the entries that it counts."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -93,21 +96,21 @@ class Writer:
 
 
 class Reader:
-    """Iterates over the entries of a trace file, checking the chain on the way; line by line."""
+    """Iterates over the entries of a trace file line by line and checks the chain."""
 
     def __init__(self, path: Path) -> None:
-        """Read the header. Raises ReproError if the file is no trace, or newer than this reproml."""
+        """Read the header. Raises ReproError if the file is not a trace or has a newer format."""
         self.path, self.entries, self.head = path, 0, _START
-        self.cut = False  # whether the last line was found without its end
+        self.cut = False  # whether the last line is truncated
         try:
             with path.open("rb") as file:
                 first = file.readline(1 << 24)
         except OSError as error:
             raise ReproError(f"cannot read the trace {path}: {error.strerror}") from None
         if not first:
-            raise ReproError(f"{path} is empty: the run was ended before its trace began")
+            raise ReproError(f"{path} is empty: the run ended before its trace began")
         if first.startswith(_BEGINNING) and not first.endswith(b"\n"):
-            raise ReproError(f"{path} is cut off in its first line: the run has left no trace")
+            raise ReproError(f"{path} is truncated in its first line: the run recorded nothing")
         self.header = _object(first)
         version = self.header.get(_KEY)
         if not isinstance(version, int):
@@ -119,7 +122,7 @@ class Reader:
         unsealed = {key: value for key, value in self.header.items() if key != "sha256"}
         if _sealed(unsealed) != first:
             raise ReproError(f"{path} is damaged: its first line does not have its SHA-256")
-        self.offset = len(first)  # of the end of the last entry given out
+        self.offset = len(first)  # where the last entry that was returned ends
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield the entries, without their heads. Raises ReproError at the first that is damaged."""
@@ -134,7 +137,7 @@ class Reader:
                 if line[-_TAIL:] != _tail(head):
                     raise ReproError(
                         f"{self.path} is damaged: entry {self.entries + 1} (line {self.entries + 2}) "
-                        "is not what was written; record it anew"
+                        "is not what was written; record the trace again"
                     )
                 self.entries, self.head, self.offset = (
                     self.entries + 1,
@@ -145,7 +148,7 @@ class Reader:
 
 
 def is_trace(path: Path) -> bool:
-    """Whether the file begins like a trace, damaged or not."""
+    """Return whether the file begins like a trace, damaged or not."""
     with path.open("rb") as file:
         return file.read(len(_BEGINNING)) == _BEGINNING
 

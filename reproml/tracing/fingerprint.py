@@ -1,14 +1,14 @@
-"""64 bits that tell whether two tensors are the same to the last bit, much faster than a SHA-256.
+"""Compute 64-bit fingerprints of tensors, which identify their bits much faster than a SHA-256.
 
-The elements' bytes, row-major and little-endian, as for `reproml.digest` (every NaN is one NaN), are cut
-into blocks of 1024 words of 32 bits, the last one filled up with zeros. A block's hash is NH (J. Black,
+The elements' bytes, row-major and little-endian as for `reproml.digest` (with one canonical NaN), are split
+into blocks of 1024 words of 32 bits; the last block is padded with zeros. A block's hash is NH (J. Black,
 S. Halevi, H. Krawczyk, T. Krovetz, P. Rogaway: UMAC, CRYPTO 1999, section 4.1)
 
     sum over j < 512 of (word[j] + key[j] mod 2^32) (word[j + 512] + key[j + 512] mod 2^32)   mod 2^64,
 
-and the fingerprint is the polynomial over the blocks' hashes, begun with the number of bytes, in
-MULTIPLIER. For a random key two different blocks have the same hash with a probability of 2^-32 at most.
-The key is public: a fingerprint is no proof against forgery, as a SHA-256 is.
+and the fingerprint is a polynomial in MULTIPLIER over the hashes of the blocks, with the number of bytes
+as its first coefficient. For a random key, two different blocks have the same hash with a probability of
+at most 2^-32. The key is public: unlike a SHA-256, a fingerprint does not protect against forgery.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ KEY = np.frombuffer(
     "<u4",
 )
 _KEY_AT = KEY.ctypes.data
-MULTIPLIER = (
-    0x9E37_79B9_7F4A_7C15  # 2^64 over the golden ratio: odd, and no small number's multiple
-)
+MULTIPLIER = 0x9E37_79B9_7F4A_7C15  # 2^64 over the golden ratio, an odd number
 
 
 def fingerprints(of: Sequence[Tensor]) -> list[str]:
-    """Return 16 hexadecimal digits for each tensor: of any shape, layout, device and dtype that
-    `reproml.digest` takes. The shape and the dtype are not part of it.
+    """Return a fingerprint of 16 hexadecimal digits for each tensor.
+
+    Tensors may have any layout, device and dtype that `reproml.digest` takes. The shape and the
+    dtype do not enter.
     """
     return [f"{fingerprint:016x}" for fingerprint, _ in measure(of, 0)]
 
 
 def measure(of: Sequence[Tensor], summed: int) -> list[tuple[int, int]]:
-    """Return fingerprint and, of the first `summed`, sum of the words (mod 2^64) of each tensor.
+    """Return (fingerprint, sum of the words mod 2^64) for each tensor; sums only for the first `summed`.
 
-    The sum is the same for the same samples in any order, if a sample has a multiple of 32 bits.
+    The sum does not depend on the order of the samples if a sample has a multiple of 32 bits.
     """
     if kernels.library is None:
-        found = [_plain(_elements(x)) for x in of]
+        found = [_reference(_elements(x)) for x in of]
         return found[:summed] + [(fingerprint, 0) for fingerprint, _ in found[summed:]]
-    kept = [x if _direct(x) else torch.from_numpy(_elements(x)) for x in of]
-    table: list[int] = []  # for each where it is, its number of bytes, whether it is float32
+    kept = [x if _is_hashable_memory(x) else torch.from_numpy(_elements(x)) for x in of]
+    table: list[int] = []  # for each: address, number of bytes, whether it is float32
     for x in kept:
         table += x.data_ptr(), x.nbytes, x.dtype is torch.float32
     count = len(kept)
@@ -67,8 +67,8 @@ def measure(of: Sequence[Tensor], summed: int) -> list[tuple[int, int]]:
 
 
 def first(x: Tensor, count: int) -> list[Any]:
-    """Return the first elements, `count` at most, as Python's numbers."""
-    if x.dtype is torch.float32 and _direct(x):  # several times as fast as an operator
+    """Return at most the first `count` elements as Python numbers."""
+    if x.dtype is torch.float32 and _is_hashable_memory(x):  # several times faster than an operator
         count = min(count, x.numel())
         return (ctypes.c_float * count).from_address(x.data_ptr())[:] if count else []
     with unseen():
@@ -76,12 +76,12 @@ def first(x: Tensor, count: int) -> list[Any]:
         return elements
 
 
-_DIRECT = {torch.float32, torch.int64, torch.int32, torch.uint8, torch.bool}
+_SAME_BYTES = {torch.float32, torch.int64, torch.int32, torch.uint8, torch.bool}
 
 
-def _direct(x: Tensor) -> bool:
-    """Whether the memory holds just the bytes to hash (but for NaN, which the loop sees to)."""
-    return x.dtype in _DIRECT and x.is_cpu and x.layout is torch.strided and x.is_contiguous()
+def _is_hashable_memory(x: Tensor) -> bool:
+    """Return whether the memory holds the bytes to hash, except for NaN, which the C loop replaces."""
+    return x.dtype in _SAME_BYTES and x.is_cpu and x.layout is torch.strided and x.is_contiguous()
 
 
 def _elements(x: Tensor) -> NDArray[Any]:
@@ -89,8 +89,8 @@ def _elements(x: Tensor) -> NDArray[Any]:
         return canonical_array(x)
 
 
-def _plain(array: NDArray[np.generic]) -> tuple[int, int]:
-    """The definition, where there are no compiled loops."""
+def _reference(array: NDArray[np.generic]) -> tuple[int, int]:
+    """Compute fingerprint and sum without the C library."""
     raw = array.tobytes()
     words = np.zeros(-(-len(raw) // (4 * WORDS)) * WORDS, "<u4")
     words.view(np.uint8)[: len(raw)] = np.frombuffer(raw, np.uint8)
@@ -101,8 +101,8 @@ def _plain(array: NDArray[np.generic]) -> tuple[int, int]:
     return result, int(words.sum(dtype=np.uint64))
 
 
-class unseen:  # noqa: N801 (used like a function; a generator would take twice as long)
-    """A context whose operators are no part of the training: no mode sees them, nor does exact()."""
+class unseen:  # noqa: N801 (used like a function; a generator takes twice as long)
+    """A context whose operators are not part of the training: neither modes nor exact() see them."""
 
     def __enter__(self) -> None:
         self._guards = dispatcher.natively(), torch._C._DisableTorchDispatch()

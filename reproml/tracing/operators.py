@@ -1,4 +1,4 @@
-"""Each operator of a training, with what went in, what came out, and the line of code that asked for it."""
+"""Record each operator of a training with its inputs, its outputs and the line of code that called it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reproml.tracing.fingerprint import fingerprints, unseen
 
 Write = Callable[[dict[str, Any], list[Tensor]], None]
 
-# Their results are whatever the memory held: filled with zeros, so that they are no difference.
+# Their results are uninitialised memory: they are filled with zeros, so that they make no difference.
 _UNFILLED = {
     "empty",
     "empty_like",
@@ -39,7 +39,7 @@ _FILLING = {
 }
 _FILLING |= {"geometric_", "zero_", "fill_", "copy_"}
 
-# Frames of these are nobody's line.
+# Frames in these files are not the caller's.
 _OURS = (
     os.path.dirname(torch.__file__) + os.sep,
     os.path.dirname(reproml.arithmetic.__file__) + os.sep,
@@ -50,17 +50,16 @@ _OURS = (
 
 
 class Operators(TorchDispatchMode):
-    """Tells `write` of each operator: what is in the entry, and its output tensors.
+    """Passes the entry of each operator and its output tensors to `write`.
 
-    Within exact() these are the operators, not what their definitions are made of (arithmetic/dispatch/dispatcher.py).
+    Within exact() these are the operators of the program, not those that a definition calls.
     """
 
     def __init__(self, write: Write) -> None:
         super().__init__()
         self._write = write
-        self._lines: dict[
-            int, str
-        ] = {}  # of the forward pass, by the autograd node's sequence number
+        # Line of the forward pass by the autograd node's sequence number.
+        self._lines: dict[int, str] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -82,25 +81,25 @@ class Operators(TorchDispatchMode):
         return result
 
     def _line(self) -> tuple[str, str]:
-        """The line, and for a backward operator the name of its node, whose forward line it has then."""
+        """Return the caller's line; for a backward operator, its forward line and the name of its node."""
         node: Any = torch._C._current_autograd_node()
         if node is not None:
             return self._lines.get(node._sequence_nr(), _caller()), node.name()
         line = _caller()
         if torch.is_grad_enabled():
-            # Autograd has made this operator's node already, so its number is the last one given.
+            # Autograd has already created this operator's node, so its number is the last one.
             self._lines.setdefault(torch._C._autograd._get_sequence_nr() - 1, line)
         return line, ""
 
 
 def _described(given: Any, skipped: list[Tensor]) -> list[str]:
-    """Fingerprints of tensors, the values of numbers and texts."""
+    """Return the fingerprints of tensors and the values of numbers and strings."""
     found = [x for x in tensors(given) if not any(x is y for y in skipped)]
-    return fingerprints(found) + [repr(x) for x in _plain_values(given)]
+    return fingerprints(found) + [repr(x) for x in _python_values(given)]
 
 
 def _caller() -> str:
-    """The innermost frame that is neither PyTorch's nor ours: "FILE:LINE"."""
+    """Return "FILE:LINE" of the innermost frame that is neither PyTorch's nor reproml's."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         if not frame.f_code.co_filename.startswith(_OURS):
@@ -109,12 +108,12 @@ def _caller() -> str:
     return "an unknown line"
 
 
-def _plain_values(data: Any) -> Iterator[Any]:
+def _python_values(data: Any) -> Iterator[Any]:
     if isinstance(data, dict):
-        yield from _plain_values(list(data.values()))
+        yield from _python_values(list(data.values()))
     elif isinstance(data, (list, tuple)):
         for x in data:
-            yield from _plain_values(x)
+            yield from _python_values(x)
     elif data is None or isinstance(data, (bool, int, float, complex, str)):
         yield data
 

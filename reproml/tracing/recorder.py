@@ -1,16 +1,16 @@
-"""What a trace records, and where it listens: at PyTorch's own places, so that no training loop changes.
+"""Record a training at PyTorch's own functions, so that no training loop changes.
 
-    place                        what is taken there
-    a DataLoader's next batch    its tensors: the batch, if a backward pass follows; with a new iterator a
-                                 new epoch begins
-    a module called directly     its input tensors that need no gradient, unless they are the loader's
-    torch.autograd.backward      the loss; the batch is settled
-    an optimizer, before a step  the gradients, the state of the random numbers
-    an optimizer, after a step   the weights; the entry is written
+    where                          what is recorded a DataLoader's next batch      its tensors: the batch,
+    if a backward pass follows; a new iterator begins a
+                                   new epoch
+    a module called directly       its input tensors that need no gradient, unless they are the loader's
+    torch.autograd.backward        the loss; the batch is complete
+    an optimizer, before a step    the gradients and the state of the random number generator
+    an optimizer, after a step     the weights; the entry is written
 
-Only what happens with gradients enabled counts, so that an evaluation leaves no trace. Tensors are told by
-their fingerprints (fingerprint.py); the weights at the start, after each epoch and at the end also by their
-SHA-256.
+Only what happens with gradients enabled is recorded, so an evaluation leaves no trace. Tensors are
+recorded by their fingerprints (fingerprint.py); the weights at the start, after each epoch and at the end
+also by their SHA-256.
 """
 
 from __future__ import annotations
@@ -45,40 +45,39 @@ from reproml.tracing.operators import Operators
 from reproml.versions import DEFINITIONS
 
 RERUN = "REPROML_TRACE_RERUN"  # see rerun.py
-_SAMPLE = (
-    8  # the last parameter's first elements, to see a difference grow: all the network acts on them
-)
+# How many elements of the last parameter are recorded, to see a difference grow: all layers affect them.
+_SAMPLE = 8
 
 
 _PASS = "_reproml_pass"
 
 
 class StepReached(BaseException):
-    """Ends a rerun at its last step; no training catches it."""
+    """Ends a rerun at its last step; training code does not catch a BaseException."""
 
 
 @dataclass
 class _Stepped:
-    """An optimizer, and its parameters by name: these are kept, its state may be freed."""
+    """An optimizer and its parameters by name; the parameters are kept, its state may be freed."""
 
     optimizer: weakref.ref[Optimizer]
     named: dict[str, Tensor]
 
 
 class Recorder:
-    """Writes one trace. To be had from `reproml.trace`."""
+    """Writes one trace. `reproml.trace` creates it."""
 
     def __init__(
         self, path: Path, level: str, resume: Optional[dict[str, Any]], about: dict[str, Any]
     ) -> None:
         self._level = level
-        header = {"level": level, **_origin(), **about, "environment": environment.describe()}
+        header = {"level": level, **_command_line(), **about, "environment": environment.describe()}
         self._writer = Writer(path, header, resume)
         self._step = resume["step"] if resume else 0
         self._epoch = resume["epoch"] if resume else 0
-        self._known = resume["optimizers"] if resume else 0  # optimizers that the file tells of
+        self._known = resume["optimizers"] if resume else 0  # optimizers that the file contains
         self._optimizers: list[_Stepped] = []  # in order of their first step
-        self._pass: Optional[int] = None  # the pass of a data loader that is the epoch under way
+        self._pass: Optional[int] = None  # the pass of a data loader that is the current epoch
         self._last: Optional[int] = None  # the pass that the last batch came from
         self._passes = 0
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -90,7 +89,7 @@ class Recorder:
         self._loss: list[str] = []
         self._gradients: list[Optional[str]] = []
         self._random = ""
-        self._places = ExitStack()  # puts back all that `_listen` has replaced
+        self._places = ExitStack()  # restores what `_listen` replaced
         self._rerun: Optional[tuple[int, Path]] = None
         self._operators: Optional[Operators] = None
 
@@ -99,7 +98,7 @@ class Recorder:
     def open(
         cls, path: Path, level: str, resume: Optional[dict[str, Any]], about: dict[str, Any]
     ) -> Iterator[Recorder]:
-        """Listen from here to the end of the block; everything is put back then."""
+        """Record until the end of the block, then restore what was replaced."""
         rerun = json.loads(os.environ[RERUN]) if RERUN in os.environ else None
         if rerun:
             path, level, resume = Path(rerun["folder"]) / "trace", "op", None
@@ -114,12 +113,11 @@ class Recorder:
             recorder._write_weights("end")
 
     def head(self) -> dict[str, Any]:
-        """Return where the trace stands, as JSON: to be kept in a checkpoint, given back as `resume`.
+        """Return the current end of the trace, as JSON, to be kept in a checkpoint and passed as `resume`.
 
-        The file is on the disk up to there.
-
-        entries, sha256: number of entries and the head of the last. step, epoch, optimizers: what the
-        numbering goes on from; an epoch that is under way counts as one to be begun again.
+        The file is flushed to the disk up to this point. entries and sha256 are the number of entries and
+        the head of the last; numbering continues from step, epoch and optimizers. An unfinished epoch is
+        counted as one that begins again.
         """
         self._writer.sync()
         return {
@@ -132,7 +130,7 @@ class Recorder:
 
     @contextmanager
     def restoring(self) -> Iterator[Callable[[nn.Module, Optimizer], None]]:
-        """See `tracing.restoring`."""
+        """Implement `tracing.restoring`."""
         self._places.close()
         try:
             yield self._restored
@@ -143,7 +141,7 @@ class Recorder:
         self._roots.add(model)
         self._optimizers.append(_Stepped(weakref.ref(optimizer), self._named(optimizer)))
 
-    # --- listening ------------------------------------------------------------------------------------
+    # --- recording ------------------------------------------------------------------------------------
 
     def _listen(self, stack: ExitStack) -> None:
         _replace(stack, nn.Module, "__call__", self._call)
@@ -156,11 +154,11 @@ class Recorder:
             self._operators = Operators(self._write_operator)
             stack.enter_context(self._operators)
 
-    def _next(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def _next(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def next_batch(iterator: Any) -> Any:
-            attributes = iterator.__dict__  # a pass has its number there, until it ends
+            attributes = iterator.__dict__  # holds the number of its pass until the pass ends
             try:
-                data = plain(iterator)
+                data = original(iterator)
             except StopIteration:
                 if self._pass is not None and attributes.get(_PASS) == self._pass:
                     self.end_epoch()
@@ -177,7 +175,7 @@ class Recorder:
         return next_batch
 
     def batch(self, data: Any) -> None:
-        """Take a batch that comes from no data loader."""
+        """Record a batch that does not come from a data loader."""
         self._last = self._last or 0
         self._fetch(0, data)
 
@@ -190,32 +188,32 @@ class Recorder:
         if self._level != "epoch":
             self._fetched[source] = list(tensors(data))
 
-    def _call(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def _call(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if self._inside_module or not (torch.is_grad_enabled() and module.training):
-                return plain(module, *args, **kwargs)
+                return original(module, *args, **kwargs)
             self._roots.add(module)
             if self._level != "epoch":
                 self._inputs += [x for x in tensors([args, kwargs]) if not x.requires_grad]
             self._inside_module = True
             try:
-                return plain(module, *args, **kwargs)
+                return original(module, *args, **kwargs)
             finally:
                 self._inside_module = False
 
         return call
 
-    def _backward(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def _backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def backward(roots: Any, *args: Any, **kwargs: Any) -> Any:
-            self._settle_batch()
+            self._take_batch()
             for x in tensors(roots):
                 loss = repr(first(x, 1)[0]) if x.numel() == 1 else fingerprints([x])[0]
                 self._loss.append(loss)
-            return plain(roots, *args, **kwargs)
+            return original(roots, *args, **kwargs)
 
         return backward
 
-    def _settle_batch(self) -> None:
+    def _take_batch(self) -> None:
         batch = [x for fetched in self._fetched.values() for x in fetched]
         known = {id(x) for x in batch}
         batch += [x for x in self._inputs if id(x) not in known]
@@ -236,12 +234,12 @@ class Recorder:
             self._epoch += 1
             self._pass = self._last
         if self._level != "epoch":
-            if not self._loss:  # gradients that no `backward` made: torch.autograd.grad, say
-                self._settle_batch()
+            if not self._loss:  # no `backward` made the gradients: torch.autograd.grad, for example
+                self._take_batch()
             gradients = [p.grad for p in _parameters(optimizer)]
-            there = [g for g in gradients if g is not None]
+            present = [g for g in gradients if g is not None]
             size = len(self._batch)
-            found = measure([*self._batch, torch.get_rng_state(), *there], size)
+            found = measure([*self._batch, torch.get_rng_state(), *present], size)
             self._batch_found = found[:size]
             prints = iter([f"{fingerprint:016x}" for fingerprint, _ in found[size:]])
             self._random = next(prints)
@@ -269,9 +267,9 @@ class Recorder:
             self._loss = []
         if self._rerun:
             with unseen():
-                self._watch_rerun(optimizer)
+                self._end_rerun(optimizer)
 
-    def _watch_rerun(self, optimizer: Optimizer) -> None:
+    def _end_rerun(self, optimizer: Optimizer) -> None:
         assert self._rerun is not None and self._operators is not None
         step, folder = self._rerun
         if self._step < step:
@@ -282,7 +280,7 @@ class Recorder:
         raise StepReached
 
     def _write_operator(self, found: dict[str, Any], outputs: list[Tensor]) -> None:
-        """Of a rerun only the last step's operators are kept, but those with their results."""
+        """Write an operator; in a rerun, only those of the last step, together with their results."""
         if self._rerun:
             step, folder = self._rerun
             if self._step + 1 != step:
@@ -332,7 +330,7 @@ class Recorder:
         return len(self._optimizers)
 
     def _named(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """The optimizer's parameters under their modules' names; a number where no module has one."""
+        """Return the optimizer's parameters under their modules' names, else under numbers."""
         names: dict[int, str] = {}
         roots = sorted(
             (m for m in self._roots if next(m.parameters(), None) is not None),
@@ -348,14 +346,14 @@ class Recorder:
 
 
 def save(path: Path, values: dict[str, Tensor]) -> None:
-    """Write tensors of any layout and device; those that share memory one by one."""
+    """Write tensors of any layout and device; tensors that share memory are written separately."""
     safetensors.torch.save_file(
         {name: x.detach().cpu().contiguous().clone() for name, x in values.items()}, path
     )
 
 
-def _origin() -> dict[str, Any]:
-    """How this process was started, to run it again; no command in a notebook, say."""
+def _command_line() -> dict[str, Any]:
+    """Return how this process was started, to run it again; a notebook has no command."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     command = None
     if spec is not None:
@@ -368,9 +366,9 @@ def _origin() -> dict[str, Any]:
 def _replace(
     stack: ExitStack, owner: Any, name: str, made: Callable[[Callable[..., Any]], Any]
 ) -> None:
-    plain = getattr(owner, name)
-    setattr(owner, name, made(plain))
-    stack.callback(setattr, owner, name, plain)
+    original = getattr(owner, name)
+    setattr(owner, name, made(original))
+    stack.callback(setattr, owner, name, original)
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from reproml.diff.causes import CAUSES, Evidence, likely
+from reproml.diff.causes import CAUSES, Evidence, likely_cause
 
 
 def header(**changes: Any) -> dict[str, Any]:
@@ -22,23 +22,27 @@ def header(**changes: Any) -> dict[str, Any]:
 THREADS = {"torch": {"threads": 1}, "variables": {"OMP_NUM_THREADS": "1"}}
 RECIPE = {"name": "a", "seed": 1, "optimizer": {"kind": "sgd", "learning_rate": 0.1}}
 
-# name of the cause -> (what is planted in b, the evidence, words of the sentence)
+# name of the cause -> (changes planted in b, evidence, part of the sentence)
 PLANTED: dict[str, tuple[dict, dict, str]] = {
     "definitions": (
         {"definitions": 2},
         {"part": "loss"},
         "definitions of exact arithmetic: 1 and 2",
     ),
-    "data": ({"data.sha256": {"x": "1"}}, {"part": "batch"}, "other data"),
+    "data": ({"data.sha256": {"x": "1"}}, {"part": "batch"}, "different data"),
     "recipe": (
         {"recipe": {**RECIPE, "name": "b", "optimizer": {"kind": "sgd", "learning_rate": 0.2}}},
         {"part": "weights"},
-        "another recipe: optimizer.learning_rate (0.1 and 0.2)",
+        "different recipes: optimizer.learning_rate (0.1 and 0.2)",
     ),
     "optimizer": ({}, {"part": "settings", "settings": ["lr (1 and 2)"]}, "lr (1 and 2)"),
-    "model": ({}, {"part": "model"}, "another model"),
-    "seed": ({}, {"part": "initial weights", "same_random": False}, "another seed"),
-    "numerics": ({"numerics": "exact"}, {"part": "gradients"}, "exact arithmetic against native"),
+    "model": ({}, {"part": "model"}, "different models"),
+    "seed": ({}, {"part": "initial weights", "same_random": False}, "a different seed"),
+    "numerics": (
+        {"numerics": "exact"},
+        {"part": "gradients"},
+        "exact arithmetic on one side, native on the other",
+    ),
     "contracted uniform_": (
         {"torch": {"capability": "NO AVX"}},
         {"part": "initial weights", "same_random": True, "operator": "aten.uniform_"},
@@ -47,17 +51,17 @@ PLANTED: dict[str, tuple[dict, dict, str]] = {
     "initial weights": (
         {},
         {"part": "initial weights", "same_random": True},
-        "another initialisation",
+        "a different initialisation",
     ),
     "part of the batch": (
         {},
         {"part": "batch", "same_samples": True, "beside_same": True},
-        "out of step with their inputs",
+        "labels do not match their inputs",
     ),
-    "shuffle": ({}, {"part": "batch", "same_samples": True}, "another shuffle"),
-    "other data": ({}, {"part": "batch", "same_samples": False}, "other data"),
-    "data or shuffle": ({}, {"part": "batch"}, "would tell which"),
-    "random numbers": ({}, {"part": "loss", "same_random": False}, "other random numbers"),
+    "shuffle": ({}, {"part": "batch", "same_samples": True}, "a different shuffle"),
+    "other data": ({}, {"part": "batch", "same_samples": False}, "different data"),
+    "data or shuffle": ({}, {"part": "batch"}, "would show which"),
+    "random numbers": ({}, {"part": "loss", "same_random": False}, "different random numbers"),
     "order of a sum": (
         THREADS,
         {"part": "gradients", "same_random": True, "operator": "aten.mm", "same_inputs": True},
@@ -72,7 +76,7 @@ PLANTED: dict[str, tuple[dict, dict, str]] = {
     "optimizer's schedule": (
         {},
         {"part": "weights", "same_random": True},
-        "from the same gradients",
+        "the same gradients gave different weights",
     ),
     "sum without order": (
         {},
@@ -83,12 +87,12 @@ PLANTED: dict[str, tuple[dict, dict, str]] = {
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_a_planted_cause_is_told(name):
+def test_planted_cause_is_found(name):
     changes, evidence, words = PLANTED[name]
     numerics = "exact" if name == "definitions" else "native"
     a = header(**{"recipe": RECIPE, "data.sha256": {"x": "0"}, "numerics": numerics})
     b = header(**{"recipe": RECIPE, "data.sha256": {"x": "0"}, "numerics": numerics, **changes})
-    found, sentence = likely(Evidence(a, b, **evidence))
+    found, sentence = likely_cause(Evidence(a, b, **evidence))
     assert found == name and words in sentence
 
 
@@ -96,16 +100,16 @@ def test_every_cause_is_planted():
     assert list(PLANTED) == [name for name, _, _ in CAUSES]
 
 
-def test_nothing_fits():
-    assert likely(Evidence(header(), header(), "loss", same_random=True))[0] == "unknown"
-    assert likely(Evidence({}, {}, "item"))[0] == "unknown"
+def test_no_known_cause_is_unknown():
+    assert likely_cause(Evidence(header(), header(), "loss", same_random=True))[0] == "unknown"
+    assert likely_cause(Evidence({}, {}, "item"))[0] == "unknown"
 
 
-def test_the_machine_is_no_cause_where_the_inputs_differ_already():
+def test_machine_is_no_cause_of_different_inputs():
     evidence = Evidence(header(), header(**THREADS), "operator", "aten.mm", same_inputs=False)
-    assert likely(evidence)[0] == "unknown"
+    assert likely_cause(evidence)[0] == "unknown"
 
 
-def test_a_name_alone_is_no_other_recipe():
+def test_name_alone_is_no_different_recipe():
     a, b = header(recipe=RECIPE), header(recipe={**RECIPE, "name": "b", "trace": "op"}, **THREADS)
-    assert likely(Evidence(a, b, "loss", same_random=True))[0] == "environment"
+    assert likely_cause(Evidence(a, b, "loss", same_random=True))[0] == "environment"

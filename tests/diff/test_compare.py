@@ -76,7 +76,7 @@ def planted(folder: Path, **changes: Any) -> Divergence:
     return found
 
 
-def test_the_same_twice_is_no_difference(tmp_path):
+def test_equal_traces_have_no_difference(tmp_path):
     for level in ("epoch", "step", "op"):
         train(tmp_path / "a", level=level)
         train(tmp_path / "b", level=level)
@@ -100,7 +100,7 @@ def test_the_same_twice_is_no_difference(tmp_path):
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
-def test_where_they_part_and_why(tmp_path, changes, part, step, tensor, cause):
+def test_first_difference_and_its_cause(tmp_path, changes, part, step, tensor, cause):
     found = planted(tmp_path, **changes)
     assert (found.part, found.tensor, found.cause[0]) == (part, tensor, cause)
     assert found.step == step or step is None
@@ -111,7 +111,7 @@ def test_exact_against_native(tmp_path):
     assert found.cause[0] == "numerics" and found.part in ("initial weights", "loss", "gradients")
 
 
-def test_how_the_difference_grows(tmp_path):
+def test_growth_of_the_difference(tmp_path):
     found = planted(tmp_path, initial=2**-20)
     assert [step for step, _ in found.growth] == [1, 2, 3, 4, 5, 6]
     assert all(apart > 0 for _, apart in found.growth)
@@ -119,7 +119,7 @@ def test_how_the_difference_grows(tmp_path):
     assert [step for step, _ in found.growth] == [4, 5, 6]
 
 
-def test_op_level_names_the_operator_and_the_line(tmp_path):
+def test_op_level_names_operator_and_line(tmp_path):
     found = planted(tmp_path, level="op", initial=2**-20)
     assert found.part == "operator" and found.operator is not None and found.step == 1
     assert found.operator.name == "aten.add_" and found.operator.line.startswith(__file__)
@@ -127,7 +127,7 @@ def test_op_level_names_the_operator_and_the_line(tmp_path):
     assert "+= initial" in lines[int(found.operator.line.rsplit(":", 1)[1]) - 1]
 
 
-def test_a_trace_that_is_cut_off_parts_at_its_end_and_says_so(tmp_path):
+def test_truncated_trace_diverges_at_its_end(tmp_path):
     train(tmp_path / "a")
     raw = (tmp_path / "a").read_bytes()
     whole = raw[: raw.index(b'"step":4') + 3]
@@ -135,11 +135,11 @@ def test_a_trace_that_is_cut_off_parts_at_its_end_and_says_so(tmp_path):
     found = compare(tmp_path / "a", tmp_path / "b")
     assert found is not None and found.part == "length" and found.cause[0] == "length"
     assert found.notes == [
-        f"{tmp_path / 'b'} is cut off after entry {whole.count(bytes([10])) - 1}"
+        f"{tmp_path / 'b'} is truncated after entry {whole.count(bytes([10])) - 1}"
     ]
 
 
-def test_damage_after_the_parting_is_found(tmp_path):
+def test_damage_after_first_difference_is_found(tmp_path):
     train(tmp_path / "a")
     train(tmp_path / "b", lr=0.2)
     raw = (tmp_path / "b").read_bytes()
@@ -180,7 +180,7 @@ with reproml.trace(sys.argv[1]):
 """
 
 
-def test_the_step_that_parts_is_run_again_to_find_the_operator(tmp_path):
+def test_rerun_finds_the_operator(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     for name, variable in (("a", "0"), ("b", "1")):
         subprocess.run(
@@ -203,12 +203,12 @@ def test_the_step_that_parts_is_run_again_to_find_the_operator(tmp_path):
     assert "in which planted.sum adds up, by OMP_TURNED (0 and 1)" in found.cause[1]
 
 
-def test_a_rerun_needs_a_way_to_run_it(tmp_path, monkeypatch):
+def test_rerun_without_a_command_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [""])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     train(tmp_path / "a")
     train(tmp_path / "b", initial=0.5)
-    with pytest.raises(ReproError, match="does not say how to run it again"):
+    with pytest.raises(ReproError, match="has no command"):
         compare(tmp_path / "a", tmp_path / "b", rerun=True)
 
 
@@ -221,12 +221,12 @@ def saved(out: Path, **changes: Any) -> Path:
     return out
 
 
-def test_runs_without_traces_part_at_an_item(tmp_path):
+def test_runs_without_traces_diverge_at_an_item(tmp_path):
     a, b = saved(tmp_path / "a"), saved(tmp_path / "b", seed=2)
     assert compare(a, a) is None
     found = compare(a, b)
     assert found is not None and (found.kind, found.part) == ("run", "item")
-    assert found.cause == ("recipe", "another recipe: seed (1 and 2)")
+    assert found.cause == ("recipe", "different recipes: seed (1 and 2)")
     assert found.item == "recipe.canonical_json.sha256"
     assert found.tensor in safetensors.torch.load(tiny.run().weights)
     shown = compare_module.lines(found, "a", "b")
@@ -236,7 +236,7 @@ def test_runs_without_traces_part_at_an_item(tmp_path):
         compare(a, b, rerun=True)
 
 
-def test_runs_with_traces_part_at_a_step(tmp_path):
+def test_runs_with_traces_diverge_at_a_step(tmp_path):
     folders = []
     for name in ("a", "b"):
         optimizer = 'kind = "sgd"\nlearning_rate = ' + {"a": "0.1", "b": "0.2"}[name]
@@ -248,7 +248,7 @@ def test_runs_with_traces_part_at_a_step(tmp_path):
         assert (tmp_path / name / TRACE).exists()
     found = compare(*folders)
     assert found is not None and (found.kind, found.part) == ("run", "settings")
-    assert found.cause == ("recipe", "another recipe: optimizer.learning_rate (0.1 and 0.2)")
+    assert found.cause == ("recipe", "different recipes: optimizer.learning_rate (0.1 and 0.2)")
 
 
 def replace_trace(recipe: Any) -> Any:
@@ -257,7 +257,7 @@ def replace_trace(recipe: Any) -> Any:
     return msgspec.structs.replace(recipe, trace="step")
 
 
-def test_weights(tmp_path):
+def test_weights_files_are_compared(tmp_path):
     state = safetensors.torch.load(tiny.run().weights)
     safetensors.torch.save_file(state, tmp_path / "a.safetensors")
     state["1.bias"][2] = torch.nextafter(state["1.bias"][2], torch.tensor(9.0))
@@ -268,7 +268,7 @@ def test_weights(tmp_path):
     assert found.distance == Distance(1, 1, 8)
 
 
-def test_golden_files_part_in_the_pipelines_order(tmp_path):
+def test_golden_files_diverge_in_pipeline_order(tmp_path):
     items = dict(tiny.run().items)
     golden.save(items, tmp_path / "a.json", False)
     later = {**items, "epoch.1.loss": 0.5, "weights.safetensors.sha256": "0"}
@@ -288,7 +288,7 @@ def test_golden_files_part_in_the_pipelines_order(tmp_path):
 # --- the command line -----------------------------------------------------------------------------
 
 
-def test_the_command_line(tmp_path, capsys, monkeypatch):
+def test_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(Path("a"))
     train(Path("b"), lr=0.2)
@@ -297,8 +297,8 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == "a and a: no difference\n"
     assert main(["diff", "a", "b"]) == 1
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0].startswith("a and b part in the first step: the settings of the optimizer")
-    assert shown[-1] == "likely cause: other settings of the optimizer: lr (0.1 and 0.2)"
+    assert shown[0].startswith("a and b diverge in the first step: the settings of the optimizer")
+    assert shown[-1] == "likely cause: different settings of the optimizer: lr (0.1 and 0.2)"
     assert main(["diff", "a", "b", "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
     assert result["differ"] is True and result["part"] == "settings"
@@ -312,11 +312,11 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
         assert words in error and error.count("\n") == 1
 
 
-def test_every_part_has_words():
+def test_every_part_is_described():
     parts = {part for order in compare_module._ORDER.values() for _, part in order}
     assert parts | {"item", "length"} == set(compare_module.PARTS)
 
 
-def test_the_sparkline():
+def test_sparkline():
     assert sparkline([0, 0, 1, 2, 1024]) == "▁▁▁▂█"
     assert sparkline([0]) == "▁" and len(sparkline(list(range(1000)))) == 40

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reproml.diff.ulps import Distance, distance, first_apart
+from reproml.diff.ulps import Distance, distance, first_difference
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False), st.integers(0, 50))
-def test_a_neighbour_is_one_ulp_away(x, steps):
+def test_neighbour_is_one_ulp_away(x, steps):
     """np.nextafter goes from -0 to the smallest positive number: the two zeros are one place to it."""
     y = np.float32(x)
     for _ in range(steps):
@@ -31,24 +31,24 @@ def test_every_format(dtype):
     assert d == Distance(2 * int(one[:1].view(bits)) + 1, 2, 3)  # down to +0, -0, and as far again
 
 
-def test_integers_have_no_ulps_and_other_shapes_no_distance():
+def test_integers_and_other_shapes_have_no_ulps():
     assert distance(torch.tensor([1, 2]), torch.tensor([1, 3])) == Distance(None, 1, 2)
     assert distance(torch.zeros(2), torch.zeros(3)) is None
     assert distance(torch.zeros(2), torch.zeros(2, dtype=torch.float64)) is None
     assert distance(torch.zeros(0), torch.zeros(0)) == Distance(0, 0, 0)
 
 
-def test_the_tensor_that_is_furthest_apart():
+def test_first_difference_is_the_largest():
     x = {"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(2)}
     near, far = torch.tensor([1.0, 1.0 + 2**-23]), torch.tensor([1.0, 1.5])
-    assert first_apart(x, x) is None
-    assert first_apart(x, {**x, "b": near}) == ("b", Distance(1, 1, 2))
-    assert first_apart(x, {**x, "a": near, "b": far}) == ("b", Distance(2**22, 1, 2))
-    assert first_apart(x, {**x, "c": torch.ones(3)}) == ("c", None)
-    assert first_apart(x, {"a": x["a"]}) == ("b", None)
+    assert first_difference(x, x) is None
+    assert first_difference(x, {**x, "b": near}) == ("b", Distance(1, 1, 2))
+    assert first_difference(x, {**x, "a": near, "b": far}) == ("b", Distance(2**22, 1, 2))
+    assert first_difference(x, {**x, "c": torch.ones(3)}) == ("c", None)
+    assert first_difference(x, {"a": x["a"]}) == ("b", None)
 
 
-def test_nan_is_nan_whatever_its_bits():
+def test_all_nans_are_equal():
     bits = torch.tensor([0x7FC00000, -0x400000, 0x7F800001], dtype=torch.int32)
     found = distance(bits.view(torch.float32), torch.full((3,), torch.nan))
     assert found == Distance(0, 0, 3)

@@ -31,14 +31,14 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "trace"
 
 
-def test_what_was_written_is_read(path):
+def test_entries_are_read_back(path):
     reader = Reader(path)
     assert list(reader) == ENTRIES
     assert reader.header["level"] == "step" and reader.header["name"] == "ü"
     assert not reader.cut and reader.entries == 5 and is_trace(path)
 
 
-def test_the_chain_can_be_checked_by_anyone(path):
+def test_chain_follows_its_documented_definition(path):
     """As the module's docstring says, with sha256sum."""
     head = hashlib.sha256(b"reproml trace 1").hexdigest()
     for line in path.read_text().splitlines()[1:]:
@@ -71,7 +71,7 @@ def test_any_flipped_bit_is_found(tmp_path_factory, data):
 
 
 @given(st.data())
-def test_a_file_that_is_cut_off_has_its_whole_entries(tmp_path_factory, data):
+def test_truncated_file_yields_its_complete_entries(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("cut") / "trace"
     written(path)
     raw = path.read_bytes()
@@ -80,7 +80,7 @@ def test_a_file_that_is_cut_off_has_its_whole_entries(tmp_path_factory, data):
     whole = raw[:length].count(b"\n")
     if whole == 0:
         with pytest.raises(
-            ReproError, match="is empty|is cut off in its first line|is not a trace"
+            ReproError, match="is empty|is truncated in its first line|is not a trace"
         ):
             Reader(path)
         return
@@ -89,13 +89,13 @@ def test_a_file_that_is_cut_off_has_its_whole_entries(tmp_path_factory, data):
     assert reader.cut == (not raw[:length].endswith(b"\n"))
 
 
-def test_the_damaged_entry_is_named(path):
+def test_damaged_entry_is_named(path):
     path.write_text(path.read_text().replace('"step":3', '"step":4'))
     with pytest.raises(ReproError, match=r"is damaged: entry 3 \(line 4\) is not what was written"):
         list(Reader(path))
 
 
-def test_an_entry_that_was_taken_out_is_found(path):
+def test_removed_entry_is_found(path):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:2] + lines[3:]))
     with pytest.raises(ReproError, match="entry 2"):
@@ -112,10 +112,10 @@ def test_an_entry_that_was_taken_out_is_found(path):
         (b"\xff\x00\n", "is not a trace of reproml"),
         (b'{"reproml trace":2,"more":0}\n', "has format 2 of traces, this reproml reads 1; update"),
         (b'{"reproml trace":1,"level":"step"}\n', "is damaged: its first line"),
-        (b'{"reproml trace":1,"lev', "is cut off in its first line"),
+        (b'{"reproml trace":1,"lev', "is truncated in its first line"),
     ],
 )
-def test_a_file_that_is_no_good_is_one_sentence(tmp_path, content, message):
+def test_unusable_file_is_refused_in_one_sentence(tmp_path, content, message):
     path = tmp_path / "trace"
     path.write_bytes(content)
     with pytest.raises(ReproError, match=message):
@@ -135,7 +135,7 @@ def test_only_a_trace_is_replaced(path, tmp_path):
 
 @pytest.mark.parametrize("rest", [b"", b'{"entry":"st'])  # and after a crash
 @pytest.mark.parametrize("at", range(5))
-def test_going_on_from_a_head(tmp_path, at, rest):
+def test_resume_from_a_head(tmp_path, at, rest):
     heads = written(tmp_path / "trace")
     whole = (tmp_path / "trace").read_bytes()
     (tmp_path / "trace").write_bytes(whole + rest)
@@ -146,11 +146,11 @@ def test_going_on_from_a_head(tmp_path, at, rest):
     assert (tmp_path / "trace").read_bytes() == whole
 
 
-def test_going_on_from_another_runs_head_is_refused_and_changes_nothing(path):
+def test_resume_from_foreign_head_is_refused(path):
     before = path.read_bytes()
     for head in ({"entries": 3, "sha256": "0" * 64}, {"entries": 6, "sha256": "0" * 64}):
-        with pytest.raises(ReproError, match="does not lead to the head to go on from"):
+        with pytest.raises(ReproError, match="does not contain the checkpoint"):
             Writer(path, {"level": "step"}, head)
-    with pytest.raises(ReproError, match="at level step, so it cannot go on at op"):
+    with pytest.raises(ReproError, match="at level step, so it cannot be resumed at level op"):
         Writer(path, {"level": "op"}, {"entries": 0, "sha256": ""})
     assert path.read_bytes() == before

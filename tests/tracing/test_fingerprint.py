@@ -11,7 +11,7 @@ from reproml.tracing.fingerprint import (
     KEY,
     MULTIPLIER,
     WORDS,
-    _plain,
+    _reference,
     fingerprints,
     measure,
     unseen,
@@ -42,15 +42,15 @@ def random(dtype: torch.dtype, length: int, seed: int) -> torch.Tensor:
 
 
 @given(DTYPES, LENGTHS, st.integers(0, 9))
-def test_the_compiled_loop_the_plain_path_and_the_definition_agree(dtype, length, seed):
+def test_c_python_and_definition_agree(dtype, length, seed):
     x = random(dtype, length, seed)
     found, unsummed = measure([x, x], 1)
-    assert found == _plain(canonical_array(x)) and unsummed == (found[0], 0)
+    assert found == _reference(canonical_array(x)) and unsummed == (found[0], 0)
     assert found[0] == oracle(canonical_array(x).tobytes())
 
 
 @given(st.integers(0, 5000 * 32 - 1))
-def test_any_flipped_bit_changes_it(bit):
+def test_flipped_bit_changes_fingerprint(bit):
     x = torch.zeros(5000, dtype=torch.int32)
     raw = x.numpy().view(np.uint8)
     before = fingerprints([x])
@@ -59,7 +59,7 @@ def test_any_flipped_bit_changes_it(bit):
 
 
 @given(st.data())
-def test_signs_that_change_together_are_noticed(data):
+def test_pairs_of_changed_signs_are_noticed(data):
     """What a sum of products modulo 2^64 would miss: high bits only, in pairs."""
     length = data.draw(st.integers(2, 3000))
     x = torch.ones(length)
@@ -69,7 +69,7 @@ def test_signs_that_change_together_are_noticed(data):
     assert fingerprints([-torch.ones(length)]) != fingerprints([torch.ones(length)])
 
 
-def test_every_nan_is_one_nan_and_zeros_differ():
+def test_nans_are_equal_and_zeros_differ():
     bits = torch.tensor([0x7FC00000, 0x7F800001, -1, -(2**31)], dtype=torch.int32)
     nans = fingerprints([x.view(torch.float32) for x in bits[:3].split(1)])
     assert len(set(nans)) == 1
@@ -77,18 +77,18 @@ def test_every_nan_is_one_nan_and_zeros_differ():
     assert fingerprints([bits[:1]]) != fingerprints([bits[1:2]])  # of integers all bits count
 
 
-def test_layout_does_not_count():
+def test_layout_does_not_enter():
     x = torch.arange(12.0).view(3, 4)
     assert fingerprints([x.t()]) == fingerprints([x.t().contiguous()]) != fingerprints([x])
 
 
 @given(st.permutations(range(6)))
-def test_the_sum_is_that_of_the_samples_in_any_order(order):
+def test_sum_ignores_order_of_samples(order):
     x = torch.randn(6, 5)
     assert measure([x], 1)[0][1] == measure([x[order]], 1)[0][1]
 
 
-def test_what_is_done_unseen_no_mode_sees():
+def test_modes_do_not_see_unseen_work():
     from torch.utils._python_dispatch import TorchDispatchMode
 
     import reproml

@@ -49,7 +49,7 @@ def steps(model, loader, optimizer, epochs=2, each=lambda *seen: None) -> None:
 
 @pytest.mark.parametrize("numerics", ["exact", "native"])
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_step_has_the_fingerprints_of_what_it_was(tmp_path, numerics, inside):
+def test_step_has_fingerprints_of_its_tensors(tmp_path, numerics, inside):
     seen: list[Any] = []
     exact = reproml.exact if numerics == "exact" else torch.enable_grad
     trace = reproml.trace(tmp_path / "trace")
@@ -94,7 +94,7 @@ def test_a_step_has_the_fingerprints_of_what_it_was(tmp_path, numerics, inside):
 
 @pytest.mark.parametrize("level", ["epoch", "step", "op"])
 @pytest.mark.parametrize("numerics", ["exact", "native"])
-def test_a_trace_changes_no_bit_and_stays_the_same(tmp_path, level, numerics):
+def test_trace_changes_no_bit_and_is_deterministic(tmp_path, level, numerics):
     from reproml.pipeline.train import train
 
     plain = train(tiny.recipe(), tiny.prepared(), numerics)
@@ -109,7 +109,7 @@ def test_a_trace_changes_no_bit_and_stays_the_same(tmp_path, level, numerics):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_everything_is_put_back(tmp_path):
+def test_everything_is_restored(tmp_path):
     torch_optimizers: Any = sys.modules["torch.optim.optimizer"]
 
     def places() -> list[Any]:
@@ -130,7 +130,7 @@ def test_everything_is_put_back(tmp_path):
         assert places() == before
 
 
-def test_each_line_is_on_the_disk_after_its_step(tmp_path):
+def test_line_is_written_after_its_step(tmp_path):
     counts = []
     with reproml.trace(tmp_path / "trace"):
         model, loader = small()
@@ -163,7 +163,7 @@ def test_several_optimizers(tmp_path):
     assert found[-1]["weights"] == fingerprints(list(generator.parameters()))
 
 
-def test_an_evaluation_and_batches_without_a_step_leave_nothing(tmp_path):
+def test_evaluation_and_unused_batches_leave_nothing(tmp_path):
     def run(path: Path, evaluate: bool) -> None:
         with reproml.trace(path):
             model, loader = small()
@@ -182,7 +182,7 @@ def test_an_evaluation_and_batches_without_a_step_leave_nothing(tmp_path):
     assert entries(tmp_path / "a") == entries(tmp_path / "b")
 
 
-def test_gradients_of_several_batches_add_up_in_one_step(tmp_path):
+def test_gradients_of_several_batches_in_one_step(tmp_path):
     with reproml.trace(tmp_path / "trace"):
         model, loader = small()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -222,7 +222,7 @@ def test_epoch_level_has_the_weights_only(tmp_path):
 
 
 @pytest.mark.parametrize("numerics", ["exact", "native"])
-def test_op_level_names_operator_line_and_forward_line_of_the_backward(tmp_path, numerics):
+def test_op_level_names_operator_and_lines(tmp_path, numerics):
     source = (
         "linear = torch.nn.Linear(2, 2)\n"
         "optimizer = torch.optim.SGD(linear.parameters(), lr=0.5)\n"
@@ -257,7 +257,7 @@ def test_uninitialised_memory_is_no_difference(tmp_path):
 
 @pytest.mark.parametrize("level", ["step", "epoch"])
 @pytest.mark.parametrize("at", [3, 4])  # an epoch's end; within one
-def test_a_resumed_training_has_the_trace_of_an_uninterrupted_one(tmp_path, at, level):
+def test_resumed_training_has_uninterrupted_trace(tmp_path, at, level):
     """With a checkpoint of all that counts, the training's loop skips the batches that were done."""
 
     def train(path: Path, checkpoint: dict, stop: int) -> None:
@@ -300,7 +300,10 @@ def test_a_resumed_training_has_the_trace_of_an_uninterrupted_one(tmp_path, at, 
 
 def test_one_trace_at_a_time(tmp_path):
     with reproml.trace(tmp_path / "a"):
-        with pytest.raises(ReproError, match="recorded already"), reproml.trace(tmp_path / "b"):
+        with (
+            pytest.raises(ReproError, match="recording a trace already"),
+            reproml.trace(tmp_path / "b"),
+        ):
             pass
     with (
         pytest.raises(ValueError, match="level must be one of"),
@@ -313,7 +316,7 @@ def test_one_trace_at_a_time(tmp_path):
 # --- on the command line ----------------------------------------------------------------------------
 
 
-def test_a_recipe_that_asks_for_a_trace_has_one_in_its_run_folder(tmp_path, monkeypatch, capsys):
+def test_traced_recipe_has_trace_in_run_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = tiny.toml(tmp_path)
     path.write_text('trace = "step"\n' + path.read_text())
@@ -332,7 +335,7 @@ def test_a_recipe_that_asks_for_a_trace_has_one_in_its_run_folder(tmp_path, monk
     capsys.readouterr()
 
 
-def test_train_and_run_take_a_file_for_it(tmp_path, monkeypatch):
+def test_train_and_run_take_trace_file(tmp_path, monkeypatch):
     tiny.toml(tmp_path)
     (tmp_path / "script.py").write_text(
         "import torch\n"
@@ -367,9 +370,7 @@ TINY = ["--recipe", "./tiny.toml", "--checkpoint-every", "1"]
 @pytest.mark.parametrize("numerics", ["exact", "native"])
 @pytest.mark.parametrize("level", ["epoch", "step", "op"])
 @pytest.mark.parametrize("stops", [[3], [2, 4], [6]])  # an epoch's end; within, twice; the last
-def test_a_resumed_run_has_the_trace_of_an_unbroken_one(
-    tmp_path, monkeypatch, numerics, level, stops
-):
+def test_resumed_run_has_uninterrupted_trace(tmp_path, monkeypatch, numerics, level, stops):
     """Entry by entry and head by head: all the file is the same but for the header."""
     monkeypatch.chdir(tmp_path)
     asks_for_a_trace(tmp_path, level)
@@ -387,7 +388,7 @@ def test_a_resumed_run_has_the_trace_of_an_unbroken_one(
     assert sorted(os.listdir()) == ["parts", "tiny.toml", "whole"]
 
 
-def test_a_file_of_ones_own_goes_on_too(tmp_path, monkeypatch, capsys):
+def test_named_trace_file_is_resumed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny.toml(tmp_path)
     assert main(["train", *TINY, "--out", "whole", "--trace", "a"]) == 0
@@ -398,7 +399,7 @@ def test_a_file_of_ones_own_goes_on_too(tmp_path, monkeypatch, capsys):
     assert entries(tmp_path / "a") == entries(tmp_path / "b")
 
 
-def test_what_a_trace_cannot_go_on_from_is_one_sentence(tmp_path, monkeypatch, capsys):
+def test_unresumable_trace_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny.toml(tmp_path)
     tiny.begin(monkeypatch, *TINY, "--trace", "a", until=4)
@@ -407,8 +408,12 @@ def test_what_a_trace_cannot_go_on_from_is_one_sentence(tmp_path, monkeypatch, c
     lines = raw.splitlines(keepends=True)
     flipped = raw.replace(b'"step":2', b'"step":9')
     for name, content, message in (
-        ("none", b"", "the trace none is not there to go on with; put it back, go on without"),
-        ("short", b"".join(lines[:-1]), "short does not lead to the head to go on from (entry 6)"),
+        ("none", b"", "cannot resume trace none: file not found; restore it, resume without"),
+        (
+            "short",
+            b"".join(lines[:-1]),
+            "cannot resume trace short: it does not contain the checkpoint's entry 6",
+        ),
         ("flipped", flipped, "flipped is damaged: entry 3 (line 4) is not what was written"),
     ):
         if content:
@@ -427,7 +432,7 @@ def test_what_a_trace_cannot_go_on_from_is_one_sentence(tmp_path, monkeypatch, c
     assert Path("a").read_bytes() == raw
 
 
-def test_a_kill_while_the_run_is_saved_does_not_take_the_trace_away(tmp_path, monkeypatch):
+def test_kill_while_saving_keeps_the_trace(tmp_path, monkeypatch):
     """The checkpoints are still there then, and need it."""
     monkeypatch.chdir(tmp_path)
     asks_for_a_trace(tmp_path, "step")
