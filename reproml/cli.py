@@ -99,9 +99,9 @@ def _train_run(
         if every:
             folder = checkpoint.folder_of(out)
             checkpoints = checkpoint.Checkpoints(folder, recipe, args.numerics, every, start)
-        recipe_trace = (
-            out.parent / f".{out.name}.trace.jsonl" if recipe.trace and not args.trace else None
-        )
+        recipe_trace = None
+        if recipe.trace and not args.trace:
+            recipe_trace = out.parent / f".{out.name}.trace.jsonl"
         result = run.perform(
             recipe,
             args.data,
@@ -114,10 +114,8 @@ def _train_run(
         save(replace(result, trace=recipe_trace))
         if checkpoints:
             checkpoints.delete()
-        if recipe_trace:
-            recipe_trace.unlink(
-                missing_ok=True
-            )  # last, because resuming from a checkpoint needs it
+        if recipe_trace:  # deleted last, because a checkpoint needs it
+            recipe_trace.unlink(missing_ok=True)
     return result.items
 
 
@@ -197,9 +195,7 @@ def pipeline_command(args: argparse.Namespace, terminal: Terminal) -> Result:
 
     _refuse_native(args)
     recipe = _recipe(args)
-    golden.read(
-        golden.find(recipe.name)
-    )  # a missing file is reported before the training, not after
+    golden.read(golden.find(recipe.name))  # fails now, not after the training
     args.run = args.out or _default_folder(args, recipe)
     args.steps = args.trace = args.checkpoint_every = args.resume = None
     status, results = 0, {}
@@ -231,9 +227,8 @@ def run_command(args: argparse.Namespace, terminal: Terminal) -> Result:
 
     first = _rank() == 0  # all workers that torchrun started have the same results
     digest = args.digest if first else None
-    exit_request, result = script.run(
-        args.script, args.arguments, args.numerics, digest, args.trace
-    )
+    command = args.script, args.arguments
+    exit_request, result = script.run(*command, args.numerics, digest, args.trace)
     lines = script.lines(result) if first else []
     for line in lines:
         terminal.print(line)
@@ -360,6 +355,7 @@ def _rank() -> int:
 
 
 def _has_other_workers() -> bool:
+    """Return whether torchrun started more than one process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -376,8 +372,8 @@ def _refuse_useless_workers(args: argparse.Namespace) -> None:
         raise ReproError("--trace records the training of one process; start it without torchrun")
 
 
-def _assist_first_worker(args: argparse.Namespace) -> None:
-    """Take part, without output, in the training that the first worker starts, if it starts one."""
+def _train_with_first_worker(args: argparse.Namespace) -> None:
+    """Take part, without output, in the training that the first worker starts, if any."""
     from reproml import distributed
     from reproml.pipeline import run
     from reproml.pipeline.train import train
@@ -390,8 +386,8 @@ def _assist_first_worker(args: argparse.Namespace) -> None:
         train(recipe, prepared, numerics, steps, start=start)
 
 
-def _release_assistants() -> None:
-    """End the other workers if they still wait for a training, because the first had none to do."""
+def _release_waiting_workers() -> None:
+    """End the other workers, which still wait for a training if the first worker had none to do."""
     from reproml import distributed
 
     if not distributed.has_joined():
@@ -402,14 +398,14 @@ def _release_assistants() -> None:
 # --- options and verbs ------------------------------------------------------------------------------
 
 
-def _positive(text: str) -> int:
+def _positive_integer(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
-def _counts(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
+def _positive_integers(text: str) -> list[int]:
+    return [_positive_integer(count) for count in text.split(",")]
 
 
 DEFAULT_RECIPE = "mnist-mlp"
@@ -436,12 +432,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "exact (default), or native: PyTorch with its determinism switches, for comparison",
     },
     "--steps": {
-        "type": _positive,
+        "type": _positive_integer,
         "metavar": "N",
         "help": "stop after N steps and write no run folder",
     },
     "--checkpoint-every": {
-        "type": _positive,
+        "type": _positive_integer,
         "metavar": "N",
         "help": "save a checkpoint every N steps, beside the run folder",
     },
@@ -478,7 +474,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a": {"type": Path, "metavar": "A", "help": "trace, run folder, .safetensors or golden .json"},
     "b": {"type": Path, "metavar": "B", "help": "another of the same kind"},
     "--workers": {
-        "type": _counts,
+        "type": _positive_integers,
         "default": [],
         "metavar": "N,N,...",
         "help": "also train with these numbers of workers, such as 1,2,4, started by torchrun",
@@ -546,15 +542,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args, unknown = parser().parse_known_args(argv)
     if unknown:
         args.usage_error(f"unrecognized arguments: {' '.join(unknown)}")  # shows the verb's usage
-    in_step = _has_other_workers() and args.verb != "run"  # a script coordinates its own workers
+    shared = _has_other_workers() and args.verb != "run"  # a script coordinates its own workers
     try:
         _refuse_useless_workers(args)
-        if in_step and _rank() > 0:
-            _assist_first_worker(args)
+        if shared and _rank() > 0:
+            _train_with_first_worker(args)
             return 0
         status, result = VERBS[args.verb].command(args, Terminal(to_stderr=args.json))
-        if in_step:
-            _release_assistants()
+        if shared:
+            _release_waiting_workers()
         if args.json:
             print(json.dumps(result, indent=2))
         return status

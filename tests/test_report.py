@@ -324,7 +324,7 @@ def test_page_shows_first_divergence_of_two_runs(other):
         built.compared == compare.headline(found, str(FOLDER), str(other))
         and built.compared in text
     )
-    assert "First divergence" in text and "another recipe: seed (1 and 2)" in text
+    assert "First divergence" in text and "different recipes: seed (1 and 2)" in text
     ends = [math.log2(1 + ulps) for _, ulps in (found.growth[0], found.growth[-1])]
     assert "difference, from {:.4g} to {:.4g}".format(*ends) in built.html
     assert "First divergence" not in page().html
@@ -518,7 +518,7 @@ def test_diff_prints_headline_and_sets_exit_status(capsys):
     wrote, compared = capsys.readouterr().out.splitlines()
     assert wrote == "wrote runs/tiny.html: verified"
     assert compared.startswith(
-        "runs/tiny and runs/other part: an item, first recipe.canonical_json"
+        "runs/tiny and runs/other diverge: an item, first recipe.canonical_json"
     )
     assert main(["report", *TINY, "--diff", "runs/other", "--json"]) == 1
     result = {"report": "runs/tiny.html", "verified": True, "differ": True}
