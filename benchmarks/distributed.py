@@ -1,10 +1,11 @@
-"""What several workers cost, exact against native DDP: seconds and bytes a step, in one run.
+"""Measures what several workers cost: seconds and bytes per step, exact and with PyTorch's native DDP.
 
     python -m benchmarks.distributed
 
-Each number of workers is started once by torchrun on this machine, with one thread each, and trains both
-ways in turn. Bytes are what a worker sends: counted at each exchange (`Workers.bytes_sent`), of native DDP
-at each bucket, as a ring all-reduce sends it: 2 (W - 1) / W of its bytes.
+torchrun starts each number of workers once on this machine, with one thread each. They train exactly and
+natively in turn. Bytes are what one worker sends. In exact training they are counted at each exchange
+(`Workers.bytes_sent`). In native DDP they are counted for each bucket as a ring all-reduce sends it:
+2 (W - 1) / W of its bytes.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from reproml import distributed, environment
 from reproml.arithmetic.distributed import partial_sums
 
 WORKERS = [1, 2, 4]
-PAIRS = 5  # of a native and an exact measurement
-STEPS = 20  # of each
+PAIRS = 5  # pairs of a native and an exact measurement
+STEPS = 20  # steps of each measurement
 
-# Name: (rows of a batch, their shape, the model).
+# Name: (rows in a batch, shape of a row, function that makes the model).
 CASES: dict[str, Any] = {
     "mnist-mlp": (64, (784,), lambda: _mlp(784, 128, 10)),
     "wide mlp": (256, (784,), lambda: _mlp(784, 1024, 1024, 10)),
@@ -56,8 +57,8 @@ def _lenet5() -> nn.Module:
     )  # fmt: skip
 
 
-class Measured:
-    """One way to train one case, on this worker."""
+class Trainer:
+    """Trains one case with one kind of numerics, on this worker."""
 
     def __init__(self, case: str, numerics: str) -> None:
         rows, shape, make = CASES[case]
@@ -69,60 +70,66 @@ class Measured:
             self.optimizer = torch.optim.AdamW(self.model.parameters())
         self.native_bytes = 0
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            self.model.register_comm_hook(None, lambda state, bucket: self._counted(bucket))
+            self.model.register_comm_hook(
+                None, lambda state, bucket: self._count_and_reduce(bucket)
+            )
 
-    def _counted(self, bucket: Any) -> Any:
+    def _count_and_reduce(self, bucket: Any) -> Any:
         size = dist.get_world_size()
         self.native_bytes += 2 * (size - 1) * bucket.buffer().nbytes // size
         return allreduce_hook(dist.group.WORLD, bucket)
 
     def steps(self, count: int) -> tuple[float, float]:
-        """Seconds and bytes a step."""
-        sent = distributed.workers() if dist.is_initialized() else None
-        before = self.native_bytes + (sent.bytes_sent if sent else 0)
+        """Take `count` steps; return seconds and bytes per step."""
+        before = self._bytes_sent()
         start = time.perf_counter()
         with self.mode():
             for _ in range(count):
                 self.optimizer.zero_grad()
-                x, y = distributed.rows(self.x), distributed.rows(self.y)
+                x, y = distributed.shard(self.x), distributed.shard(self.y)
                 nn.functional.cross_entropy(self.model(x), y).backward()
                 self.optimizer.step()
         seconds = time.perf_counter() - start
-        after = self.native_bytes + (sent.bytes_sent if sent else 0)
-        return seconds / count, (after - before) / count
+        return seconds / count, (self._bytes_sent() - before) / count
+
+    def _bytes_sent(self) -> int:
+        exact_bytes = distributed.workers().bytes_sent if dist.is_initialized() else 0
+        return self.native_bytes + exact_bytes
 
 
 def worker() -> None:
-    """What each process does; the first prints the results."""
-    settled: list[int] = []
-    plain_settle = partial_sums._settle
+    """Run the measurements in each process; worker 0 prints the results."""
+    failed: list[
+        int
+    ] = []  # elements that failed the rounding test, for each exchange with failures
+    resolve_failures = partial_sums._resolve_failures
 
-    def round_ball(group: Any, partials: Any, whole: Any, lists: Any) -> None:
-        settled.append(sum(map(len, lists)))
-        plain_settle(group, partials, whole, lists)
+    def count_failures(group: Any, partials: Any, results: Any, failures: Any) -> None:
+        failed.append(sum(map(len, failures)))
+        resolve_failures(group, partials, results, failures)
 
-    partial_sums._settle = round_ball
+    partial_sums._resolve_failures = count_failures
     results: dict[str, Any] = {}
     with distributed.joined(64):
         for case in CASES:
-            ways = {numerics: Measured(case, numerics) for numerics in ("native", "exact")}
-            for way in ways.values():
-                way.steps(3)
-            settled.clear()
-            found: dict[str, list[Any]] = {numerics: [] for numerics in ways}
+            trainers = {numerics: Trainer(case, numerics) for numerics in ("native", "exact")}
+            for trainer in trainers.values():
+                trainer.steps(3)  # warm up
+            failed.clear()
+            measured: dict[str, list[Any]] = {numerics: [] for numerics in trainers}
             for _ in range(PAIRS):
-                for numerics, way in ways.items():
-                    found[numerics].append(way.steps(STEPS))
-            parameters = sum(p.numel() for p in ways["exact"].model.parameters())
+                for numerics, trainer in trainers.items():
+                    measured[numerics].append(trainer.steps(STEPS))
+            parameters = sum(p.numel() for p in trainers["exact"].model.parameters())
             results[case] = {
-                **found, "parameters": parameters, "settled": sum(settled) / (PAIRS * STEPS),
+                **measured, "parameters": parameters, "settled": sum(failed) / (PAIRS * STEPS),
             }  # fmt: skip
     if int(os.environ.get("RANK", "0")) == 0:
         print("RESULT " + json.dumps(results), flush=True)
 
 
 def measure() -> dict[int, Any]:
-    """Start all numbers of workers one after the other."""
+    """Run the benchmark with each number of workers, one after the other."""
     results = {}
     for count in WORKERS:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
@@ -139,35 +146,37 @@ def measure() -> dict[int, Any]:
 
 
 def show(results: dict[int, Any]) -> None:
-    """Print one table."""
-    table = Table(title=f"a step: medians of {PAIRS} times {STEPS}; {os.cpu_count()} cores")
-    for column in "case;workers;native ms;exact ms;ratio;native kB;exact kB;ratio;settled".split(
-        ";"
-    ):
+    """Print the results as one table."""
+    table = Table(
+        title=f"per step: medians of {PAIRS} measurements of {STEPS} steps; {os.cpu_count()} cores"
+    )
+    for column in (
+        "case", "workers", "native ms", "exact ms", "ratio", "native kB", "exact kB", "ratio", "failed test"
+    ):  # fmt: skip
         table.add_column(column, justify="right")
     for case in CASES:
-        for count, found in results.items():
-            native, exact = found[case]["native"], found[case]["exact"]
-            ms = [1000 * median(seconds for seconds, _ in way) for way in (native, exact)]
+        for count, measured in results.items():
+            native, exact = measured[case]["native"], measured[case]["exact"]
+            ms = [1000 * median(seconds for seconds, _ in pairs) for pairs in (native, exact)]
             ratio = median(e[0] / n[0] for n, e in zip(native, exact))
-            kb = [median(sent for _, sent in way) / 1000 for way in (native, exact)]
+            kb = [median(sent for _, sent in pairs) / 1000 for pairs in (native, exact)]
             table.add_row(
                 case, str(count), f"{ms[0]:.2f}", f"{ms[1]:.2f}", f"{ratio:.2f}",
                 f"{kb[0]:.1f}", f"{kb[1]:.1f}", f"{kb[1] / kb[0]:.2f}" if kb[0] else "",
-                f"{found[case]['settled']:.1f}",
+                f"{measured[case]['settled']:.1f}",
             )  # fmt: skip
     Console(width=100).print(table)
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the table and write results/distributed.json."""
     from benchmarks.bench import RESULTS
 
     results = measure()
     show(results)
     RESULTS.mkdir(exist_ok=True)
-    told = {"environment": environment.describe(), "workers": results}
-    (RESULTS / "distributed.json").write_text(json.dumps(told, indent=2) + "\n")
+    report = {"environment": environment.describe(), "workers": results}
+    (RESULTS / "distributed.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

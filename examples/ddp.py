@@ -1,4 +1,4 @@
-"""A multilayer perceptron on scikit-learn's digits, trained by several workers that torchrun starts."""
+"""Trains a multilayer perceptron on scikit-learn's digits with the workers that torchrun starts."""
 
 import argparse
 import os
@@ -11,16 +11,16 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-# The one line that differs: PyTorch's own is in torch.nn.parallel.
+# The only line that differs from a script for PyTorch, which imports it from torch.nn.parallel.
 from reproml.distributed import DistributedDataParallel
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--device", default="cpu")
-parser.add_argument("--save", metavar="FILE", help="write the weights here")
+parser.add_argument("--save", metavar="FILE", help="write the weights to this file")
 args = parser.parse_args()
 
-os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # without torchrun: a group of one
+os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # without torchrun: a single process
 os.environ.setdefault("MASTER_PORT", "0")
 if not dist.is_initialized():
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -1,13 +1,13 @@
-"""Training by several processes that comes to the weights of one, to the last bit.
+"""Training with several processes whose weights equal those of a single process, to the last bit.
 
-    from reproml.distributed import DistributedDataParallel      # in place of torch.nn.parallel's
+    from reproml.distributed import DistributedDataParallel      # instead of torch.nn.parallel's
 
     torchrun --nproc-per-node 4 -m reproml train --recipe mnist-mlp
     torchrun --nproc-per-node 4 -m reproml run train.py
 
-The processes are PyTorch's (torch.distributed: gloo on CPUs, NCCL on GPUs). What each operator of a batch
-means is said in arithmetic/distributed/, how sums are exchanged in arithmetic/distributed/partial_sums.py; docs/distributed.md
-has the proof, the bytes and the limits.
+The processes communicate by torch.distributed (gloo on CPUs, NCCL on GPUs). arithmetic/distributed/ defines
+what each operator does with a batch that is sharded over them, and how sums are exchanged
+(partial_sums.py). docs/distributed.md has the proof, the bytes and the limits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Optional
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -27,83 +27,92 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data.distributed import DistributedSampler
 
 from reproml.arithmetic import state
-from reproml.arithmetic.distributed.partial_sums import Group
-from reproml.arithmetic.distributed.pending import Pending, at_end_of_backward, raw
-from reproml.arithmetic.distributed.rules import table as _rules  # noqa: F401  (fills in the rules)
-from reproml.arithmetic.distributed.sharded import Rows, Sharded, gathered, share
+from reproml.arithmetic.dispatch.dispatcher import natively
+from reproml.arithmetic.distributed.sharded import RoundRobinShard, Sharded, shard_batch
 from reproml.errors import NotExactError, ReproError
 
-_TIMEOUT = timedelta(
-    minutes=10
-)  # of a worker that lives and does not come; a dead one is seen at once
+# How long to wait for a worker that lives but does not answer. One that has ended is noticed at once.
+_TIMEOUT = timedelta(minutes=10)
+
+
+class _Process:
+    """All the state that this module keeps of the running process."""
+
+    def __init__(self) -> None:
+        self.workers: dict[dist.ProcessGroup, Workers] = {}  # one object for each process group
+        self.has_joined = False
+
+
+_process = _Process()
 
 
 class Workers:
-    """The processes of a group of torch.distributed, as partial.Group has them."""
+    """The processes of a torch.distributed process group: the Group of partial_sums.py."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank: int = dist.get_rank(group)
         self.size: int = dist.get_world_size(group)
-        self.bytes_sent = 0  # by this worker, if each piece goes straight to whom it is for
+        # Unlike a WeakSet it has an order, which is the same on every worker.
+        self.models: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
+        self.bytes_sent = 0  # by this worker, if each message goes straight to its destination
 
-    def to_owners(self, x: Tensor) -> Tensor:
+    def all_to_all(self, x: Tensor) -> Tensor:
         self.bytes_sent += x.nbytes // self.size * (self.size - 1)
         out = torch.empty_like(x)
-        with _together():
+        with _collective():
             dist.all_to_all_single(out, x.contiguous(), group=self.group)
         return out
 
-    def to_all(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         self.bytes_sent += x.nbytes * (self.size - 1)
         out = x.new_empty(self.size * x.numel())
-        with _together():
+        with _collective():
             dist.all_gather_into_tensor(out, x.contiguous().view(-1), group=self.group)
         return out.view(self.size, *x.shape)
 
-    def from_first(self, x: Tensor) -> None:
-        """Overwrite x by that of worker 0."""
-        with _together():
+    def broadcast(self, x: Tensor) -> None:
+        with _collective():
             dist.broadcast(x, 0, group=self.group)
 
 
-_known: dict[dist.ProcessGroup, Workers] = {}
-
-
 def workers(group: Optional[dist.ProcessGroup] = None) -> Workers:
-    """The workers of a process group, all of them by default: one object for each group."""
+    """Return the workers of a process group, by default of all processes: one object for each group."""
     chosen = group or dist.group.WORLD
     if chosen is None:
         raise ReproError(
-            "there are no workers yet: call torch.distributed.init_process_group first"
+            "there is no process group yet: call torch.distributed.init_process_group first"
         )
-    if chosen not in _known:
-        _known[chosen] = Workers(chosen)
-    return _known[chosen]
+    if chosen not in _process.workers:
+        _process.workers[chosen] = Workers(chosen)
+    return _process.workers[chosen]
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def _collective() -> Iterator[None]:
+    """Run a collective of PyTorch natively; raise ReproError if it fails."""
     try:
-        with raw():
+        with natively():
             yield
-    except RuntimeError as error:  # all that a backend of torch.distributed raises
+    except RuntimeError as error:  # the only type that the backends of torch.distributed raise
         raise ReproError(
-            f"a worker has ended or does not answer, so this one cannot go on: {error}"
+            f"a worker has ended or does not answer, so this one cannot continue: {error}"
         ) from None
 
 
 class DistributedDataParallel(nn.Module):
-    """torch.nn.parallel.DistributedDataParallel for `reproml.exact()`: the results of one process.
+    """torch.nn.parallel.DistributedDataParallel for `reproml.exact()`: the results of a single process.
 
-    Forward takes this worker's rows of the global batch, in the first dimension of each tensor, dealt as
-    DistributedSampler deals them: row i is worker i mod N's. What it returns stands for the global batch
-    and has its shape; a loss of it is that of the global batch, on every worker, and so are the gradients.
-    A target with this worker's rows only is understood by the losses of torch.nn.functional and by
-    elementwise operators. In evaluation without gradients, rows stay this worker's own, as in PyTorch's.
+    Pass to forward this worker's rows of the global batch, in the first dimension of each tensor, sharded
+    as DistributedSampler does it: worker r of N has the rows r, r + N, r + 2 N, ... The output represents
+    the global batch and has its shape. A loss computed from it is the loss of the global batch, on every
+    worker, and so are the gradients. The losses of torch.nn.functional and elementwise operators accept
+    a target that has this worker's rows only. In evaluation without gradients the output has this
+    worker's rows, as in PyTorch.
 
-    Outside of exact() it is PyTorch's own. Raises ReproError if the workers have not the rows they should,
-    NotExactError for an operator that writes or looks into single rows of the global batch.
+    Outside of exact() it is PyTorch's own class. Raises ReproError if the numbers of rows on the workers
+    are not those of such shards, NotExactError for an operator that writes to single rows of the global
+    batch or returns a view of them.
     """
 
     def __new__(cls, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -118,7 +127,8 @@ class DistributedDataParallel(nn.Module):
         output_device: Any = None,
         *,
         process_group: Optional[dist.ProcessGroup] = None,
-        # Of no effect: buffers are alike on all workers, each gradient is exchanged at the end.
+        # These have no effect: buffers are the same on all workers, and all gradients are exchanged at
+        # the end of the backward pass.
         find_unused_parameters: bool = False,
         broadcast_buffers: bool = True,
         bucket_cap_mb: Optional[int] = None,
@@ -129,8 +139,8 @@ class DistributedDataParallel(nn.Module):
         self.module = module
         self.workers = workers(process_group)
         for x in [*module.parameters(), *module.buffers()]:
-            self.workers.from_first(x.detach())
-        _wrapped.add(self)
+            self.workers.broadcast(x.detach())
+        self.workers.models[self] = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if state.active.depth == 0:
@@ -139,67 +149,53 @@ class DistributedDataParallel(nn.Module):
                 "put the training loop inside"
             )
         if self.training or torch.is_grad_enabled():
-            args, kwargs = self._rows((args, kwargs))
+            args, kwargs = self._shard_inputs((args, kwargs))
         return self.module(*args, **kwargs)
 
     def no_sync(self) -> Any:
-        """Nothing: each backward pass is exchanged, so that its gradients are those of one process."""
+        """Return a context that does nothing.
+
+        Each backward pass is exchanged, so that accumulated gradients are those of a single process.
+        """
         return nullcontext()
 
-    def _rows(self, inputs: Any) -> Any:
-        """The inputs with their rows known as those of the global batch."""
-        given = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
-        lengths = {n for n in map(_length, given) if n is not None}
+    def _shard_inputs(self, inputs: Any) -> Any:
+        """Return the inputs with tensors of this worker's rows as Sharded tensors."""
+        lengths = {len(x) for x in tree_leaves(inputs) if _has_rows(x)}
         if not lengths:
             return inputs
         if len(lengths) > 1:
             raise ReproError(
-                f"the model's inputs have {sorted(lengths)} rows: give each the batch's"
+                f"the model's inputs have {sorted(lengths)} rows, but all must have the same number, "
+                "one for each row of the batch"
             )
-        mine = torch.tensor([lengths.pop()])
-        held = self.workers.to_all(mine.to(_device(self.module))).squeeze(1).tolist()
-        at = Rows(self.workers, sum(held))
-        if held != [at.held(r) for r in range(self.workers.size)]:
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        counts = (
+            self.workers.all_gather(torch.tensor([lengths.pop()]).to(device)).squeeze(1).tolist()
+        )
+        shard = RoundRobinShard(self.workers, sum(counts))
+        if counts != [shard.local_count(r) for r in range(self.workers.size)]:
             raise ReproError(
-                f"the workers have {held} rows of the global batch of {at.batch}; deal them one by one "
-                "(worker r takes rows r, r + N, ...), as DistributedSampler does"
+                f"the workers have {counts} rows of the global batch of {shard.batch}; shard it "
+                "round-robin (worker r of N takes the rows r, r + N, ...), as DistributedSampler does"
             )
 
-        def mark(x: Tensor) -> Tensor:
-            if _length(x) is None:
+        def shard_input(x: Tensor) -> Tensor:
+            if not _has_rows(x):
                 return x
             if x.requires_grad and torch.is_grad_enabled():
                 raise NotExactError(
                     "an input of the wrapped model requires a gradient, which would be lost: "
-                    "wrap what computes it as well, or detach it"
+                    "wrap the module that computes it as well, or detach it"
                 )
-            return Sharded(x, at)
+            return Sharded(x, shard)
 
-        return tree_map_only(Tensor, mark, inputs)
-
-
-_wrapped: WeakSet[DistributedDataParallel] = WeakSet()
+        return tree_map_only(Tensor, shard_input, inputs)
 
 
-def _length(x: Tensor) -> Optional[int]:
-    return None if isinstance(x, Sharded) or not x.dim() else len(x)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
-
-
-def _write_gradients(group: Group) -> None:
-    """Put the exchanged gradients where the parameters of all wrapped models have theirs."""
-    for model in _wrapped:
-        for p in model.parameters() if model.workers is group else ():
-            if isinstance(p.grad, Pending):
-                p.grad = p.grad.value()
-            elif isinstance(p.grad, Sharded):
-                p.grad = gathered(p.grad)
-
-
-at_end_of_backward(_write_gradients)
+def _has_rows(x: Any) -> bool:
+    """Whether an input is a plain tensor with rows, so of this worker."""
+    return isinstance(x, Tensor) and not isinstance(x, Sharded) and x.dim() > 0
 
 
 # ---- data ------------------------------------------------------------------------------------------
@@ -226,43 +222,41 @@ DistributedSampler.__iter__ = _iter  # type: ignore[method-assign]
 
 
 @contextmanager
-def joined(batch_size: int = sys.maxsize, task: Any = None) -> Iterator[Any]:
-    """Join the workers that torchrun started, for batches of this size; nothing without torchrun.
+def joined(batch_size: int = sys.maxsize, job: Any = None) -> Iterator[Any]:
+    """Initialize the process group of the workers that torchrun started; without torchrun do nothing.
 
-    Yields the first worker's `task`, any Python object, to all: the others need not know what it found out.
+    Yields the `job` of worker 0, any Python object, on every worker: only worker 0 has to know it before.
+    Raises ReproError if there are more workers than rows in a batch.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield task
+        yield job
         return
     if size > batch_size:
         raise ReproError(
-            f"{size} workers are too many for batches of {batch_size} rows: a worker needs one; "
+            f"{size} workers are too many for batches of {batch_size} rows: each worker needs a row; "
             f"start at most {batch_size}"
         )
-    with _together(), _told_to_stderr():
+    with _collective(), _stdout_to_stderr():
         dist.init_process_group("gloo", timeout=_TIMEOUT)
-    _joined.append(task)
+    _process.has_joined = True
     try:
-        of_first = [task]
-        with _together():
-            dist.broadcast_object_list(of_first)
-        yield of_first[0]
+        jobs = [job]
+        with _collective():
+            dist.broadcast_object_list(jobs)
+        yield jobs[0]
     finally:
         dist.destroy_process_group()
 
 
-_joined: list[Any] = []  # the tasks of this process
-
-
 def has_joined() -> bool:
-    """Whether this process met the others at some time."""
-    return bool(_joined)
+    """Whether this process was in a process group of `joined` at some time."""
+    return _process.has_joined
 
 
 @contextmanager
-def _told_to_stderr() -> Iterator[None]:
-    """Gloo writes to standard output that it has connected, where --json has its result."""
+def _stdout_to_stderr() -> Iterator[None]:
+    """Redirect standard output: gloo reports its connections there, where --json prints its result."""
     before = os.dup(1)
     os.dup2(2, 1)
     try:
@@ -273,16 +267,19 @@ def _told_to_stderr() -> Iterator[None]:
 
 
 def wrap(model: nn.Module) -> nn.Module:
-    """The model as all workers train it, outside of exact() as PyTorch does; itself if alone."""
+    """Return the model wrapped for training by all workers; the model itself without a process group."""
     if not dist.is_initialized():
         return model
     wrapped: nn.Module = DistributedDataParallel(model)
     return wrapped
 
 
-def rows(batch: Tensor) -> Tensor:
-    """This worker's rows of a batch that every worker has: the batch itself if alone."""
+def shard(batch: Tensor) -> Tensor:
+    """Return this worker's rows of a batch that every worker has; the batch without a process group.
+
+    Within exact() the result is a Sharded tensor.
+    """
     if not dist.is_initialized():
         return batch
     group = workers()
-    return share(batch, group) if state.active.depth else batch[group.rank :: group.size]
+    return shard_batch(batch, group) if state.active.depth else batch[group.rank :: group.size]

@@ -1,4 +1,7 @@
-"""Several processes come to the weights of one. Real ones talk over loopback; most workers are threads."""
+"""Training with several workers gives the weights of a single process.
+
+Some tests start processes that communicate over loopback; in most the workers are threads.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,12 @@ from reproml.cli import main
 from reproml.distributed import DistributedDataParallel, joined
 from reproml.errors import ReproError
 from tests import tiny
-from tests.arithmetic.distributed.together import Thread, together
+from tests.arithmetic.distributed.together import together
 from verification.subprocesses import ROOT, environment
 
 
 def launch(size: int, *arguments: str, folder: Path) -> list[tuple[int, str, str]]:
-    """What torchrun starts, without torchrun: (exit status, standard output, standard error) of each."""
+    """Start processes as torchrun does; return exit status, standard output and standard error of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -53,8 +56,8 @@ def launch(size: int, *arguments: str, folder: Path) -> list[tuple[int, str, str
     return [(child.returncode, *texts) for child, texts in zip(children, shown)]
 
 
-def test_a_recipe_leaves_the_run_of_one_process(tmp_path):
-    """Three workers, batches of 500 and 437 rows; only the first says and writes something."""
+def test_recipe_writes_run_of_single_process(tmp_path):
+    """Three workers, batches of 500 and 437 rows; only the first one prints and writes files."""
     recipe = str(tiny.toml(tmp_path))
     first, *others = launch(
         3, "-m", "reproml", "train", "--json", "--recipe", recipe, "--out", "run", folder=tmp_path
@@ -65,7 +68,7 @@ def test_a_recipe_leaves_the_run_of_one_process(tmp_path):
     assert [(status, out) for status, out, _ in others] == [(0, "")] * 2
 
 
-def test_the_example_comes_to_the_same_with_two_workers(tmp_path):
+def test_example_has_same_digest_with_two_workers(tmp_path):
     expected = json.loads((ROOT / "tests" / "examples.json").read_text())["ddp"]
     arguments = ["--digest", "digest.json", str(ROOT / "examples" / "ddp.py"), "--steps", "2"]
     shown = launch(2, "-m", "reproml", "run", *arguments, folder=tmp_path)
@@ -84,15 +87,15 @@ sys.exit(main(["train", "--recipe", sys.argv[1], "--out", "run"]))
 """
 
 
-def test_a_worker_that_dies_ends_the_others_with_a_sentence(tmp_path):
+def test_worker_that_dies_ends_the_others(tmp_path):
     first, second = launch(2, "-c", DIES, str(tiny.toml(tmp_path)), folder=tmp_path)
     assert (first[0], second[0]) == (2, 9)
     assert "\nreproml: a worker has ended or does not answer" in "\n" + first[2]
-    assert not list(tmp_path.glob("*run*"))  # nothing half-written
+    assert not list(tmp_path.glob("*run*"))  # no incomplete run folder
 
 
-def test_a_training_of_two_workers_that_died_goes_on_with_three(tmp_path):
-    """The first step's checkpoint, then the steps that are left, the recipe known from the checkpoint."""
+def test_training_resumes_with_another_number_of_workers(tmp_path):
+    """Two workers die after a checkpoint; three read the recipe from it and take the remaining steps."""
     died = DIES.replace('"run"]', '"run", "--checkpoint-every", "1"]')
     died = died.replace(
         "lambda *_: os._exit(9)", "lambda *_: steps.append(1) or steps[2:] and os._exit(9)"
@@ -117,19 +120,19 @@ def test_more_workers_than_rows_are_refused(monkeypatch):
             pass
 
 
-def test_without_torchrun_nothing_is_joined(monkeypatch):
+def test_without_torchrun_no_process_group_is_initialized(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with joined(1):
         assert not dist.is_initialized()
     model, batch = nn.Linear(1, 1), torch.ones(3, 1)
-    assert distributed.wrap(model) is model and distributed.rows(batch) is batch
+    assert distributed.wrap(model) is model and distributed.shard(batch) is batch
 
 
 @pytest.fixture
 def alone(tmp_path) -> Iterator[None]:
-    """A group of one process, of PyTorch's own."""
+    """A process group of PyTorch with one process."""
     store = torch._C._distributed_c10d.FileStore(str(tmp_path / "store"), 1)
-    with distributed._told_to_stderr():
+    with distributed._stdout_to_stderr():
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -150,8 +153,8 @@ def data() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, torch.randn(6, 4), torch.randint(3, (6,))
 
 
-def test_the_wrapper_over_pytorchs_group(alone):
-    """On a group of one all exchanges are real; outside of exact() it is PyTorch's own class."""
+def test_wrapper_uses_process_group_of_pytorch(alone):
+    """A group of one process exchanges as well; outside of exact() the wrapper is PyTorch's class."""
     with reproml.exact():
         model, x, y = data()
         expected = steps(copy.deepcopy(model), x, y)
@@ -166,13 +169,12 @@ def test_the_wrapper_over_pytorchs_group(alone):
     assert plain is nn.parallel.DistributedDataParallel
 
 
-def test_the_wrapper_with_two_workers(monkeypatch):
-    """The first one's weights count; each has its own rows, dealt one by one."""
+def test_wrapper_with_two_workers_trains_as_one_process(monkeypatch):
+    """Both start from the weights of worker 0; the rows are sharded round-robin."""
     with reproml.exact():
         model, x, y = data()
         expected = steps(copy.deepcopy(model), x, y)
     monkeypatch.setattr(distributed, "workers", lambda group: group)
-    monkeypatch.setattr(Thread, "from_first", lambda me, x: x.copy_(me.to_all(x)[0]), raising=False)
 
     def work(me: Any) -> str:
         with reproml.exact():
@@ -181,7 +183,7 @@ def test_the_wrapper_with_two_workers(monkeypatch):
             assert steps(wrapped, x[me.rank :: 2], y[me.rank :: 2]) == expected
             wrapped.eval()
             with torch.no_grad():
-                assert type(wrapped(x)) is torch.Tensor  # its own rows, as PyTorch's
+                assert type(wrapped(x)) is torch.Tensor  # this worker's rows, as in PyTorch
             with pytest.raises(ReproError, match=r"have \[1, 3\] rows of the global batch of 4"):
                 wrapped.train()(x[: 1 + 2 * me.rank])
             return reproml.digest(mine)
@@ -189,21 +191,21 @@ def test_the_wrapper_with_two_workers(monkeypatch):
     assert together(2, work) == [expected] * 2
 
 
-def test_inputs_with_other_numbers_of_rows_are_refused(alone):
+def test_inputs_with_different_row_counts_are_refused(alone):
     with reproml.exact():
         wrapped = DistributedDataParallel(nn.Bilinear(2, 2, 1))
         with pytest.raises(ReproError, match=r"have \[2, 3\] rows"):
             wrapped(torch.ones(2, 2), torch.ones(3, 2))
 
 
-def test_an_input_whose_gradient_would_be_lost_is_refused(alone):
+def test_input_that_requires_gradient_is_refused(alone):
     with reproml.exact():
         wrapped = DistributedDataParallel(nn.Linear(2, 1))
         with pytest.raises(reproml.NotExactError, match="requires a gradient, which would be lost"):
             wrapped(nn.Linear(2, 2)(torch.ones(3, 2)))
 
 
-def test_a_parameter_of_no_wrapped_model_is_refused_by_the_optimizer(alone):
+def test_optimizer_refuses_parameter_of_unwrapped_module(alone):
     with reproml.exact():
         wrapped, scale = DistributedDataParallel(nn.Linear(2, 2)), nn.Parameter(torch.ones([]))
         (wrapped(torch.ones(3, 2)) * scale).sum().backward()
@@ -212,7 +214,7 @@ def test_a_parameter_of_no_wrapped_model_is_refused_by_the_optimizer(alone):
             optimizer.step()
 
 
-def test_pytorchs_own_wrapper_is_refused(alone):
+def test_wrapper_of_pytorch_is_refused_in_exact(alone):
     with reproml.exact(), pytest.raises(reproml.NotExactError):
         model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
         model(torch.ones(2, 2)).sum().backward()
@@ -230,9 +232,9 @@ def test_a_sampler_that_would_repeat_samples_is_refused():
         assert len(list(fitting)) == 2
 
 
-def test_what_a_worker_sends_is_counted(alone):
+def test_sent_bytes_are_counted(alone):
     workers = distributed.workers()
-    workers.to_all(torch.ones(4))
+    workers.all_gather(torch.ones(4))
     assert workers.bytes_sent == 0  # to itself
     assert distributed.workers() is workers and os.environ.get("RANK") is None
 
@@ -241,7 +243,7 @@ def test_what_a_worker_sends_is_counted(alone):
     "verb", [["evaluate"], ["data"], ["matrix"], ["verify", "--run", "runs/x"]]
 )
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_what_does_not_train_is_refused_under_torchrun(monkeypatch, capsys, verb, rank):
+def test_verb_without_training_is_refused_under_torchrun(monkeypatch, capsys, verb, rank):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
     assert main(verb) == 2

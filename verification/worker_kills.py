@@ -1,6 +1,6 @@
-"""Kill a random worker at a random time and go on with another number of them: golden weights each time.
+"""Kills a random worker at a random time, resumes with another number of workers, and checks the weights.
 
-python -m verification.worker_kills [ENDINGS]
+python -m verification.worker_kills [RUNS]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RECIPE = "digits-mlp"
 
 
 def attempt(out: Path, workers: int, seconds: float) -> bool:
-    """Train on from the newest checkpoint; whether the run was finished before the kill."""
+    """Resume from the newest checkpoint; return whether the run finished before the kill."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
     arguments = ["train", "--recipe", RECIPE, "--resume", str(out), "--checkpoint-every", "10"]
     child = subprocess.Popen(
@@ -37,12 +37,12 @@ def attempt(out: Path, workers: int, seconds: float) -> bool:
     return child.wait() == 0
 
 
-def main(endings: int) -> None:
-    """Print a line for each ending; exit with 1 if one is not golden."""
+def main(runs: int) -> None:
+    """Finish this many runs, print a line for each; exit with 1 if the weights of one are not golden."""
     expected = golden.read(golden.find(RECIPE))["weights.safetensors.sha256"]
     random.seed(1)
     kills, good = 0, 0
-    for ending in range(1, endings + 1):
+    for number in range(1, runs + 1):
         with tempfile.TemporaryDirectory() as folder:
             out, used, finished = Path(folder) / "run", [], False
             while not finished:
@@ -51,9 +51,9 @@ def main(endings: int) -> None:
                 kills += not finished
             found = json.loads((out / "metrics.json").read_text())["weights.safetensors.sha256"]
         good += found == expected
-        print(ending, "workers", used, "golden" if found == expected else found, flush=True)
-    print(f"{kills} kills, {good} of {endings} endings golden")
-    sys.exit(int(good != endings))
+        print(number, "workers", used, "golden" if found == expected else found, flush=True)
+    print(f"{kills} kills, {good} of {runs} runs golden")
+    sys.exit(int(good != runs))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ class Training:
         inputs, labels = self._rows(self._batches[len(self._losses)])
         tell_batch(inputs, labels)
         self.optimizer.zero_grad()
-        inputs, labels = distributed.rows(inputs), distributed.rows(labels)
+        inputs, labels = distributed.shard(inputs), distributed.shard(labels)
         loss = torch.nn.functional.cross_entropy(self._shared(inputs), labels)
         loss.backward()
         self.optimizer.step()

@@ -1,9 +1,15 @@
-"""A batch whose rows are dealt to several workers, in programs that look like those of one process.
+"""Training with several workers whose results equal those of a single process, bit for bit.
 
-A `Sharded` tensor stands for the whole batch and has its shape; each worker holds every size-th row of it
-(tensor.py). Each operator is looked up by its name (table.py). What computes a row from a row runs on the
-worker's own rows; a sum over the batch is exchanged unrounded and rounded once, the gradients of a backward
-pass together at its end (exchange.py, ../partial.py); any other function is computed by every worker from
-the gathered batch. All results are those of one process with the whole batch. What writes or looks into a
-Sharded tensor by other ways is refused.
+A `Sharded` tensor (sharded.py) represents the global batch and has its shape. Each worker holds every
+N-th row of it, N being the number of workers. Each operator is looked up by its name in a table
+(rules/table.py):
+
+- An operator that computes each row from that row alone runs on the rows that the worker holds.
+- A sum over the batch is exchanged without rounding and rounded once (partial_sums.py). The sums of a
+  backward pass are exchanged together at its end (pending.py).
+- Every other operator gathers the batch and computes the result on every worker.
+
+An operator that writes to single rows of a Sharded tensor, or returns a view of them, is refused.
 """
+
+from reproml.arithmetic.distributed.rules import table as _table  # noqa: F401  (fills the tables)

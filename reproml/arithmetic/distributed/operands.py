@@ -1,179 +1,177 @@
-"""What the rules read of an operator's arguments, and plain tensors that come beside a batch."""
+"""The arguments of an operator for the rules: plain tensors beside a batch, sharded like it."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Callable, NoReturn, Optional
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
-from reproml.arithmetic.dispatch.schema import tensors as tensors
-from reproml.arithmetic.distributed.pending import Pending, await_end, note, raw
-from reproml.arithmetic.distributed.sharded import Rows, Sharded
+from reproml.arithmetic.dispatch.dispatcher import natively
+from reproml.arithmetic.dispatch.schema import tensors
+from reproml.arithmetic.distributed.pending import Pending
+from reproml.arithmetic.distributed.sharded import (
+    RoundRobinShard,
+    Sharded,
+    first_sharded,
+    shard_from_right,
+)
 from reproml.errors import NotExactError
 
 
 def refuse(func: Any, why: str) -> NoReturn:
     raise NotExactError(
-        f"{func} is not defined for a batch that is dealt to several workers: {why}; "
-        "compute it from the rows of one worker before the model, or from results without the batch"
+        f"{func} is not supported for a batch that is sharded over several workers: {why}; "
+        "compute it from this worker's rows before they enter the model, or from a result that has no "
+        "batch dimension"
     )
 
 
-def first_batch(args: Any, kwargs: Any) -> Sharded:
-    return next(x for x in tensors([*args, *kwargs.values()]) if isinstance(x, Sharded))
-
-
-def own_part(func: Any, x: Any, at: Rows) -> Any:
-    """This worker's part of an operand that broadcasts against one whose batch is `at`, dim from the right.
-
-    A plain tensor has the whole batch, or (labels, say) just this worker's rows, or none of it.
-    """
-    if isinstance(x, Sharded):
-        if replace(x.at, dim=x.at.dim - x.dim()) != at:
-            refuse(func, "its operands have the batch in different places")
-        return x.local
-    if not isinstance(x, Tensor) or x.dim() < -at.dim or x.shape[at.dim] == 1:
-        return x
-    if x.shape[at.dim] == at.all:
-        with raw():
-            return at.of(x, x.dim() + at.dim)
-    if x.shape[at.dim] == at.own:
-        return x
-    refuse(func, f"an operand of shape {list(x.shape)} has neither all of the batch nor its share")
-
-
-def with_batch(result: Any, at: Rows, strides: Optional[Sequence[int]] = None) -> Any:
-    """Results that have the batch, at.dim counted from the right."""
-
-    def wrap(x: Tensor) -> Tensor:
-        return Sharded(x, at.moved(x.dim() + at.dim), strides) if x.dim() >= -at.dim else x
-
-    return tree_map_only(Tensor, wrap, result)
-
-
-def from_the_right(x: Sharded) -> Rows:
-    """Its rows, the dimension counted from the right."""
-    return x.at.moved(x.at.dim - x.dim())
-
-
-def by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments by the schema's names."""
+def arguments_by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return the arguments, defaults included, by their names in the schema."""
     schema = func._schema.arguments
     values = {a.name: a.default_value for a in schema if a.has_default_value()}
     return {**values, **{a.name: x for a, x in zip(schema, args)}, **kwargs}
 
 
-def dimensions(dim: Any, rank: int) -> list[int]:
-    """PyTorch's `dim`, from the left; all for none."""
-    given = [dim] if isinstance(dim, int) else list(dim or range(rank))
-    return [d % rank for d in given]
+def normalize_dims(dim: Any, rank: int) -> list[int]:
+    """Return PyTorch's `dim` as a list of dimensions counted from the left; all of them for None."""
+    dims = [dim] if isinstance(dim, int) else list(dim or range(rank))
+    return [d % rank for d in dims]
 
 
-def note_operands(args: Any, kwargs: Any, may_have_rows: bool) -> None:
-    """Of each number and plain tensor beside a batch a sample: it may come from one worker's rows.
+def local_operand(func: Any, x: Any, shard: RoundRobinShard) -> Any:
+    """Return this worker's rows of an operand that broadcasts against a batch with this shard.
 
-    may_have_rows: whether the operator takes plain tensors with this worker's rows, which differ.
+    shard: with its dimension counted from the right.
+    A plain tensor has the global batch, this worker's rows (labels, for example), or no batch.
     """
-    at = from_the_right(first_batch(args, kwargs))
-    shares = [at.length(at.held(r)) for r in range(at.group.size)]
-
-    def has_rows(x: Tensor) -> bool:  # of this worker, perhaps; the same decision on all workers
-        return may_have_rows and x.dim() >= -at.dim and x.shape[at.dim] in shares
-
-    for x in args if len(shares) > 1 else ():
-        if type(x) is float:
-            note(struct.pack("<d", x))
-        elif type(x) in (Tensor, Parameter) and x.is_floating_point() and x.is_cpu and x.numel():
-            if not has_rows(x):
-                with raw():
-                    value = float(x[(0,) * x.dim()])
-                note(struct.pack("<d", value) if value == value else b"nan")
-    if len(shares) > 1:
-        await_end(at.group)
-
-
-def with_target(count: int) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """For the arguments of a loss, of which the first `count` have rows: known as those of the batch."""
-
-    def prepared(args: Any, kwargs: Any) -> tuple[Any, Any]:
-        x, kwargs = first_batch(args, kwargs), dict(kwargs)
-
-        def mark(y: Any) -> Any:
-            return rows_of(y, x) if isinstance(y, Tensor) else y
-
-        for name, y in kwargs.items():  # a weight has rows if it is one of each element
-            if name != "pos_weight" and (
-                name != "weight" or (y is not None and y.dim() == x.dim())
-            ):
-                kwargs[name] = mark(y)
-        return [*map(mark, args[:count]), *args[count:]], kwargs
-
-    return prepared
+    if isinstance(x, Sharded):
+        if replace(x.shard, dim=x.shard.dim - x.dim()) != shard:
+            refuse(func, "its operands have the batch in different dimensions")
+        return x.local
+    if not isinstance(x, Tensor) or x.dim() < -shard.dim or x.shape[shard.dim] == 1:
+        return x
+    if x.shape[shard.dim] == shard.global_size:
+        with natively():
+            return shard.local_rows(x, x.dim() + shard.dim)
+    if x.shape[shard.dim] == shard.local_size:
+        return x
+    refuse(
+        func,
+        f"an operand of shape {list(x.shape)} has neither the {shard.global_size} rows of the global "
+        f"batch nor the {shard.local_size} of this worker",
+    )
 
 
-def rows_of(y: Any, x: Any) -> Any:
-    """A tensor beside a batch with rows in the first dimension: the whole batch's, or this worker's."""
-    if not isinstance(x, Sharded) or isinstance(y, Sharded) or x.at.dim or not y.dim():
+def as_sharded(
+    results: Any, shard: RoundRobinShard, strides: Optional[Sequence[int]] = None
+) -> Any:
+    """Return the results that have the batch as Sharded tensors. shard: counted from the right."""
+
+    def wrap(x: Tensor) -> Tensor:
+        if x.dim() < -shard.dim:
+            return x
+        return Sharded(x, shard.at_dim(x.dim() + shard.dim), strides)
+
+    return tree_map_only(Tensor, wrap, results)
+
+
+def shard_like(y: Any, x: Any) -> Any:
+    """Return y sharded like the batch x, if both have rows in dimension 0; else y itself.
+
+    A plain y has the rows of the global batch or of this worker.
+    """
+    if not isinstance(x, Sharded) or isinstance(y, Sharded) or x.shard.dim or not y.dim():
         return y
-    if len(y) not in (x.at.own, x.at.all):
+    sizes = x.shard.local_size, x.shard.global_size
+    if len(y) not in sizes:
         raise NotExactError(
-            f"The target has {len(y)} rows, the batch {x.at.all}, of which {x.at.own} are here."
+            f"The target has {len(y)} rows, but the global batch has {sizes[1]} rows and this worker "
+            f"{sizes[0]}."
         )
-    with raw():
-        return Sharded(x.at.of(y, 0).contiguous() if len(y) == x.at.all else y, x.at)
+    with natively():
+        local = x.shard.local_rows(y, 0).contiguous() if len(y) == sizes[1] else y
+        return Sharded(local, x.shard)
 
 
-def with_rows(name: str, args: Any) -> Any:
-    """The arguments of an elementwise function, or gather, with this worker's rows known as such.
+# ---- functions of torch: (function, args, kwargs) -> (args, kwargs), plain tensors made Sharded -------
 
-    Autograd keeps operands for the backward pass, where nothing else may tell whose rows they are.
+Prepare = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+def shard_targets(count: int) -> Prepare:
+    """Return a function for losses whose first `count` arguments have rows."""
+
+    def prepare(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        x = first_sharded(args, kwargs)
+
+        def prepare_one(name: str, y: Any) -> Any:
+            if not isinstance(y, Tensor) or name == "pos_weight":
+                return y
+            if name == "weight" and y.dim() != x.dim():  # one weight per class
+                return y
+            return shard_like(y, x)
+
+        first = [prepare_one("", y) for y in args[:count]]
+        return [*first, *args[count:]], {k: prepare_one(k, y) for k, y in kwargs.items()}
+
+    return prepare
+
+
+def shard_local_operands(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Prepare an elementwise function, or gather, whose plain operands may have this worker's rows.
+
+    Autograd keeps operands for the backward pass, where nothing else identifies whose rows they are.
     """
+    name = func.__name__
     x = next((x for x in tensors(args) if isinstance(x, Sharded)), None)
-    if x is None or (name in ("gather", "take_along_dim") and args[1] % x.dim() == x.at.dim):
-        return args
-    if not isinstance(args[0], Sharded) and (name.endswith("_") and name.strip("_") == name[:-1]):
-        return args  # what is written to stays what it is
-    at = from_the_right(x)
+    if x is None or (name in ("gather", "take_along_dim") and args[1] % x.dim() == x.shard.dim):
+        return args, kwargs
+    in_place = name.endswith("_") and name.strip("_") == name[:-1]
+    if in_place and not isinstance(args[0], Sharded):
+        return args, kwargs  # the tensor that is written to stays plain
+    shard = shard_from_right(x)
 
-    def mark(y: Any) -> Any:
-        plain = isinstance(y, Tensor) and not isinstance(y, (Sharded, Pending))
-        return Sharded(y, at.moved(y.dim() + at.dim)) if plain and _is_own(y, at) else y
+    def prepare_one(y: Any) -> Any:
+        if not isinstance(y, Tensor) or isinstance(y, (Sharded, Pending)):
+            return y
+        return Sharded(y, shard.at_dim(y.dim() + shard.dim)) if _is_local(y, shard) else y
 
-    return [mark(y) for y in args]
+    return [prepare_one(y) for y in args], kwargs
 
 
-def _is_own(y: Tensor, at: Rows) -> bool:
-    """Whether a plain tensor has this worker's rows, at.dim counted from the right."""
-    if y.requires_grad or y.dim() < -at.dim or at.group.size == 1:
+def _is_local(y: Tensor, shard: RoundRobinShard) -> bool:
+    """Whether a plain tensor has this worker's rows. shard: counted from the right."""
+    if y.requires_grad or y.dim() < -shard.dim or shard.group.size == 1:
         return False
-    n, shares = y.shape[at.dim], [at.length(at.held(r)) for r in range(at.group.size)]
-    if n not in (1, at.own) or n == at.all != 1:
+    n = y.shape[shard.dim]
+    sizes = shard.local_sizes
+    if n not in (1, shard.local_size) or n == shard.global_size != 1:
         return False
-    if 1 not in shares:
-        return bool(n == at.own)
-    with raw():  # a single row looks like what all have: the others know
-        return at.group.to_all(torch.tensor(n, device=y.device)).tolist() == shares
+    if 1 not in sizes:
+        return bool(n == shard.local_size)
+    with natively():  # a single row looks like a broadcast operand: the sizes on all workers decide
+        return shard.group.all_gather(torch.tensor(n, device=y.device)).tolist() == sizes
 
 
-def with_state(dim: int) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """For the arguments of a recurrent layer, whose first state has the batch in `dim`."""
+def shard_hidden_state(dim: int) -> Prepare:
+    """Return a function for recurrent layers whose initial state has the batch in `dim`."""
 
-    def prepared(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def prepare(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         x, state, *rest = args
         if not isinstance(x, Sharded) or isinstance(state, Sharded) or x.dim() != dim + 2:
             return args, kwargs
-        at = x.at.moved(dim)
+        shard = x.shard.at_dim(dim)
 
-        def mark(y: Tensor) -> Tensor:
-            return Sharded(own_part(None, y, at.moved(dim - y.dim())).contiguous(), at)
+        def prepare_one(y: Tensor) -> Tensor:
+            local = local_operand(func, y, shard.at_dim(dim - y.dim()))
+            return Sharded(local.contiguous(), shard)
 
-        with raw():
-            return (x, tree_map_only(Tensor, mark, state), *rest), kwargs
+        with natively():
+            return (x, tree_map_only(Tensor, prepare_one, state), *rest), kwargs
 
-    return prepared
+    return prepare

@@ -1,23 +1,27 @@
-"""Sums whose terms lie with several workers: exchanged unrounded, rounded once, everywhere alike.
+"""Sums whose terms are spread over several workers: exchanged without rounding, rounded once.
 
-Each worker has the binary64 sum of its own terms. The sums go to an owner each, who adds them, puts the
-rounding test to the total (a tree of additions like any other, see dot.py) and gives the binary32 number
-to all. Of the few totals that fail, every worker gives the exact sum of its own terms, a whole number of
-2^-600, and all add these.
+Each worker has the binary64 sum of its own terms. Every element of the result has an owner among the
+workers. The owner adds the sums of all workers, applies the rounding test to the total (a tree of
+additions like any other, see operators/matmul.py) and sends the binary32 number to all workers. For the
+few totals that fail the test, every worker sends the exact sum of its own terms, an integer multiple of
+2^-600, and all workers add these.
 
     bytes that a worker sends for an element: 8 to the owner, 4 from the owner to all, times (W - 1) / W
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
+from itertools import accumulate
 from typing import Callable, Optional, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reproml.arithmetic.numerics.exact_sums import exact_sum
 from reproml.arithmetic.numerics.rounding import gamma, nearest
@@ -26,196 +30,235 @@ from reproml.errors import ReproError
 # A product of four binary32 numbers is a multiple of 2^-596 below 2^512; 2^63 of them fit 1,216 bits.
 _UNIT = 600
 _BYTES = 152
-_LISTED = 16  # failures that travel with the results
-_CHUNK = 1 << 22  # terms gathered at once
+_LISTED = 16  # failed elements of each owner that are sent with the results
+_CHUNK = 1 << 22  # terms that `exact_unit_sums` computes at a time
 
 
 class Group(Protocol):
-    """The workers. All of them call the same functions in the same order."""
+    """A group of workers. All of them call the same methods in the same order."""
 
     rank: int
     size: int
+    models: WeakKeyDictionary[nn.Module, None]  # the wrapped models, in the order of wrapping
 
-    def to_owners(self, x: Tensor) -> Tensor:
-        """Send x[p] to worker p; return what the workers sent here. [size, ...] -> [size, ...]."""
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Send x[p] to worker p; return what all workers sent here. [size, ...] -> [size, ...]."""
         ...
 
-    def to_all(self, x: Tensor) -> Tensor:
-        """Return the x of all workers, of one shape. [...] -> [size, ...]."""
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Return the x of every worker, all of one shape. [...] -> [size, ...]."""
+        ...
+
+    def broadcast(self, x: Tensor) -> None:
+        """Overwrite x with the x of worker 0."""
         ...
 
 
 @dataclass(frozen=True)
 class Partial:
-    """One worker's part of a matrix [m, n] of sums."""
+    """The sums of one worker's terms, for a matrix [m, n] of sums over all workers."""
 
-    sums: Tensor  # float64 [m, n], of its own terms; -0 only where all of them are zeros
-    sizes: Tensor  # float64 [m]: no sum of absolute values of a row's terms is larger
-    height: int  # additions and multiplications on a term's way into the whole sum, at most
-    exact: Callable[[Tensor, Tensor], list[int]]  # rows, columns int64 [f] -> the sums / 2^-600
-    divisor: int = 1  # of the whole sum, > 0
+    sums: Tensor  # float64 [m, n]; -0 only where all terms of this worker are zeros
+    abs_bounds: Tensor  # float64 [m]: at least sum |term|, for every element of the row
+    height: int  # at most this many additions and multiplications lie between a term and the total
+    exact: Callable[[Tensor, Tensor], list[int]]  # rows, columns int64 [f] -> exact sums / 2^-600
+    divisor: int = 1  # the total is divided by it; > 0
 
 
-def merge(group: Group, partials: Sequence[Partial], agreed: int = 0) -> list[Tensor]:
-    """The sums over all workers, each rounded once: float32 [m, n], the same on every worker.
+def all_reduce(group: Group, partials: Sequence[Partial], checksum: int = 0) -> list[Tensor]:
+    """Return the sums over all workers, each rounded once: float32 [m, n], the same on every worker.
 
-    agreed: a CRC of what every worker should have alike; raises ReproError if they differ.
+    checksum: a CRC-32 that must be the same on every worker, else ReproError is raised.
     """
-    given = group.to_owners(torch.cat([_dealt(p, group.size) for p in partials], 1))
-    total = reduce(torch.add, given)  # -0 where all gave -0, which `sum` would not keep
-    rounded, failed = _tested(partials, total, group.size)
-    head = failed.new_zeros(2 + _LISTED)
-    head[0], head[1] = len(failed), agreed >> 1  # within int32
-    head[2:][: len(failed)] = failed[:_LISTED]
-    shared = group.to_all(torch.cat([head, rounded.view(torch.int32)]))
-    counts, results = shared[:, 0].tolist(), shared[:, 2 + _LISTED :].view(torch.float32)
-    refuse_unlike(shared[:, 1])
+    received = group.all_to_all(torch.cat([_pack_for_owners(p, group.size) for p in partials], 1))
+    totals = reduce(torch.add, received)  # keeps -0 where all workers sent -0; `sum` would not
+    rounded, failed = _round_totals(partials, totals, group.size)
+    header = failed.new_zeros(2 + _LISTED)
+    header[0], header[1] = len(failed), checksum >> 1  # 31 bits fit int32
+    header[2:][: len(failed)] = failed[:_LISTED]
+    gathered = group.all_gather(torch.cat([header, rounded.view(torch.int32)]))
+    counts, lists = gathered[:, 0].tolist(), gathered[:, 2 : 2 + _LISTED]
+    check_agreement(gathered[:, 1])
     if max(counts) > _LISTED:
         padded = failed.new_zeros(max(counts))
         padded[: len(failed)] = failed
-        lists = group.to_all(padded)
-    else:
-        lists = shared[:, 2 : 2 + _LISTED]
-    whole = _gathered(partials, results)
+        lists = group.all_gather(padded)
+    results = _unpack_results(partials, gathered[:, 2 + _LISTED :].view(torch.float32))
     if any(counts):
-        _settle(group, partials, whole, [row[:n] for row, n in zip(lists.tolist(), counts)])
-    return whole
+        failures = [places[:n] for places, n in zip(lists.tolist(), counts)]
+        _resolve_failures(group, partials, results, failures)
+    return results
 
 
-def refuse_unlike(agreed: Tensor) -> None:
-    """Raise ReproError if the workers did not compute with the same numbers. agreed: [size, ...]."""
-    if len(agreed.unique()) > 1:
+def check_agreement(checksums: Tensor) -> None:
+    """Raise ReproError if the workers computed with different numbers. checksums: int [size, ...]."""
+    if len(checksums.unique()) > 1:
         raise ReproError(
-            "the workers computed with different numbers, so the gradients are not those of one process: "
-            "a count of one worker's labels beside the global batch, say, or another random seed"
+            "the workers computed with different numbers, so the gradients would differ from those of "
+            "a single process; look for a number that each worker computes from its own rows, such as "
+            "len(labels), and for different random seeds"
         )
 
 
-def product(a: Tensor, b: Tensor, height: int, divisor: int = 1) -> Partial:
-    """sum_k a[k, i] b[k, j] over all workers. a, b float32 [k, m], [k, n], this worker's rows."""
+def matrix_product(a: Tensor, b: Tensor, height: int, divisor: int = 1) -> Partial:
+    """Return sum_k a[k, i] b[k, j] / divisor, k over all workers' rows.
+
+    a, b: float32 [k, m], [k, n], the rows of this worker.
+    """
     wide_a, wide_b = a.double(), b.double()
     norms = [torch.linalg.vector_norm(x, dim=0) for x in (wide_a, wide_b)]
     largest = norms[1].max() if b.numel() else 0.0
 
     def exact(i: Tensor, j: Tensor) -> list[int]:
-        return in_units(lambda at: wide_a[:, i[at]].t() * wide_b[:, j[at]].t(), len(a), len(i))
+        return exact_unit_sums(
+            lambda at: wide_a[:, i[at]].t() * wide_b[:, j[at]].t(), len(a), len(i)
+        )
 
-    sums = marked(wide_a.t() @ wide_b, lambda: (a != 0).float().t() @ (b != 0).float())
+    sums = with_signed_zeros(wide_a.t() @ wide_b, lambda: (a != 0).float().t() @ (b != 0).float())
     return Partial(sums, norms[0] * largest, height, exact, divisor)
 
 
-def marked(sums: Tensor, counts: Callable[[], Tensor]) -> Tensor:
-    """The sums with -0 where all terms are zeros, as behind a ReLU, and +0 where they cancel.
+def row_sums(x: Tensor, height: int, divisor: int = 1, factor: Optional[Tensor] = None) -> Partial:
+    """Return sum_k x[i, k] factor[i] / divisor, k over all workers' columns: a matrix [m, 1].
 
-    counts: the numbers of the terms that are not zeros, or any positive number for them.
+    x: float32 [m, k], the columns of this worker. factor: float32 [m, 1].
+    """
+    terms = x.double() if factor is None else x.double() * factor.double()
+
+    def exact(i: Tensor, j: Tensor) -> list[int]:
+        return exact_unit_sums(lambda at: terms[i[at]], x.shape[1], len(i))
+
+    return Partial(terms.sum(1, keepdim=True), terms.abs().sum(1), height, exact, divisor)
+
+
+def with_signed_zeros(sums: Tensor, nonzero_terms: Callable[[], Tensor]) -> Tensor:
+    """Return the sums with -0 where all terms are zeros, as behind a ReLU, and +0 where terms cancel.
+
+    nonzero_terms: the number of nonzero terms of each sum, or any positive number for it.
     """
     zero = sums == 0
     if not bool(zero.any()):
         return sums
-    return torch.where(zero, torch.where(counts() == 0, -0.0, 0.0).to(sums.dtype), sums)
+    signed = torch.where(nonzero_terms() == 0, -0.0, 0.0).to(sums.dtype)
+    return torch.where(zero, signed, sums)
 
 
-def plain_sum(x: Tensor, height: int, divisor: int = 1, times: Optional[Tensor] = None) -> Partial:
-    """sum_k x[i, k] times[i] / divisor over all workers. x float32 [m, k], times [m, 1] -> [m, 1]."""
-    wide = x.double() if times is None else x.double() * times.double()
+def exact_unit_sums(terms: Callable[[slice], Tensor], k: int, count: int) -> list[int]:
+    """Return `count` exact sums of k finite terms each, in units of 2^-600.
 
-    def exact(i: Tensor, j: Tensor) -> list[int]:
-        return in_units(lambda at: wide[i[at]], x.shape[1], len(i))
-
-    return Partial(wide.sum(1, keepdim=True), wide.abs().sum(1), height, exact, divisor)
-
-
-def in_units(terms: Callable[[slice], Tensor], k: int, count: int) -> list[int]:
-    """The exact sums of finite terms, as multiples of 2^-600. terms(at) float64 [at, k] of [count, k]."""
+    terms: returns the terms of a slice of the sums, float64 [len(slice), k].
+    """
     step = max(1, _CHUNK // max(1, k))
     chunks = (terms(slice(start, start + step)).tolist() for start in range(0, count, step))
-    return [units(exact_sum(row)) for chunk in chunks for row in chunk]
+    return [in_units(exact_sum(row)) for chunk in chunks for row in chunk]
 
 
-def units(x: Fraction) -> int:
-    """x / 2^-600, a whole number."""
+def in_units(x: Fraction) -> int:
+    """Return x / 2^-600, which is an integer."""
     return x.numerator * ((1 << _UNIT) // x.denominator)
 
 
-def _share(m: int, size: int) -> int:
-    """Rows of a matrix of m that one worker owns."""
-    return -(-m // size)
+# ---- layout of the exchange: owner o has the rows o * s ... o * s + s - 1 of each matrix, padded ------
 
 
-def _dealt(p: Partial, size: int) -> Tensor:
-    """What each owner gets of it, float64 [size, share * (n + 1)]: rows, then their sizes."""
+def _rows_per_owner(p: Partial, size: int) -> int:
+    """Return s, the number of rows of the matrix that one worker owns."""
+    return -(-len(p.sums) // size)
+
+
+def _pack_for_owners(p: Partial, size: int) -> Tensor:
+    """Return what each owner receives, float64 [size, s * (n + 1)]: rows, each with its bound."""
     m, n = p.sums.shape
-    share = _share(m, size)
-    both = p.sums.new_zeros(size * share, n + 1)
-    both[:m, :n] = p.sums
-    both[:m, n] = p.sizes
-    return both.reshape(size, share * (n + 1))
+    s = _rows_per_owner(p, size)
+    packed = p.sums.new_zeros(size * s, n + 1)
+    packed[:m, :n] = p.sums
+    packed[:m, n] = p.abs_bounds
+    return packed.reshape(size, s * (n + 1))
 
 
-def _tested(partials: Sequence[Partial], total: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Of the rows owned here: float32 values, flat, and int32 places of those that fail the test."""
-    values, failures, start = [], [], 0
+def _round_totals(partials: Sequence[Partial], totals: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Round the totals that this worker owns.
+
+    Returns the float32 values, flat [sum of s * n], and the int32 places of those that fail the test.
+    """
+    values, places, start, owned = [], [], 0, 0
     for p in partials:
-        n = p.sums.shape[1]
-        share = _share(len(p.sums), size)
-        both = total[start : start + share * (n + 1)].reshape(share, n + 1)
-        start += both.numel()
-        c = both[:, :n] if p.divisor == 1 else both[:, :n] / p.divisor
-        e = both[:, n:] * (gamma(p.height + size) / p.divisor)
-        value = (c + e).float()
-        failed = (c - e).float().view(torch.int32) != value.view(torch.int32)
-        if not bool(both.sum().isfinite()):  # then some sum or size may not be
-            value = torch.where(c.isfinite(), value, c.float())
-            failed = c.isfinite() & (failed | ~e.isfinite())
+        n, s = p.sums.shape[1], _rows_per_owner(p, size)
+        packed = totals[start : start + s * (n + 1)].reshape(s, n + 1)
+        mid = packed[:, :n] if p.divisor == 1 else packed[:, :n] / p.divisor
+        radius = packed[:, n:] * (gamma(p.height + size) / p.divisor)
+        value, failed = _rounding_test(mid, radius, finite=bool(packed.sum().isfinite()))
         i, j = failed.nonzero().unbind(1)
-        nothing = (c[i, j] == 0) & c[i, j].signbit()  # -0 of all workers: no term but zeros
-        value[i[nothing], j[nothing]] = 0.0  # an exact zero is +0
+        empty = (mid[i, j] == 0) & mid[i, j].signbit()  # -0 of all workers: only zeros were added
+        value[i[empty], j[empty]] = 0.0  # an exact zero is +0
         values.append(value.reshape(-1))
-        failures.append((i * n + j)[~nothing] + sum(map(len, values[:-1])))
-    return torch.cat(values), torch.cat(failures).int()
+        places.append((i * n + j)[~empty] + owned)
+        start, owned = start + packed.numel(), owned + value.numel()
+    return torch.cat(values), torch.cat(places).int()
 
 
-def _gathered(partials: Sequence[Partial], results: Tensor) -> list[Tensor]:
-    """What all owners rounded, as the matrices [m, n]. results: float32 [size, shares * n]."""
-    size, start, whole = len(results), 0, []
+def _rounding_test(mid: Tensor, radius: Tensor, finite: bool) -> tuple[Tensor, Tensor]:
+    """Round to binary32 what lies within `radius` of `mid`; return the values and where the test fails.
+
+    The test assumes of the radius:
+    - It has room for the roundings of the division, of its own computation and of mid - radius and
+      mid + radius: `gamma` provides it.
+    - mid is a sum in any order, so the sign of a zero is not known: the test compares bit patterns, so that
+      -0 beside +0 fails.
+    - Where mid is NaN or infinite it is the result itself; where only the radius is, the test fails.
+
+    finite: whether all numbers are known to be finite.
+    """
+    value = (mid + radius).float()
+    failed = (mid - radius).float().view(torch.int32) != value.view(torch.int32)
+    if not finite:
+        value = torch.where(mid.isfinite(), value, mid.float())
+        failed = mid.isfinite() & (failed | ~radius.isfinite())
+    return value, failed
+
+
+def _unpack_results(partials: Sequence[Partial], gathered: Tensor) -> list[Tensor]:
+    """Return the matrices [m, n] that all owners rounded. gathered: float32 [size, sum of s * n]."""
+    size, start, results = len(gathered), 0, []
     for p in partials:
         m, n = p.sums.shape
-        width = _share(m, size) * n
-        part = results[:, start : start + width].reshape(-1, n)
-        whole.append(part[:m].clone())
+        width = _rows_per_owner(p, size) * n
+        results.append(gathered[:, start : start + width].reshape(-1, n)[:m].clone())
         start += width
-    return whole
+    return results
 
 
-def _settle(
-    group: Group, partials: Sequence[Partial], whole: list[Tensor], lists: list[list[int]]
+def _resolve_failures(
+    group: Group, partials: Sequence[Partial], results: list[Tensor], failures: list[list[int]]
 ) -> None:
-    """Put the exact sums where the test failed: lists[p] has the places among the rows p owns."""
-    at: list[list[tuple[int, int]]] = [[] for _ in partials]
-    for owner, places in enumerate(lists):
-        start, number = 0, 0
-        for place in sorted(places):
-            while True:
-                m, n = partials[number].sums.shape
-                share = _share(m, group.size)
-                if place < start + share * n:
-                    break
-                start, number = start + share * n, number + 1
-            row, column = divmod(place - start, n)
-            at[number].append((owner * share + row, column))
-    own = bytearray()
-    for p, pairs in zip(partials, at):
+    """Overwrite the results that failed the test with the rounded exact sums.
+
+    failures: for each owner the places among the results that it owns.
+    """
+    per_owner = [_rows_per_owner(p, group.size) for p in partials]
+    starts = list(accumulate((s * p.sums.shape[1] for s, p in zip(per_owner, partials)), initial=0))
+    indices: list[list[tuple[int, int]]] = [[] for _ in partials]  # (row, column)
+    for owner, places in enumerate(failures):
+        for place in places:
+            number = (
+                bisect_right(starts, place) - 1
+            )  # the last partial that starts here, if some are empty
+            row, column = divmod(place - starts[number], partials[number].sums.shape[1])
+            indices[number].append((owner * per_owner[number] + row, column))
+
+    local = bytearray()
+    for p, pairs in zip(partials, indices):
         if pairs:
             rows, columns = torch.tensor(pairs, device=p.sums.device).t()
-            own += b"".join(
-                x.to_bytes(_BYTES, "little", signed=True) for x in p.exact(rows, columns)
-            )
-    sent = torch.frombuffer(own, dtype=torch.uint8).reshape(-1, _BYTES)
-    every = group.to_all(sent.to(whole[0].device)).cpu().numpy()
+            for x in p.exact(rows, columns):
+                local += x.to_bytes(_BYTES, "little", signed=True)
+    sent = torch.frombuffer(local, dtype=torch.uint8).reshape(-1, _BYTES)
+    received = group.all_gather(sent.to(results[0].device)).cpu().numpy()
+
     totals = iter(
-        sum(int.from_bytes(part.tobytes(), "little", signed=True) for part in parts)
-        for parts in every.transpose(1, 0, 2)
+        sum(int.from_bytes(x.tobytes(), "little", signed=True) for x in terms)
+        for terms in received.transpose(1, 0, 2)
     )
-    for p, pairs, result in zip(partials, at, whole):
+    for p, pairs, result in zip(partials, indices, results):
         for row, column in pairs:
             result[row, column] = nearest(Fraction(next(totals), p.divisor << _UNIT))

@@ -1,4 +1,4 @@
-"""Sums over the batch: exchanged unrounded, rounded once, those of a backward pass together at its end."""
+"""Gradients that are sums over the batch: exchanged together at the end of a backward pass."""
 
 from __future__ import annotations
 
@@ -11,25 +11,34 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from reproml.arithmetic.dispatch import dispatcher
-from reproml.arithmetic.distributed.partial_sums import Group, Partial, merge, refuse_unlike
-
-raw = dispatcher.natively  # for what is no operator of the user's
-
-
-# Why an optimizer's step refuses a tensor of this folder (operators/optimizers.py).
-OPTIMIZER_REFUSAL = (
-    "The optimizer's step met a gradient that backward() did not write, as it does where a "
-    "wrapped model has the parameter: wrap the module that owns this parameter "
-    "(reproml.distributed.DistributedDataParallel)."
+from reproml.arithmetic.dispatch.dispatcher import natively
+from reproml.arithmetic.distributed.partial_sums import (
+    Group,
+    Partial,
+    all_reduce,
+    check_agreement,
 )
 
 
-class Pending(Tensor):
-    """A gradient not known before the workers have met: an operator that reads it makes them meet."""
+class DistributedTensor(Tensor):
+    """A tensor whose value is not on this worker alone: Pending, or Sharded (sharded.py)."""
+
+    # Why the step of an optimizer refuses such a tensor (operators/optimizers.py).
+    optimizer_refusal = (
+        "The optimizer's step met a gradient that backward() did not write, as it does where a "
+        "wrapped model has the parameter: wrap the module that owns this parameter "
+        "(reproml.distributed.DistributedDataParallel)."
+    )
+
+    def full_tensor(self) -> Tensor:
+        """Return the plain tensor of all workers. Collective: every worker has to call it."""
+        raise NotImplementedError
+
+
+class Pending(DistributedTensor):
+    """A gradient that is not exchanged yet. An operator that reads it has it exchanged."""
 
     _value: Callable[[], Tensor]
-    optimizer_refusal = OPTIMIZER_REFUSAL
 
     @staticmethod
     def __new__(cls, like: Tensor, value: Callable[[], Tensor]) -> Pending:
@@ -40,9 +49,9 @@ class Pending(Tensor):
         made._value = value
         return made
 
-    def value(self) -> Tensor:
-        """The gradient, plain. It is exchanged now if it was not."""
-        with raw():
+    def full_tensor(self) -> Tensor:
+        """Return the gradient as a plain tensor, after exchanging it if necessary."""
+        with natively():
             return self._value()
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
@@ -52,102 +61,106 @@ class Pending(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func._schema.name[len("aten::") :] in _LOOKS:
+        if func._schema.name[len("aten::") :] in _VIEWS:
             x, rest = args[0], args[1:]
-            with raw():
+            with natively():
                 like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
                 like = func(like, *rest, **kwargs)
-            return Pending(like, lambda: func(x.value(), *rest, **kwargs))
-        args, kwargs = tree_map_only(Pending, Pending.value, (args, kwargs))
+            return Pending(like, lambda: func(x.full_tensor(), *rest, **kwargs))
+        args, kwargs = tree_map_only(Pending, Pending.full_tensor, (args, kwargs))
         return func(*args, **kwargs)
 
 
-_LOOKS = frozenset("detach alias t transpose permute view _unsafe_view".split())
+# Operators that do not read the elements: their result is pending as well.
+_VIEWS = frozenset("detach alias t transpose permute view _unsafe_view".split())
 
 
 class _Bucket:
-    """The sums of one backward pass that are not exchanged yet."""
+    """The sums of one backward pass that wait to be exchanged together."""
 
-    def __init__(self, group: Group, task: int) -> None:
+    def __init__(self, group: Group, graph_task: int) -> None:
         self.group = group
-        self.task = task  # the backward pass
-        self.waiting: list[Partial] = []
-        self.results: list[Tensor] = []
+        self.graph_task = graph_task  # PyTorch's number of the backward pass
+        self.partials: list[Partial] = []
+        self.results: list[Tensor] = []  # empty until the exchange
 
     def add(self, partial: Partial) -> Callable[[], Tensor]:
-        self.waiting.append(partial)
-        number = len(self.waiting) - 1
+        """Return a function that returns the sum, exchanging the bucket if necessary."""
+        self.partials.append(partial)
+        number = len(self.partials) - 1
 
         def result() -> Tensor:
-            if not self.results:
-                self.close()
+            self.exchange()
             return self.results[number]
 
         return result
 
-    def close(self) -> None:
-        """Exchange all that wait, at once."""
-        if self.waiting and not self.results:
-            with raw():
-                noted, _backward.noted = _backward.noted, 0
-                self.results = merge(self.group, self.waiting, noted)
-            self.waiting.clear()
+    def exchange(self) -> None:
+        """Exchange all sums at once, unless that was done."""
+        if self.partials and not self.results:
+            with natively():
+                self.results = all_reduce(self.group, self.partials, _backward.take_checksum())
+            self.partials.clear()
 
 
 class _Backward(threading.local):
-    """The backward pass of this thread."""
+    """The backward pass of this thread: all the state that this module keeps between calls."""
 
     bucket: Optional[_Bucket] = None
-    task = -1  # that has its end in the queue
-    noted = 0  # CRC of what the workers have to agree on, since the last exchange
+    graph_task = -1  # the last backward pass that has `_end_of_backward` in its queue
+    checksum = 0  # CRC-32 of the numbers on which the workers must agree, since the last exchange
+
+    def take_checksum(self) -> int:
+        """Return the checksum and start a new one."""
+        checksum, self.checksum = self.checksum, 0
+        return checksum
 
 
 _backward = _Backward()
-_at_end: list[Callable[[Group], None]] = []
 
 
-def at_end_of_backward(function: Callable[[Group], None]) -> None:
-    """Have it called whenever a backward pass that summed over a Sharded batch has ended."""
-    _at_end.append(function)
-
-
-def await_end(group: Group) -> int:
-    """Have the backward pass that runs, if one does, exchange what waits at its end; its number or -1."""
+def exchange_at_end(group: Group) -> int:
+    """Have the running backward pass exchange its sums at its end; return its number, -1 if none runs."""
     task = int(torch._C._current_graph_task_id())
-    if task not in (-1, _backward.task):
+    if task not in (-1, _backward.graph_task):
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(lambda: _end_of_backward(group))
-        _backward.task = task
+        _backward.graph_task = task
     return task
 
 
 def _end_of_backward(group: Group) -> None:
+    """Exchange the sums that wait, and write the gradients of the wrapped models' parameters."""
     bucket, _backward.bucket = _backward.bucket, None
     if bucket is not None:
-        bucket.close()
-    elif _backward.noted:  # all was computed from the gathered batch
-        noted, _backward.noted = _backward.noted, 0
-        with raw():
-            refuse_unlike(group.to_all(torch.tensor([noted])))
-    for function in _at_end:
-        function(group)
+        bucket.exchange()
+    elif _backward.checksum:  # every gradient was computed from the gathered batch
+        with natively():
+            check_agreement(group.all_gather(torch.tensor([_backward.take_checksum()])))
+    for model in group.models:
+        for p in model.parameters():
+            if isinstance(p.grad, DistributedTensor):
+                p.grad = p.grad.full_tensor()
 
 
-def note(data: bytes) -> None:
-    """Have the next exchange of gradients raise ReproError if the workers do not agree on it."""
-    _backward.noted = zlib.crc32(data, _backward.noted)
+def add_to_checksum(data: bytes) -> None:
+    """Have the next exchange of gradients raise ReproError unless all workers added the same data."""
+    _backward.checksum = zlib.crc32(data, _backward.checksum)
 
 
-def exchanged(group: Group, partial: Partial, shape: Sequence[int]) -> Tensor:
-    """The whole sum, float32 of this shape: now, or within a backward pass at its end."""
-    task = await_end(group)
+def reduce_over_batch(group: Group, partial: Partial, shape: Sequence[int]) -> Tensor:
+    """Return the sum over all workers, float32 of this shape.
+
+    Within a backward pass the result is Pending and exchanged at the end; else it is exchanged now.
+    """
+    task = exchange_at_end(group)
     if task == -1:
-        with raw():
-            return merge(group, [partial])[0].reshape(shape)
+        with natively():
+            return all_reduce(group, [partial])[0].reshape(shape)
     bucket = _backward.bucket
-    if bucket is None or bucket.task != task or bucket.results:
+    if bucket is None or bucket.graph_task != task or bucket.results:
         bucket = _backward.bucket = _Bucket(group, task)
     result = bucket.add(partial)
-    with raw():
+    with natively():
         like = partial.sums.new_empty(shape, dtype=torch.float32)
     return Pending(like, lambda: result().reshape(shape))

@@ -1,60 +1,80 @@
-"""The batch that is dealt: a tensor that stands for all of it, of which a worker holds some rows."""
+"""A tensor that represents the global batch: each worker holds some of its rows."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
+from reproml.arithmetic.dispatch.dispatcher import natively
+from reproml.arithmetic.dispatch.schema import tensors
 from reproml.arithmetic.distributed.partial_sums import Group
-from reproml.arithmetic.distributed.pending import OPTIMIZER_REFUSAL, Pending, raw
+from reproml.arithmetic.distributed.pending import (
+    DistributedTensor,
+    Pending,
+    add_to_checksum,
+    exchange_at_end,
+)
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Where the batch is: dimension `dim` counts before x batch x after elements, row-major.
+class RoundRobinShard:
+    """How the batch lies in a tensor: dimension `dim` counts before x batch x after elements, row-major.
 
-    Of the batch, worker r holds the rows r, r + size, r + 2 size, ...
+    Worker r holds the rows r, r + N, r + 2 N, ... of the batch, N being the number of workers.
     """
 
     group: Group
-    batch: int
-    dim: int = 0
+    batch: int  # rows of the global batch
+    dim: int = 0  # negative if counted from the right
     before: int = 1
     after: int = 1
 
-    def held(self, worker: int) -> int:
-        """The number of rows that a worker holds."""
+    def local_count(self, worker: int) -> int:
+        """Return the number of rows that a worker holds."""
         return len(range(worker, self.batch, self.group.size))
 
-    def length(self, batch: int) -> int:
-        """The dimension's size for so many rows."""
-        return self.before * batch * self.after
+    def size_for(self, rows: int) -> int:
+        """Return the size of the dimension for this number of rows."""
+        return self.before * rows * self.after
 
     @property
-    def own(self) -> int:
-        """The dimension's size on this worker."""
-        return self.length(self.held(self.group.rank))
+    def local_sizes(self) -> list[int]:
+        """The size of the dimension on each worker."""
+        return [self.size_for(self.local_count(r)) for r in range(self.group.size)]
 
     @property
-    def all(self) -> int:
-        """The dimension's size on all workers together."""
-        return self.length(self.batch)
+    def local_size(self) -> int:
+        """The size of the dimension on this worker."""
+        return self.size_for(self.local_count(self.group.rank))
 
     @property
-    def few(self) -> bool:
-        """Whether this worker's part does not tell the layout of the whole: a row has any stride."""
-        return self.own <= self.length(1)
+    def global_size(self) -> int:
+        """The size of the dimension in the global batch."""
+        return self.size_for(self.batch)
 
-    def moved(self, dim: int) -> Rows:
+    @property
+    def hides_layout(self) -> bool:
+        """Whether this worker has at most one row, so that its strides do not determine the batch's."""
+        return self.local_size <= self.size_for(1)
+
+    @property
+    def is_leading(self) -> bool:
+        """Whether dimension 0 is the batch and nothing else: index i is row i."""
+        return self.dim == 0 and self.size_for(1) == 1
+
+    def at_dim(self, dim: int) -> RoundRobinShard:
+        """Return this shard with the batch in another dimension."""
         return replace(self, dim=dim)
 
-    def of(self, x: Tensor, dim: int) -> Tensor:
-        """This worker's part of a tensor that has the whole batch in `dim`."""
+    def local_rows(self, x: Tensor, dim: int) -> Tensor:
+        """Return this worker's rows of a tensor that has the global batch in `dim`."""
         split: Tensor = x.unflatten(dim, (self.before, self.batch, self.after))
         index: list[Any] = [slice(None)] * (dim + 1) + [
             slice(self.group.rank, None, self.group.size)
@@ -62,58 +82,84 @@ class Rows:
         return split[tuple(index)].flatten(dim, dim + 2)
 
 
-class Rules:
-    """What operators and functions of torch do with a Sharded tensor: rules/table.py fills this in."""
+class Rule(NamedTuple):
+    """How an operator treats a Sharded tensor."""
 
-    prepare: Callable[[Any, Any, Any], tuple[Any, Any]]
-    compute: Callable[[Any, Any, Any], Any]
-
-
-_rules = Rules()
+    compute: Callable[[Any, Any, Any], Any]  # (operator, args, kwargs) -> result
+    takes_local_rows: bool = False  # whether a plain tensor may have this worker's rows only
 
 
-def use_rules(prepare: Callable[..., Any], compute: Callable[..., Any]) -> None:
-    """Have Sharded tensors handled by these: of a function of torch the arguments, of an operator the result."""
-    _rules.prepare, _rules.compute = prepare, compute
+# The tables of rules. rules/table.py fills them when the package is imported: here no operator is known.
+# OPERATORS: name of an operator, without "aten::" -> rule; DEFAULT -> the rule of all others.
+# FUNCTIONS: function of torch, or a name that several have -> its arguments, with plain tensors sharded.
+DEFAULT = "default"
+OPERATORS: dict[str, Rule] = {}
+FUNCTIONS: dict[Any, Callable[[Any, Any, Any], tuple[Any, Any]]] = {}
 
 
-class Sharded(Tensor):
-    """The whole batch, of which `local` is here. No two tensors share a `local` unless one is a view."""
+class Sharded(DistributedTensor):
+    """The global batch. No two of these tensors share a `local` unless one is a view of the other."""
 
-    local: Tensor
-    at: Rows
-    optimizer_refusal = OPTIMIZER_REFUSAL
+    local: Tensor  # the rows of this worker
+    shard: RoundRobinShard
 
     @staticmethod
-    def __new__(cls, local: Tensor, at: Rows, strides: Optional[Sequence[int]] = None) -> Sharded:
+    def __new__(
+        cls, local: Tensor, shard: RoundRobinShard, strides: Optional[Sequence[int]] = None
+    ) -> Sharded:
         shape = list(local.shape)
-        shape[at.dim] = at.all
-        strides = strides or _strides(local, shape)
+        shape[shard.dim] = shard.global_size
+        strides = strides or _global_strides(local, shape)
         make: Any = Tensor._make_wrapper_subclass
         made: Sharded = make(cls, shape, strides=strides, dtype=local.dtype, device=local.device)
-        made.local, made.at = local, at
+        made.local, made.shard = local, shard
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
-        return f"Sharded(dim={self.at.dim}, batch={self.at.batch}, local={self.local})"
+        return f"Sharded(dim={self.shard.dim}, batch={self.shard.batch}, local={self.local})"
+
+    def full_tensor(self) -> Tensor:
+        """Return the global batch as a plain tensor, gathered from all workers."""
+        shard = self.shard
+        most = shard.local_count(0)
+        with natively():
+            local = self.local.unflatten(
+                shard.dim, (shard.before, shard.local_count(shard.group.rank), shard.after)
+            )
+            rows = local.movedim(shard.dim + 1, 0)
+            padded = rows.new_zeros((most, *rows.shape[1:]))
+            padded[: len(rows)] = rows
+            sent = padded.to(torch.uint8) if padded.dtype is torch.bool else padded
+            gathered = shard.group.all_gather(sent).to(padded.dtype)
+            batch = gathered.transpose(0, 1).reshape(-1, *rows.shape[1:])[: shard.batch]
+            return batch.movedim(0, shard.dim + 1).flatten(shard.dim, shard.dim + 2).contiguous()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            args, kwargs = _rules.prepare(func, args, kwargs or {})
+            kwargs = kwargs or {}
+            prepare = FUNCTIONS.get(func) or FUNCTIONS.get(func.__name__.strip("_"))
+            if prepare:
+                args, kwargs = prepare(func, args, kwargs)
             return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         if any(issubclass(t, Pending) for t in types):
-            args, kwargs = tree_map_only(Pending, Pending.value, (args, kwargs))
-        return _rules.compute(func, args, kwargs or {})
+            args, kwargs = tree_map_only(Pending, Pending.full_tensor, (args, kwargs))
+        name = func._schema.name[len("aten::") :]
+        if any(a.is_out for a in func._schema.arguments):  # out= variants have the same name
+            name = DEFAULT
+        rule = OPERATORS.get(name) or OPERATORS[DEFAULT]
+        _checksum_operands(args, kwargs, rule.takes_local_rows)
+        return rule.compute(func, args, kwargs)
 
 
-def _strides(local: Tensor, shape: Sequence[int]) -> list[int]:
-    """Those of the whole batch, laid out as the part is: 0 where it repeats, else densely."""
+def _global_strides(local: Tensor, shape: Sequence[int]) -> list[int]:
+    """Return strides for the global batch in the layout of `local`: dense, 0 where `local` has 0."""
     strides, step = [0] * len(shape), 1
     for d in sorted(range(len(shape)), key=lambda d: (local.stride(d), -d)):
         if local.stride(d):
@@ -122,23 +168,40 @@ def _strides(local: Tensor, shape: Sequence[int]) -> list[int]:
     return strides
 
 
-def share(x: Tensor, group: Group) -> Sharded:
-    """The batch x [batch, ...], which every worker has whole, with each worker's own rows kept."""
-    at = Rows(group, len(x))
-    with raw():
-        return Sharded(at.of(x, 0).contiguous(), at)
+def shard_batch(x: Tensor, group: Group) -> Sharded:
+    """Return the batch x [batch, ...], which every worker has, with each worker keeping its own rows."""
+    shard = RoundRobinShard(group, len(x))
+    with natively():
+        return Sharded(shard.local_rows(x, 0).contiguous(), shard)
 
 
-def gathered(x: Sharded) -> Tensor:
-    """The whole batch, on every worker."""
-    at = x.at
-    most = at.held(0)
-    with raw():
-        local = x.local.unflatten(at.dim, (at.before, at.held(at.group.rank), at.after))
-        rows = local.movedim(at.dim + 1, 0)
-        padded = rows.new_zeros((most, *rows.shape[1:]))
-        padded[: len(rows)] = rows
-        as_sent = padded.to(torch.uint8) if padded.dtype is torch.bool else padded
-        dealt = at.group.to_all(as_sent).to(padded.dtype).transpose(0, 1)
-        batch = dealt.reshape(-1, *rows.shape[1:])[: at.batch]
-        return batch.movedim(0, at.dim + 1).flatten(at.dim, at.dim + 2).contiguous()
+def first_sharded(args: Any, kwargs: Any) -> Sharded:
+    """Return the first Sharded tensor among the arguments."""
+    return next(x for x in tensors([*args, *kwargs.values()]) if isinstance(x, Sharded))
+
+
+def shard_from_right(x: Sharded) -> RoundRobinShard:
+    """Return the shard with its dimension counted from the right, as broadcasting does."""
+    return x.shard.at_dim(x.shard.dim - x.dim())
+
+
+def _checksum_operands(args: Any, kwargs: Any, takes_local_rows: bool) -> None:
+    """Add a sample of every number and plain tensor to the checksum of the backward pass.
+
+    A worker may have computed them from its own rows; the exchange of gradients then raises ReproError.
+    """
+    shard = shard_from_right(first_sharded(args, kwargs))
+    sizes = shard.local_sizes
+    if len(sizes) == 1:
+        return
+    for x in args:
+        if type(x) is float:
+            add_to_checksum(struct.pack("<d", x))
+        elif type(x) in (Tensor, Parameter) and x.is_floating_point() and x.is_cpu and x.numel():
+            # Local rows differ. All workers have to decide alike, so the sizes of all of them count.
+            if takes_local_rows and x.dim() >= -shard.dim and x.shape[shard.dim] in sizes:
+                continue
+            with natively():
+                value = float(x[(0,) * x.dim()])
+            add_to_checksum(struct.pack("<d", value) if value == value else b"nan")
+    exchange_at_end(shard.group)

@@ -1,4 +1,4 @@
-"""Programs over a batch that is dealt to workers: bit for bit those of one process with the whole batch."""
+"""Programs over a sharded batch give the results of a single process, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import reproml
-from reproml.arithmetic.distributed import pending
-from reproml.arithmetic.distributed.pending import Pending
-from reproml.arithmetic.distributed.sharded import Sharded, gathered, share
+from reproml.arithmetic.distributed.sharded import Sharded, shard_batch
 from reproml.errors import ReproError
 from tests.arithmetic.distributed.together import Thread, together
 
@@ -43,7 +41,7 @@ class Attention(nn.Module):
 
 
 class Shared(nn.Module):
-    """A weight that is used twice, and a parameter that meets the batch by broadcasting."""
+    """A weight that is used twice, and a parameter that is broadcast against the batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +117,7 @@ LOSSES: dict[str, tuple[Callable[..., torch.Tensor], Callable[[int], torch.Tenso
 
 
 def trained(model: nn.Module, x: Any, y: Any, loss: Any, steps: int = 1) -> list[torch.Tensor]:
-    """Losses, gradients and state dict after some backward passes."""
+    """Return losses, gradients and state dict after some backward passes."""
     torch.manual_seed(5)
     values = []
     for _ in range(steps):
@@ -133,23 +131,14 @@ def trained(model: nn.Module, x: Any, y: Any, loss: Any, steps: int = 1) -> list
 def by_workers(
     size: int, model: nn.Module, x: Any, y: Any, loss: Any, local: bool = True, steps: int = 1
 ) -> list[Any]:
-    """`trained` on each worker; y is its own rows if `local`, else the whole batch's."""
+    """Return `trained` of each worker; y is plain with its own rows if `local`, else a Sharded tensor."""
 
     def work(me: Thread) -> list[torch.Tensor]:
         mine = copy.deepcopy(model)
-
-        def write(group: Any) -> None:
-            for p in mine.parameters() if group is me else ():
-                if isinstance(p.grad, Pending):
-                    p.grad = p.grad.value()
-
-        pending.at_end_of_backward(write)
-        try:
-            with reproml.exact():
-                target = y[me.rank :: size] if local else share(y, me)
-                return trained(mine, share(x, me), target, loss, steps)
-        finally:
-            pending._at_end.remove(write)
+        me.models[mine] = None
+        with reproml.exact():
+            target = y[me.rank :: size] if local else shard_batch(y, me)
+            return trained(mine, shard_batch(x, me), target, loss, steps)
 
     return together(size, work)
 
@@ -160,8 +149,8 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_trains_as_in_one_process(name):
-    """Three rows for one to four workers: one has none."""
+def test_model_trains_as_in_single_process(name):
+    """Three rows for one to four workers: with four, one has no row."""
     make, data = MODELS[name]
     torch.manual_seed(1)
     with reproml.exact():
@@ -176,8 +165,8 @@ def test_a_model_trains_as_in_one_process(name):
 @pytest.mark.parametrize("rows", [2, 5])
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_is_that_of_the_whole_batch(name, local, rows):
-    """Two backward passes: the second adds to the gradients. With shares of a row and of none."""
+def test_loss_is_that_of_global_batch(name, local, rows):
+    """The second backward pass adds to the gradients. Some workers have one row or none."""
     loss, target = LOSSES[name]
     torch.manual_seed(2)
     with reproml.exact():
@@ -189,7 +178,7 @@ def test_a_loss_is_that_of_the_whole_batch(name, local, rows):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_go_through_as_in_one_process(bad):
+def test_nan_and_infinity_propagate_as_in_single_process(bad):
     torch.manual_seed(3)
     with reproml.exact():
         model, x, y = mlp(), torch.randn(4, 4), torch.randn(4, 3)
@@ -209,8 +198,8 @@ HARD = torch.tensor(
 )
 
 
-def test_batch_statistics_that_are_hard_to_round():
-    """Ties, cancellation, subnormal numbers, overflow and infinity, each in a channel of its own."""
+def test_batch_statistics_hard_to_round_are_exact():
+    """Ties, cancellation, subnormal numbers, overflow and infinity, each in its own channel."""
     with reproml.exact():
         model, y = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)), torch.tensor([0, 1, 2, 0])
         expected = trained(copy.deepcopy(model), HARD, y, F.cross_entropy)
@@ -220,7 +209,7 @@ def test_batch_statistics_that_are_hard_to_round():
 
 
 Program = Callable[[torch.Tensor], Any]
-WHOLE: dict[str, Program] = {
+OF_THE_BATCH: dict[str, Program] = {
     "var": lambda x: x.var(0),
     "max": lambda x: x.max(0).values,
     "argmax": lambda x: x.argmax(),
@@ -235,27 +224,27 @@ WHOLE: dict[str, Program] = {
     "sum as float": lambda x: ((x > 0) * (2**24 + 1)).sum(dtype=torch.float32),
     "fraction": lambda x: (x > 0).float().mean(),
     "item": lambda x: torch.tensor(x.sum().item()),
-    "rows added to what all have": lambda x: torch.ones(5, 4).add_(x),
+    "rows added to a plain tensor": lambda x: torch.ones(5, 4).add_(x),
     "random": lambda x: (x * torch.rand_like(x) + torch.randn(len(x), 4)).sum(),
     "mask": lambda x: x.masked_fill(torch.ones(5, 4).tril().bool(), 0.5).sum(0),
     "transposed": lambda x: (x.t() * torch.arange(4.0).unsqueeze(1)).t().reshape(-1).sum(),
     "rows of rows": lambda x: x.unsqueeze(0).expand(2, 5, 4).reshape(10, 4).cumsum(1).sum(0),
     "padded": lambda x: F.pad(x, (1, 0)).sum(0),
-    "scaled by what looks like a row": lambda x: (x * torch.full((1, 4), 0.5)).sum(0),
+    "scaled by one row": lambda x: (x * torch.full((1, 4), 0.5)).sum(0),
     "halves": lambda x: torch.cat([y * 3 for y in x.chunk(2, 1)], 1).sum(0),
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_a_function_of_the_batch_is_that_of_the_whole_batch(name):
-    program = WHOLE[name]
+@pytest.mark.parametrize("name", OF_THE_BATCH)
+def test_function_of_batch_is_that_of_global_batch(name):
+    program = OF_THE_BATCH[name]
     x = torch.arange(20.0).reshape(5, 4).sin()
 
     def work(me: Thread) -> torch.Tensor:
         torch.manual_seed(7)
         with reproml.exact():
-            result = program(share(x, me))
-        return gathered(result) if isinstance(result, Sharded) else result
+            result = program(shard_batch(x, me))
+        return result.full_tensor() if isinstance(result, Sharded) else result
 
     torch.manual_seed(7)
     with reproml.exact():
@@ -273,28 +262,34 @@ REFUSED: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     "rows": (lambda x: x[:2], "aten.slice.Tensor .*some rows"),
     "split": (lambda x: x.split(2), "aten.split.Tensor .*some rows"),
     "write": (write_a_row, "rows"),
-    "apart": (lambda x: x.view(2, 10), r"\[5, 4\] as \[2, 10\] takes the rows of the batch apart"),
-    "strange rows": (lambda x: x + torch.ones(4, 4), r"\[4, 4\] has neither all of the batch"),
-    "crossed": (lambda x: x.unsqueeze(0) + x.unsqueeze(1), "the batch in different places"),
+    "split by view": (lambda x: x.view(2, 10), r"\[5, 4\] as \[2, 10\] splits rows of the batch"),
+    "strange rows": (
+        lambda x: x + torch.ones(4, 4),
+        r"\[4, 4\] has neither the 5 rows",
+    ),
+    "crossed": (lambda x: x.unsqueeze(0) + x.unsqueeze(1), "the batch in different dimensions"),
     "strange labels": (lambda x: F.cross_entropy(x, torch.ones(4).long()), "The target has 4 rows"),
-    "joined to rows": (lambda x: torch.cat([torch.ones(3, 4), x]), "aten.cat.default .*joins rows"),
+    "joined to rows": (
+        lambda x: torch.cat([torch.ones(3, 4), x]),
+        "aten.cat.default .*concatenates rows",
+    ),
     "double": (lambda x: x.double() + 1, "float64"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_takes_rows_apart_is_refused(name):
+def test_operator_that_splits_rows_is_refused(name):
     program, words = REFUSED[name]
 
     def work(me: Thread) -> None:
         with reproml.exact(), pytest.raises(reproml.NotExactError, match=words):
-            program(share(torch.ones(5, 4), me))
+            program(shard_batch(torch.ones(5, 4), me))
 
     together(2, work)
 
 
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveMaxPool2d(2)])
-def test_gradients_of_the_gathered_batch_go_on_to_rows(pool):
+def test_gradients_of_gathered_batch_reach_the_rows(pool):
     torch.manual_seed(1)
     with reproml.exact():
         model, x = nn.Conv2d(2, 4, 3), torch.randn(5, 2, 6, 6)
@@ -317,22 +312,22 @@ UNLIKE: dict[str, Callable[[torch.Tensor, Thread], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("name", UNLIKE)
-def test_workers_that_compute_with_different_numbers_are_refused(name):
+def test_different_numbers_on_workers_are_refused(name):
     model = nn.Linear(4, 3)
 
     def work(me: Thread) -> None:
         mine = copy.deepcopy(model)
         with reproml.exact():
-            loss = UNLIKE[name](mine(share(torch.ones(5, 4), me)), me)
+            loss = UNLIKE[name](mine(shard_batch(torch.ones(5, 4), me)), me)
             with pytest.raises(ReproError, match="the workers computed with different numbers"):
                 loss.backward()
-            mine(share(torch.ones(5, 4), me)).sum().backward()  # and may go on
+            mine(shard_batch(torch.ones(5, 4), me)).sum().backward()  # training can continue
 
     together(2, work)
 
 
-def test_the_gradients_of_a_backward_pass_meet_once():
-    """And the float64 sums go to their owners in one piece, not to everybody."""
+def test_gradients_of_backward_pass_are_exchanged_once():
+    """The float64 sums are sent to their owners in one message, not to all workers."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(50, 40), nn.Tanh(), nn.Linear(40, 10))
     weights = sum(p.numel() for p in model.parameters())
@@ -340,12 +335,12 @@ def test_the_gradients_of_a_backward_pass_meet_once():
     def work(me: Thread) -> None:
         mine = copy.deepcopy(model)
         with reproml.exact():
-            loss = F.cross_entropy(mine(share(torch.randn(8, 50), me)), classes(4))
+            loss = F.cross_entropy(mine(shard_batch(torch.randn(8, 50), me)), classes(4))
             me.sent.clear()
             loss.backward()
-        to_owners, *to_all = me.sent
-        assert to_owners[0] == 2 and weights < to_owners[0] * to_owners[1] < 1.05 * weights
-        assert [weights / 2 < math.prod(shape) < 0.6 * weights for shape in to_all][:1] == [True]
-        assert len(to_all) <= 2  # the second for what failed the test
+        sums, *gathered = me.sent
+        assert sums[0] == 2 and weights < sums[0] * sums[1] < 1.05 * weights
+        assert [weights / 2 < math.prod(shape) < 0.6 * weights for shape in gathered][:1] == [True]
+        assert len(gathered) <= 2  # the second one for the elements that failed the test
 
     together(2, work)

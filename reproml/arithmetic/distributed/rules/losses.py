@@ -1,4 +1,4 @@
-"""Rules of the losses that do not gather all of the batch."""
+"""Rules of the losses that do not gather the batch."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from reproml.arithmetic.distributed.operands import first_batch, rows_of
-from reproml.arithmetic.distributed.pending import raw
-from reproml.arithmetic.distributed.rules.compute import everywhere
-from reproml.arithmetic.distributed.sharded import Sharded, gathered
+from reproml.arithmetic.dispatch.dispatcher import natively
+from reproml.arithmetic.distributed.operands import shard_like
+from reproml.arithmetic.distributed.rules.compute import on_gathered_batch
+from reproml.arithmetic.distributed.sharded import Sharded, first_sharded
 
-_NONE = 0  # PyTorch's number of a reduction
+_NONE = 0  # PyTorch's number of reduction="none"
 
 
 def nll_loss(func: Any, args: Any, kwargs: Any) -> Any:
-    """Only the numbers at the targets meet."""
+    """Gather only the numbers at the targets, then compute as a single process."""
     x, target, weight, reduction, ignored = args
-    if not isinstance(x, Sharded) or x.at.dim or x.dim() != 2:
-        return everywhere(func, args, kwargs)
-    target = rows_of(target, x)
+    if not isinstance(x, Sharded) or x.shard.dim or x.dim() != 2:
+        return on_gathered_batch(func, args, kwargs)
+    target = shard_like(target, x)
     if reduction == _NONE:
-        loss, total = func(x.local, target.local, weight, reduction, ignored)
-        return Sharded(loss, x.at), total
-    with raw():
-        counted = target.local != ignored
-        at = torch.where(counted, target.local, 0).unsqueeze(1)
-        pairs = torch.cat([x.local.gather(1, at).double(), target.local.unsqueeze(1).double()], 1)
-        picked, target = gathered(Sharded(pairs, x.at)).split(1, 1)
+        loss, total_weight = func(x.local, target.local, weight, reduction, ignored)
+        return Sharded(loss, x.shard), total_weight
+    with natively():
+        index = torch.where(target.local != ignored, target.local, 0).unsqueeze(1)
+        picked = x.local.gather(1, index).double()
+        pairs = torch.cat([picked, target.local.unsqueeze(1).double()], 1)
+        picked, target = Sharded(pairs, x.shard).full_tensor().split(1, 1)
         picked, target = picked.float(), target.squeeze(1).long()
-        if weight is None:  # one class for all that count
+        if weight is None:  # one class for all rows that count
             scores, target = picked, torch.where(target != ignored, 0, -100)
             ignored = -100
         else:
@@ -41,32 +41,37 @@ def nll_loss(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def loss_backward(func: Any, args: Any, kwargs: Any) -> Any:
-    """Elementwise, but for the size of the whole batch in a mean: computed in its shape, without
-    the others' rows."""
-    x = first_batch(args, kwargs)
-    if x.at.dim:
-        return everywhere(func, args, kwargs)
-    at = x.at
+    """Compute an elementwise gradient which depends on the size of the global batch through a mean.
 
-    def full(y: Tensor) -> Tensor:
-        y = rows_of(y, x) if y.dim() and y.shape[:1] in (x.shape[:1], x.local.shape[:1]) else y
+    The operands are padded with zeros to the shape of the global batch: other workers' rows do not matter.
+    """
+    x = first_sharded(args, kwargs)
+    if x.shard.dim:
+        return on_gathered_batch(func, args, kwargs)
+
+    def in_global_shape(y: Tensor) -> Tensor:
+        if y.dim() and y.shape[:1] in (x.shape[:1], x.local.shape[:1]):
+            y = shard_like(y, x)
         if not isinstance(y, Sharded):
             return y
-        with raw():
-            whole = torch.zeros(y.shape, dtype=y.dtype, device=y.device)
-            index = torch.arange(at.all, device=y.device)
-            whole[at.of(index, 0)] = y.local
-        return whole
+        with natively():
+            padded = torch.zeros(y.shape, dtype=y.dtype, device=y.device)
+            index = torch.arange(x.shard.global_size, device=y.device)
+            padded[x.shard.local_rows(index, 0)] = y.local
+        return padded
 
-    result = func(*tree_map_only(Tensor, full, args), **tree_map_only(Tensor, full, kwargs))
-    with raw():
-        return Sharded(at.of(result, 0).contiguous(), at)
+    args, kwargs = tree_map_only(Tensor, in_global_shape, (args, kwargs))
+    result = func(*args, **kwargs)
+    with natively():
+        return Sharded(x.shard.local_rows(result, 0).contiguous(), x.shard)
 
 
 def nll_loss_backward(func: Any, args: Any, kwargs: Any) -> Any:
     g, x, target, *rest = args
-    if not isinstance(x, Sharded) or x.at.dim:
-        return everywhere(func, args, kwargs)
-    g, target = rows_of(g, x), rows_of(target, x)
-    local = [t.local if isinstance(t, Sharded) else t for t in (g, x, target)]
-    return Sharded(func(*local, *rest), x.at)
+    if not isinstance(x, Sharded) or x.shard.dim:
+        return on_gathered_batch(func, args, kwargs)
+    local = [
+        t.local if isinstance(t, Sharded) else t
+        for t in (shard_like(g, x), x, shard_like(target, x))
+    ]
+    return Sharded(func(*local, *rest), x.shard)
