@@ -368,7 +368,7 @@ def test_native_run_has_no_golden_verdict():
     assert built.verified is None and built.differs
     assert "Native numerics: no golden file" in text and "First divergence" in text
     assert "python -m reproml matrix --recipe tiny.toml" in text and "Verified" not in text
-    assert "exact arithmetic against native" in text
+    assert "exact arithmetic on one side, native on the other" in text
     items: dict[str, Any] = dict(traced(1, "native")[0].items)
     assert str(items["epoch.2.loss"]) in text and items["weights.safetensors.sha256"] in text
     raw = bytearray(traced(1, "native")[0].weights)
