@@ -1,6 +1,6 @@
-"""The command line: `python -m reproml VERB`, also behind the invoke tasks.
+"""The command line: `python -m reproml VERB`. tasks.py makes its tasks from the same VERBS and OPTIONS.
 
-Exit status: 0 good; 1 something differs; 2 bad input, told in one sentence; 130 interrupted.
+Exit status: 0 success; 1 a mismatch; 2 bad input, reported in one sentence; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
@@ -18,77 +18,79 @@ from reproml.errors import NotExactError, ReproError
 from reproml.terminal import Terminal
 
 if TYPE_CHECKING:
+    from reproml.matrix import Row
     from reproml.pipeline.checkpoint import Checkpoint
     from reproml.pipeline.recipe import Recipe
 
-Result = tuple[int, dict[str, Any]]  # exit status, what --json prints
+Result = tuple[int, dict[str, Any]]  # exit status, and the object that --json prints
 
 
-def data(args: argparse.Namespace, terminal: Terminal) -> Result:
+def data_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Get the recipe's data and check every hash."""
     from reproml.pipeline import data as datasets
 
     dataset = datasets.load_dataset(_recipe(args).data.name, args.data)
     for name, sha256 in dataset.hashes.items():
-        terminal.say(f"{sha256}  {name}")
+        terminal.print(f"{sha256}  {name}")
     return 0, {"dataset": dataset.name, "sha256": dataset.hashes}
 
 
-def train(args: argparse.Namespace, terminal: Terminal) -> Result:
-    """Train and evaluate the recipe; leave a run folder."""
+def train_command(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Train and evaluate the recipe and write a run folder."""
     from reproml.pipeline import run
 
     if args.steps is not None:
         return _train_steps(args, _recipe(args), terminal)
-    out, recipe, start = _beginning(args, terminal)
-    resume_none = args.resume is not None and start is None
-    items = run.finished_items(out, recipe, args.numerics) if resume_none else None
-    if items is not None:  # a loop that starts a killed training again may end so
-        terminal.say(f"{out} is a finished run of {recipe.name} already")
-    elif resume_none and args.checkpoint_every is None:
-        raise ReproError(
-            f"there is no checkpoint of {out} to resume from; "
-            "add --checkpoint-every N to begin a training that can be resumed"
-        )
-    else:
-        items = _train_whole(args, out, recipe, start, terminal)
+    out, recipe, start = _starting_point(args, terminal)
+    items = None
+    if args.resume is not None and start is None:
+        items = run.finished_items(out, recipe, args.numerics)
+        if items is not None:  # as when a job is started once more after its training has finished
+            terminal.print(f"{out} is already a finished run of {recipe.name}")
+        elif args.checkpoint_every is None:
+            raise ReproError(
+                f"no checkpoint of {out} to resume from; "
+                "add --checkpoint-every N to start a training that can be resumed"
+            )
+    if items is None:
+        items = _train_run(args, out, recipe, start, terminal)
     sha256 = items["weights.safetensors.sha256"]
-    terminal.say(f"SHA-256 of the file {out / run.WEIGHTS}: {sha256}")
+    terminal.print(f"SHA-256 of the file {out / run.WEIGHTS}: {sha256}")
     return 0, {"run": str(out), "items": items}
 
 
-def _beginning(
+def _starting_point(
     args: argparse.Namespace, terminal: Terminal
 ) -> tuple[Path, Recipe, Optional[Checkpoint]]:
-    """Return the run folder, the recipe and the checkpoint to go on from, if there is one."""
+    """Return the run folder, the recipe and the checkpoint to resume from, if any."""
     from reproml.pipeline import checkpoint, run
 
     if args.resume is None:
         recipe = _recipe(args)
-        out = _out(args, recipe)
+        out = args.out or _default_folder(args, recipe)
         if checkpoint.checkpoint_paths(checkpoint.checkpoint_folder(out)):
             raise ReproError(
                 f"{checkpoint.checkpoint_folder(out)} has checkpoints of an unfinished training; "
-                f"go on with --resume {out}, or delete that folder"
+                f"resume it with --resume {out}, or delete that folder"
             )
         return out, recipe, None
     if args.out is not None:
-        raise ReproError("--resume DIR names the run folder already; leave out --out")
+        raise ReproError("--resume DIR already names the run folder; leave out --out")
     out = checkpoint.run_folder(args.resume)
-    start = checkpoint.latest_checkpoint(checkpoint.checkpoint_folder(out), terminal.say)
+    start = checkpoint.latest_checkpoint(checkpoint.checkpoint_folder(out), terminal.print)
     if start:
         return out, _recipe(args) if args.recipe else start.head.recipe, start
     return out, _recipe(args, out if (out / run.RUN).is_file() else None), None
 
 
-def _train_whole(
+def _train_run(
     args: argparse.Namespace,
     out: Path,
     recipe: Recipe,
     start: Optional[Checkpoint],
     terminal: Terminal,
 ) -> dict[str, Any]:
-    """Train into the run folder, with checkpoints beside it if they are asked for or there."""
+    """Train into the run folder; save checkpoints if requested now or when the training was started."""
     from reproml.pipeline import checkpoint, run
     from reproml.pipeline.train import Output
 
@@ -98,52 +100,62 @@ def _train_whole(
         if every:
             folder = checkpoint.checkpoint_folder(out)
             checkpoints = checkpoint.Checkpoints(folder, recipe, args.numerics, every, start)
-        own = out.parent / f".{out.name}.trace.jsonl" if recipe.trace and not args.trace else None
-        output = Output(terminal.say, progress)
-        recording = run.Recording(checkpoints, args.trace or own)
-        result = run.perform(recipe, args.data, args.numerics, output, recording)
-        save(replace(result, trace=own))
+        recipe_trace = None
+        if recipe.trace and not args.trace:
+            recipe_trace = out.parent / f".{out.name}.trace.jsonl"
+        result = run.perform(
+            recipe,
+            args.data,
+            args.numerics,
+            Output(terminal.print, progress),
+            run.Recording(checkpoints, args.trace or recipe_trace),
+        )
+        save(replace(result, trace=recipe_trace))
         if checkpoints:
             checkpoints.delete()
-        if own:
-            own.unlink(missing_ok=True)  # last, as a checkpoint needs it
+        if recipe_trace:  # deleted last, because a checkpoint needs it
+            recipe_trace.unlink(missing_ok=True)
     return result.items
 
 
 def _train_steps(args: argparse.Namespace, recipe: Recipe, terminal: Terminal) -> Result:
-    """Train some steps only: for a comparison of hashes, not a run, so it leaves no folder."""
+    """Train a number of steps to compare digests; write no run folder."""
     from reproml.digest import digest
     from reproml.distributed import joined
     from reproml.pipeline.run import prepare, trace_training
     from reproml.pipeline.train import Output, train
 
     if args.checkpoint_every or args.resume:
-        raise ReproError("--steps leaves nothing behind; leave out --checkpoint-every and --resume")
+        raise ReproError("--steps writes no run folder; leave out --checkpoint-every and --resume")
     dataset, prepared, _ = prepare(recipe, args.data, args.numerics)
     traced = trace_training(args.trace, recipe, args.numerics, dataset)
-    task = recipe, args.numerics, args.steps, None
-    with joined(recipe.train.batch_size, task), traced, terminal.bar("train") as progress:
-        output = Output(terminal.say, progress)
-        trained = train(recipe, prepared, args.numerics, args.steps, output)
+    job = recipe, args.numerics, args.steps, None
+    with joined(recipe.train.batch_size, job), traced, terminal.bar("train") as progress:
+        trained = train(
+            recipe, prepared, args.numerics, args.steps, Output(terminal.print, progress)
+        )
     sha256 = digest(trained.model)
-    terminal.say(f"digest of the state dict after at most {args.steps} steps: {sha256}")
+    terminal.print(f"digest of the state dict after at most {args.steps} steps: {sha256}")
     return 0, {"weights.state_dict.sha256": sha256}
 
 
-def evaluate(args: argparse.Namespace, terminal: Terminal) -> Result:
-    """Evaluate the weights of a run folder on the training and the test set."""
+def evaluate_command(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Evaluate the weights of a run folder on the training set and the test set."""
     from reproml.pipeline import run
 
     recipe = _recipe(args, args.run)
-    folder = args.run or _default_run(args, recipe)
+    folder = args.run or _default_folder(args, recipe)
     _, prepared, _ = run.prepare(recipe, args.data, args.numerics)
     model, _, sha256 = run.load_run_model(folder, recipe, prepared, args.numerics)
     run.refuse_damaged(folder, sha256)
-    return 0, {"run": str(folder), "items": run.score(model, prepared, args.numerics, terminal.say)}
+    return 0, {
+        "run": str(folder),
+        "items": run.score(model, prepared, args.numerics, terminal.print),
+    }
 
 
-def verify(args: argparse.Namespace, terminal: Terminal) -> Result:
-    """Train anew, or take the run folder --run DIR, and compare all of it with the golden file."""
+def verify_command(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Train again, or take the run folder --run DIR, and compare every item with the golden file."""
     from reproml.pipeline import golden, run
     from reproml.pipeline.train import Output
 
@@ -153,22 +165,21 @@ def verify(args: argparse.Namespace, terminal: Terminal) -> Result:
     expected = golden.read_golden(path)
     if args.run is None:
         with terminal.bar("train") as progress:
-            output = Output(terminal.say, progress)
-            found = run.perform(recipe, args.data, "exact", output).items
+            found = run.perform(recipe, args.data, "exact", Output(terminal.print, progress)).items
         comparisons = golden.compare_items(expected, found)
     else:
         found, recorded = run.recompute(args.run, recipe, args.data)
         comparisons = golden.compare_run(expected, found, recorded, args.run)
-    comparisons.sort(key=lambda c: c.match)  # what differs comes first, in the pipeline's order
+    comparisons.sort(key=lambda c: c.match)  # mismatches first, in the order of the pipeline
     differing = [c for c in comparisons if not c.match]
     terminal.table(comparisons)
     if differing:
-        terminal.say(
+        terminal.print(
             f"{recipe.name}: {len(differing)} of {len(comparisons)} items differ from {path}; "
             f"the first is {differing[0].item}"
         )
     else:
-        terminal.say(f"{recipe.name}: verified, all {len(comparisons)} items are those of {path}")
+        terminal.print(f"{recipe.name}: verified, all {len(comparisons)} items match {path}")
     return int(bool(differing)), {
         "recipe": recipe.name,
         "golden": str(path),
@@ -180,24 +191,24 @@ def verify(args: argparse.Namespace, terminal: Terminal) -> Result:
     }
 
 
-def pipeline(args: argparse.Namespace, terminal: Terminal) -> Result:
-    """Do it all in order: data, train, evaluate, verify (the run just trained)."""
+def pipeline_command(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Run data, train, evaluate and verify in turn; verify checks the run just trained."""
     from reproml.pipeline import golden
 
     _refuse_native(args)
     recipe = _recipe(args)
-    golden.read_golden(golden.find_golden(recipe.name))  # found missing now, not after the training
-    args.run, args.steps, args.trace = _out(args, recipe), None, None
-    args.checkpoint_every, args.resume = None, None
+    golden.read_golden(golden.find_golden(recipe.name))  # fails now, not after the training
+    args.run = args.out or _default_folder(args, recipe)
+    args.steps = args.trace = args.checkpoint_every = args.resume = None
     status, results = 0, {}
-    for verb in (data, train, evaluate, verify):
-        terminal.say(f"== {verb.__name__}")
-        status, results[verb.__name__] = verb(args, terminal)
+    for verb in ("data", "train", "evaluate", "verify"):
+        terminal.print(f"== {verb}")
+        status, results[verb] = VERBS[verb].command(args, terminal)
     return status, results
 
 
-def golden(args: argparse.Namespace, terminal: Terminal) -> Result:
-    """Train the recipe and write what it comes to as its golden file."""
+def golden_command(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Train the recipe and write its results as the golden file."""
     from reproml.pipeline import golden as goldens
     from reproml.pipeline import run
     from reproml.pipeline.train import Output
@@ -207,60 +218,63 @@ def golden(args: argparse.Namespace, terminal: Terminal) -> Result:
     path = goldens.golden_path(recipe.name)
     goldens.refuse_overwrite(path, args.force)
     with terminal.bar("train") as progress:
-        output = Output(terminal.say, progress)
-        items = run.perform(recipe, args.data, "exact", output).items
+        items = run.perform(recipe, args.data, "exact", Output(terminal.print, progress)).items
     goldens.write_golden(items, path, args.force)
-    terminal.say(f"wrote {path}")
+    terminal.print(f"wrote {path}")
     return 0, {"golden": str(path), "items": items}
 
 
-def run(args: argparse.Namespace, terminal: Terminal) -> Result:
+def run_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Run a training script, unmodified, and print the digests of what it trained and saved."""
     from reproml import script
 
-    first = _worker() == 0  # of several, that torchrun started: they all come to the same
+    first = _rank() == 0  # all workers that torchrun started have the same results
     digest = args.digest if first else None
-    wish, result = script.run(args.script, args.arguments, args.numerics, digest, args.trace)
+    command = args.script, args.arguments
+    exit_request, result = script.run(*command, args.numerics, digest, args.trace)
     lines = script.lines(result) if first else []
     for line in lines:
-        terminal.say(line)
-    if first and not lines and wish is None:
-        nothing = "no optimizer took a step and no state dict was saved: there is nothing to digest"
+        terminal.print(line)
+    if first and not lines and exit_request is None:
+        nothing = "no optimizer took a step and no state dict was saved: nothing to digest"
         print(f"reproml: {nothing}", file=sys.stderr)
-    if wish is not None:
-        raise wish  # with any status that the script chose
+    if exit_request is not None:
+        raise exit_request  # with the status that the script chose
     return 0, result
 
 
-def matrix(args: argparse.Namespace, terminal: Terminal) -> Result:
+def matrix_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Train natively and exactly under every setting of this CPU; exact hashes must agree."""
-    from reproml import matrix as matrices
+    from reproml import matrix
 
-    def line(setting: str, native: str, exact: str) -> None:
-        terminal.say(f"{setting:<32} {native[:16]:<16} {exact[:16]}")
+    def print_line(setting: str, native: str, exact: str) -> None:
+        terminal.print(f"{setting:<32} {native[:16]:<16} {exact[:16]}")
 
-    def each(row: matrices.Row) -> None:
-        line(row.setting, row.native, row.exact)
+    def print_row(row: Row) -> None:
+        print_line(row.setting, row.native, row.exact)
 
+    settings = matrix.offered(args.workers)
     subject: dict[str, Any]
     if args.script:
         if args.steps is not None:
-            raise ReproError("a script takes its steps itself: --script 'train.py --steps 5', say")
+            raise ReproError(
+                "--steps is for recipes; give a script its own option, "
+                "for example --script 'train.py --steps 5'"
+            )
         subject = {"script": args.script}
-        terminal.say(f"{args.script}: SHA-256 of all it trained and saved (the first 16 digits)")
-        line("setting", "native", "exact")
-        rows = matrices.run_script(args.script, matrices.offered(args.workers), each)
+        hashed = f"{args.script}: SHA-256 of all it trained and saved"
     else:
-        steps = _steps(args)
-        subject = {"recipe": _recipe(args).name, "steps": steps}
-        terminal.say(
-            f"{subject['recipe']}, {steps} steps: digest of the state dict (the first 16 digits)"
-        )
-        line("setting", "native", "exact")
-        settings = matrices.offered(args.workers)
-        rows = matrices.run(args.recipe or _DEFAULT, steps, args.data, settings, each)
+        subject = {"recipe": _recipe(args).name, "steps": _steps(args)}
+        hashed = f"{subject['recipe']}, {subject['steps']} steps: digest of the state dict"
+    terminal.print(f"{hashed} (the first 16 digits)")
+    print_line("setting", "native", "exact")
+    if args.script:
+        rows = matrix.run_script(args.script, settings, print_row)
+    else:
+        recipe = args.recipe or DEFAULT_RECIPE
+        rows = matrix.run_recipe(recipe, subject["steps"], args.data, settings, print_row)
     natives, exacts = {row.native for row in rows}, {row.exact for row in rows}
-    line("different hashes", str(len(natives)), str(len(exacts)))
+    print_line("different hashes", str(len(natives)), str(len(exacts)))
     return int(len(exacts) != 1), {
         **subject,
         "settings": [vars(row) for row in rows],
@@ -269,234 +283,280 @@ def matrix(args: argparse.Namespace, terminal: Terminal) -> Result:
     }
 
 
-def doctor(args: argparse.Namespace, terminal: Terminal) -> Result:
-    """Say what this machine is and test here all that exact arithmetic takes for granted."""
-    from reproml import doctor as doctors
+def doctor_command(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Describe this machine and test here every assumption of exact arithmetic."""
+    from reproml import doctor
     from reproml.arithmetic import selftest
 
-    differing = [] if args.run is None else doctors.differences(args.run)
-    described = doctors.here()
-    for fact, value in described.items():
-        terminal.say(f"{fact:<32} {value}")
+    differing = [] if args.run is None else doctor.differences(args.run)
+    facts = doctor.here()
+    for fact, value in facts.items():
+        terminal.print(f"{fact:<32} {value}")
     if args.run is not None:
-        terminal.say(f"{len(differing)} of these are not what {args.run} recorded:")
+        terminal.print(
+            f"{len(differing)} of these facts differ from those that {args.run} recorded:"
+        )
         for d in differing:
-            terminal.say(f"{d.fact:<32} {d.here}, in the run {d.run}")
-        terminal.say("an exact run has the same bits all the same, a native one may have others")
+            terminal.print(f"{d.fact:<32} {d.here}, in the run {d.run}")
+        terminal.print("an exact run has the same bits regardless; a native run may have others")
     outcomes = []
     for outcome in selftest.self_test():
         outcomes.append(outcome)
-        said = outcome.fault or outcome.note
         label = "ok     " if outcome.fault is None else "BROKEN "
-        terminal.say(f"{label}  {outcome.name}" + f": {said}" * bool(said))
-    broken = [outcome for outcome in outcomes if outcome.fault is not None]
-    verdict = f"{len(broken)} are broken; no hash from this machine counts"
-    terminal.say(
-        f"{len(outcomes)} assumptions tested: {verdict if broken else 'all hold on this machine'}"
+        detail = outcome.fault or outcome.note
+        terminal.print(f"{label}  {outcome.name}" + f": {detail}" * bool(detail))
+    broken = sum(outcome.fault is not None for outcome in outcomes)
+    verdict = (
+        f"{broken} failed; do not rely on any hash from this machine"
+        if broken
+        else "all hold on this machine"
     )
+    terminal.print(f"{len(outcomes)} assumptions tested: {verdict}")
     return int(bool(broken)), {
         "healthy": not broken,
-        "facts": described,
+        "facts": facts,
         "differences": None if args.run is None else [vars(d) for d in differing],
         "assumptions": [outcome.as_json() for outcome in outcomes],
     }
 
 
-def report(args: argparse.Namespace, terminal: Terminal) -> Result:
-    """Write one page for a run folder: its verdict against the golden file, where it parts from another."""
-    from reproml import report as reports
+def report_command(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Write an HTML page about a run folder: its verdict, figures, hashes and first divergence."""
+    from reproml import report
 
     recipe = _recipe(args, args.run)
-    folder = args.run or _default_run(args, recipe)
+    folder = args.run or _default_folder(args, recipe)
     named = folder.resolve() if folder.name in ("", "..") else folder  # --run . or / has no name
     out = args.out or named.parent / f"{named.name}.html"
-    page = reports.build(folder, args.recipe or recipe.name, args.data, args.diff)
-    reports.save(page.html, out)
+    page = report.build_page(folder, args.recipe or recipe.name, args.data, args.diff)
+    report.write_page(page.html, out)
     verdict = {True: "verified", False: "not the golden run", None: "no golden file"}[page.verified]
-    terminal.say(f"wrote {out}: {verdict}")
+    terminal.print(f"wrote {out}: {verdict}")
     result = {"report": str(out), "verified": page.verified}
     if args.diff:
-        terminal.say(page.compared)
+        terminal.print(page.compared)
         result["differ"] = page.differs
     return int(page.verified is False or page.differs), result
 
 
-def diff(args: argparse.Namespace, terminal: Terminal) -> Result:
-    """Tell where two traces, runs, weights or golden files first part, by how much, and why."""
-    from dataclasses import asdict
-
+def diff_command(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Find where two traces, runs, weights or golden files first diverge, by how much, and why."""
     from reproml.diff import compare as differences
 
     found = differences.compare(args.a, args.b, args.rerun)
     for line in differences.lines(found, str(args.a), str(args.b)):
-        terminal.say(line)
+        terminal.print(line)
     return int(found is not None), {"differ": found is not None, **(asdict(found) if found else {})}
 
 
-def _worker() -> int:
-    """This process's number among those that torchrun started, 0 without it."""
+# --- several workers, started by torchrun -----------------------------------------------------------
+
+
+def _rank() -> int:
+    """Return this process's number among those that torchrun started, 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
-def _refuse_workers(args: argparse.Namespace) -> None:
-    """Raise ReproError if torchrun started several workers for what one process does."""
-    trains = args.verb in (train, pipeline, golden) or (args.verb is verify and args.run is None)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (trains or args.verb is run):
+def _has_other_workers() -> bool:
+    """Return whether torchrun started more than one process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _refuse_useless_workers(args: argparse.Namespace) -> None:
+    """Raise ReproError if torchrun started several workers for the work of one process."""
+    if not _has_other_workers():
+        return
+    if not VERBS[args.verb].trains or (args.verb == "verify" and args.run is not None):
         raise ReproError(
-            f"{args.verb.__name__} does not train, so several workers have nothing to share; "
+            f"{args.verb} does not train, so several workers have nothing to share; "
             "start it without torchrun"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and getattr(args, "trace", None):
+    if getattr(args, "trace", None):
         raise ReproError("--trace records the training of one process; start it without torchrun")
 
 
-def _let_others_go(args: argparse.Namespace) -> None:
-    """End the workers that wait for a training, if the first one found that there is none to do."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.verb is not run:
-        from reproml import distributed
-
-        if not distributed.has_joined():
-            with distributed.joined():
-                pass
-
-
-def _help(args: argparse.Namespace) -> None:
-    """What all workers but the first do: their part of the training, in silence."""
+def _train_with_first_worker(args: argparse.Namespace) -> None:
+    """Take part, without output, in the training that the first worker starts, if any."""
     from reproml import distributed
     from reproml.pipeline import run
     from reproml.pipeline.train import train
 
-    with distributed.joined() as task:
-        if task is None:
-            return  # the first one had no training to do
-        recipe, numerics, steps, start = task
+    with distributed.joined() as job:
+        if job is None:
+            return
+        recipe, numerics, steps, start = job
         _, prepared, _ = run.prepare(recipe, args.data, numerics)
         train(recipe, prepared, numerics, steps, start=start)
 
 
-def _steps(args: argparse.Namespace) -> int:
-    """Return --steps, or the number of steps that the recipe's training has."""
-    from reproml.pipeline import data as datasets
-    from reproml.pipeline.train import step_count
+def _release_waiting_workers() -> None:
+    """End the other workers, which still wait for a training if the first worker had none to do."""
+    from reproml import distributed
 
-    recipe = _recipe(args)
-    samples = len(datasets.load_dataset(recipe.data.name, args.data).train.labels)
-    return min(args.steps or sys.maxsize, step_count(recipe, samples))
+    if not distributed.has_joined():
+        with distributed.joined():
+            pass
 
 
-def _positive(text: str) -> int:
+# --- options and verbs ------------------------------------------------------------------------------
+
+
+def _positive_integer(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
-def _counts(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
+def _positive_integers(text: str) -> list[int]:
+    return [_positive_integer(count) for count in text.split(",")]
 
 
-_DEFAULT = "mnist-mlp"
-_OPTIONS: dict[str, dict[str, Any]] = {
+DEFAULT_RECIPE = "mnist-mlp"
+# The arguments of argparse's add_argument, by option. invoke shows the help too, without the metavar.
+OPTIONS: dict[str, dict[str, Any]] = {
     "--recipe": {
         "metavar": "NAME|PATH",
-        "help": f"default: {_DEFAULT}, or that of the --run or --resume folder",
+        "help": f"name or TOML file; default: {DEFAULT_RECIPE}, or that of the --run or --resume folder",
     },
-    "--data": {"type": Path, "metavar": "DIR", "help": "folder that holds the data files"},
+    "--data": {"type": Path, "metavar": "DIR", "help": "folder with the data files"},
     "--out": {
         "type": Path,
-        "metavar": "DIR",
-        "help": "run folder, default: runs/RECIPE; of report the page: RUN.html",
+        "metavar": "PATH",
+        "help": "run folder to write, default: runs/RECIPE; for report the page, default: RUN.html",
     },
     "--run": {
         "type": Path,
         "metavar": "DIR",
-        "help": "run folder; default: verify trains, doctor compares with none, others: runs/RECIPE",
+        "help": "run folder; default: runs/RECIPE, but verify trains and doctor compares with no run",
     },
     "--numerics": {
         "choices": ["exact", "native"],
         "default": "exact",
-        "help": "native: plain PyTorch with its determinism switches, for comparison",
+        "help": "exact (default), or native: PyTorch with its determinism switches, for comparison",
     },
     "--steps": {
-        "type": _positive,
+        "type": _positive_integer,
         "metavar": "N",
-        "help": "stop after N steps and leave no run folder",
+        "help": "stop after N steps and write no run folder",
     },
     "--checkpoint-every": {
-        "type": _positive,
+        "type": _positive_integer,
         "metavar": "N",
-        "help": "save a checkpoint each N steps, beside the run folder",
+        "help": "save a checkpoint every N steps, beside the run folder",
     },
     "--resume": {
         "type": Path,
         "metavar": "DIR",
-        "help": "go on with the run folder DIR from its newest checkpoint",
+        "help": "resume the training of this run folder from its newest checkpoint",
     },
-    "--force": {"action": "store_true", "help": "replace the golden file"},
+    "--force": {"action": "store_true", "help": "replace an existing golden file"},
     "--json": {"action": "store_true", "help": "print JSON"},
     "--digest": {
         "type": Path,
         "metavar": "FILE",
-        "help": "write the digests here too, as JSON; stands before SCRIPT.py",
+        "help": "also write the digests to this JSON file; must precede SCRIPT.py",
     },
     "--script": {
         "metavar": "'SCRIPT.py ARGS'",
-        "help": "run this training script instead of a recipe",
+        "help": "training script to run instead of a recipe, with its arguments in one string",
     },
     "--trace": {
         "type": Path,
         "metavar": "FILE",
-        "help": "record each step here, to compare with: reproml diff",
+        "help": "record every step in this file, to be compared by: reproml diff",
     },
     "--diff": {
         "type": Path,
         "metavar": "RUN|TRACE",
-        "help": "tell on the page where the run parts from this run folder or trace",
+        "help": "show where the run first diverges from this run folder or trace",
     },
     "--rerun": {
         "action": "store_true",
-        "help": "run the step that parts again, on both sides, to find the operator",
+        "help": "run the first diverging step again, on both sides, to find the operator",
     },
     "a": {"type": Path, "metavar": "A", "help": "trace, run folder, .safetensors or golden .json"},
     "b": {"type": Path, "metavar": "B", "help": "another of the same kind"},
     "--workers": {
-        "type": _counts,
+        "type": _positive_integers,
         "default": [],
         "metavar": "N,N,...",
-        "help": "also with so many workers, started by torchrun",
+        "help": "also train with these numbers of workers, such as 1,2,4, started by torchrun",
     },
-    "script": {"metavar": "SCRIPT.py", "help": "a training script"},
-    "arguments": {"metavar": "ARGS", "nargs": argparse.REMAINDER, "help": "all for the script"},
+    "script": {"metavar": "SCRIPT.py", "help": "training script"},
+    "arguments": {
+        "metavar": "ARGS",
+        "nargs": argparse.REMAINDER,
+        "help": "arguments of the script",
+    },
 }
-_VERBS: dict[Callable[..., Result], str] = {
-    data: "--recipe --data --json",
-    train: "--recipe --data --out --numerics --steps --trace --checkpoint-every --resume --json",
-    evaluate: "--recipe --data --run --numerics --json",
-    verify: "--recipe --data --run --numerics --json",
-    pipeline: "--recipe --data --out --numerics --json",
-    golden: "--recipe --data --numerics --force --json",
-    run: "--numerics --digest --trace script arguments",
-    matrix: "--recipe --script --data --steps --workers --json",
-    doctor: "--run --json",
-    report: "--recipe --data --run --out --diff --json",
-    diff: "a b --rerun --json",
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: the function that carries it out, whose docstring is the help, and its options."""
+
+    command: Callable[[argparse.Namespace, Terminal], Result]
+    option_names: str
+    trains: bool = False  # several workers can share its work
+
+    @property
+    def options(self) -> dict[str, dict[str, Any]]:
+        return {name: OPTIONS[name] for name in self.option_names.split()}
+
+
+VERBS = {
+    "data": Verb(data_command, "--recipe --data --json"),
+    "train": Verb(
+        train_command,
+        "--recipe --data --out --numerics --steps --trace --checkpoint-every --resume --json",
+        trains=True,
+    ),
+    "evaluate": Verb(evaluate_command, "--recipe --data --run --numerics --json"),
+    "verify": Verb(verify_command, "--recipe --data --run --numerics --json", trains=True),
+    "pipeline": Verb(pipeline_command, "--recipe --data --out --numerics --json", trains=True),
+    "golden": Verb(golden_command, "--recipe --data --numerics --force --json", trains=True),
+    "run": Verb(run_command, "--numerics --digest --trace script arguments", trains=True),
+    "matrix": Verb(matrix_command, "--recipe --script --data --steps --workers --json"),
+    "doctor": Verb(doctor_command, "--run --json"),
+    "report": Verb(report_command, "--recipe --data --run --out --diff --json"),
+    "diff": Verb(diff_command, "a b --rerun --json"),
 }
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; `verb` in its result is a key of VERBS."""
+    main_parser = argparse.ArgumentParser(
+        prog="reproml", description="Deep learning that is reproducible to the last bit."
+    )
+    subparsers = main_parser.add_subparsers(metavar="VERB", required=True)
+    for name, verb in VERBS.items():
+        text = verb.command.__doc__
+        verb_parser = subparsers.add_parser(name, help=text, description=text)
+        verb_parser.set_defaults(verb=name, json=False, usage_error=verb_parser.error)
+        for option, settings in verb.options.items():
+            action = verb_parser.add_argument(option, **settings)
+            if action.nargs == argparse.REMAINDER:
+                action.required = False  # a script may have no arguments
+    return main_parser
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run one verb, return the exit status. Raises SystemExit only for a misspelt command line."""
-    args, unknown = _parser().parse_known_args(argv)
+    """Run one verb and return the exit status. Raises SystemExit only for an invalid command line."""
+    args, unknown = parser().parse_known_args(argv)
     if unknown:
-        args.refuse(f"unrecognized arguments: {' '.join(unknown)}")  # with the usage of the verb
+        args.usage_error(f"unrecognized arguments: {' '.join(unknown)}")  # shows the verb's usage
+    shared = _has_other_workers() and args.verb != "run"  # a script coordinates its own workers
     try:
-        _refuse_workers(args)
-        if _worker() and args.verb is not run:
-            _help(args)
+        _refuse_useless_workers(args)
+        if shared and _rank() > 0:
+            _train_with_first_worker(args)
             return 0
-        status, result = args.verb(args, Terminal(to_stderr=args.json))
-        _let_others_go(args)
+        status, result = VERBS[args.verb].command(args, Terminal(to_stderr=args.json))
+        if shared:
+            _release_waiting_workers()
         if args.json:
             print(json.dumps(result, indent=2))
-        return int(status)
+        return status
     except (ReproError, NotExactError, OSError) as error:
         print(f"reproml: {error}", file=sys.stderr)
         return 2
@@ -505,37 +565,31 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="reproml", description="Deep learning that is reproducible to the last bit."
-    )
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for verb, options in _VERBS.items():
-        sub = verbs.add_parser(verb.__name__, help=verb.__doc__, description=verb.__doc__)
-        sub.set_defaults(verb=verb, json=False, refuse=sub.error)
-        for option in options.split():
-            action = sub.add_argument(option, **_OPTIONS[option])
-            if action.nargs == argparse.REMAINDER:
-                action.required = False  # a script may have no arguments
-    return parser
+# --- what several verbs need ------------------------------------------------------------------------
+
+
+def _steps(args: argparse.Namespace) -> int:
+    """Return --steps, but at most the number of steps in the recipe's training."""
+    from reproml.pipeline import data as datasets
+    from reproml.pipeline.train import step_count
+
+    recipe = _recipe(args)
+    samples = len(datasets.load_dataset(recipe.data.name, args.data).train.labels)
+    return min(args.steps or sys.maxsize, step_count(recipe, samples))
 
 
 def _recipe(args: argparse.Namespace, folder: Optional[Path] = None) -> Recipe:
-    """Return the recipe that was named, else that of the run folder, else the default."""
+    """Return the recipe that --recipe names, else that of the run folder, else the default."""
     from reproml.pipeline.recipe import load_recipe
 
     if folder is not None and args.recipe is None:
         from reproml.pipeline import run
 
         return run.recorded_recipe(folder)
-    return load_recipe(args.recipe or _DEFAULT)
+    return load_recipe(args.recipe or DEFAULT_RECIPE)
 
 
-def _out(args: argparse.Namespace, recipe: Recipe) -> Path:
-    return args.out or _default_run(args, recipe)
-
-
-def _default_run(args: argparse.Namespace, recipe: Recipe) -> Path:
+def _default_folder(args: argparse.Namespace, recipe: Recipe) -> Path:
     suffix = "-native" if getattr(args, "numerics", "exact") == "native" else ""
     return Path("runs") / (recipe.name + suffix)
 

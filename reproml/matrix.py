@@ -1,6 +1,6 @@
 """Run a recipe or a script in fresh processes under every setting of this CPU that changes native results.
 
-Native PyTorch comes to another hash for many of them; exact arithmetic has one for all.
+Native PyTorch produces different hashes under many of them; exact arithmetic produces one hash.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from reproml.errors import ReproError
 
 @dataclass(frozen=True)
 class Setting:
-    """Environment variables for one process, and what this machine must offer for them."""
+    """Environment variables for one process, and what the machine needs for them to have an effect."""
 
     name: str
     variables: dict[str, str]
-    capabilities: tuple[str, ...] = ()  # of torch.backends.cpu.get_cpu_capability(); (): any
+    capabilities: tuple[str, ...] = ()  # values of torch.backends.cpu.get_cpu_capability(); (): any
     mkl: bool = False
-    workers: int = 0  # processes that torchrun starts; 0: one, without torchrun
+    workers: int = 0  # processes started by torchrun; 0: one process without torchrun
 
 
 def _workers(count: int) -> Setting:
@@ -37,7 +37,7 @@ def _workers(count: int) -> Setting:
 
 def _threads(count: int) -> Setting:
     variables = {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}
-    variables["MKL_DYNAMIC"] = "FALSE"  # else PyTorch gets no more threads than the CPU has cores
+    variables["MKL_DYNAMIC"] = "FALSE"  # otherwise MKL uses at most one thread a core
     return Setting(f"{count} thread{'s' * (count > 1)}", variables)
 
 
@@ -60,7 +60,7 @@ SETTINGS = [
 
 @dataclass(frozen=True)
 class Row:
-    """The digests of the weights, a SHA-256 each, that one setting ends with."""
+    """The SHA-256 digests of the weights after training under one setting."""
 
     setting: str
     native: str
@@ -68,8 +68,7 @@ class Row:
 
 
 def offered(workers: Sequence[int] = ()) -> list[Setting]:
-    """Return the settings that make a difference to this CPU and this build of PyTorch, and one for
-    each number of workers."""
+    """Return the settings that have an effect on this machine, and one for each number of workers."""
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
@@ -81,63 +80,63 @@ def offered(workers: Sequence[int] = ()) -> list[Setting]:
     ] + [_workers(count) for count in workers]
 
 
-def run(
+def run_recipe(
     recipe: str,
     steps: int,
     data_folder: Optional[Path] = None,
     settings: Optional[list[Setting]] = None,
-    each: Callable[[Row], None] = lambda row: None,
+    on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
-    """Train so many steps under each setting, natively and exactly; `each` gets each row at once.
+    """Train this number of steps under each setting, natively and exactly, and call `on_row` with each row.
 
-    `recipe` is a name or path. Raises ReproError if a training fails, naming the setting.
+    `recipe` is a name or path. Raises ReproError, which names the setting, if a training fails.
     """
 
     def train(setting: Setting, numerics: str) -> str:
         return _train(setting, recipe, steps, data_folder, numerics)
 
-    return _rows(train, settings, each)
+    return _rows(train, settings, on_row)
 
 
 def run_script(
     command: str,
     settings: Optional[list[Setting]] = None,
-    each: Callable[[Row], None] = lambda row: None,
+    on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
-    """Run a training script under each setting, as `run` does a recipe.
+    """Run a training script under each setting, as `run_recipe` does with a recipe.
 
-    `command` is the script's path and its arguments, quoted as for a shell. A row has the digest of
-    what it trained and saved; if there are several, the SHA-256 of their lines.
-    Raises ReproError if the script fails or leaves no digest.
+    `command` is the script's path and its arguments, quoted as for a shell. A row holds the digest of
+    what the script trained and saved; of several digests, the SHA-256 of their lines.
+    Raises ReproError if the script fails or produces no digest.
     """
     try:
         words = shlex.split(command)
     except ValueError as error:
         raise ReproError(f"cannot read the script's command line {command!r}: {error}") from None
 
-    def run_it(setting: Setting, numerics: str) -> str:
+    def run(setting: Setting, numerics: str) -> str:
         return _run_script(setting, words, numerics)
 
-    return _rows(run_it, settings, each)
+    return _rows(run, settings, on_row)
 
 
 def _rows(
     measure: Callable[[Setting, str], str],
     settings: Optional[list[Setting]],
-    each: Callable[[Row], None],
+    on_row: Callable[[Row], None],
 ) -> list[Row]:
     rows = []
     for setting in offered() if settings is None else settings:
         native, exact = (measure(setting, numerics) for numerics in ("native", "exact"))
         rows.append(Row(setting.name, native, exact))
-        each(rows[-1])
+        on_row(rows[-1])
     return rows
 
 
 def _train(
     setting: Setting, recipe: str, steps: int, data_folder: Optional[Path], numerics: str
 ) -> str:
-    """Return the digest of the weights that a fresh process ends with."""
+    """Return the digest of the weights that a fresh process trains."""
     arguments = ["train", "--json", "--recipe", recipe, "--steps", str(steps)]
     arguments += ["--numerics", numerics]
     arguments += ["--data", str(data_folder)] if data_folder else []
@@ -145,7 +144,7 @@ def _train(
 
 
 def _run_script(setting: Setting, words: list[str], numerics: str) -> str:
-    """Return one digest for all that a script trains and saves in a fresh process."""
+    """Return one digest of everything that a script trains and saves in a fresh process."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "digest.json"
         _reproml(setting, ["run", "--numerics", numerics, "--digest", str(file), *words], numerics)
@@ -159,21 +158,21 @@ def _run_script(setting: Setting, words: list[str], numerics: str) -> str:
 
 
 def _reproml(setting: Setting, arguments: list[str], numerics: str) -> str:
-    """Return what a fresh `python -m reproml` prints under the setting."""
+    """Return the standard output of a fresh `python -m reproml` under the setting."""
     varied = {name for other in SETTINGS for name in other.variables}
-    variables = {name: value for name, value in os.environ.items() if name not in varied}
+    inherited = {name: value for name, value in os.environ.items() if name not in varied}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    started_by = [*torchrun, str(setting.workers)] if setting.workers else []
+    launcher = [*torchrun, str(setting.workers)] if setting.workers else []
     child = subprocess.run(
-        [sys.executable, *started_by, "-m", "reproml", *arguments],
-        env={**variables, **setting.variables},
+        [sys.executable, *launcher, "-m", "reproml", *arguments],
+        env={**inherited, **setting.variables},
         capture_output=True,
         text=True,
         check=False,
     )
     if child.returncode == 0:
         return child.stdout
-    told = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-    ours = [line for line in told if line.startswith("reproml: ")]  # torchrun has the last word
-    last = (ours or told)[-1]
-    raise ReproError(f"training with {setting.name} and {numerics} numerics failed: {last}")
+    lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+    messages = [line for line in lines if line.startswith("reproml: ")]  # torchrun adds its own
+    reason = (messages or lines)[-1]
+    raise ReproError(f"training with {setting.name} and {numerics} numerics failed: {reason}")

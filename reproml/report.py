@@ -1,11 +1,10 @@
-"""One page for a run, to send to a reviewer: report.html filled in, with nothing to be loaded.
+"""One HTML page about a run, to send to a reviewer: self-contained, it loads nothing.
 
-    page = build(Path("runs/mnist-mlp"), "mnist-mlp")   # the verdict is found out anew
-    save(page.html, Path("runs/mnist-mlp.html"))
+    page = build_page(Path("runs/mnist-mlp"), "mnist-mlp")   # computes the verdict again
+    write_page(page.html, Path("runs/mnist-mlp.html"))
 
-Whatever stands on the page follows from the run folder, the data and the golden file, and from the run or
-trace that it is compared with. Each text is escaped where it is put in (`_text`); a function that ends in
-`_section` returns HTML.
+The page depends only on the run folder, the data, the golden file, and the run or trace that it is compared
+with. `contents` collects what it shows; the template report.html lays it out and escapes every text.
 """
 
 from __future__ import annotations
@@ -20,13 +19,12 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from html import escape
 from pathlib import Path
-from string import Template
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import numpy as np
 import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from reproml import doctor
@@ -36,16 +34,15 @@ from reproml.diff.compare import Divergence
 from reproml.errors import ReproError
 from reproml.files import write_atomically
 from reproml.pipeline import golden, run
-from reproml.pipeline.data import Dataset, Split
+from reproml.pipeline.data import Split
 from reproml.pipeline.golden import Comparison
 from reproml.pipeline.recipe import Recipe, load_recipe
 from reproml.pipeline.run import Items, Number
 from reproml.pipeline.train import step_count
 from reproml.tracing.chain import Reader
 
-_TEMPLATE = Path(__file__).parent / "report.html"
-_OF_WEIGHTS = f"{run.WEIGHTS}.sha256"  # the one that says it all: first on the page
-_EPOCH = re.compile(r"epoch\.([0-9]{1,9})\..+")  # a run's own metrics.json may say anything else
+_WEIGHTS_SHA256 = f"{run.WEIGHTS}.sha256"  # of all hashes the first on the page
+_EPOCH = re.compile(r"epoch\.([0-9]{1,9})\..+")  # metrics.json may have been edited by hand
 _BATCH = 1024  # bounds the memory
 _MOST_WRONG = 12  # images
 _MISTAKES = 8  # pairs of classes
@@ -53,32 +50,60 @@ _MISTAKES = 8  # pairs of classes
 
 @dataclass(frozen=True)
 class Page:
-    """The page, and whether the run is that of the golden file: None if there is none."""
+    """The page and its verdict: whether the run matches the golden file, None without a golden file."""
 
     html: str
     verified: Optional[bool]
-    differs: bool = False  # from the run or trace it was compared with, if it was
-    compared: str = ""  # in one line, what came of that
+    differs: bool = False  # from the run or trace that it was compared with
+    compared: str = ""  # the result of that comparison in one line
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A run against its golden file."""
+    """A run compared with its golden file."""
 
-    golden: Optional[Path]  # None: there is none
+    golden: Optional[Path]  # None: no golden file
     comparisons: list[Comparison]
 
     @property
-    def differing(self) -> list[Comparison]:
-        return [c for c in self.comparisons if not c.match]
+    def differing(self) -> list[tuple[str, str, str]]:
+        """Item, expected value and found value of all that differ."""
+        return [(c.item, c.expected, c.found) for c in self.comparisons if not c.match]
 
     @property
     def verified(self) -> Optional[bool]:
-        """False if anything differs, the run's own metrics.json included; None: nothing to compare."""
+        """False if any item differs, including those of metrics.json; None without a golden file."""
         return False if self.differing else None if self.golden is None else True
 
 
-def build(
+@dataclass(frozen=True)
+class Curve:
+    """A curve of a plot. Points that are not finite are left out."""
+
+    points: Sequence[tuple[float, float]]
+    name: str
+    dots: bool = False
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Curves over one pair of axes, in the coordinates of the drawing, which the page scales."""
+
+    width: ClassVar[int] = 480
+    height: ClassVar[int] = 240
+    left: ClassVar[int] = 44
+    bottom: ClassVar[int] = 40
+    pad: ClassVar[int] = 12
+
+    across: str  # what the horizontal axis counts
+    label: str  # for screen readers
+    y_ticks: list[tuple[str, str]]  # position, text
+    x_ticks: list[tuple[str, str]]
+    curves: list[tuple[Curve, list[tuple[str, str, str]]]]  # x, y and title of each point
+
+
+def build_page(
     folder: Path,
     recipe_name: str = "mnist-mlp",
     data_folder: Optional[Path] = None,
@@ -86,52 +111,21 @@ def build(
 ) -> Page:
     """Return the page of a run.
 
-    recipe_name: name or path, as on the command line. other: a run folder or a trace, to tell where the
-    two part. Raises ReproError if the folder is no whole run of the recipe, or the golden file or the
-    other one no good.
+    recipe_name: name or path, as on the command line. other: a run folder or a trace, to show where the
+    two first diverge. Raises ReproError if the folder is not a complete run of the recipe, or if the golden
+    file or the other run or trace cannot be read.
     """
-    recipe = load_recipe(recipe_name)
-    record = run.read_record(folder)
-    numerics = "native" if record.get("numerics") == "native" else "exact"
-    divergence = _compare(folder, other) if other else None
-    compared = compare.headline(divergence, str(folder), str(other)) if other else ""
-    dataset, prepared, _ = run.prepare(recipe, data_folder, numerics)
-    model, _, sha256 = run.load_run_model(folder, recipe, prepared, numerics)
-    if numerics == "native":
-        run.refuse_damaged(folder, sha256)
-        found = {**run.read_items(folder / run.METRICS), **run.score(model, prepared, "exact")}
-        verdict = Verdict(None, [])
-    else:
-        found, recorded = run.recompute(folder, recipe, data_folder)
-        verdict = _verdict(folder, recipe, found, recorded)
-    probabilities = predict(model, prepared.test.x)
-    steps = step_count(recipe, len(dataset.train.labels))
-    sections = [
-        _verdict_section(verdict, recipe_name, numerics),
-        _divergence_section(divergence, compared) if other else "",
-        _figures_section(found, record, model, folder),
-        _training_section(_losses(found), _step_losses(folder)),
-        _confusion_section(dataset.test.labels, probabilities.argmax(1), dataset.classes),
-        _most_wrong_section(dataset, probabilities),
-        _recipe_section(record),
-        _environment_section(record),
-        _hashes_section(found, folder, recipe_name, recipe.train.epochs, steps, numerics),
-    ]
-    html = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=_text(f"{recipe.name}: report of a run"),
-        name=_text(recipe.name),
-        about=_about(folder, record),
-        sections="\n".join(section for section in sections if section),
-        footer=_text(
-            f"Written by reproml {doctor.here()['versions.reproml']} from {folder}. "
-            "The page is whole in itself: it loads nothing."
-        ),
-    )
-    return Page(html, verdict.verified, divergence is not None, compared)
+    shown = contents(folder, recipe_name, data_folder, other)
+    return Page(render(shown), shown["verdict"].verified, shown["differs"], shown["compared"])
 
 
-def save(html: str, path: Path) -> None:
-    """Write the page, whole or not at all; an older one is replaced. Raises ReproError."""
+def render(shown: dict[str, Any]) -> str:
+    """Return the HTML of a page. The template escapes every text and fails on a missing name."""
+    return _TEMPLATE.render(shown)
+
+
+def write_page(html: str, path: Path) -> None:
+    """Write the page atomically; an older one is replaced. Raises ReproError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, html.encode())
@@ -140,9 +134,9 @@ def save(html: str, path: Path) -> None:
 
 
 def predict(model: torch.nn.Module, x: NDArray[Any]) -> NDArray[np.float32]:
-    """Return the probability of each class, float32 [n, classes], of x float32 [n, h, w].
+    """Return the probability of each class, float32 [n, classes], for images x, float32 [n, h, w].
 
-    In exact arithmetic, so that the most wrong images are the same on any machine.
+    The softmax is exact, so that the most wrong images are the same on any machine.
     """
     model.eval()
     with exact(), torch.no_grad():
@@ -154,21 +148,23 @@ def predict(model: torch.nn.Module, x: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def most_wrong(labels: NDArray[Any], probabilities: NDArray[Any], count: int) -> list[int]:
-    """Return the images whose wrong prediction has the largest probability, the surest mistake first."""
+    """Return the images with the most probable wrong predictions, by decreasing probability."""
     predicted = probabilities.argmax(1)
     wrong = np.flatnonzero(predicted != labels)
-    sure = probabilities[wrong, predicted[wrong]]
-    return [int(i) for i in wrong[np.argsort(-sure, kind="stable")][:count]]
+    probability = probabilities[wrong, predicted[wrong]]
+    return [int(i) for i in wrong[np.argsort(-probability, kind="stable")][:count]]
 
 
-def confusion(labels: NDArray[Any], predicted: NDArray[Any], classes: int) -> NDArray[np.int64]:
+def confusion_counts(
+    labels: NDArray[Any], predicted: NDArray[Any], classes: int
+) -> NDArray[np.int64]:
     """Return how often each label (row) was predicted as each class (column): int64 [classes, classes]."""
     counts = np.bincount(labels * classes + predicted, minlength=classes * classes)
     return counts.reshape(classes, classes).astype(np.int64)
 
 
 def png(grey: NDArray[np.uint8]) -> bytes:
-    """Return a PNG of grey levels, uint8 [h, w]: not compressed, so the same with any zlib."""
+    """Return a PNG of grey levels, uint8 [h, w], uncompressed so that no version of zlib changes it."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         body = kind + content
@@ -186,7 +182,59 @@ def png(grey: NDArray[np.uint8]) -> bytes:
     )
 
 
-# --- what is known of the run ---------------------------------------------------------------------
+# --- the contents -----------------------------------------------------------------------------------
+
+
+def contents(
+    folder: Path, recipe_name: str, data_folder: Optional[Path], other: Optional[Path]
+) -> dict[str, Any]:
+    """Return everything that the page shows, by the names that the template uses."""
+    recipe = load_recipe(recipe_name)
+    record = run.read_record(folder)
+    numerics = "native" if record.get("numerics") == "native" else "exact"
+    divergence = _compare(folder, other) if other else None
+    dataset, prepared, _ = run.prepare(recipe, data_folder, numerics)
+    model, _, sha256 = run.load_run_model(folder, recipe, prepared, numerics)
+    if numerics == "native":
+        run.refuse_damaged(folder, sha256)
+        found = {**run.read_items(folder / run.METRICS), **run.score(model, prepared, "exact")}
+        verdict = Verdict(None, [])
+    else:
+        found, recorded = run.recompute(folder, recipe, data_folder)
+        verdict = _verdict(folder, recipe, found, recorded)
+    probabilities = predict(model, prepared.test.x)
+    predicted = probabilities.argmax(1)
+    counts = confusion_counts(dataset.test.labels, predicted, dataset.classes)
+    losses, step_losses = _losses(found), _step_losses(folder)
+    facts = doctor.facts(record)
+    times = record["times"] if isinstance(record.get("times"), dict) else {}
+    steps = step_count(recipe, len(dataset.train.labels))
+    return {
+        "name": recipe.name,
+        "recipe_name": recipe_name,
+        "folder": folder,
+        "native": numerics == "native",
+        "started": str(times.get("started", ""))[:16].replace("T", " "),
+        "facts": facts,
+        "version": doctor.here()["versions.reproml"],
+        "verdict": verdict,
+        "compared": compare.headline(divergence, str(folder), str(other)) if other else "",
+        "differs": divergence is not None,
+        "divergence": divergence_facts(divergence) if divergence else [],
+        "growth": growth_plot(divergence) if divergence else None,
+        "figures": _figures(found, losses, times, model, folder),
+        "losses": list(enumerate(losses, 1)),
+        "loss_plot": loss_plot(losses, step_losses),
+        "traced": bool(step_losses),
+        "confusion": _confusion_cells(counts),
+        "wrong": int((dataset.test.labels != predicted).sum()),
+        "total": len(predicted),
+        "mistakes": _frequent_mistakes(counts),
+        "most_wrong": _most_wrong(dataset.test, dataset.levels, probabilities),
+        "settings": list(_flat("", record.get("recipe", {}))),
+        "environment": _grouped(facts),
+        "hashes": _hashes(found, folder, recipe_name, recipe.train.epochs, steps, numerics),
+    }
 
 
 def _verdict(folder: Path, recipe: Recipe, found: Items, recorded: Items) -> Verdict:
@@ -198,7 +246,7 @@ def _verdict(folder: Path, recipe: Recipe, found: Items, recorded: Items) -> Ver
 
 
 def _losses(items: Items) -> list[float]:
-    """The mean loss of each epoch; NaN where it was not finite, or the run records no number."""
+    """Return the mean loss of each epoch; NaN where it was not finite or is not recorded as a number."""
     return [
         float(value) if isinstance(value, (Number, int, float)) else math.nan
         for name, value in items.items()
@@ -207,7 +255,7 @@ def _losses(items: Items) -> list[float]:
 
 
 def _step_losses(folder: Path) -> list[float]:
-    """The loss of each step, if the run was traced step by step."""
+    """Return the loss of each step if the run was traced step by step, else an empty list."""
     if not (folder / run.TRACE).is_file():
         return []
     entries = Reader(folder / run.TRACE)
@@ -215,7 +263,7 @@ def _step_losses(folder: Path) -> list[float]:
 
 
 def _compare(folder: Path, other: Path) -> Optional[Divergence]:
-    """Compare the run with another one, or its trace with another."""
+    """Compare the run with another run, or its trace with another trace."""
     if other.is_dir():
         return compare.compare(folder, other)
     if not (folder / run.TRACE).is_file():
@@ -226,222 +274,132 @@ def _compare(folder: Path, other: Path) -> Optional[Divergence]:
     return compare.compare(folder / run.TRACE, other)
 
 
-def _seconds(record: dict[str, Any], start: str, end: str) -> Optional[int]:
-    try:
-        times = [datetime.fromisoformat(record["times"][name]) for name in (start, end)]
-    except (KeyError, TypeError, ValueError):  # written by hand
+def divergence_facts(found: Divergence) -> list[tuple[str, str]]:
+    """Return name and text of everything that is known about a divergence."""
+    return [*compare.facts(found), ("likely cause", found.cause[1])]
+
+
+def growth_plot(found: Divergence) -> Optional[Plot]:
+    """Return the plot of a divergence that grows over the steps, None if nothing grew."""
+    if not any(ulps for _, ulps in found.growth):
         return None
-    return int((times[1] - times[0]).total_seconds())
+    points = [(step, math.log2(1 + ulps)) for step, ulps in found.growth]
+    return plot([Curve(points, "difference")], "step", "log2(1 + ulps)")
 
 
-# --- the sections ---------------------------------------------------------------------------------
+def loss_plot(losses: Sequence[float], step_losses: Sequence[float]) -> Optional[Plot]:
+    """Return the plot of the loss of each epoch and, of a traced run, each step."""
+    curves = [Curve([(i + 1.0, y) for i, y in enumerate(losses)], "each epoch", dots=True)]
+    if step_losses:
+        width = len(losses) / len(step_losses) if losses else 1.0
+        points = [((i + 1) * width, y) for i, y in enumerate(step_losses)]
+        curves.insert(0, Curve(points, "each step", faint=True))
+    return plot(curves, "epoch", "loss")
 
 
-def _about(folder: Path, record: dict[str, Any]) -> str:
-    facts = doctor.facts(record)
-    started = record["times"].get("started", "") if isinstance(record.get("times"), dict) else ""
-    when = f"trained {str(started)[:16].replace('T', ' ')} UTC" if started else "trained"
-    return (
-        f"{_code(str(folder))}, {_text(when)} on {_text(facts.get('machine.cpu', 'unknown'))} with "
-        f"PyTorch {_text(facts.get('versions.torch', 'unknown'))}"
-    )
-
-
-def _verdict_section(verdict: Verdict, recipe_name: str, numerics: str) -> str:
-    all_, differing = len(verdict.comparisons), verdict.differing
-    of = verdict.golden or Path(run.METRICS)
-    if differing:
-        kind, title = "bad", "Not the golden run" if verdict.golden else "Not what the run recorded"
-        said = (
-            f"{len(differing)} of {all_} items differ from {_code(str(of))}; "
-            f"the first, in the pipeline’s order, is {_code(differing[0].item)}."
-        )
-    elif verdict.golden:
-        kind, title = "good", "Verified"
-        said = f"All {all_} items are those of {_code(str(of))}, to the last bit."
-    elif numerics == "native":
-        kind, title = "none", "Native numerics: no golden file"
-        drift = _code(f"python -m reproml matrix --recipe {recipe_name}")
-        said = f"What the training comes to depends on the machine: {drift} shows how."
-    else:
-        kind, title = "none", "No golden file to compare with"
-        said = f"{_code(f'python -m reproml golden --recipe {recipe_name}')} writes one."
-    how = (
-        "Whatever follows from recipe, data and weights was computed anew for this page; the losses, and "
-        "the weights after all but the last epoch, are what the run recorded."
-    )
-    if numerics == "native":
-        how = (
-            "The weights file has the SHA-256 that the run recorded. It was evaluated anew for this page "
-            "in exact arithmetic; all that is said of the training is what the run recorded."
-        )
-    rows = [[_code(c.item), _code(c.expected), _code(c.found)] for c in differing]
-    table = _table(["item", "expected", "found"], rows, "differing") if differing else ""
-    return (
-        f'<div class="verdict {kind}"><p><strong>{_text(title)}</strong></p>\n'
-        f'<p>{said}</p><p class="quiet">{how}</p></div>\n{table}'
-    )
-
-
-def _figures_section(
-    items: Items, record: dict[str, Any], model: torch.nn.Module, folder: Path
-) -> str:
-    def accuracy(part: str) -> tuple[str, str]:
+def _figures(
+    items: Items,
+    losses: list[float],
+    times: dict[str, Any],
+    model: torch.nn.Module,
+    folder: Path,
+) -> list[tuple[str, str]]:
+    """Return the numbers in large type, each with what it means."""
+    figures = []
+    for part, name in (("test", "test set"), ("train", "training set")):
         correct, total = int(str(items[f"{part}.correct"])), int(str(items[f"{part}.total"]))
-        of = "test set" if part == "test" else "training set"
-        return f"{100 * correct / total:.2f} %", f"right in the {of}: {correct:,} of {total:,}"
-
-    losses = _losses(items)
-    figures = [accuracy("test"), accuracy("train")]
+        meaning = f"correct in the {name}: {correct:,} of {total:,}"
+        figures.append((f"{100 * correct / total:.2f} %", meaning))
     if losses:
         figures.append((f"{losses[-1]:.4f}", "mean loss in the last epoch"))
     parameters = sum(p.numel() for p in model.parameters())
     figures.append((f"{parameters:,}", "parameters"))
     figures.append((f"{(folder / run.WEIGHTS).stat().st_size:,}", "bytes of weights"))
-    seconds = _seconds(record, "data_ready", "trained")
-    if seconds is not None:
-        figures.append((f"{seconds:,} s", "of training"))
-    listed = "".join(
-        f"<div><dt>{_text(what)}</dt><dd>{_text(value)}</dd></div>\n" for value, what in figures
-    )
-    return f'<dl class="figures">\n{listed}</dl>'
+    try:
+        start, end = (datetime.fromisoformat(times[name]) for name in ("data_ready", "trained"))
+        figures.append((f"{int((end - start).total_seconds()):,} s", "of training"))
+    except (KeyError, TypeError, ValueError):
+        pass  # a resumed run has no such time, nor has a record that was written by hand
+    return figures
 
 
-def _training_section(losses: list[float], step_losses: Sequence[float]) -> str:
-    epochs = len(losses)
-    curves = [_Curve([(i + 1.0, y) for i, y in enumerate(losses)], "each epoch", dots=True)]
-    if step_losses:
-        each = epochs / len(step_losses) if epochs else 1.0
-        points = [((i + 1) * each, y) for i, y in enumerate(step_losses)]
-        curves.insert(0, _Curve(points, "each step", faint=True))
-    caption = "Mean loss over the samples of each epoch" + ", and the loss of each step" * bool(
-        step_losses
-    )
-    plot = _plot(curves, "epoch", "loss")
-    rows = [[str(i), _text(repr(loss))] for i, loss in enumerate(losses, 1)]
-    return (
-        '<section><h2>Training</h2><div class="beside">\n'
-        f"<figure>{plot}<figcaption>{caption}.</figcaption></figure>\n"
-        f"{_table(['epoch', 'mean loss'], rows, '')}</div></section>"
-    )
+def _confusion_cells(counts: NDArray[np.int64]) -> list[list[tuple[int, str, str]]]:
+    """Return count, kind and shade of each cell; the diagonal has a scale of its own."""
+    diagonal = np.eye(len(counts), dtype=bool)
+    most = np.where(diagonal, counts[diagonal].max(), counts[~diagonal].max(initial=0))
+
+    def cell(i: int, j: int) -> tuple[int, str, str]:
+        count = int(counts[i, j])
+        shade = f"{8 + 32 * math.sqrt(count / most[i, j]):.0f}%" if count else "0%"
+        return count, "right" if i == j else "wrong", shade
+
+    return [[cell(i, j) for j in range(len(counts))] for i in range(len(counts))]
 
 
-def _confusion_section(labels: NDArray[Any], predicted: NDArray[Any], classes: int) -> str:
-    counts = confusion(labels, predicted, classes).tolist()
-    most = {True: 1, False: 1}  # on the diagonal, beside it
-    for i, j in np.ndindex(classes, classes):
-        most[i == j] = max(most[i == j], counts[i][j])
-
-    def cell(i: int, j: int, n: int) -> str:
-        share = f"{8 + 32 * math.sqrt(n / most[i == j]):.0f}%" if n else "0%"
-        kind = "right" if i == j else "wrong"
-        return f'<td class="{kind}{"" if n else " zero"}" style="--share: {share}">{n or "·"}</td>'
-
-    head = "".join(f'<th scope="col">{j}</th>' for j in range(classes))
-    body = "\n".join(
-        f'<tr><th scope="row">{i}</th>{"".join(cell(i, j, n) for j, n in enumerate(row))}</tr>'
-        for i, row in enumerate(counts)
-    )
-    wrong = int((labels != predicted).sum())
-    mistakes = [(counts[i][j], i, j) for i, j in np.ndindex(classes, classes) if i != j]
-    mistakes = [m for m in sorted(mistakes, key=lambda m: -m[0]) if m[0]][:_MISTAKES]
-    rows = [[str(i), str(j), f"{n:,}"] for n, i, j in mistakes]
-    often = _table(["label", "predicted", "times"], rows, "", "The most frequent mistakes")
-    return (
-        f"<section><h2>Confusion</h2>\n<p>{wrong:,} of {len(labels):,} test images got another class than "
-        "their label. Rows are labels, columns predictions; the shade grows with the count.</p>\n"
-        '<div class="beside wide-first">'
-        f'<table class="confusion"><thead><tr><td></td>{head}</tr></thead>\n'
-        f"<tbody>{body}</tbody></table>\n{often if rows else ''}</div></section>"
-    )
+def _frequent_mistakes(counts: NDArray[np.int64]) -> list[tuple[int, int, str]]:
+    pairs = [(i, j) for i, j in np.ndindex(*counts.shape) if i != j and counts[i, j]]
+    pairs.sort(key=lambda pair: -counts[pair])
+    return [(i, j, f"{counts[i, j]:,}") for i, j in pairs[:_MISTAKES]]
 
 
-def _most_wrong_section(dataset: Dataset, probabilities: NDArray[Any]) -> str:
-    test: Split = dataset.test
-    chosen = most_wrong(test.labels, probabilities, _MOST_WRONG)
-    if not chosen:
-        return "<section><h2>Most wrong</h2><p>Not one test image got a wrong class.</p></section>"
-
-    def figure(i: int) -> str:
-        levels = test.images[i].astype(np.int64) * 255 // (dataset.levels - 1)
-        image = base64.b64encode(png((255 - levels).astype(np.uint8))).decode()  # ink on paper
-        label, predicted = int(test.labels[i]), int(probabilities[i].argmax())
-        sure = f"{float(probabilities[i, predicted]):.6f}"
-        return (
-            f'<li><figure><img src="data:image/png;base64,{image}" '
-            f'alt="Test image {i}: label {label}, predicted {predicted}">'
-            f"<figcaption><strong>{label}, predicted {predicted}</strong><br>"
-            f"p = {sure}<br>image {i}</figcaption></figure></li>"
+def _most_wrong(test: Split, levels: int, probabilities: NDArray[Any]) -> list[dict[str, Any]]:
+    mistakes = []
+    for i in most_wrong(test.labels, probabilities, _MOST_WRONG):
+        grey = test.images[i].astype(np.int64) * 255 // (levels - 1)
+        predicted = int(probabilities[i].argmax())
+        mistakes.append(
+            {
+                "index": i,
+                "label": int(test.labels[i]),
+                "predicted": predicted,
+                "probability": f"{float(probabilities[i, predicted]):.6f}",
+                "png": base64.b64encode(
+                    png((255 - grey).astype(np.uint8))
+                ).decode(),  # ink on paper
+            }
         )
-
-    return (
-        "<section><h2>Most wrong</h2>\n<p>The test images whose wrong class has the largest probability p, "
-        "by an exact softmax: the same images, in the same order, on any machine.</p>\n"
-        f'<ul class="digits">{"".join(map(figure, chosen))}</ul></section>'
-    )
-
-
-def _recipe_section(record: dict[str, Any]) -> str:
-    rows = [[_name(name), _code(value)] for name, value in _flat("", record.get("recipe", {}))]
-    return f"<section><h2>Recipe</h2>\n{_table(['setting', 'value'], rows, 'facts')}</section>"
+    return mistakes
 
 
 def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
     if not isinstance(value, dict):
-        yield prefix, _plain(value)
+        yield prefix, _setting(value)
         return
     for name, inner in value.items():
         yield from _flat(f"{prefix}.{name}" if prefix else str(name), inner)
 
 
-def _plain(value: Any) -> str:
+def _setting(value: Any) -> str:
     if isinstance(value, list):
-        return "[" + ", ".join(map(_plain, value)) + "]"
+        return "[" + ", ".join(map(_setting, value)) + "]"
     return str(value) if isinstance(value, str) else json.dumps(value)
 
 
-def _environment_section(record: dict[str, Any]) -> str:
-    groups: dict[str, list[list[str]]] = {}
-    for fact, value in doctor.facts(record).items():
+def _grouped(facts: dict[str, str]) -> dict[str, list[tuple[str, str]]]:
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for fact, value in facts.items():
         group, _, name = fact.partition(".")
-        shown = _name(name) if group == "variables" else _text(name.replace("_", " "))
-        groups.setdefault(group, []).append([shown, _code(value)])
-    tables = "\n".join(
-        _table(["fact", "value"], rows, "facts", caption=group) for group, rows in groups.items()
-    )
-    return (
-        "<section><h2>Environment</h2>\n<p>Where the run was made. Of an exact run, none of it may change "
-        f'a bit.</p>\n<div class="columns">{tables}</div></section>'
-    )
+        shown = name if group == "variables" else name.replace("_", " ")
+        groups.setdefault(group, []).append((shown, value))
+    return groups
 
 
-def _hashes_section(
+def _hashes(
     items: Items, folder: Path, recipe_name: str, epochs: int, steps: int, numerics: str
-) -> str:
-    entries = []
-    for name, value in sorted(items.items(), key=lambda item: item[0] != _OF_WEIGHTS):
-        if name.endswith(".sha256"):
-            command = _command(name, folder, recipe_name, epochs, steps, numerics)
-            if command is None:
-                continue
-            entries.append(
-                f'<div class="hash"><h3>{_name(name)}</h3>\n'
-                f"{_copied(str(value), f'the hash {name}', 'value')}\n"
-                f"{_copied(command, f'the command that checks {name}', 'command')}</div>"
-            )
-    return (
-        "<section><h2>Hashes</h2>\n<p>Each with the command that comes to it or checks it.</p>\n"
-        f"{''.join(entries)}</section>"
-    )
+) -> list[tuple[str, str, str]]:
+    """Return name, value and command of every hash that a command can check, the weights first."""
+    names = sorted((n for n in items if n.endswith(".sha256")), key=lambda n: n != _WEIGHTS_SHA256)
+    commands = {n: _command(n, folder, recipe_name, epochs, steps, numerics) for n in names}
+    return [(name, str(items[name]), c) for name, c in commands.items() if c is not None]
 
 
 def _command(
     name: str, folder: Path, recipe_name: str, epochs: int, steps: int, numerics: str
 ) -> Optional[str]:
-    """Return one line of a shell that prints the hash, or compares it; None if there is none."""
+    """Return a shell command that prints the hash or compares it, None if no command does."""
     weights = shlex.quote(str(folder / run.WEIGHTS))
     recipe = shlex.quote(recipe_name)
-    if name == _OF_WEIGHTS:
+    if name == _WEIGHTS_SHA256:
         return f"sha256sum {weights}"
     if name.startswith("data."):
         return f"python -m reproml data --recipe {recipe}"
@@ -450,125 +408,63 @@ def _command(
         native = " --numerics native" * (numerics == "native")
         return f"python -m reproml train --recipe {recipe} --steps {steps}{native}"
     if numerics == "native":
-        return None  # has no golden file
+        return None  # verify needs a golden file
     return f"python -m reproml verify --recipe {recipe} --run {shlex.quote(str(folder))}"
 
 
-def _divergence_section(found: Optional[Divergence], compared: str) -> str:
-    if found is None:
-        return f"<section><h2>Comparison</h2>\n<p>{_text(compared)}</p></section>"
-    facts = [*compare.facts(found), ("likely cause", found.cause[1])]
-    table = _table(["fact", "value"], [[_text(name), _code(text)] for name, text in facts], "facts")
-    figure = ""
-    if any(ulps for _, ulps in found.growth):
-        curve = _Curve([(step, math.log2(1 + ulps)) for step, ulps in found.growth], "difference")
-        said = "The largest distance of eight of the last layer’s weights after each step, in ulps."
-        plot = _plot([curve], "step", "log2(1 + ulps)")
-        figure = f"<figure>{plot}<figcaption>{said} Shown: log2(1 + ulps).</figcaption></figure>"
-    return (
-        f"<section><h2>First divergence</h2>\n<p>{_text(compared)}</p>\n"
-        f'<div class="beside">\n{table}{figure}</div></section>'
-    )
+# --- plots and the template -------------------------------------------------------------------------
 
 
-# --- HTML and SVG ---------------------------------------------------------------------------------
-
-
-def _text(text: str) -> str:
-    return escape(text, quote=True)
-
-
-def _name(text: str) -> str:
-    """A dotted name, which may break after a dot or an underscore."""
-    return _text(text).replace(".", ".<wbr>").replace("_", "_<wbr>")
-
-
-def _code(text: str) -> str:
-    return f"<code>{_text(text)}</code>"
-
-
-def _table(head: list[str], rows: list[list[str]], kind: str, caption: str = "") -> str:
-    """A table of HTML cells, the first of each row its header."""
-    titles = "".join(f'<th scope="col">{_text(title)}</th>' for title in head)
-    body = "\n".join(
-        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
-        for first, *rest in rows
-    )
-    shown = f"<caption>{_text(caption)}</caption>" if caption else ""
-    return f'<table class="{kind}">{shown}<thead><tr>{titles}</tr></thead>\n<tbody>{body}</tbody></table>'
-
-
-def _copied(text: str, what: str, kind: str) -> str:
-    """The text and the button that copies it; the script takes the element before the button."""
-    return (
-        f'<div class="copied"><code class="{kind}">{_text(text)}</code>'
-        f'<button type="button" aria-label="Copy {_text(what)}">Copy</button></div>'
-    )
-
-
-@dataclass(frozen=True)
-class _Curve:
-    points: Sequence[tuple[float, float]]  # those that are not finite are left out
-    name: str
-    dots: bool = False
-    faint: bool = False
-
-
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _PAD = 480, 240, 44, 40, 12  # of the drawing; the page scales it
-
-
-def _plot(curves: Sequence[_Curve], across: str, up: str) -> str:
-    """An SVG of curves over one pair of axes, both from 0 on or from the least value if that is below."""
+def plot(curves: Sequence[Curve], across: str, up: str) -> Optional[Plot]:
+    """Lay out curves over one pair of axes; None if no value is finite. The vertical axis includes 0."""
     finite = [
         [(x, y) for x, y in c.points if math.isfinite(x) and math.isfinite(y)] for c in curves
     ]
     everything = [point for points in finite for point in points]
     if not everything:
-        return "<p>No value is finite.</p>"
+        return None
     left, right = min(x for x, _ in everything), max(x for x, _ in everything)
-    span = right - left
     low, high = min(0.0, *(y for _, y in everything)), max(y for _, y in everything)
-    ticks = _ticks(low, high if high > low else low + 1)
-    low, high = ticks[0], ticks[-1]
+    y_ticks = ticks(low, high if high > low else low + 1)
+    low, high = y_ticks[0], y_ticks[-1]
+    x_ticks = [left, *(t for t in ticks(left, right) if left < t <= right)]
+    width, height = Plot.width - Plot.left - 2 * Plot.pad, Plot.height - Plot.bottom - Plot.pad
 
-    def at(x: float, y: float) -> tuple[str, str]:
-        return (
-            f"{_LEFT + _PAD + (_WIDTH - _LEFT - 2 * _PAD) * ((x - left) / span if span else 0.5):.1f}",
-            f"{_PAD + (_HEIGHT - _BOTTOM - _PAD) * (high - y) / (high - low):.1f}",
-        )
+    def at_x(x: float) -> str:
+        fraction = (x - left) / (right - left) if right > left else 0.5
+        return f"{Plot.left + Plot.pad + width * fraction:.1f}"
 
-    lines = []
-    for tick in ticks:
-        _, y = at(left, tick)
-        lines.append(f'<line class="axis" x1="{_LEFT}" y1="{y}" x2="{_WIDTH}" y2="{y}"/>')
-        lines.append(
-            f'<text x="{_LEFT - 8}" y="{y}" text-anchor="end" dominant-baseline="middle">{tick:g}</text>'
-        )
-    across_ticks = [left, *(t for t in _ticks(left, right) if left < t <= right)]
-    for tick in (t for t in across_ticks if t == int(t)):  # steps and epochs are whole
-        x, _ = at(tick, low)
-        lines.append(f'<text x="{x}" y="{_HEIGHT - 18}" text-anchor="middle">{tick:g}</text>')
-    for curve, points in zip(curves, finite):
-        joined = " ".join(",".join(at(*point)) for point in points)
-        lines.append(f'<polyline class="curve{" faint" * curve.faint}" points="{joined}"/>')
-        for point in points if curve.dots else ():
-            cx, cy = at(*point)
-            title = f"{across} {point[0]:g}: {point[1]!r}"
-            lines.append(f'<circle cx="{cx}" cy="{cy}" r="3"><title>{title}</title></circle>')
-    lines.append(f'<text x="{_WIDTH}" y="{_HEIGHT}" text-anchor="end">{_text(across)}</text>')
-    label = f"{up} by {across}: " + "; ".join(
+    def at_y(y: float) -> str:
+        return f"{Plot.pad + height * (high - y) / (high - low):.1f}"
+
+    def at(x: float, y: float) -> tuple[str, str, str]:
+        return at_x(x), at_y(y), f"{across} {x:g}: {y!r}"
+
+    ranges = [
         f"{c.name}, from {p[0][1]:.4g} to {p[-1][1]:.4g}" for c, p in zip(curves, finite) if p
-    )
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_text(label)}">\n'
-        + "\n".join(lines)
-        + "\n</svg>"
+    ]
+    return Plot(
+        across,
+        f"{up} by {across}: " + "; ".join(ranges),
+        [(at_y(t), f"{t:g}") for t in y_ticks],
+        [(at_x(t), f"{t:g}") for t in x_ticks if t == int(t)],  # steps and epochs are integers
+        [(curve, [at(*point) for point in points]) for curve, points in zip(curves, finite)],
     )
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers that enclose both."""
+def ticks(low: float, high: float) -> list[float]:
+    """Return three to six round numbers that enclose both."""
     raw = (high - low or 1.0) / 4
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
     return [round(k * step, 12) for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+_TEMPLATE = Environment(
+    loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+).get_template("report.html")

@@ -1,4 +1,4 @@
-"""What a person sees: a progress bar and a table on a terminal, plain lines when redirected."""
+"""Output for people: a progress bar and a table on a terminal, plain lines when redirected."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ if TYPE_CHECKING:
 
 
 class Terminal:
-    """Standard output, or standard error where standard output is kept for JSON."""
+    """Prints to standard output, or to standard error where standard output is reserved for JSON."""
 
     def __init__(self, to_stderr: bool = False) -> None:
         from rich.console import Console
 
         self._console = Console(stderr=to_stderr)
 
-    def say(self, line: str) -> None:
-        """Print a line as it is: no markup, no wrapping."""
+    def print(self, line: str) -> None:
+        """Print a line verbatim: no markup, no wrapping."""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """Yield the function that takes (done, total) and shows a bar from its first call on.
+    def bar(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Yield a function of (done, total) that updates a progress bar.
 
-        Not earlier: what the block does first, a download say, may show a bar of its own.
+        The bar appears at the first call, because the block may show another one before, of a download.
         """
         from rich.progress import Progress
 
         hidden = not self._console.is_terminal
         progress = Progress(console=self._console, disable=hidden, transient=True)
-        task = progress.add_task(what)
+        task = progress.add_task(name)
 
         def update(done: int, total: int) -> None:
             progress.start()
@@ -44,12 +44,12 @@ class Terminal:
             progress.stop()
 
     def table(self, comparisons: list[Comparison]) -> None:
-        """Show each item with its value, or with both values where they differ."""
+        """Print each item with its value, or with both values where they differ."""
         if not self._console.is_terminal:
             for c in comparisons:
                 label = "ok     " if c.match else "DIFFERS"
                 values = c.found if c.match else f"expected {c.expected}, found {c.found}"
-                self.say(f"{label}  {c.item}  {values}")
+                self.print(f"{label}  {c.item}  {values}")
             return
         from rich.table import Table
         from rich.text import Text
@@ -63,5 +63,5 @@ class Terminal:
 
 
 def _short(value: str) -> str:
-    """Cut a hash that needs no reading, so that a row fits a line of 80 columns."""
+    """Shorten a hash, so that a row fits a line of 80 columns."""
     return value if len(value) < 64 else f"{value[:16]}..."

@@ -1,10 +1,10 @@
-"""A real browser: Chromium without a window, driven over a pipe by its DevTools protocol.
+"""Headless Chromium, controlled through a pipe with the DevTools protocol.
 
     with Browser() as browser:
         browser.open(Path("page.html"), width=390)
         browser.evaluate("document.title")
 
-No package is needed for it: a message is JSON and a zero byte, in on descriptor 3, out on descriptor 4.
+This needs no package: a message is JSON and a zero byte, read from descriptor 3, written to descriptor 4.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def find() -> Optional[str]:
 
 
 class Browser:
-    """One page in one browser. `events` are what it reported since the page was opened."""
+    """One page in one browser. `events` holds what the browser reported since the page was opened."""
 
     def __init__(self) -> None:
         path = find()
@@ -39,7 +39,7 @@ class Browser:
         self._profile = tempfile.mkdtemp()
         theirs_in, self._in = os.pipe()
         self._out, theirs_out = os.pipe()
-        # Out of the way of 3 and 4, which the shell makes of them.
+        # Numbers above 3 and 4, which the shell then makes of them.
         given = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (theirs_in, theirs_out)]
         command = f'exec "$@" 3<&{given[0]} 4>&{given[1]}'
         flags = [*_FLAGS, f"--user-data-dir={self._profile}"]
@@ -63,7 +63,7 @@ class Browser:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self._in)  # it ends with its pipe
+        os.close(self._in)  # the browser ends when its pipe closes
         os.close(self._out)
         try:
             self._process.wait(timeout=20)
@@ -90,7 +90,7 @@ class Browser:
         return result
 
     def open(self, page: Path, width: int, scheme: str = "light") -> None:
-        """Load a file in a window so wide (CSS pixels) and wait until it is there."""
+        """Load a file in a window of this width (CSS pixels) and wait for its load event."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             **{"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
@@ -103,7 +103,7 @@ class Browser:
             self.events.append(self._read())
 
     def evaluate(self, expression: str) -> Any:
-        """Return the value of an expression of JavaScript, a promise's once it has one."""
+        """Return the value of a JavaScript expression; of a promise, its result."""
         answer = self.call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
@@ -112,7 +112,7 @@ class Browser:
         return answer["result"].get("value")
 
     def click(self, selector: str) -> None:
-        """Press the mouse on the middle of the first such element."""
+        """Click in the middle of the first element that matches the selector."""
         x, y = self.evaluate(
             f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView();"
             "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2] })()"
@@ -124,7 +124,7 @@ class Browser:
         while b"\0" not in self._unread:
             more = os.read(self._out, 1 << 16)
             if not more:
-                raise RuntimeError("the browser is gone")
+                raise RuntimeError("the browser closed its pipe")
             self._unread += more
         message, _, self._unread = self._unread.partition(b"\0")
         answer: dict[str, Any] = json.loads(message)

@@ -22,7 +22,7 @@ from tests import tiny
 @pytest.fixture(autouse=True)
 def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parent.parent))  # for its processes
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parent.parent))  # for child processes
     tiny.toml(tmp_path)
     return tmp_path
 
@@ -31,7 +31,7 @@ TINY = ["--recipe", "./tiny.toml"]
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Bad input: exit status 2, one line on standard error, nothing on standard output."""
+    """Check for exit status 2, one line on standard error and no standard output; return the line."""
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
@@ -63,7 +63,7 @@ def test_train_evaluate_verify(capsys, at_work):
     assert "tiny: verified, all" in capsys.readouterr().out
 
 
-def test_verify_says_what_differs_first_and_last(capsys, at_work):
+def test_verify_lists_mismatches_first(capsys, at_work):
     items = {**tiny.run().items, "train.correct": 1, "epoch.1.loss": 0.5}
     golden.write_golden(items, golden.golden_path("tiny"), force=False)
     assert main(["verify", *TINY]) == 1
@@ -94,14 +94,14 @@ def test_pipeline_trains_once(capsys, at_work, monkeypatch):
     assert results["verify"]["verified"] is True
 
 
-def test_json_is_all_there_is_on_standard_output(capsys):
+def test_json_is_all_of_standard_output(capsys):
     assert main(["train", *TINY, "--json", "--out", "here"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"run": "here", "items": tiny.run().items}
     assert "epoch 2 of 2" in captured.err
 
 
-def test_steps_print_a_digest_and_leave_nothing(capsys, at_work):
+def test_steps_print_digest_and_write_nothing(capsys, at_work):
     assert main(["train", *TINY, "--steps", "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert len(result["weights.state_dict.sha256"]) == 64
@@ -112,7 +112,7 @@ def test_steps_print_a_digest_and_leave_nothing(capsys, at_work):
     assert line in capsys.readouterr().out.splitlines()
 
 
-def test_a_native_run_has_a_folder_of_its_own_and_no_golden_file(capsys, at_work):
+def test_native_run_has_own_folder_no_golden_file(capsys, at_work):
     assert main(["train", *TINY, "--numerics", "native"]) == 0
     assert os.listdir(at_work / "runs") == ["tiny-native"]
     capsys.readouterr()
@@ -125,18 +125,18 @@ def test_a_native_run_has_a_folder_of_its_own_and_no_golden_file(capsys, at_work
         assert "native numerics have no golden file" in error
 
 
-def test_golden_refuses_to_overwrite_before_it_trains(capsys, at_work, monkeypatch):
+def test_golden_refuses_to_overwrite_before_training(capsys, at_work, monkeypatch):
     golden.write_golden(tiny.run().items, golden.golden_path("tiny"), force=False)
     monkeypatch.setattr(runs, "perform", None)
     assert "--force" in refused(["golden", *TINY], capsys)
 
 
-def test_golden_writes_what_a_run_records(capsys, at_work):
+def test_golden_file_equals_metrics_of_run(capsys, at_work):
     assert main(["golden", *TINY]) == 0
     assert (at_work / "golden/tiny.json").read_text() == runs.items_json(tiny.run().items)
 
 
-def test_bad_input_is_one_sentence(capsys, at_work):
+def test_bad_input_is_reported_in_one_sentence(capsys, at_work):
     (at_work / "file").write_text("")
     (at_work / "golden").mkdir()
     assert "nonesuch" in refused(["train", "--recipe", "nonesuch"], capsys)
@@ -151,7 +151,7 @@ def test_bad_input_is_one_sentence(capsys, at_work):
 
 
 @pytest.mark.parametrize("error", [NotExactError("no such operator"), OSError(28, "No space left")])
-def test_errors_from_below_are_one_sentence(capsys, monkeypatch, error):
+def test_errors_are_reported_in_one_sentence(capsys, monkeypatch, error):
     def fail(*arguments):
         raise error
 
@@ -173,27 +173,27 @@ def test_errors_from_below_are_one_sentence(capsys, monkeypatch, error):
         ["train", "--no-such-option"],
     ],
 )
-def test_a_misspelt_command_line(arguments, capsys):
+def test_misspelt_command_line_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_misspelt_option_shows_the_usage_of_its_verb(capsys):
+def test_misspelt_option_shows_usage_of_its_verb(capsys):
     for arguments in (["evaluate", "--out", "x"], ["evaluate", "--numerics", "fast"]):
         with pytest.raises(SystemExit):
             main(arguments)
         assert capsys.readouterr().err.startswith("usage: reproml evaluate [-h] [--recipe ")
 
 
-def test_a_script_is_required_and_its_arguments_are_not(capsys):
+def test_script_is_required_arguments_are_optional(capsys):
     with pytest.raises(SystemExit):
         main(["run"])
     assert capsys.readouterr().err.endswith("arguments are required: SCRIPT.py\n")
 
 
-def test_ctrl_c_while_training_leaves_nothing(at_work):
+def test_ctrl_c_while_training_leaves_no_files(at_work):
     tiny.toml(at_work, epochs=100_000)
     process = subprocess.Popen(
         [sys.executable, "-m", "reproml", "train", *TINY, "--numerics", "native"],
@@ -221,8 +221,8 @@ EVERY = ["--checkpoint-every", "2"]
 
 
 @pytest.mark.parametrize("folder", ["runs/tiny", "runs/tiny.checkpoints"])
-def test_resume_needs_nothing_but_the_folder(capsys, monkeypatch, at_work, folder):
-    """Recipe and interval are the checkpoint's; the run, its log too, is as if nothing had been."""
+def test_resume_needs_only_the_folder(capsys, monkeypatch, at_work, folder):
+    """The checkpoint has recipe and interval; the run and its log equal those of an uninterrupted one."""
     tiny.begin(monkeypatch, *TINY, *EVERY)
     assert sorted(os.listdir("runs")) == ["tiny.checkpoints"]
     (at_work / "tiny.toml").unlink()
@@ -244,8 +244,8 @@ def test_resume_needs_nothing_but_the_folder(capsys, monkeypatch, at_work, folde
     ]
 
 
-def test_resume_of_what_was_not_begun(capsys, at_work):
-    """Alone it is a slip; with an interval, as in a loop that starts a killed job again, it begins."""
+def test_resume_without_checkpoint_needs_an_interval(capsys, at_work):
+    """Alone it is refused; with an interval, as in a job that is restarted, the training starts."""
     error = refused(["train", *TINY, "--resume", "runs/tiny"], capsys)
     assert "no checkpoint of runs/tiny to resume from; add --checkpoint-every N" in error
     assert not (at_work / "runs").exists()
@@ -253,7 +253,7 @@ def test_resume_of_what_was_not_begun(capsys, at_work):
     assert json.loads(Path("runs/tiny/metrics.json").read_text()) == tiny.run().items
 
 
-def test_resume_of_a_finished_run_does_nothing(capsys, at_work, monkeypatch):
+def test_resume_of_finished_run_does_nothing(capsys, at_work, monkeypatch):
     assert main(["train", *TINY]) == 0
     before = Path("runs/tiny/log.txt").read_bytes()
     monkeypatch.setattr(runs, "perform", None)
@@ -262,11 +262,11 @@ def test_resume_of_a_finished_run_does_nothing(capsys, at_work, monkeypatch):
         assert main(["train", *recipe, *EVERY, "--resume", "runs/tiny", "--json"]) == 0
         captured = capsys.readouterr()
         assert json.loads(captured.out) == {"run": "runs/tiny", "items": tiny.run().items}
-        assert "runs/tiny is a finished run of tiny already" in captured.err
+        assert "runs/tiny is already a finished run of tiny" in captured.err
     assert Path("runs/tiny/log.txt").read_bytes() == before
 
 
-def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(capsys, at_work):
+def test_resume_does_not_accept_run_of_another_recipe(capsys, at_work):
     assert main(["train", *TINY]) == 0
     capsys.readouterr()
     tiny.toml(at_work, seed=2)
@@ -278,14 +278,14 @@ def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(capsys, at_w
     assert items["recipe.canonical_json.sha256"] == tiny.recipe(seed=2).sha256
 
 
-def test_checkpoints_of_an_unfinished_training_are_not_lost(capsys, at_work, monkeypatch):
+def test_checkpoints_of_unfinished_training_are_kept(capsys, at_work, monkeypatch):
     tiny.begin(monkeypatch, *TINY, *EVERY)
     before = [path.name for path in checkpoint_paths(at_work / "runs/tiny.checkpoints")]
     capsys.readouterr()
     for more in ([], EVERY):
         error = refused(["train", *TINY, *more], capsys)
         assert "runs/tiny.checkpoints has checkpoints of an unfinished training" in error
-        assert "go on with --resume runs/tiny" in error
+        assert "resume it with --resume runs/tiny" in error
     tiny.toml(at_work, seed=2)
     error = refused(["train", *TINY, "--resume", "runs/tiny"], capsys)
     assert "checkpoints of another recipe than tiny" in error
@@ -295,7 +295,7 @@ def test_checkpoints_of_an_unfinished_training_are_not_lost(capsys, at_work, mon
     assert os.listdir("runs") == ["tiny.checkpoints"]
 
 
-def test_options_that_exclude_each_other(capsys):
+def test_conflicting_options_are_refused(capsys):
     resume = ["train", *TINY, "--resume", "runs/tiny"]
     assert "leave out --out" in refused([*resume, "--out", "runs/tiny"], capsys)
     for more in (resume[3:], EVERY):
@@ -306,7 +306,7 @@ def test_options_that_exclude_each_other(capsys):
 # --- the recipe of a run, and a run that is damaged -----------------------------------------------
 
 
-def test_a_run_says_of_which_recipe_it_is(capsys, at_work):
+def test_recipe_is_read_from_run_folder(capsys, at_work):
     golden.write_golden(tiny.run().items, golden.golden_path("tiny"), force=False)
     assert main(["train", *TINY, "--out", "here"]) == 0
     (at_work / "tiny.toml").unlink()
@@ -319,7 +319,7 @@ def test_a_run_says_of_which_recipe_it_is(capsys, at_work):
     assert "here2 does not exist" in refused(["evaluate", "--run", "here2"], capsys)
 
 
-def test_damaged_weights_are_not_evaluated_and_do_not_verify(capsys, at_work):
+def test_damaged_weights_are_neither_evaluated_nor_verified(capsys, at_work):
     golden.write_golden(tiny.run().items, golden.golden_path("tiny"), force=False)
     assert main(["train", *TINY]) == 0
     path = at_work / "runs/tiny/weights.safetensors"
@@ -335,10 +335,10 @@ def test_damaged_weights_are_not_evaluated_and_do_not_verify(capsys, at_work):
     rows = json.loads(capsys.readouterr().out)["items"]
     differ = {row["item"]: (row["expected"], row["found"]) for row in rows if not row["match"]}
     assert differ["weights.safetensors.sha256"] == (expected, found)
-    assert not any("metrics.json" in item for item in differ)  # it is as golden as ever
+    assert not any("metrics.json" in item for item in differ)  # metrics.json is intact
 
 
-def test_a_lie_in_metrics_is_shown_against_the_golden_file(capsys, at_work):
+def test_altered_metrics_differ_from_golden_file(capsys, at_work):
     golden.write_golden(tiny.run().items, golden.golden_path("tiny"), force=False)
     assert main(["train", *TINY]) == 0
     path = at_work / "runs/tiny/metrics.json"
@@ -355,15 +355,15 @@ def test_a_lie_in_metrics_is_shown_against_the_golden_file(capsys, at_work):
 
 
 def test_every_verb_has_help(capsys):
-    for verb in cli._VERBS:
-        assert verb.__doc__
+    for name, verb in cli.VERBS.items():
+        assert verb.command.__doc__
         with pytest.raises(SystemExit) as caught:
-            main([verb.__name__, "--help"])
+            main([name, "--help"])
         assert caught.value.code == 0
     assert "default: mnist-mlp" in capsys.readouterr().out
 
 
-def test_the_module_is_the_command():
+def test_python_m_reproml_is_the_command():
     shown = subprocess.run(
         [sys.executable, "-m", "reproml", "train", "--recipe", "nonesuch"],
         capture_output=True,

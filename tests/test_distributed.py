@@ -110,7 +110,7 @@ def test_training_resumes_with_another_number_of_workers(tmp_path):
     resume = ["train", "--resume", "run", "--checkpoint-every", "1"]
     again = launch(2, "-m", "reproml", *resume, folder=tmp_path)  # nothing is left to do
     assert [status for status, *_ in again] == [0, 0]
-    assert "is a finished run of tiny already" in again[0][1]
+    assert "is already a finished run of tiny" in again[0][1]
 
 
 def test_more_workers_than_rows_are_refused(monkeypatch):

@@ -1,6 +1,6 @@
-"""Every training script of examples/, unmodified: the same digests whatever the settings.
+"""Every training script of examples/, unmodified, has the same digests under different settings.
 
-`python -m tests.test_examples` writes examples.json anew, after a definition has changed.
+`python -m tests.test_examples` writes examples.json again, after a definition has changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from verification.subprocesses import ROOT, Reproml
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 STEPS = "2"
-EXPECTED = ROOT / "tests" / "examples.json"  # name: digests of what it trained, in order
+EXPECTED = (
+    ROOT / "tests" / "examples.json"
+)  # name -> digests of the parameters of each optimizer, in order
 
 
 def digests(run: Reproml, folder: Path, example: Path) -> list[str]:
@@ -30,7 +32,7 @@ def digests(run: Reproml, folder: Path, example: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Reproml]:
-    """One thread and no vector instructions, so no fused multiplication and addition either."""
+    """One thread and no vector instructions, hence no fused multiply-add."""
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with Reproml({"ATEN_CPU_CAPABILITY": "default", **threads}) as run:
         yield run
@@ -38,18 +40,18 @@ def plain() -> Iterator[Reproml]:
 
 @pytest.fixture(scope="module")
 def full() -> Iterator[Reproml]:
-    """Two threads, and the best that this CPU has."""
+    """Two threads and the widest vector instructions of this CPU."""
     with Reproml({"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "MKL_DYNAMIC": "FALSE"}) as run:
         yield run
 
 
-def test_there_is_one_a_family():
+def test_examples_cover_ten_families():
     assert len(EXAMPLES) >= 10
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_comes_to_the_same_under_every_setting(tmp_path, plain, full, example):
-    """With every Python and every PyTorch too, as the digests in the file say."""
+def test_example_has_same_digests_under_settings(tmp_path, plain, full, example):
+    """The file's digests also hold for every supported Python and PyTorch."""
     expected = json.loads(EXPECTED.read_text())[example.stem]
     assert expected
     assert digests(plain, tmp_path, example) == expected
@@ -57,16 +59,16 @@ def test_an_example_comes_to_the_same_under_every_setting(tmp_path, plain, full,
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_is_plain_pytorch(example):
-    """But for one line of the script for several workers."""
+def test_example_is_plain_pytorch(example):
+    """Only the script for several workers imports reproml, in one line."""
     source = example.read_text()
     if example.stem == "ddp":
         source = source.replace("\nfrom reproml.distributed import DistributedDataParallel\n", "")
     assert "reproml" not in source and '"--steps"' in source and '"--device"' in source
 
 
-def test_the_numbers_are_those_of_pytorch_within_rounding(tmp_path, full):
-    """Exact arithmetic is more accurate than native, not different: the same training to 4 digits."""
+def test_losses_agree_with_native_within_rounding(tmp_path, full):
+    """Exact and native arithmetic differ by rounding only: the losses agree to about 3 digits."""
     for name in ("mlp", "vae", "transformer"):
         arguments = [str(ROOT / "examples" / f"{name}.py"), "--steps", "3"]
         losses = []

@@ -32,14 +32,14 @@ def names(settings: list[matrix.Setting]) -> list[str]:
         ("DEFAULT", False, ["ATEN_CPU_CAPABILITY=avx", "MKL"]),
     ],
 )
-def test_only_what_the_machine_offers(monkeypatch, capability, mkl, missing):
+def test_offered_settings_depend_on_machine(monkeypatch, capability, mkl, missing):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     expected = [n for n in names(matrix.SETTINGS) if not n.startswith(tuple(missing))]
     assert names(matrix.offered()) == expected
 
 
-def test_the_settings_are_those_promised():
+def test_settings_are_those_documented():
     assert names(matrix.SETTINGS) == [
         "ATEN_CPU_CAPABILITY=default",
         "ATEN_CPU_CAPABILITY=avx2",
@@ -53,8 +53,8 @@ def test_the_settings_are_those_promised():
     ]
 
 
-def test_a_setting_takes_effect_in_a_fresh_process():
-    """The variables must still mean to PyTorch what the table says."""
+def test_setting_takes_effect_in_fresh_process():
+    """PyTorch must still interpret the variables as the table expects."""
     script = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())"
     variables = {
         **matrix._variable("ATEN_CPU_CAPABILITY", "default").variables,
@@ -70,17 +70,17 @@ def test_a_setting_takes_effect_in_a_fresh_process():
     assert shown[-1] == "7" and not shown[0].startswith("AVX")  # "DEFAULT" or "NO AVX"
 
 
-def test_every_process_comes_to_the_exact_hash(tmp_path):
+def test_every_process_has_same_exact_hash(tmp_path):
     expected = digest(train(tiny.recipe(), tiny.prepared(), steps=2).model)
     rows: list[matrix.Row] = []
     settings = matrix.SETTINGS[:1]  # the default capability: no FMA, as on another CPU
-    matrix.run(str(tiny.toml(tmp_path)), 2, settings=settings, each=rows.append)
+    matrix.run_recipe(str(tiny.toml(tmp_path)), 2, settings=settings, on_row=rows.append)
     assert [row.setting for row in rows] == names(settings)
     assert {row.exact for row in rows} == {expected}
     assert all(len(row.native) == 64 and row.native != expected for row in rows)
 
 
-def test_a_process_gets_its_setting_and_none_of_the_others(monkeypatch):
+def test_process_gets_only_its_own_setting(monkeypatch):
     calls = []
 
     def fake(command, env, **options):
@@ -90,7 +90,7 @@ def test_a_process_gets_its_setting_and_none_of_the_others(monkeypatch):
 
     monkeypatch.setenv("MKL_CBWR", "AVX2")
     monkeypatch.setattr(subprocess, "run", fake)
-    matrix.run("tiny", 5, Path("folder"), [matrix._threads(7)])
+    matrix.run_recipe("tiny", 5, Path("folder"), [matrix._threads(7)])
     commands = [command[1:] for command, _ in calls]
     common = "-m reproml train --json --recipe tiny --steps 5 --numerics {} --data folder"
     assert commands == [common.format(n).split() for n in ("native", "exact")]
@@ -98,7 +98,7 @@ def test_a_process_gets_its_setting_and_none_of_the_others(monkeypatch):
         assert env["OMP_NUM_THREADS"] == "7" and "MKL_CBWR" not in env
 
 
-def test_worker_counts_are_settings_that_torchrun_starts(monkeypatch, capsys, tmp_path):
+def test_worker_counts_are_started_by_torchrun(monkeypatch, capsys, tmp_path):
     commands = []
 
     def fake(command, **options):
@@ -118,27 +118,27 @@ def test_worker_counts_are_settings_that_torchrun_starts(monkeypatch, capsys, tm
 
 
 @pytest.mark.parametrize("counts", ["0", "1,x", ""])
-def test_a_worker_count_is_a_whole_number(counts, capsys):
+def test_worker_count_is_positive_integer(counts, capsys):
     with pytest.raises(SystemExit):
         main(["matrix", "--workers", counts])
-    assert "is not a whole number from 1 on" in capsys.readouterr().err
+    assert "is not a positive integer" in capsys.readouterr().err
 
 
-def test_torchruns_last_words_do_not_hide_the_cause(monkeypatch):
-    told = "reproml: no such recipe\nTraceback\nChildFailedError\n====\n"
-    failed = subprocess.CompletedProcess([], 1, "", told)
+def test_torchrun_output_does_not_hide_cause(monkeypatch):
+    errors = "reproml: no such recipe\nTraceback\nChildFailedError\n====\n"
+    failed = subprocess.CompletedProcess([], 1, "", errors)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(ReproError, match="2 workers and native numerics failed: .*no such recipe"):
-        matrix.run("tiny", 1, settings=[matrix._workers(2)])
+        matrix.run_recipe("tiny", 1, settings=[matrix._workers(2)])
 
 
-def test_a_failed_training_names_the_setting(tmp_path):
+def test_failed_training_names_setting(tmp_path):
     with pytest.raises(ReproError, match="1 thread and native numerics failed: .*no such file"):
-        matrix.run(str(tmp_path / "none.toml"), 1, settings=[matrix._threads(1)])
+        matrix.run_recipe(str(tmp_path / "none.toml"), 1, settings=[matrix._threads(1)])
 
 
 @pytest.mark.parametrize(("hashes", "status"), [("aa", 0), ("ab", 1)])
-def test_the_exit_status_asks_for_one_exact_hash(monkeypatch, capsys, tmp_path, hashes, status):
+def test_exit_status_requires_one_exact_hash(monkeypatch, capsys, tmp_path, hashes, status):
     def fake(setting, recipe, steps, data_folder, numerics):
         assert steps == 6  # all: 2 epochs of 3 batches
         return numerics + setting.name if numerics == "native" else hashes[setting.name[0] == "7"]
@@ -163,7 +163,7 @@ for optimizer in [torch.optim.SGD([p], lr=1.0) for _ in range(int(sys.argv[2]))]
 """
 
 
-def test_a_script_has_the_digest_of_what_it_stepped(tmp_path):
+def test_script_row_digests_stepped_parameters(tmp_path):
     (tmp_path / "a script.py").write_text(SCRIPT)
     command = f"'{tmp_path}/a script.py' 3 {{}}"
     rows: list[matrix.Row] = []
@@ -180,18 +180,18 @@ def test_a_script_has_the_digest_of_what_it_stepped(tmp_path):
     ("arguments", "words"),
     [("3 0", "neither stepped an optimizer nor saved"), ("x 1", "native numerics failed: .*'x'")],
 )
-def test_a_script_without_digest_is_bad_input(tmp_path, arguments, words):
+def test_script_without_digest_is_refused(tmp_path, arguments, words):
     (tmp_path / "script.py").write_text(SCRIPT)
     with pytest.raises(ReproError, match=words):
         matrix.run_script(f"{tmp_path}/script.py {arguments}", [matrix._threads(1)])
 
 
-def test_a_command_line_without_its_closing_quote_is_bad_input():
+def test_script_command_with_open_quote_is_refused():
     with pytest.raises(ReproError, match="No closing quotation"):
         matrix.run_script("'train.py", [])
 
 
-def test_matrix_of_a_script(monkeypatch, capsys):
+def test_matrix_runs_a_script(monkeypatch, capsys):
     def fake(setting, words, numerics):
         assert words == ["train.py", "--steps", "5"]
         return numerics
@@ -205,4 +205,4 @@ def test_matrix_of_a_script(monkeypatch, capsys):
     result = json.loads(captured.out)
     assert (result["script"], result["exact_hashes"], len(result["settings"])) == (command, 1, 2)
     assert main(["matrix", "--script", "train.py", "--steps", "5"]) == 2
-    assert "a script takes its steps itself" in capsys.readouterr().err
+    assert "--steps is for recipes" in capsys.readouterr().err

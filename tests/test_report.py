@@ -42,7 +42,7 @@ FOLDER = Path("runs/tiny")
 
 @pytest.fixture(autouse=True)
 def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the recipe, the run and its golden file."""
+    """Work in a folder with the recipe, the run and its golden file."""
     monkeypatch.chdir(tmp_path)
     tiny.toml(tmp_path)
     save_run(FOLDER)
@@ -57,7 +57,7 @@ def save_run(folder: Path) -> None:
 
 @functools.cache
 def traced(seed: int, numerics: str) -> tuple[Run, bytes]:
-    """A run and its trace, of level step."""
+    """Return a run and its trace of level step."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / TRACE
         result = perform(tiny.recipe(seed), numerics=numerics, recording=Recording(trace=path))
@@ -74,14 +74,14 @@ def save_traced(folder: Path, seed: int = 1, numerics: str = "exact") -> Path:
 
 
 def page(folder: Path = FOLDER, **more) -> report.Page:
-    return report.build(folder, "tiny.toml", **more)
+    return report.build_page(folder, "tiny.toml", **more)
 
 
 class Parsed(HTMLParser):
     """Checks that every element is closed where it was opened; gathers tags and text."""
 
     VOID = {"meta", "img", "br", "wbr", "link"}
-    SHAPES = {"line", "circle", "polyline"}  # of SVG: they close themselves
+    SHAPES = {"line", "circle", "polyline"}  # of SVG: self-closing
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Parsed(HTMLParser):
         assert self.open == [] and self.rawdata == ""
 
     def handle_starttag(self, tag, attrs):
-        assert len(dict(attrs)) == len(attrs), f"an attribute of {tag} is there twice"
+        assert len(dict(attrs)) == len(attrs), f"duplicate attribute of {tag}"
         self.tags.append((tag, dict(attrs)))
         if tag not in self.VOID:
             self.open.append(tag)
@@ -116,17 +116,15 @@ class Parsed(HTMLParser):
 # --- the verdict ----------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_the_golden_one():
+def test_golden_run_is_verified():
     built = page()
     assert built.verified is True
     text = Parsed(built.html).text
-    assert (
-        f"All {len(tiny.run().items)} items are those of golden/tiny.json, to the last bit." in text
-    )
+    assert f"All {len(tiny.run().items)} items match golden/tiny.json, to the last bit." in text
     assert "Verified" in text and "Not the golden run" not in text
 
 
-def test_what_differs_is_shown_with_both_values():
+def test_mismatch_shows_both_values():
     items = {**tiny.run().items, "epoch.1.loss": 0.5, "train.correct": 1}
     golden.write_golden(items, golden.golden_path("tiny"), force=True)
     built = page()
@@ -137,7 +135,7 @@ def test_what_differs_is_shown_with_both_values():
     assert f"epoch.1.loss0.5{tiny.run().items['epoch.1.loss']}" in text
 
 
-def test_weights_that_are_damaged_are_not_verified():
+def test_damaged_weights_are_not_verified():
     raw = bytearray(tiny.run().weights)
     raw[-1] ^= 1
     (FOLDER / "weights.safetensors").write_bytes(raw)
@@ -146,7 +144,7 @@ def test_weights_that_are_damaged_are_not_verified():
     assert hashlib.sha256(raw).hexdigest() in Parsed(built.html).text
 
 
-def test_epochs_that_are_none_differ_and_do_no_harm():
+def test_invalid_epoch_names_differ():
     items = {**tiny.run().items, "epoch.x.state_dict.sha256": "ab", "epoch.1.loss": NASTY}
     (FOLDER / "metrics.json").write_text(runs.items_json(items))
     built = page()
@@ -154,7 +152,7 @@ def test_epochs_that_are_none_differ_and_do_no_harm():
     assert "epoch.x.state_dict.sha256" in Parsed(built.html).text
 
 
-def test_what_the_run_says_of_itself_is_not_believed():
+def test_altered_metrics_are_not_verified():
     items = {**tiny.run().items, "test.correct": 297}
     (FOLDER / "metrics.json").write_text(runs.items_json(items))
     built = page()
@@ -165,7 +163,7 @@ def test_what_the_run_says_of_itself_is_not_believed():
     assert "Not what the run recorded" in page().html
 
 
-def test_a_loss_that_is_no_number_differs_and_is_not_drawn():
+def test_loss_that_is_no_number_is_not_drawn():
     items = {**tiny.run().items, "epoch.1.loss": "<b>", "epoch.2.loss": None}
     (FOLDER / "metrics.json").write_text(runs.items_json(items))
     built = page()
@@ -173,36 +171,36 @@ def test_a_loss_that_is_no_number_differs_and_is_not_drawn():
     assert "&lt;b&gt;" in built.html
 
 
-def test_without_a_golden_file_it_says_so():
+def test_missing_golden_file_is_reported():
     golden.golden_path("tiny").unlink()
     built = page()
     assert built.verified is None
     assert "No golden file to compare with" in built.html and "Verified" not in built.html
 
 
-# --- what else is on the page ---------------------------------------------------------------------
+# --- the rest of the page ---------------------------------------------------------------------------
 
 
-def test_the_figures_are_the_runs():
+def test_page_shows_figures_of_run():
     text = Parsed(page().html).text
     items: dict[str, Any] = dict(tiny.run().items)
     for part, name in (("test", "test set"), ("train", "training set")):
         correct, total = items[f"{part}.correct"], items[f"{part}.total"]
-        assert f"right in the {name}: {correct:,} of {total:,}" in text
+        assert f"correct in the {name}: {correct:,} of {total:,}" in text
         assert f"{100 * correct / total:.2f} %" in text
     assert str(items["epoch.1.loss"]) in text and str(items["epoch.2.loss"]) in text
     assert f"bytes of weights{len(tiny.run().weights):,}" in text
     assert "train.batch_size500" in text and tiny.run().record["machine"]["cpu"] in text
 
 
-def test_every_hash_has_a_command_that_comes_to_it(capsys):
-    """Run them all: what they print has the hash, or they compare it with the golden file."""
+def test_every_hash_has_command_that_checks_it(capsys):
+    """The output of every command contains its hash."""
     assert checked_hashes(page().html, capsys) == sum(
         name.endswith(".sha256") for name in tiny.run().items
     )
 
 
-def test_of_a_native_run_those_have_one_that_native_numerics_come_to(capsys):
+def test_native_run_shows_only_hashes_with_commands(capsys):
     save_traced(FOLDER, numerics="native")
     names = [name for name in tiny.run().items if name.endswith(".sha256")]
     theirs = [name for name in names if name.startswith(("data.", "epoch.", "weights."))]
@@ -210,7 +208,7 @@ def test_of_a_native_run_those_have_one_that_native_numerics_come_to(capsys):
 
 
 def checked_hashes(html: str, capsys: Any) -> int:
-    """The number of hashes on the page, each of which its command has come to."""
+    """Run the command of every hash, check that it prints the hash, and return their number."""
     entries = re.findall(
         r'<div class="hash">.*?</button></div>\n.*?</button></div></div>', html, re.S
     )
@@ -230,7 +228,7 @@ def checked_hashes(html: str, capsys: Any) -> int:
     return len(entries)
 
 
-def test_most_wrong_are_those_of_the_golden_predictions():
+def test_most_wrong_agree_with_golden_predictions():
     probabilities = report.predict(tiny_model(), tiny.prepared().test.x)
     predicted = probabilities.argmax(1).astype("<i8").tobytes()
     right = tiny.run().items["test.predictions.int64le.sha256"]
@@ -246,17 +244,21 @@ def tiny_model():
     return runs.load_run_model(FOLDER, tiny.recipe(), tiny.prepared(), "exact")[0]
 
 
-def test_a_perfect_run_has_nothing_wrong_to_show():
-    dataset: Any = SimpleNamespace(test=SimpleNamespace(labels=np.array([1, 0])))
-    assert "Not one test image" in report._most_wrong_section(
-        dataset, np.array([[0.2, 0.8], [1, 0]])
-    )
+def contents(**changes: Any) -> dict[str, Any]:
+    """Return what the page of the run shows, with some of it replaced."""
+    return {**report.contents(FOLDER, "tiny.toml", None, None), **changes}
+
+
+def test_perfect_run_shows_no_wrong_images():
+    test: Any = SimpleNamespace(labels=np.array([1, 0]))
+    wrong = report._most_wrong(test, 17, np.array([[0.2, 0.8], [1, 0]]))
+    assert wrong == [] and "Not one test image" in report.render(contents(most_wrong=wrong))
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=30))
 def test_confusion_counts_pairs(pairs):
     labels, predicted = (np.array([p[side] for p in pairs], np.int64) for side in (0, 1))
-    counts = report.confusion(labels, predicted, 4)
+    counts = report.confusion_counts(labels, predicted, 4)
     assert {(i, j): n for (i, j), n in np.ndenumerate(counts)} == {
         (i, j): pairs.count((i, j)) for i in range(4) for j in range(4)
     }
@@ -266,7 +268,7 @@ def test_confusion_counts_pairs(pairs):
     st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 4), min_size=3, max_size=3))),
     st.integers(0, 5),
 )
-def test_most_wrong_is_sorted_by_probability_then_place(samples, count):
+def test_most_wrong_is_sorted_by_probability(samples, count):
     labels = np.array([label for label, _ in samples], np.int64)
     probabilities = np.array([p for _, p in samples], np.float32).reshape(-1, 3) / 8
     wrong = [(-max(p), i) for i, (label, p) in enumerate(samples) if p.index(max(p)) != label]
@@ -274,7 +276,7 @@ def test_most_wrong_is_sorted_by_probability_then_place(samples, count):
 
 
 @given(arrays(np.uint8, st.tuples(st.integers(1, 30), st.integers(1, 30))))
-def test_a_png_holds_the_pixels(grey):
+def test_png_holds_the_pixels(grey):
     content = report.png(grey)
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     chunks, rest = {}, content[8:]
@@ -290,11 +292,11 @@ def test_a_png_holds_the_pixels(grey):
     assert (rows[:, 0] == 0).all() and (rows[:, 1:] == grey).all()
 
 
-def test_two_pages_of_one_run_are_the_same():
+def test_page_is_deterministic():
     assert page().html == page().html
 
 
-def test_the_loss_of_each_step_is_drawn_if_the_run_has_a_trace():
+def test_step_losses_of_traced_run_are_drawn():
     assert page().html.count("<polyline") == 1
     save_traced(FOLDER)
     html = page().html
@@ -309,8 +311,8 @@ def test_the_loss_of_each_step_is_drawn_if_the_run_has_a_trace():
 
 
 @pytest.mark.parametrize("other", [Path("runs/other"), Path("runs/other/trace.jsonl")])
-def test_the_page_tells_where_two_runs_part(other):
-    """All that diff tells, and the growth as a curve."""
+def test_page_shows_first_divergence_of_two_runs(other):
+    """The page has everything that diff prints, and the growth as a curve."""
     save_traced(FOLDER)
     save_traced(Path("runs/other"), seed=2)
     found = compare.compare(FOLDER / TRACE, Path("runs/other/trace.jsonl"))
@@ -322,37 +324,43 @@ def test_the_page_tells_where_two_runs_part(other):
         built.compared == compare.headline(found, str(FOLDER), str(other))
         and built.compared in text
     )
-    assert "First divergence" in text and "another recipe: seed (1 and 2)" in text
+    assert "First divergence" in text and "different recipes: seed (1 and 2)" in text
     ends = [math.log2(1 + ulps) for _, ulps in (found.growth[0], found.growth[-1])]
     assert "difference, from {:.4g} to {:.4g}".format(*ends) in built.html
     assert "First divergence" not in page().html
 
 
-def test_every_fact_of_a_divergence_is_shown():
+def test_every_fact_of_divergence_is_shown():
     d = Distance(3, 2, 64)
     operator = compare.Operator("aten.mm", "train.py:10", "MmBackward0", True, d, "float32[8, 8]")
     found = compare.Divergence(
         "trace", "gradients", 2, 7, "1.weight", (1, 4), d, operator, [(7, 0), (8, 0)],
         ("threads", "the order of a sum"), notes=["a.trace is truncated after entry 9"],
     )  # fmt: skip
-    text = Parsed(report._divergence_section(found, "a and b part")).text
-    assert "a and b part" in text and "likely causethe order of a sum" in text
+    html = divergence_page(found, "a and b diverge")
+    text = Parsed(html).text
+    assert "a and b diverge" in text and "likely causethe order of a sum" in text
     for shown in ("aten.mm", "train.py:10", "MmBackward0", "float32[8, 8]", "at most 3 ulps",
                   "2 of 64 elements", "notea.trace is truncated after entry 9"):  # fmt: skip
         assert shown in text
-    assert "<svg" not in report._divergence_section(found, "")  # nothing grew
+    assert html.count("<svg") == 1  # the losses: nothing grew
     item = compare.Divergence("run", "item", item="test.correct", values=("9", "8"))
-    assert "values9 and 8" in Parsed(report._divergence_section(item, "")).text
+    assert "values9 and 8" in Parsed(divergence_page(item, "a and b diverge")).text
 
 
-def test_without_a_difference_the_page_says_so():
+def divergence_page(found: compare.Divergence, compared: str) -> str:
+    facts, growth = report.divergence_facts(found), report.growth_plot(found)
+    return report.render(contents(differs=True, compared=compared, divergence=facts, growth=growth))
+
+
+def test_equal_runs_have_no_divergence():
     save_run(Path("runs/other"))
     built = page(other=Path("runs/other"))
     assert "runs/tiny and runs/other: no difference" in Parsed(built.html).text
     assert not built.differs and "First divergence" not in built.html
 
 
-def test_a_native_run_has_a_page_without_a_golden_verdict():
+def test_native_run_has_no_golden_verdict():
     save_traced(FOLDER, numerics="native")
     save_traced(Path("runs/exact"))
     built = page(other=Path("runs/exact"))
@@ -360,7 +368,7 @@ def test_a_native_run_has_a_page_without_a_golden_verdict():
     assert built.verified is None and built.differs
     assert "Native numerics: no golden file" in text and "First divergence" in text
     assert "python -m reproml matrix --recipe tiny.toml" in text and "Verified" not in text
-    assert "exact arithmetic against native" in text
+    assert "exact arithmetic on one side, native on the other" in text
     items: dict[str, Any] = dict(traced(1, "native")[0].items)
     assert str(items["epoch.2.loss"]) in text and items["weights.safetensors.sha256"] in text
     raw = bytearray(traced(1, "native")[0].weights)
@@ -371,10 +379,10 @@ def test_a_native_run_has_a_page_without_a_golden_verdict():
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
-def test_ticks_are_few_rising_and_enclose(low, span):
+def test_ticks_are_few_and_enclose_range(low, span):
     high = low + span
     if high - low > 1e-6:
-        ticks = report._ticks(low, high)
+        ticks = report.ticks(low, high)
         assert 2 <= len(ticks) <= 7 and ticks == sorted(set(ticks))
         slack = 1e-9 * max(abs(low), abs(high))
         assert ticks[0] <= low + slack and high - slack <= ticks[-1]
@@ -383,8 +391,8 @@ def test_ticks_are_few_rising_and_enclose(low, span):
 @pytest.mark.parametrize(
     "losses", [[], [math.nan], [math.inf, 1.0], [0.5], [0.0, 0.0], [1e300, 1e-300]]
 )
-def test_odd_losses_are_drawn_or_said(losses):
-    html = report._training_section(losses, ())
+def test_only_finite_losses_are_drawn(losses):
+    html = report.render(contents(loss_plot=report.loss_plot(losses, ())))
     Parsed(html)
     numbers = re.findall(r'(?:x\d?|y\d?|cx|cy|points)="([^"]*)"', html)
     assert not any("nan" in n or "inf" in n for n in numbers)
@@ -392,10 +400,10 @@ def test_odd_losses_are_drawn_or_said(losses):
     assert ("No value is finite" in html) == (not finite) and html.count("<circle") == len(finite)
 
 
-# --- a page that is whole, safe and readable ------------------------------------------------------
+# --- the page is well-formed, safe and readable----------------------------------------------------
 
 
-def test_it_is_well_formed_and_accessible():
+def test_page_is_well_formed_and_accessible():
     save_traced(FOLDER)
     html = page(other=save_traced(Path("runs/other"), seed=2)).html
     parsed = Parsed(html)
@@ -411,7 +419,7 @@ def test_it_is_well_formed_and_accessible():
     assert all(after <= before + 1 for before, after in zip(headings, headings[1:]))
 
 
-def test_it_refers_to_nothing_outside():
+def test_page_refers_to_no_other_file():
     html = page().html
     assert not re.search(r"https?:|url\(|@import|srcset|<link|<iframe", html)
     for tag, attributes in Parsed(html).tags:
@@ -420,10 +428,10 @@ def test_it_refers_to_nothing_outside():
         assert (attributes.get("src") or "data:").startswith("data:")
 
 
-NASTY = '<b onclick="x">&amp;\'$title</script><!--'
+NASTY = '<b onclick="x">&amp;\'{{name}}</script><!--'
 
 
-def test_everything_is_escaped(at_work):
+def test_every_text_is_escaped(at_work):
     folder = at_work / NASTY.replace("/", "∕")
     save_run(folder)
     record = json.loads((folder / "run.json").read_text())
@@ -440,8 +448,8 @@ def test_everything_is_escaped(at_work):
     assert len(Parsed(html).all("script")) == len(plain.all("script")) == 1
 
 
-def test_a_record_without_times_or_machine_has_a_page_all_the_same():
-    """As Nix makes one: no more than what is needed to evaluate it."""
+def test_record_without_times_or_machine_has_page():
+    """The record that Nix makes has only what an evaluation needs."""
     record = json.loads((FOLDER / "run.json").read_text())
     kept = {name: record[name] for name in ("recipe.sha256", "numerics")}
     for times in ({}, {"times": "soon"}, {"times": {"data_ready": "x", "trained": "y"}}):
@@ -452,12 +460,12 @@ def test_a_record_without_times_or_machine_has_a_page_all_the_same():
 # --- the file and the command line ----------------------------------------------------------------
 
 
-def test_report_writes_beside_the_run(capsys, at_work):
+def test_report_is_written_beside_run(capsys, at_work):
     assert main(["report", *TINY]) == 0
     assert capsys.readouterr().out == "wrote runs/tiny.html: verified\n"
     assert sorted(os.listdir("runs")) == ["tiny", "tiny.html"]
     assert Path("runs/tiny.html").read_text(encoding="utf-8") == page().html
-    assert main(["train", *TINY]) == 0  # the run's folder is still nothing but a run
+    assert main(["train", *TINY]) == 0  # the run folder has no other files, so it may be replaced
     capsys.readouterr()
     arguments = ["report", *TINY, "--run", "runs/tiny", "--out", "new/page.html", "--json"]
     assert main(arguments) == 0
@@ -465,7 +473,7 @@ def test_report_writes_beside_the_run(capsys, at_work):
     assert "Verified" in Path("new/page.html").read_text(encoding="utf-8")
 
 
-def test_a_run_that_is_named_by_a_dot_has_its_page_beside_it_too(capsys, at_work, monkeypatch):
+def test_report_of_dot_is_written_beside_run(capsys, at_work, monkeypatch):
     monkeypatch.chdir(FOLDER)
     assert main(["report", "--recipe", "../../tiny.toml", "--run", "."]) == 0
     assert (at_work / "runs/tiny.html").is_file() and len(os.listdir(".")) == 4
@@ -473,7 +481,7 @@ def test_a_run_that_is_named_by_a_dot_has_its_page_beside_it_too(capsys, at_work
     assert "/ is not a complete run" in capsys.readouterr().err
 
 
-def test_another_run_is_told_by_the_exit_status(capsys):
+def test_exit_status_is_one_for_other_run(capsys):
     golden.write_golden(
         {**tiny.run().items, "test.correct": 1}, golden.golden_path("tiny"), force=True
     )
@@ -481,7 +489,7 @@ def test_another_run_is_told_by_the_exit_status(capsys):
     assert capsys.readouterr().out == "wrote runs/tiny.html: not the golden run\n"
 
 
-def test_bad_input_is_one_sentence_and_leaves_no_page(capsys, at_work):
+def test_bad_input_writes_no_page(capsys, at_work):
     def refused(*arguments: str) -> str:
         assert main(["report", *TINY, *arguments]) == 2
         captured = capsys.readouterr()
@@ -502,7 +510,7 @@ def test_bad_input_is_one_sentence_and_leaves_no_page(capsys, at_work):
     assert sorted(os.listdir("runs")) == ["tiny"]
 
 
-def test_diff_is_told_in_a_line_and_by_the_exit_status(capsys):
+def test_diff_prints_headline_and_sets_exit_status(capsys):
     save_traced(Path("runs/other"), seed=2)
     assert main(["report", *TINY, "--diff", "runs/tiny"]) == 0
     assert capsys.readouterr().out == (
@@ -512,7 +520,7 @@ def test_diff_is_told_in_a_line_and_by_the_exit_status(capsys):
     wrote, compared = capsys.readouterr().out.splitlines()
     assert wrote == "wrote runs/tiny.html: verified"
     assert compared.startswith(
-        "runs/tiny and runs/other part: an item, first recipe.canonical_json"
+        "runs/tiny and runs/other diverge: an item, first recipe.canonical_json"
     )
     assert main(["report", *TINY, "--diff", "runs/other", "--json"]) == 1
     result = {"report": "runs/tiny.html", "verified": True, "differ": True}
@@ -527,7 +535,7 @@ def test_diff_is_told_in_a_line_and_by_the_exit_status(capsys):
         ("none", "runs/tiny has no trace.jsonl to compare with none"),
     ],
 )
-def test_what_cannot_be_compared_is_one_sentence(capsys, other, words):
+def test_incomparable_input_is_reported_in_one_sentence(capsys, other, words):
     save_traced(Path("runs/other"), seed=2)
     assert main(["report", *TINY, "--diff", other]) == 2
     captured = capsys.readouterr()
@@ -535,24 +543,24 @@ def test_what_cannot_be_compared_is_one_sentence(capsys, other, words):
     assert not Path("runs/tiny.html").exists()
 
 
-def test_a_disk_that_fills_up_leaves_the_older_page(at_work):
-    report.save("older", at_work / "page.html")
+def test_full_disk_keeps_older_page(at_work):
+    report.write_page("older", at_work / "page.html")
     before = sorted(os.listdir(at_work))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
         with pytest.raises(ReproError, match="cannot write the report"):
-            report.save("new" * 100, at_work / "page.html")
+            report.write_page("new" * 100, at_work / "page.html")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (at_work / "page.html").read_text() == "older"
     assert sorted(os.listdir(at_work)) == before
 
 
-def test_the_help_names_the_page(capsys):
+def test_help_names_default_page(capsys):
     with pytest.raises(SystemExit):
         main(["report", "--help"])
-    assert "RUN.html" in capsys.readouterr().out and cli.report.__doc__
+    assert "RUN.html" in capsys.readouterr().out and cli.report_command.__doc__
 
 
 # --- in a browser ---------------------------------------------------------------------------------
@@ -567,7 +575,7 @@ def browser() -> Iterator[browsers.Browser]:
 
 
 def everything(at_work: Path) -> Path:
-    """A page with each section, made by the command, and with names that are as long as names get."""
+    """Write a page with every section and with very long names, and return its path."""
     folder = save_traced(at_work / ("long-" * 40))
     other = save_traced(at_work / ("other" * 40), seed=2)
     items = {**tiny.run().items, "epoch.1.loss": 0.5, "x" * 90: "y" * 90}
@@ -583,7 +591,7 @@ OVERFLOW = """
   return box.right > document.documentElement.clientWidth + .5 || box.left < -.5;
 }).map(e => e.outerHTML.slice(0, 80))
 """
-# WCAG 2, 1.4.3: the contrast of every piece of text with what is painted behind it.
+# WCAG 2, 1.4.3: the contrast of every text with its background.
 CONTRAST = """
 (() => {
   const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
@@ -612,7 +620,7 @@ CONTRAST = """
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [320, 390, 700, 1280])
-def test_it_fits_is_legible_and_loads_nothing(browser, at_work, width, scheme):
+def test_page_fits_is_legible_loads_nothing(browser, at_work, width, scheme):
     path = everything(at_work)
     browser.open(path, width, scheme)
     headings = browser.evaluate("[...document.querySelectorAll('h2')].map(h => h.textContent)")
@@ -634,9 +642,9 @@ def test_it_fits_is_legible_and_loads_nothing(browser, at_work, width, scheme):
 
 
 @pytest.mark.parametrize("closed", [False, True], ids=["clipboard", "selection"])
-def test_a_button_copies_the_hash_beside_it(browser, at_work, closed):
-    """With a real press of the mouse, into the real clipboard; also where scripts may not write to it."""
-    report.save(page().html, at_work / "page.html")
+def test_button_copies_hash_beside_it(browser, at_work, closed):
+    """A real mouse click copies into the real clipboard, also where scripts may not write to it."""
+    report.write_page(page().html, at_work / "page.html")
     browser.open(at_work / "page.html", 390)
     browser.call("Page.bringToFront")
     browser.call("Browser.grantPermissions", permissions=["clipboardReadWrite"])
@@ -652,18 +660,18 @@ def test_a_button_copies_the_hash_beside_it(browser, at_work, closed):
     assert copied == tiny.run().items["weights.safetensors.sha256"]
 
 
-def test_what_is_loaded_from_elsewhere_would_be_seen(browser, at_work):
-    """The test above can fail: the browser refuses such an image, and says so."""
+def test_browser_blocks_and_logs_outside_image(browser, at_work):
+    """The test above can fail: the browser refuses such an image and logs it."""
     html = page().html.replace("</main>", '<img src="http://127.0.0.1:9/x.png" alt="x"></main>')
-    report.save(html, at_work / "page.html")
+    report.write_page(html, at_work / "page.html")
     browser.open(at_work / "page.html", 390)
     logged = [e for e in browser.events if e.get("method") == "Log.entryAdded"]
     assert any("Content Security Policy" in e["params"]["entry"]["text"] for e in logged)
 
 
-def test_what_is_too_wide_or_too_pale_would_be_seen(browser, at_work):
+def test_too_wide_or_pale_text_is_detected(browser, at_work):
     html = page().html.replace("<main>", '<main><p style="width: 999px; color: #999">wide</p>')
-    report.save(html, at_work / "page.html")
+    report.write_page(html, at_work / "page.html")
     browser.open(at_work / "page.html", 390)
     assert len(browser.evaluate(OVERFLOW)) >= 1
     assert [c[1] for c in browser.evaluate(CONTRAST) if c[0] < 4.5] != []

@@ -9,34 +9,35 @@ from typing import Any
 import pytest
 from invoke.context import Context
 from invoke.exceptions import Exit
-from invoke.tasks import Task
 
 import tasks
 from reproml import cli
 
-VERBS = {verb.__name__: options.split() for verb, options in cli._VERBS.items()}
-del VERBS["run"]  # takes any script's own arguments: python -m reproml run
-TASKS: dict[str, Any] = {name: t for name, t in vars(tasks).items() if isinstance(t, Task)}
+# `run` passes on all arguments of any script: python -m reproml run
+VERBS = {name: list(verb.options) for name, verb in cli.VERBS.items() if name != "run"}
+TASKS: dict[str, Any] = dict(tasks.ns.tasks)
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_every_verb_is_a_task_and_there_are_some_more():
-    assert set(TASKS) == {*VERBS, "test", "lint", "bench", "clean", "lock", "second"}
+def test_tasks_are_the_verbs_and_the_chores():
+    assert set(TASKS) == {*VERBS, "test", "quick", "lint", "bench", "clean", "lock", "second"}
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_task_has_the_options_and_the_help_of_its_verb(verb):
+def test_task_has_options_and_help_of_its_verb(verb):
     parameters = list(inspect.signature(TASKS[verb].body).parameters)[1:]
     assert [name.replace("_", "-") for name in parameters] == [o.lstrip("-") for o in VERBS[verb]]
-    assert TASKS[verb].__doc__ == vars(cli)[verb].__doc__
+    assert TASKS[verb].__doc__ == cli.VERBS[verb].command.__doc__
+    helps = [argument.help for argument in TASKS[verb].get_arguments()]
+    assert helps == [cli.OPTIONS[option]["help"] for option in VERBS[verb]]
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_docstring_is_the_help(name):
+def test_docstring_is_a_sentence(name):
     assert TASKS[name].__doc__.strip().endswith(".")
 
 
-def test_options_are_passed_on_only_if_given(monkeypatch):
+def test_only_given_options_are_passed_on(monkeypatch):
     calls: list[list[str]] = []
 
     def fake(argv):
@@ -56,14 +57,14 @@ def test_options_are_passed_on_only_if_given(monkeypatch):
     ]
 
 
-def test_the_exit_status_is_the_verbs(monkeypatch):
+def test_exit_status_is_the_verbs(monkeypatch):
     monkeypatch.setattr(cli, "main", lambda argv: 1)
     with pytest.raises(Exit) as caught:
-        tasks.verify(Context())
+        TASKS["verify"](Context())
     assert caught.value.code == 1
 
 
-def test_invoke_finds_them():
+def test_invoke_lists_every_task():
     shown = subprocess.run(
         [sys.executable, "-m", "invoke", "--list"],
         cwd=ROOT,
@@ -74,6 +75,17 @@ def test_invoke_finds_them():
     assert all(f"  {name} " in shown for name in TASKS)
 
 
+def test_invoke_shows_options_with_short_flags():
+    command = [sys.executable, "-m", "invoke", "--help", "train"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for option in (
+        "-c STRING, --checkpoint-every=STRING",
+        "-r STRING, --recipe=STRING",
+        "-j, --json",
+    ):
+        assert option in shown
+
+
 def test_clean_keeps_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kept = ["runs/mine/log.txt", "golden/mine.json", "reproml/cli.py"]
@@ -82,6 +94,6 @@ def test_clean_keeps_runs(tmp_path, monkeypatch):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    tasks.clean(Context())
+    TASKS["clean"](Context())
     left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert left == sorted(kept)

@@ -6,10 +6,10 @@ from reproml.terminal import Terminal
 GOOD, BAD = Comparison("a.sha256", "0" * 64, "0" * 64), Comparison("b.count", "12", "13")
 
 
-def test_redirected_output_is_plain_whole_lines(capsys):
+def test_redirected_output_is_plain_lines(capsys):
     terminal = Terminal()
-    terminal.say("x" * 300)
-    terminal.say("[bold] is not markup")
+    terminal.print("x" * 300)
+    terminal.print("[bold] is not markup")
     with terminal.bar("train") as progress:
         progress(1, 2)
     terminal.table([BAD, GOOD])
@@ -21,7 +21,7 @@ def test_redirected_output_is_plain_whole_lines(capsys):
     ]
 
 
-def test_a_terminal_gets_a_bar_and_a_table(capsys, monkeypatch):
+def test_terminal_shows_bar_and_table(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
     monkeypatch.setenv("COLUMNS", "80")
     terminal = Terminal()
@@ -34,7 +34,7 @@ def test_a_terminal_gets_a_bar_and_a_table(capsys, monkeypatch):
     assert "0" * 16 + "..." in shown and "0" * 17 not in shown
 
 
-def test_with_json_it_speaks_on_standard_error(capsys):
-    Terminal(to_stderr=True).say("hello")
+def test_json_moves_lines_to_standard_error(capsys):
+    Terminal(to_stderr=True).print("hello")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "hello\n")
