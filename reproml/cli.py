@@ -220,7 +220,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Result:
 
     first = _worker() == 0  # of several, that torchrun started: they all come to the same
     digest = args.digest if first else None
-    wish, result = script.run(args.script, args.arguments, args.numerics, digest, args.trace)
+    wish, result = script.execute(args.script, args.arguments, args.numerics, digest, args.trace)
     lines = script.lines(result) if first else []
     for line in lines:
         terminal.say(line)
