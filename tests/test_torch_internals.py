@@ -192,9 +192,9 @@ def private_uses(tree: ast.AST, allowed: set[str]) -> Iterator[str]:
                 if key.value not in allowed:
                     yield f"getattr(..., {key.value!r})"
         elif isinstance(node, ast.Call) and dotted(node.func).endswith("import_module"):
-            name = node.args[0]
-            if isinstance(name, ast.Constant) and str(name.value).startswith("torch._"):
-                yield str(name.value)
+            module = node.args[0]
+            if isinstance(module, ast.Constant) and str(module.value).startswith("torch._"):
+                yield str(module.value)
 
 
 def all_private_uses(root: Path) -> dict[str, list[str]]:
