@@ -44,7 +44,7 @@ def replaced(patches: Iterable[Patch]) -> Iterator[None]:
     """Replace attributes until the end of the block. Raises UnknownPyTorchError if one is missing."""
     with ExitStack() as stack:
         for owner, name, make in patches:
-            try:  # of a class the attribute itself, which may be a static method
+            try:  # vars() keeps a static method, for which getattr() returns its function
                 original = vars(owner)[name] if isinstance(owner, type) else getattr(owner, name)
             except (AttributeError, KeyError):
                 raise UnknownPyTorchError(f"{_dotted_name(owner)}.{name}") from None
@@ -160,9 +160,9 @@ def _refuse_uneven_shards(original: Callable[..., Any], sampler: Any) -> Any:
     samples, workers = len(sampler.dataset), sampler.num_replicas
     if samples % workers:
         raise ReproError(
-            f"DistributedSampler deals {samples} samples to {workers} workers by repeating or dropping "
-            f"some, so that the batches depend on the number of workers; give it a multiple of {workers}, "
-            f"torch.utils.data.Subset(data, range({samples - samples % workers})) say"
+            f"DistributedSampler assigns {samples} samples to {workers} workers by repeating or dropping "
+            f"some, so that batches depend on the number of workers; use a multiple of {workers}, for "
+            f"example torch.utils.data.Subset(data, range({samples - samples % workers}))"
         )
     return original(sampler)
 

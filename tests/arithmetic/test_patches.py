@@ -131,7 +131,7 @@ def test_private_patched_names_are_listed_as_internals():
 # Imports every module of reproml and compares PyTorch before and after: attributes of its modules and
 # classes, hooks, and kernels for the dispatch key that reproml uses.
 IMPORTS = """if True:
-    import gc, importlib, pkgutil, sys
+    import importlib, pkgutil, sys
     import rich.console, safetensors.torch, sklearn.datasets, torch, torch._dynamo
     import torch.distributed, torch.utils._python_dispatch, torch.utils.data.distributed
 

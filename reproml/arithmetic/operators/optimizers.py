@@ -14,7 +14,7 @@ To add an optimizer `name`:
 1. write its definition here, `name(params, grads, *states, *, hyperparameters)`, which updates in place;
 2. add it to `_DEFINITIONS`, with the options it takes from PyTorch's functions;
 3. add the functions of PyTorch that it replaces to OPTIMIZER_STEPS in reproml/torch_internals.py;
-4. test it in tests/arithmetic/operators/test_optimizers.py against real numbers, as `test_other_optimizers` does.
+4. test it against real numbers in tests/arithmetic/operators/test_optimizers.py (test_other_optimizers).
 """
 
 from __future__ import annotations
