@@ -231,7 +231,7 @@ def run_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     first = _rank() == 0  # all workers that torchrun started have the same results
     digest = args.digest if first else None
     command = args.script, args.arguments
-    exit_request, result = script.run(*command, args.numerics, digest, args.trace)
+    exit_request, result = script.execute(*command, args.numerics, digest, args.trace)
     lines = script.lines(result) if first else []
     for line in lines:
         terminal.print(line)

@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.data.distributed import DistributedSampler
 
 from reproml.arithmetic import state
 from reproml.arithmetic.dispatch.dispatcher import natively
@@ -196,26 +195,6 @@ class DistributedDataParallel(nn.Module):
 def _has_rows(x: Any) -> bool:
     """Whether an input is a plain tensor with rows, so of this worker."""
     return isinstance(x, Tensor) and not isinstance(x, Sharded) and x.dim() > 0
-
-
-# ---- data ------------------------------------------------------------------------------------------
-
-_plain_iter = DistributedSampler.__iter__
-
-
-def _iter(sampler: DistributedSampler[Any]) -> Iterator[Any]:
-    """Its samples, unless PyTorch would repeat or drop some so that all workers have the same number."""
-    samples, workers = len(sampler.dataset), sampler.num_replicas  # type: ignore[arg-type]
-    if state.active.depth and samples % workers:
-        raise ReproError(
-            f"DistributedSampler deals {samples} samples to {workers} workers by repeating or dropping "
-            f"some, so that the batches depend on the number of workers; give it a multiple of {workers}, "
-            f"torch.utils.data.Subset(data, range({samples - samples % workers})) say"
-        )
-    return _plain_iter(sampler)
-
-
-DistributedSampler.__iter__ = _iter  # type: ignore[method-assign]
 
 
 # ---- recipes under torchrun ------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""What this machine is, what was different where a run was made, and whether the arithmetic holds here.
+"""The facts that describe this machine, and how they differ from those that a run recorded.
 
-Facts never decide: an exact run has the same bits whatever they are, and a native run differs for any
-of them. What decides is the self-test (arithmetic/selftest.py).
+Facts decide nothing: an exact run has the same bits on every machine, and any of them may change a native
+run. Whether exact arithmetic can be trusted on a machine is decided by the self-test
+(arithmetic/selftest.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _ABSENT = "not recorded"
 
 @dataclass(frozen=True)
 class Difference:
-    """One fact that is not what the run's machine recorded."""
+    """A fact that differs between a run's machine and this one."""
 
     fact: str
     run: str
@@ -29,12 +30,12 @@ class Difference:
 
 
 def facts(described: dict[str, Any]) -> dict[str, str]:
-    """Return the facts of `environment.describe()` or of a run.json, flat: "torch.threads": "2"."""
-    flat = {"arithmetic.definitions": _text(described.get("definitions.version", _ABSENT))}
+    """Return the facts of `environment.describe()` or of a run.json, flattened to "torch.threads": "2"."""
+    flat = {"arithmetic.definitions": _as_text(described.get("definitions.version", _ABSENT))}
     for group in _GROUPS:
         members = described.get(group)
         for name, value in members.items() if isinstance(members, dict) else ():
-            flat[f"{group}.{name}"] = _text(value)
+            flat[f"{group}.{name}"] = _as_text(value)
     return flat
 
 
@@ -44,16 +45,16 @@ def here() -> dict[str, str]:
 
 
 def differences(folder: Path) -> list[Difference]:
-    """Return what differs between the machine of a run folder and this one, in the facts' order.
+    """Return the facts that differ between the machine of a run folder and this one, in order.
 
-    A variable that is not set has no fact; one that an older reproml did not record is "not recorded".
+    An environment variable that is missing on one side is "not set" there, any other fact "not recorded".
     Raises ReproError if the folder has no run.json.
     """
-    theirs, ours = facts(read_record(folder)), here()
+    recorded, current = facts(read_record(folder)), here()
     return [
-        Difference(fact, theirs.get(fact, _missing(fact)), ours.get(fact, _missing(fact)))
-        for fact in dict.fromkeys([*ours, *theirs])
-        if theirs.get(fact) != ours.get(fact)
+        Difference(fact, recorded.get(fact, _missing(fact)), current.get(fact, _missing(fact)))
+        for fact in dict.fromkeys([*current, *recorded])
+        if recorded.get(fact) != current.get(fact)
     ]
 
 
@@ -61,8 +62,8 @@ def _missing(fact: str) -> str:
     return "not set" if fact.startswith("variables.") else _ABSENT
 
 
-def _text(value: Any) -> str:
-    """A string as it is, anything else as JSON writes it; a run.json keeps its numbers' own digits."""
+def _as_text(value: Any) -> str:
+    """Return strings unchanged, and other values as JSON; numbers of a run.json keep their digits."""
     if isinstance(value, (str, Number)):
         return str(value)
     return json.dumps(value)

@@ -1,13 +1,13 @@
-"""Run somebody's training script, unmodified, and tell the digests of what it trained and saved.
+"""Run a training script, unmodified, and record the digests of what it trained and saved.
 
     python -m reproml run SCRIPT.py [ARGS...]
 
-The script sees what `python SCRIPT.py ARGS...` would show it: sys.argv, sys.path[0], `__main__`, the
-working directory, its exit status and tracebacks. Two things are watched while it runs:
+The script sees what `python SCRIPT.py ARGS...` would give it: sys.argv, sys.path[0], `__main__`, the
+working directory, its exit status and tracebacks. Two things are observed while it runs:
 
-- every optimizer: the parameters it stepped are digested at the end, in the order in which the
+- every optimizer: the parameters that it stepped are digested at the end, in the order in which the
   optimizers were created, as `reproml.digest({"0": first parameter, "1": second, ...})`;
-- every state dict that torch.save or safetensors.torch.save_file writes, also inside a checkpoint:
+- every state dict that torch.save or safetensors.torch.save_file writes, also inside a checkpoint: it is
   digested when it is saved.
 """
 
@@ -21,7 +21,7 @@ import os
 import sys
 import types
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -32,6 +32,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from reproml.arithmetic.patches import replaced
 from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.files import write_atomically
@@ -41,16 +42,16 @@ from reproml.versions import DEFINITIONS
 
 
 @dataclass
-class Watch:
-    """What a script stepped and saved so far."""
+class Observer:
+    """Records what a script has stepped and saved."""
 
     # In order of creation. The parameters are kept, not the optimizer: its state may be freed.
     stepped: list[tuple[str, list[torch.Tensor]]] = field(default_factory=list)
     saved: list[dict[str, str]] = field(default_factory=list)
 
-    def begin(self) -> None:
-        """Watch every optimizer made and every state dict saved from now on in this process."""
-        plain_init = Optimizer.__init__
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Observe the optimizers and the state dicts of this process until the end of the block."""
         known: WeakKeyDictionary[Optimizer, list[torch.Tensor]] = WeakKeyDictionary()
 
         def parameters(optimizer: Optimizer) -> list[torch.Tensor]:
@@ -59,24 +60,36 @@ class Watch:
                 self.stepped.append((type(optimizer).__name__, known[optimizer]))
             return known[optimizer]
 
-        @functools.wraps(plain_init)
-        def init(optimizer: Any, *args: Any, **kwargs: Any) -> None:
-            parameters(optimizer)
-            plain_init(optimizer, *args, **kwargs)
+        def recording_init(original: Callable[..., None]) -> Callable[..., None]:
+            @functools.wraps(original)
+            def init(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+                parameters(optimizer)
+                original(optimizer, *args, **kwargs)
+
+            return init
 
         def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
             groups = optimizer.param_groups  # may have grown; a copied optimizer is new here
             parameters(optimizer)[:] = [p for group in groups for p in group["params"]]
 
-        Optimizer.__init__ = init  # type: ignore[method-assign, assignment]
-        register_optimizer_step_post_hook(after_step)
-        torch.save = torch.serialization.save = self._recording(torch.save)
-        safetensors.torch.save_file = self._recording(safetensors.torch.save_file)
+        hook = register_optimizer_step_post_hook(after_step)
+        try:
+            with replaced(
+                [
+                    (Optimizer, "__init__", recording_init),
+                    (torch, "save", self._recording_save),
+                    (torch.serialization, "save", self._recording_save),
+                    (safetensors.torch, "save_file", self._recording_save),
+                ]
+            ):
+                yield
+        finally:
+            hook.remove()
 
-    def _recording(self, plain_save: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(plain_save)
+    def _recording_save(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
         def save(content: Any, to: Any, *args: Any, **kwargs: Any) -> Any:
-            result = plain_save(content, to, *args, **kwargs)
+            result = original(content, to, *args, **kwargs)
             name = to if isinstance(to, (str, os.PathLike)) else getattr(to, "name", "(no name)")
             for place, state in _state_dicts(str(name), content):
                 self.saved.append({"file": place, "state_dict.sha256": digest(state)})
@@ -85,7 +98,7 @@ class Watch:
         return save
 
     def result(self) -> dict[str, Any]:
-        """Return the digests, as the option --digest writes them."""
+        """Return the digests, as JSON: the option --digest writes them."""
         return {
             "optimizers": [
                 {
@@ -100,7 +113,7 @@ class Watch:
         }
 
 
-def run(
+def execute(
     script: str,
     arguments: list[str],
     numerics: str = "exact",
@@ -109,11 +122,12 @@ def run(
 ) -> tuple[Optional[SystemExit], dict[str, Any]]:
     """Run the script as `__main__` of this process, which cannot be undone.
 
-    Return how it wants to exit, if it says so, and the digests, which `digest_file` gets as JSON; its
-    steps are recorded in `trace_file`.
-    An exception that the script does not catch is shown with its traceback and ends it with
-    SystemExit(1), without digests: what it left half-trained is no result. Raises ReproError if the
-    script cannot be read or the file not be written.
+    Return the SystemExit that the script raised, if any, and the digests, which are also written to
+    `digest_file` as JSON. `trace_file` records the steps of its training.
+
+    An exception that the script does not catch is printed with its traceback and raises SystemExit(1);
+    there are no digests then, as a training that failed half-way has no result. Raises ReproError if the
+    script cannot be read or a file cannot be written.
     """
     path = os.path.abspath(script)
     try:
@@ -122,36 +136,30 @@ def run(
     except OSError as error:
         raise ReproError(f"cannot read the script {script}: {error.strerror}") from None
     target = digest_file and _writable(digest_file)  # absolute: the script may change the folder
-    # Entered here, as its header tells this process's own command line.
-    traced = trace(trace_file) if trace_file else nullcontext()
-    with traced:
-        return _run(script, arguments, numerics, source, path, target)
+    observer = Observer()
+    # The trace is opened before sys.argv is set: its header records this process's command line.
+    with trace(trace_file) if trace_file else nullcontext():
+        main = _main_module(script, arguments, path)
+        with observer.observing():
+            exit_request = _execute_source(source, path, main, numerics)
+        result = {"definitions": DEFINITIONS, "numerics": numerics, **observer.result()}
+        if target:
+            _write_json(target, result)
+    return exit_request, result
 
 
-def _run(
-    script: str,
-    arguments: list[str],
-    numerics: str,
-    source: bytes,
-    path: str,
-    target: Optional[Path],
-) -> tuple[Optional[SystemExit], dict[str, Any]]:
+def _main_module(script: str, arguments: list[str], path: str) -> types.ModuleType:
+    """Make a new `__main__`, and set sys.argv and sys.path[0] as Python sets them for a script."""
     main = types.ModuleType("__main__")
     main.__dict__.update(__file__=path, __builtins__=builtins)
     sys.modules["__main__"] = main
     sys.argv = [script, *arguments]
     sys.path[0] = os.path.dirname(os.path.realpath(path))
-    watch = Watch()
-    watch.begin()
-    wish = _execute(source, path, main, numerics)
-    result = {"definitions": DEFINITIONS, "numerics": numerics, **watch.result()}
-    if target:
-        _write_json(target, result)
-    return wish, result
+    return main
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """Return what a person reads of the digests: the SHA-256, then what it is over."""
+    """Return the digests as lines of text: each SHA-256, and which tensors it covers."""
     return [
         f"{o['parameters.sha256']}  parameters of optimizer {i}: {o['optimizer']}, "
         f"{o['tensors']} tensor{'s' * (o['tensors'] != 1)}"
@@ -159,7 +167,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     ] + [f"{s['state_dict.sha256']}  state dict saved: {s['file']}" for s in result["saved"]]
 
 
-def _execute(
+def _execute_source(
     source: bytes, path: str, main: types.ModuleType, numerics: str
 ) -> Optional[SystemExit]:
     code = None
@@ -167,12 +175,12 @@ def _execute(
         code = compile(source, path, "exec", dont_inherit=True)
         with numerics_mode(numerics):
             exec(code, main.__dict__)
-    except SystemExit as wish:
-        return wish
+    except SystemExit as exit_request:
+        return exit_request
     except Exception as error:
         inner = error.__traceback__
         while inner and inner.tb_frame.f_code is not code:
-            inner = inner.tb_next  # the script's own frames only, as usual
+            inner = inner.tb_next  # only the frames of the script, as Python prints them
         sys.excepthook(type(error), error.with_traceback(inner), inner)
         raise SystemExit(1) from None
     return None
@@ -181,7 +189,7 @@ def _execute(
 def _state_dicts(place: str, content: Any) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
     """Yield the state dicts in what is saved: itself, a module's, or those inside a checkpoint.
 
-    Only below names: an optimizer's state, numbered by parameter, is not taken apart.
+    Only below keys that are strings: an optimizer's state, with a number for each parameter, is skipped.
     """
     if isinstance(content, torch.nn.Module):
         content = content.state_dict()
@@ -204,7 +212,7 @@ def _dense(value: Any) -> bool:
 
 
 def _writable(path: Path) -> Path:
-    """Find out now, not after the training, whether the file can be written."""
+    """Return the absolute path. Raises ReproError, before the training, if it cannot be written."""
     path = Path(os.path.abspath(path))
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise ReproError(f"cannot write {path}: give a file name in a folder that can be written")

@@ -1,4 +1,4 @@
-"""The facts and their comparison; the self-test itself is tests/arithmetic/test_selftest.py."""
+"""Tests for reproml.doctor; those of the self-test are in tests/arithmetic/test_selftest.py."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ def folder(tmp_path: Path) -> Path:
 
 
 def change(folder: Path, group: str, **facts: object) -> None:
-    """Make the run's record another machine's."""
+    """Change facts in the record of a run."""
     record = json.loads((folder / "run.json").read_text())
     record[group].update(facts)
     (folder / "run.json").write_text(json.dumps(record))
 
 
-def only(monkeypatch, *checks: object) -> None:
+def use_checks(monkeypatch, *checks: object) -> None:
     monkeypatch.setattr(selftest, "CHECKS", {f"assumption {i}": c for i, c in enumerate(checks)})
 
 
-def broken() -> None:
+def failing_check() -> None:
     raise FAULT
 
 
-def test_a_run_of_this_machine_differs_in_nothing(folder):
+def test_differences_of_a_local_run_are_empty(folder):
     assert doctor.differences(folder) == []
 
 
-def test_what_differs_is_listed_with_both_values(folder, monkeypatch):
+def test_differences_list_both_values(folder, monkeypatch):
     change(folder, "torch", threads=99, capability="NEON", new="1.50")
     change(folder, "variables", MKL_CBWR="COMPATIBLE")
     monkeypatch.setenv("OMP_SCHEDULE", "static")
@@ -57,7 +57,7 @@ def test_what_differs_is_listed_with_both_values(folder, monkeypatch):
     ]
 
 
-def test_a_run_of_an_older_reproml_recorded_less(folder):
+def test_differences_report_facts_not_recorded(folder):
     record = json.loads((folder / "run.json").read_text())
     del record["arithmetic"], record["torch"]["blas"]
     (folder / "run.json").write_text(json.dumps(record))
@@ -66,7 +66,7 @@ def test_a_run_of_an_older_reproml_recorded_less(folder):
 
 
 def test_json_has_facts_differences_and_assumptions(folder, capsys, monkeypatch):
-    only(monkeypatch, lambda: None, lambda: "slower")
+    use_checks(monkeypatch, lambda: None, lambda: "slower")
     assert main(["doctor", "--run", str(folder), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["healthy"] is True and result["differences"] == []
@@ -78,8 +78,8 @@ def test_json_has_facts_differences_and_assumptions(folder, capsys, monkeypatch)
     ]
 
 
-def test_another_machine_is_no_fault(folder, capsys, monkeypatch):
-    only(monkeypatch, lambda: None)
+def test_doctor_succeeds_when_only_facts_differ(folder, capsys, monkeypatch):
+    use_checks(monkeypatch, lambda: None)
     change(folder, "machine", cpu="another")
     assert main(["doctor", "--run", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -88,8 +88,8 @@ def test_another_machine_is_no_fault(folder, capsys, monkeypatch):
     assert lines[-1] == "1 assumptions tested: all hold on this machine"
 
 
-def test_a_broken_assumption_is_named_with_operands_and_values(capsys, monkeypatch):
-    only(monkeypatch, lambda: "slower", broken)
+def test_doctor_reports_a_broken_assumption(capsys, monkeypatch):
+    use_checks(monkeypatch, lambda: "slower", failing_check)
     assert main(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-3:] == [
@@ -109,6 +109,6 @@ def test_a_broken_assumption_is_named_with_operands_and_values(capsys, monkeypat
     }
 
 
-def test_a_folder_that_is_no_run(tmp_path, capsys):
+def test_doctor_rejects_a_folder_without_record(tmp_path, capsys):
     assert main(["doctor", "--run", str(tmp_path)]) == 2
     assert "it has no run.json" in capsys.readouterr().err

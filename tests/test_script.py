@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import reproml
-from reproml.script import _state_dicts
+from reproml.script import Observer, _state_dicts
 from verification.subprocesses import Completed, Reproml, environment
 
 TRAIN = """
@@ -72,7 +72,7 @@ def trained() -> torch.nn.Linear:
     return model
 
 
-def test_the_digests_of_what_was_stepped_and_saved(tmp_path):
+def test_run_digests_parameters_and_state_dicts(tmp_path):
     source = TRAIN + (
         "from safetensors.torch import save_file\n"
         "torch.save(model.state_dict(), 'plain.pt')\n"
@@ -102,14 +102,14 @@ def test_the_digests_of_what_was_stepped_and_saved(tmp_path):
     assert reproml.digest(torch.load(tmp_path / "plain.pt", weights_only=True)) == state
 
 
-def test_optimizers_come_in_the_order_of_their_creation(reproml_run):
+def test_optimizers_are_listed_in_order_of_creation(reproml_run):
     source = (
         "import copy, torch\n"
         "p, q, r = (torch.nn.Parameter(torch.tensor([float(i)])) for i in range(3))\n"
         "first = torch.optim.SGD([p], lr=1)\n"
         "class Mine(torch.optim.SGD): pass\n"
         "second = Mine([q], lr=1)\n"
-        "third = copy.deepcopy(first)\n"  # has no creation to watch: it comes when it steps
+        "third = copy.deepcopy(first)\n"  # a copy is listed when it first steps
         "for optimizer in (third, second, first):\n"
         "    for x in optimizer.param_groups[0]['params']:\n"
         "        x.grad = torch.ones(1)\n"
@@ -129,14 +129,14 @@ def test_optimizers_come_in_the_order_of_their_creation(reproml_run):
     ]
 
 
-def test_native_numerics_are_plain_pytorch(reproml_run):
+def test_native_numerics_give_pytorch_results(reproml_run):
     exp = "import torch; torch.save({'x': torch.linspace(0, 1, 5).cosh()}, 'x.pt')\n"
     assert reproml_run("script.py", source=exp).returncode == 1
     shown = reproml_run("--numerics", "native", "script.py", source=exp)
     assert shown.stdout.split()[0] == reproml.digest({"x": torch.linspace(0, 1, 5).cosh()})
 
 
-AS_USUAL = {
+SCRIPTS = {
     "the surroundings": (
         "import os, sys\n"
         "import beside\n"
@@ -149,7 +149,7 @@ AS_USUAL = {
     ),
     "exit 3": "import sys; sys.exit(3)",
     "exit None": "import sys; sys.exit()",
-    "exit with words": "import sys; sys.exit('no good')",
+    "exit with a message": "import sys; sys.exit('no good')",
     "exit with a bool": "raise SystemExit(True)",
     "exit at the end": "import atexit; atexit.register(print, 'bye'); print('hello')",
     "an exception": "def f():\n    raise ValueError('bad')\nprint('before')\nf()\n",
@@ -160,45 +160,45 @@ AS_USUAL = {
 }
 
 
-@pytest.mark.parametrize("what", AS_USUAL)
-def test_a_script_sees_and_shows_what_python_would(tmp_path, reproml_run, what):
+@pytest.mark.parametrize("what", SCRIPTS)
+def test_run_behaves_like_python(tmp_path, reproml_run, what):
     folder = tmp_path / "scripts"
     folder.mkdir()
     (folder / "beside.py").write_text("")
     encoding = "latin-1" if what == "an encoding" else "utf-8"
-    (folder / "script.py").write_text(AS_USUAL[what], encoding=encoding)
+    (folder / "script.py").write_text(SCRIPTS[what], encoding=encoding)
     arguments = ["scripts/script.py", "-h", "--digest", "x", "--", "--steps=3", "a b"]
     expected = python(tmp_path, *arguments)
     shown = reproml_run(*arguments)
     assert shown.returncode == expected.returncode
     assert shown.stdout == expected.stdout
-    told = [line for line in shown.stderr.splitlines(True) if "nothing to digest" not in line]
-    assert "".join(told) == expected.stderr
+    errors = [line for line in shown.stderr.splitlines(True) if "nothing to digest" not in line]
+    assert "".join(errors) == expected.stderr
     assert not (tmp_path / "x").exists()
 
 
-def test_a_script_that_ends_itself_still_has_its_digests(tmp_path, reproml_run):
+def test_digests_are_written_after_system_exit(tmp_path, reproml_run):
     source = TRAIN + "raise SystemExit(4)\n"
     shown = reproml_run("--digest", "digest.json", "script.py", source=source)
     assert (shown.returncode, shown.stderr) == (4, "")
     assert "optimizer 1" in shown.stdout and (tmp_path / "digest.json").exists()
 
 
-def test_a_script_that_fails_has_none(tmp_path, reproml_run):
+def test_no_digests_are_written_after_an_exception(tmp_path, reproml_run):
     (tmp_path / "digest.json").write_text("old")
     shown = reproml_run("--digest", "digest.json", "script.py", source=TRAIN + "1 / 0\n")
     assert (shown.returncode, shown.stdout) == (1, "")
     assert (tmp_path / "digest.json").read_text() == "old"
 
 
-def test_what_is_not_exact_is_refused_with_the_line_that_called_it(reproml_run):
+def test_refusal_names_operator_and_line(reproml_run):
     shown = reproml_run("script.py", source="import torch\n\ntorch.ones(3).cosh()\n")
     assert shown.returncode == 1
     last = shown.stderr.splitlines()[-1]
     assert "NotExactError" in last and "aten.cosh" in last and "script.py:3" in last
 
 
-def test_the_digest_file_stays_where_it_was_asked_for(tmp_path, reproml_run):
+def test_digest_path_is_relative_to_starting_folder(tmp_path, reproml_run):
     (tmp_path / "elsewhere").mkdir()
     source = "import os; os.chdir('elsewhere')"
     assert reproml_run("--digest", "d.json", "script.py", source=source).returncode == 0
@@ -214,7 +214,7 @@ def test_the_digest_file_stays_where_it_was_asked_for(tmp_path, reproml_run):
         (["--digest", ".", "script.py"], "cannot write .*: give a file name"),
     ],
 )
-def test_bad_input_is_one_sentence_before_anything_runs(tmp_path, reproml_run, arguments, words):
+def test_bad_input_is_reported_before_the_script_runs(tmp_path, reproml_run, arguments, words):
     (tmp_path / "script.py").write_text("print('ran')")
     shown = reproml_run(*arguments)
     assert (shown.returncode, shown.stdout) == (2, "")
@@ -222,13 +222,13 @@ def test_bad_input_is_one_sentence_before_anything_runs(tmp_path, reproml_run, a
     assert re.search(words, shown.stderr)
 
 
-def test_a_script_that_trains_nothing_is_told_so(reproml_run):
+def test_run_reports_that_nothing_was_digested(reproml_run):
     result = reproml_run("script.py", source="import torch\nprint(torch.ones(2).sum().item())")
     assert result.returncode == 0
     assert result.stdout == "2.0\n" and result.stderr.endswith("nothing to digest\n")
 
 
-def test_an_interrupt_is_one_line(tmp_path):
+def test_interrupt_prints_one_line(tmp_path):
     (tmp_path / "script.py").write_text("import time; print('on', flush=True); time.sleep(60)")
     child = subprocess.Popen(
         [sys.executable, "-m", "reproml", "run", "script.py"],
@@ -245,7 +245,7 @@ def test_an_interrupt_is_one_line(tmp_path):
     assert (child.returncode, errors) == (130, "reproml: interrupted\n")
 
 
-def test_state_dicts_are_found_below_names_only():
+def test_state_dicts_are_found_below_string_keys():
     x = torch.ones(2)
     linear = torch.nn.Linear(1, 1)
     content = {
@@ -265,3 +265,20 @@ def test_state_dicts_are_found_below_names_only():
         "f['deep']['er']": ["x"],
     }
     assert list(_state_dicts("f", x)) == []
+
+
+def test_observer_restores_what_it_replaces(tmp_path):
+    optimizer_module: Any = sys.modules["torch.optim.optimizer"]
+
+    def replaced() -> list[Any]:
+        hooks = len(optimizer_module._global_optimizer_post_hooks)
+        return [torch.optim.Optimizer.__init__, torch.save, torch.serialization.save, hooks]
+
+    before, observer = replaced(), Observer()
+    with pytest.raises(ZeroDivisionError), observer.observing():
+        assert all(x != y for x, y in zip(replaced(), before))
+        torch.save({"x": torch.ones(1)}, tmp_path / "x")
+        raise ZeroDivisionError
+    assert replaced() == before
+    torch.save({"x": torch.ones(1)}, tmp_path / "y")
+    assert [x["file"] for x in observer.result()["saved"]] == [str(tmp_path / "x")]

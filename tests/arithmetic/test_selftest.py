@@ -1,4 +1,4 @@
-"""The self-test holds here, and each of its checks fails where its assumption is broken on purpose."""
+"""Tests of the self-test: it passes here, and each check fails on a machine that breaks its assumption."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from reproml.arithmetic.selftest import CHECKS, DOUBLE, SINGLE, Fault, nearest, 
 from verification import oracle
 
 
-def test_all_hold_here():
+def test_self_test_passes_here():
     outcomes = list(selftest.self_test())
     assert [o.name for o in outcomes] == list(CHECKS)
     assert [(o.name, o.fault) for o in outcomes if o.fault or o.note] == []
@@ -39,7 +39,7 @@ def test_all_hold_here():
 
 
 @given(st.fractions() | st.builds(Fraction, st.integers(), st.integers(1, 2**1100)))
-def test_nearest_is_pythons_division_of_integers(x):
+def test_nearest_equals_integer_division_in_python(x):
     try:
         right = x.numerator / x.denominator
     except OverflowError:
@@ -48,27 +48,27 @@ def test_nearest_is_pythons_division_of_integers(x):
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-3, 3))
-def test_nearest_is_the_tests_own_rounding_to_binary32(x, k):
+def test_nearest_equals_the_oracle_for_binary32(x, k):
     exact_path = Fraction(x) + k * Fraction(x) / 2**60
     if exact_path:
         assert nearest(exact_path, SINGLE) == oracle.bits_of(oracle.Real(exact_path)) & 0xFFFF_FFFF
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.floats(-1e-307, 1e-307))
-def test_bits_there_and_back(x):
+def test_value_and_nearest_are_inverse(x):
     bits = int.from_bytes(struct.pack("<d", x), "little")
     assert value(bits, DOUBLE) == Fraction(x)
     assert nearest(value(bits, DOUBLE), DOUBLE, bool(bits & DOUBLE.sign)) == bits
-    assert float.fromhex(selftest._shown(bits, DOUBLE)).hex() == x.hex()
+    assert float.fromhex(selftest._hexadecimal(bits, DOUBLE)).hex() == x.hex()
 
 
-# --- machines that are broken on purpose ----------------------------------------------------------
+# --- broken machines ------------------------------------------------------------------------------
 
 Change = Callable[[Any, tuple[Any, ...]], Any]
 
 
 class Broken(TorchDispatchMode):
-    """A machine whose operator `name` returns `change(the right result, the operands)`."""
+    """A machine whose operator `name` returns `change(correct result, operands)`."""
 
     def __init__(self, name: str, change: Change) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Broken(TorchDispatchMode):
 def off_by_an_ulp(
     at: int = -1, dtype: Optional[torch.dtype] = None, least: int = 1, most: int = 1 << 60
 ) -> Change:
-    """One element of a result is; only of that dtype, with so many elements."""
+    """Change one element by an ulp in results of the dtype that have `least` to `most` elements."""
 
     def change(x: torch.Tensor, args: Any) -> torch.Tensor:
         if not least <= x.numel() <= most or (dtype and x.dtype is not dtype):
@@ -96,7 +96,7 @@ def off_by_an_ulp(
 
 
 def fused(x: torch.Tensor, args: Any) -> torch.Tensor:
-    """x * y + z from a multiplication and an addition: the rounding error of x * y, for z = -fl(x * y)."""
+    """Return the rounding error of x * y where x * y + z is 0, as a fused operation does."""
     return torch.where(x == 0, torch.full_like(x, 2.0**-60), x)
 
 
@@ -113,7 +113,7 @@ def in_float32(name: str) -> Change:
 
 
 def strassen(x: torch.Tensor, args: Any) -> torch.Tensor:
-    """One level of Strassen's product, in binary64: small in norm, not element by element."""
+    """Return one level of Strassen's product, whose error is small in norm, but not for each element."""
     a, b = args[0], args[1]
     if a.dtype is not torch.float64 or a.dim() != 2 or any(n % 2 for n in (*a.shape, *b.shape)):
         return x
@@ -134,7 +134,7 @@ def half_away(x: torch.Tensor, args: Any) -> torch.Tensor:
 
 
 def cut(x: torch.Tensor, args: Any) -> torch.Tensor:
-    """A cast to float32 that cuts off."""
+    """Round towards zero in a cast to float32."""
     if x.dtype is not torch.float32 or args[0].dtype is not torch.float64:
         return x
     too_far = x.double().abs() > args[0].abs()
@@ -193,7 +193,7 @@ def wrong_product(*args: Any) -> Any:
 
 
 F32, F64 = torch.float32, torch.float64
-# assumption: the machines that break it
+# assumption: machines that violate it
 BROKEN: dict[str, list[Any]] = {
     "subnormal float32 numbers count, in every thread": [
         flushing,
@@ -264,18 +264,18 @@ BROKEN: dict[str, list[Any]] = {
         broken("randperm", lambda x, args: x.flip(0)),
     ],
     "SHA-256 is right": [patched(hashlib, "sha256", hashlib.sha3_256)],
-    "the compiled loops agree with the plain path": [patched(matmul, "_compiled", wrong_product)],
+    "compiled loops agree with the reference path": [patched(matmul, "_compiled", wrong_product)],
 }
 
 
-def test_every_check_can_fail():
+def test_every_check_has_a_broken_machine():
     assert list(BROKEN) == list(CHECKS)
 
 
 @pytest.mark.parametrize(
     ("name", "machine"), [(name, machine) for name, all_ in BROKEN.items() for machine in all_]
 )
-def test_a_broken_machine_is_found(name, machine):
+def test_check_detects_a_broken_machine(name, machine):
     with machine(), pytest.raises(Fault) as caught:
         CHECKS[name]()
     fault = caught.value
@@ -286,19 +286,19 @@ def test_a_broken_machine_is_found(name, machine):
 @pytest.mark.parametrize(
     ("name", "machine"),
     [
-        # Another order of summation, a vendor's square root: other bits, within what is assumed.
+        # Another order of summation, or another square root, gives other bits within the assumption.
         ("float64 sums keep their error bound", broken("sum", from_the_end)),
         ("float64 matrix products keep their error bound", broken("mm", k_from_the_end)),
         ("float64 sqrt is within an ulp", broken("sqrt", neighbour(math.inf))),
         ("float64 sqrt is within an ulp", broken("sqrt", neighbour(-math.inf))),
     ],
 )
-def test_what_is_not_assumed_is_not_asked_for(name, machine):
+def test_check_accepts_results_within_its_assumption(name, machine):
     with machine():
         CHECKS[name]()
 
 
-def test_a_fault_says_what_was_wrong():
+def test_fault_message_names_operation_and_values():
     with Broken("mul", off_by_an_ulp(at=0, least=1 << 15)), pytest.raises(Fault) as caught:
         CHECKS["float32 mul is rounded once"]()
     assert str(caught.value) == (
@@ -311,8 +311,8 @@ UPWARD = {"x86_64": 0x800, "AMD64": 0x800, "aarch64": 0x400000, "arm64": 0x40000
 
 
 @pytest.mark.parametrize("name", ["float32 add is rounded once", "float64 div is rounded once"])
-def test_another_rounding_mode_is_found(name):
-    """Set in the processor itself, for this thread."""
+def test_check_detects_another_rounding_mode(name):
+    """The mode is set in the processor, for this thread."""
     libm = ctypes.CDLL(None)
     assert libm.fesetround(UPWARD[platform.machine()]) == 0
     try:
@@ -322,8 +322,8 @@ def test_another_rounding_mode_is_found(name):
         assert libm.fesetround(0) == 0
 
 
-def test_a_thread_of_the_pool_that_flushes_is_found():
-    """Threads have the setting of the one that started them, whatever that does later."""
+def test_check_detects_a_flushing_pool_thread():
+    """A thread keeps the setting of the thread that started it, even if that changes its own later."""
     script = """if True:
         import torch
         torch.set_num_threads(2)
@@ -342,12 +342,12 @@ def test_a_thread_of_the_pool_that_flushes_is_found():
     assert "found 0x0.000000p+0" in shown.stdout
 
 
-def test_without_compiled_loops_a_note_says_so(monkeypatch):
+def test_note_reports_missing_compiled_loops(monkeypatch):
     monkeypatch.setattr(kernels, "library", None)
-    assert "slower" in (CHECKS["the compiled loops agree with the plain path"]() or "")
+    assert "slower" in (CHECKS["compiled loops agree with the reference path"]() or "")
 
 
-def test_an_operator_that_raises_is_a_fault_too(monkeypatch):
+def test_self_test_reports_an_exception_as_fault(monkeypatch):
     def fail() -> None:
         raise RuntimeError("no such instruction")
 

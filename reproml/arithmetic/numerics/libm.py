@@ -1,4 +1,7 @@
-"""Python's `math` where the C library would decide the last bit."""
+"""Correctly rounded forms of the functions that Python takes from the C library.
+
+The last bit of the C library's results differs between systems. mpmath is imported when it is needed.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,9 @@ from typing import Any
 
 
 class ExactMath:
-    """Python's `math`, its transcendental functions correctly rounded to binary64 by mpmath."""
+    """Python's `math`, with transcendental functions that mpmath rounds correctly to binary64."""
 
-    _ROUNDED = (
-        "cos",
-        "sin",
-        "tan",
-        "exp",
-        "log",
-        "tanh",
-        "erf",
-        "acos",
-        "asin",
-        "atan",
-        "cosh",
-        "sinh",
-    )
+    _ROUNDED = frozenset("cos sin tan exp log tanh erf acos asin atan cosh sinh".split())
 
     def __getattr__(self, name: str) -> Any:
         if name not in self._ROUNDED:
@@ -31,19 +21,15 @@ class ExactMath:
         def rounded(x: float) -> float:
             import mpmath
 
-            with mpmath.workprec(
-                200
-            ):  # Table maker's dilemma: no binary64 case is known past 2^-120
+            # The table maker's dilemma: every known binary64 case is decided by 2^-120.
+            with mpmath.workprec(200):
                 return float(getattr(mpmath, name)(mpmath.mpf(x)))
 
         return rounded
 
 
 class ExactPower(float):
-    """A float whose `**` with another number is correctly rounded, as either operand.
-
-    Python takes a power of floats from the C library, whose last bit differs between systems.
-    """
+    """A float whose `**` with another number is correctly rounded, as either operand."""
 
     def __pow__(self, exponent: Any, modulo: Any = None) -> Any:
         return _power(float(self), exponent)
@@ -56,12 +42,12 @@ class ExactPower(float):
 
 
 def _power(base: float, exponent: float) -> Any:
-    reference: Any = float(base) ** float(exponent)  # raises as it always does
-    if isinstance(reference, complex):
-        return reference
+    approximation: Any = float(base) ** float(exponent)  # raises the errors of `**`
+    if isinstance(approximation, complex):
+        return approximation
     if base == 0 or not (math.isfinite(base) and math.isfinite(exponent)):
-        return reference  # a limit
-    if base < 0:  # then the exponent is whole, or `plain` is complex
+        return approximation  # a limit, which needs no rounding
+    if base < 0:  # then the exponent is an integer, or the power would be complex
         return -_power(-base, exponent) if exponent % 2 else _power(-base, exponent)
     import mpmath
 

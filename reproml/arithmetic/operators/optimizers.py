@@ -1,17 +1,25 @@
-"""Optimizers' steps: each new parameter and each new state is one formula, rounded once.
+"""The steps of torch.optim: each new parameter and each new state is one formula, rounded once.
 
-PyTorch has up to three forms of an optimizer, `for` loop, foreach and fused, which round differently,
-and the first two take powers of Python floats with the C library. While `exact()` is active all three
-are this one definition. A hyperparameter h enters as `single(h)`, rounded to binary32 as PyTorch does
-with any Python number that meets a float32 tensor; 1 - h is taken first, in binary64. (Were 0.9 taken
-as it is, 9/10 less 2^-55, then 0.9 m would be that near a tie for each tenth m.) Only the correction
-of Adam's bias takes the betas as given.
+PyTorch has up to three forms of an optimizer, `for` loop, foreach and fused, which round differently, and
+the first two take powers of Python floats from the C library. Within `exact()` the definition below
+replaces all three (arithmetic/patches.py).
+
+A hyperparameter h enters a formula as `float32_scalar(h)`, rounded to binary32 as PyTorch rounds any Python
+number that meets a float32 tensor; 1 - h is computed before that, in binary64. (Used as it is, 0.9 would be
+9/10 - 2^-55, and 0.9 m would be that close to a tie for every tenth m.) Only the bias correction of Adam
+takes the betas as given.
+
+To add an optimizer `name`:
+
+1. write its definition here, `name(params, grads, *states, *, hyperparameters)`, which updates in place;
+2. add it to `_DEFINITIONS`, with the options it takes from PyTorch's functions;
+3. add the functions of PyTorch that it replaces to OPTIMIZER_STEPS in reproml/torch_internals.py;
+4. test it against real numbers in tests/arithmetic/operators/test_optimizers.py (test_other_optimizers).
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -29,29 +37,32 @@ from reproml.arithmetic.numerics import devices
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.errors import NotExactError
 
+Step = Callable[..., None]
+
+# --- Adam, AdamW ---------------------------------------------------------------------------------
+
 _STEP_BITS, _POWER_BITS = 160, 256
 
 
 def bias_correction(beta: float, step: int) -> Fraction:
-    """1 - beta^step, to 160 bits (the exact power would have 53 * step bits)."""
+    """Return 1 - beta^step, to 160 bits (the exact power would have 53 * step bits)."""
     return Fraction(_scaled_correction(beta, step), 1 << _STEP_BITS)
 
 
 def _scaled_correction(beta: float, step: int) -> int:
-    """2^160 (1 - beta^step), rounded.
+    """Return 2^160 (1 - beta^step), rounded.
 
-    By squaring, in integers of 256 bits: each of the 2 log2(step) products is cut off by less than
+    By squaring, in integers of 256 bits: each of the 2 log2(step) products is truncated by less than
     2^-256, which the powers that follow multiply by less than `step`.
     """
-    one = 1 << _POWER_BITS
-    power, square, left = one, int(math.ldexp(beta, _POWER_BITS)), step
-    while left:
-        if left & 1:
+    power, square, remaining = 1 << _POWER_BITS, int(math.ldexp(beta, _POWER_BITS)), step
+    while remaining:
+        if remaining & 1:
             power = power * square >> _POWER_BITS
         square = square * square >> _POWER_BITS
-        left >>= 1
-    cut = _POWER_BITS - _STEP_BITS
-    return (one - power + (1 << cut - 1)) >> cut
+        remaining >>= 1
+    extra = _POWER_BITS - _STEP_BITS
+    return ((1 << _POWER_BITS) - power + (1 << extra - 1)) >> extra
 
 
 def adam(
@@ -71,129 +82,147 @@ def adam(
     maximize: bool,
     decoupled_weight_decay: bool,
 ) -> None:
-    """Adam (Kingma & Ba 2015, algorithm 1) and AdamW (Loshchilov & Hutter 2019, algorithm 2).
+    """Do a step of Adam (Kingma & Ba 2015, algorithm 1) or AdamW (Loshchilov & Hutter 2019, algorithm 2).
 
     d = grad (+ weight_decay * param, unless decoupled);
     m' = beta1 m + (1 - beta1) d,   v' = beta2 v + (1 - beta2) d^2,   each rounded once;
     param' = param (1 - lr weight_decay, if decoupled)
              - lr / (1 - beta1^t) * m' / (sqrt(v' / (1 - beta2^t)) + eps),   rounded once.
     """
-    sign = -1 if maximize else 1
-    penalty = 0.0 if decoupled_weight_decay else weight_decay
-    held = weight_decay if decoupled_weight_decay else 0.0
-    numbers = _adam_numbers(float(lr), float(beta1), float(beta2), penalty, held, eps)
+    optimizer = _adam(
+        float(lr), float(beta1), float(beta2), weight_decay, decoupled_weight_decay, eps, maximize
+    )
     _check(*params, *grads, *exp_avgs, *exp_avg_sqs)
-    together: dict[int, list[tuple[Tensor, ...]]] = {}  # by step; it is the same for almost all
+    compiled: dict[int, list[tuple[Tensor, ...]]] = {}  # by step, which few parameters differ in
     for i, state in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
         if amsgrad:
-            _adam_step(numbers, steps[i], sign, *state, max_exp_avg_sqs[i])
-        elif eps >= 0 and _fits(state):
-            together.setdefault(steps[i], []).append(state)
+            optimizer.reference_step(steps[i], *state, max_exp_avg_sqs[i])
+        elif eps >= 0 and _has_kernel(state):
+            compiled.setdefault(steps[i], []).append(state)
         else:
-            _adam_step(numbers, steps[i], sign, *state)
-    for step, states in together.items():
-        for group in [states] if _apart(states) else [[state] for state in states]:
-            _adam_kernel(numbers, step, sign, group)
+            optimizer.reference_step(steps[i], *state)
+    for step, states in compiled.items():
+        for group in [states] if _share_no_memory(states) else [[state] for state in states]:
+            optimizer.compiled_step(step, group)
 
 
-def _fits(state: Sequence[Tensor]) -> bool:
-    """Whether a compiled loop can take the tensors of one parameter."""
-    return kernels.usable(*state) and all(x.shape == state[0].shape for x in state[1:])
+class _Hyperparameters(NamedTuple):
+    """The hyperparameters of Adam, as fractions that binary32 has, or as floats."""
+
+    penalty: Any  # weight decay that is added to the gradient
+    shrinkage: Any  # the factor of the parameter: below 1 with decoupled weight decay
+    beta1: Any
+    one_minus_beta1: Any
+    beta2: Any
+    one_minus_beta2: Any
+    eps: Any
+    lr: Any
 
 
-def _apart(states: list[tuple[Tensor, ...]]) -> bool:
-    """Whether no two parameters or averages share memory: else their order counts."""
-    own = [x.untyped_storage().data_ptr() for p, g, m, v in states for x in (p, m, v)]
-    return len(set(own)) == len(own)
+class _Adam(NamedTuple):
+    """Adam with given hyperparameters.
 
-
-def _adam_kernel(n: _AdamNumbers, step: int, sign: int, states: list[tuple[Tensor, ...]]) -> None:
-    """The step of all parameters in one compiled loop, and what it leaves by definition.
-
-    Its rate and scale have up to three roundings of binary64, which its bound has.
+    Formulas refer to `self`, so that the compiler skips them (executor._key): the constants of a step
+    would make another program for each step.
     """
-    first, second = (
-        math.ldexp(_scaled_correction(beta, step), -_STEP_BITS) for beta in (n.beta1, n.beta2)
-    )
-    *floats, epsilon, lr = n.floats
-    sizes = [p.numel() for p, *_ in states]
-    failed = torch.empty(sum(sizes), dtype=torch.int64, device="cpu")
-    pointers = [x.data_ptr() for state in states for x in state]
-    count = kernels.library.reproml_adam(
-        len(states),
-        (ctypes.c_int64 * len(sizes))(*sizes),
-        (ctypes.c_void_p * len(pointers))(*pointers),
-        sign,
-        *floats,
-        lr / first,
-        1 / math.sqrt(second),
-        epsilon,
-        failed.data_ptr(),
-    )
-    increment_version([x for p, g, m, v in states for x in (p, m, v)])
-    if count < 0:  # no memory
-        for state in states:
-            _adam_step(n, step, sign, *state)
-    at = failed[: max(count, 0)]
-    for i, state in enumerate(states) if count > 0 else ():
-        own = at[at >> 40 == i] & (1 << 40) - 1
-        if len(own):
-            _settle(partial(_adam_step, n, step, sign), state, own)
 
+    exact: _Hyperparameters
+    floats: _Hyperparameters
+    betas: tuple[float, float]  # as given
+    sign: int  # -1 for gradients to ascend
 
-class _AdamNumbers(NamedTuple):
-    """The numbers of Adam's step that are the same at each: the fractions once more as floats."""
+    def reference_step(
+        self, step: int, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *v_max: Tensor
+    ) -> None:
+        """Update one parameter, of any layout, by the reference path."""
+        exact = self.exact
+        correction1, correction2 = (bias_correction(beta, step) for beta in self.betas)
+        direction, rate = _direction(exact.penalty, self.sign), exact.lr / correction1
 
-    decay: Fraction
-    keep: Fraction
-    b1: Fraction
-    rest1: Fraction
-    b2: Fraction
-    rest2: Fraction
-    epsilon: Fraction
-    lr: Fraction
-    beta1: float  # the betas as given
-    beta2: float
-    floats: tuple[float, ...]
+        def average(ctx: Any, p: Any, g: Any, m: Any) -> Any:
+            return self.exact.beta1 * m + self.exact.one_minus_beta1 * direction(p, g)
+
+        def average_square(ctx: Any, p: Any, g: Any, v: Any) -> Any:
+            return self.exact.beta2 * v + self.exact.one_minus_beta2 * square(direction(p, g))
+
+        def update(ctx: Any, p: Any, m: Any, v: Any) -> Any:
+            denominator = ctx.sqrt(v / correction2) + self.exact.eps
+            return self.exact.shrinkage * p - rate * (m / denominator)
+
+        _assign(m, average, p, g, m)
+        _assign(v, average_square, p, g, v)
+        if v_max:
+            v = torch.maximum(v_max[0], v, out=v_max[0])
+        _assign(p, update, p, m, v)
+
+    def compiled_step(self, step: int, states: list[tuple[Tensor, ...]]) -> None:
+        """Update parameters in one compiled loop, which is the fast path.
+
+        Elements that fail the rounding test fall back to the reference path. The rate and the scale have
+        up to three roundings of binary64, which the loop's bound includes.
+        """
+        correction1, correction2 = (
+            math.ldexp(_scaled_correction(beta, step), -_STEP_BITS) for beta in self.betas
+        )
+        floats = self.floats
+        sizes = [p.numel() for p, *_ in states]
+        failed = torch.empty(sum(sizes), dtype=torch.int64, device="cpu")
+        pointers = [x.data_ptr() for state in states for x in state]
+        count = kernels.library.reproml_adam(
+            len(states),
+            (ctypes.c_int64 * len(sizes))(*sizes),
+            (ctypes.c_void_p * len(pointers))(*pointers),
+            self.sign,
+            floats.penalty,
+            floats.shrinkage,
+            floats.beta1,
+            floats.one_minus_beta1,
+            floats.beta2,
+            floats.one_minus_beta2,
+            floats.lr / correction1,
+            1 / math.sqrt(correction2),
+            floats.eps,
+            failed.data_ptr(),
+        )
+        increment_version([x for p, g, m, v in states for x in (p, m, v)])
+        if count < 0:  # out of memory
+            for state in states:
+                self.reference_step(step, *state)
+        elif count:
+            _redo(partial(self.reference_step, step), states, failed[:count])
 
 
 @lru_cache(maxsize=64)
-def _adam_numbers(
-    lr: float, beta1: float, beta2: float, penalty: float, held: float, eps: float
-) -> _AdamNumbers:
-    keep = 1 - float32_scalar(lr) * float32_scalar(held)
-    first = float32_scalar(penalty), keep, float32_scalar(beta1), float32_scalar(1 - beta1)
-    exact = (
-        *first,
-        float32_scalar(beta2),
-        float32_scalar(1 - beta2),
-        float32_scalar(eps),
-        float32_scalar(lr),
+def _adam(
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    decoupled: bool,
+    eps: float,
+    maximize: bool,
+) -> _Adam:
+    exact = _Hyperparameters(
+        penalty=float32_scalar(0.0 if decoupled else weight_decay),
+        shrinkage=1 - float32_scalar(lr) * float32_scalar(weight_decay if decoupled else 0.0),
+        beta1=float32_scalar(beta1),
+        one_minus_beta1=float32_scalar(1 - beta1),
+        beta2=float32_scalar(beta2),
+        one_minus_beta2=float32_scalar(1 - beta2),
+        eps=float32_scalar(eps),
+        lr=float32_scalar(lr),
     )
-    return _AdamNumbers(*exact, beta1, beta2, tuple(map(float, exact)))
+    floats = _Hyperparameters(*map(float, exact))
+    return _Adam(exact, floats, (beta1, beta2), -1 if maximize else 1)
 
 
-def _adam_step(
-    n: _AdamNumbers,
-    step: int,
-    sign: int,
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    *v_max: Tensor,
-) -> None:
-    rate, correction = n.lr / bias_correction(n.beta1, step), bias_correction(n.beta2, step)
-    direction = _direction(n.decay, sign)
+def _share_no_memory(states: list[tuple[Tensor, ...]]) -> bool:
+    """Return whether parameters and averages share no memory; if they do, their order counts."""
+    storages = [x.untyped_storage().data_ptr() for p, g, m, v in states for x in (p, m, v)]
+    return len(set(storages)) == len(storages)
 
-    def moved(ctx: Any, p: Any, m: Any, v: Any) -> Any:
-        return n.keep * p - rate * (m / (ctx.sqrt(v / correction) + n.epsilon))
 
-    m.copy_(elementwise(lambda ctx, p, g, m: n.b1 * m + n.rest1 * direction(p, g), p, g, m))
-    v.copy_(elementwise(lambda ctx, p, g, v: n.b2 * v + n.rest2 * square(direction(p, g)), p, g, v))
-    if v_max:
-        v = torch.maximum(v_max[0], v, out=v_max[0])
-    p.copy_(elementwise(moved, p, m, v))
+# --- SGD -----------------------------------------------------------------------------------------
 
 
 def sgd(
@@ -208,52 +237,58 @@ def sgd(
     nesterov: bool,
     maximize: bool,
 ) -> None:
-    """Stochastic gradient descent with momentum (Sutskever et al. 2013, as PyTorch states it).
+    """Do a step of gradient descent with momentum (Sutskever et al. 2013, as PyTorch states it).
 
     d = grad + weight_decay * param
-    buffer' = momentum * buffer + (1 - dampening) d (at first: d), rounded once;
+    buffer' = momentum * buffer + (1 - dampening) d (in the first step: d), rounded once;
     param' = param - lr * (buffer', or d + momentum * buffer' with nesterov), rounded once.
     """
-    rate, decay, mu, fresh = (
-        float32_scalar(lr),
-        float32_scalar(weight_decay),
-        float32_scalar(momentum),
-        float32_scalar(1 - dampening),
-    )
+    rate, decay = float32_scalar(lr), float32_scalar(weight_decay)
+    mu, fresh = float32_scalar(momentum), float32_scalar(1 - dampening)
     sign = -1 if maximize else 1
     direction = _direction(decay, sign)
 
-    def plain(p: Tensor, g: Tensor) -> None:
-        p.copy_(elementwise(lambda ctx, p, g: p - rate * direction(p, g), p, g))
-
-    def first(p: Tensor, g: Tensor, b: Tensor) -> None:
-        b.copy_(elementwise(lambda ctx, p, g: direction(p, g), p, g))
-        move(p, g, b)
-
-    def later(p: Tensor, g: Tensor, b: Tensor) -> None:
-        b.copy_(elementwise(lambda ctx, p, g, b: mu * b + fresh * direction(p, g), p, g, b))
-        move(p, g, b)
-
-    def move(p: Tensor, g: Tensor, b: Tensor) -> None:
-        if nesterov:
-            p.copy_(
-                elementwise(lambda ctx, p, g, b: p - rate * (direction(p, g) + mu * b), p, g, b)
-            )
+    def reference_step(first: bool, p: Tensor, g: Tensor, buffer: Optional[Tensor] = None) -> None:
+        if buffer is None:
+            _assign(p, lambda ctx, p, g: p - rate * direction(p, g), p, g)
+            return
+        if first:
+            _assign(buffer, lambda ctx, p, g: direction(p, g), p, g)
         else:
-            p.copy_(elementwise(lambda ctx, p, b: p - rate * b, p, b))
+            _assign(buffer, lambda ctx, p, g, b: mu * b + fresh * direction(p, g), p, g, buffer)
+        if nesterov:
+            _assign(p, lambda ctx, p, g, b: p - rate * (direction(p, g) + mu * b), p, g, buffer)
+        else:
+            _assign(p, lambda ctx, p, b: p - rate * b, p, buffer)
 
-    numbers = (nesterov, sign, decay, rate, mu, fresh)
+    numbers = (nesterov, sign, float(decay), float(rate), float(mu), float(fresh))
     for i, (p, g) in enumerate(zip(params, grads)):
         _check(p, g)
         buffer = buffers[i] if mu else None
-        if not mu:
-            _with_kernel("reproml_sgd", plain, [p, g, None], [0, *numbers])
-        elif buffer is None:
+        first = bool(mu) and buffer is None
+        if first:
             buffer = buffers[i] = torch.zeros_like(p)
-            _with_kernel("reproml_sgd", first, [p, g, buffer], [1, *numbers])
-        else:
-            _check(buffer)
-            _with_kernel("reproml_sgd", later, [p, g, buffer], [0, *numbers])
+        state = (p, g) if buffer is None else (p, g, buffer)
+        _check(*state[2:])
+        if not _has_kernel(state):
+            reference_step(first, *state)
+            continue
+        failed = torch.empty(p.numel(), dtype=torch.int64, device="cpu")
+        count = kernels.library.reproml_sgd(
+            p.numel(),
+            p.data_ptr(),
+            g.data_ptr(),
+            None if buffer is None else buffer.data_ptr(),
+            first,
+            *numbers,
+            failed.data_ptr(),
+        )
+        increment_version([p, *state[2:]])
+        if count:
+            _redo(partial(reference_step, first), [state], failed[:count])
+
+
+# --- RMSprop, Adagrad, Adadelta ------------------------------------------------------------------
 
 
 def rmsprop(
@@ -271,7 +306,7 @@ def rmsprop(
     centered: bool,
     maximize: bool,
 ) -> None:
-    """RMSprop (Hinton 2012; centered: Graves 2013), as PyTorch states it.
+    """Do a step of RMSprop (Hinton 2012; centered: Graves 2013), as PyTorch states it.
 
     d = grad + weight_decay * param;
     v' = alpha v + (1 - alpha) d^2 and, centered, a' = alpha a + (1 - alpha) d, each rounded once;
@@ -285,26 +320,20 @@ def rmsprop(
     def update(ctx: Any, p: Any, g: Any, v: Any, a: Any) -> Any:
         return direction(p, g) / (ctx.sqrt(v - a * a if centered else v) + epsilon)
 
+    def accumulated_update(ctx: Any, p: Any, g: Any, v: Any, a: Any, b: Any) -> Any:
+        return mu * b + update(ctx, p, g, v, a)
+
     for i, (p, g, v) in enumerate(zip(params, grads, square_avgs)):
         _check(p, g, v)
-        v.copy_(
-            elementwise(lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), p, g, v)
-        )
+        _assign(v, lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), p, g, v)
         a = grad_avgs[i] if centered else v
         if centered:
-            a.copy_(elementwise(lambda ctx, p, g, a: keep * a + rest * direction(p, g), p, g, a))
+            _assign(a, lambda ctx, p, g, a: keep * a + rest * direction(p, g), p, g, a)
         if mu:
-            b = buffers[i]
-            b.copy_(
-                elementwise(
-                    lambda ctx, p, g, v, a, b: mu * b + update(ctx, p, g, v, a), p, g, v, a, b
-                )
-            )
-            p.copy_(elementwise(lambda ctx, p, b: p - rate * b, p, b))
+            _assign(buffers[i], accumulated_update, p, g, v, a, buffers[i])
+            _assign(p, lambda ctx, p, b: p - rate * b, p, buffers[i])
         else:
-            p.copy_(
-                elementwise(lambda ctx, p, g, v, a: p - rate * update(ctx, p, g, v, a), p, g, v, a)
-            )
+            _assign(p, lambda ctx, p, g, v, a: p - rate * update(ctx, p, g, v, a), p, g, v, a)
 
 
 def adagrad(
@@ -319,24 +348,22 @@ def adagrad(
     eps: float,
     maximize: bool,
 ) -> None:
-    """Adagrad (Duchi, Hazan & Singer 2011).
+    """Do a step of Adagrad (Duchi, Hazan & Singer 2011).
 
     d = grad + weight_decay * param;   s' = s + d^2, rounded once;
     param' = param - lr / (1 + (t - 1) lr_decay) * d / (sqrt(s') + eps), rounded once.
     """
-    epsilon, direction = (
-        float32_scalar(eps),
-        _direction(float32_scalar(weight_decay), -1 if maximize else 1),
-    )
+    epsilon = float32_scalar(eps)
+    direction = _direction(float32_scalar(weight_decay), -1 if maximize else 1)
     for p, g, s, step in zip(params, grads, state_sums, steps):
         _check(p, g, s)
         rate = float32_scalar(lr) / (1 + (step - 1) * float32_scalar(lr_decay))
-        s.copy_(elementwise(lambda ctx, p, g, s: s + square(direction(p, g)), p, g, s))
 
-        def moved(ctx: Any, p: Any, g: Any, s: Any, rate: Fraction = rate) -> Any:
+        def update(ctx: Any, p: Any, g: Any, s: Any, rate: Fraction = rate) -> Any:
             return p - rate * (direction(p, g) / (ctx.sqrt(s) + epsilon))
 
-        p.copy_(elementwise(moved, p, g, s))
+        _assign(s, lambda ctx, p, g, s: s + square(direction(p, g)), p, g, s)
+        _assign(p, update, p, g, s)
 
 
 def adadelta(
@@ -351,18 +378,14 @@ def adadelta(
     weight_decay: float,
     maximize: bool,
 ) -> None:
-    """Adadelta (Zeiler 2012).
+    """Do a step of Adadelta (Zeiler 2012).
 
     d = grad + weight_decay * param;   v' = rho v + (1 - rho) d^2, rounded once;
     u = sqrt(a + eps) / sqrt(v' + eps) * d, rounded once;   a' = rho a + (1 - rho) u^2 and
     param' = param - lr * u, each rounded once.
     """
-    rate, keep, rest, epsilon = (
-        float32_scalar(lr),
-        float32_scalar(rho),
-        float32_scalar(1 - rho),
-        float32_scalar(eps),
-    )
+    rate, keep, rest = float32_scalar(lr), float32_scalar(rho), float32_scalar(1 - rho)
+    epsilon = float32_scalar(eps)
     direction = _direction(float32_scalar(weight_decay), -1 if maximize else 1)
 
     def update(ctx: Any, p: Any, g: Any, v: Any, a: Any) -> Any:
@@ -370,12 +393,13 @@ def adadelta(
 
     for p, g, v, a in zip(params, grads, square_avgs, acc_deltas):
         _check(p, g, v, a)
-        v.copy_(
-            elementwise(lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), p, g, v)
-        )
+        _assign(v, lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), p, g, v)
         u = elementwise(update, p, g, v, a)
-        a.copy_(elementwise(lambda ctx, a, u: keep * a + rest * (u * u), a, u))
-        p.copy_(elementwise(lambda ctx, p, u: p - rate * u, p, u))
+        _assign(a, lambda ctx, a, u: keep * a + rest * (u * u), a, u)
+        _assign(p, lambda ctx, p, u: p - rate * u, p, u)
+
+
+# --- what the definitions share ------------------------------------------------------------------
 
 
 def square(x: Any) -> Any:
@@ -383,7 +407,7 @@ def square(x: Any) -> Any:
 
 
 def _direction(decay: Fraction, sign: int) -> Callable[[Any, Any], Any]:
-    """The gradient to descend: with the sign of the aim, and weight decay as a penalty."""
+    """Return the formula of the gradient to descend: `sign` times the gradient, plus weight decay."""
 
     def direction(p: Any, g: Any) -> Any:
         g = g if sign == 1 else -g
@@ -392,39 +416,37 @@ def _direction(decay: Fraction, sign: int) -> Callable[[Any, Any], Any]:
     return direction
 
 
-def _with_kernel(
-    name: str, step: Callable[..., None], state: Sequence[Optional[Tensor]], numbers: Sequence[Any]
-) -> None:
-    """The step in place: by the compiled loop, if there is one, and what it leaves by definition."""
-    tensors = [x for x in state if x is not None]
-    if not _fits(tensors):
-        return step(*tensors)
-    failed = torch.empty(tensors[0].numel(), dtype=torch.int64, device="cpu")
-    pointers = [None if x is None else x.data_ptr() for x in state]
-    scalars = [x if isinstance(x, (bool, int)) else float(x) for x in numbers]
-    kernel = getattr(kernels.library, name)
-    count = kernel(tensors[0].numel(), *pointers, *scalars, failed.data_ptr())
-    increment_version([tensors[0], *tensors[2:]])
-    if count:
-        _settle(step, tensors, failed[:count])
-    return None
+def _assign(target: Tensor, formula: Callable[..., Any], *operands: Tensor) -> None:
+    """Overwrite a tensor with the correctly rounded values of a formula."""
+    target.copy_(elementwise(formula, *operands))
 
 
-def _settle(step: Callable[..., None], state: Sequence[Tensor], at: Tensor) -> None:
-    """The step of the elements `at`; the second of the state is the gradient, and stays."""
-    few = [x.view(-1)[at] for x in state]
-    step(*few)
-    for i, (x, y) in enumerate(zip(state, few)):
-        if i != 1:
-            x.view(-1)[at] = y
+def _has_kernel(state: Sequence[Tensor]) -> bool:
+    """Return whether a compiled loop can update one parameter, given its gradient and its states."""
+    return kernels.usable(*state) and all(x.shape == state[0].shape for x in state[1:])
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+def _redo(reference_step: Step, states: Sequence[Sequence[Tensor]], failed: Tensor) -> None:
+    """Repeat a step, which left them unchanged, for the elements that failed the rounding test.
+
+    states: parameter, gradient and states of each parameter. failed: 2^40 times the parameter's number
+    plus the element's flat index.
+    """
+    for i, (p, g, *others) in enumerate(states):
+        index = failed[failed >> 40 == i] & (1 << 40) - 1
+        if len(index):
+            few = [x.view(-1)[index] for x in (p, g, *others)]
+            reference_step(*few)
+            for x, y in zip((p, *others), (few[0], *few[2:])):
+                x.view(-1)[index] = y
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _check(*tensors: Tensor) -> None:
     for x in tensors:
-        if x.dtype is torch.float32 and x.layout is torch.strided and type(x) in _PLAIN:
+        if x.dtype is torch.float32 and x.layout is torch.strided and type(x) in _PLAIN_TYPES:
             continue
         refusal = getattr(type(x), "optimizer_refusal", None)
         if refusal is not None:
@@ -442,9 +464,6 @@ def _check(*tensors: Tensor) -> None:
             )
 
 
-# How PyTorch calls them: its Python functions (all three forms take the same arguments) ...
-
-
 def _refuse_unless(ok: bool, what: str) -> None:
     if not ok:
         raise NotExactError(
@@ -452,32 +471,83 @@ def _refuse_unless(ok: bool, what: str) -> None:
         )
 
 
-def _python(
-    step: Callable[..., None], names: str, counters: bool = True, steps: bool = False
-) -> Callable[..., None]:
-    """What PyTorch calls, with the options `names`: the last list counts the steps (`counters`), and
-    goes on to the definition as whole numbers (`steps`)."""
+# --- what replaces PyTorch's Python functions; all forms of an optimizer take the same arguments --
 
-    def called(*lists: Any, **options: Any) -> None:
-        _refuse_unless(not options.get("has_complex"), "complex parameters")
+
+def _python_step(
+    definition: Step, options: str, counters: bool = True, takes_steps: bool = False
+) -> Step:
+    """Return the function that is called with the arguments of PyTorch's.
+
+    options: those that the definition takes. counters: the last list counts the steps. takes_steps: the
+    definition takes the counts, as integers.
+    """
+
+    def step(*lists: Any, **given: Any) -> None:
+        _refuse_unless(not given.get("has_complex"), "complex parameters")
         if counters:
-            *lists, counted = lists  # type: ignore[assignment]
-            for counter in counted:
-                counter += 1
-            if steps:
-                lists = (*lists, _whole(counted))
-        step(*lists, **{name: options[name] for name in names.split()})
+            *lists, counts = lists  # type: ignore[assignment]
+            for count in counts:
+                count += 1
+            if takes_steps:
+                lists = (*lists, _integers(counts))
+        definition(*lists, **{name: given[name] for name in options.split()})
 
-    return called
-
-
-def _whole(counters: Sequence[Tensor]) -> list[int]:
-    """The numbers in 0-dim tensors; of those on a device the host reads all at once."""
-    together = len({x.device for x in counters}) == 1 and devices.is_on_accelerator(counters[0])
-    return [int(x) for x in (torch.stack(list(counters)).tolist() if together else counters)]
+    return step
 
 
-# ... and the operators of the fused form, when called directly.
+def _integers(counts: Sequence[Tensor]) -> list[int]:
+    """Return the integers in 0-dim tensors; those on one accelerator are read in one transfer."""
+    one_device = len({x.device for x in counts}) == 1
+    at_once = one_device and devices.is_on_accelerator(counts[0])
+    return [int(x) for x in (torch.stack(list(counts)).tolist() if at_once else counts)]
+
+
+def _undefined_step(name: str) -> Step:
+    def step(*lists: Any, **options: Any) -> None:
+        raise NotExactError(
+            f"torch.optim's {name} has no exact definition; use Adam, AdamW, SGD, RMSprop, Adagrad "
+            "or Adadelta."
+        )
+
+    return step
+
+
+def _checked(step: Step) -> Step:
+    """Return the step, which refuses what no definition has, and which runs natively."""
+
+    def checked(*lists: Any, **options: Any) -> None:
+        scaler = options.pop("grad_scale", None), options.pop("found_inf", None)
+        _refuse_unless(scaler == (None, None), "a gradient scaler")
+        options.pop("differentiable", None)
+        _refuse_unless(not torch.is_grad_enabled(), "differentiable=True")
+        with dispatcher.natively():
+            deferred.step(step, lists, options)
+
+    return checked
+
+
+_DEFINITIONS: dict[str, Step] = {
+    "adam": _python_step(
+        adam,
+        "lr beta1 beta2 weight_decay eps amsgrad maximize decoupled_weight_decay",
+        takes_steps=True,
+    ),
+    "sgd": _python_step(
+        sgd, "lr weight_decay momentum dampening nesterov maximize", counters=False
+    ),
+    "rmsprop": _python_step(rmsprop, "lr alpha eps weight_decay momentum centered maximize"),
+    "adagrad": _python_step(adagrad, "lr weight_decay lr_decay eps maximize", takes_steps=True),
+    "adadelta": _python_step(adadelta, "lr rho eps weight_decay maximize"),
+}
+# Their steps take powers of Python floats from the C library.
+_UNDEFINED = {name: _undefined_step(name) for name in ("nadam", "radam", "adamax", "asgd")}
+
+# Module of torch.optim -> what replaces each of its OPTIMIZER_STEPS (reproml/torch_internals.py).
+STEPS = {name: _checked(step) for name, step in {**_DEFINITIONS, **_UNDEFINED}.items()}
+
+
+# --- the operators of the fused form, when they are called directly (operator_table.py) -----------
 
 
 def fused_adam(
@@ -494,14 +564,13 @@ def fused_adam(
     **options: Any,
 ) -> None:
     _refuse_unless(grad_scale is None and found_inf is None, "a gradient scaler")
-    steps = _whole(state_steps)
     adam(
         params,
         grads,
         exp_avgs,
         exp_avg_sqs,
         max_exp_avg_sqs,
-        steps,
+        _integers(state_steps),
         decoupled_weight_decay=decoupled,
         **options,
     )
@@ -530,66 +599,3 @@ def fused_sgd(
                 buffer.copy_(first)
     else:
         sgd(params, grads, buffers, **options)
-
-
-# module of torch.optim -> the one definition of its `_single_tensor_*`, `_multi_tensor_*`, `_fused_*`
-PYTHON_STEPS: dict[str, Callable[..., None]] = {
-    "adam": _python(
-        adam,
-        "lr beta1 beta2 weight_decay eps amsgrad maximize decoupled_weight_decay",
-        steps=True,
-    ),
-    "sgd": _python(sgd, "lr weight_decay momentum dampening nesterov maximize", counters=False),
-    "rmsprop": _python(rmsprop, "lr alpha eps weight_decay momentum centered maximize"),
-    "adagrad": _python(adagrad, "lr weight_decay lr_decay eps maximize", steps=True),
-    "adadelta": _python(adadelta, "lr rho eps weight_decay maximize"),
-}
-# Optimizers whose steps take powers of Python floats with the C library: refused.
-_REFUSED = ("nadam", "radam", "adamax", "asgd")
-
-_originals: list[tuple[Any, str, Any]] = []
-
-
-def _instead(
-    original: Callable[..., None], step: Callable[..., None], active: Callable[[], bool]
-) -> Any:
-    """The exact step in a thread that is in `exact()`, PyTorch's own elsewhere."""
-
-    def either(*lists: Any, **options: Any) -> None:
-        if not active():
-            return original(*lists, **options)
-        scaled = options.pop("grad_scale", None), options.pop("found_inf", None)
-        _refuse_unless(scaled == (None, None), "a gradient scaler")
-        options.pop("differentiable", None)
-        _refuse_unless(not torch.is_grad_enabled(), "differentiable=True")
-        with dispatcher.natively():
-            return deferred.step(step, lists, options)
-
-    return either
-
-
-def _refused(name: str) -> Callable[..., None]:
-    def step(*lists: Any, **options: Any) -> None:
-        raise NotExactError(
-            f"torch.optim's {name} has no exact definition; use Adam, AdamW or SGD."
-        )
-
-    return step
-
-
-def apply(active: Callable[[], bool]) -> None:
-    """Make every form of PyTorch's optimizers the definitions above."""
-    steps = {**PYTHON_STEPS, **{name: _refused(name) for name in _REFUSED}}
-    for name, step in steps.items():
-        module = importlib.import_module(f"torch.optim.{name}")
-        for form in ("_single_tensor_", "_multi_tensor_", "_fused_"):
-            original = getattr(module, form + name, None)
-            if original is not None:
-                _originals.append((module, form + name, original))
-                setattr(module, form + name, _instead(original, step, active))
-
-
-def restore() -> None:
-    """Undo take_over()."""
-    while _originals:
-        setattr(*_originals.pop())

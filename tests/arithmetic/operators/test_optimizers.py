@@ -1,4 +1,4 @@
-"""Each parameter and state after a step, against the definitions calculated in real numbers."""
+"""Tests of the optimizers: parameters and states after a step, against the definitions in real numbers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.arithmetic.strategies import FINITE, MODERATE, NOT_FINITE, SPECIAL, t
 from verification import oracle as o
 from verification.oracle import Real, check, float32_scalar, real, reals, rounded, same_bits
 
-few = settings(max_examples=15)
+few_examples = settings(max_examples=15)
 
 
-@pytest.fixture(params=["compiled", "plain"], autouse=True)
+@pytest.fixture(params=["compiled", "reference"], autouse=True)
 def form(request, monkeypatch):
-    if request.param == "plain":
+    if request.param == "reference":
         monkeypatch.setattr(kernels, "library", None)
     elif kernels.library is None:
         pytest.skip("the kernels are not built")
@@ -39,7 +39,7 @@ def penalized(p: Any, g: Any, decay: float, maximize: bool) -> Any:
 
 
 def adam_step(p, g, state, t, c):
-    """One element of Adam or AdamW: (param, grad, [m, v, v_max]) -> the same after step t."""
+    """Return one element of Adam or AdamW after step t: param, [m, v, v_max]."""
     m, v, v_max = state
     beta1, beta2 = c["betas"]
     decoupled = c["decoupled"]
@@ -72,7 +72,7 @@ def sgd_step(p, g, buffer, c):
     return rounded(p - float32_scalar(c["lr"]) * direction), buffer
 
 
-def run(kind, start, grads, **options):
+def train(kind, start, grads, **options):
     p = torch.nn.Parameter(start.clone())
     optimizer = getattr(torch.optim, kind)([p], **options)
     with reproml.exact():
@@ -104,12 +104,12 @@ def grads_of(values):
 
 @pytest.mark.parametrize("kind", ["Adam", "AdamW"])
 @pytest.mark.parametrize("values", [MODERATE, FINITE], ids=["moderate", "finite"])
-@few
+@few_examples
 @given(data=st.data())
 def test_adam(kind, values, data):
     c = data.draw(ADAM)
     start, grads = data.draw(tensors((4,), values)), data.draw(grads_of(values))
-    found, state = run(kind, start, grads, **c)
+    found, state = train(kind, start, grads, **c)
     c["decoupled"] = kind == "AdamW"
     states: Any = [[Real(0)] * 3 for _ in range(4)]
     p = elements(start)
@@ -122,7 +122,7 @@ def test_adam(kind, values, data):
 
 
 @pytest.mark.parametrize("values", [MODERATE, FINITE], ids=["moderate", "finite"])
-@few
+@few_examples
 @given(data=st.data())
 def test_sgd(values, data):
     c = {
@@ -137,7 +137,7 @@ def test_sgd(values, data):
         c["nesterov"] = data.draw(st.booleans())
         c["dampening"] = 0.0 if c["nesterov"] else data.draw(st.sampled_from([0.0, 0.1, 0.5]))
     start, grads = data.draw(tensors((4,), values)), data.draw(grads_of(values))
-    found, state = run("SGD", start, grads, **c)
+    found, state = train("SGD", start, grads, **c)
     buffers: Any = [None] * 4
     p = elements(start)
     for g in grads:
@@ -151,8 +151,8 @@ EXTREME = torch.tensor((SPECIAL + NOT_FINITE) * 60)
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
-def test_all_special_values_meet(kind):
-    """Ties, subnormals, overflow, infinities and NaN as parameter and gradient."""
+def test_special_values_are_rounded_correctly(kind):
+    """Parameter and gradient are every pair of ties, subnormals, overflows, infinities and NaN."""
     n = len(SPECIAL + NOT_FINITE)
     start, g = (x.reshape(-1).contiguous() for x in torch.broadcast_tensors(
         EXTREME[:n].unsqueeze(1), EXTREME[:n]))  # fmt: skip
@@ -165,17 +165,17 @@ def test_all_special_values_meet(kind):
         d = {**c, "decoupled": kind == "AdamW"}
         states = [[Real(0)] * 3] * len(g)
         expected = [adam_step(*a, 1, d)[0] for a in zip(elements(start), elements(g), states)]
-    check(run(kind, start, [g], **c)[0], expected)
+    check(train(kind, start, [g], **c)[0], expected)
 
 
-def test_ties_are_even():
+def test_ties_round_to_even():
     """p - lr g exactly between two binary32 numbers."""
     p = torch.tensor([1.0, 1 + 2**-23, 2.0**24, 2.0**-149] * 20)
     g = torch.tensor([-(2.0**-24), -(2.0**-24), -1.0, 2.0**-150 * 2] * 20)
-    found, _ = run("SGD", p, [g], lr=1.0)
+    found, _ = train("SGD", p, [g], lr=1.0)
     check(found, reals(p) - reals(g))
     assert found[:2].tolist() == [1.0, 1 + 2 * 2**-23]
-    found, _ = run("SGD", p, [g], lr=0.5)
+    found, _ = train("SGD", p, [g], lr=0.5)
     check(found, reals(p) - reals(g) * Fraction(1, 2))
 
 
@@ -195,14 +195,14 @@ def test_all_forms_give_the_same_bits(kind, options):
     torch.manual_seed(0)
     start, grads = torch.randn(300), [torch.randn(300) for _ in range(3)]
     forms = [{"foreach": False, "fused": False}, {"foreach": True}, {"fused": True}]
-    results = [run(kind, start, grads, **options, **f)[0] for f in forms]
+    results = [train(kind, start, grads, **options, **f)[0] for f in forms]
     strided = torch.stack([start, start], 1)[:, 0]
-    results.append(run(kind, strided, grads, **options)[0])
+    results.append(train(kind, strided, grads, **options)[0])
     assert all(same_bits(results[0], r) for r in results)
 
 
 @pytest.mark.parametrize("kind, options", OPTIONS)
-def test_is_near_to_pytorch_s_own(kind, options):
+def test_steps_are_close_to_native_steps(kind, options):
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(50))
     start, grads = p.detach().clone(), [torch.randn(50) for _ in range(4)]
@@ -210,11 +210,11 @@ def test_is_near_to_pytorch_s_own(kind, options):
     for g in grads:
         p.grad = g.clone()
         optimizer.step()
-    assert torch.allclose(run(kind, start, grads, **options)[0], p, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(train(kind, start, grads, **options)[0], p, rtol=1e-5, atol=1e-6)
 
 
 def test_fused_operators():
-    """_fused_adam_, _fused_adamw_ and _fused_sgd_ themselves are the same definitions."""
+    """_fused_adam_, _fused_adamw_ and _fused_sgd_ give the same bits when they are called directly."""
     torch.manual_seed(0)
     start, g = torch.randn(9), torch.randn(9)
     rest: dict[str, Any] = {"weight_decay": 0.1, "maximize": False}
@@ -238,11 +238,11 @@ def test_fused_operators():
         public = {k: x for k, x in options.items() if k not in ("beta1", "beta2")}
         if kind != "SGD":
             public["betas"] = (0.9, 0.99)
-        assert same_bits(p, run(kind, start, [g], **public)[0])
+        assert same_bits(p, train(kind, start, [g], **public)[0])
 
 
 @given(st.sampled_from([0.0, 0.5, 0.9, 0.999, 0.9999999, 1e-300]), st.integers(1, 2000))
-@few
+@few_examples
 def test_bias_correction(beta, step):
     with mpmath.workprec(400):
         exact = 1 - mpmath.mpf(beta) ** step
@@ -250,7 +250,7 @@ def test_bias_correction(beta, step):
         assert abs(mpmath.mpf(found.numerator) / found.denominator - exact) <= mpmath.mpf(2) ** -160
 
 
-def refuses(p, grad, kind="Adam", **options):
+def assert_refused(p, grad, kind="Adam", **options):
     optimizer = getattr(torch.optim, kind)([p], **options)
     p.grad = grad
     before = p.detach().clone()
@@ -260,28 +260,28 @@ def refuses(p, grad, kind="Adam", **options):
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
-def test_refuses_what_has_no_definition(kind):
+def test_refuses_other_dtypes_and_differentiable(kind):
     wide = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
-    refuses(wide, torch.ones(2, dtype=torch.float64), kind)
+    assert_refused(wide, torch.ones(2, dtype=torch.float64), kind)
     number = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
-    refuses(number, torch.ones(2, dtype=torch.complex64), kind)
+    assert_refused(number, torch.ones(2, dtype=torch.complex64), kind)
     half = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
-    refuses(half, torch.ones(2, dtype=torch.float16), kind)
-    refuses(torch.nn.Parameter(torch.ones(2)), torch.ones(2), kind, differentiable=True)
+    assert_refused(half, torch.ones(2, dtype=torch.float16), kind)
+    assert_refused(torch.nn.Parameter(torch.ones(2)), torch.ones(2), kind, differentiable=True)
 
 
 def test_refuses_a_sparse_gradient():
     sparse = torch.sparse_coo_tensor(torch.tensor([[0, 0]]), torch.ones(2), (2,))
-    refuses(torch.nn.Parameter(torch.ones(2)), sparse, "SGD")
+    assert_refused(torch.nn.Parameter(torch.ones(2)), sparse, "SGD")
 
 
 @pytest.mark.parametrize("kind", ["ASGD", "NAdam", "RAdam", "Adamax"])
 @pytest.mark.parametrize("foreach", [False, True])
-def test_refuses_optimizers_that_take_powers_in_python(kind, foreach):
-    refuses(torch.nn.Parameter(torch.ones(2)), torch.ones(2), kind, foreach=foreach)
+def test_refuses_optimizers_that_use_python_powers(kind, foreach):
+    assert_refused(torch.nn.Parameter(torch.ones(2)), torch.ones(2), kind, foreach=foreach)
 
 
-def functions():
+def native_steps():
     return [
         getattr(importlib.import_module(f"torch.optim.{name}"), form + name)
         for name in ("adam", "sgd")
@@ -289,16 +289,16 @@ def functions():
     ]
 
 
-def test_pytorch_s_functions_are_back_afterwards():
-    before = functions()
+def test_native_steps_are_restored_after_exact():
+    before = native_steps()
     with reproml.exact():
         with reproml.exact():
             pass
-        assert all(a is not b for a, b in zip(functions(), before))
-    assert functions() == before
+        assert all(a is not b for a, b in zip(native_steps(), before))
+    assert native_steps() == before
     with pytest.raises(ZeroDivisionError), reproml.exact():
         raise ZeroDivisionError
-    assert functions() == before
+    assert native_steps() == before
 
     def work():
         for _ in range(20):
@@ -310,10 +310,10 @@ def test_pytorch_s_functions_are_back_afterwards():
         thread.start()
     for thread in threads:
         thread.join()
-    assert functions() == before
+    assert native_steps() == before
 
 
-def test_a_thread_outside_takes_pytorch_s_own_steps():
+def test_threads_outside_exact_step_natively():
     def step():
         p = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
         p.grad = torch.full((4,), 0.1, dtype=torch.float64)
@@ -381,18 +381,18 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("kind, step, states, options", OTHERS)
-@few
+@few_examples
 @given(start=tensors((4,), MODERATE), grads=grads_of(MODERATE))
-def test_others(kind, step, states, options, start, grads):
+def test_other_optimizers(kind, step, states, options, start, grads):
     state: Any = [[Real(0)] * states for _ in range(4)]
     p = elements(start)
     for t, g in enumerate(grads, 1):
         p, state = zip(*[step(*a, t, options) for a in zip(p, elements(g), state)])
     for foreach in (False, True):
-        check(run(kind, start, grads, foreach=foreach, **options)[0], np.array(p, dtype=object))
+        check(train(kind, start, grads, foreach=foreach, **options)[0], np.array(p, dtype=object))
 
 
-def test_a_state_of_another_shape_is_refused():
+def test_refuses_a_state_of_another_shape():
     p = torch.nn.Parameter(torch.ones(8))
     for optimizer, name in (
         (torch.optim.Adam([p]), "exp_avg"),
@@ -407,7 +407,7 @@ def test_a_state_of_another_shape_is_refused():
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
-def test_autograd_sees_that_a_parameter_has_changed(kind):
+def test_autograd_detects_a_changed_parameter(kind):
     p = torch.nn.Parameter(torch.ones(8))
     p.grad = torch.ones(8)
     with reproml.exact():
@@ -418,7 +418,7 @@ def test_autograd_sees_that_a_parameter_has_changed(kind):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_parameters_that_share_memory_are_stepped_in_order(threads, form):
+def test_parameters_sharing_memory_step_in_order(threads, form):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -437,7 +437,7 @@ def test_parameters_that_share_memory_are_stepped_in_order(threads, form):
     assert same_bits(p, one)
 
 
-def test_a_gradient_that_is_the_parameter():
+def test_gradient_may_be_the_parameter():
     p = torch.nn.Parameter(torch.tensor([math.inf, 1.0, 2.0**-140]))
     p.grad = p.detach()
     with reproml.exact():
@@ -445,8 +445,8 @@ def test_a_gradient_that_is_the_parameter():
     assert p[0].isnan() and p[1:].tolist() == [0, 0]
 
 
-def test_a_negative_epsilon_in_both_forms(form):
-    """Its root and epsilon may cancel, which the compiled loop's bound does not foresee."""
+def test_negative_epsilon_takes_the_reference_path(form):
+    """The root and epsilon may cancel, which the error bound of the compiled loop excludes."""
     p, m, v = torch.ones(64), torch.zeros(64), torch.zeros(64)
     g = 1 + torch.arange(64) * 2.0**-23
     options: dict[str, Any] = {"lr": 2.0**-24, "beta1": 0.0, "beta2": 0.0, "eps": -1.0}

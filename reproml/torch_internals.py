@@ -1,0 +1,308 @@
+"""Every private name of PyTorch that reproml uses: what it is for, and what happens without it.
+
+PyTorch may rename or remove these in any release, so they are looked up here, once, when this module is
+imported; other modules import them from here. A name that is missing raises UnknownPyTorchError, which
+names it and the version of PyTorch: a fallback would be able to change results without an error.
+
+`INTERNALS` lists them all. The names carry no leading underscore here and are otherwise PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from reproml.errors import ReproError
+
+
+class UnknownPyTorchError(ReproError, ImportError):
+    """This version of PyTorch lacks a private name that reproml uses."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"reproml does not know PyTorch {torch.__version__}: {name} is missing")
+
+
+class Internal(NamedTuple):
+    """Why reproml uses a private name."""
+
+    purpose: str
+    without: str  # what would happen without it
+
+
+INTERNALS: dict[str, Internal] = {}
+
+
+def internal(name: str, purpose: str, without: str) -> Any:
+    """Record why a private name is used and return what it names. Raises UnknownPyTorchError."""
+    INTERNALS[name] = Internal(purpose, without)
+    return lookup(name)
+
+
+def lookup(name: str) -> Any:
+    """Return what a dotted name, such as "torch.nn.init.trunc_normal_", refers to."""
+    found: Any = torch
+    parts = name.split(".")
+    for end, part in enumerate(parts[1:], 2):
+        prefix = ".".join(parts[:end])
+        try:  # torch.optim deletes the attributes `adam`, `sgd`, ...: the modules are in sys.modules
+            found = sys.modules[prefix] if prefix in sys.modules else getattr(found, part)
+        except AttributeError:
+            try:
+                found = importlib.import_module(prefix)
+            except ImportError:
+                raise UnknownPyTorchError(name) from None
+    return found
+
+
+def attribute(example: Any, kind: str, name: str, purpose: str, without: str) -> None:
+    """Record a private attribute of every object of a kind, and check that an example has it."""
+    INTERNALS[f"{kind}.{name}"] = Internal(purpose, without)
+    if not hasattr(example, name):
+        raise UnknownPyTorchError(f"{kind}.{name}")
+
+
+# --- the dispatcher: how operators reach reproml (arithmetic/dispatch/) ---------------------------
+
+DispatchKey = internal(
+    "torch._C.DispatchKey",
+    "names the keys Python and CompositeImplicitAutograd",
+    "operators that PyTorch writes in terms of others would not be decomposed",
+)
+parse_dispatch_key = internal(
+    "torch._C._parse_dispatch_key",
+    "returns the key Fake, under which reproml registers its kernels",
+    "no operator could be intercepted",
+)
+dispatch_get_all_op_names = internal(
+    "torch._C._dispatch_get_all_op_names",
+    "lists the operators for which kernels are registered",
+    "no operator could be intercepted while a mode is active",
+)
+dispatch_tls_set_dispatch_key_included = internal(
+    "torch._C._dispatch_tls_set_dispatch_key_included",
+    "sends the operators of a thread within exact() to reproml's kernels",
+    "no operator could be intercepted",
+)
+dispatch_tls_set_dispatch_key_excluded = internal(
+    "torch._C._dispatch_tls_set_dispatch_key_excluded",
+    "runs what a kernel calls natively",
+    "kernels would call themselves without end",
+)
+dispatch_tls_is_dispatch_key_excluded = internal(
+    "torch._C._dispatch_tls_is_dispatch_key_excluded",
+    "determines whether a tensor subclass is calling an operator natively",
+    "a subclass that calls the same operator would call itself without end",
+)
+SetExcludeDispatchKeyGuard = internal(
+    "torch._C._SetExcludeDispatchKeyGuard",
+    "runs a block natively, or intercepts operators again within a kernel",
+    "kernels would call themselves without end",
+)
+attribute(
+    torch.library.Library,
+    "torch.library.Library",
+    "_destroy",
+    "removes the fallthrough kernels of copies once an accelerator is in use",
+    "copies could not be replayed after a failed rounding test on an accelerator",
+)
+
+# --- modes and tensor subclasses -----------------------------------------------------------------
+
+len_torch_dispatch_stack = internal(
+    "torch._C._len_torch_dispatch_stack",
+    "determines whether a TorchDispatchMode is active",
+    "modes would not see the operators within exact()",
+)
+pop_mode_temporarily = internal(
+    "torch.utils._python_dispatch._pop_mode_temporarily",
+    "calls the innermost TorchDispatchMode, as PyTorch does",
+    "modes would not see the operators within exact()",
+)
+if TYPE_CHECKING:  # a base class needs a type
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+else:
+    TorchDispatchMode = internal(
+        "torch.utils._python_dispatch.TorchDispatchMode",
+        "sees each operator of a trace at level op",
+        "there would be no traces at level op",
+    )
+DisableTorchDispatch = internal(
+    "torch._C._DisableTorchDispatch",
+    "hides a block from modes and subclasses",
+    "a trace would contain the operators of its own fingerprints",
+)
+DisableTorchFunction = internal(
+    "torch._C.DisableTorchFunction",
+    "hides a block from __torch_function__ modes and subclasses",
+    "rounding tests on an accelerator would be visible to them",
+)
+DisableTorchFunctionSubclass = internal(
+    "torch._C.DisableTorchFunctionSubclass",
+    "calls a function of torch from __torch_function__ of a sharded tensor",
+    "__torch_function__ would call itself without end",
+)
+disabled_torch_function_impl = internal(
+    "torch._C._disabled_torch_function_impl",
+    "gives a subclass no __torch_function__",
+    "gradients that are not exchanged yet would be slower to use",
+)
+make_wrapper_subclass = internal(
+    "torch.Tensor._make_wrapper_subclass",
+    "makes a sharded tensor and a gradient that is not exchanged yet",
+    "no distributed training",
+)
+tree_map_only = internal(
+    "torch.utils._pytree.tree_map_only",
+    "applies a function to the tensors in nested arguments",
+    "no deferred rounding tests and no distributed training",
+)
+tree_leaves = internal(
+    "torch.utils._pytree.tree_leaves",
+    "lists the tensors in nested arguments",
+    "no distributed training",
+)
+
+# --- operators -----------------------------------------------------------------------------------
+
+_operator = torch.ops.aten.add.Tensor
+attribute(
+    _operator,
+    "torch._ops.OpOverload",
+    "_schema",
+    "holds an operator's name, arguments, and which of them it mutates",
+    "no operator could be looked up in the table",
+)
+attribute(
+    _operator,
+    "torch._ops.OpOverload",
+    "_overloadname",
+    "separates the overloads of a data-movement operator that compute",
+    "an operator that computes might run natively",
+)
+attribute(
+    _operator,
+    "torch._ops.OpOverload",
+    "_op",
+    "calls an operator without a Python frame",
+    "data-movement operators would be slower",
+)
+canonicalize_dims = internal(
+    "torch._prims_common.canonicalize_dims",
+    "maps negative dimensions to positive ones and reports those out of range",
+    "reductions could not be defined",
+)
+compute_elementwise_output_strides = internal(
+    "torch._prims_common.compute_elementwise_output_strides",
+    "returns the memory layout of an elementwise result",
+    "sharded tensors would have other strides than PyTorch's",
+)
+
+# --- autograd ------------------------------------------------------------------------------------
+
+current_graph_task_id = internal(
+    "torch._C._current_graph_task_id",
+    "identifies the backward pass that is running",
+    "gradients of several processes could not be exchanged together",
+)
+execution_engine = internal(
+    "torch.autograd.Variable._execution_engine",
+    "calls a function at the end of a backward pass",
+    "gradients of several processes could not be exchanged together",
+)
+current_autograd_node = internal(
+    "torch._C._current_autograd_node",
+    "names the backward node of an operator in a trace",
+    "traces at level op would not name the forward line of a backward operator",
+)
+get_sequence_nr = internal(
+    "torch._C._autograd._get_sequence_nr",
+    "returns the number of the autograd node that was made last",
+    "traces at level op would not name the forward line of a backward operator",
+)
+attribute(
+    torch._C._FunctionBase,
+    "torch.autograd.graph.Node",
+    "_sequence_nr",
+    "returns the number of an autograd node",
+    "traces at level op would not name the forward line of a backward operator",
+)
+profiler_enabled = internal(
+    "torch._C._autograd._profiler_enabled",
+    "determines whether a profiler is running",
+    "profilers would not show the names of optimizers' steps",
+)
+
+# --- what is replaced: arithmetic/patches.py, tracing/recorder.py --------------------------------
+
+allow_nonbracketed_mutation = internal(
+    "torch.backends.__allow_nonbracketed_mutation",
+    "sets torch.backends.*.enabled after torch.backends.disable_global_flags()",
+    "exact() would raise RuntimeError in programs that call it, such as PyTorch's own tests",
+)
+tensor_str = internal(
+    "torch._tensor_str",
+    "the module that prints tensors, for which it computes in float64",
+    "tensors could not be printed within exact()",
+)
+internal("torch._tensor_str._str", "prints a tensor", "see torch._tensor_str")
+internal(
+    "torch.nn.init._no_grad_trunc_normal_",
+    "implements trunc_normal_, whose algorithm depends on the version of PyTorch",
+    "initial weights would depend on the version of PyTorch",
+)
+internal(
+    "torch.nn.init.math",
+    "is where initializers take erf and sqrt from",
+    "initial weights would depend on the C library",
+)
+internal(
+    "torch.optim.lr_scheduler.math",
+    "is where schedulers take cos from",
+    "learning rates would depend on the C library",
+)
+internal(
+    "torch.optim.lr_scheduler.CyclicLR._exp_range_scale_fn",
+    "takes a power of gamma",
+    "learning rates would depend on the C library",
+)
+BaseDataLoaderIter = internal(
+    "torch.utils.data.dataloader._BaseDataLoaderIter",
+    "returns the batches of every data loader",
+    "traces would have no batches and no epochs",
+)
+
+# Each module of torch.optim, and its functions that do a step: "single_tensor" for
+# torch.optim.adam._single_tensor_adam, and so on. AdamW has Adam's.
+OPTIMIZER_STEPS: dict[str, tuple[str, ...]] = {
+    "adam": ("single_tensor", "multi_tensor", "fused"),
+    "sgd": ("single_tensor", "multi_tensor", "fused"),
+    "adagrad": ("single_tensor", "multi_tensor", "fused"),
+    "rmsprop": ("single_tensor", "multi_tensor"),
+    "adadelta": ("single_tensor", "multi_tensor"),
+    "nadam": ("single_tensor", "multi_tensor"),
+    "radam": ("single_tensor", "multi_tensor"),
+    "adamax": ("single_tensor", "multi_tensor"),
+    "asgd": ("single_tensor", "multi_tensor"),
+}
+for _name, _forms in OPTIMIZER_STEPS.items():
+    for _form in _forms:
+        internal(
+            f"torch.optim.{_name}._{_form}_{_name}",
+            "does a step of the optimizer",
+            "weights would depend on the form of the step and on the C library",
+        )
+
+# --- torch.compile -------------------------------------------------------------------------------
+
+# Not imported here, as it takes seconds; exact() imports it.
+DYNAMO = "torch._dynamo"
+INTERNALS[DYNAMO] = Internal(
+    "is imported before the first exact(), as the optimizers import it at their first step",
+    "its import would fail within a mode or a default device",
+)
+if importlib.util.find_spec(DYNAMO) is None:
+    raise UnknownPyTorchError(DYNAMO)
