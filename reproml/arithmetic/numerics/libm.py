@@ -1,4 +1,4 @@
-"""Python's `math` where the C library would decide the last bit."""
+"""Correctly rounded replacements for Python's `math`, whose last bit depends on the C library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class ExactMath:
-    """Python's `math`, its transcendental functions correctly rounded to binary64 by mpmath."""
+    """Python's `math` with transcendental functions that mpmath rounds correctly to binary64."""
 
     _ROUNDED = (
         "cos",
@@ -31,9 +31,8 @@ class ExactMath:
         def rounded(x: float) -> float:
             import mpmath
 
-            with mpmath.workprec(
-                200
-            ):  # Table maker's dilemma: no binary64 case is known past 2^-120
+            # Table maker's dilemma: no binary64 case is known that needs more than 120 bits.
+            with mpmath.workprec(200):
                 return float(getattr(mpmath, name)(mpmath.mpf(x)))
 
         return rounded
@@ -56,12 +55,12 @@ class ExactPower(float):
 
 
 def _power(base: float, exponent: float) -> Any:
-    reference: Any = float(base) ** float(exponent)  # raises as it always does
-    if isinstance(reference, complex):
-        return reference
+    native: Any = float(base) ** float(exponent)  # raises what Python raises
+    if isinstance(native, complex):
+        return native
     if base == 0 or not (math.isfinite(base) and math.isfinite(exponent)):
-        return reference  # a limit
-    if base < 0:  # then the exponent is whole, or `plain` is complex
+        return native  # a limit
+    if base < 0:  # the exponent is an integer, as `native` is not complex
         return -_power(-base, exponent) if exponent % 2 else _power(-base, exponent)
     import mpmath
 
