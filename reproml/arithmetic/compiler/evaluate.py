@@ -175,8 +175,8 @@ def _rows_by_balls(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
 
 # ---- the exact path --------------------------------------------------------------------------------
 
-# A value that agrees with a midpoint of two binary32 numbers to 1,000 bits is taken to be that midpoint. This
-# is part of the contract: a term that is 2^-1000 times smaller than the rest counts as zero.
+# A value that agrees with a midpoint of two binary32 numbers to 1,000 bits is taken to be that midpoint.
+# This is part of the contract: a term that is 2^-1000 times smaller than the rest counts as zero.
 _BITS = (120, 240, 480, 1100)
 
 

@@ -28,7 +28,7 @@ from reproml.arithmetic.numerics.balls import Formula
 
 
 class FormulaCall:
-    """One call of a formula: what to compute, and the slower paths for the elements that a program leaves."""
+    """One call of a formula: what to compute, and the slower paths for what a program leaves."""
 
     __slots__ = ("formula", "dim", "fast", "reference")
 
@@ -77,8 +77,8 @@ class _Plan(NamedTuple):
     work: int
 
 
-# All mutable state of this module: plans by formula and layout, programs by formula and dtypes, and a buffer
-# for each thread.
+# All mutable state of this module: plans by formula and layout, programs by formula and dtypes, and each
+# thread's buffer of indices.
 _plans: dict[Any, Optional[_Plan]] = {}
 _programs: dict[Any, Optional[Program]] = {}
 _local = threading.local()
@@ -173,7 +173,7 @@ def _run_on_float64(call: FormulaCall, operands: Sequence[Any]) -> Optional[Tens
 
 
 def _failure_buffer(count: int) -> Tensor:
-    """Return room for `count` indices. It is kept: mapping new memory costs time even if it stays unused."""
+    """Return room for `count` indices. It is kept, as mapping memory takes time even if it stays unused."""
     try:
         failed: Tensor = _local.failed
         if count <= failed.numel():

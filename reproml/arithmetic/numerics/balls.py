@@ -297,7 +297,9 @@ class Binary64Context(BallContext):
         return self._total(x, x)
 
     _gamma: Callable[[Any], float]  # bound of the relative error of a sum over a row
-    _total: Callable[[Any, Any], Any]  # (x, like): the sum of a row of x, broadcast to like's length
+    _total: Callable[
+        [Any, Any], Any
+    ]  # (x, like): the sum of a row of x, broadcast to like's length
     _largest: Callable[[Any], Any]  # the largest number of a row
     _two_sum: Callable[[Any, Any], tuple[Any, Any]]
 
@@ -343,7 +345,9 @@ class TensorContext(Binary64Context):
         error = x.error + y.error
         toward = torch.nextafter(s, torch.where(t > 0, torch.inf, -torch.inf).to(s))
         sided = ((s.contiguous().view(torch.int64) & 0x1FFFFFFF) == 0x10000000) & (t.abs() > error)
-        sided &= t.abs() > 2.0**-900 * s.abs()  # smaller terms may count as zero: see evaluate._BITS
+        sided &= (
+            t.abs() > 2.0**-900 * s.abs()
+        )  # smaller terms may count as zero: see evaluate._BITS
         rad = torch.where(sided, 0.0, t.abs() + error)
         return Ball(torch.where(sided, toward, s), 0, rad, self)
 

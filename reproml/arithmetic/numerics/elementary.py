@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Bound of the relative error of every function in this file: 8 ulp of binary64. The analysis is in each
-# function's docstring; tests/arithmetic/numerics/test_elementary.py measures less than 2 ulp against mpmath.
+# function's docstring; tests/arithmetic/numerics/test_elementary.py measures less than 2 ulp.
 RELATIVE = 2.0**-49
 EXP_RELATIVE = 2.0**-51  # bound of the relative error of exp
 

@@ -11,20 +11,20 @@ the roundings that it does not count:
   while the exact value lies on the midpoint's other side;
 - of results that underflow in binary64 (TINY).
 
-| caller                    | bound of the error       | SLACK     | U |mid|   | TINY    | zero's sign       |
-|---------------------------|--------------------------|-----------|-----------|---------|-------------------|
-| `round_ball`              | Ball.error               | `widened` | `widened` | added   | mid's, if certain |
-| `round_sum`               | size gamma(n)            | `gamma`   | `gamma`   | no need | both ends', +0    |
-| exact_sums._by_two_sum    | lost gamma(n)            | `gamma`   | no need   | no need | +0                |
-| evaluate._multi_precision | Ball.error               | ctx.u     | ctx.u     | no need | both ends'        |
-| distributed partial_sums  | size gamma(height + W)   | `gamma`   | `gamma`   | no need | both ends', +0    |
-| distributed batch_norm    | Ball.error               | `widened` | `widened` | added   | both ends'        |
+| caller                    | bound of the error     | SLACK     | U |mid|   | TINY  | sign of a zero |
+|---------------------------|------------------------|-----------|-----------|-------|----------------|
+| `round_ball`              | Ball.error             | `widened` | `widened` | added | mid's if known |
+| `round_sum`               | size gamma(n)          | `gamma`   | `gamma`   | -     | both ends', +0 |
+| exact_sums._by_two_sum    | lost gamma(n)          | `gamma`   | -         | -     | +0             |
+| evaluate._multi_precision | Ball.error             | ctx.u     | ctx.u     | -     | both ends'     |
+| partial_sums.merge        | size gamma(height + W) | `gamma`   | `gamma`   | -     | both ends', +0 |
+| batch norm, distributed   | Ball.error             | `widened` | `widened` | added | both ends'     |
 
-("size" is a bound of the sum of absolute values, "lost" the sum of the absolute rounding errors that TwoSum
-kept, W the number of workers. "Both ends'": ends of different signs fail; "+0": an exact zero is +0.)
+"size" is a bound of the sum of absolute values, "lost" the sum of the absolute rounding errors that TwoSum
+kept, W the number of workers. "both ends'": ends of different signs fail. "+0": an exact zero is +0.
 
-Why some need no room: the terms of a sum are products of at most four binary32 numbers, multiples of 2^-596,
-so no sum underflows. `_by_two_sum` rounds once more for each end, and fails where that gives a midpoint.
+Why some need no room ("-"): the terms of a sum are products of at most four binary32 numbers, multiples of
+2^-596, so no sum underflows. `_by_two_sum` rounds each end once, and fails where that gives a midpoint.
 mpmath's exponents are unbounded, and ctx.u is twice its unit roundoff.
 
 The kernels in csrc have the same test with the same constants. tests/arithmetic/numerics/test_rounding.py
@@ -61,9 +61,7 @@ def _read_now(failed: Tensor, mid: Tensor) -> bool:
 defer_test: Callable[[Tensor, Tensor], bool] = _read_now
 
 
-def rounding_test(
-    low: Tensor, high: Tensor, zeros_agree: bool = False
-) -> tuple[Tensor, Tensor]:
+def rounding_test(low: Tensor, high: Tensor, zeros_agree: bool = False) -> tuple[Tensor, Tensor]:
     """Round to binary32 the exact values that lie in [low, high], and find those that it cannot round.
 
     low, high: float64 tensors of one shape, the computed ends. See the module's docstring for what they
@@ -79,9 +77,9 @@ def rounding_test(
 
 
 def gamma(n: Any) -> Any:
-    """Return a bound of the relative error of a binary64 sum of `n` terms in any order, with or without FMA.
+    """Return a bound of the relative error of a binary64 sum of `n` terms, added in any order.
 
-    n: a number, or a float64 tensor of numbers.
+    It holds with or without FMA. n: a number, or a float64 tensor of numbers.
 
     Source: N. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1. The bound has
     room for the roundings of the test itself (3 more operations) and of the bound (SLACK).
