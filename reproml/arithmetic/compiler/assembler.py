@@ -1,6 +1,6 @@
-"""From a tape to a program for c/tape.c: what is needed, in which register, in which pass.
+"""Assembles a tape into a program for csrc/program.c: selects instructions, registers and passes.
 
-Instructions that nothing needs are left out, and a register is used again after its number's last use.
+Instructions that the result does not need are left out. A register is reused after its number's last use.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from reproml.arithmetic.compiler.tape import Register, Tape, Unsupported
 from reproml.arithmetic.numerics.balls import Ball, Formula
 
-# As in c/tape.c.
+# The instructions and limits of csrc/program.c. Each instruction has four forms (see `_form`).
 _OPS = {
     name: 4 * i
     for i, name in enumerate(
-        """load32 load64 expand sum max settle
+        """load32 load64 expand sum max round
         add sub mul div lt le eq and or
         neg abs not sqrt exp log expm1 log1p sin cos sinpi cospi erf erfc
         select muladd absmuladd lost plus plus_error""".split()
@@ -41,29 +41,32 @@ class _Program(ctypes.Structure):
     ]
 
 
-_SETTLE = -1  # in a list of instructions: the rounding test of the result
+_ROUND = -1  # in a list of instructions: the rounding test of the result
 
 
 class _Assembler:
-    """Registers for the instructions of a tape, and their encoding."""
+    """Assigns registers to the instructions of a tape and encodes them.
 
-    def __init__(self, tape: Tape, c: int, r: int, e: int) -> None:
-        self.tape, self.result = tape, (c, r, e)
-        self.by_row = tape.scalar[c]
-        needed = self._needed([x for x in (c, e) if x >= 0], lambda at: True)
+    mid, rel, rad: the result, as instructions of the tape or, where negative, constants (~index).
+    """
+
+    def __init__(self, tape: Tape, mid: int, rel: int, rad: int) -> None:
+        self.tape, self.result = tape, (mid, rel, rad)
+        self.by_row = tape.scalar[mid]
+        needed = self._needed([x for x in (mid, rad) if x >= 0], lambda at: True)
         self.needed = sorted(needed)
         self.reductions = [at for at in self.needed if tape.code[at].op in _REDUCING]
         self.scalars = [at for at in self.needed if tape.scalar[at]]
         self.registers = 0
 
     def _arguments(self, at: int) -> tuple[int, ...]:
-        if at == _SETTLE:
-            c, r, e = self.result
-            return (c, r, e)
+        if at == _ROUND:
+            return self.result
         op, arguments = self.tape.code[at]
         return () if op.startswith("load") else arguments
 
     def _needed(self, roots: Sequence[int], enter: Callable[[int], bool]) -> set[int]:
+        """The instructions that the roots depend on, not beyond those that `enter` rejects."""
         found: set[int] = set()
         stack = [at for at in roots if enter(at)]
         while stack:
@@ -74,28 +77,29 @@ class _Assembler:
         return found
 
     def straight(self) -> list[int]:
-        """All of it, one after the other."""
-        return self._encode([*self.needed, _SETTLE], {})
+        """All instructions in one sequence, for rows that fit into one block."""
+        return self._encode([*self.needed, _ROUND], {})
 
     def staged(self) -> tuple[list[int], list[tuple[int, int, int]]]:
-        """A stage for each level of reductions: what they need of each block, then what is of the row."""
+        """A stage for each level of reductions: what they need of each block, then what each row needs."""
         tape = self.tape
         code: list[int] = []
         stages: list[tuple[int, int, int]] = []
-        kept = {at: i for i, at in enumerate(self.scalars)}  # each in a register of its own
+        # Numbers of rows outlive a block, so each has a register of its own.
+        kept = {at: i for i, at in enumerate(self.scalars)}
         last = max((tape.level[at] for at in self.reductions), default=0) + 1
         for level in range(1, last + 1):
             ends = [at for at in self.reductions if tape.level[at] == level]
             roots = [x for at in ends for x in self._arguments(at)]
             if level == last and not self.by_row:
-                roots = [x for x in self._arguments(_SETTLE) if x >= 0]
-                ends = [_SETTLE]
+                roots = [x for x in self._arguments(_ROUND) if x >= 0]
+                ends = [_ROUND]
             body = sorted(self._needed(roots, lambda at: not tape.scalar[at]))
             after = [
                 at for at in self.scalars if tape.level[at] == level and at not in self.reductions
             ]
             if level == last and self.by_row:
-                after = [_SETTLE]
+                after = [_ROUND]
             begin = len(code) // 6
             code += self._encode([*body, *ends], kept)
             middle = len(code) // 6
@@ -104,7 +108,10 @@ class _Assembler:
         return code, stages
 
     def _encode(self, order: Sequence[int], kept: dict[int, int]) -> list[int]:
-        """Six numbers an instruction. kept: numbers with registers of their own, 0 to len(kept) - 1."""
+        """Encode instructions as six numbers each: form, target, three arguments, one number a row?
+
+        kept: the instructions whose numbers have the registers 0 to len(kept) - 1 for themselves.
+        """
         last_use = {x: i for i, at in enumerate(order) for x in self._arguments(at)}
         place = dict(kept)
         free: list[int] = []
@@ -113,8 +120,8 @@ class _Assembler:
         used = len(kept)
         for i, at in enumerate(order):
             arguments = self._arguments(at)
-            if at == _SETTLE:
-                to, op, scalar = 0, "settle", self.by_row
+            if at == _ROUND:
+                to, op, scalar = 0, "round", self.by_row
             else:
                 op, scalar = self.tape.code[at].op, self.tape.scalar[at]
                 scalar = scalar and op not in _REDUCING
@@ -141,10 +148,10 @@ class _Assembler:
 
 
 def _form(op: str, arguments: tuple[int, ...]) -> int:
-    """Which operands are constants: the first or second of two, the second or third of three."""
+    """Bits for constant arguments: the first and second of two, the second and third of three."""
     if len(arguments) == 2:
         return (arguments[0] < 0) + 2 * (arguments[1] < 0)
-    if op == "settle":
+    if op == "round":
         return 2 * (arguments[2] < 0)
     if len(arguments) == 3:
         return (arguments[1] < 0) + 2 * (arguments[2] < 0)
@@ -152,20 +159,20 @@ def _form(op: str, arguments: tuple[int, ...]) -> int:
 
 
 class Program:
-    """What c/tape.c runs; keeps its arrays alive."""
+    """A program that csrc/program.c runs; keeps its arrays alive."""
 
     def __init__(self, tape: Tape, y: Ball, rows: bool) -> None:
         if not isinstance(y.mid, Register):
             raise Unsupported("a constant result")
-        c = y.mid + 0.0 if rows else y.mid  # an exact zero of a row is +0
+        mid = y.mid + 0.0 if rows else y.mid  # an exact zero of a row is +0
         error = y.rad if isinstance(y.rad, Register) else tape.constant_at(float(y.rad))
         if isinstance(error, Register):
-            if tape.scalar[error.at] and not tape.scalar[c.at]:
+            if tape.scalar[error.at] and not tape.scalar[mid.at]:
                 error = tape.spread(error)
-            if tape.scalar[c.at] and not tape.scalar[error.at]:
-                c = tape.spread(c)
+            if tape.scalar[mid.at] and not tape.scalar[error.at]:
+                mid = tape.spread(mid)
             error = error.at
-        code = _Assembler(tape, c.at, tape.constant_at(float(y.rel)), error)
+        code = _Assembler(tape, mid.at, tape.constant_at(float(y.rel)), error)
         straight = code.straight()
         staged, stages = code.staged()
         if len(code.reductions) > _REDUCTIONS or code.registers > _SCRATCH // 32:
@@ -192,11 +199,17 @@ class Program:
 
 
 def program_of(formula: Formula, kinds: Sequence[torch.dtype], rows: bool) -> Optional[Program]:
-    """The program of a formula, on rows or elementwise; None if it cannot be recorded."""
+    """Return the program of a formula, on rows or elementwise; None if it cannot be recorded.
+
+    A formula may do what a tape does not support. Some of that raises `Unsupported`; but a formula may also
+    use a function that `Tape` lacks (AttributeError), pass a register to torch or numpy (TypeError), or
+    compute a constant that does not exist (the other three). None of these is lost: without a program the
+    reference path evaluates the same formula, and raises the error if the formula itself is wrong.
+    """
     names = ["load32" if kind is torch.float32 else "load64" for kind in kinds]
     tape = Tape(names)
     try:
         y = formula(tape, *[tape.exact(x) for x in tape.operands])
         return Program(tape, y, rows)
     except (Unsupported, AttributeError, TypeError, ZeroDivisionError, ValueError, OverflowError):
-        return None  # the plain path does it, or raises the same
+        return None

@@ -1,7 +1,12 @@
-"""Formulas by compiled programs: which program, on which operands, and what it leaves to the definition.
+"""The compiled path: runs a formula as a compiled program, and completes what the program leaves.
 
-Elements that fail the rounding test, or are NaN, are left to the definition, so a program only ever
-speeds up. Programs are kept, together with the layout of the operands they were made for.
+A formula is recorded (tape.py) and assembled (assembler.py) once. Each layout of operands has a plan: the
+program and how it steps through the operands. A program returns the indices of the elements that failed the
+rounding test or are NaN; their values come from the slower paths of the `FormulaCall`. Therefore a program
+only saves time and decides no result.
+
+The most common formulas also have a fast path: a loop of their own in csrc, less precise than the program.
+What such a loop leaves is computed by the program first.
 """
 
 from __future__ import annotations
@@ -11,7 +16,6 @@ import math
 import threading
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import partial
 from types import FunctionType
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -23,10 +27,123 @@ from reproml.arithmetic.compiler.assembler import Program, program_of
 from reproml.arithmetic.numerics.balls import Formula
 
 
-def _key(x: Any) -> Any:
-    """What identifies a formula: its code and the contents of its cells (globals are taken to be constant).
+class FormulaCall:
+    """One call of a formula: what to compute, and the slower paths for what a program leaves."""
 
-    TypeError for cells that hold anything but numbers, strings and functions."""
+    __slots__ = ("formula", "dim", "fast", "reference")
+
+    def __init__(
+        self,
+        formula: Formula,
+        dim: Optional[int],
+        fast: Optional[str],
+        reference: Optional[Callable[..., Tensor]],
+    ) -> None:
+        """
+        dim: the axis of the rows that the formula takes; None for an elementwise formula.
+        fast: the name of the formula's own loop, if it has one (see _FAST).
+        reference: the operator's definition, where it is more than the formula.
+        """
+        self.formula, self.dim, self.fast, self.reference = formula, dim, fast, reference
+
+    def by_reference(self, *operands: Any) -> Tensor:
+        """The reference path. Rows lie along the last axis."""
+        raise NotImplementedError
+
+    def by_exact_path(self, *operands: Tensor) -> Optional[Tensor]:
+        """The exact path, for a few elements [n] of a call without `reference` whose operands and value are
+        finite. Returns None where the reference path must be taken."""
+        return None
+
+    def by_program_on_rows(self) -> FormulaCall:
+        """Return the same call without the fast loop, for rows along the last axis."""
+        return type(self)(self.formula, None if self.dim is None else -1, None, self.reference)
+
+
+class _Plan(NamedTuple):
+    """A program, or a fast loop in its place, and how it steps through operands of one layout."""
+
+    program: Optional[Program]
+    fast: int  # the fast loop that takes the program's place; -1 for none
+    dims: int
+    sizes: Any
+    strides: Any
+    shape: Sequence[int]  # of the result
+    like: int  # the operand that the result is laid out like; -1 for none: contiguous
+    results: int
+    order: Sequence[int]  # the axes in the order in which the program counts elements
+    full: Sequence[int]  # the shape of the operands, broadcast; at least one axis
+    pointers: Any
+    work: int
+
+
+# All mutable state of this module: plans by formula and layout, programs by formula and dtypes, and each
+# thread's buffer of indices.
+_plans: dict[Any, Optional[_Plan]] = {}
+_programs: dict[Any, Optional[Program]] = {}
+_local = threading.local()
+
+_PLANS = 2048  # plans and programs that are kept
+_TASK = 1 << 16  # instructions on elements, above which several threads are used
+_FAILED, _KEPT = 1 << 14, 1 << 22  # smallest buffer of indices, and the largest that is kept
+_FEW = 16  # failures that the exact path may take
+
+# The formulas with a loop of their own, in the order of the enum in csrc. The loops on rows take at most
+# _ROOM numbers a row, as in csrc; a loop costs about _FAST_STEPS instructions of a program.
+_FAST = {
+    name: i
+    for i, name in enumerate(
+        """exp expm1 tanh sigmoid silu gelu tanh_backward sigmoid_backward silu_backward gelu_backward
+        softmax log_softmax softmax_backward log_softmax_backward""".split()
+    )
+}
+_ROOM, _FAST_STEPS = 2048, 16
+
+
+def run(call: FormulaCall, operands: Sequence[Any]) -> Optional[Tensor]:
+    """Evaluate a formula by its program or fast loop; None where neither is available."""
+    library = kernels.library
+    if library is None:
+        return None
+    try:
+        key = [_key(call.formula), call.dim, call.fast]
+        for x in operands:
+            if not x.is_cpu:
+                return None
+            key += (x.dtype, x.shape, x.stride())
+    except (TypeError, AttributeError):  # a formula without a key, or a Python number
+        return _run_on_float64(call, operands)
+    hashed = tuple(key)
+    try:
+        plan = _plans[hashed]
+    except KeyError:
+        if len(_plans) >= _PLANS:
+            _plans.clear()
+        plan = _plans[hashed] = _plan(key[0], call, operands)
+    if plan is None:
+        return _run_on_float64(call, operands)
+    if plan.like < 0:
+        out = torch.empty(plan.shape, dtype=torch.float32, device="cpu")
+    else:
+        out = torch.empty_like(operands[plan.like])
+    failed = _failure_buffer(plan.results)
+    pointers = plan.pointers(*[x.data_ptr() for x in operands], out.data_ptr())
+    tasks = torch.get_num_threads() if plan.work > _TASK else 1
+    layout = plan.dims, plan.sizes, plan.strides, pointers, failed.data_ptr(), tasks
+    if plan.program is None:
+        count = library.reproml_direct(plan.fast, *layout)
+    else:
+        count = library.reproml_tape(plan.program.address, *layout)
+    if count:
+        _complete(plan, call, operands, out, failed[:count].clone())
+    return out
+
+
+def _key(x: Any) -> Any:
+    """Key that identifies a formula: its code and its cells (globals are assumed to be constant).
+
+    Raises TypeError for cells that contain anything but numbers, strings and functions.
+    """
     kind = type(x)
     if kind is FunctionType:
         if x.__closure__ is None and x.__defaults__ is None and x.__kwdefaults__ is None:
@@ -44,146 +161,19 @@ def _key(x: Any) -> Any:
     raise TypeError
 
 
-class _Plan(NamedTuple):
-    """A program with the layout of its operands and its result."""
-
-    program: Optional[Program]
-    fast: int  # the loop of c/direct.c that takes the program's place; -1 for none
-    dims: int
-    sizes: Any
-    strides: Any
-    shape: Sequence[int]  # of the result
-    like: int  # the operand that it is laid out like; -1 for none: contiguous
-    results: int
-    order: Sequence[int]  # the axes, as the results are counted
-    full: Sequence[int]  # the shape of the operands, broadcast; at least one axis
-    pointers: Any
-    work: int
-
-
-_plans: dict[Any, Optional[_Plan]] = {}
-_programs: dict[Any, Optional[Program]] = {}
-_PLANS = 2048
-_TASK = 1 << 16
-_local = threading.local()
-_FAILED, _KEPT = 1 << 14, 1 << 22
-_FEW = 16
-
-Exactly = Callable[..., Optional[Tensor]]
-
-# The formulas that have a loop of their own, as in c/direct.c; its rows have _ROOM numbers at most.
-_FAST = {
-    name: i
-    for i, name in enumerate(
-        """exp expm1 tanh sigmoid silu gelu tanh_backward sigmoid_backward silu_backward gelu_backward
-        softmax log_softmax softmax_backward log_softmax_backward""".split()
-    )
-}
-_ROOM, _FAST_STEPS = 2048, 16
-
-
-def elementwise(
-    formula: Formula,
-    definition: Callable[..., Tensor],
-    operands: Sequence[Any],
-    fast: Optional[str] = None,
-    exact_path: Optional[Exactly] = None,
-) -> Optional[Tensor]:
-    """ball.elementwise by a program; None if there is none. exactly: what may do for the definition, for a
-    few places where operands and value are numbers."""
-    return _evaluate(formula, definition, None, operands, fast, exact_path)
-
-
-def rowwise(
-    formula: Formula,
-    definition: Callable[..., Tensor],
-    dim: int,
-    operands: Sequence[Tensor],
-    fast: Optional[str] = None,
-) -> Optional[Tensor]:
-    """ball.rowwise by a program; None if there is none."""
-    return _evaluate(formula, definition, dim, operands, fast)
-
-
-def _evaluate(
-    formula: Formula,
-    definition: Callable[..., Tensor],
-    dim: Optional[int],
-    operands: Sequence[Any],
-    fast: Optional[str] = None,
-    exact_path: Optional[Exactly] = None,
-) -> Optional[Tensor]:
-    library = kernels.library
-    if library is None:
-        return None
-    try:
-        key = [_key(formula), dim, fast]
-        for x in operands:
-            if not x.is_cpu:
-                return None
-            key += (x.dtype, x.shape, x.stride())
-    except (TypeError, AttributeError):
-        return _evaluate_converted(formula, definition, dim, operands, exact_path)
-    hashed = tuple(key)
-    try:
-        plan = _plans[hashed]
-    except KeyError:
-        if len(_plans) >= _PLANS:
-            _plans.clear()
-        plan = _plans[hashed] = _planned(key[0], formula, dim, operands, fast)
-    if plan is None:
-        return _evaluate_converted(formula, definition, dim, operands, exact_path)
-    if plan.like < 0:
-        out = torch.empty(plan.shape, dtype=torch.float32, device="cpu")
-    else:
-        out = torch.empty_like(operands[plan.like])
-    failed = _failed(plan.results)
-    pointers = plan.pointers(*[x.data_ptr() for x in operands], out.data_ptr())
-    tasks = torch.get_num_threads() if plan.work > _TASK else 1
-    layout = plan.dims, plan.sizes, plan.strides, pointers, failed.data_ptr(), tasks
-    if plan.program is None:
-        count = library.reproml_direct(plan.fast, *layout)
-        definition, exact_path = partial(_again, formula, definition, dim, exact_path), None
-    else:
-        count = library.reproml_tape(plan.program.address, *layout)
-    if count:
-        _settle(plan, definition, exact_path, dim, operands, out, failed[:count].clone())
-    return out
-
-
-def _again(
-    formula: Formula,
-    definition: Callable[..., Tensor],
-    dim: Optional[int],
-    exact_path: Optional[Exactly],
-    *operands: Tensor,
-) -> Tensor:
-    """What a direct loop left, by the program, which is more precise."""
-    dim = None if dim is None else -1
-    stored = [x.contiguous() for x in operands]
-    result = _evaluate(formula, definition, dim, stored, exact_path=exact_path)
-    return definition(*operands) if result is None else result
-
-
-def _evaluate_converted(
-    formula: Formula,
-    definition: Callable[..., Tensor],
-    dim: Optional[int],
-    operands: Sequence[Any],
-    exact_path: Optional[Exactly],
-) -> Optional[Tensor]:
-    """Numbers and integers first become float64 tensors."""
+def _run_on_float64(call: FormulaCall, operands: Sequence[Any]) -> Optional[Tensor]:
+    """Run again with numbers and integer tensors converted to float64; None if nothing was converted."""
     wide = [
         x if isinstance(x, Tensor) and x.is_floating_point() else torch.as_tensor(x).double()
         for x in operands
     ]
     if all(x is y for x, y in zip(wide, operands)):
         return None
-    return _evaluate(formula, definition, dim, wide, exact_path=exact_path)
+    return run(type(call)(call.formula, call.dim, None, call.reference), wide)
 
 
-def _failed(count: int) -> Tensor:
-    """Room for the places of what fails; kept, though mostly untouched, as mapping it anew costs time."""
+def _failure_buffer(count: int) -> Tensor:
+    """Return room for `count` indices. It is kept, as mapping memory takes time even if it stays unused."""
     try:
         failed: Tensor = _local.failed
         if count <= failed.numel():
@@ -196,109 +186,119 @@ def _failed(count: int) -> Tensor:
     return failed
 
 
-def _settle(
-    plan: _Plan,
-    definition: Callable[..., Tensor],
-    exact_path: Optional[Exactly],
-    dim: Optional[int],
-    operands: Sequence[Tensor],
-    out: Tensor,
-    index: Tensor,
+# ---- what a program leaves -------------------------------------------------------------------------
+
+
+def _complete(
+    plan: _Plan, call: FormulaCall, operands: Sequence[Tensor], out: Tensor, index: Tensor
 ) -> None:
-    """Put the definition's values into `out`, which has the program's, at the places that failed."""
+    """Write the values of the slower paths to `out` at the indices, in the plan's order, that failed."""
     if not out.dim():
         out = out.view(1)
-    laid = [x.expand(plan.full).permute(*plan.order) for x in operands]
+    ordered = [x.expand(plan.full).permute(*plan.order) for x in operands]
     out = out.permute(*plan.order)
-    if dim is None:
+    if call.dim is None:
         at = torch.unravel_index(index, out.shape)
-        few, value = [x[at] for x in laid], None
-        if exact_path and len(index) < _FEW and bool(torch.stack([*few, out[at]]).isfinite().all()):
-            value = exact_path(*few)
-        out[at] = definition(*few) if value is None else value
+        few = [x[at] for x in ordered]
+        exact = plan.program is not None and call.reference is None and len(index) < _FEW
+        exact = exact and bool(torch.stack([*few, out[at]]).isfinite().all())
+        out[at] = _slower(plan, call, few, exact)
         return
-    laid, out = [x.unsqueeze(0) for x in laid], out.unsqueeze(0)
+    ordered, out = [x.unsqueeze(0) for x in ordered], out.unsqueeze(0)
     n = out.shape[-1]
     rows, row_of = torch.unique(index // n, return_inverse=True)
     at = torch.unravel_index(rows, out.shape[:-1])
-    values = definition(*[x[at] for x in laid])
+    values = _slower(plan, call, [x[at] for x in ordered], False)
     column = index % n
     out[(*[a[row_of] for a in at], column)] = values[row_of, column]
 
 
-def _planned(
-    key: Any,
-    formula: Formula,
-    dim: Optional[int],
-    operands: Sequence[Tensor],
-    fast: Optional[str],
-) -> Optional[_Plan]:
-    if any(x.dtype not in (torch.float32, torch.float64) for x in operands):
+def _slower(plan: _Plan, call: FormulaCall, operands: list[Tensor], exact: bool) -> Tensor:
+    """Compute what a fast loop left by the program, and what a program left by exact or reference path."""
+    value = None
+    if plan.program is None:
+        value = run(call.by_program_on_rows(), [x.contiguous() for x in operands])
+    elif exact:
+        value = call.by_exact_path(*operands)
+    return call.by_reference(*operands) if value is None else value
+
+
+# ---- plans -----------------------------------------------------------------------------------------
+
+
+def _plan(key: Any, call: FormulaCall, operands: Sequence[Tensor]) -> Optional[_Plan]:
+    """Plan a formula for the layout of these operands; None if no program can take them."""
+    dtypes = [x.dtype for x in operands]
+    if any(dtype not in (torch.float32, torch.float64) for dtype in dtypes):
         return None
     shape = torch.broadcast_shapes(*[x.shape for x in operands])
     full = shape or torch.Size([1])
     if not full.numel() or len(operands) > 60:
         return None
-    row = None if dim is None else dim % len(full)
-    program = _program(key, formula, [x.dtype for x in operands], row is not None)
+    row = None if call.dim is None else call.dim % len(full)
+    program = _program(key, call.formula, dtypes, row is not None)
     if program is None:
         return None
-    result = list(full)
-    by_row = row is not None and program.by_row
-    if row is not None and by_row:
-        result[row] = 1
-    likes = [i for i, x in enumerate(operands) if x.shape == full and x.dtype is torch.float32]
-    like = likes[0] if likes and row is None else -1
-    stride = (torch.empty(result) if like < 0 else torch.empty_like(operands[like])).stride()
-    order = sorted(range(len(full)), key=lambda d: -stride[d] if full[d] > 1 else -math.inf)
-    if row is not None:
-        order = [d for d in range(len(full)) if d != row] + [row]
-    of_out = [0 if d == row and by_row else s for d, s in enumerate(stride)]
-    layouts = [*[x.expand(full).stride() for x in operands], of_out]
-    sizes, strides = _collapsed(
+    reduced = row if program.by_row else None
+    result = [1 if d == reduced else size for d, size in enumerate(full)]
+    like = _operand_like_result(operands, full) if row is None else -1
+    strides = (torch.empty(result) if like < 0 else torch.empty_like(operands[like])).stride()
+    order = _order_of_axes(full, strides, row)
+    out_strides = [0 if d == reduced else stride for d, stride in enumerate(strides)]
+    layouts = [*[x.expand(full).stride() for x in operands], out_strides]
+    sizes, steps = _collapsed(
         [full[d] for d in order], [[s[d] for d in order] for s in layouts], row is not None
     )
-    flat = [s for operand in strides for s in operand]
-    loop = -1
-    if fast in _FAST and all(x.dtype is torch.float32 for x in operands):
-        dense = len(sizes) == 1 and all(s == [1] for s in strides)
-        if (dense or sizes[0] == 1) if row is None else sizes[-1] <= _ROOM:
-            loop = _FAST[fast]
+    fast = _fast_loop(call, dtypes, sizes, steps)
+    flat = [step for operand in steps for step in operand]
     return _Plan(
-        program if loop < 0 else None,
-        loop,
-        len(sizes),
-        (ctypes.c_int64 * len(sizes))(*sizes),
-        (ctypes.c_int64 * len(flat))(*flat),
-        tuple(result) if shape else (),
-        like if shape else -1,
-        math.prod(result),
-        order,
-        tuple(full),
-        ctypes.c_void_p * (len(operands) + 1),
-        full.numel() * (program.instructions if loop < 0 else _FAST_STEPS),
+        program=program if fast < 0 else None,
+        fast=fast,
+        dims=len(sizes),
+        sizes=(ctypes.c_int64 * len(sizes))(*sizes),
+        strides=(ctypes.c_int64 * len(flat))(*flat),
+        shape=tuple(result) if shape else (),
+        like=like if shape else -1,
+        results=math.prod(result),
+        order=order,
+        full=tuple(full),
+        pointers=ctypes.c_void_p * (len(operands) + 1),
+        work=full.numel() * (program.instructions if fast < 0 else _FAST_STEPS),
     )
 
 
 def _program(
-    key: Any, formula: Formula, kinds: Sequence[torch.dtype], rows: bool
+    key: Any, formula: Formula, dtypes: Sequence[torch.dtype], rows: bool
 ) -> Optional[Program]:
-    """program_of, remembered: a formula is recorded once for all shapes."""
-    hashed = (key, *kinds, rows)
+    """Return program_of(...) from the cache: a formula is recorded once for all shapes."""
+    hashed = (key, *dtypes, rows)
     try:
         return _programs[hashed]
     except KeyError:
         if len(_programs) >= _PLANS:
             _programs.clear()
-        program = _programs[hashed] = program_of(formula, kinds, rows)
+        program = _programs[hashed] = program_of(formula, dtypes, rows)
         return program
+
+
+def _operand_like_result(operands: Sequence[Tensor], full: torch.Size) -> int:
+    """Index of the first float32 operand of the result's shape: the result gets its layout. -1 for none."""
+    for i, x in enumerate(operands):
+        if x.shape == full and x.dtype is torch.float32:
+            return i
+    return -1
+
+
+def _order_of_axes(full: torch.Size, strides: Sequence[int], row: Optional[int]) -> list[int]:
+    """The axes as they lie in the result's memory, outermost first; that of the rows last."""
+    order = sorted(range(len(full)), key=lambda d: -strides[d] if full[d] > 1 else -math.inf)
+    return order if row is None else [d for d in order if d != row] + [row]
 
 
 def _collapsed(
     sizes: list[int], layouts: list[list[int]], rows: bool
 ) -> tuple[list[int], list[list[int]]]:
-    """As few dimensions as possible: neighbours that each operand steps through evenly become one. With
-    `rows`, the last stays by itself."""
+    """Merge neighbouring axes that every operand steps through evenly. With `rows`, the last is kept."""
     kept: list[tuple[int, list[int]]] = []
     for d, size in enumerate(sizes):
         strides = [s[d] for s in layouts]
@@ -310,3 +310,17 @@ def _collapsed(
         else:
             kept.append((size, strides))
     return [size for size, _ in kept], [list(s) for s in zip(*[strides for _, strides in kept])]
+
+
+def _fast_loop(
+    call: FormulaCall, dtypes: list[torch.dtype], sizes: list[int], steps: list[list[int]]
+) -> int:
+    """The number of the formula's own loop, if it has one that can step through the operands; else -1."""
+    if call.fast not in _FAST or any(dtype is not torch.float32 for dtype in dtypes):
+        return -1
+    if call.dim is None:
+        dense = len(sizes) == 1 and all(step == [1] for step in steps)
+        fits = dense or sizes[0] == 1
+    else:
+        fits = sizes[-1] <= _ROOM
+    return _FAST[call.fast] if fits else -1

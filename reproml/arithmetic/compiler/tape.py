@@ -1,8 +1,8 @@
-"""A field that records what a formula does, for the compiled loops.
+"""A context that records the operations of a formula, for the compiled path.
 
-`Tape` has the balls of `Binary64`; only its numbers are registers, and what is done to them is written
-down. Equal instructions are written once (value numbering; A. Aho et al., Compilers, 2nd ed., section
-8.5). program.py makes a program of a tape, compiled.py runs it.
+`Tape` computes with the balls of `Binary64Context`, but its numbers are registers, and each operation on
+them is recorded as an instruction. Equal instructions are recorded once (value numbering; A. Aho et al.,
+Compilers, 2nd ed., section 8.5). assembler.py makes a program of a tape, and executor.py runs it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Unsupported(Exception):
 
 
 class Register:
-    """A binary64 number of each element (or one of each row), to be calculated."""
+    """A binary64 number for each element (or for each row) that an instruction will compute."""
 
     __slots__ = ("tape", "at")
     __hash__ = None  # type: ignore[assignment]
@@ -94,7 +94,7 @@ class Register:
 
 
 class Instruction(NamedTuple):
-    """Arguments: earlier instructions, or constants where negative (~index)."""
+    """An operation. Its arguments are earlier instructions or, where negative, constants (~index)."""
 
     op: str
     arguments: tuple[int, ...]
@@ -108,12 +108,12 @@ def _function(name: str) -> Any:
 
 
 class Tape(Binary64Context):
-    """Balls on registers."""
+    """Balls on registers, and the instructions that compute them."""
 
     def __init__(self, operands: Sequence[str]) -> None:
         self.code: list[Instruction] = []
-        self.scalar: list[bool] = []  # one number a row?
-        self.level: list[int] = []  # the reductions it takes, one after the other
+        self.scalar: list[bool] = []  # whether it is one number for each row
+        self.level: list[int] = []  # the number of reductions that must precede it
         self.sign: list[int] = []  # 1: never below 0, -1: never above, 0: unknown (or NaN)
         self.constants: list[float] = []
         self._numbers: dict[Any, int] = {}
@@ -143,7 +143,7 @@ class Tape(Binary64Context):
         return at
 
     def _record(self, op: str, sign: int, *values: Value) -> Register:
-        """An elementwise instruction; numbers of rows are spread over their rows if need be."""
+        """Record an elementwise instruction; numbers of rows are expanded over their rows where needed."""
         scalar, level = True, 0
         leading = values[:2] if len(values) == 2 else values[:1]
         if not any(isinstance(x, Register) for x in leading):
@@ -169,7 +169,7 @@ class Tape(Binary64Context):
 
     def _reduce(self, op: str, x: Value) -> Register:
         if not isinstance(x, Register):
-            raise Unsupported("a constant over a row")
+            raise Unsupported("a reduction of a constant")
         x = self.spread(x)
         sign = self.sign[x.at] if op == "sum" else 0
         return self._emit(op, (x.at,), True, self.level[x.at] + 1, sign)
@@ -208,11 +208,13 @@ class Tape(Binary64Context):
         return self._record(op, sign, x, y)
 
     def add(self, x: Register, y: Value) -> Register:
-        if isinstance(y, int) and not y:  # only where the sign of a zero does not matter
+        if (
+            isinstance(y, int) and not y
+        ):  # an int 0 is only added where the sign of a zero does not matter
             return x
         if isinstance(y, Register):
             if self.code[x.at].op in ("mul", "neg") and self.code[y.at].op != "mul":
-                x, y = y, x  # what can be fused comes second
+                x, y = y, x  # the operand that can be fused comes second
             inner = self.code[y.at]
             if inner.op == "neg":
                 return self.binary("sub", x, Register(self, inner.arguments[0]))
@@ -230,7 +232,7 @@ class Tape(Binary64Context):
         return self._record("add", sign, x, y)
 
     def _multiply_add(self, product: Instruction, y: Value) -> Register:
-        """x times a constant, plus y, in one instruction (and two roundings)."""
+        """Record x times a constant, plus y, as one instruction (with two roundings)."""
         at, factor = product.arguments
         number = self.constants[~factor]
         sign = self.sign[at] * self._sign(number)
@@ -249,7 +251,7 @@ class Tape(Binary64Context):
         same = isinstance(y, Register) and x.at == y.at
         return self._record("mul", 1 if same else self._sign(x) * self._sign(y), x, y)
 
-    # ---- the field ---------------------------------------------------------------------------------
+    # ---- the context -------------------------------------------------------------------------------
 
     _exp, _log, _expm1, _log1p = (_function(f) for f in ("exp", "log", "expm1", "log1p"))
     _erf, _erfc = _function("erf"), _function("erfc")
@@ -261,7 +263,7 @@ class Tape(Binary64Context):
     def where(self, condition: Any, x: Any, y: Any) -> Any:
         if isinstance(condition, bool):
             chosen = x if condition else y
-            return 0 if isinstance(chosen, float) and chosen == 0 else chosen  # no bound at all
+            return 0 if isinstance(chosen, float) and chosen == 0 else chosen  # a radius of zero
         sign = self._sign(x) if self._sign(x) == self._sign(y) else 0
         return self._record("select", sign, condition, x, y)
 
@@ -269,12 +271,11 @@ class Tape(Binary64Context):
         return x + y, self._record("lost", 0, x, y)
 
     def plus(self, x: Ball, y: Ball) -> Ball:
-        """As Binary64.plus."""
+        """Record the two results of `TensorContext.plus`."""
         s, t = self._two_sum(x.mid, y.mid)
-        e = x.error + y.error
-        return Ball(
-            self._record("plus", 0, s, t, e), 0, self._record("plus_error", 1, s, t, e), self
-        )
+        error = x.error + y.error
+        mid = self._record("plus", 0, s, t, error)
+        return Ball(mid, 0, self._record("plus_error", 1, s, t, error), self)
 
     def _total(self, x: Value, like: Value) -> Register:
         return self._reduce("sum", x)
@@ -283,7 +284,10 @@ class Tape(Binary64Context):
         return self._reduce("max", x)
 
     def _gamma(self, x: Value) -> float:
-        """c/tape.c sums with all rounding errors kept: s + t differs from the sum by t's own rounding
-        errors, gamma(h)^2 of the absolute values where no term goes through more than h additions (Ogita,
-        Rump & Oishi 2005), less than U for h < 2^26; and is rounded once."""
+        """Bound of the relative error of a sum by csrc/program.c, which keeps all rounding errors.
+
+        s + t differs from the sum by the rounding errors of t: gamma(h)^2 times the absolute values, where
+        no term takes part in more than h additions (Ogita, Rump & Oishi 2005); less than U for h < 2^26.
+        s + t is rounded once.
+        """
         return 2 * U * SLACK

@@ -1,13 +1,16 @@
-"""Fields of real numbers with an error bound, in which a definition is evaluated.
+"""Contexts in which a formula is evaluated: on balls (midpoint and error bound), or exactly on fractions.
 
-A definition is a Python function of real numbers, `formula(k, x, y, ...)`, written once with + - * /
-and the functions of the field k (`k.exp(x)`, `k.sum(x)` over the last axis, ...). Three fields are here:
+A formula is a Python function of real numbers, `formula(ctx, x, y, ...)`, written once with + - * / and
+the functions of the context ctx (`ctx.exp(x)`, `ctx.sum(x)` over the last axis, ...). This file has three
+contexts:
 
-- `Binary64`, whole tensors at once: each number is a ball, a float64 centre and a bound of its error;
-- `Rational`, one row at a time: exact, as long as nothing transcendental comes up;
-- `MultiPrecision`, one row at a time: balls again, on mpmath's numbers of any length.
+- `TensorContext` computes with balls on float64 tensors (the reference path);
+- `RationalContext` computes exactly on fractions, as long as no value is transcendental (the exact path);
+- `MultiPrecisionContext` computes with balls on mpmath's numbers of any length (the exact path, too).
 
-A fourth, `tape.Tape`, has the balls of `Binary64` again, recorded for compiled loops. ball.py evaluates.
+A fourth, `compiler.tape.Tape`, records the operations of `Binary64Context` for the compiled path.
+`compiler.evaluate` evaluates formulas in these contexts. The balls are those of Arb (F. Johansson, IEEE
+Transactions on Computers 66(8), 2017), with a relative radius besides the absolute one.
 """
 
 from __future__ import annotations
@@ -28,10 +31,10 @@ Formula = Callable[..., Any]
 
 
 class Ball:
-    """All real numbers v with |v - c| <= r |c| + e, elementwise.
+    """All real numbers v with |v - mid| <= rel |mid| + rad, elementwise.
 
-    c: the centre. r: a Python number, the relative bound, which products and quotients pass on for
-    nothing. e: the absolute bound, of c's shape, or a Python 0 where there is none.
+    mid: the midpoint. rel: the relative radius, a Python number, which products and quotients propagate
+    without computing on elements. rad: the absolute radius, of mid's shape, or a Python 0 for none.
     """
 
     __slots__ = ("mid", "rel", "rad", "ctx")
@@ -42,8 +45,8 @@ class Ball:
 
     @property
     def error(self) -> Any:
-        """The absolute bound, a Python 0 for an exact number."""
-        # the number comes second: in front of an array mpmath would first print the array
+        """The bound of |v - mid|, a Python 0 for an exact number."""
+        # The number is the second factor: as the first, an mpmath number would print the array.
         return self.rad if isinstance(self.rel, int) else abs(self.mid) * self.rel + self.rad
 
     @property
@@ -67,20 +70,23 @@ class Ball:
                 self.ctx,
             )
         other = self._lift(other)
-        c, k = self.mid * other.mid, self.ctx
+        mid, ctx = self.mid * other.mid, self.ctx
         if self._relative and other._relative:
-            return Ball(c, k.passed(self.rel, other.rel), 0, k)
-        d, other_d = self.error, other.error
-        return Ball(c, k.u, d * (abs(other.mid) + other_d) + other_d * abs(self.mid), k)
+            return Ball(mid, ctx.propagated(self.rel, other.rel), 0, ctx)
+        error, other_error = self.error, other.error
+        rad = error * (abs(other.mid) + other_error) + other_error * abs(self.mid)
+        return Ball(mid, ctx.u, rad, ctx)
 
     def __truediv__(self, other: Union[Ball, Number]) -> Ball:
         other = self._lift(other)
-        c, k = self.mid / other.mid, self.ctx
+        mid, ctx = self.mid / other.mid, self.ctx
         if self._relative and other._relative:
-            return Ball(c, k.passed(self.rel, other.rel), 0, k)
-        d, other_d = self.error, other.error
-        low = abs(other.mid) - other_d  # |a/b - c| <= (da + |c| db) / (|b| - db)
-        return Ball(c, k.u, k.where(low > 0, (d + abs(c) * other_d) / low, k.infinity), k)
+            return Ball(mid, ctx.propagated(self.rel, other.rel), 0, ctx)
+        error, other_error = self.error, other.error
+        # |x / y - mid| <= (error + |mid| other_error) / low for x of self and y of other, |y| >= low
+        low = abs(other.mid) - other_error
+        rad = ctx.where(low > 0, (error + abs(mid) * other_error) / low, ctx.infinity)
+        return Ball(mid, ctx.u, rad, ctx)
 
     def __neg__(self) -> Ball:
         return Ball(-self.mid, self.rel, self.rad, self.ctx)
@@ -100,7 +106,7 @@ class Ball:
         return self._lift(other) / self
 
     def __lt__(self, other: int) -> Any:
-        """Elementwise, of an exact number."""
+        """Compare elementwise; the ball must be an exact number."""
         return self.mid < other
 
     def __abs__(self) -> Ball:
@@ -113,50 +119,55 @@ def _is_power_of_two(x: Number) -> bool:
 
 
 class BallContext:
-    """What the two fields of balls have in common: how errors pass through a function."""
+    """How an error propagates through each function; shared by all contexts of balls.
 
-    u: Any
-    relative: Any  # bound of a function's error, and that of exp
-    exp_relative: Any
+    In the comments below, x is the midpoint of the operand and d its error.
+    """
+
+    u: Any  # at least the unit roundoff of the numbers
+    relative: Any  # bound of the relative error of every function but exp
+    exp_relative: Any  # bound of the relative error of exp
     infinity: Any
-    exp_max: Any
-    sin_max: Any
+    exp_max: Any  # above this the radius of exp and expm1 is infinite; None for no limit
+    sin_max: Any  # beyond this the radius of sin and cos is infinite; None for no limit
 
-    def exact(self, c: Any) -> Ball:
-        return Ball(c, 0, 0, self)
+    def exact(self, mid: Any) -> Ball:
+        return Ball(mid, 0, 0, self)
 
     def constant(self, x: Number) -> Ball:
-        c = self.number(x)
-        return Ball(c, 0 if c == x else self.u, 0, self)
+        mid = self.number(x)
+        return Ball(mid, 0 if mid == x else self.u, 0, self)
 
-    def passed(self, r: Any, other: Any) -> Any:
-        """The relative bound of a rounded product or quotient (Higham, lemma 3.1, with room)."""
-        return (r + other + self.u) * (1 + 2.0**-20)
+    def propagated(self, rel: Any, other: Any) -> Any:
+        """The relative radius of a rounded product or quotient (Higham, lemma 3.1, with room)."""
+        return (rel + other + self.u) * (1 + 2.0**-20)
 
     def exp(self, x: Ball) -> Ball:
-        c, d = self._exp(x.mid), x.error
-        e = self.where(x.mid <= self.exp_max, 0.0, self.infinity) if self.exp_max else 0
-        if not isinstance(d, int):  # exp(d) - 1 <= 2 d for d <= 1
-            e = e + self.where(d <= 1, 2 * c * d, self.infinity)
-        return Ball(c, self.exp_relative, e, self)
+        mid, error = self._exp(x.mid), x.error
+        rad = self.where(x.mid <= self.exp_max, 0.0, self.infinity) if self.exp_max else 0
+        if not isinstance(error, int):  # exp(d) - 1 <= 2 d for d <= 1
+            rad = rad + self.where(error <= 1, 2 * mid * error, self.infinity)
+        return Ball(mid, self.exp_relative, rad, self)
 
     def log(self, x: Ball) -> Ball:
-        c, d = self._log(x.mid), x.error
-        if isinstance(d, int):
-            return Ball(c, self.relative, 0, self)
-        low = x.mid - d
-        return Ball(c, self.relative, self.where(low > 0, d / low, self.infinity), self)
+        mid, error = self._log(x.mid), x.error
+        if isinstance(error, int):
+            return Ball(mid, self.relative, 0, self)
+        low = x.mid - error
+        return Ball(mid, self.relative, self.where(low > 0, error / low, self.infinity), self)
 
     def sqrt(self, x: Ball) -> Ball:
-        c = self._sqrt(x.mid)
-        if x._relative:  # sqrt(1 + r) <= 1 + r / 2, sqrt(1 - r) >= 1 - r
-            return Ball(c, self.passed(x.rel, self.relative), 0, self)
-        d = x.error  # |sqrt(a + d) - sqrt(a)| <= d / sqrt(a), also <= sqrt(d)
-        e = self.where(d < x.mid, d / self.where(c == 0, 1, c), self._sqrt(d) + c)
-        return Ball(c, self.relative, e, self)
+        mid = self._sqrt(x.mid)
+        if x._relative:  # sqrt(1 + rel) <= 1 + rel / 2, sqrt(1 - rel) >= 1 - rel
+            return Ball(mid, self.propagated(x.rel, self.relative), 0, self)
+        error = x.error  # |sqrt(x + d) - sqrt(x)| <= d / sqrt(x), also <= sqrt(d)
+        rad = self.where(
+            error < x.mid, error / self.where(mid == 0, 1, mid), self._sqrt(error) + mid
+        )
+        return Ball(mid, self.relative, rad, self)
 
     def tanh(self, x: Ball) -> Ball:
-        """-t / (2 + t) with t = exp(-2 |x|) - 1, so that nothing cancels; and x's sign."""
+        """-t / (2 + t) with t = exp(-2 |x|) - 1, so that nothing cancels, and with x's sign."""
         t = self.expm1(-2 * abs(x))
         y = -t / (2 + t)
         return self.choose(x < 0, -y, y)
@@ -167,26 +178,28 @@ class BallContext:
         return self.choose(x < 0, t, self.exact(t.mid * 0 + 1)) / (1 + t)
 
     def choose(self, condition: Any, x: Ball, y: Ball) -> Ball:
-        """x where the condition on exact numbers holds, else y. Neither may divide by zero."""
-        c = self.where(condition, x.mid, y.mid)
+        """Select x where the condition on exact numbers holds, else y. Neither may divide by zero."""
+        mid = self.where(condition, x.mid, y.mid)
         if x._relative and y._relative:
-            return Ball(c, max(x.rel, y.rel), 0, self)
-        return Ball(c, 0, self.where(condition, x.error, y.error), self)
+            return Ball(mid, max(x.rel, y.rel), 0, self)
+        return Ball(mid, 0, self.where(condition, x.error, y.error), self)
 
     def expm1(self, x: Ball) -> Ball:
-        c, d = self._expm1(x.mid), x.error
-        if isinstance(d, int):
-            e = self.where(x.mid <= self.exp_max, 0.0, self.infinity) if self.exp_max else 0
+        mid, error = self._expm1(x.mid), x.error
+        if isinstance(error, int):
+            rad = self.where(x.mid <= self.exp_max, 0.0, self.infinity) if self.exp_max else 0
         else:  # the derivative is 1 + expm1
-            e = self.where((d <= 1) & (x.mid <= 700), 2 * (1 + abs(c)) * d, self.infinity)
-        return Ball(c, self.relative, e, self)
+            known = (error <= 1) & (x.mid <= 700)
+            rad = self.where(known, 2 * (1 + abs(mid)) * error, self.infinity)
+        return Ball(mid, self.relative, rad, self)
 
     def log1p(self, x: Ball) -> Ball:
-        c, d = self._log1p(x.mid), x.error
-        if isinstance(d, int):
-            return Ball(c, self.relative, 0, self)
-        low = 1 + x.mid - d
-        return Ball(c, self.relative, self.where(low > 0, 2 * d / low, self.infinity), self)
+        mid, error = self._log1p(x.mid), x.error
+        if isinstance(error, int):
+            return Ball(mid, self.relative, 0, self)
+        low = 1 + x.mid - error
+        rad = self.where(low > 0, 2 * error / low, self.infinity)
+        return Ball(mid, self.relative, rad, self)
 
     def sin(self, x: Ball) -> Ball:
         return self._periodic(self._sin(x.mid), x)
@@ -194,11 +207,11 @@ class BallContext:
     def cos(self, x: Ball) -> Ball:
         return self._periodic(self._cos(x.mid), x)
 
-    def _periodic(self, c: Any, x: Ball) -> Ball:
-        e = x.error  # no derivative exceeds 1
+    def _periodic(self, mid: Any, x: Ball) -> Ball:
+        rad = x.error  # no derivative exceeds 1
         if self.sin_max:
-            e = e + self.where(abs(x.mid) <= self.sin_max, 0.0, self.infinity)
-        return Ball(c, self.relative, e, self)
+            rad = rad + self.where(abs(x.mid) <= self.sin_max, 0.0, self.infinity)
+        return Ball(mid, self.relative, rad, self)
 
     def sinpi(self, x: Ball) -> Ball:
         return Ball(self._sinpi(x.mid), self.relative, 4 * x.error, self)
@@ -210,19 +223,22 @@ class BallContext:
         return Ball(self._erf(x.mid), self.relative, 2 * x.error, self)
 
     def erfc(self, x: Ball) -> Ball:
-        """Its logarithm's slope is below 2 |t| + 2: erfc(t) > 2 / sqrt(pi) exp(-t^2) / (t + sqrt(t^2 + 2))
-        for t >= 0 (Abramowitz & Stegun, 7.1.13), and erfc(t) >= 1 below 0."""
-        c, d = self._erfc(x.mid), x.error
-        if isinstance(d, int):
-            return Ball(c, self.relative, 0, self)
-        q = d * (
-            2 * (abs(x.mid) + d) + 2
-        )  # over the ball by a factor exp(q) at most, exp(q) - 1 <= 2 q
-        far = self.where(abs(x.mid) - d > 27, 2.0**-1050, self.infinity)  # 0 or 2 to 2^-1050
-        return Ball(c, self.relative, self.where(q <= 1, 2 * q * c, far), self)
+        """Bound the error by the slope of log erfc, which is below 2 |t| + 2.
+
+        erfc(t) > 2 / sqrt(pi) exp(-t^2) / (t + sqrt(t^2 + 2)) for t >= 0 (Abramowitz & Stegun, 7.1.13), and
+        erfc(t) >= 1 below 0.
+        """
+        mid, error = self._erfc(x.mid), x.error
+        if isinstance(error, int):
+            return Ball(mid, self.relative, 0, self)
+        # Over the ball, erfc changes by a factor of exp(q) at most, and exp(q) - 1 <= 2 q for q <= 1.
+        q = error * (2 * (abs(x.mid) + error) + 2)
+        # Beyond 27 erfc is 0 or 2 to within 2^-1050.
+        far = self.where(abs(x.mid) - error > 27, 2.0**-1050, self.infinity)
+        return Ball(mid, self.relative, self.where(q <= 1, 2 * q * mid, far), self)
 
     def erfinv(self, x: Ball) -> Ball:
-        """Of an exact number."""
+        """The operand must be an exact number."""
         return Ball(self._erfinv(x.mid), self.relative, 0, self)
 
     def number(self, x: Number) -> Any:
@@ -244,7 +260,7 @@ class BallContext:
 
 
 class Binary64Context(BallContext):
-    """Balls on binary64 numbers, whatever holds them: tensors (Binary64) or registers (tape.Tape)."""
+    """Balls on binary64 numbers, which are held by tensors (`TensorContext`) or registers (`tape.Tape`)."""
 
     u, relative, infinity, exp_max = U, elementary.RELATIVE, math.inf, 709.0
     exp_relative, sin_max = elementary.EXP_RELATIVE, elementary.SIN_MAX
@@ -257,33 +273,34 @@ class Binary64Context(BallContext):
         return float(x)
 
     def sum(self, x: Ball) -> Ball:
-        """Over the last axis, which stays with length 1."""
-        e = (self._gamma(x.mid) + x.rel) * self._total(abs(x.mid), x.mid)
+        """Add up the last axis, which is kept with length 1."""
+        rad = (self._gamma(x.mid) + x.rel) * self._total(abs(x.mid), x.mid)
         if not x._relative:
-            e = e + self._total(x.rad, x.mid)
-        return Ball(self._total(x.mid, x.mid), 0, e, self)
+            rad = rad + self._total(x.rad, x.mid)
+        return Ball(self._total(x.mid, x.mid), 0, rad, self)
 
     def difference(self, x: Ball, y: Ball) -> Ball:
-        """x - y of exact numbers, known to be exact where it is (TwoSum's error is the bound)."""
+        """x - y of exact numbers, with radius 0 where it is exact: TwoSum's error is the bound."""
         s, t = self._two_sum(x.mid, -y.mid)
         return Ball(s, 0, abs(t), self)
 
     def max(self, x: Ball) -> Ball:
-        """The largest of exact numbers over the last axis, which stays with length 1."""
+        """The largest of exact numbers over the last axis, which is kept with length 1."""
         return self.exact(self._largest(x.mid))
 
-    def ball(self, c: Any, e: Any) -> Ball:
-        """With an absolute bound."""
-        return Ball(c, 0, e, self)
+    def ball(self, mid: Any, rad: Any) -> Ball:
+        """Return a ball with an absolute radius."""
+        return Ball(mid, 0, rad, self)
 
     def total(self, x: Any) -> Any:
-        """The sum of centres over the last axis, where it is exact."""
+        """The sum of midpoints over the last axis, where it is exact."""
         return self._total(x, x)
 
-    # The relative error of a sum over a row; the sum of a row of `like`'s length; the largest.
-    _gamma: Callable[[Any], float]
-    _total: Callable[[Any, Any], Any]
-    _largest: Callable[[Any], Any]
+    _gamma: Callable[[Any], float]  # bound of the relative error of a sum over a row
+    _total: Callable[
+        [Any, Any], Any
+    ]  # (x, like): the sum of a row of x, broadcast to like's length
+    _largest: Callable[[Any], Any]  # the largest number of a row
     _two_sum: Callable[[Any, Any], tuple[Any, Any]]
 
 
@@ -308,30 +325,35 @@ class TensorContext(Binary64Context):
 
     @staticmethod
     def _total(x: Any, like: Any) -> Any:
-        # + 0.0: a sum of -0's is 0 in whatever order it was taken
+        # + 0.0: otherwise the sign of a sum of -0's would depend on its order
         return x.expand_as(like).sum(-1, keepdim=True) + 0.0
 
     @staticmethod
     def where(condition: Any, x: Any, y: Any) -> Any:
-        if isinstance(condition, bool):  # of a constant
+        if isinstance(condition, bool):  # a condition on a constant
             return x if condition else y
         return torch.where(condition, x, y)
 
     def plus(self, x: Ball, y: Ball) -> Ball:
-        """x + y, the last step of a formula where y may be far below x.
+        """x + y, the last step of a formula in which y may be much smaller than x.
 
-        If x + y rounds to a midpoint of binary32 in binary64, TwoSum's error tells the side: no other
-        midpoint is within an ulp of binary64, so any number on that side rounds like the true one.
+        If x + y rounds to a midpoint of binary32 in binary64, the sign of TwoSum's error is the side of the
+        midpoint on which x + y lies. No other midpoint is within an ulp of binary64, so every number on
+        that side rounds like the exact one.
         """
         s, t = two_sum(x.mid, y.mid)
-        e = x.error + y.error
+        error = x.error + y.error
         toward = torch.nextafter(s, torch.where(t > 0, torch.inf, -torch.inf).to(s))
-        sided = ((s.contiguous().view(torch.int64) & 0x1FFFFFFF) == 0x10000000) & (t.abs() > e)
-        sided &= t.abs() > 2.0**-900 * s.abs()  # what is smaller may count as zero: see ball._BITS
-        return Ball(torch.where(sided, toward, s), 0, torch.where(sided, 0.0, t.abs() + e), self)
+        sided = ((s.contiguous().view(torch.int64) & 0x1FFFFFFF) == 0x10000000) & (t.abs() > error)
+        sided &= (
+            t.abs() > 2.0**-900 * s.abs()
+        )  # smaller terms may count as zero: see evaluate._BITS
+        rad = torch.where(sided, 0.0, t.abs() + error)
+        return Ball(torch.where(sided, toward, s), 0, rad, self)
 
 
-# Each function with its one rational point (Lindemann-Weierstrass; of erf nothing more is known).
+# The rational point of each function, and its value there. There is no other (Lindemann-Weierstrass); for
+# erf, erfc and erfinv no other is known.
 _TRANSCENDENTAL = {
     "exp": (0, Fraction(1)),
     "log": (1, Fraction(0)),
@@ -356,12 +378,12 @@ class MultiPrecisionContext(BallContext):
     exp_max = sin_max = None  # mpmath's exponents are unbounded, its reduction has no limit
 
     def __init__(self, bits: int) -> None:
-        import mpmath  # only for the rare elements that come here
+        import mpmath  # imported here because few elements need it
 
         self.mp = mpmath.MPContext()
         self.mp.prec = bits
         self.u = self.mp.ldexp(1, 1 - bits)
-        self.relative = self.exp_relative = 16 * self.u  # mpmath promises less than an ulp
+        self.relative = self.exp_relative = 16 * self.u  # mpmath guarantees less than an ulp
         self.infinity = self.mp.inf
         for name in _TRANSCENDENTAL:
             if name not in ("tanh", "sigmoid"):  # these are compositions
@@ -381,10 +403,10 @@ class MultiPrecisionContext(BallContext):
 
     def sum(self, x: Ball) -> Ball:
         n = x.mid.shape[-1]
-        e = np.sum(abs(x.mid), -1, keepdims=True) * (2 * n * self.u + x.rel)
+        rad = np.sum(abs(x.mid), -1, keepdims=True) * (2 * n * self.u + x.rel)
         if not x._relative:
-            e = e + np.sum(np.broadcast_to(x.rad, x.mid.shape), -1, keepdims=True)
-        return Ball(np.sum(x.mid, -1, keepdims=True), 0, e, self)
+            rad = rad + np.sum(np.broadcast_to(x.rad, x.mid.shape), -1, keepdims=True)
+        return Ball(np.sum(x.mid, -1, keepdims=True), 0, rad, self)
 
     def difference(self, x: Ball, y: Ball) -> Ball:
         return x - y
@@ -397,7 +419,7 @@ class MultiPrecisionContext(BallContext):
 
 
 class Irrational(ArithmeticError):
-    """The exact field cannot give this function's value."""
+    """A value that is not known to be rational, so fractions cannot represent it."""
 
 
 def _only_at(at: int, value: Fraction) -> Any:
@@ -409,15 +431,15 @@ def _only_at(at: int, value: Fraction) -> Any:
     return np.frompyfunc(function, 1, 1)
 
 
-def _root(x: Fraction) -> Fraction:
+def _square_root(x: Fraction) -> Fraction:
     n, d = x.numerator, x.denominator
     if x < 0 or isqrt(n) ** 2 != n or isqrt(d) ** 2 != d:
         raise Irrational
     return Fraction(isqrt(n), isqrt(d))
 
 
-def _turning(quarter: int) -> Any:
-    """sin(pi (x + quarter / 2)) where x is a multiple of 1/2."""
+def _sinpi_shifted(quarter: int) -> Any:
+    """Return the function sin(pi (x + quarter / 2)), for x that are multiples of 1/2."""
 
     def function(x: Fraction) -> Fraction:
         if (2 * x).denominator != 1:
@@ -428,13 +450,13 @@ def _turning(quarter: int) -> Any:
 
 
 class RationalContext:
-    """Numpy arrays of fractions."""
+    """Exact arithmetic on numpy arrays of fractions. Raises `Irrational` for a value that has none."""
 
     def __init__(self) -> None:
         for name, (at, value) in _TRANSCENDENTAL.items():
             setattr(self, name, _only_at(at, value))
-        self.sqrt = np.frompyfunc(_root, 1, 1)
-        self.sinpi, self.cospi = _turning(0), _turning(1)
+        self.sqrt = np.frompyfunc(_square_root, 1, 1)
+        self.sinpi, self.cospi = _sinpi_shifted(0), _sinpi_shifted(1)
 
     choose = staticmethod(np.where)
     constant = Fraction

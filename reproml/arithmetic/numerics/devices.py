@@ -1,4 +1,4 @@
-"""Tensors on accelerators: whether reading one makes the host wait, and how numbers get there."""
+"""Tensors on accelerators: whether reading one makes the host wait, and how to copy operands there."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def is_on_accelerator(x: Tensor) -> bool:
-    """Whether a host that reads x waits for a device."""
+    """Whether the host has to wait for a device when it reads x."""
     return not (x.is_cpu or x.is_meta)
 
 
 def to_device(x: Any, device: torch.device) -> Tensor:
-    """A number, or a tensor of the host's, as a tensor there, for which the host does not wait."""
+    """Return a Python number or a tensor as a tensor on the device, without making the host wait."""
     if not isinstance(x, Tensor):
         return torch.full((), x, device=device)
     if x.is_cpu and device.type == "cuda":

@@ -1,8 +1,11 @@
-"""exp, log, sin, erf and their like in binary64, from +, -, *, / alone, with a proven error.
+"""exp, log, sin, erf and similar functions in binary64, from +, -, *, / alone, with a proven error bound.
 
-Each is a fixed sequence of IEEE 754 operations on whole tensors, one rounding each (PyTorch's eager
-kernels of single operators do not contract to FMA), so it gives the same bits on every machine, and
-what has been verified on one machine holds on all. No vendor's libm is trusted.
+Each function is a fixed sequence of IEEE 754 operations on tensors, with one rounding each (PyTorch's eager
+kernels of single operators do not contract to FMA). Therefore it returns the same bits on every machine,
+and what has been verified on one machine holds on all. No vendor's libm is used.
+
+tools/coefficients.py computes every constant and coefficient of this file and of the same functions in
+csrc; tests/tools/test_coefficients.py compares them bit for bit. csrc/elementary.h has the same sequences.
 """
 
 from __future__ import annotations
@@ -12,10 +15,10 @@ from math import factorial
 import torch
 from torch import Tensor
 
-# Bound of the relative error of every function of this file: 8 ulp of binary64. The analysis stands
-# with each function; tests/arithmetic/numerics/test_elementary.py measures under 2 ulp against mpmath.
+# Bound of the relative error of every function in this file: 8 ulp of binary64. The analysis is in each
+# function's docstring; tests/arithmetic/numerics/test_elementary.py measures less than 2 ulp.
 RELATIVE = 2.0**-49
-EXP_RELATIVE = 2.0**-51  # that of exp
+EXP_RELATIVE = 2.0**-51  # bound of the relative error of exp
 
 _INV_LN2 = 1.4426950408889634  # 1 / ln 2
 # ln 2 = _LN2_HIGH + _LN2_LOW to 2^-93; the high part ends in 16 zero bits, so that k * _LN2_HIGH is
@@ -35,32 +38,32 @@ def _horner(x: Tensor, coefficients: list[float]) -> Tensor:
 
 
 def _power_of_two(k: Tensor) -> Tensor:
-    """2^k for integers -1022 <= k <= 1023, given as float64."""
+    """Return 2^k for integers -1022 <= k <= 1023 in a float64 tensor."""
     return ((k.to(torch.int64) + 1023) << 52).view(torch.float64)
 
 
 def exp(x: Tensor) -> Tensor:
-    """exp(x), float64 in and out, for -700 <= x <= 709; what lies outside is moved to that end.
+    """Compute exp(x), float64 in and out, for -700 <= x <= 709. Other arguments are clamped to that range.
 
     Cody & Waite reduction x = k ln 2 + r, |r| <= 0.3466: the error of r is below 2^-53 * 0.35 + k 2^-93.
     Taylor to the 14th power: the remainder is below r^15 / 15! < 2^-62. Horner's last step, 1 + r y, rounds
-    by 1.42 * 2^-53 and passes on |r| times y's 1.5 * 2^-53; below 1 by half of the first. All together the
-    error is below 2.4 * 2^-53 exp(x).
+    by 1.42 * 2^-53 (by half of that if the result is below 1) and propagates |r| times y's error of
+    1.5 * 2^-53. In total, the error is below 2.4 * 2^-53 exp(x).
     """
     x = x.clamp(-700.0, 709.0)
     k = torch.round(x * _INV_LN2)
     r = (x - k * _LN2_HIGH) - k * _LN2_LOW
-    # 2^k in two factors, as 2^1024 is not a number
+    # 2^k in two factors, as 2^1024 is not a binary64 number
     half = torch.floor(k * 0.5)
     return _horner(r, _EXP) * _power_of_two(half) * _power_of_two(k - half)
 
 
 def log(x: Tensor) -> Tensor:
-    """log(x), float64 in and out; x normal or zero. log(0) = -inf, NaN below zero.
+    """Compute log(x), float64 in and out; x normal or zero. log(0) = -inf, NaN below zero.
 
     x = 2^k m with sqrt(1/2) <= m < sqrt(2), so that k = 0 around 1 and nothing cancels. With
-    s = (m - 1)/(m + 1), |s| <= 0.1716: log m = 2 artanh s, the series cut at s^23, remainder below
-    2^-63 relative to s. m - 1 is exact (Sterbenz), s has two roundings.
+    s = (m - 1)/(m + 1), |s| <= 0.1716: log m = 2 artanh s. The series is cut after s^23, with a remainder
+    below 2^-63 relative to s. m - 1 is exact (Sterbenz), s has two roundings.
     """
     bits = x.view(torch.int64) if x.is_contiguous() else x.contiguous().view(torch.int64)
     k = (bits - _SQRT_HALF_BITS) >> 52
@@ -79,17 +82,17 @@ _EXPM1 = [1 / factorial(n) for n in range(15, 0, -1)]
 
 
 def expm1(x: Tensor) -> Tensor:
-    """exp(x) - 1, float64 in and out, for x <= 709.
+    """Compute exp(x) - 1, float64 in and out, for x <= 709.
 
-    Below 0.35 Taylor without its first term, so that nothing cancels; above, exp(x) >= 1.41 or <= 0.71
-    and the subtraction loses two bits at most.
+    For |x| < 0.35 the Taylor series without its first term, so that nothing cancels; otherwise
+    exp(x) >= 1.41 or <= 0.71, and the subtraction loses two bits at most.
     """
     small = x.clamp(-0.35, 0.35)
     return torch.where(x.abs() < 0.35, _horner(small, _EXPM1) * small, exp(x) - 1)
 
 
 def log1p(x: Tensor) -> Tensor:
-    """log(1 + x), float64 in and out. Near 0 the series of `log`, with x for its m - 1."""
+    """Compute log(1 + x), float64 in and out, near 0 by the series of `log` with x in place of m - 1."""
     s = x.clamp(-0.25, 0.25)
     s = s / (2 + s)
     s2 = s * s
@@ -98,15 +101,15 @@ def log1p(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 0.25, near, log(1 + x))
 
 
-# pi / 2 in three parts: 33, 33 and 53 bits, so that k times the first two is exact for k < 2^20.
+# pi / 2 split into numbers of 33, 33 and 53 bits, so that k times the first two is exact for k < 2^20.
 _PIO2 = [float.fromhex(h) for h in ("0x1.921fb544p+0", "0x1.0b4611a6p-34", "0x1.3198a2e037073p-69")]
 _SIN = [(-1) ** n / factorial(2 * n + 1) for n in range(8, 0, -1)]
 _COS = [(-1) ** n / factorial(2 * n) for n in range(9, 0, -1)]
-SIN_MAX = 2.0**19  # beyond this the reduction is not good enough
+SIN_MAX = 2.0**19  # beyond this the reduction is not precise enough
 
 
 def _sin_cos(r: Tensor, quadrant: Tensor) -> tuple[Tensor, Tensor]:
-    """sin and cos of r + quadrant * pi / 2, |r| <= 0.79. Taylor; the remainders are below 2^-62."""
+    """Compute sin and cos of r + quadrant * pi / 2, |r| <= 0.79: Taylor series, remainders below 2^-62."""
     r2 = r * r
     s = r + r * (_horner(r2, _SIN) * r2)
     c = 1 + _horner(r2, _COS) * r2
@@ -117,14 +120,14 @@ def _sin_cos(r: Tensor, quadrant: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sin_cos(x: Tensor) -> tuple[Tensor, Tensor]:
-    """sin(x) and cos(x), float64 in and out, for |x| <= 2^19 (Cody & Waite reduction)."""
+    """Compute sin(x) and cos(x), float64 in and out, for |x| <= 2^19 (Cody & Waite reduction)."""
     k = torch.round(x.clamp(-SIN_MAX, SIN_MAX) * (1 / _PIO2[0]))
     r = ((x - k * _PIO2[0]) - k * _PIO2[1]) - k * _PIO2[2]
     return _sin_cos(torch.where(x.abs() <= SIN_MAX, r, x * 0), k)
 
 
 def sin_cos_pi(x: Tensor) -> tuple[Tensor, Tensor]:
-    """sin(pi x) and cos(pi x), float64 in and out; the reduction is exact."""
+    """Compute sin(pi x) and cos(pi x), float64 in and out; the reduction is exact."""
     k = torch.round(2 * x)
     return _sin_cos((x - k * 0.5) * 3.141592653589793, k)
 
@@ -133,8 +136,8 @@ _ERF = [
     2 / 3.141592653589793**0.5 * (-1) ** n / (factorial(n) * (2 * n + 1)) for n in range(15, -1, -1)
 ]
 ERFC_MAX = 26.4
-# (1 + 2 t) exp(t^2) erfc(t) as a polynomial in q = (t - 4) / (t + 4), from the power 0 on: it interpolates
-# at the 23 Chebyshev nodes of 0 <= t <= 26.5, calculated in 400 bits. Its error is below 2^-53.8.
+# (1 + 2 t) exp(t^2) erfc(t) as a polynomial in q = (t - 4) / (t + 4), lowest power first. It interpolates
+# at the 23 Chebyshev nodes in q for 0 <= t <= 26.5, computed with 400 bits. Its error is below 2^-53.8.
 _ERFC = [
     float.fromhex(h)
     for h in """
@@ -149,7 +152,7 @@ _ERFC = [
 
 
 def erf(x: Tensor) -> Tensor:
-    """erf(x), float64 in and out: Maclaurin's series below 1/2, 1 - erfc(|x|) above."""
+    """Compute erf(x), float64 in and out: the Maclaurin series for |x| < 1/2, 1 - erfc(|x|) above."""
     small = x.clamp(-0.5, 0.5)
     far = 1 - erfc(x.abs())
     return torch.where(
@@ -158,12 +161,13 @@ def erf(x: Tensor) -> Tensor:
 
 
 def erfc(x: Tensor) -> Tensor:
-    """erfc(x), float64 in and out, for x <= 26.4; beyond, its value there, 2^-1011, stands in.
+    """Compute erfc(x), float64 in and out; beyond 26.4 the result is the value at 26.4, which is 2^-1011.
 
-    exp(-t^2) P(q) / (1 + 2 t) for t = |x|; below 0, 2 - erfc(-x). t = h + l, h a multiple of 2^-20, so that
-    h^2 is exact; exp(-t^2) = exp(-h^2) exp(-z), z = l (t + h) < 2^-15. In units of 2^-53 the error is
-    below 2.4 of exp, 1.8 of Horner's scheme, 0.6 of P, 5.2 of q (three roundings times P' / P < 1.75), and
-    5 of the single operations. `erf` makes this 15 times erfc(1/2) / erf(1/2) = 0.93, and one more.
+    It is exp(-t^2) P(q) / (1 + 2 t) with t = |x|; below 0 it is 2 - erfc(-x). t = h + l, where h is a
+    multiple of 2^-20, so that h^2 is exact; exp(-t^2) = exp(-h^2) exp(-z) with z = l (t + h) < 2^-15. In
+    units of 2^-53 the error is below 2.4 (exp) + 1.8 (Horner's scheme) + 0.6 (P) + 5.2 (q: three roundings
+    times P' / P < 1.75) + 5 (the other operations) = 15. `erf` multiplies this by erfc(1/2) / erf(1/2),
+    which is 0.93, and adds one rounding.
     """
     t = x.abs().clamp(max=ERFC_MAX)
     h = (t + 1.5 * 2.0**32) - 1.5 * 2.0**32
@@ -174,11 +178,11 @@ def erfc(x: Tensor) -> Tensor:
 
 
 def erfinv(x: Tensor) -> Tensor:
-    """The inverse of erf, float64 in and out, for |x| < 1; infinite at 1, NaN beyond.
+    """Compute the inverse of erf, float64 in and out, for |x| < 1; infinite at 1, NaN beyond.
 
-    The library's float64 value is only a start: two Newton steps with our own erf or, towards 1, erfc,
-    leave the error of these, relative to x or 1 - |x|, over the logarithmic slope there, which is above
-    a third: x / (y erf'(y)) <= 1 and erfc(y) / (y erfc'(y)) <= 1.
+    PyTorch's float64 value is only the starting point of two Newton steps with this file's erf or, towards
+    1, erfc. What remains is the error of these, relative to x or 1 - |x|, divided by the logarithmic slope
+    there, which is above a third: x / (y erf'(y)) <= 1 and erfc(y) / (y erfc'(y)) <= 1.
     """
     t = x.abs()
     y = torch.erfinv(t.clamp(max=1 - 2.0**-30))

@@ -1,4 +1,4 @@
-"""Sums without rounding errors, rounded once at the end: where the rounding test fails."""
+"""Exact sums, rounded once at the end: the accurate path of sums that fail the rounding test."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.numerics.rounding import gamma, nearest, two_sum
+from reproml.arithmetic.numerics.rounding import gamma, nearest, rounding_test, two_sum
 
 ONE = Fraction(1)
 
 
-# From this many failures on, a whole product of absolute values is cheaper than each by itself.
+# From this many failures on, one product of absolute values for all elements costs less than an exact sum
+# for each failure.
 MANY = 64
 
 
@@ -21,7 +22,7 @@ _CHUNK = 1 << 22  # elements gathered at once
 
 
 def nearest_of_rows(terms: Tensor, scale: Fraction = ONE) -> list[float]:
-    """The correctly rounded sum of each row of finite float64 terms [rows, n], times `scale`."""
+    """Return the correctly rounded sum of each row of finite float64 terms [rows, n], times `scale`."""
     values: list[float] = []
     for chunk in terms.split(max(1, _CHUNK // max(1, terms.shape[1]))):
         if scale == 1 and len(chunk) >= MANY:
@@ -32,10 +33,13 @@ def nearest_of_rows(terms: Tensor, scale: Fraction = ONE) -> list[float]:
 
 
 def _by_two_sum(terms: Tensor) -> list[float]:
-    """nearest_of_rows by compensated sums (Ogita, Rump & Oishi, SIAM J. Sci. Comput. 26(6), 2005).
+    """Compute `nearest_of_rows` by compensated sums.
 
-    Each row becomes s + t with |s + t - exact| <= e. The rows for which this is not enough, and those
-    whose s + t rounds to a midpoint of binary32 in binary64 (which would round twice), go on.
+    Source: T. Ogita, S. Rump & S. Oishi, SIAM Journal on Scientific Computing 26(6), 2005.
+
+    Each row becomes s + t with |s + t - exact| <= e. Rows for which this is not precise enough are summed
+    exactly, and so are those where an end s + (t - e) or s + (t + e) rounds to a midpoint of binary32 in
+    binary64, because such an end would be rounded twice.
     """
     s, n = terms, terms.shape[1]
     t = torch.zeros(len(terms), dtype=torch.float64, device=terms.device)
@@ -43,16 +47,16 @@ def _by_two_sum(terms: Tensor) -> list[float]:
     while s.shape[1] > 1:
         if s.shape[1] % 2:
             s = torch.nn.functional.pad(s, (0, 1))
-        s, error = two_sum(*s.split(s.shape[1] // 2, 1))
-        t = t + error.sum(1)
-        size = size + error.abs().sum(1)
+        s, lost = two_sum(*s.split(s.shape[1] // 2, 1))
+        t = t + lost.sum(1)
+        size = size + lost.abs().sum(1)
     s = s.sum(1)
-    e = size * gamma(n) + 2.0**-1000 * (size > 0)
+    e = size * gamma(n)
     low, high = s + (t - e), s + (t + e)
-    result = high.float()
-    sure = (low.float() == result) & ~_maybe_midpoint(low) & ~_maybe_midpoint(high)
+    result, failed = rounding_test(low, high, zeros_agree=True)
+    failed |= _maybe_midpoint(low) | _maybe_midpoint(high)
     values: list[float] = (result + 0.0).tolist()
-    for i in (~sure).nonzero().squeeze(1).tolist():
+    for i in failed.nonzero().squeeze(1).tolist():
         values[i] = nearest(exact_sum(terms[i].tolist()))
     return values
 
@@ -64,10 +68,10 @@ def _maybe_midpoint(x: Tensor) -> Tensor:
 
 
 def exact_sum(terms: list[float]) -> Fraction:
-    """The exact sum of finite binary64 numbers.
+    """Return the exact sum of finite binary64 numbers.
 
-    `math.fsum` rounds the exact sum correctly (Shewchuk, Discrete & Computational Geometry 18, 1997);
-    what it left is a sum again, 2^53 times smaller, until nothing is left.
+    `math.fsum` rounds the exact sum correctly (Shewchuk, Discrete & Computational Geometry 18, 1997). What
+    remains is a sum again, 2^53 times smaller; this is repeated until nothing remains.
     """
     terms = list(terms)
     total = Fraction(0)

@@ -1,7 +1,34 @@
-"""From a real number to the nearest binary32 number, ties to even.
+"""Rounding of real numbers to binary32, to nearest with ties to even.
 
-Ziv's rounding test (A. Ziv, ACM TOMS 17(3), 1991): if the exact value lies in [c - e, c + e] and
-both ends round to the same binary32 number, rounding being monotone, so does the exact value.
+The rounding test (A. Ziv, ACM TOMS 17(3), 1991): if an exact value lies between two binary64 numbers, and
+both of these ends round to the same binary32 number, then so does the exact value, as rounding is
+monotone. `rounding_test` is the only place in Python where the test is written. It assumes that the exact
+value lies between the ends as they were computed, so each caller must give its error bound enough room for
+the roundings that it does not count:
+
+- of the bound itself, which is computed in binary64 as well (SLACK);
+- of `mid - error` and `mid + error`, by U |mid| each: an end might be rounded onto a midpoint of binary32
+  while the exact value lies on the midpoint's other side;
+- of results that underflow in binary64 (TINY).
+
+| caller                    | bound of the error     | SLACK     | U |mid|   | TINY  | sign of a zero |
+|---------------------------|------------------------|-----------|-----------|-------|----------------|
+| `round_ball`              | Ball.error             | `widened` | `widened` | added | mid's if known |
+| `round_sum`               | size gamma(n)          | `gamma`   | `gamma`   | -     | both ends', +0 |
+| exact_sums._by_two_sum    | lost gamma(n)          | `gamma`   | -         | -     | +0             |
+| evaluate._multi_precision | Ball.error             | ctx.u     | ctx.u     | -     | both ends'     |
+| partial_sums.merge        | size gamma(height + W) | `gamma`   | `gamma`   | -     | both ends', +0 |
+| batch norm, distributed   | Ball.error             | `widened` | `widened` | added | both ends'     |
+
+"size" is a bound of the sum of absolute values, "lost" the sum of the absolute rounding errors that TwoSum
+kept, W the number of workers. "both ends'": ends of different signs fail. "+0": an exact zero is +0.
+
+Why some need no room ("-"): the terms of a sum are products of at most four binary32 numbers, multiples of
+2^-596, so no sum underflows. `_by_two_sum` rounds each end once, and fails where that gives a midpoint.
+mpmath's exponents are unbounded, and ctx.u is twice its unit roundoff.
+
+The kernels in csrc have the same test with the same constants. tests/arithmetic/numerics/test_rounding.py
+shows for each bound in Python that the ends enclose the exact value.
 """
 
 from __future__ import annotations
@@ -15,87 +42,111 @@ import torch
 from torch import Tensor
 
 U = 2.0**-53  # unit roundoff of binary64
-# Bounds are themselves computed in binary64; this much covers their own rounding errors.
+# Bounds are themselves computed in binary64; this factor covers their own rounding errors.
 SLACK = 1 + 2.0**-20
 # Absolute error of a binary64 operation that underflows, with a wide margin (see elementary.exp).
 TINY = 2.0**-1000
 
-# Where the test failed: flat indices, int64 [k] -> the k correctly rounded values.
+# Computes the correctly rounded values of the elements that failed the test, on the accurate path. Takes
+# their flat indices, int64 [k]; returns k binary32 numbers.
 Resolve = Callable[[Tensor], Sequence[float]]
 
 
-def _read_at_once(failed: Tensor, c: Tensor) -> bool:
+def _read_now(failed: Tensor, mid: Tensor) -> bool:
     return False
 
 
-# Whether the outcome of a test is noted, to be read later; the log of a device's operators
-# (dispatch/deferred.py) puts itself here.
-defer_test: Callable[[Tensor, Tensor], bool] = _read_at_once
+# Hook: whether somebody else reads later what failed, so that the host does not wait for a device here. The
+# dispatcher assigns deferred.defer_test; without a dispatcher each outcome is read at once.
+defer_test: Callable[[Tensor, Tensor], bool] = _read_now
+
+
+def rounding_test(low: Tensor, high: Tensor, zeros_agree: bool = False) -> tuple[Tensor, Tensor]:
+    """Round to binary32 the exact values that lie in [low, high], and find those that it cannot round.
+
+    low, high: float64 tensors of one shape, the computed ends. See the module's docstring for what they
+    must enclose.
+    zeros_agree: whether the ends may round to zeros of different signs; the caller then decides the sign.
+    Returns (rounded, failed): float32, correct wherever `failed`, a bool tensor, is False. A NaN at both
+    ends is a failure with `zeros_agree`; otherwise the result is NaN.
+    """
+    rounded, below = high.float(), low.float()
+    if zeros_agree:
+        return rounded, below != rounded
+    return rounded, below.view(torch.int32) != rounded.view(torch.int32)
 
 
 def gamma(n: Any) -> Any:
-    """Bound of the relative error of a binary64 sum of `n` terms, in any order, with or without FMA.
+    """Return a bound of the relative error of a binary64 sum of `n` terms, added in any order.
 
-    n: a number, or a float64 tensor of them.
+    It holds with or without FMA. n: a number, or a float64 tensor of numbers.
 
-    Source: N. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1. The sum
-    is returned with room for the rounding of the test itself (3 more operations) and of the bound.
+    Source: N. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1. The bound has
+    room for the roundings of the test itself (3 more operations) and of the bound (SLACK).
     """
     n = n + 3
     return n * U / (1 - n * U) * SLACK
 
 
-def round_ball(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
-    """Round to binary32 the real numbers that lie within `e` of `c`.
+def widened(error: Tensor, size: Tensor) -> Tensor:
+    """Return a bound with room for its own roundings and those of `mid - error` and `mid + error`.
 
-    c, e: float64 tensors of one shape, e >= 0. A c that is NaN or infinite is the result itself.
+    error, size: float64 tensors, the bound without that room and |mid|.
+    """
+    return error * SLACK + 2 * U * size
+
+
+def round_ball(mid: Tensor, error: Tensor, resolve: Resolve) -> Tensor:
+    """Round to binary32 the real numbers that lie within `error` of `mid`.
+
+    mid, error: float64 tensors of one shape, error >= 0. A NaN or infinite midpoint is the result itself.
     resolve: called for the elements that fail the test.
-    Returns a float32 tensor. A zero has the sign of c. On a device what fails may wait (deferred.py).
+    Returns a float32 tensor. A zero has the sign of `mid`. On a device, failed elements may be resolved
+    later (see `defer_test`).
     """
-    # c - e and c + e are rounded as well, by up to U |c|: onto a midpoint, perhaps, of which the number
-    # is on the other side.
-    e = torch.where(e == 0, e, e * SLACK + 2 * U * c.abs()) + TINY
-    result = c.float()
-    failed = (c - e).float() != (c + e).float()  # also where c or e is NaN
-    # Of what underflows, the sign has to be sure as well.
-    failed |= (result == 0) & (c.abs() <= e) & (e > 2 * TINY)
-    if not defer_test(failed, c) and failed.any():
-        overwrite_failures(result, c, failed.reshape(-1).nonzero().squeeze(1), resolve)
+    size = mid.abs()
+    error = torch.where(error == 0, error, widened(error, size)) + TINY
+    _, failed = rounding_test(mid - error, mid + error, zeros_agree=True)
+    result = mid.float()
+    # Where the result underflows to zero, its sign must be certain as well.
+    failed |= (result == 0) & (size <= error) & (error > 2 * TINY)
+    if not defer_test(failed, mid) and failed.any():
+        _overwrite_failures(result, mid, failed.reshape(-1).nonzero().squeeze(1), resolve)
     return result
 
 
-def round_sum(c: Tensor, e: Tensor, resolve: Resolve) -> Tensor:
-    """Like `settle`, for sums and dot products: the order in which c was summed may be any.
+def round_sum(mid: Tensor, error: Tensor, resolve: Resolve) -> Tensor:
+    """Round like `round_ball`, for sums and dot products, whose terms may be added in any order.
 
-    So not even the sign of a zero may come from c: the test compares bit patterns, -0 with +0 fails,
-    and an exact zero is +0. `e` already has room for the test (see `gamma`).
+    Therefore not even the sign of a zero may depend on `mid`: ends of different signs fail, and an exact
+    zero is +0. `error` already has room for the test (see `gamma`).
     """
-    result = (c + e).float()
-    failed = (c - e).float().view(torch.int32) != result.view(torch.int32)
-    if defer_test(failed, c):
-        return torch.where(failed, (c + 0.0).float(), result)  # mostly right: a tie, or a zero
+    result, failed = rounding_test(mid - error, mid + error)
+    if defer_test(failed, mid):
+        # Until the failures are resolved: mostly right, as a failure is often a tie or an exact zero.
+        return torch.where(failed, (mid + 0.0).float(), result)
     if failed.any():
-        overwrite_failures(result, c, failed.reshape(-1).nonzero().squeeze(1), resolve)
+        _overwrite_failures(result, mid, failed.reshape(-1).nonzero().squeeze(1), resolve)
     return result
 
 
-def overwrite_failures(result: Tensor, c: Tensor, index: Tensor, resolve: Resolve) -> None:
-    """Put the exact values into `result` at the flat indices where the test failed."""
+def _overwrite_failures(result: Tensor, mid: Tensor, index: Tensor, resolve: Resolve) -> None:
+    """Write the resolved values to `result` at the flat indices of the elements that failed."""
     if not result.dim():
-        return overwrite_failures(result.view(1), c.view(1), index, resolve)
+        return _overwrite_failures(result.view(1), mid.view(1), index, resolve)
     where = torch.unravel_index(index, result.shape)
-    at = c[where]
-    value = at.float()  # right where c is NaN or infinite
-    rest = at.isfinite()
-    if rest.any():
-        exact = torch.tensor(resolve(index[rest]), dtype=torch.float64, device=value.device)
-        value[rest] = exact.float()
+    at = mid[where]
+    value = at.float()  # right where the midpoint is NaN or infinite
+    finite = at.isfinite()
+    if finite.any():
+        exact = torch.tensor(resolve(index[finite]), dtype=torch.float64, device=value.device)
+        value[finite] = exact.float()
     result[where] = value
     return None
 
 
 def nearest(x: Fraction) -> float:
-    """The binary32 number nearest to x, ties to even, as a Python float; infinity on overflow."""
+    """Return the binary32 number nearest to x, ties to even, as a Python float; infinity on overflow."""
     if x == 0:
         return 0.0
     n, d = abs(x.numerator), x.denominator
@@ -114,7 +165,10 @@ def nearest(x: Fraction) -> float:
 
 
 def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """s + t = a + b exactly, s rounded (Knuth, The Art of Computer Programming 2, section 4.2.2)."""
+    """Return s, which is a + b rounded, and t with s + t = a + b exactly.
+
+    Source: D. Knuth, The Art of Computer Programming 2, section 4.2.2.
+    """
     s = a + b
     z = s - a
     return s, (a - (s - z)) + (b - z)

@@ -1,4 +1,4 @@
-"""Python numbers as they meet a float32 tensor."""
+"""Python numbers that are combined with a float32 tensor."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from reproml.errors import NotExactError
 
 
 def float32_scalar(x: Any) -> Fraction:
-    """A Python number, rounded to binary32 as PyTorch does where it meets a float32 tensor."""
+    """Return a Python number rounded to binary32, as PyTorch does where it meets a float32 tensor."""
     value = ctypes.c_float(float(x)).value
     if not math.isfinite(value):
         raise NotExactError(
-            f"The number {x} is not finite in float32, so nothing exact follows from it."
+            f"The number {x} is not finite in float32, so no exact result can be computed with it."
         )
     return Fraction(value)

@@ -155,7 +155,7 @@ def test_a_row_with_one_entry_passes():
     x = normal(6, 6).masked_fill(torch.ones(6, 6).tril() == 0, -math.inf)
     y = operator_table.EXACT["_softmax"](x, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor, "_settle", lambda *arguments: pytest.fail("it was not"))
+        patch.setattr(executor, "_complete", lambda *arguments: pytest.fail("it was not"))
         z = operator_table.EXACT["_softmax_backward_data"](
             normal(6, 6, seed=1), y, 1, torch.float32
         )
