@@ -99,7 +99,7 @@ def test_what_is_not_finite():
         agree(indexing.embedding_backward, g, torch.tensor(index), 8, -1, False)
         wide = g.expand(7, 3).contiguous()
         agree(indexing.embedding_backward, wide, torch.tensor(index), 8, -1, False)
-        agree(indexing.sum_at, torch.tensor(index), g.reshape(-1), 8, g.new_full((8,), -0.0))
+        agree(indexing.segment_sum, torch.tensor(index), g.reshape(-1), 8, g.new_full((8,), -0.0))
 
 
 def test_ties_are_settled_in_the_loop():
@@ -109,10 +109,10 @@ def test_ties_are_settled_in_the_loop():
     index = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3, 3])
     groups = [[values[i].item() for i in range(10) if index[i] == row] for row in range(5)]
     expected = [Real(sum(map(Fraction, group), Fraction(0))) for group in groups]
-    found = indexing.scatter_sums(1, 5, index, values)
+    found = indexing.compiled_segment_sums(1, 5, index, values)
     assert found is not None
     check(found.reshape(5), expected)
-    wide = indexing.scatter_sums(1, 5, index, values.unsqueeze(1).expand(10, 2))
+    wide = indexing.compiled_segment_sums(1, 5, index, values.unsqueeze(1).expand(10, 2))
     assert wide is not None
     check(wide[0, :, 1], expected)
 
@@ -120,8 +120,8 @@ def test_ties_are_settled_in_the_loop():
 def test_what_the_loop_cannot_settle_goes_to_the_plain_path():
     values = torch.tensor([2.0**80, 1.0, -(2.0**80), -1.0])
     index = torch.zeros(4, dtype=torch.int64)
-    assert indexing.scatter_sums(1, 2, index, values) is None
-    agree(indexing.sum_at, index, values, 2)
+    assert indexing.compiled_segment_sums(1, 2, index, values) is None
+    agree(indexing.segment_sum, index, values, 2)
 
 
 def test_an_index_out_of_range_is_an_error():

@@ -33,13 +33,13 @@ def test_both_forms_agree(shape, kind):
     for i, dims in enumerate(subsets):
         v = lay_out(x, LAYOUTS[i % len(LAYOUTS)])
         for options in ({}, {"keepdim": True, "divisor": 3}, {"y": y}):
-            agree(reductions.sum_over, v, dims, **options)
+            agree(reductions.reduce_sum, v, dims, **options)
 
 
 def test_channels_last():
     x = numbers((4, 6, 9, 9), "normal").to(memory_format=torch.channels_last)
     assert same_bits(
-        reductions.sum_over(x, (0, 2, 3)), reductions.sum_over(x.contiguous(), (0, 2, 3))
+        reductions.reduce_sum(x, (0, 2, 3)), reductions.reduce_sum(x.contiguous(), (0, 2, 3))
     )
 
 
@@ -48,15 +48,15 @@ def test_channels_last():
 )
 def test_threads_do_not_matter(shape, dims):
     x = numbers(shape, "ties")
-    with_threads(reductions.sum_over, x, dims)
-    agree(reductions.sum_over, x, dims)
+    with_threads(reductions.reduce_sum, x, dims)
+    agree(reductions.reduce_sum, x, dims)
 
 
 @settings(max_examples=100)
 @given(tensors((5, 4), ANY), st.sampled_from([1, 3, 7, -2]))
 def test_any_numbers(x, divisor):
     for dims in ((0,), (1,), ()):
-        agree(reductions.sum_over, x, dims, divisor=divisor)
+        agree(reductions.reduce_sum, x, dims, divisor=divisor)
 
 
 @pytest.mark.parametrize("n", [2, 5, 40])
@@ -66,8 +66,8 @@ def test_what_is_not_finite(n):
         x[i::3, i % n] = value
         x[i, (i + 1) % n] = float("inf")
     for dims in ((0,), (1,), (0, 1)):
-        agree(reductions.sum_over, x, dims)
-        agree(reductions.sum_over, x.t(), dims, divisor=3)
+        agree(reductions.reduce_sum, x, dims)
+        agree(reductions.reduce_sum, x.t(), dims, divisor=3)
 
 
 def total(rows, divisor=1):
@@ -92,10 +92,10 @@ def test_failures_are_settled_in_the_loop(divisor):
 def test_what_the_loop_cannot_settle_goes_to_the_plain_path():
     x = torch.tensor([[2.0**80, 1.0, -(2.0**80), -1.0], [1.0, 2.0, 3.0, 4.0]])
     assert reductions._compiled_sum(x, (1,), False, 1, None) is None
-    check(reductions.sum_over(x, (1,)), total(x))
+    check(reductions.reduce_sum(x, (1,)), total(x))
 
 
 def test_errors_are_pytorchs_own():
     for dims in ((2,), (-3,), (0, 0)):
         with pytest.raises((IndexError, RuntimeError)):
-            reductions.sum_over(torch.ones(2, 3), dims)
+            reductions.reduce_sum(torch.ones(2, 3), dims)

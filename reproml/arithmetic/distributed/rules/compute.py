@@ -31,7 +31,7 @@ from reproml.arithmetic.distributed.partial_sums import (
 )
 from reproml.arithmetic.distributed.pending import exchanged, note, raw
 from reproml.arithmetic.distributed.sharded import Sharded, gathered
-from reproml.arithmetic.operators.convolution import weight_operands
+from reproml.arithmetic.operators.convolution import weight_gradient_factors
 
 aten = torch.ops.aten
 
@@ -181,7 +181,7 @@ def _weight_partial(
         operands = [t.unsqueeze(2) for t in operands]
         stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
     given = (*operands, stride, padding, dilation, groups)
-    rows, columns = weight_operands(
+    rows, columns = weight_gradient_factors(
         *given
     )  # float32 [n, groups, o, places], [n, groups, places, l]
     n, _, o, places = rows.shape

@@ -18,7 +18,11 @@ from reproml.arithmetic.distributed.sharded import Sharded, gathered
 from reproml.arithmetic.numerics.balls import Ball
 from reproml.arithmetic.numerics.rounding import SLACK, TINY, U, gamma
 from reproml.arithmetic.operators import normalization
-from reproml.arithmetic.operators.normalization_reference import gradient, normalize, statistics
+from reproml.arithmetic.operators.normalization_reference import (
+    element_backward,
+    mean_and_rstd,
+    normalize,
+)
 from reproml.arithmetic.operators.reductions import row_variance
 
 aten = torch.ops.aten
@@ -109,7 +113,7 @@ def _statistics(x: Sharded, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     group, k = x.at.group, TENSORS
     with raw():
-        rows = normalization.channels(x.local).double()
+        rows = normalization.channel_rows(x.local).double()
         n, places = rows.shape[1], math.prod(x.shape[2:])
         pivot = rows.mean(1) if n else rows.new_zeros(len(rows))
         apart = rows - pivot.unsqueeze(1)
@@ -138,8 +142,8 @@ def _statistics(x: Sharded, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         *found, failed = group.to_all(torch.stack([*found, failed.float()]))[0]
         doubtful = failed.nonzero().squeeze(1)
         if len(doubtful):
-            whole = normalization.channels(gathered(Sharded(x.local[:, doubtful], x.at)))
-            exact = *statistics(whole, eps), row_variance(whole, 1)
+            whole = normalization.channel_rows(gathered(Sharded(x.local[:, doubtful], x.at)))
+            exact = *mean_and_rstd(whole, eps), row_variance(whole, 1)
             for known, settled in zip(found, exact):
                 known[doubtful] = settled.squeeze(1)
     return found[0], found[1], found[2]
@@ -156,12 +160,12 @@ def batch_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
     with raw():
         m, r = mean.unsqueeze(1), rstd.unsqueeze(1)
         scale = torch.ones_like(m) if w is None else w.detach().unsqueeze(1)
-        rows = [normalization.channels(t.local) for t in (g, x)]
+        rows = [normalization.channel_rows(t.local) for t in (g, x)]
         if mask[0] and n > 1:
             sums = [_scaled_sum([*rows, m, r, scale], n), plain_sum(rows[0], n, times=scale)]
             b, a = (_column(t, x) for t in merge(at.group, sums))
             m, r, scale = (_column(t, x) for t in (m, r, scale))
-            grad_x = gradient(n, g.local, scale.expand(g.local.shape), x.local, m, r, a, b)
+            grad_x = element_backward(n, g.local, scale.expand(g.local.shape), x.local, m, r, a, b)
         elif mask[0]:
             grad_x = torch.zeros_like(x.local)
         scaled = _scaled_sum([*rows, mean.unsqueeze(1), rstd.unsqueeze(1)], n)
