@@ -20,7 +20,7 @@ from reproml.arithmetic.operators.pointwise import formula_operator
 HALF = Fraction(1, 2)
 
 
-# ---- derivatives of tanh and sigmoid, from the function's result y ----------------------------------
+# ---- derivatives of tanh and sigmoid, from the function's result y -----------------------------------
 
 tanh_backward = formula_operator(lambda ctx, g, y: g * (1 - y * y), "tanh_backward")
 sigmoid_backward = formula_operator(lambda ctx, g, y: g * y * (1 - y), "sigmoid_backward")

@@ -139,13 +139,16 @@ def _check(
     """Check what PyTorch checks only in its own kernels."""
     for t in (x, w) if bias is None else (x, w, bias):
         _require_float32(t)
-    shapes = f"weight of shape {list(w.shape)} and input of shape {list(x.shape)}"
     if w.dim() != x.dim() or groups < 1 or len(w) % groups:
-        raise RuntimeError(f"{shapes} cannot be convolved in {groups} groups")
+        raise RuntimeError(
+            f"weight of shape {list(w.shape)} and input of shape {list(x.shape)} cannot be convolved in "
+            f"{groups} groups"
+        )
     channels = len(w) if transposed else groups * w.shape[1]
     if x.shape[1] != channels:
         raise RuntimeError(
-            f"{shapes}: with {groups} groups the input must have {channels} channels, not {x.shape[1]}"
+            f"weight of shape {list(w.shape)} in {groups} groups expects an input with {channels} "
+            f"channels, not {list(x.shape)}"
         )
     outputs = groups * w.shape[1] if transposed else len(w)
     if bias is not None and bias.shape != (outputs,):
@@ -264,7 +267,7 @@ def _compiled(
     """Return the result of a kernel of csrc/convolution.c, float32 of this shape.
 
     Elements that the kernel could not round are taken from the reference path, and so is the entire
-    result where the kernel does not apply.
+    result where the kernel does not apply. geometry: the kernel's sizes, from `_kernel_sizes`.
     """
     given = [None if x is None else x.contiguous() for x in operands]
     if not all(x is None or x.numel() for x in given):

@@ -123,7 +123,7 @@ def binary_cross_entropy_with_logits(
     return _loss(formula, reduction, x, y, _weight_or_one(weight, x), _weight_or_one(pos_weight, x))
 
 
-# ---- helpers of the losses above -----------------------------------------------------------------
+# ---- helpers of the losses above ---------------------------------------------------------------------
 
 
 def _loss(formula: Callable[..., Any], reduction: int, *operands: Tensor) -> Tensor:

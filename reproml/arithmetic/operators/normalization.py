@@ -31,7 +31,7 @@ from reproml.arithmetic.operators.normalization_reference import (
 )
 from reproml.arithmetic.operators.reductions import reduce_sum, row_variance
 
-# ---- batch normalization ---------------------------------------------------------------------------
+# ---- batch normalization -----------------------------------------------------------------------------
 
 
 def batch_norm(
@@ -142,7 +142,7 @@ def _column(x: Optional[Tensor]) -> Optional[Tensor]:
     return None if x is None else x.unsqueeze(1)
 
 
-# ---- layer normalization ---------------------------------------------------------------------------
+# ---- layer normalization -----------------------------------------------------------------------------
 
 
 def layer_norm(
@@ -214,7 +214,7 @@ def _check_layer(
             )
 
 
-# ---- group normalization ---------------------------------------------------------------------------
+# ---- group normalization -----------------------------------------------------------------------------
 
 
 def group_norm(

@@ -16,7 +16,7 @@ from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import float32_operands
 from reproml.errors import NotExactError
 
-# ---- one IEEE 754 operation ------------------------------------------------------------------------
+# ---- one IEEE 754 operation --------------------------------------------------------------------------
 
 
 def add(x: Any, y: Any, alpha: float = 1) -> Tensor:
@@ -80,7 +80,7 @@ def signbit(x: Tensor) -> Tensor:
     return torch.signbit(x) & ~x.isnan()
 
 
-# ---- comparisons -----------------------------------------------------------------------------------
+# ---- comparisons -------------------------------------------------------------------------------------
 
 
 def extremum(name: str) -> Callable[..., Any]:
@@ -129,7 +129,7 @@ def clamp_max(x: Tensor, high: Any) -> Tensor:
     return clamp(x, None, high)
 
 
-# ---- formulas --------------------------------------------------------------------------------------
+# ---- formulas ----------------------------------------------------------------------------------------
 
 
 def formula_operator(formula: Callable[..., Any], fast: Optional[str] = None) -> Callable[..., Any]:
@@ -201,7 +201,7 @@ def xlogy(x: Any, y: Any) -> Tensor:
     return torch.where(y.isnan(), y, torch.where(x == 0, 0.0, value))
 
 
-# ---- elementary functions --------------------------------------------------------------------------
+# ---- elementary functions ----------------------------------------------------------------------------
 
 
 # Outside of these bounds the rounded value is that at the bound: 1, infinity, 0 or -1.

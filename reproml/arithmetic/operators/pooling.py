@@ -21,7 +21,7 @@ from reproml.arithmetic.operators.indexing import compiled_segment_sums, segment
 from reproml.arithmetic.operators.reductions import reduce_sum
 from reproml.errors import NotExactError
 
-# ---- average pooling -------------------------------------------------------------------------------
+# ---- average pooling ---------------------------------------------------------------------------------
 
 
 def avg_pool2d(
@@ -87,8 +87,8 @@ def _pooling_sizes(
     stride = pair(stride) if stride else kernel
     if min(*kernel, *stride) < 1 or any(not 0 <= 2 * p <= k for p, k in zip(padding, kernel)):
         raise RuntimeError(
-            f"kernel size {kernel} and stride {stride} must be positive, and padding {padding} between 0 and "
-            "half of the kernel size"
+            f"kernel size {kernel} and stride {stride} must be positive, and padding {padding} between 0 "
+            "and half of the kernel size"
         )
     sides = zip(x.shape[-2:], kernel, stride, padding)
     complete = all((i + 2 * p - k) % s == 0 for i, k, s, p in sides)
@@ -116,7 +116,7 @@ def _divide_among_windows(g: Tensor, kernel: Sequence[int], divisor: int) -> Ten
     return shared.reshape(*outer, rows * kernel[0], columns * kernel[1])
 
 
-# ---- adaptive average pooling ----------------------------------------------------------------------
+# ---- adaptive average pooling ------------------------------------------------------------------------
 
 
 def adaptive_avg_pool2d(x: Tensor, size: Any) -> Tensor:
@@ -172,7 +172,7 @@ def _equal_windows(size: Sequence[int], counts: Sequence[int]) -> Optional[list[
     return [(c, n // c) for n, c in zip(size, counts)]
 
 
-# ---- max pooling -----------------------------------------------------------------------------------
+# ---- max pooling -------------------------------------------------------------------------------------
 
 
 def max_pool_backward(g: Tensor, x: Tensor, *rest: Any) -> Tensor:

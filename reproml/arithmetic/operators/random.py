@@ -26,7 +26,7 @@ from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import require
 from reproml.errors import NotExactError
 
-# ---- uniform and normal numbers --------------------------------------------------------------------
+# ---- uniform and normal numbers ----------------------------------------------------------------------
 
 
 def rand(
@@ -140,7 +140,7 @@ def like(draw: Any) -> Any:
     return drawn
 
 
-# ---- other distributions ---------------------------------------------------------------------------
+# ---- other distributions -----------------------------------------------------------------------------
 
 
 def bernoulli(x: Tensor, p: Any = None, *, generator: Any = None) -> Tensor:
@@ -215,7 +215,7 @@ def multinomial(
     return order[..., :count]
 
 
-# ---- integers --------------------------------------------------------------------------------------
+# ---- integers ----------------------------------------------------------------------------------------
 
 
 def drawn_on_cpu(draw: Any) -> Any:
@@ -237,7 +237,7 @@ def random_(x: Tensor, *bounds: int, generator: Any = None) -> Tensor:
     return x.copy_(_to(draws.random_(*bounds, generator=generator), x.device))
 
 
-# ---- helpers ---------------------------------------------------------------------------------------
+# ---- helpers -----------------------------------------------------------------------------------------
 
 
 def _uniform_like(x: Tensor, dtype: torch.dtype, generator: Any) -> Tensor:

@@ -25,7 +25,7 @@ from reproml.arithmetic.numerics.rounding import gamma, round_sum
 from reproml.arithmetic.operators.arguments import dims_tuple, require_float32
 from reproml.errors import NotExactError
 
-# ---- sums ------------------------------------------------------------------------------------------
+# ---- sums --------------------------------------------------------------------------------------------
 
 
 def sum_dims(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
@@ -144,7 +144,7 @@ def _compiled_sum(
     return None if left else out
 
 
-# ---- variances and norms ---------------------------------------------------------------------------
+# ---- variances and norms -----------------------------------------------------------------------------
 
 
 def variance(x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Tensor:
