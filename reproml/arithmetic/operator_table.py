@@ -1,10 +1,20 @@
-"""The table of operators: what each returns, one line each.
+"""The table of operators: what each ATen operator does within `exact()`, one line per operator.
 
-MOVES copy, select or compare numbers and do no arithmetic: any implementation gives the same bits.
-EXACT gives each arithmetic operator its definition: a value per element that is rounded once, or a
-short expression of such values. Keys are ATen names; the in-place, out= and foreach forms follow from
-the plain one. Each line of EXACT has its test against an exact oracle in
-tests/arithmetic/test_operator_table.py, which fails for a line without one.
+To find an operator, search for its ATen name (`_softmax_backward_data`, `addmm`, `pow`). Its line in
+EXACT names the function that defines it, and the file: `softmax.softmax_backward` is in
+operators/softmax.py. An operator in DATA_MOVEMENT runs as PyTorch implements it. In-place, out= and
+foreach forms follow from the line of the plain operator. An operator without a line raises NotExactError,
+unless PyTorch composes it from others or it takes and returns no floating-point numbers (handlers.py).
+
+To add an operator, change four files:
+
+1. its family's file in operators/: the definition;
+2. this file: a line in EXACT;
+3. tests/arithmetic/test_operator_table.py: a case with its oracle, without which that test fails;
+4. docs/operators.md: a line in the table of operators.
+
+Its backward operator, if PyTorch has one, needs the same. A change of an existing definition's results
+also raises `DEFINITIONS` and invalidates the golden files.
 """
 
 from __future__ import annotations
@@ -30,26 +40,38 @@ from reproml.arithmetic.operators import (
     random,
     reductions,
     softmax,
+    upsampling,
 )
 
-aten = torch.ops.aten
-
-# fmt: off
-# Views, tensors of constants, and copies of which no part computes either: three operators of four, and
-# nothing of ours is in their way (dispatch.py).
-VIEWS = frozenset("""
+# fmt: off DATA_MOVEMENT: operators that copy, select, compare or round to integers. Each number they
+# return is one of their operands', its negative or its rounding to an integer, or a constant. So every
+# implementation returns the same bits, and PyTorch's own runs. VIEWS and COPIES are the most frequent
+# ones, three calls of four; the dispatcher runs them without calling Python, COPIES as long as no
+# accelerator is in use (dispatch/dispatcher.py).
+#
+# VIEWS: views of a tensor's memory, and new tensors that are empty or filled with a constant.
+VIEWS = frozenset(
+    """
 alias as_strided detach diagonal expand permute select slice split split_with_sizes squeeze t transpose
 unbind unfold unsqueeze view _reshape_alias _unsafe_view
 flatten reshape narrow chunk contiguous
 empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like
 new_ones full full_like new_full lift_fresh
-""".split())
-COPIES = frozenset("""
+""".split()
+)
+# COPIES: operators that write some of their operands' numbers to a new tensor, and have no overload that
+# computes.
+COPIES = frozenset(
+    """
 cat stack index index_select embedding threshold_backward fill zero _local_scalar_dense argmax argmin
 clone max_pool2d_with_indices where masked_fill
-""".split())
-
-DATA_MOVEMENT = VIEWS | COPIES | frozenset("""
+""".split()
+)
+DATA_MOVEMENT = (
+    VIEWS
+    | COPIES
+    | frozenset(
+        """
 constant_pad_nd diagonal_copy flip lift pixel_shuffle pixel_unshuffle repeat resize_ roll tril triu
 unsafe_split set select_backward slice_backward reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d _pack_padded_sequence
@@ -60,77 +82,80 @@ scatter
 hardtanh sort topk
 abs neg relu threshold adaptive_max_pool2d
 floor ceil round trunc
-""".split())
-# fmt: on
+""".split()
+    )
+)
 
+# COMPUTING_OVERLOADS: overloads of operators in DATA_MOVEMENT that do compute, and are refused.
+COMPUTING_OVERLOADS = frozenset(["round.decimals", "scatter.reduce", "scatter.value_reduce"])
 
-Definition = Callable[..., Any]
-
-
-# With integers alone these stay integers, and PyTorch does them.
+# INTEGER: operators in EXACT whose result is an integer if all operands are; PyTorch computes that.
 INTEGER = frozenset(
     """
 add sub rsub mul sum cumsum mm bmm mv dot addmm baddbmm addmv trace pow addcmul scatter_add index_add
 index_put index_put_ max min amax amin maximum minimum clamp clamp_min clamp_max signbit
 """.split()
 )
+# fmt: on
 
-# Overloads of a MOVE that do compute.
-COMPUTING_OVERLOADS = frozenset(["round.decimals", "scatter.reduce", "scatter.value_reduce"])
+Definition = Callable[..., Any]
 
-# In-place forms that are one IEEE 754 operation as well, for float32 with float32 or a number.
+# IN_PLACE: in-place forms that are one IEEE 754 operation too, for float32 operands and numbers.
 IN_PLACE: dict[str, Definition] = {"add": Tensor.add_, "sub": Tensor.sub_, "mul": Tensor.mul_}
 
-# Casts, of any dtype.
-CASTS: dict[str, Definition] = {"_to_copy": casts.to_copy, "copy_": casts.copy}
+# CASTS: casts between dtypes, and copies that may cast.
+CASTS: dict[str, Definition] = {"_to_copy": casts.to_copy, "copy_": casts.copy_}
 
+# EXACT: the operators that compute, each with its definition. A definition takes the operator's
+# arguments, with tensors of float32, and returns values that are rounded once, or a short expression of
+# such values.
 EXACT: dict[str, Definition] = {
     # ---- one IEEE 754 operation ------------------------------------------------------------------
     "add": pointwise.add,
     "sub": pointwise.sub,
     "rsub": pointwise.rsub,
-    "mul": lambda x, y: torch.mul(x, y),
+    "mul": pointwise.mul,
     "div": pointwise.div,
-    "reciprocal": lambda x: pointwise.div(1.0, x),
+    "reciprocal": pointwise.reciprocal,
     "sqrt": pointwise.sqrt,
-    "max": pointwise.extreme("max"),
-    "min": pointwise.extreme("min"),
-    "amax": pointwise.extreme("amax"),
-    "amin": pointwise.extreme("amin"),
+    "max": pointwise.extremum("max"),
+    "min": pointwise.extremum("min"),
+    "amax": pointwise.extremum("amax"),
+    "amin": pointwise.extremum("amin"),
     "maximum": pointwise.maximum,
     "minimum": pointwise.minimum,
     "clamp": pointwise.clamp,
-    "clamp_min": lambda x, low: pointwise.clamp(x, low),
-    "clamp_max": lambda x, high: pointwise.clamp(x, None, high),
-    "signbit": lambda x: torch.signbit(x) & ~x.isnan(),
+    "clamp_min": pointwise.clamp_min,
+    "clamp_max": pointwise.clamp_max,
+    "signbit": pointwise.signbit,
     # ---- short expressions -----------------------------------------------------------------------
     "addcmul": pointwise.addcmul,
     "addcdiv": pointwise.addcdiv,
     "lerp": pointwise.lerp,
     "pow": pointwise.power,
-    "rsqrt": pointwise.formula_operator(lambda ctx, x: 1 / ctx.sqrt(x)),
+    "rsqrt": pointwise.rsqrt,
     "arange": creation.arange,
     "linspace": creation.linspace,
     # ---- sums ------------------------------------------------------------------------------------
-    "sum": reductions.total,
+    "sum": reductions.sum_dims,
     "mean": reductions.mean,
     "cumsum": reductions.cumsum,
     "var": reductions.variance,
-    "std": reductions.deviation,
+    "std": reductions.standard_deviation,
     "linalg_vector_norm": reductions.vector_norm,
     "norm": reductions.norm,
-    "trace": lambda x: reductions.sum_over(x.diagonal(), ()),
+    "trace": reductions.trace,
     "scatter_add": indexing.scatter_add,
     "index_add": indexing.index_add,
     "index_put": indexing.index_put,
     "index_put_": indexing.index_put_,
     "embedding_dense_backward": indexing.embedding_backward,
-    "upsample_nearest2d_backward": pooling.upsample_nearest_backward,
-    # ---- products of matrices --------------------------------------------------------------------
+    "upsample_nearest2d_backward": upsampling.upsample_nearest2d_backward,
+    # ---- matrix products -------------------------------------------------------------------------
     "mm": matmul.matmul,
     "bmm": matmul.matmul,
-    "mv": lambda a, b: matmul.matmul(a, b.unsqueeze(1)).squeeze(1),
-    "dot": lambda a, b: reductions.sum_over(a, (), y=b),
+    "mv": matmul.mv,
+    "dot": reductions.dot,
     "addmm": matmul.baddbmm,
     "baddbmm": matmul.baddbmm,
     "addmv": matmul.addmv,
@@ -144,7 +169,7 @@ EXACT: dict[str, Definition] = {
     "_adaptive_avg_pool2d_backward": pooling.adaptive_avg_pool2d_backward,
     "max_pool2d_with_indices_backward": pooling.max_pool_backward,
     "adaptive_max_pool2d_backward": pooling.max_pool_backward,
-    # ---- normalisation ---------------------------------------------------------------------------
+    # ---- normalization ---------------------------------------------------------------------------
     "native_batch_norm": normalization.batch_norm,
     "_native_batch_norm_legit": normalization.batch_norm_legit,
     "_native_batch_norm_legit_no_training": normalization.batch_norm_inference,
@@ -166,13 +191,11 @@ EXACT: dict[str, Definition] = {
     "erfc": pointwise.elementary_function("erfc"),
     "erfinv": pointwise.elementary_function("erfinv"),
     # ---- activations -----------------------------------------------------------------------------
-    "tanh_backward": pointwise.formula_operator(lambda ctx, g, y: g * (1 - y * y), "tanh_backward"),
-    "sigmoid_backward": pointwise.formula_operator(
-        lambda ctx, g, y: g * y * (1 - y), "sigmoid_backward"
-    ),
+    "tanh_backward": activations.tanh_backward,
+    "sigmoid_backward": activations.sigmoid_backward,
     "gelu": activations.gelu,
     "gelu_backward": activations.gelu_backward,
-    "silu": pointwise.formula_operator(lambda ctx, x: x * ctx.sigmoid(x), "silu"),
+    "silu": activations.silu,
     "silu_backward": activations.silu_backward,
     "softplus": activations.softplus,
     "softplus_backward": activations.softplus_backward,
@@ -209,26 +232,26 @@ EXACT: dict[str, Definition] = {
     "smooth_l1_loss_backward": losses.smooth_l1_loss_backward,
     "huber_loss": losses.huber_loss,
     "huber_loss_backward": losses.huber_loss_backward,
-    "binary_cross_entropy": losses.bce,
-    "binary_cross_entropy_backward": losses.bce_backward,
-    "binary_cross_entropy_with_logits": losses.bce_with_logits,
+    "binary_cross_entropy": losses.binary_cross_entropy,
+    "binary_cross_entropy_backward": losses.binary_cross_entropy_backward,
+    "binary_cross_entropy_with_logits": losses.binary_cross_entropy_with_logits,
     "xlogy": pointwise.xlogy,
     # ---- random numbers --------------------------------------------------------------------------
     "rand": random.rand,
     "rand_like": random.like(random.rand),
-    "uniform_": random.uniform,
+    "uniform_": random.uniform_,
     "randn": random.randn,
     "randn_like": random.like(random.randn),
-    "normal": random.normal_of,
-    "normal_": random.normal,
+    "normal": random.normal,
+    "normal_": random.normal_,
     "bernoulli": random.bernoulli,
     "bernoulli_": random.bernoulli_,
-    "native_dropout": random.dropout,
-    "native_dropout_backward": random.dropout_backward,
-    "exponential_": random.exponential,
+    "native_dropout": random.native_dropout,
+    "native_dropout_backward": random.native_dropout_backward,
+    "exponential_": random.exponential_,
     "multinomial": random.multinomial,
-    "randperm": random.on_cpu(torch.randperm),
-    "randint": random.on_cpu(torch.randint),
+    "randperm": random.drawn_on_cpu(torch.randperm),
+    "randint": random.drawn_on_cpu(torch.randint),
     "random_": random.random_,
     # ---- optimizers ------------------------------------------------------------------------------
     "_fused_adam_": optimizers.fused_adam,

@@ -1,7 +1,12 @@
-"""Each operator of the table against an exact oracle: a line of CASES for each line of EXACT.
+"""Test each operator of the table against an exact oracle: CASES has an entry for each line of EXACT.
 
-A case draws operands, calls `torch.ops.aten.NAME` under exact(), and compares every element, bit for
-bit, with the operator's definition calculated in real numbers (oracle.py).
+A case draws operands, calls `torch.ops.aten.NAME` under exact(), and compares every element, bit for bit,
+with the operator's definition, computed by an oracle in real numbers that shares no code with reproml
+(verification/oracle.py).
+
+For a new operator, add its case to CASES. An elementwise one needs a formula: `"softsign": [each(lambda
+x: x / (1 + abs(x)))]`; `along` takes a function of a row, `reduced` one for sums over axes, `drawn` and
+`Case` any arguments.
 """
 
 from __future__ import annotations
@@ -41,8 +46,12 @@ TESTS = settings(max_examples=12, suppress_health_check=list(HealthCheck))
 
 
 class Case(NamedTuple):
-    """draw: a strategy of the positional arguments. oracle: those -> the exact result or results.
-    fixed: one more set of arguments. options: keyword arguments, also given to the oracle."""
+    """An operator's arguments and its oracle.
+
+    draw: a strategy for the positional arguments. oracle: called with these, returns the exact result or
+    results. fixed: one more tuple of arguments. options: keyword arguments for the operator and the
+    oracle.
+    """
 
     draw: Any
     oracle: Callable[..., Any]
@@ -51,7 +60,7 @@ class Case(NamedTuple):
 
 
 def each(formula: Callable[..., Any], n: int = 1, values: Any = ANY, **options: Any) -> Case:
-    """An elementwise operator: formula(*Reals) -> Real."""
+    """Return the case of an elementwise operator: formula(*Reals) -> Real."""
     fixed = grid(n) if values is ANY else grid(n, SPECIAL) if values is FINITE else None
 
     def oracle(*operands: Any, **options: Any) -> Any:
@@ -65,7 +74,7 @@ def each(formula: Callable[..., Any], n: int = 1, values: Any = ANY, **options: 
 
 
 def along(formula: Callable[..., Any], n: int = 1, values: Any = FINITE, *rest: Any) -> Case:
-    """An operator on rows along an axis: formula(*arrays of Real) -> an array of the same length."""
+    """Return the case of an operator along an axis: formula(*rows of Real) -> row of the same length."""
 
     @st.composite
     def draw(draw: Any) -> Any:
@@ -87,7 +96,7 @@ def along(formula: Callable[..., Any], n: int = 1, values: Any = FINITE, *rest: 
 
 
 def drawn(*strategies: Any, oracle: Any, **options: Any) -> Case:
-    """Arguments one by one: strategies, or values as they are."""
+    """Return a case whose positional arguments are strategies or fixed values."""
     return Case(
         st.tuples(*[s if isinstance(s, st.SearchStrategy) else st.just(s) for s in strategies]),
         oracle,
@@ -97,7 +106,7 @@ def drawn(*strategies: Any, oracle: Any, **options: Any) -> Case:
 
 
 def shaped(*shapes: Any, values: Any = FINITE) -> Any:
-    """A strategy of tensors of these shapes; sizes by letters are drawn, the same ones alike."""
+    """Return a strategy for tensors of shapes such as "mk", "kn", where equal letters are equal sizes."""
 
     @st.composite
     def draw(draw: Any) -> Any:
@@ -111,7 +120,7 @@ def shaped(*shapes: Any, values: Any = FINITE) -> Any:
 
 
 def reduced(function: Callable[[Any], Any], values: Any = ANY, scalar: bool = True) -> Case:
-    """An operator (x, dim, keepdim): function(array of Real) -> Real."""
+    """Return the case of an operator (x, dim, keepdim): function(array of Real) -> Real."""
 
     @st.composite
     def draw(draw: Any) -> Any:
@@ -152,7 +161,7 @@ def norm(row: Any) -> Any:
 
 
 def product(a: Any, b: Any, bias: Any = None, alpha: float = 1, beta: float = 1) -> Any:
-    """alpha a b + beta bias on arrays of Real [..., m, k], [..., k, n]."""
+    """Return alpha a b + beta bias for arrays of Real [..., m, k], [..., k, n]."""
     out = np.empty((*a.shape[:-1], b.shape[-1]), dtype=object)
     bias = None if bias is None else np.broadcast_to(bias, out.shape)
     for i in np.ndindex(out.shape):
@@ -180,7 +189,7 @@ def independent_columns(draw: Any) -> Any:
 
 
 def qr(x: Any) -> Any:
-    """Gram and Schmidt, twice, each product and quotient rounded."""
+    """Orthogonalize each column twice (Gram-Schmidt), each product and quotient rounded."""
     a = reals(x)
     columns: Any = []
     for v in list(a.T)[: min(a.shape)]:
@@ -230,7 +239,7 @@ def array(values: Any) -> Any:
 
 
 def extreme(sign: int) -> Callable[[Any], Real]:
-    """The largest (sign 1) or smallest number of a row; NaN if there is one; a zero is +0."""
+    """Return a function for the largest (sign 1) or smallest number of a row; NaN counts, a zero is +0."""
 
     def function(row: Any) -> Any:
         if any(x.v != x.v for x in row):
@@ -242,7 +251,7 @@ def extreme(sign: int) -> Callable[[Any], Real]:
 
 
 def larger(x: Any, y: Any) -> Any:
-    """IEEE 754-2019 maximum: NaN if there is one, +0 before -0."""
+    """Return the IEEE 754-2019 maximum: NaN if x or y is NaN, and +0 > -0."""
     if x.v != x.v or y.v != y.v:
         return Real(o.NAN)
     if x.v == y.v:
@@ -277,7 +286,7 @@ def softmax(row: Any) -> Any:
 
 
 def losses(formula: Callable[..., Any], n: int, values: Any = FINITE, *extra: Any) -> Case:
-    """A loss (operands, *extra with the reduction at its place 'r')."""
+    """Return the case of a loss (operands, *extra), where 'r' stands for the reduction."""
 
     @st.composite
     def draw(draw: Any) -> Any:
@@ -300,7 +309,7 @@ def losses(formula: Callable[..., Any], n: int, values: Any = FINITE, *extra: An
 
 
 def slopes(formula: Callable[..., Any], n: int, values: Any = FINITE, *extra: Any) -> Case:
-    """A loss's backward (g, operands, *extra with the reduction at its place 'r')."""
+    """Return the case of a loss's gradient (g, operands, *extra), where 'r' stands for the reduction."""
 
     @st.composite
     def draw(draw: Any) -> Any:
@@ -356,7 +365,7 @@ def bce_slope(x: Any, y: Any) -> Any:
 
 @st.composite
 def nll_arguments(draw: Any, spatial: bool) -> Any:
-    """x, target, weight, reduction, ignore_index."""
+    """Draw x, target, weight, reduction, ignore_index."""
     n, c = draw(st.integers(0, 4)), draw(st.integers(1, 4))
     shape = (n, c, 2, 1) if spatial else draw(st.sampled_from([(n, c), (c,)]))
     x = draw(tensors(shape, FINITE))
@@ -369,7 +378,7 @@ def nll_arguments(draw: Any, spatial: bool) -> Any:
 
 
 def _nll_terms(x: Any, target: Any, weight: Any) -> Any:
-    """(place, class, x, w) of each place that counts, and the number of places."""
+    """Return (index, class, x, weight) of each target that counts, and the number of targets."""
     a = reals(x)
     a = np.moveaxis(a, 1, -1) if a.ndim > 1 else a
     rows, labels = a.reshape(-1, a.shape[-1]), target.reshape(-1).tolist()
@@ -528,7 +537,7 @@ def convolved(draw: Any, backward: bool = False, flat: bool = False) -> Any:
 
 
 def conv_terms(x_shape: Any, w_shape: Any, y_shape: Any, rest: Any) -> Any:
-    """(index in y, index in x, index in w) of every product of the convolution."""
+    """Yield (index in y, index in x, index in w) of every product of the convolution."""
     stride, padding, dilation, transposed, _, groups = rest
     small, big = (x_shape, y_shape) if transposed else (y_shape, x_shape)
     o_per, c_per = w_shape[0] // groups, w_shape[1]
@@ -577,7 +586,7 @@ def convolution_backward(g: Any, x: Any, w: Any, sizes: Any, *rest: Any) -> Any:
 
 
 def pool_windows(size: Any, kernel: Any, stride: Any, padding: Any) -> Any:
-    """(place, elements) of each window."""
+    """Yield (index in the output, elements) of each window."""
     places = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding)]
     for place in np.ndindex(*places):
         starts = [i * s - p for i, s, p in zip(place, stride, padding)]
@@ -639,13 +648,13 @@ def adaptive_pool_backward(g: Any, x: Any) -> Any:
     return summed(x.shape, parts)
 
 
-# ---- normalisation -------------------------------------------------------------------------------
+# ---- normalization -------------------------------------------------------------------------------
 
 EPS = 1e-5
 
 
 def statistics(row: Any) -> Any:
-    """The mean and 1 / sqrt(variance + eps), each rounded."""
+    """Return the mean and 1 / sqrt(variance + eps), each rounded."""
     return rounded(mean(row)), rounded(1 / o.sqrt(variance(row, 0) + real(EPS)))
 
 
@@ -655,7 +664,7 @@ def affine(weight: Any, bias: Any, count: int) -> Any:
 
 
 class Groups(NamedTuple):
-    """How a normalisation divides its input: the group and the weight of each element."""
+    """Describes how a normalization divides its input: the group and the weight of each element."""
 
     shape: tuple[int, ...]
     group: Callable[[tuple[int, ...]], int]
@@ -753,7 +762,7 @@ def batch_norm(x: Any, w: Any, b: Any, mean_: Any, var_: Any, *rest: Any) -> Any
 
 @st.composite
 def normed_backward(draw: Any, shape: Any, groups: Groups, stats_shape: Any, weights: int) -> Any:
-    """g, x, mean, rstd, weight."""
+    """Draw g, x, mean, rstd, weight."""
     g, x = draw(tensors(shape, MODERATE)), draw(tensors(shape, st.floats(-30, 30, width=32)))
     a = reals(x)
     stats = [statistics([a[i] for i in row]) for row in groups.rows()]
@@ -780,9 +789,12 @@ PAIRS = st.one_of(
 )
 
 CASES: dict[str, list[Case]] = {
-    "add": [each(lambda x, y: x + y, 2), each(lambda x, y, alpha: x + float32_scalar(alpha) * y, 2, alpha=0.3)],
-    "sub": [each(lambda x, y: x - y, 2), each(lambda x, y, alpha: x + float32_scalar(-alpha) * y, 2, alpha=3)],
-    "rsub": [each(lambda x, y: y - x, 2), each(lambda x, y, alpha: y + float32_scalar(-alpha) * x, 2, alpha=0.1)],
+    "add": [each(lambda x, y: x + y, 2),
+            each(lambda x, y, alpha: x + float32_scalar(alpha) * y, 2, alpha=0.3)],
+    "sub": [each(lambda x, y: x - y, 2),
+            each(lambda x, y, alpha: x + float32_scalar(-alpha) * y, 2, alpha=3)],
+    "rsub": [each(lambda x, y: y - x, 2),
+             each(lambda x, y, alpha: y + float32_scalar(-alpha) * x, 2, alpha=0.1)],
     "mul": [each(lambda x, y: x * y, 2)],
     "div": [each(lambda x, y: x / y, 2)],
     "reciprocal": [each(lambda x: 1 / x)],
@@ -949,49 +961,49 @@ CASES: dict[str, list[Case]] = {
         losses(lambda x, y: (1 - y) * x + o.softplus(-x), 2, [FINITE, UNIT], None, None, "r")],
 }  # fmt: skip
 
-# Keys whose tests are elsewhere: module and a function of it.
+# Operators that are tested elsewhere: the module and a test function in it.
 ELSEWHERE = {
-    "arange": "operators.test_random.test_arange",
-    "linspace": "operators.test_random.test_linspace",
+    "arange": "operators.test_random.test_arange_is_rounded_once",
+    "linspace": "operators.test_random.test_linspace_is_rounded_once",
     "signbit": "test_handlers.test_sign_of_nan",
-    "randint": "operators.test_random.test_integers",
-    "random_": "operators.test_random.test_integers",
-    "randperm": "operators.test_random.test_integers",
-    "multinomial": "operators.test_random.test_multinomial",
-    "rand": "operators.test_random.test_rand_is_pytorch_s_own",
-    "rand_like": "operators.test_random.test_rand_is_pytorch_s_own",
-    "native_dropout": "operators.test_random.test_dropout_is_one_on_all_devices",
-    "native_dropout_backward": "operators.test_random.test_dropout_is_one_on_all_devices",
-    "uniform_": "operators.test_random.test_uniform",
-    "randn": "operators.test_random.test_normal",
-    "randn_like": "operators.test_random.test_normal",
-    "normal": "operators.test_random.test_normal",
-    "normal_": "operators.test_random.test_normal",
-    "bernoulli": "operators.test_random.test_bernoulli",
-    "bernoulli_": "operators.test_random.test_bernoulli",
-    "exponential_": "operators.test_random.test_exponential",
+    "randint": "operators.test_random.test_integers_match_pytorch",
+    "random_": "operators.test_random.test_integers_match_pytorch",
+    "randperm": "operators.test_random.test_integers_match_pytorch",
+    "multinomial": "operators.test_random.test_multinomial_matches_pytorch",
+    "rand": "operators.test_random.test_rand_matches_pytorch",
+    "rand_like": "operators.test_random.test_rand_matches_pytorch",
+    "native_dropout": "operators.test_random.test_native_dropout_matches_cpu_dropout",
+    "native_dropout_backward": "operators.test_random.test_native_dropout_matches_cpu_dropout",
+    "uniform_": "operators.test_random.test_uniform_is_rounded_once",
+    "randn": "operators.test_random.test_normal_is_close_to_pytorch",
+    "randn_like": "operators.test_random.test_normal_is_close_to_pytorch",
+    "normal": "operators.test_random.test_normal_is_close_to_pytorch",
+    "normal_": "operators.test_random.test_normal_is_close_to_pytorch",
+    "bernoulli": "operators.test_random.test_bernoulli_matches_pytorch",
+    "bernoulli_": "operators.test_random.test_bernoulli_matches_pytorch",
+    "exponential_": "operators.test_random.test_exponential_is_rounded_once",
     "_fused_adam_": "operators.test_optimizers.test_fused_operators",
     "_fused_adamw_": "operators.test_optimizers.test_fused_operators",
     "_fused_sgd_": "operators.test_optimizers.test_fused_operators",
 }
 
 
-@pytest.fixture(params=["compiled", "plain"], autouse=True)
-def form(request, monkeypatch):
-    if request.param == "plain":
+@pytest.fixture(params=["compiled", "reference"], autouse=True)
+def path(request, monkeypatch):
+    if request.param == "reference":
         monkeypatch.setattr(kernels, "library", None)
     elif kernels.library is None:
         pytest.skip("the kernels are not built")
 
 
-def test_each_line_of_the_table_has_a_case():
+def test_every_operator_has_a_case():
     assert set(CASES) | set(ELSEWHERE) == set(operator_table.EXACT)
-    for place in ELSEWHERE.values():
-        module, function = place.rsplit(".", 1)
+    for test in ELSEWHERE.values():
+        module, function = test.rsplit(".", 1)
         assert hasattr(importlib.import_module(f"tests.arithmetic.{module}"), function)
 
 
-# Of these the sign of an exact zero follows from how the formula is written down.
+# Operators for which the sign of an exact zero depends on how the formula is written.
 ANY_ZERO = """
 smooth_l1_loss smooth_l1_loss_backward huber_loss huber_loss_backward binary_cross_entropy
 binary_cross_entropy_backward binary_cross_entropy_with_logits
@@ -1001,7 +1013,7 @@ native_group_norm_backward
 """.split()
 
 
-def test_an_exact_zero_of_a_row_is_positive():
+def test_exact_zero_of_row_is_positive():
     g = torch.tensor([[-0.0, 1.0, -1.0]])
     with reproml.exact():
         found = torch.ops.aten._log_softmax_backward_data(g, torch.zeros(1, 3), 1, torch.float32)
@@ -1022,13 +1034,13 @@ def compare(name: str, case: Case, arguments: Sequence[Any]) -> None:
 @pytest.mark.parametrize("name", [name for name in sorted(CASES) if name in operator_table.EXACT])
 @TESTS
 @given(data=st.data())
-def test_is_rounded_once(name, data):
+def test_operator_is_rounded_once(name, data):
     for case in CASES[name]:
         compare(name, case, data.draw(case.draw))
 
 
 @pytest.mark.parametrize("name", [n for n in sorted(CASES) if any(c.fixed for c in CASES[n])])
-def test_is_rounded_once_at_all_special_values(name):
+def test_operator_is_rounded_once_at_special_values(name):
     for case in CASES[name]:
         if case.fixed:
             compare(name, case, case.fixed)

@@ -1,4 +1,4 @@
-"""How definitions read an operator's arguments: dtypes, dimensions, pairs of sizes, and checks of their values."""
+"""Helpers to read an operator's arguments: dtypes, axes, pairs of sizes, and checks of values."""
 
 from __future__ import annotations
 
@@ -12,32 +12,39 @@ from reproml.arithmetic.numerics.devices import to_device
 from reproml.errors import NotExactError
 
 
-def require(holds: Any, what: str) -> None:
-    """Raise RuntimeError, as PyTorch does, unless `holds`: a truth value, or a bool tensor of which all are
-    true. A tensor on a device, for which the host would wait, is not looked at."""
-    if not isinstance(holds, Tensor):
-        holds = torch.tensor(holds, device="cpu")
-    if holds.is_cpu and not bool(holds.all()):
-        raise RuntimeError(what)
+def require(condition: Any, message: str) -> None:
+    """Raise RuntimeError(message), as PyTorch does, unless the condition holds.
+
+    condition: a bool, or a bool tensor whose elements must all be true. A tensor on an accelerator is not
+    checked, because reading it would make the host wait.
+    """
+    if not isinstance(condition, Tensor):
+        condition = torch.tensor(condition, device="cpu")
+    if condition.is_cpu and not bool(condition.all()):
+        raise RuntimeError(message)
 
 
-def dims_of(dim: Any) -> Sequence[int]:
-    """PyTorch's `dim` as a sequence; empty for all axes."""
-    return () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
-
-
-def only_float32(dtype: Any) -> None:
+def require_float32(dtype: Any) -> None:
+    """Raise NotExactError if an operator's `dtype` argument asks for anything but float32."""
     if dtype not in (None, torch.float32):
-        raise NotExactError(f"A result of {dtype} has no exact definition here; ask for float32.")
+        raise NotExactError(
+            f"A result of {dtype} has no exact definition; use dtype=torch.float32."
+        )
 
 
 def float32_operands(*operands: Any) -> tuple[Tensor, ...]:
-    """Python numbers, integers and 0-dim float64 tensors as they meet a float32 tensor."""
+    """Convert Python numbers, integers and 0-dim float64 tensors to float32 tensors, as PyTorch does."""
     if all(isinstance(x, Tensor) and x.dtype is torch.float32 for x in operands):
         return operands
     device = next(x.device for x in operands if isinstance(x, Tensor))
     return tuple(to_device(x, device).to(torch.float32) for x in operands)
 
 
+def dims_tuple(dim: Any) -> Sequence[int]:
+    """Return PyTorch's `dim` argument as a tuple, which is empty for all axes."""
+    return () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+
+
 def pair(x: Any) -> list[int]:
+    """Return [height, width] of a size that may be one number, a list of one, or a list of two."""
     return [x[0], x[-1]] if isinstance(x, (list, tuple)) else [x, x]

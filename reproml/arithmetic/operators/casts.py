@@ -1,4 +1,4 @@
-"""Casts between dtypes: each rounds once, or is refused."""
+"""Casts between dtypes: a cast rounds once, and one that would round twice is refused."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ from reproml.errors import NotExactError
 
 
 def to_copy(x: Tensor, *, dtype: Any = None, **options: Any) -> Tensor:
-    check_cast(x, dtype or x.dtype)
+    """Compute aten._to_copy. Raises NotExactError as `_check_cast` does."""
+    _check_cast(x, dtype or x.dtype)
     return torch.ops.aten._to_copy(x, dtype=dtype, **options)  # type: ignore[no-any-return]
 
 
-def copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    check_cast(source, x.dtype)
+def copy_(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """Compute aten.copy_. Raises NotExactError as `_check_cast` does."""
+    _check_cast(source, x.dtype)
     return x.copy_(source, non_blocking)
 
 
-def check_cast(x: Tensor, dtype: torch.dtype) -> None:
-    """A cast rounds once, except from float64 to 16 bits, which goes by way of float32; and what a
-    number out of an integer's range becomes depends on the machine."""
-    if x.dtype is torch.float64 and dtype in (torch.float16, torch.bfloat16):
-        raise NotExactError(f"A cast from float64 to {dtype} rounds twice; cast to float32 first.")
-    if x.dtype in (torch.int64, torch.int32) and dtype in (torch.float16, torch.bfloat16):
+def _check_cast(x: Tensor, dtype: torch.dtype) -> None:
+    """Raise NotExactError if the cast of x to `dtype` rounds twice or depends on the machine.
+
+    PyTorch casts float64, int64 and int32 to 16-bit floats by way of float32. A float outside an integer
+    dtype's range becomes whatever integer the processor returns.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    if half and x.dtype in (torch.float64, torch.int64, torch.int32):
         raise NotExactError(
             f"A cast from {x.dtype} to {dtype} rounds twice; cast to float32 first."
         )
@@ -36,8 +40,8 @@ def check_cast(x: Tensor, dtype: torch.dtype) -> None:
     ):
         if devices.is_on_accelerator(x):
             deferred.flush()
-        whole, bounds = x.double().trunc(), torch.iinfo(dtype)
-        if not bool(((whole >= bounds.min) & (whole < bounds.max + 1.0)).all()):
+        integer, bounds = x.double().trunc(), torch.iinfo(dtype)
+        if not bool(((integer >= bounds.min) & (integer < bounds.max + 1.0)).all()):
             raise NotExactError(
-                f"A cast of NaN, infinity or a number out of range to {dtype} depends on the machine."
+                f"A cast of NaN, infinity or an out-of-range number to {dtype} depends on the machine."
             )

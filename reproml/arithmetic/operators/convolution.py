@@ -1,7 +1,9 @@
-"""Convolutions and pooling as the sums they are: each output is one dot product or one sum, rounded once.
+"""Convolutions and their gradients: each output element is one dot product, rounded once.
 
-One- and two-dimensional; one dimension is two with a height of 1. The compiled loops slide over the image;
-the plain path lays out patches (im2col) and multiplies matrices.
+One and two dimensions with a batch; a one-dimensional convolution is computed as a two-dimensional one of
+height
+1. The compiled path (csrc/convolution.c) slides the kernel over the image. The reference path copies the
+patches under the kernel into a matrix (im2col, `_patches`) and multiplies matrices.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -18,64 +20,241 @@ from torch.nn.functional import pad, unfold
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.operators.arguments import pair
 from reproml.arithmetic.operators.matmul import matmul
-from reproml.arithmetic.operators.reductions import sum_over
+from reproml.arithmetic.operators.reductions import reduce_sum
 from reproml.errors import NotExactError
 
 
-def _patches(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    size: Sequence[int],
-) -> Tensor:
-    """The first `size` places of a kernel: [n, c, h, w] -> [n, groups, c / groups * kh * kw, places]."""
-    columns = unfold(x, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
-    sides = zip(x.shape[2:], kernel, stride, padding, dilation)
-    places = [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in sides]
-    if places != list(size):  # a transposed convolution with output_padding has more
-        columns = columns.reshape(*columns.shape[:2], *places)[..., : size[0], : size[1]]
-    length = columns.shape[1] // groups
-    return columns.reshape(len(x), groups, length, size[0] * size[1])
+class Geometry(NamedTuple):
+    """Describes how a kernel slides over an image: [vertical, horizontal] sizes, and channel groups."""
+
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
 
 
-def _correlate(
+# ---- PyTorch's operators -----------------------------------------------------------------------------
+
+
+def convolution(
     x: Tensor,
     w: Tensor,
     bias: Optional[Tensor],
     stride: Any,
     padding: Any,
     dilation: Any,
+    transposed: bool,
+    output_padding: Any,
     groups: int,
-    size: Any,
 ) -> Tensor:
-    """x [n, c, h, w], w [o, c / groups, kh, kw], bias [o] -> [n, o, *size]."""
+    """Compute aten.convolution: each output element, including its bias, is one dot product.
+
+    x: float32 [n, c, h, w] or [n, c, length]; w: float32 [o, c / groups, kh, kw] (transposed: [c, o /
+    groups, kh, kw]); bias: float32 [o]. Returns float32 [n, o, ...].
+
+    Raises RuntimeError for shapes and sizes that do not match, NotExactError for another dtype or three
+    dimensions.
+    """
+    _check(x, w, bias, stride, padding, dilation, transposed, groups)
+    if x.dim() == 3:
+        flat = convolution(
+            *(x.unsqueeze(2), w.unsqueeze(2), bias),
+            *([1, *stride], [0, *padding], [1, *dilation]),
+            *(transposed, [0, *output_padding], groups),
+        )
+        return flat.squeeze(2)
+    _require_two_dimensions(x)
+    geometry = Geometry(pair(stride), pair(padding), pair(dilation), groups)
+    output_padding = pair(output_padding)
+    reach = [d * (k - 1) for d, k in zip(geometry.dilation, w.shape[2:])]
+    sides = list(zip(x.shape[2:], geometry.stride, geometry.padding, reach, output_padding))
+    if not transposed:
+        size = [(i + 2 * p - r - 1) // s + 1 for i, s, p, r, _ in sides]
+        if min(size) < 1:
+            kernel, padded = [r + 1 for r in reach], [i + 2 * p for i, _, p, *_ in sides]
+            raise RuntimeError(f"kernel size {kernel} is larger than the padded input {padded}")
+        return _correlate(x, w, bias, geometry, size)
+    size = [(i - 1) * s - 2 * p + r + o + 1 for i, s, p, r, o in sides]
+    if min(size) < 1:
+        raise RuntimeError(f"a transposed convolution of {list(x.shape)} has output size {size}")
+    if any(o >= max(s, d) for o, s, d in zip(output_padding, geometry.stride, geometry.dilation)):
+        raise RuntimeError(
+            f"output_padding {output_padding} must be smaller than stride {geometry.stride} or "
+            f"dilation {geometry.dilation}"
+        )
+    return _correlate_transposed(x, w, bias, geometry, size)
+
+
+def convolution_backward(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias_sizes: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    mask: list[bool],
+) -> tuple[Optional[Tensor], ...]:
+    """Compute aten.convolution_backward: each element of each gradient is one dot product or one sum.
+
+    g: float32 of the output's shape. Returns the gradients of x, w and bias, each None unless `mask` asks
+    for it. Raises what `convolution` raises.
+    """
+    _check(x, w, None, stride, padding, dilation, transposed, groups)
+    _require_float32(g)
+    grad_bias = reduce_sum(g, [0, *range(2, g.dim())]) if mask[2] else None
+    one_dimension = x.dim() == 3
+    if one_dimension:
+        g, x, w = g.unsqueeze(2), x.unsqueeze(2), w.unsqueeze(2)
+        stride, dilation, padding = [1, *stride], [1, *dilation], [0, *padding]
+    _require_two_dimensions(x)
+    geometry = Geometry(pair(stride), pair(padding), pair(dilation), groups)
+    grad_x = grad_w = None
+    if mask[0]:
+        backward = _correlate if transposed else _correlate_transposed
+        grad_x = backward(g, w, None, geometry, x.shape[2:])
+    if mask[1]:
+        # In a transposed convolution, x and g swap their roles.
+        image, output = (g, x) if transposed else (x, g)
+        grad_w = _weight_gradient(image, output, w, geometry)
+    if one_dimension:
+        grad_x = None if grad_x is None else grad_x.squeeze(2)
+        grad_w = None if grad_w is None else grad_w.squeeze(2)
+    return grad_x, grad_w, grad_bias
+
+
+def _check(
+    x: Tensor,
+    w: Tensor,
+    bias: Optional[Tensor],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    groups: int,
+) -> None:
+    """Check what PyTorch checks only in its own kernels."""
+    for t in (x, w) if bias is None else (x, w, bias):
+        _require_float32(t)
+    if w.dim() != x.dim() or groups < 1 or len(w) % groups:
+        raise RuntimeError(
+            f"weight of shape {list(w.shape)} and input of shape {list(x.shape)} cannot be convolved in "
+            f"{groups} groups"
+        )
+    channels = len(w) if transposed else groups * w.shape[1]
+    if x.shape[1] != channels:
+        raise RuntimeError(
+            f"weight of shape {list(w.shape)} in {groups} groups expects an input with {channels} "
+            f"channels, not {list(x.shape)}"
+        )
+    outputs = groups * w.shape[1] if transposed else len(w)
+    if bias is not None and bias.shape != (outputs,):
+        raise RuntimeError(f"bias must have shape [{outputs}], not {list(bias.shape)}")
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        raise RuntimeError(
+            f"stride {stride} and dilation {dilation} must be positive, padding {padding} not negative"
+        )
+
+
+def _require_float32(x: Tensor) -> None:
+    if x.dtype is not torch.float32:
+        raise NotExactError(f"A convolution is defined for float32 only, not for {x.dtype}.")
+
+
+def _require_two_dimensions(x: Tensor) -> None:
+    """Raise NotExactError unless x is [n, c, h, w]."""
+    if x.dim() != 4:
+        raise NotExactError(
+            f"A convolution of an input of shape {list(x.shape)} has no exact definition; use one or "
+            "two dimensions with a batch."
+        )
+
+
+# ---- the three sums, each by a kernel and by a matrix product ----------------------------------------
+
+
+def _correlate(
+    x: Tensor, w: Tensor, bias: Optional[Tensor], geometry: Geometry, size: Sequence[int]
+) -> Tensor:
+    """Correlate x with w: x [n, c, h, w], w [o, c / groups, kh, kw], bias [o] -> [n, o, *size]."""
 
     def reference() -> Tensor:
-        columns = _patches(x, w.shape[2:], stride, padding, dilation, groups, size)
-        n, out = len(x), len(w)
-        kernels = w.reshape(1, groups, out // groups, -1).expand(n, -1, -1, -1)
+        columns = _patches(x, w.shape[2:], geometry, size)
+        n, out, groups = len(x), len(w), geometry.groups
+        rows = w.reshape(1, groups, out // groups, -1).expand(n, -1, -1, -1)
         b = None if bias is None else bias.reshape(1, groups, -1, 1)
-        return matmul(kernels, columns, b).reshape(n, out, *size)
+        return matmul(rows, columns, b).reshape(n, out, *size)
 
-    if x.shape[1] != groups * w.shape[1]:
-        return reference()  # which says so
-    geometry = _geometry(w, groups, x.shape, size, stride, padding, dilation)
+    if x.shape[1] != geometry.groups * w.shape[1]:
+        return reference()  # raises the error
+    sizes = _kernel_sizes(x.shape, w, geometry, size)
     shape = (len(x), len(w), *size)
-    return _compiled("reproml_convolution", geometry, [x, w, bias], shape, reference)
+    return _compiled("reproml_convolution", sizes, [x, w, bias], shape, reference)
 
 
-def _geometry(
-    w: Tensor, groups: int, x: Any, size: Any, stride: Any, padding: Any, dilation: Any
-) -> Any:
-    """The sizes of a convolution, as c/convolution.c takes them."""
+def _correlate_transposed(
+    g: Tensor, w: Tensor, bias: Optional[Tensor], geometry: Geometry, size: Sequence[int]
+) -> Tensor:
+    """Compute the transpose of `_correlate`.
+
+    g [n, o, ...], w [o, c / groups, kh, kw], bias [c] -> [n, c, *size].
+    """
+    stride, padding, dilation, groups = geometry
+
+    def reference() -> Tensor:
+        dilated = dilate_and_pad(g, w.shape[2:], stride, padding, dilation, size)
+        plain = Geometry((1, 1), (0, 0), dilation, groups)
+        return _correlate(dilated, _transposed_weight(w, groups), bias, plain, size)
+
+    if g.shape[1] != len(w):
+        return reference()  # raises the error
+    shape = (len(g), groups * w.shape[1], *size)
+    sizes = _kernel_sizes(shape, w, geometry, g.shape[2:])
+    return _compiled("reproml_transposed", sizes, [g, w, bias], shape, reference)
+
+
+def _weight_gradient(x: Tensor, g: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
+    """Compute the gradient of w, where g is the output's gradient.
+
+    x [n, c, h, w], g [n, o, ...] -> [o, c / groups, kh, kw].
+    """
+
+    def reference() -> Tensor:
+        groups = geometry.groups
+        rows, columns = weight_gradient_factors(x, g, w, *geometry)
+        rows = rows.permute(1, 2, 0, 3).reshape(groups, rows.shape[2], -1)
+        columns = columns.transpose(0, 1).reshape(groups, -1, columns.shape[3])
+        return matmul(rows, columns).reshape(w.shape)
+
+    sizes = _kernel_sizes(x.shape, w, geometry, g.shape[2:])
+    return _compiled("reproml_weight_gradient", sizes, [x, g], w.shape, reference)
+
+
+def weight_gradient_factors(
+    x: Tensor, g: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Return the factors of the weight's gradient, which is the sum over n of their matrix products.
+
+    Their shapes are [n, groups, o / groups, places] and [n, groups, places, c / groups * kh * kw], where
+    places are the positions of the kernel on the image.
+    """
+    geometry = Geometry(stride, padding, dilation, groups)
+    columns = _patches(x, w.shape[2:], geometry, g.shape[2:])
+    rows = g.reshape(len(g), groups, g.shape[1] // groups, math.prod(g.shape[2:]))
+    return rows, columns.transpose(2, 3)
+
+
+_KernelSizes = ctypes.c_int64 * 16
+
+
+def _kernel_sizes(x: Sequence[int], w: Tensor, geometry: Geometry, size: Sequence[int]) -> Any:
+    """Return the sizes of a convolution as csrc/convolution.c takes them. x: the input's shape."""
+    stride, padding, dilation, groups = geometry
     sizes = (x[0], groups, w.shape[1], len(w) // groups, *x[2:], *size, *w.shape[2:])
-    return _Geometry(*sizes, *stride, *padding, *dilation)
-
-
-_Geometry = ctypes.c_int64 * 16
+    return _KernelSizes(*sizes, *stride, *padding, *dilation)
 
 
 def _compiled(
@@ -85,7 +264,11 @@ def _compiled(
     shape: Sequence[int],
     reference: Callable[[], Tensor],
 ) -> Tensor:
-    """The kernel's result of this shape, with what it leaves as `plain` has it, or all of it if it must."""
+    """Return the result of a kernel of csrc/convolution.c, float32 of this shape.
+
+    Elements that the kernel could not round are taken from the reference path, and so is the entire
+    result where the kernel does not apply. geometry: the kernel's sizes, from `_kernel_sizes`.
+    """
     given = [None if x is None else x.contiguous() for x in operands]
     if not all(x is None or x.numel() for x in given):
         return reference()
@@ -103,209 +286,46 @@ def _compiled(
     return out
 
 
-def _flipped(w: Tensor, groups: int) -> Tensor:
-    """[o, c / groups, kh, kw] -> [c, o / groups, kh, kw], turned by 180 degrees."""
+# ---- the reference path ------------------------------------------------------------------------------
+
+
+def _patches(x: Tensor, kernel: Sequence[int], geometry: Geometry, size: Sequence[int]) -> Tensor:
+    """Copy the patches under the first `size` positions of the kernel.
+
+    [n, c, h, w] -> [n, groups, c / groups * kh * kw, places].
+    """
+    stride, padding, dilation, groups = geometry
+    columns = unfold(x, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
+    sides = zip(x.shape[2:], kernel, stride, padding, dilation)
+    places = [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in sides]
+    if places != list(size):  # the gradient of a transposed convolution with output_padding
+        columns = columns.reshape(*columns.shape[:2], *places)[..., : size[0], : size[1]]
+    length = columns.shape[1] // groups
+    return columns.reshape(len(x), groups, length, size[0] * size[1])
+
+
+def _transposed_weight(w: Tensor, groups: int) -> Tensor:
+    """Swap the channels and rotate by 180 degrees: [o, c / groups, kh, kw] -> [c, o / groups, kh, kw]."""
     split = w.reshape(groups, -1, *w.shape[1:]).transpose(1, 2)
     return split.reshape(-1, len(w) // groups, *w.shape[2:]).flip(2, 3)
 
 
-def spread_out(
+def dilate_and_pad(
     g: Tensor, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, size: Any
 ) -> Tensor:
-    """g with stride - 1 zeros between its elements, padded so that sliding the kernel over it at stride
-    1 without further padding gives `size` places: what a transposed convolution slides over."""
+    """Return the image over which a transposed convolution slides its kernel, with stride 1 and no padding.
+
+    It is g, [n, c, h, w], with stride - 1 zeros between its elements and margins of zeros (or cut off),
+    so that the kernel has `size` positions.
+    """
     n, c, h, w = g.shape
-    wide = g.new_zeros(n, c, (h - 1) * stride[0] + 1, (w - 1) * stride[1] + 1)
-    wide[:, :, :: stride[0], :: stride[1]] = g
+    dilated = g.new_zeros(n, c, (h - 1) * stride[0] + 1, (w - 1) * stride[1] + 1)
+    dilated[:, :, :: stride[0], :: stride[1]] = g
     margins = []
-    for axis in (1, 0):  # the last axis first, as `pad` wants it
+    for axis in (1, 0):  # the last axis first, as `pad` expects
         reach = dilation[axis] * (kernel[axis] - 1)
         before = reach - padding[axis]
-        margins += [before, size[axis] + reach - wide.shape[2 + axis] - before]
-    padded = pad(wide, [max(m, 0) for m in margins])  # first, or there may be too little to cut off
+        margins += [before, size[axis] + reach - dilated.shape[2 + axis] - before]
+    padded = pad(dilated, [max(m, 0) for m in margins])  # first, so that enough remains to cut off
     left, right, top, bottom = (max(-m, 0) for m in margins)
     return padded[..., top : padded.shape[2] - bottom, left : padded.shape[3] - right]
-
-
-def _transposed(
-    g: Tensor,
-    w: Tensor,
-    bias: Optional[Tensor],
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    size: Any,
-) -> Tensor:
-    """The convolution's transpose: g [n, o, ...], w [o, c / groups, kh, kw] -> [n, c, *size]."""
-
-    def reference() -> Tensor:
-        wide = spread_out(g, w.shape[2:], stride, padding, dilation, size)
-        return _correlate(wide, _flipped(w, groups), bias, (1, 1), (0, 0), dilation, groups, size)
-
-    if g.shape[1] != len(w):
-        return reference()  # which says so
-    shape = (len(g), groups * w.shape[1], *size)
-    geometry = _geometry(w, groups, shape, g.shape[2:], stride, padding, dilation)
-    return _compiled("reproml_transposed", geometry, [g, w, bias], shape, reference)
-
-
-def _weight_gradient(
-    x: Tensor, g: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
-) -> Tensor:
-    """The gradient of w, [o, c / groups, kh, kw], from x [n, c, h, w] and the output's g [n, o, ...]."""
-
-    def reference() -> Tensor:
-        rows, columns = weight_operands(x, g, w, stride, padding, dilation, groups)
-        rows = rows.permute(1, 2, 0, 3).reshape(groups, rows.shape[2], -1)
-        columns = columns.transpose(0, 1).reshape(groups, -1, columns.shape[3])
-        return matmul(rows, columns).reshape(w.shape)
-
-    geometry = _geometry(w, groups, x.shape, g.shape[2:], stride, padding, dilation)
-    return _compiled("reproml_weight_gradient", geometry, [x, g], w.shape, reference)
-
-
-def weight_operands(
-    x: Tensor, g: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
-) -> tuple[Tensor, Tensor]:
-    """The factors of the weight's gradient, which is the sum over n of the products of matrices:
-    [n, groups, o / groups, places] and [n, groups, places, c / groups * kh * kw]."""
-    columns = _patches(x, w.shape[2:], stride, padding, dilation, groups, g.shape[2:])
-    rows = g.reshape(len(g), groups, g.shape[1] // groups, math.prod(g.shape[2:]))
-    return rows, columns.transpose(2, 3)
-
-
-def convolution(
-    x: Tensor,
-    w: Tensor,
-    bias: Optional[Tensor],
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    output_padding: Any,
-    groups: int,
-) -> Tensor:
-    """aten.convolution: each output, bias included, is one dot product."""
-    _check(x, w, bias, stride, padding, dilation, transposed, groups)
-    if x.dim() == 3:
-        stride, dilation = [1, *stride], [1, *dilation]
-        padding, output_padding = [0, *padding], [0, *output_padding]
-        flat = convolution(
-            x.unsqueeze(2),
-            w.unsqueeze(2),
-            bias,
-            stride,
-            padding,
-            dilation,
-            transposed,
-            output_padding,
-            groups,
-        )
-        return flat.squeeze(2)
-    require_two_dimensions(x)
-    stride, padding, dilation, output_padding = map(
-        pair, (stride, padding, dilation, output_padding)
-    )
-    reach = [d * (k - 1) for d, k in zip(dilation, w.shape[2:])]
-    sides = list(zip(x.shape[2:], stride, padding, reach, output_padding))
-    if transposed:
-        size = [(i - 1) * s - 2 * p + r + o + 1 for i, s, p, r, o in sides]
-        _check_size(size, x, w)
-        if any(o >= max(s, d) for o, s, d in zip(output_padding, stride, dilation)):
-            raise RuntimeError(
-                f"output padding {output_padding} must be below stride {stride} or dilation {dilation}"
-            )
-        return _transposed(x, w, bias, stride, padding, dilation, groups, size)
-    size = [(i + 2 * p - r - 1) // s + 1 for i, s, p, r, _ in sides]
-    _check_size(size, x, w)
-    return _correlate(x, w, bias, stride, padding, dilation, groups, size)
-
-
-def _check(
-    x: Tensor,
-    w: Tensor,
-    bias: Optional[Tensor],
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    groups: int,
-) -> None:
-    """What PyTorch checks only in its own kernels."""
-    for t in (x, w) if bias is None else (x, w, bias):
-        if t.dtype is not torch.float32:
-            raise NotExactError(f"A convolution is defined for float32, not for {t.dtype}.")
-    channels = groups * w.shape[1] if transposed else len(w)
-    if w.dim() != x.dim() or groups < 1 or len(w) % groups:
-        shapes = f"{list(w.shape)} and an input of shape {list(x.shape)}"
-        raise RuntimeError(f"weights of shape {shapes} do not convolve in {groups} groups")
-    if x.shape[1] != (len(w) if transposed else groups * w.shape[1]):
-        raise RuntimeError(
-            f"weights of shape {list(w.shape)} in {groups} groups do not fit an input of "
-            f"{x.shape[1]} channels, {list(x.shape)}"
-        )
-    if bias is not None and bias.shape != (channels,):
-        raise RuntimeError(f"a bias of shape {list(bias.shape)} does not fit {channels} channels")
-    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
-        raise RuntimeError(
-            f"a convolution cannot have stride {stride}, dilation {dilation}, padding {padding}"
-        )
-
-
-def _check_size(size: list[int], x: Tensor, w: Tensor) -> None:
-    if min(size) < 1:
-        raise RuntimeError(
-            f"a kernel of {list(w.shape[2:])} has no place in an input of {list(x.shape)}"
-        )
-
-
-def require_two_dimensions(x: Tensor) -> None:
-    if x.dim() != 4:
-        raise NotExactError(
-            f"A convolution or pooling of an input of shape {list(x.shape)} has no exact definition here; "
-            "one and two dimensions with a batch have."
-        )
-
-
-def convolution_backward(
-    g: Tensor,
-    x: Tensor,
-    w: Tensor,
-    bias_sizes: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    output_padding: Any,
-    groups: int,
-    mask: list[bool],
-) -> tuple[Optional[Tensor], ...]:
-    """aten.convolution_backward: each element of each gradient is one dot product or one sum."""
-    _check(x, w, None, stride, padding, dilation, transposed, groups)
-    if g.dtype is not torch.float32:
-        raise NotExactError(f"A convolution is defined for float32, not for {g.dtype}.")
-    grad_bias = sum_over(g, [0, *range(2, g.dim())]) if mask[2] else None
-    one_dimension = x.dim() == 3
-    if one_dimension:
-        g, x, w = g.unsqueeze(2), x.unsqueeze(2), w.unsqueeze(2)
-        stride, dilation, padding = [1, *stride], [1, *dilation], [0, *padding]
-    require_two_dimensions(x)
-    stride, padding, dilation = map(pair, (stride, padding, dilation))
-    grad_x = grad_w = None
-    if mask[0]:
-        if transposed:
-            grad_x = _correlate(g, w, None, stride, padding, dilation, groups, x.shape[2:])
-        else:
-            grad_x = _transposed(g, w, None, stride, padding, dilation, groups, x.shape[2:])
-    if mask[1]:
-        # Of a transposed convolution, x and g change places.
-        still, slid = (x, g) if transposed else (g, x)
-        grad_w = _weight_gradient(slid, still, w, stride, padding, dilation, groups)
-    if one_dimension:
-        grad_x = None if grad_x is None else grad_x.squeeze(2)
-        grad_w = None if grad_w is None else grad_w.squeeze(2)
-    return grad_x, grad_w, grad_bias
-
-
-# ---- pooling ---------------------------------------------------------------------------------------

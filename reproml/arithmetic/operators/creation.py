@@ -1,4 +1,4 @@
-"""Tensors that are computed from numbers: arange and linspace."""
+"""Tensors computed from Python numbers: arange and linspace."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
-from reproml.arithmetic.operators.arguments import only_float32
+from reproml.arithmetic.operators.arguments import require_float32
 
 
 def arange(*bounds: float, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-    """start + i * step. Whole numbers are left to PyTorch."""
+    """Return start + i * step, rounded once. PyTorch itself computes integer results.
+
+    bounds: (end), (start, end) or (start, end, step).
+    """
     if (
         dtype not in (None, torch.float32)
         or all(isinstance(b, int) for b in bounds)
@@ -32,8 +35,11 @@ def arange(*bounds: float, dtype: Any = None, device: Any = None, **_: Any) -> T
 def linspace(
     start: Any, end: Any, steps: int, *, dtype: Any = None, device: Any = None, **_: Any
 ) -> Tensor:
-    """start + i (end - start) / (steps - 1)."""
-    only_float32(dtype)
+    """Return start + i (end - start) / (steps - 1), rounded once.
+
+    Raises NotExactError unless dtype is float32.
+    """
+    require_float32(dtype)
     a, b = Fraction(float(start)), Fraction(float(end))
     i = torch.arange(steps, dtype=torch.int64)
     return elementwise(lambda ctx, i: a + i * ((b - a) / max(steps - 1, 1)), i).to(device or "cpu")

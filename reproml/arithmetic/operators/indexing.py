@@ -1,4 +1,8 @@
-"""Sums over indices: each output is the exact sum of what is put there, rounded once, in any order."""
+"""Sums over indices: each output is the exact sum of the values assigned to it, rounded once.
+
+The order of the values does not matter. `segment_sum` is the reference path, with the compiled path as
+its first attempt; the operators bring their arguments into its form.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +18,105 @@ from reproml.arithmetic.numerics.rounding import gamma, round_sum
 from reproml.errors import NotExactError
 
 
-def sum_at(index: Tensor, values: Tensor, size: int, start: Optional[Tensor] = None) -> Tensor:
-    """start + the sum of the values of each index. index int64 [n], values float32 [n] -> [size]."""
-    compiled = scatter_sums(1, size, index, values, start)
+def scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """Return x + the sum of the elements of source at each index along `dim`."""
+    if not index.numel():
+        return x + 0.0  # -0 becomes +0, as in any other sum
+    if not x.dim():
+        return _add_at(x, index * 0, source)
+    used = [slice(0, n) for n in index.shape]
+    in_x = list(used)
+    in_x[dim] = slice(None)
+    return _add_at(x, _flat_indices(x)[tuple(in_x)].gather(dim, index), source[tuple(used)])
+
+
+def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
+    """Return x + the sum of alpha * source at each index along `dim`; the products are rounded first."""
+    source = source if alpha == 1 else source * alpha
+    return _add_at(x, _flat_indices(x).index_select(dim, index), source)
+
+
+def index_put(
+    x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, unsafe: bool = False
+) -> Tensor:
+    """Apply index_put_ to a copy of x."""
+    return index_put_(x.clone(), indices, values, accumulate)
+
+
+def index_put_(
+    x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, unsafe: bool = False
+) -> Tensor:
+    """Write values at the indices, in order, or add their exact sum with `accumulate`."""
+    if accumulate:
+        return x.copy_(_add_at(x, torch.ops.aten.index(_flat_indices(x), indices), values))
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)  # one thread writes the values in order
+    try:
+        return x.index_put_(indices, values)
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def embedding_backward(
+    g: Tensor, indices: Tensor, rows: int, padding: int, scale_by_freq: bool
+) -> Tensor:
+    """Compute aten.embedding_dense_backward: the sum of the gradients of each row of the embedding table.
+
+    g: float32 [*indices.shape, width]. Returns float32 [rows, width], with zeros in row `padding`. Raises
+    NotExactError for scale_grad_by_freq.
+    """
+    if scale_by_freq:
+        raise NotExactError(
+            "An embedding with scale_grad_by_freq=True has no exact definition; leave it out."
+        )
+    compiled = compiled_segment_sums(1, rows, indices.long(), g, padding=padding)
+    if compiled is not None:
+        return compiled.squeeze(0)
+    flat, width = indices.reshape(-1), g.shape[-1]
+    grads = torch.where((flat == padding).unsqueeze(1), 0.0, g.reshape(-1, width))
+    at = flat.unsqueeze(1) * width + torch.arange(width, device=g.device)
+    return segment_sum(at.reshape(-1), grads.reshape(-1), rows * width).reshape(rows, width)
+
+
+# ---- the sums ----------------------------------------------------------------------------------------
+
+
+def _flat_indices(x: Tensor) -> Tensor:
+    """Return the flat index of each element of x, in x's shape."""
+    return torch.arange(x.numel(), device=x.device).reshape(x.shape)
+
+
+def _add_at(x: Tensor, index: Tensor, source: Tensor) -> Tensor:
+    """Return x + the sum of the elements of `source` (broadcast to index) at each flat index."""
+    values = source.expand(index.shape).reshape(-1)
+    return segment_sum(index.reshape(-1), values, x.numel(), x.reshape(-1)).reshape(x.shape)
+
+
+def segment_sum(index: Tensor, values: Tensor, size: int, start: Optional[Tensor] = None) -> Tensor:
+    """Return start + the sum of the values of each index, rounded once.
+
+    index: int64 [n], from 0 to size - 1; values: float32 [n]; start: float32 [size]. Returns float32
+    [size].
+    """
+    compiled = compiled_segment_sums(1, size, index, values, start)
     if compiled is not None:
         return compiled.reshape(size)
-    wide = values.double()
+    terms = values.double()
     if start is not None:
         index = torch.cat([torch.arange(size, device=index.device), index])
-        wide = torch.cat([start.double(), wide])
+        terms = torch.cat([start.double(), terms])
     zeros = torch.zeros(size, dtype=torch.float64, device=values.device)
-    c, bound = zeros.scatter_add(0, index, wide), zeros.scatter_add(0, index, wide.abs())
-    terms = zeros.scatter_add(0, index, torch.ones_like(wide))
+    mid, magnitude = zeros.scatter_add(0, index, terms), zeros.scatter_add(0, index, terms.abs())
+    counts = zeros.scatter_add(0, index, torch.ones_like(terms))
 
-    def resolve(at: Tensor) -> Sequence[float]:
-        return [nearest_of_rows(wide[index == i].unsqueeze(0))[0] for i in at.tolist()]
+    def resolve(failed: Tensor) -> Sequence[float]:
+        return [nearest_of_rows(terms[index == i].unsqueeze(0))[0] for i in failed.tolist()]
 
-    return round_sum(c, bound * gamma(terms), resolve)
+    return round_sum(mid, magnitude * gamma(counts), resolve)
 
 
-def scatter_sums(
+def compiled_segment_sums(
     planes: int,
     rows: int,
     index: Tensor,
@@ -41,9 +124,10 @@ def scatter_sums(
     start: Optional[Tensor] = None,
     padding: int = -1,
 ) -> Optional[Tensor]:
-    """Sums of rows of values by c/scatter.c, [planes, rows, width]; None where that cannot do it.
+    """Sum rows of values by csrc/indexing.c; None where it does not apply or a sum fails its tests.
 
-    index: int64 [planes, n], values: float32 [planes, n, width]. What has the index `padding` is left out.
+    index: int64 [planes, n], from 0 to rows - 1, or `padding` for values to be left out.
+    values: float32 [planes, n, width]; start: float32 [planes, rows, width]. Returns that shape.
     """
     if kernels.library is None or not (values.is_cpu and index.numel()):
         return None
@@ -63,67 +147,3 @@ def scatter_sums(
         out.data_ptr(),
     )
     return None if left else out
-
-
-def _places(x: Tensor) -> Tensor:
-    """The flat index of each element of x."""
-    return torch.arange(x.numel(), device=x.device).reshape(x.shape)
-
-
-def _add_at(x: Tensor, at: Tensor, source: Tensor) -> Tensor:
-    flat = sum_at(at.reshape(-1), source.expand(at.shape).reshape(-1), x.numel(), x.reshape(-1))
-    return flat.reshape(x.shape)
-
-
-def scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
-    if not index.numel():
-        return x + 0.0  # a sum like any other
-    if not x.dim():
-        return _add_at(x, index * 0, source)
-    used = [slice(0, n) for n in index.shape]
-    whole = list(used)
-    whole[dim] = slice(None)
-    return _add_at(x, _places(x)[tuple(whole)].gather(dim, index), source[tuple(used)])
-
-
-def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
-    source = source if alpha == 1 else source * alpha
-    return _add_at(x, _places(x).index_select(dim, index), source)
-
-
-def index_put(
-    x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, unsafe: bool = False
-) -> Tensor:
-    return index_put_(x.clone(), indices, values, accumulate)
-
-
-def index_put_(
-    x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, unsafe: bool = False
-) -> Tensor:
-    """Of several values for one place the last stays; with `accumulate` their exact sum is added."""
-    if accumulate:
-        return x.copy_(_add_at(x, torch.ops.aten.index(_places(x), indices), values))
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)  # one thread writes, in order
-    try:
-        return x.index_put_(indices, values)
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-
-
-def embedding_backward(
-    g: Tensor, indices: Tensor, rows: int, padding: int, scale_by_freq: bool
-) -> Tensor:
-    """embedding_dense_backward: of each row of the table, the sum of its gradients."""
-    if scale_by_freq:
-        raise NotExactError(
-            "An embedding with scale_grad_by_freq=True has no exact definition; leave it out."
-        )
-    compiled = scatter_sums(1, rows, indices.long(), g, padding=padding)
-    if compiled is not None:
-        return compiled.squeeze(0)
-    flat, width = indices.reshape(-1), g.shape[-1]
-    grads = torch.where((flat == padding).unsqueeze(1), 0.0, g.reshape(-1, width))
-    at = flat.unsqueeze(1) * width + torch.arange(width, device=g.device)
-    return sum_at(at.reshape(-1), grads.reshape(-1), rows * width).reshape(rows, width)

@@ -1,4 +1,4 @@
-"""Matrix factorisations: a QR factorisation in correctly rounded steps."""
+"""Matrix factorizations: QR in correctly rounded steps."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from reproml.errors import NotExactError
 
 
 def qr(a: Tensor, mode: str = "reduced") -> tuple[Tensor, Tensor]:
-    """A = Q R with a positive diagonal, of [m, n], by Gram & Schmidt, each column twice (Kahan: twice is
-    enough; Parlett, The Symmetric Eigenvalue Problem, section 6.9): v - Q (Q^T v) with both products
-    rounded once, then v / |v| rounded once; R = Q^T A rounded once, zero below its diagonal.
+    """Compute aten.linalg_qr: A = Q R, where R has a positive diagonal.
 
-    Raises NotExactError for another mode, a batch, or columns that depend on each other.
+    a: float32 [m, n]. Returns Q, float32 [m, min(m, n)], and R, float32 [min(m, n), n].
+
+    Gram-Schmidt orthogonalization, twice for each column, which suffices (Kahan; see Parlett, The
+    Symmetric Eigenvalue Problem, section 6.9): v - Q (Q^T v), where both products are rounded once, then
+    v / |v|, rounded once. R is Q^T A, rounded once, with zeros below its diagonal.
+
+    Raises NotExactError for another mode, a batch of matrices, or linearly dependent columns.
     """
     if mode != "reduced" or a.dim() != 2:
-        raise NotExactError("A QR factorisation is defined for one matrix and mode='reduced'.")
+        raise NotExactError("A QR factorization is defined for one matrix and mode='reduced' only.")
     with deferred.at_once():
         return _gram_schmidt(a)
 
@@ -29,13 +33,13 @@ def _gram_schmidt(a: Tensor) -> tuple[Tensor, Tensor]:
     for j in range(q.shape[1]):
         v = a[:, j : j + 1]
         for _ in range(2 if j else 0):
-            past = q[:, :j]
-            along = matmul(past.t(), v)
-            v = matmul(-past, along, v)
+            previous = q[:, :j]
+            projections = matmul(previous.t(), v)
+            v = matmul(-previous, projections, v)
         length = vector_norm(v)
         if not length > 0:
             raise NotExactError(
-                "The columns depend on each other: their QR factorisation is not unique."
+                "The columns are linearly dependent, so their QR factorization is not unique."
             )
         q[:, j : j + 1] = elementwise(lambda ctx, v, n: v / n, v, length)
     return q, matmul(q.t(), a).triu()

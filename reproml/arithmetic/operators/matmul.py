@@ -1,9 +1,11 @@
-"""Sums and dot products, rounded once: Ziv's test on a binary64 sum in any order.
+"""Matrix products, rounded once.
 
-The product of two binary32 numbers is exact in binary64. With |sum - exact| <= gamma_K * sum |a||b|
-(Higham, section 3.1) and sum |a||b| <= ||a|| ||b|| (Cauchy-Schwarz), one norm for each row and column
-bounds every element of a matrix product. Elements that fail the test go up three stairs: the bound
-from the product of the absolute values; a sum with its errors kept (TwoSum); exact fractions.
+The product of two binary32 numbers is exact in binary64, so only the sum is rounded there. The rounding
+test is applied to that sum, whatever its order, with |sum - exact| <= gamma_k * sum |a||b| (Higham,
+Accuracy and Stability of Numerical Algorithms, section 3.1) and sum |a||b| <= ||a|| ||b||
+(Cauchy-Schwarz): one norm for each row and column bounds every element. Elements that fail the test are
+computed again, in this order: with the bound from the product of the absolute values, if they are many;
+as a sum with its rounding errors kept (TwoSum); with exact fractions.
 """
 
 from __future__ import annotations
@@ -25,23 +27,26 @@ from reproml.errors import NotExactError
 def matmul(
     a: Tensor, b: Tensor, bias: Optional[Tensor] = None, alpha: Fraction = ONE, beta: Fraction = ONE
 ) -> Tensor:
-    """alpha * (a @ b) + beta * bias, rounded once.
+    """Return alpha * (a @ b) + beta * bias, rounded once.
 
-    a: float32 [..., m, k]; b: float32 [..., k, n], the same leading axes; bias: float32, broadcast to
-    [..., m, n]. alpha, beta: binary32 numbers. Returns float32 [..., m, n]; an exact zero is +0.
+    a: float32 [..., m, k]; b: float32 [..., k, n] with the same leading axes; bias: float32, broadcast to
+    [..., m, n]; alpha, beta: binary32 numbers. Returns float32 [..., m, n], where an exact zero is +0. If
+    beta is 0, bias is ignored, as in BLAS.
+
+    Raises NotExactError for another dtype, RuntimeError for shapes that cannot be multiplied.
     """
     if alpha is ONE and beta is ONE and kernels.library is not None:
-        product = _compiled(a, b, bias)  # first, as the checks below take as long
+        product = _compiled(a, b, bias)  # first, because the checks below take as long
         if product is not None:
             return product
     f32 = torch.float32
     if a.dtype is not f32 or b.dtype is not f32 or (bias is not None and bias.dtype is not f32):
-        raise NotExactError("A product of matrices is defined for float32 alone.")
+        raise NotExactError("A matrix product is defined for float32 only.")
     if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
         raise RuntimeError(
-            f"matrices of shapes {list(a.shape)} and {list(b.shape)} do not multiply"
+            f"matrices of shapes {list(a.shape)} and {list(b.shape)} cannot be multiplied"
         )
-    if beta == 0 and bias is not None:  # as in BLAS, not even its NaN counts
+    if beta == 0 and bias is not None:  # not even its NaN counts
         return matmul(a, b, None, alpha)
     return _reference(a, b, bias, alpha, beta)
 
@@ -49,31 +54,31 @@ def matmul(
 def _reference(
     a: Tensor, b: Tensor, bias: Optional[Tensor], alpha: Fraction = ONE, beta: Fraction = ONE
 ) -> Tensor:
-    """The product by PyTorch's own, in binary64."""
+    """Compute the product by PyTorch's own kernels for binary64."""
     wide_a, wide_b = a.double(), b.double()
-    row, column = (
-        torch.linalg.vector_norm(x, dim=d, keepdim=True) for x, d in ((wide_a, -1), (wide_b, -2))
-    )
-    c = wide_a @ wide_b
-    wide_bias = None if bias is None else bias.double().expand(c.shape)
+    row_norms = torch.linalg.vector_norm(wide_a, dim=-1, keepdim=True)
+    column_norms = torch.linalg.vector_norm(wide_b, dim=-2, keepdim=True)
+    product = wide_a @ wide_b
+    wide_bias = None if bias is None else bias.double().expand(product.shape)
 
-    def scaled(c: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        """The centre and the bound, once the product's own size is known."""
+    def midpoint_and_error(magnitude: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the result and a bound of its error, from a bound of the sums of |a||b|."""
+        mid = product
         if alpha != 1:
-            c, size = c * float(alpha), size * abs(float(alpha))
+            mid, magnitude = mid * float(alpha), magnitude * abs(float(alpha))
         if wide_bias is not None:
             term = wide_bias if beta == 1 else wide_bias * float(beta)
-            c, size = c + term, size + term.abs()
-        return c, size * gamma(a.shape[-1] + 2)
+            mid, magnitude = mid + term, magnitude + term.abs()
+        return mid, magnitude * gamma(a.shape[-1] + 2)
 
     def resolve(index: Tensor) -> Sequence[float]:
         if len(index) < MANY:
-            return few(index)
-        tight = round_sum(*scaled(c, wide_a.abs() @ wide_b.abs()), few)
+            return resolve_few(index)
+        tight = round_sum(*midpoint_and_error(wide_a.abs() @ wide_b.abs()), resolve_few)
         return tight.reshape(-1)[index].tolist()
 
-    def few(index: Tensor) -> Sequence[float]:
-        *batch, i, j = torch.unravel_index(index, c.shape)
+    def resolve_few(index: Tensor) -> Sequence[float]:
+        *batch, i, j = torch.unravel_index(index, product.shape)
         terms = wide_a[(*batch, i)] * wide_b.transpose(-1, -2)[(*batch, j)]
         if wide_bias is None:
             return nearest_of_rows(terms, scale=alpha)
@@ -85,11 +90,11 @@ def _reference(
             for row, x in zip(terms.tolist(), last.squeeze(1).tolist())
         ]
 
-    return round_sum(*scaled(c, row * column), resolve)
+    return round_sum(*midpoint_and_error(row_norms * column_norms), resolve)
 
 
 def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
-    """The product by c/products.c, or None where that does not apply."""
+    """Compute the product by csrc/matmul.c; None where it does not apply."""
     f32, of_a, of_b = torch.float32, a.stride(), b.stride()
     shape: tuple[int, ...]
     if len(of_a) == len(of_b) == 2:
@@ -124,12 +129,18 @@ def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
 
 
 def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """alpha * (a @ b) + beta * bias, also of two dimensions (addmm) or of vectors (addmv)."""
+    """Compute aten.addmm and aten.baddbmm: alpha * (a @ b) + beta * bias, rounded once."""
     if alpha == beta == 1:
         return matmul(a, b, bias)
     return matmul(a, b, bias, float32_scalar(alpha), float32_scalar(beta))
 
 
+def mv(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b for a vector b, rounded once."""
+    return matmul(a, b.unsqueeze(1)).squeeze(1)
+
+
 def addmv(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """Return alpha * (a @ b) + beta * bias for a vector b, rounded once."""
     bias = bias.expand(len(a)).unsqueeze(1)
     return matmul(a, b.unsqueeze(1), bias, float32_scalar(alpha), float32_scalar(beta)).squeeze(1)

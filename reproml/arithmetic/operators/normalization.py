@@ -1,6 +1,8 @@
-"""PyTorch's operators of batch, group and layer normalisation, in the steps of normalization_steps.py.
+"""PyTorch's operators of batch, group and layer normalization.
 
-Each goes to the compiled loops first (normalization_loops.py), and by itself where they do not apply.
+Each operator tries the compiled path (normalization_compiled.py) first; if that returns None, it computes
+the result on the reference path, by the rounded steps of normalization_reference.py. Tensors are float32;
+x is [n, c, ...] for batch and group normalization. Without a weight or bias, 1 and 0 take their place.
 """
 
 from __future__ import annotations
@@ -13,28 +15,23 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
-from reproml.arithmetic.operators import normalization_compiled as loops
-from reproml.arithmetic.operators.normalization_reference import (
-    group_backward,
-    normalize,
-    scaled_sum,
-    statistics,
+from reproml.arithmetic.operators.normalization_compiled import (
+    compiled_batch_norm,
+    compiled_batch_norm_backward,
+    compiled_group_norm,
+    compiled_group_norm_backward,
+    compiled_layer_norm,
+    compiled_layer_norm_backward,
 )
-from reproml.arithmetic.operators.reductions import row_variance, sum_over
+from reproml.arithmetic.operators.normalization_reference import (
+    mean_and_rstd,
+    normalize,
+    rows_backward,
+    weight_gradient,
+)
+from reproml.arithmetic.operators.reductions import reduce_sum, row_variance
 
-
-def channels(x: Tensor) -> Tensor:
-    """[n, c, ...] -> [c, n * ...]."""
-    return x.transpose(0, 1).reshape(x.shape[1], x[:, :1].numel())
-
-
-def _back(rows: Tensor, like: Tensor) -> Tensor:
-    n, c, *rest = like.shape
-    return rows.reshape(c, n, *rest).transpose(0, 1).contiguous()
-
-
-def _column(x: Optional[Tensor]) -> Optional[Tensor]:
-    return None if x is None else x.unsqueeze(1)
+# ---- batch normalization -----------------------------------------------------------------------------
 
 
 def batch_norm(
@@ -47,18 +44,18 @@ def batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """native_batch_norm: the output, and the mean and rstd that were used. x [n, c, ...].
+    """Return the output, and in training the mean and rstd of each channel (otherwise empty).
 
-    Running statistics become (1 - momentum) * old + momentum * new, rounded once, with the rounded mean
-    and the rounded unbiased variance for the new.
+    Running statistics become (1 - momentum) * old + momentum * new, rounded once, where the new ones are
+    the rounded mean and the rounded unbiased variance.
     """
-    given = (x, weight, bias, running_mean, running_var, training, momentum, eps)
-    compiled = loops.batch_norm(*given)
+    arguments = (x, weight, bias, running_mean, running_var, training, momentum, eps)
+    compiled = compiled_batch_norm(*arguments)
     if compiled is not None:
         return compiled
-    rows = channels(x)
+    rows = channel_rows(x)
     if training:
-        mean, rstd = statistics(rows, eps)
+        mean, rstd = mean_and_rstd(rows, eps)
         if running_mean is not None:
             update_running_stat(running_mean, mean.squeeze(1), momentum)
         if running_var is not None:
@@ -66,7 +63,7 @@ def batch_norm(
     else:
         assert running_mean is not None and running_var is not None
         mean, rstd = running_mean.unsqueeze(1), _rstd(running_var, eps).unsqueeze(1)
-    out = _back(normalize(rows, mean, rstd, _column(weight), _column(bias)), x)
+    out = _from_channel_rows(normalize(rows, mean, rstd, _column(weight), _column(bias)), x)
     if not training:
         return out, x.new_empty(0), x.new_empty(0)
     return out, mean.squeeze(1), rstd.squeeze(1)
@@ -75,7 +72,7 @@ def batch_norm(
 def batch_norm_legit(
     x: Tensor, weight: Any, bias: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """_native_batch_norm_legit, with running statistics or (`no_stats`) without."""
+    """Compute aten._native_batch_norm_legit, whose overload `no_stats` has no running statistics."""
     stats = rest[:-3] or (None, None)
     return batch_norm(x, weight, bias, *stats, *rest[-3:])
 
@@ -83,16 +80,8 @@ def batch_norm_legit(
 def batch_norm_inference(
     x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute aten._native_batch_norm_legit_no_training."""
     return batch_norm(x, weight, bias, mean, var, False, momentum, eps)
-
-
-def _rstd(variance: Tensor, eps: float) -> Tensor:
-    return elementwise(lambda ctx, v: 1 / ctx.sqrt(v + Fraction(eps)), variance)
-
-
-def update_running_stat(running: Tensor, new: Tensor, momentum: float) -> None:
-    m = Fraction(torch.tensor(momentum, dtype=torch.float32).item())
-    running.copy_(elementwise(lambda ctx, old, new: (1 - m) * old + m * new, running, new))
 
 
 def batch_norm_backward(
@@ -107,53 +96,69 @@ def batch_norm_backward(
     eps: float,
     mask: list[bool],
 ) -> tuple[Optional[Tensor], ...]:
-    """native_batch_norm_backward: gradients of x, weight and bias."""
+    """Return the gradients of x, weight and bias, each None unless `mask` asks for it."""
     if not train:
         assert running_mean is not None and running_var is not None
         mean, rstd = running_mean, _rstd(running_var, eps)
     assert mean is not None and rstd is not None
-    compiled = loops.batch_norm_backward(g, x, weight, mean, rstd, not train, mask)
+    compiled = compiled_batch_norm_backward(g, x, weight, mean, rstd, not train, mask)
     if compiled is not None:
         return compiled
-    rows, g_rows = channels(x), channels(g)
+    rows, g_rows = channel_rows(x), channel_rows(g)
     mean, rstd = mean.unsqueeze(1), rstd.unsqueeze(1)
     w = torch.ones_like(mean) if weight is None else weight.unsqueeze(1)
     grad_x = None
     if mask[0] and train:
-        grad_x = _back(group_backward(g_rows, rows, mean, rstd, w), x)
+        grad_x = _from_channel_rows(rows_backward(g_rows, rows, mean, rstd, w), x)
     elif mask[0]:
-        grad_x = _back(elementwise(lambda ctx, g, w, r: g * w * r, g_rows, w, rstd), x)
-    grad_weight = scaled_sum(g_rows, rows, mean, rstd) if mask[1] else None
-    return grad_x, grad_weight, sum_over(g_rows, (1,)) if mask[2] else None
+        grad_x = _from_channel_rows(elementwise(lambda ctx, g, w, r: g * w * r, g_rows, w, rstd), x)
+    grad_weight = weight_gradient(g_rows, rows, mean, rstd) if mask[1] else None
+    return grad_x, grad_weight, reduce_sum(g_rows, (1,)) if mask[2] else None
 
 
-def _check_layer(
-    x: Tensor, shape: list[int], weight: Optional[Tensor], bias: Optional[Tensor]
-) -> None:
-    """What PyTorch checks only in its own kernel."""
-    if not len(shape) or list(x.shape[-len(shape) :]) != list(shape):
-        raise RuntimeError(
-            f"layer normalisation over {list(shape)} needs an input of shape [*, "
-            f"{', '.join(map(str, shape))}], not {list(x.shape)}"
-        )
-    for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None and list(p.shape) != list(shape):
-            raise RuntimeError(
-                f"layer normalisation over {list(shape)} needs a {name} of that shape, not {list(p.shape)}"
-            )
+def update_running_stat(running: Tensor, new: Tensor, momentum: float) -> None:
+    """Write (1 - momentum) * running + momentum * new to `running`, rounded once."""
+    m = Fraction(torch.tensor(momentum, dtype=torch.float32).item())
+    running.copy_(elementwise(lambda ctx, old, new: (1 - m) * old + m * new, running, new))
+
+
+def _rstd(variance: Tensor, eps: float) -> Tensor:
+    """Return 1 / sqrt(variance + eps), rounded once."""
+    return elementwise(lambda ctx, v: 1 / ctx.sqrt(v + Fraction(eps)), variance)
+
+
+def channel_rows(x: Tensor) -> Tensor:
+    """Return the numbers of each channel as a row: [n, c, ...] -> [c, n * ...]."""
+    return x.transpose(0, 1).reshape(x.shape[1], x[:, :1].numel())
+
+
+def _from_channel_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """Undo `channel_rows`, for the shape of `like`."""
+    n, c, *rest = like.shape
+    return rows.reshape(c, n, *rest).transpose(0, 1).contiguous()
+
+
+def _column(x: Optional[Tensor]) -> Optional[Tensor]:
+    return None if x is None else x.unsqueeze(1)
+
+
+# ---- layer normalization -----------------------------------------------------------------------------
 
 
 def layer_norm(
     x: Tensor, shape: list[int], weight: Optional[Tensor], bias: Optional[Tensor], eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """native_layer_norm over the last axes `shape`: the output, and each row's mean and rstd."""
+    """Normalize over the last axes, `shape`; return the output, and mean and rstd with length 1 there.
+
+    Raises RuntimeError for an input, weight or bias of another shape.
+    """
     _check_layer(x, shape, weight, bias)
-    compiled = loops.layer_norm(x, shape, weight, bias, eps)
+    compiled = compiled_layer_norm(x, shape, weight, bias, eps)
     if compiled is not None:
         return compiled
     outer = x.shape[: x.dim() - len(shape)]
     rows = x.reshape(outer.numel(), math.prod(shape))
-    mean, rstd = statistics(rows, eps)
+    mean, rstd = mean_and_rstd(rows, eps)
     flat = [None if p is None else p.reshape(1, -1) for p in (weight, bias)]
     kept = (*outer, *[1] * len(shape))
     return (
@@ -173,21 +178,43 @@ def layer_norm_backward(
     bias: Optional[Tensor],
     mask: list[bool],
 ) -> tuple[Optional[Tensor], ...]:
-    """native_layer_norm_backward: gradients of x, weight and bias."""
+    """Return the gradients of x, weight and bias, each None unless `mask` asks for it."""
     _check_layer(x, shape, weight, bias)
     rows = math.prod(x.shape[: x.dim() - len(shape)])
     if g.shape != x.shape or not mean.numel() == rstd.numel() == rows:
-        raise RuntimeError(f"a gradient of shape {list(g.shape)} does not fit {list(x.shape)}")
-    compiled = loops.layer_norm_backward(g, x, shape, mean, rstd, weight, mask)
+        raise RuntimeError(
+            f"a gradient of shape {list(g.shape)} does not match an input of shape {list(x.shape)}"
+        )
+    compiled = compiled_layer_norm_backward(g, x, shape, mean, rstd, weight, mask)
     if compiled is not None:
         return compiled
     x_rows, g_rows = (t.reshape(rows, math.prod(shape)) for t in (x, g))
     mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
     w = torch.ones_like(x_rows[:1]) if weight is None else weight.reshape(1, -1)
-    grad_x = group_backward(g_rows, x_rows, mean, rstd, w).reshape(x.shape) if mask[0] else None
+    grad_x = rows_backward(g_rows, x_rows, mean, rstd, w).reshape(x.shape) if mask[0] else None
     across = [t.expand(x_rows.shape).t() for t in (g_rows, x_rows, mean, rstd)]
-    grad_weight = scaled_sum(*across).reshape(shape) if mask[1] else None
-    return grad_x, grad_weight, sum_over(g_rows, (0,)).reshape(shape) if mask[2] else None
+    grad_weight = weight_gradient(*across).reshape(shape) if mask[1] else None
+    return grad_x, grad_weight, reduce_sum(g_rows, (0,)).reshape(shape) if mask[2] else None
+
+
+def _check_layer(
+    x: Tensor, shape: list[int], weight: Optional[Tensor], bias: Optional[Tensor]
+) -> None:
+    """Check what PyTorch checks only in its own kernel."""
+    if not len(shape) or list(x.shape[-len(shape) :]) != list(shape):
+        raise RuntimeError(
+            f"layer normalization with normalized_shape {list(shape)} expects an input of shape [*, "
+            f"{', '.join(map(str, shape))}], not {list(x.shape)}"
+        )
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None and list(p.shape) != list(shape):
+            raise RuntimeError(
+                f"layer normalization with normalized_shape {list(shape)} expects a {name} of that shape, "
+                f"not {list(p.shape)}"
+            )
+
+
+# ---- group normalization -----------------------------------------------------------------------------
 
 
 def group_norm(
@@ -200,12 +227,12 @@ def group_norm(
     groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """native_group_norm: the output, and mean and rstd [n, groups]. x [n, c, ...]."""
-    compiled = loops.group_norm(x, weight, bias, n, c, hw, groups, eps)
+    """Return the output, and mean and rstd, float32 [n, groups]."""
+    compiled = compiled_group_norm(x, weight, bias, n, c, hw, groups, eps)
     if compiled is not None:
         return compiled
     rows = x.reshape(n * groups, c // groups * hw)
-    mean, rstd = statistics(rows, eps)
+    mean, rstd = mean_and_rstd(rows, eps)
     split = (n, groups, c // groups, hw)
     flat = [None if p is None else p.reshape(1, groups, -1, 1) for p in (weight, bias)]
     stats = (t.reshape(n, groups, 1, 1) for t in (mean, rstd))
@@ -225,8 +252,8 @@ def group_norm_backward(
     groups: int,
     mask: list[bool],
 ) -> tuple[Optional[Tensor], ...]:
-    """native_group_norm_backward: gradients of x, weight and bias."""
-    compiled = loops.group_norm_backward(g, x, mean, rstd, weight, n, c, hw, groups, mask)
+    """Return the gradients of x, weight and bias, each None unless `mask` asks for it."""
+    compiled = compiled_group_norm_backward(g, x, mean, rstd, weight, n, c, hw, groups, mask)
     if compiled is not None:
         return compiled
     split = (n, groups, c // groups, hw)
@@ -236,12 +263,12 @@ def group_norm_backward(
         g_rows, rows = (t.reshape(n * groups, c // groups * hw) for t in (g, x))
         row_mean, row_rstd = (t.reshape(n * groups, 1) for t in (mean, rstd))
         w_rows = w.expand(split).reshape(n * groups, c // groups * hw)
-        grad_x = group_backward(g_rows, rows, row_mean, row_rstd, w_rows).reshape(x.shape)
+        grad_x = rows_backward(g_rows, rows, row_mean, row_rstd, w_rows).reshape(x.shape)
 
     def by_channel(t: Tensor) -> Tensor:
         return t.expand(split).permute(1, 2, 0, 3).reshape(c, n * hw)
 
     g4, x4 = g.reshape(split), x.reshape(split)
     m4, r4 = (t.reshape(n, groups, 1, 1) for t in (mean, rstd))
-    grad_weight = scaled_sum(*map(by_channel, (g4, x4, m4, r4))) if mask[1] else None
-    return grad_x, grad_weight, sum_over(by_channel(g4), (1,)) if mask[2] else None
+    grad_weight = weight_gradient(*map(by_channel, (g4, x4, m4, r4))) if mask[1] else None
+    return grad_x, grad_weight, reduce_sum(by_channel(g4), (1,)) if mask[2] else None

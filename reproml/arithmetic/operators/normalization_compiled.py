@@ -1,7 +1,9 @@
-"""The normalisations by the compiled loops of c/normalization.c, as far as they go.
+"""Batch, group and layer normalization by the kernels of csrc/normalization.c: the compiled path.
 
-Each function returns None where the loops are not built or cannot settle a statistic; then the plain
-path of normalization.py does all of it. Single elements that they leave are settled by its formulas.
+Each `compiled_*` function returns None where the kernels do not apply or where a mean, rstd or sum fails
+their rounding tests; then normalization.py computes the entire result on the reference path. Single
+output elements that a kernel could not round are computed here, by the steps of
+normalization_reference.py.
 """
 
 from __future__ import annotations
@@ -16,12 +18,16 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import elementwise
-from reproml.arithmetic.operators import normalization_reference as steps
-from reproml.arithmetic.operators.reductions import sum_over
+from reproml.arithmetic.operators import normalization_reference as reference
+from reproml.arithmetic.operators.reductions import reduce_sum
 
 
 class Layout(NamedTuple):
-    """Where the groups of numbers are that are normalised together: `layout` of c/normalization.c."""
+    """Locates the groups of numbers that are normalized together: `layout` of csrc/normalization.c.
+
+    A group consists of `runs` runs of `length` contiguous numbers. The weight of a number has the index
+    group % weight_period * weight_group + run * weight_run, or, if `along`, the number's index in its run.
+    """
 
     groups: int
     runs: int
@@ -33,8 +39,8 @@ class Layout(NamedTuple):
     weight_run: int = 0
     along: int = 0
 
-    def places(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Of flat indices, the groups and the indices of the weights."""
+    def groups_and_weights(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the group and the index of the weight of each flat index."""
         run = index // self.length
         if self.run_stride > self.group_stride:
             group, run = run % self.groups, run // self.groups
@@ -45,18 +51,18 @@ class Layout(NamedTuple):
         return group, group % self.weight_period * self.weight_group + run * self.weight_run
 
 
-def _by_channel(x: Tensor) -> Layout:
+def _channel_layout(x: Tensor) -> Layout:
     n, c, *rest = x.shape
     places = math.prod(rest)
     return Layout(c, n, places, places, c * places, c, 1)
 
 
 @lru_cache(maxsize=256)
-def _by_row(rows: int, length: int, along: bool) -> Layout:
+def _row_layout(rows: int, length: int, along: bool) -> Layout:
     return Layout(rows, 1, length, length, length, along=along)
 
 
-def _by_group(n: int, c: int, places: int, groups: int) -> Layout:
+def _group_layout(n: int, c: int, places: int, groups: int) -> Layout:
     each = c // groups
     return Layout(n * groups, each, places, each * places, places, groups, each, 1)
 
@@ -95,7 +101,11 @@ def _forward(
     running: tuple[Optional[Tensor], Optional[Tensor]] = (None, None),
     momentum: float = 0.0,
 ) -> Optional[Tensor]:
-    """The output; mean and rstd are written. given: a variance to be used with this mean."""
+    """Return the output, and write mean and rstd; None if one of them fails the rounding tests.
+
+    given: a variance to use together with the given mean, instead of computing them. running: the running
+    mean and variance to update with `momentum`.
+    """
     out = torch.empty_like(x)
     left = _call(
         kernels.library.reproml_normalize,
@@ -115,10 +125,10 @@ def _forward(
     if left is None:
         return None
     if left.numel():
-        group, at = layout.places(left)
+        group, at = layout.groups_and_weights(left)
         w, b = (None if t is None else t.view(-1)[at] for t in (weight, bias))
         statistics = mean.view(-1)[group], rstd.view(-1)[group]
-        out.view(-1)[left] = steps.normalize(x.view(-1)[left], *statistics, w, b)
+        out.view(-1)[left] = reference.normalize(x.view(-1)[left], *statistics, w, b)
     return out
 
 
@@ -132,7 +142,11 @@ def _backward(
     given: bool,
     mask: tuple[bool, bool, bool],
 ) -> Optional[tuple[Optional[Tensor], ...]]:
-    """The gradients of x and, where a group has one weight, of weight and bias, as the mask says."""
+    """Return the gradients of x and, where a group has one weight, of weight and bias, as `mask` asks for.
+
+    given: whether mean and rstd were given, so that they do not depend on x. None if a sum fails the
+    rounding tests.
+    """
     new = mean.new_empty
     out = torch.empty_like(x) if mask[0] else None
     sums = [new(layout.groups) if mask[0] and not given else None for _ in range(2)]
@@ -150,7 +164,7 @@ def _backward(
     if left is None:
         return None
     if out is not None and left.numel():
-        group, at = layout.places(left)
+        group, at = layout.groups_and_weights(left)
         w = torch.ones(len(left)) if weight is None else weight.view(-1)[at]
         some_g, some_x = (t.view(-1)[left] for t in (g, x))
         m, r = mean.view(-1)[group], rstd.view(-1)[group]
@@ -158,21 +172,23 @@ def _backward(
             value = elementwise(lambda ctx, g, w, r: g * w * r, some_g, w, r)
         else:
             n = layout.runs * layout.length
-            value = steps.gradient(n, some_g, w, some_x, m, r, sums[0][group], sums[1][group])
+            value = reference.element_backward(
+                n, some_g, w, some_x, m, r, sums[0][group], sums[1][group]
+            )
         out.view(-1)[left] = value
     return out, weight_sum, bias_sum
 
 
-# ---- PyTorch's operators -----------------------------------------------------------------------------
+# ---- the operators -----------------------------------------------------------------------------------
 
-_SHORT = 8  # runs of fewer places are laid out anew, so that the loops run along something
+_SHORT = 8  # channels with shorter runs are first copied to rows, so that the inner loops are long
 
 
-def _rows_of_channels(x: Tensor) -> Tensor:
+def _swap_batch_and_channels(x: Tensor) -> Tensor:
     return x.transpose(0, 1).contiguous()
 
 
-def batch_norm(
+def compiled_batch_norm(
     x: Tensor,
     weight: Optional[Tensor],
     bias: Optional[Tensor],
@@ -184,11 +200,11 @@ def batch_norm(
 ) -> Optional[tuple[Tensor, Tensor, Tensor]]:
     if not _usable(x, weight, bias, running_mean, running_var):
         return None
-    layout = _by_channel(x)
+    layout = _channel_layout(x)
     short = layout.length < _SHORT
     if short:
-        stored = _rows_of_channels(x)
-        layout = Layout(*_by_row(layout.groups, stored[0].numel(), False)[:5], layout.groups, 1)
+        stored = _swap_batch_and_channels(x)
+        layout = Layout(*_row_layout(layout.groups, stored[0].numel(), False)[:5], layout.groups, 1)
     else:
         stored = x.contiguous()
     rstd = stored.new_empty(layout.groups)
@@ -205,11 +221,11 @@ def batch_norm(
     if out is None:
         return None
     if short:
-        out = _rows_of_channels(out)
+        out = _swap_batch_and_channels(out)
     return (out, mean, rstd) if training else (out, x.new_empty(0), x.new_empty(0))
 
 
-def batch_norm_backward(
+def compiled_batch_norm_backward(
     g: Tensor,
     x: Tensor,
     weight: Optional[Tensor],
@@ -218,22 +234,22 @@ def batch_norm_backward(
     given: bool,
     mask: Any,
 ) -> Optional[tuple[Optional[Tensor], ...]]:
-    layout = _by_channel(x)
+    layout = _channel_layout(x)
     if not _usable(x, weight, mean, rstd) or layout.runs * layout.length == 1:
         return None
     short = layout.length < _SHORT
     if short:
-        x, g = _rows_of_channels(x), _rows_of_channels(g)
-        layout = Layout(*_by_row(layout.groups, x[0].numel(), False)[:5], layout.groups, 1)
+        x, g = _swap_batch_and_channels(x), _swap_batch_and_channels(g)
+        layout = Layout(*_row_layout(layout.groups, x[0].numel(), False)[:5], layout.groups, 1)
     result = _backward(
         layout, g.contiguous(), x.contiguous(), weight, mean, rstd, given, tuple(mask)
     )
     if result is None or not short or result[0] is None:
         return result
-    return (_rows_of_channels(result[0]), *result[1:])
+    return (_swap_batch_and_channels(result[0]), *result[1:])
 
 
-def layer_norm(
+def compiled_layer_norm(
     x: Tensor, shape: list[int], weight: Optional[Tensor], bias: Optional[Tensor], eps: float
 ) -> Optional[tuple[Tensor, Tensor, Tensor]]:
     if not _usable(x, weight, bias):
@@ -246,12 +262,12 @@ def layer_norm(
         bias = torch.zeros(n) if bias is None else bias
     kept = (*outer, *[1] * len(shape))
     mean, rstd = x.new_empty(kept), x.new_empty(kept)
-    layout = _by_row(x.numel() // n, n, along)
+    layout = _row_layout(x.numel() // n, n, along)
     out = _forward(layout, x.contiguous(), weight, bias, eps, mean, rstd)
     return None if out is None else (out, mean, rstd)
 
 
-def layer_norm_backward(
+def compiled_layer_norm_backward(
     g: Tensor,
     x: Tensor,
     shape: list[int],
@@ -267,7 +283,7 @@ def layer_norm_backward(
     weight_sum, bias_sum = (x.new_empty(shape) if m else None for m in mask[1:])
     grad_x: Optional[Tensor] = None
     if mask[0]:
-        layout = _by_row(rows, n, weight is not None)
+        layout = _row_layout(rows, n, weight is not None)
         result = _backward(layout, g, x, weight, mean, rstd, False, (True, False, False))
         if result is None:
             return None
@@ -279,7 +295,7 @@ def layer_norm_backward(
     return grad_x, weight_sum, bias_sum
 
 
-def group_norm(
+def compiled_group_norm(
     x: Tensor,
     weight: Optional[Tensor],
     bias: Optional[Tensor],
@@ -292,12 +308,12 @@ def group_norm(
     if not _usable(x, weight, bias):
         return None
     mean, rstd = x.new_empty(n, groups), x.new_empty(n, groups)
-    layout = _by_group(n, c, places, groups)
+    layout = _group_layout(n, c, places, groups)
     out = _forward(layout, x.contiguous(), weight, bias, eps, mean, rstd)
     return None if out is None else (out, mean, rstd)
 
 
-def group_norm_backward(
+def compiled_group_norm_backward(
     g: Tensor,
     x: Tensor,
     mean: Tensor,
@@ -314,7 +330,7 @@ def group_norm_backward(
     g, x = g.contiguous(), x.contiguous()
     grad_x: Optional[Tensor] = None
     if mask[0]:
-        layout = _by_group(n, c, places, groups)
+        layout = _group_layout(n, c, places, groups)
         result = _backward(layout, g, x, weight, mean, rstd, False, (True, False, False))
         if result is None:
             return None
@@ -324,5 +340,5 @@ def group_norm_backward(
         sums = kernels.library.reproml_channel_moments
         if sums(n, c, places, groups, *map(_at, (x, g, mean, rstd, grad_weight))):
             return None
-    grad_bias = sum_over(g.reshape(n, c, places), (0, 2)) if mask[2] else None
+    grad_bias = reduce_sum(g.reshape(n, c, places), (0, 2)) if mask[2] else None
     return grad_x, grad_weight, grad_bias

@@ -1,4 +1,11 @@
-"""Norms, variances, running sums, powers and the like, each rounded once."""
+"""Sums, means, variances and norms over any axes, and running sums, each rounded once.
+
+`reduce_sum` is the sum on which the other families build as well. It takes the sums to be correct if they
+pass the rounding test, with the bound |computed - exact| <= gamma_n * sum |x|, which holds for any order
+of summation (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), and otherwise adds
+fractions. An exact zero is +0. Operators take float32 tensors, a `dim` argument as PyTorch's (one axis,
+several, or None for all), and return float32; a `dtype` other than float32 raises NotExactError.
+"""
 
 from __future__ import annotations
 
@@ -15,72 +22,41 @@ from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import rowwise
 from reproml.arithmetic.numerics.exact_sums import nearest_of_rows
 from reproml.arithmetic.numerics.rounding import gamma, round_sum
-from reproml.arithmetic.operators.arguments import dims_of, only_float32
+from reproml.arithmetic.operators.arguments import dims_tuple, require_float32
 from reproml.errors import NotExactError
 
+# ---- sums --------------------------------------------------------------------------------------------
 
-def total(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-    only_float32(dtype)
-    return sum_over(x.float(), dims_of(dim), keepdim)
+
+def sum_dims(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    """Compute aten.sum."""
+    require_float32(dtype)
+    return reduce_sum(x.float(), dims_tuple(dim), keepdim)
 
 
 def mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-    only_float32(dtype)
+    """Compute aten.mean: the exact sum divided by the number of elements."""
+    require_float32(dtype)
+    dims = dims_tuple(dim)
     count = 1
-    for d in dims_of(dim) if x.dim() else ():
+    for d in dims if x.dim() else ():
         count *= x.shape[d]
-    count = count if dims_of(dim) else x.numel()
-    return sum_over(x.float(), dims_of(dim), keepdim, divisor=count)
+    return reduce_sum(x.float(), dims, keepdim, divisor=count if dims else x.numel())
 
 
-def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor, dim: Any, keepdim: bool) -> Tensor:
-    """A function [rows, n] -> [rows, 1], applied over the axes `dim`."""
-    dims = sorted(canonicalize_dims(x.dim(), tuple(dims_of(dim)))) or list(range(x.dim()))
-    dims = dims if x.dim() else []
-    kept = [d for d in range(x.dim()) if d not in dims]
-    shape = [x.shape[d] for d in kept]
-    length = torch.Size([x.shape[d] for d in dims]).numel()
-    rows = x.permute([*kept, *dims]).reshape(torch.Size(shape).numel(), length)
-    y = function(rows).reshape(shape)
-    return y.reshape([1 if d in dims else n for d, n in enumerate(x.shape)]) if keepdim else y
+def trace(x: Tensor) -> Tensor:
+    """Return the sum of the diagonal."""
+    return reduce_sum(x.diagonal(), ())
 
 
-def variance(x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Tensor:
-    c = 1 if correction is None else correction
-    return _by_rows(lambda rows: row_variance(rows, c), x, dim, keepdim)
-
-
-def deviation(x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Tensor:
-    """The square root of the exact variance."""
-    c = 1 if correction is None else correction
-    return _by_rows(lambda rows: row_variance(rows, c, root=True), x, dim, keepdim)
-
-
-def vector_norm(
-    x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> Tensor:
-    """The 2-norm, 1-norm, or largest absolute value."""
-    only_float32(dtype)
-    if ord == 2:
-        return _by_rows(
-            lambda r: rowwise(lambda ctx, x: ctx.sqrt(ctx.sum(x * x)), 1, r), x, dim, keepdim
-        )
-    if ord == 1:
-        return sum_over(x.abs(), dims_of(dim), keepdim)
-    if ord == float("inf"):
-        return x.abs().amax(tuple(dims_of(dim)), keepdim)
-    raise NotExactError(f"The norm of order {ord} has no exact definition; 1, 2 and inf have.")
-
-
-def norm(
-    x: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> Tensor:
-    return vector_norm(x, 2 if p is None else p, dim, keepdim, dtype=dtype)
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return the dot product of two vectors."""
+    return reduce_sum(a, (), y=b)
 
 
 def cumsum(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
-    """Each element is the exact sum of those up to it, rounded once."""
-    only_float32(dtype)
+    """Return, for each element, the sum of the elements up to it along `dim`, rounded once."""
+    require_float32(dtype)
     if not x.numel():
         return x.clone()
     rows = torch.atleast_1d(x.double()).movedim(dim, -1)
@@ -91,63 +67,66 @@ def cumsum(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
         pairs = zip((index // n).tolist(), (index % n).tolist())
         return [nearest_of_rows(flat[i : i + 1, : j + 1])[0] for i, j in pairs]
 
-    c, bound = rows.cumsum(-1), rows.abs().cumsum(-1) * gamma(n)
-    return round_sum(c, bound, resolve).movedim(-1, dim).reshape(x.shape)
+    mid, error = rows.cumsum(-1), rows.abs().cumsum(-1) * gamma(n)
+    return round_sum(mid, error, resolve).movedim(-1, dim).reshape(x.shape)
 
 
-def sum_over(
+def reduce_sum(
     x: Tensor,
     dims: Sequence[int],
     keepdim: bool = False,
     divisor: int = 1,
     y: Optional[Tensor] = None,
 ) -> Tensor:
-    """The sum of x, or of the products x * y, over `dims`, divided by `divisor`, rounded once.
+    """Return the sum of x, or of the products x * y, over `dims`, divided by `divisor`, rounded once.
 
-    x, y: float32 of one shape; dims: empty for all. Returns float32.
+    x, y: float32 of one shape; dims: empty for all axes. Returns float32. Raises RuntimeError for
+    operands of different shapes, and PyTorch's error for an axis out of range or named twice.
     """
     if y is not None and y.shape != x.shape:
-        raise RuntimeError(f"tensors of shapes {list(x.shape)} and {list(y.shape)} do not multiply")
+        raise RuntimeError(
+            f"operands of shapes {list(x.shape)} and {list(y.shape)} cannot be multiplied elementwise"
+        )
     if kernels.library and x.is_cpu:
         total = _compiled_sum(x, dims or range(x.dim()), keepdim, divisor, y)
         if total is not None:
             return total
     dims = sorted(canonicalize_dims(x.dim(), tuple(dims))) if dims else list(range(x.dim()))
     dims = dims if x.dim() else []
-    wide = x.double() if y is None else x.double() * y.double()
+    terms = x.double() if y is None else x.double() * y.double()
     count = 1
     for d in dims:
         count *= x.shape[d]
     if not dims:
-        c, size = wide, wide.abs()
+        mid, magnitude = terms, terms.abs()
     else:
-        c, size = wide.sum(dims, keepdim=keepdim), wide.abs().sum(dims, keepdim=keepdim)
+        mid, magnitude = terms.sum(dims, keepdim=keepdim), terms.abs().sum(dims, keepdim=keepdim)
     if divisor != 1:
-        c, size = c / divisor, size / divisor
+        mid, magnitude = mid / divisor, magnitude / divisor
 
     def resolve(index: Tensor) -> list[float]:
         kept = [d for d in range(x.dim()) if d not in dims]
-        rows = wide.permute([*kept, *dims]).reshape(-1, count)
+        rows = terms.permute([*kept, *dims]).reshape(-1, count)
         return nearest_of_rows(rows[index], scale=Fraction(1, divisor))
 
-    return round_sum(c, size * gamma(count), resolve)
+    return round_sum(mid, magnitude * gamma(count), resolve)
 
 
 def _compiled_sum(
     x: Tensor, dims: Sequence[int], keepdim: bool, divisor: int, y: Optional[Tensor]
 ) -> Optional[Tensor]:
-    """sum_over by c/sums.c; None where that cannot settle all."""
-    rank, reduced = x.dim(), 0
+    """Compute reduce_sum by csrc/reductions.c; None where it does not apply or a sum fails its tests."""
+    rank, reduced = x.dim(), 0  # reduced: bit d is set if axis d is summed over
     for d in dims:
         if not -rank <= d < rank or reduced >> d % rank & 1:
-            return None  # the plain path names the error
+            return None  # the reference path raises PyTorch's error
         reduced |= 1 << d % rank
+    if not rank or abs(divisor) > 1 << 53:
+        return None
     shape = x.shape
     kept = [
         1 if reduced >> d & 1 else m for d, m in enumerate(shape) if keepdim or not reduced >> d & 1
     ]
-    if not rank or abs(divisor) > 1 << 53:
-        return None
     out = x.new_empty(kept)
     strides = x.stride()
     axes = (ctypes.c_int64 * (3 * rank))(*shape, *strides, *(strides if y is None else y.stride()))
@@ -155,33 +134,91 @@ def _compiled_sum(
     left = kernels.library.reproml_sum(
         x.data_ptr(), factor, axes, rank, reduced, divisor, out.data_ptr()
     )
-    if left < 0:  # axes too scattered for one loop
+    if left < 0:  # too many axes that cannot be merged for the kernel's loops
         order = sorted(range(rank), key=lambda d: reduced >> d & 1)
-        count = x.numel() // max(out.numel(), 1)
-        rows, factors = (
-            None if t is None else t.permute(order).reshape(out.numel(), count) for t in (x, y)
-        )
-        assert rows is not None
+        matrix = (out.numel(), x.numel() // max(out.numel(), 1))
+        rows = x.permute(order).reshape(matrix)
+        factors = None if y is None else y.permute(order).reshape(matrix)
         total = _compiled_sum(rows, (1,), False, divisor, factors)
         return None if total is None else total.reshape(kept)
     return None if left else out
 
 
+# ---- variances and norms -----------------------------------------------------------------------------
+
+
+def variance(x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Tensor:
+    """Compute aten.var: the sum of squared distances from the exact mean, divided by n - correction."""
+    c = 1 if correction is None else correction
+    return _apply_to_rows(lambda rows: row_variance(rows, c), x, dim, keepdim)
+
+
+def standard_deviation(
+    x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False
+) -> Tensor:
+    """Compute aten.std: the square root of the exact variance."""
+    c = 1 if correction is None else correction
+    return _apply_to_rows(lambda rows: row_variance(rows, c, root=True), x, dim, keepdim)
+
+
 def row_variance(rows: Tensor, correction: float, root: bool = False) -> Tensor:
-    """The variance of each row, divided by n - correction, or its square root, [groups, 1]."""
+    """Return the variance of each row, or its square root: float32 [rows, n] -> [rows, 1]."""
     n, c = rows.shape[1], Fraction(correction)
     divisor = n - c if n > c else Fraction(1)
 
     def formula(ctx: Any, x: Any) -> Any:
-        v = _variance(ctx, x, n, n - divisor)
+        v = variance_formula(ctx, x, n, n - divisor)
         return ctx.sqrt(v) if root else v
 
     if not n:
         return rows.new_full((len(rows), 1), torch.nan)
     result = rowwise(formula, 1, rows)
-    return result if n > c else result / 0.0  # like PyTorch: infinite, or NaN of equal numbers
+    return result if n > c else result / 0.0  # as in PyTorch: infinity, or NaN for equal numbers
 
 
-def _variance(ctx: Any, x: Any, n: int, correction: Fraction) -> Any:
+def variance_formula(ctx: Any, x: Any, n: int, correction: Fraction) -> Any:
+    """Return the variance of a row of n elements, divided by n - correction."""
     d = x - ctx.sum(x) / n
     return ctx.sum(d * d) / (n - correction)
+
+
+def vector_norm(
+    x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    """Compute aten.linalg_vector_norm: the 2-norm, the 1-norm, or the largest absolute value (inf).
+
+    Raises NotExactError for another order.
+    """
+    require_float32(dtype)
+    if ord == 2:
+        return _apply_to_rows(_euclidean_norm, x, dim, keepdim)
+    if ord == 1:
+        return reduce_sum(x.abs(), dims_tuple(dim), keepdim)
+    if ord == float("inf"):
+        return x.abs().amax(tuple(dims_tuple(dim)), keepdim)
+    raise NotExactError(f"A norm of order {ord} has no exact definition; use order 1, 2 or inf.")
+
+
+def _euclidean_norm(rows: Tensor) -> Tensor:
+    return rowwise(lambda ctx, x: ctx.sqrt(ctx.sum(x * x)), 1, rows)
+
+
+def norm(
+    x: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    """Compute aten.norm: vector_norm of order p, by default 2."""
+    return vector_norm(x, 2 if p is None else p, dim, keepdim, dtype=dtype)
+
+
+def _apply_to_rows(
+    function: Callable[[Tensor], Tensor], x: Tensor, dim: Any, keepdim: bool
+) -> Tensor:
+    """Apply a function [rows, n] -> [rows, 1] over the axes `dim`."""
+    dims = sorted(canonicalize_dims(x.dim(), tuple(dims_tuple(dim)))) or list(range(x.dim()))
+    dims = dims if x.dim() else []
+    kept = [d for d in range(x.dim()) if d not in dims]
+    shape = [x.shape[d] for d in kept]
+    length = torch.Size([x.shape[d] for d in dims]).numel()
+    rows = x.permute([*kept, *dims]).reshape(torch.Size(shape).numel(), length)
+    y = function(rows).reshape(shape)
+    return y.reshape([1 if d in dims else n for d, n in enumerate(x.shape)]) if keepdim else y

@@ -1,4 +1,17 @@
-"""Softmax, log-softmax and logsumexp: formulas over a row, each element rounded once."""
+"""Softmax, log-softmax, logsumexp and their gradients: formulas over a row, each element rounded once.
+
+Elements that are -inf have the weight exp(-inf) = 0, and a formula cannot compute with them. Therefore each
+operator but softmax_backward has two forms, which define the same numbers:
+
+- `_compiled_*(ctx, ...)` is a formula for the compiled path, where the operands are binary64 numbers. It
+  selects the elements that are -inf itself (`ctx.choose`).
+- `_reference_*(...)` is the reference path on tensors [..., n]. It replaces each -inf by a finite number
+  and passes a mask of zeros and ones to its formula, because that formula may also be evaluated on
+  fractions and on mpmath's numbers, for elements that fail the rounding test.
+
+The largest element of a row is handled apart from the others: the sum of exp(x - max) over the others is
+the argument of log1p, so that nothing cancels.
+"""
 
 from __future__ import annotations
 
@@ -11,79 +24,90 @@ from torch import Tensor
 from reproml.arithmetic.compiler.evaluate import rowwise
 from reproml.errors import NotExactError
 
-
-def _shifted(ctx: Any, x: Any) -> Any:
-    return x - ctx.max(x)
+# ---- softmax -----------------------------------------------------------------------------------------
 
 
-def _log_softmax(ctx: Any, x: Any, others: Any) -> Any:
-    """x - max - log(1 + the sum of exp over all but the largest), so that nothing cancels."""
-    d = ctx.difference(x, ctx.max(x))
-    return ctx.plus(d, -ctx.log1p(ctx.sum(others * ctx.exp(d))))
+def softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+    """Compute aten._softmax: exp(x) / sum(exp(x)) along `dim`. Raises IndexError for an invalid `dim`."""
+    _check_dim(x, dim)
+    if not x.numel():
+        return x.clone()
+    return rowwise(_compiled_softmax, dim, x, reference=_reference_softmax, fast="softmax")
 
 
-def _softmax(ctx: Any, x: Any, present: Any) -> Any:
-    e = present * ctx.exp(_shifted(ctx, x))
+def _compiled_softmax(ctx: Any, x: Any) -> Any:
+    finite, largest, is_minus_inf = _compiled_without_minus_inf(ctx, x)
+    difference = ctx.difference(finite, largest)  # mostly exact
+    e = ctx.choose(is_minus_inf, ctx.constant(0), ctx.exp(difference))
     return e / ctx.sum(e)
 
 
-def _present(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """x with each -inf replaced by the row's largest, and 0 where that was done, else 1."""
-    absent = x == -torch.inf
-    return torch.where(absent, x.amax(dim, keepdim=True), x), (~absent).float()
+def _reference_softmax(x: Tensor) -> Tensor:
+    def formula(ctx: Any, x: Any, weight: Any) -> Any:
+        e = weight * ctx.exp(x - ctx.max(x))
+        return e / ctx.sum(e)
+
+    return rowwise(formula, -1, *_without_minus_inf(x))
 
 
-def _others(x: Tensor, present: Tensor, dim: int = -1) -> Tensor:
-    """`present`, with 0 at the first largest element of each row as well."""
-    if not x.dim():
-        return torch.zeros_like(x)
-    return present.scatter(dim, x.argmax(dim, keepdim=True), 0.0)
+def safe_softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    """Compute aten._safe_softmax: softmax, but a row in which every element is -inf gives zeros."""
+    if not x.numel():
+        return x.clone()
+    return rowwise(_compiled_softmax, dim, x, reference=_reference_safe_softmax, fast="softmax")
 
 
-def _filled(ctx: Any, x: Any) -> tuple[Any, Any, Any]:
-    """x with each -inf replaced by the row's largest, that, and where it was done."""
-    top, absent = ctx.max(x), x.mid == -math.inf
-    return ctx.exact(ctx.where(absent, top.mid, x.mid)), top, absent
+def _reference_safe_softmax(x: Tensor) -> Tensor:
+    return torch.where((x == -torch.inf).all(-1, keepdim=True), 0.0, _reference_softmax(x))
 
 
-def _rest(ctx: Any, d: Any, absent: Any) -> Any:
-    """The sum of exp(d) over all elements but one of the largest, where d = 0."""
-    below, zero = d.mid < 0, ctx.constant(0)
-    ties = ctx.total(ctx.where(absent | below, 0.0, 1.0)) - 1  # whole numbers
-    return ctx.sum(ctx.choose(below, ctx.exp(d), zero)) + ctx.exact(ties)
+def softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    """Compute aten._softmax_backward_data: y (g - sum(g y)), where y is the result of softmax."""
+    return rowwise(_softmax_backward, dim, g, y, fast="softmax_backward")
 
 
-def _log_softmax_of(ctx: Any, x: Any) -> Any:
-    filled, top, absent = _filled(ctx, x)
-    d = ctx.difference(filled, top)
-    y = ctx.plus(d, -ctx.log1p(_rest(ctx, d, absent)))
-    # 0 * top: NaN, and so left to the definition, where the largest is not finite
-    return ctx.choose(absent, ctx.ball(-math.inf, 0 * top.mid), y)
+def _softmax_backward(ctx: Any, g: Any, y: Any) -> Any:
+    return y * (g - ctx.sum(g * y))
 
 
-def _check_axis(x: Tensor, dim: int) -> None:
-    axes = max(x.dim(), 1)
-    if not -axes <= dim < axes:
-        raise IndexError(f"a tensor of shape {list(x.shape)} has no axis {dim}")
+# ---- log-softmax -------------------------------------------------------------------------------------
 
 
 def log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    _check_axis(x, dim)
+    """Compute aten._log_softmax: x - log(sum(exp(x))) along `dim`. Raises IndexError for an invalid `dim`.
+
+    It is (x - max) - log1p(sum of exp(x - max) over all elements but one of the largest).
+    """
+    _check_dim(x, dim)
     if not x.numel():
         return x.clone()
-    return rowwise(_log_softmax_of, dim, x, reference=_reference_log_softmax, fast="log_softmax")
+    return rowwise(
+        _compiled_log_softmax, dim, x, reference=_reference_log_softmax, fast="log_softmax"
+    )
+
+
+def _compiled_log_softmax(ctx: Any, x: Any) -> Any:
+    finite, largest, is_minus_inf = _compiled_without_minus_inf(ctx, x)
+    difference = ctx.difference(finite, largest)
+    y = ctx.plus(difference, -ctx.log1p(_compiled_sum_of_others(ctx, difference, is_minus_inf)))
+    # Where the largest element is not finite, 0 * largest is NaN and the reference path computes the row.
+    return ctx.choose(is_minus_inf, ctx.ball(-math.inf, 0 * largest.mid), y)
 
 
 def _reference_log_softmax(x: Tensor) -> Tensor:
-    filled, present = _present(x)
-    y = rowwise(_log_softmax, -1, filled, _others(x, present))
+    def formula(ctx: Any, x: Any, other: Any) -> Any:
+        difference = ctx.difference(x, ctx.max(x))
+        return ctx.plus(difference, -ctx.log1p(ctx.sum(other * ctx.exp(difference))))
+
+    finite, weight = _without_minus_inf(x)
+    y = rowwise(formula, -1, finite, _without_largest(x, weight))
     return torch.where((x == -torch.inf) & ~y.isnan(), -torch.inf, y)
 
 
 def log_softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: Any = None) -> Tensor:
-    """g - exp(y) sum(g)."""
+    """Compute aten._log_softmax_backward_data: g - exp(y) sum(g), where y is the result of log_softmax."""
     return rowwise(
-        _log_softmax_backward_of,
+        _compiled_log_softmax_backward,
         dim,
         g,
         y,
@@ -92,82 +116,82 @@ def log_softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: Any = None) -> T
     )
 
 
-def _log_softmax_backward_of(ctx: Any, g: Any, y: Any) -> Any:
+def _compiled_log_softmax_backward(ctx: Any, g: Any, y: Any) -> Any:
     return g - ctx.choose(y.mid == -math.inf, ctx.constant(0), ctx.exp(y)) * ctx.sum(g)
 
 
 def _reference_log_softmax_backward(g: Tensor, y: Tensor) -> Tensor:
-    return rowwise(
-        lambda ctx, g, y, present: g - present * ctx.exp(y) * ctx.sum(g),
-        -1,
-        g,
-        torch.where(y == -torch.inf, 0.0, y),
-        (y != -torch.inf).float(),
-    )
+    def formula(ctx: Any, g: Any, y: Any, weight: Any) -> Any:
+        return g - weight * ctx.exp(y) * ctx.sum(g)
+
+    is_minus_inf = y == -torch.inf
+    return rowwise(formula, -1, g, torch.where(is_minus_inf, 0.0, y), (~is_minus_inf).float())
 
 
-def _softmax_of(ctx: Any, x: Any) -> Any:
-    filled, top, absent = _filled(ctx, x)
-    e = ctx.choose(
-        absent, ctx.constant(0), ctx.exp(ctx.difference(filled, top))
-    )  # which is mostly exact
-    return e / ctx.sum(e)
-
-
-def softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    _check_axis(x, dim)
-    if not x.numel():
-        return x.clone()
-    return rowwise(_softmax_of, dim, x, reference=_reference_softmax, fast="softmax")
-
-
-def _reference_softmax(x: Tensor) -> Tensor:
-    return rowwise(_softmax, -1, *_present(x))
-
-
-def safe_softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
-    """softmax, with zeros for a row that is -inf throughout."""
-    if not x.numel():
-        return x.clone()
-    return rowwise(_softmax_of, dim, x, reference=_reference_safe_softmax, fast="softmax")
-
-
-def _reference_safe_softmax(x: Tensor) -> Tensor:
-    return torch.where((x == -torch.inf).all(-1, keepdim=True), 0.0, _reference_softmax(x))
-
-
-def softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: Any = None) -> Tensor:
-    """y (g - sum(g y))."""
-    return rowwise(_softmax_backward, dim, g, y, fast="softmax_backward")
-
-
-def _softmax_backward(ctx: Any, g: Any, y: Any) -> Any:
-    return y * (g - ctx.sum(g * y))
+# ---- logsumexp ---------------------------------------------------------------------------------------
 
 
 def logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    """Return log(sum(exp(x))) along `dim`, computed as max + log1p(...) like log_softmax.
+
+    Raises NotExactError for several axes.
+    """
     dims = [dim] if isinstance(dim, int) else list(dim)
     if len(dims) != 1:
         raise NotExactError(
-            f"logsumexp over {len(dims)} axes has no exact definition; flatten them."
+            f"logsumexp over {len(dims)} axes has no exact definition; flatten them into one."
         )
     if not x.numel():
         return torch.full_like(x.sum(dims[0], keepdim=keepdim), -torch.inf)
-    y = rowwise(_logsumexp_of, dims[0], x, reference=_reference_logsumexp)
+    y = rowwise(_compiled_logsumexp, dims[0], x, reference=_reference_logsumexp)
     return y if keepdim or not x.dim() else y.squeeze(dims[0])
 
 
-def _logsumexp_of(ctx: Any, x: Any) -> Any:
-    filled, top, absent = _filled(ctx, x)
-    return top + ctx.log1p(_rest(ctx, ctx.difference(filled, top), absent))
+def _compiled_logsumexp(ctx: Any, x: Any) -> Any:
+    finite, largest, is_minus_inf = _compiled_without_minus_inf(ctx, x)
+    others = _compiled_sum_of_others(ctx, ctx.difference(finite, largest), is_minus_inf)
+    return largest + ctx.log1p(others)
 
 
 def _reference_logsumexp(x: Tensor) -> Tensor:
-    filled, present = _present(x)
-    y = rowwise(
-        lambda ctx, x, others: ctx.max(x) + ctx.log1p(ctx.sum(others * ctx.exp(_shifted(ctx, x)))),
-        -1,
-        filled,
-        _others(x, present),
-    )
+    def formula(ctx: Any, x: Any, other: Any) -> Any:
+        return ctx.max(x) + ctx.log1p(ctx.sum(other * ctx.exp(x - ctx.max(x))))
+
+    finite, weight = _without_minus_inf(x)
+    y = rowwise(formula, -1, finite, _without_largest(x, weight))
     return torch.where((x == -torch.inf).all(-1, keepdim=True), -torch.inf, y)
+
+
+# ---- shared helpers ----------------------------------------------------------------------------------
+
+
+def _check_dim(x: Tensor, dim: int) -> None:
+    rank = max(x.dim(), 1)
+    if not -rank <= dim < rank:
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-rank}, {rank - 1}], but got {dim})"
+        )
+
+
+def _compiled_without_minus_inf(ctx: Any, x: Any) -> tuple[Any, Any, Any]:
+    """Return x with each -inf replaced by the row's largest element, that element, and where x is -inf."""
+    largest, is_minus_inf = ctx.max(x), x.mid == -math.inf
+    return ctx.exact(ctx.where(is_minus_inf, largest.mid, x.mid)), largest, is_minus_inf
+
+
+def _compiled_sum_of_others(ctx: Any, difference: Any, is_minus_inf: Any) -> Any:
+    """Sum exp(difference) over all elements but one of the largest, whose difference is 0."""
+    below, zero = difference.mid < 0, ctx.constant(0)
+    ties = ctx.total(ctx.where(is_minus_inf | below, 0.0, 1.0)) - 1  # an exact integer
+    return ctx.sum(ctx.choose(below, ctx.exp(difference), zero)) + ctx.exact(ties)
+
+
+def _without_minus_inf(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x with each -inf replaced by its row's largest element, and the weights: 0 there, else 1."""
+    is_minus_inf = x == -torch.inf
+    return torch.where(is_minus_inf, x.amax(-1, keepdim=True), x), (~is_minus_inf).float()
+
+
+def _without_largest(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `weight` with a 0 also at the first of the largest elements of each row."""
+    return weight.scatter(-1, x.argmax(-1, keepdim=True), 0.0)

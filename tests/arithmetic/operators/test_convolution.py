@@ -1,4 +1,4 @@
-"""Convolutions: the compiled loops against im2col and a matrix product, bit by bit, for every geometry."""
+"""Test that compiled convolutions equal im2col and a matrix product, bit for bit, for every geometry."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are
 
 @pytest.fixture(params=[2, 4, 8], autouse=True)
 def vectors(request):
-    """Tiles with vectors of 2, 4 and 8 doubles."""
+    """Run the kernels with vectors of 2, 4 and 8 doubles."""
     kernels.library.reproml_limit_vectors(request.param)
     yield
     kernels.library.reproml_limit_vectors(8)
 
 
 def both(function, *arguments):
-    """The results with and without the compiled loops."""
+    """Return the results with and without the compiled kernels."""
     library = kernels.library
     compiled = function(*arguments)
     kernels.library = None
@@ -38,13 +38,13 @@ def both(function, *arguments):
 
 def numbers(kind, *shape, seed=0):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    if kind == "ties":  # sums of whole numbers of half an ulp, beside a 1
+    if kind == "ties":  # integer multiples of half an ulp of 1, plus 1
         return torch.round(2 * x) * 2.0**-12 + (x > 1).float()
     return torch.relu(x) if kind == "sparse" else x
 
 
 def check(x, w, g, bias, places):
-    """Forward and both gradients of a convolution, and the transposed convolution of its output."""
+    """Check forward and both gradients of a convolution, and the transposed convolution of its output."""
     stride, padding, dilation, groups = places
     rest = (stride, padding, dilation, False, [0, 0], groups)
     assert same_bits(*both(convolution.convolution, x, w, bias, *rest))
@@ -63,7 +63,7 @@ def check(x, w, g, bias, places):
 
 @settings(max_examples=40)
 @given(st.data())
-def test_every_geometry(data):
+def test_every_geometry_matches_reference(data):
     def pair(low, high):
         return [data.draw(st.integers(low, high)) for _ in range(2)]
 
@@ -89,7 +89,7 @@ def test_every_geometry(data):
     check(x, w, g, bias, (stride, padding, dilation, groups))
 
 
-def test_many_images_and_threads():
+def test_result_is_independent_of_threads():
     x, w, g = (numbers("normal", *s) for s in ((37, 6, 14, 14), (16, 6, 5, 5), (37, 16, 10, 10)))
     before = torch.get_num_threads()
     try:
@@ -100,7 +100,7 @@ def test_many_images_and_threads():
         torch.set_num_threads(before)
 
 
-def test_layouts():
+def test_result_is_independent_of_memory_layout():
     x, w, g = (numbers("normal", *s) for s in ((2, 4, 9, 9), (6, 4, 3, 3), (2, 6, 9, 9)))
     places = ([1, 1], [1, 1], [1, 1], 1)
     for change in (lambda t: t.contiguous(memory_format=torch.channels_last), lambda t: t.flip(-1)):
@@ -109,14 +109,14 @@ def test_layouts():
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("where", ["x", "w", "g"])
-def test_what_is_not_finite(value, where):
+def test_non_finite_operands_match_reference(value, where):
     operands = {"x": (2, 2, 6, 6), "w": (3, 2, 3, 3), "g": (2, 3, 3, 3)}
     tensors = {name: numbers("normal", *shape) for name, shape in operands.items()}
     tensors[where][0, 1, 1, 2] = value
     check(tensors["x"], tensors["w"], tensors["g"], None, ([2, 2], [1, 1], [1, 1], 1))
 
 
-def test_empty():
+def test_empty_batch_matches_reference():
     x, w, g = (torch.ones(s) for s in ((0, 2, 6, 6), (3, 2, 3, 3), (0, 3, 4, 4)))
     check(x, w, g, torch.ones(3), ([1, 1], [0, 0], [1, 1], 1))
 
@@ -147,8 +147,8 @@ ONES = {
     ],
 )
 @pytest.mark.parametrize("transposed", [False, True])
-def test_what_does_not_fit_is_refused(changed, transposed):
-    """As PyTorch does in its own kernels, which these loops take the place of."""
+def test_invalid_arguments_raise_runtime_error(changed, transposed):
+    """PyTorch checks these in its own kernels, which do not run here."""
     of = {**ONES, **changed}
     if transposed and of["w"] in ((4, 3, 3, 3), (4, 2, 9, 9)):
         of["bias"] = (5,)
@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_refused(changed, transposed):
 
 
 @pytest.mark.parametrize("which", range(3))
-def test_only_float32(which):
+def test_other_dtypes_raise_not_exact_error(which):
     operands = [torch.ones(1, 2, 4, 4), torch.ones(2, 2, 3, 3), torch.ones(2)]
     operands[which] = operands[which].long()
     with pytest.raises(reproml.NotExactError):
@@ -167,8 +167,8 @@ def test_only_float32(which):
         convolution.convolution(x, w, bias, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
 
 
-def test_a_stride_far_beyond_the_kernel():
-    """No planes for what is skipped; and a margin that cuts off more than there is."""
+def test_stride_beyond_input_matches_reference():
+    """The kernel skips most of the image, and the gradient's margin cuts off more than the image has."""
     x, w = numbers("normal", 1, 2, 40, 40), numbers("normal", 3, 2, 1, 1)
     check(x, w, numbers("normal", 1, 3, 1, 1), None, ([900, 900], [0, 0], [1, 1], 1))
     x, w = numbers("normal", 3, 1, 1, 1), numbers("normal", 2, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""The negative log-likelihood of c/losses.c: what a test with a bound cannot settle, it settles itself."""
+"""Test the negative log-likelihood of csrc/losses.c on sums that fail the rounding test at first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from verification.oracle import Real, check
 
 pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
 
-HALF = 2.0**-24  # of the last place of 1
+HALF = 2.0**-24  # half an ulp of 1
 ROWS = [
     [1.0, HALF], [1.0, -HALF / 2], [1 + 2 * HALF, HALF], [1.0, HALF + 2.0**-60],
     [2.0**60, 2.0**36, 2.0**-60], [2.0**60, 2.0**36, -(2.0**-60)], [3.0, -1.0, -2.0],
@@ -24,9 +24,11 @@ ROWS = [
 @pytest.mark.parametrize("copies", [1, 4, 3])
 @pytest.mark.parametrize("reduction", [losses.MEAN, losses.SUM])
 @pytest.mark.parametrize("weight", [None, [0.5, 1.0, 4.0], [1.0, 1.0, 1.0 + 2 * HALF]])
-def test_ties_and_their_neighbours_are_settled_in_the_loop(weight, reduction, copies, monkeypatch):
-    for reference in ("rowwise", "sum_over"):
-        monkeypatch.setattr(losses, reference, lambda *_, **__: pytest.fail("the plain path ran"))
+def test_nll_kernel_rounds_ties_and_near_ties(weight, reduction, copies, monkeypatch):
+    for reference in ("rowwise", "reduce_sum"):
+        monkeypatch.setattr(
+            losses, reference, lambda *_, **__: pytest.fail("the reference path ran")
+        )
     for row in ROWS:
         terms = [-x for x in row] * copies
         target = torch.arange(len(terms)) % 3

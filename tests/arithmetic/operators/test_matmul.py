@@ -1,4 +1,4 @@
-"""Sums and matrix products: rounded once whatever the size, order, layout and path."""
+"""Test that sums and matrix products are rounded once, for every size, order, layout and path."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from verification.oracle import Real, check, reals, same_bits, total
 few = settings(max_examples=25)
 
 
-@pytest.fixture(params=["plain", 2, 4, 8], autouse=True, ids=lambda x: f"{x}")
-def form(request, monkeypatch):
-    """PyTorch's own kernels, and the compiled ones with vectors of 2, 4 and 8 doubles."""
-    if request.param == "plain":
+@pytest.fixture(params=["reference", 2, 4, 8], autouse=True, ids=lambda x: f"{x}")
+def path(request, monkeypatch):
+    """Run PyTorch's own kernels, and the compiled ones with vectors of 2, 4 and 8 doubles."""
+    if request.param == "reference":
         monkeypatch.setattr(kernels, "library", None)
         yield
     elif kernels.library is None:
@@ -38,10 +38,12 @@ def form(request, monkeypatch):
 
 
 def exact_product(a, b, bias=None):
-    """a b + bias in integers: much faster than fractions, for matrices of one scale."""
+    """Return a b + bias, computed in integers, which is faster than fractions for matrices of one scale."""
     scaled = [(x.double() * 2.0**60).numpy() for x in (a, b)]
-    whole = [np.vectorize(int, otypes=[object])(x) if x.size else x.astype(object) for x in scaled]
-    c = whole[0].dot(whole[1])
+    integers = [
+        np.vectorize(int, otypes=[object])(x) if x.size else x.astype(object) for x in scaled
+    ]
+    c = integers[0].dot(integers[1])
     out = np.empty(c.shape, dtype=object)
     for i in np.ndindex(c.shape):
         value = Fraction(int(c[i]), 2**120)
@@ -53,8 +55,8 @@ def exact_product(a, b, bias=None):
 
 @pytest.mark.parametrize("kind", ["ties", "cancelling", "integers", "normal"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_whole_matrices(kind, bias):
-    """Thousands of elements, many of which fail the test at once (and so take every path)."""
+def test_product_is_rounded_once(kind, bias):
+    """Many of the elements fail the rounding test at the same time, so that every path is taken."""
     random = torch.Generator().manual_seed(3)
     m, k, n = 17, 40, 19
     if kind == "integers":
@@ -82,8 +84,8 @@ def test_whole_matrices(kind, bias):
 
 @pytest.mark.parametrize("m, n", [(1, 1), (8, 24), (9, 25), (3, 48), (17, 31), (40, 7)])
 @pytest.mark.parametrize("k", [1, 7, 100, 447, 448, 453, 1024, 1025, 2100])
-def test_every_shape_of_tile(form, monkeypatch, m, n, k):
-    """All layouts of both factors, against PyTorch's own kernels in binary64."""
+def test_every_tile_shape_matches_reference(path, monkeypatch, m, n, k):
+    """All layouts of both factors are compared with PyTorch's own kernels for binary64."""
     random = torch.Generator().manual_seed(m * n * k)
     a, b, c = (torch.randn(s, generator=random) for s in ((m, k), (k, n), (n,)))
     a[:, ::3] = 0.0
@@ -95,7 +97,7 @@ def test_every_shape_of_tile(form, monkeypatch, m, n, k):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads(form, threads):
+def test_result_is_independent_of_threads(path, threads):
     random = torch.Generator().manual_seed(1)
     a, b = (torch.randn(s, generator=random) for s in ((3, 70, 90), (3, 90, 80)))
     before = torch.get_num_threads()
@@ -108,8 +110,8 @@ def test_threads(form, threads):
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("count", [1, 30])
-def test_what_is_not_finite(value, count):
-    """A few such numbers, and more than the kernels' list of failures holds."""
+def test_non_finite_operands_match_binary64(value, count):
+    """The kernel's list of failures holds them in one case and overflows in the other."""
     a, b = torch.ones(40, 30), torch.ones(30, 50)
     a[:count, 3] = value
     b[5, :count] = -value
@@ -119,7 +121,7 @@ def test_what_is_not_finite(value, count):
 
 @few
 @given(st.data())
-def test_order_does_not_matter(data):
+def test_result_is_independent_of_summation_order(data):
     m, k, n = (data.draw(st.integers(1, 5)) for _ in range(3))
     a, b = data.draw(tensors((m, k), FINITE)), data.draw(tensors((k, n), FINITE))
     at = torch.tensor(data.draw(st.permutations(range(k))))
@@ -129,17 +131,17 @@ def test_order_does_not_matter(data):
 
 @few
 @given(st.data())
-def test_a_product_does_not_depend_on_its_batch(data):
+def test_result_is_independent_of_batch(data):
     a, b = data.draw(tensors((3, 4, 5), FINITE)), data.draw(tensors((3, 5, 2), FINITE))
-    whole = matmul.matmul(a, b)
+    product = matmul.matmul(a, b)
     for i in range(3):
-        assert same_bits(whole[i], matmul.matmul(a[i], b[i]))
-        assert same_bits(whole[i, :1], matmul.matmul(a[i, :1], b[i]))
+        assert same_bits(product[i], matmul.matmul(a[i], b[i]))
+        assert same_bits(product[i, :1], matmul.matmul(a[i, :1], b[i]))
 
 
 @few
 @given(st.sampled_from([(0, 3, 2), (2, 0, 3), (2, 3, 0), (0, 0, 0)]))
-def test_empty(shape):
+def test_empty_product_is_positive_zero(shape):
     m, k, n = shape
     assert same_bits(matmul.matmul(torch.ones(m, k), torch.ones(k, n)), torch.zeros(m, n))
     assert same_bits(matmul.matmul(torch.ones(0, m, k), torch.ones(0, k, n)), torch.zeros(0, m, n))
@@ -148,30 +150,30 @@ def test_empty(shape):
 
 
 @pytest.mark.parametrize("a, b", [((3, 2, 2), (2, 2, 2)), ((3, 4, 4), (1, 4, 4)), ((2, 3), (2, 3))])
-def test_what_does_not_multiply_is_refused(a, b):
-    with pytest.raises(RuntimeError, match="do not multiply"):
+def test_incompatible_shapes_raise_runtime_error(a, b):
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
         matmul.matmul(torch.ones(a), torch.ones(b))
 
 
-def test_only_numbers_in_memory_are_multiplied():
+def test_meta_tensor_raises_runtime_error():
     with pytest.raises(RuntimeError):
         matmul.matmul(torch.ones(2, 2), torch.ones(2, 2, device="meta"))
 
 
 @few
 @given(tensors((4, 6), ANY))
-def test_sum_over(x):
+def test_reduce_sum_is_rounded_once(x):
     a = reals(x)
-    check(reductions.sum_over(x, ()), total(a))
-    check(reductions.sum_over(x, (0,)), [total(c) for c in a.T])
-    check(reductions.sum_over(x, (1,), keepdim=True), [[total(r)] for r in a])
-    check(reductions.sum_over(x, (-1,), divisor=3), [total(r) / 3 for r in a])
-    check(reductions.sum_over(x, (1,), y=x.flip(0)), [total(r * s) for r, s in zip(a, a[::-1])])
+    check(reductions.reduce_sum(x, ()), total(a))
+    check(reductions.reduce_sum(x, (0,)), [total(c) for c in a.T])
+    check(reductions.reduce_sum(x, (1,), keepdim=True), [[total(r)] for r in a])
+    check(reductions.reduce_sum(x, (-1,), divisor=3), [total(r) / 3 for r in a])
+    check(reductions.reduce_sum(x, (1,), y=x.flip(0)), [total(r * s) for r, s in zip(a, a[::-1])])
 
 
 @pytest.mark.parametrize("scale", [1, Fraction(1, 3), Fraction(-5, 7)])
-def test_nearest_of_rows(scale):
-    """Both below and above the number of rows from which sums are compensated."""
+def test_nearest_of_rows_is_rounded_once(scale):
+    """The numbers of rows are below and above the limit for compensated sums."""
     random = torch.Generator().manual_seed(0)
     rows = torch.randn(300, 9, generator=random).double()
     rows[::2, 1] = -rows[::2, 0]
@@ -187,15 +189,15 @@ def test_nearest_of_rows(scale):
 
 @few
 @given(tensors((70, 7), SMALL_INTEGERS), st.sampled_from([2.0**-24, 2.0**-150, 1.0]))
-def test_many_ties(x, unit):
-    """1 + integers of half an ulp: about half of all sums are ties."""
+def test_nearest_of_rows_rounds_ties_to_even(x, unit):
+    """The terms are 1 and integer multiples of half an ulp, so about half of all sums are ties."""
     terms = x.double() * unit
     terms[:, 0] += 1
     found = torch.tensor(exact_sums.nearest_of_rows(terms))
     check(found, [Real(sum(map(Fraction, r), Fraction(0))) for r in terms.tolist()])
 
 
-def test_huge_exponent_range():
+def test_product_with_huge_exponent_range():
     values = torch.tensor([3.4e38, -3.4e38, 1e-45, 1.0, 2.0**-24, -1.0])
     a = torch.stack([values.roll(i) for i in range(6)])
     b = torch.stack([values.flip(0).roll(i) for i in range(6)])
@@ -224,9 +226,9 @@ with reproml.exact():
 """
 
 
-def test_threads_and_instruction_sets_give_the_same_bits(form, request):
+def test_training_is_independent_of_threads_and_instructions(path, request):
     if "[8]" not in request.node.name:
-        return  # the settings are below
+        return  # run once; SETTINGS select the kernels
     lines = set()
     for setting in SETTINGS:
         environment = {**os.environ, **setting}

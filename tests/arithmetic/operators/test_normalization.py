@@ -1,4 +1,4 @@
-"""The normalisations: compiled loops and the plain path against the oracle, and against each other."""
+"""Test the normalizations: compiled path and reference path against the oracle and against each other."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ EPS = 1e-5
 ALL = [True, True, True]
 
 
-@pytest.mark.parametrize("form", ["compiled", "plain"])
+@pytest.mark.parametrize("path", ["compiled", "reference"])
 @pytest.mark.parametrize("name", [name for name in sorted(CASES) if "_norm" in name])
 @TESTS
 @given(data=st.data())
-def test_each_form_is_rounded_once(form, name, data):
+def test_each_path_is_rounded_once(path, name, data):
     with pytest.MonkeyPatch.context() as m:
-        if form == "plain":
+        if path == "reference":
             m.setattr(kernels, "library", None)
         for case in CASES[name]:
             compare(name, case, data.draw(case.draw))
@@ -38,7 +38,7 @@ def parameters(shape, affine):
 
 
 def batch_norm(x, weight, bias, training, momentum=0.1, eps=EPS):
-    """With the running statistics after it."""
+    """Return the operator's results and the updated running statistics."""
     c = x.shape[1]
     mean, var = numbers((c,), seed=4), numbers((c,), seed=5).abs()
     result = normalization.batch_norm(x, weight, bias, mean, var, training, momentum, eps)
@@ -71,7 +71,7 @@ def check_group_norm(x, g, groups, weight, bias):
     "shape",
     [(4, 6, 5, 5), (3, 1, 4, 4), (9, 4), (2, 6, 7), (2, 2, 3, 3), (1, 2, 1), (2, 4, 12, 13)],
 )
-def test_both_forms_agree(shape, kind, affine):
+def test_compiled_path_matches_reference(shape, kind, affine):
     c, places = shape[1], tuple(shape[2:])
     x = numbers(shape, kind)
     for i, g in enumerate((numbers(shape, seed=1), numbers(shape, "ties", 1), x)):
@@ -86,20 +86,20 @@ def test_both_forms_agree(shape, kind, affine):
 
 
 @pytest.mark.parametrize("kind", ["normal", "far"])
-def test_long_rows(kind):
+def test_long_rows_match_reference(kind):
     x, g = numbers((2, 2, 3, 6_001), kind), numbers((2, 2, 3, 6_001), seed=1)
     check_batch_norm(x, g, *parameters(2, True))
     check_layer_norm(x, g, x.shape[-1:], *parameters(6_001, True))
 
 
-def test_wide_and_short_rows():
+def test_short_rows_match_reference():
     x, g = numbers((3000, 5)), numbers((3000, 5), seed=1)
     check_layer_norm(x, g, (5,), *parameters(5, True))
     check_layer_norm(x[:, :1], g[:, :1], (1,), *parameters(1, True))
     check_batch_norm(x, g, *parameters(5, True))
 
 
-def test_one_parameter_alone():
+def test_weight_or_bias_alone_matches_reference():
     x, g = numbers((7, 5)), numbers((7, 5), seed=1)
     weight, bias = parameters(5, True)
     for pair in ((weight, None), (None, bias)):
@@ -108,7 +108,7 @@ def test_one_parameter_alone():
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
-def test_what_is_not_finite(value):
+def test_non_finite_input_matches_reference(value):
     x, g = numbers((3, 4, 3, 3)), numbers((3, 4, 3, 3), seed=1)
     x[1, 2, 0, 0] = value
     check_batch_norm(x, g, *parameters(4, True))
@@ -117,14 +117,14 @@ def test_what_is_not_finite(value):
     check_group_norm(g, x, 2, *parameters(4, True))
 
 
-def test_channels_last_and_empty():
+def test_channels_last_and_empty_match_reference():
     x, g = (numbers((3, 4, 5, 5), seed=s).to(memory_format=torch.channels_last) for s in (0, 1))
     check_batch_norm(x, g, *parameters(4, True))
     check_group_norm(x, g, 2, *parameters(4, True))
     agree(normalization.layer_norm, torch.empty(0, 3), [3], None, None, EPS)
 
 
-def test_threads_do_not_matter():
+def test_result_is_independent_of_threads():
     x, g = numbers((6, 9, 30, 31)), numbers((6, 9, 30, 31), seed=1)
     weight, bias = parameters(9, True)
     with_threads(batch_norm, x, weight, bias, True)
@@ -138,12 +138,12 @@ def test_threads_do_not_matter():
     with_threads(backward, g_rows, rows, [31], m, r, weight, bias, ALL)
 
 
-# ---- the stairs --------------------------------------------------------------------------------------
+# ---- elements and statistics that fail the rounding test ---------------------------------------------
 
 
 @pytest.fixture
 def left(monkeypatch):
-    """How many elements each call of a kernel left to Python."""
+    """Record how many elements each kernel call returned as failed; None for too many."""
     counts = []
     unsettled = kernels.unsettled
 
@@ -156,8 +156,8 @@ def left(monkeypatch):
     return counts
 
 
-def test_statistics_are_settled_with_their_errors_kept(left):
-    """A mean, a variance and sums that are ties or zero: Ziv's test fails on them all."""
+def test_kernel_rounds_statistics_that_are_ties(left):
+    """The mean, the variance and the sums are ties or zero, so all fail the first rounding test."""
     x = (
         torch.tensor([[1.0, 1 + 2.0**-23], [4097.0, 0.0], [3.0, 3.0]])
         .repeat(1, 8)
@@ -172,7 +172,7 @@ def test_statistics_are_settled_with_their_errors_kept(left):
     assert None not in left
 
 
-def test_what_only_fractions_can_settle_goes_to_the_plain_path(left):
+def test_statistics_needing_fractions_use_reference_path(left):
     x = torch.tensor([2.0**80, 1.0, -(2.0**80), -1.0] * 4).reshape(1, 1, 16)
     g = torch.ones_like(x)
     check_batch_norm(x, g, None, None)
@@ -181,14 +181,14 @@ def test_what_only_fractions_can_settle_goes_to_the_plain_path(left):
 
 
 def ties(n):
-    """Of mean 0 and variance 1; with a bias of half an ulp each second output is a tie."""
+    """Return x of mean 0 and variance 1, a weight and a bias with which every second output is a tie."""
     x = torch.tensor([1.0, -1.0]).repeat(n // 2).reshape(1, 1, n)
     return x, torch.ones(1), torch.full((1,), 2.0**-24)
 
 
 @pytest.mark.parametrize("n", [16, 2000])
-def test_elements_that_are_left_to_python(left, n):
-    """Few one by one; many by the plain path, which must not find the running statistics moved."""
+def test_elements_failing_in_kernel_match_reference(left, n):
+    """Many failures take the reference path, which must not see running statistics already updated."""
     x, weight, bias = ties(n)
     agree(batch_norm, x, weight, bias, True, 0.1, 0.0)
     agree(
@@ -203,7 +203,7 @@ def test_elements_that_are_left_to_python(left, n):
     assert left == [expected] * 2
 
 
-def test_gradients_that_are_left_to_python(left):
+def test_gradients_failing_in_kernel_match_reference(left):
     x, weight, _ = ties(16)
     g = torch.zeros_like(x)
     g[..., 0], g[..., 1], g[..., 2] = 1.0, 2.0**-20, -(2.0**-20)

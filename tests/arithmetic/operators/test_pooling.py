@@ -1,4 +1,4 @@
-"""Pooling, embeddings and scattered sums: compiled loops and the plain path against the oracle, and
+"""Test pooling, embeddings and sums over indices: compiled path and reference path against the oracle and
 against each other."""
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("form", ["compiled", "plain"])
+@pytest.mark.parametrize("path", ["compiled", "reference"])
 @pytest.mark.parametrize("name", NAMES)
 @TESTS
 @given(data=st.data())
-def test_each_form_is_rounded_once(form, name, data):
+def test_each_path_is_rounded_once(path, name, data):
     with pytest.MonkeyPatch.context() as m:
-        if form == "plain":
+        if path == "reference":
             m.setattr(kernels, "library", None)
         for case in CASES[name]:
             compare(name, case, data.draw(case.draw))
@@ -46,7 +46,7 @@ def test_each_form_is_rounded_once(form, name, data):
         ([2, 3], [2, 3], [0, 1]),
     ],
 )
-def test_both_forms_of_pooling_agree(kind, window):
+def test_compiled_pooling_matches_reference(kind, window):
     x = lay_out(numbers((2, 3, 10, 9), kind), "transposed")
     out, index = aten.max_pool2d_with_indices(x, *window)
     for i, g in enumerate(
@@ -64,7 +64,7 @@ def test_both_forms_of_pooling_agree(kind, window):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 2), (8, 12), (4, 5)])
-def test_both_forms_of_adaptive_pooling_agree(kind, size):
+def test_compiled_adaptive_pooling_matches_reference(kind, size):
     x = numbers((2, 3, 8, 12), kind)
     agree(pooling.adaptive_avg_pool2d, x, size)
     agree(pooling.adaptive_avg_pool2d_backward, numbers((2, 3, *size), kind, 1), x)
@@ -72,7 +72,7 @@ def test_both_forms_of_adaptive_pooling_agree(kind, size):
     assert agree(pooling.adaptive_avg_pool2d_backward, zeros, x).is_contiguous()
 
 
-def test_quotients_that_underflow_keep_their_sign():
+def test_underflowing_quotients_keep_their_sign():
     g = torch.tensor([-(2.0**-149), 2.0**-149, -3 * 2.0**-149, -0.0]).reshape(1, 4, 1, 1)
     agree(pooling.adaptive_avg_pool2d_backward, g, torch.zeros(1, 4, 3, 3))
     window = ([3, 3], [3, 3], [0, 0], False, True, None)
@@ -81,7 +81,7 @@ def test_quotients_that_underflow_keep_their_sign():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width", [1, 7, 300])
-def test_both_forms_of_embedding_agree(kind, width):
+def test_compiled_embedding_backward_matches_reference(kind, width):
     g = numbers((6, 9, width), kind)
     index = torch.randint(0, 7, (6, 9), generator=torch.Generator().manual_seed(0))
     for layout in LAYOUTS:
@@ -91,7 +91,7 @@ def test_both_forms_of_embedding_agree(kind, width):
             agree(indexing.embedding_backward, laid, index.int(), 8, padding, False)
 
 
-def test_what_is_not_finite():
+def test_non_finite_gradients_match_reference():
     g = torch.tensor([1.0, float("inf"), float("nan"), -float("inf"), 2.0, 3e38, 3e38]).reshape(
         7, 1
     )
@@ -99,38 +99,38 @@ def test_what_is_not_finite():
         agree(indexing.embedding_backward, g, torch.tensor(index), 8, -1, False)
         wide = g.expand(7, 3).contiguous()
         agree(indexing.embedding_backward, wide, torch.tensor(index), 8, -1, False)
-        agree(indexing.sum_at, torch.tensor(index), g.reshape(-1), 8, g.new_full((8,), -0.0))
+        agree(indexing.segment_sum, torch.tensor(index), g.reshape(-1), 8, g.new_full((8,), -0.0))
 
 
-def test_ties_are_settled_in_the_loop():
+def test_kernel_rounds_ties_and_near_ties():
     values = torch.tensor(
         [1.0, 2.0**-24, 2.0**-90, 1.0, 2.0**-24, -(2.0**-90), 3.0, -3.0, -0.0, -0.0]
     )
     index = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3, 3])
     groups = [[values[i].item() for i in range(10) if index[i] == row] for row in range(5)]
     expected = [Real(sum(map(Fraction, group), Fraction(0))) for group in groups]
-    found = indexing.scatter_sums(1, 5, index, values)
+    found = indexing.compiled_segment_sums(1, 5, index, values)
     assert found is not None
     check(found.reshape(5), expected)
-    wide = indexing.scatter_sums(1, 5, index, values.unsqueeze(1).expand(10, 2))
+    wide = indexing.compiled_segment_sums(1, 5, index, values.unsqueeze(1).expand(10, 2))
     assert wide is not None
     check(wide[0, :, 1], expected)
 
 
-def test_what_the_loop_cannot_settle_goes_to_the_plain_path():
+def test_sums_needing_fractions_use_reference_path():
     values = torch.tensor([2.0**80, 1.0, -(2.0**80), -1.0])
     index = torch.zeros(4, dtype=torch.int64)
-    assert indexing.scatter_sums(1, 2, index, values) is None
-    agree(indexing.sum_at, index, values, 2)
+    assert indexing.compiled_segment_sums(1, 2, index, values) is None
+    agree(indexing.segment_sum, index, values, 2)
 
 
-def test_an_index_out_of_range_is_an_error():
+def test_index_out_of_range_raises_error():
     for width in (1, 3):
         with pytest.raises((IndexError, RuntimeError)):
             indexing.embedding_backward(torch.ones(2, width), torch.tensor([0, 5]), 4, -1, False)
 
 
-def test_threads_do_not_matter():
+def test_result_is_independent_of_threads():
     x = numbers((8, 9, 30, 31))
     for window in (([2, 2], [2, 2]), ([3, 3], [2, 2])):
         out, index = aten.max_pool2d_with_indices(x, *window)

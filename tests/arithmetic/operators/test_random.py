@@ -1,4 +1,4 @@
-"""Random numbers: PyTorch's own stream, through exact formulas."""
+"""Test random numbers: PyTorch's own stream, passed to exact formulas."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def empty(shape, layout):
 
 
 def both(draw, seed=5):
-    """What `draw` gives natively and under exact(), from the same seed, and the next number after."""
+    """Return `draw()` natively and under exact(), and check that both consume the same stream."""
     results = []
     for inside in (False, True):
         torch.manual_seed(seed)
@@ -39,13 +39,13 @@ def both(draw, seed=5):
             results.append(draw())
         results.append(torch.rand(1))
     native, after, exact, after_exact = results
-    assert torch.equal(after, after_exact), "the stream goes on at another place"
+    assert torch.equal(after, after_exact), "the next random numbers differ"
     return native, exact
 
 
 @few
 @given(shapes)
-def test_rand_is_pytorch_s_own(shape):
+def test_rand_matches_pytorch(shape):
     assert same_bits(*both(lambda: torch.rand(shape)))
     assert same_bits(*both(lambda: torch.rand_like(torch.zeros(shape))))
     x = torch.rand(1000).double() * 2**24
@@ -54,13 +54,13 @@ def test_rand_is_pytorch_s_own(shape):
 
 @few
 @given(shapes, layouts)
-def test_uniform_draws_like_pytorch(shape, layout):
+def test_uniform_consumes_stream_like_pytorch(shape, layout):
     assert same_bits(*both(lambda: empty(shape, layout).uniform_()))
 
 
 @few
 @given(st.floats(-10, 10), st.floats(0, 10))
-def test_uniform(low, width):
+def test_uniform_is_rounded_once(low, width):
     u, _ = both(lambda: torch.empty(20).uniform_())
     native, exact = both(lambda: torch.empty(20).uniform_(low, low + width))
     a, b = float32_scalar(low), float32_scalar(low + width)
@@ -70,8 +70,8 @@ def test_uniform(low, width):
 
 @few
 @given(shapes, layouts)
-def test_normal(shape, layout):
-    """PyTorch's own numbers, up to their rounding errors."""
+def test_normal_is_close_to_pytorch(shape, layout):
+    """The results differ from PyTorch's by rounding errors only."""
     for draw in (
         lambda: torch.randn(shape),
         lambda: torch.randn_like(torch.zeros(shape)),
@@ -105,8 +105,8 @@ def test_normal_is_rounded_once():
     st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.7, 1.0]) | st.floats(0, 1),
     st.booleans(),
 )
-def test_dropout_is_one_on_all_devices(shape, layout, p, train):
-    """F.dropout is taken apart on the CPU and one operator on a GPU, native_dropout, which is run here."""
+def test_native_dropout_matches_cpu_dropout(shape, layout, p, train):
+    """F.dropout is decomposed on the CPU and calls native_dropout, which is tested here, on a GPU."""
     start, g = empty(shape, layout).normal_(), torch.randn(shape)
     start.masked_fill_(start < -1, -0.0)
 
@@ -118,9 +118,9 @@ def test_dropout_is_one_on_all_devices(shape, layout, p, train):
             y.backward(g)
             return y.detach(), x.grad, torch.rand(1)
 
-    apart = run(lambda x: torch.nn.functional.dropout(x, p, train))
-    whole = run(lambda x: torch.native_dropout(x, p, train)[0])
-    assert all(map(same_bits, apart, whole))
+    decomposed = run(lambda x: torch.nn.functional.dropout(x, p, train))
+    native = run(lambda x: torch.native_dropout(x, p, train)[0])
+    assert all(map(same_bits, decomposed, native))
     with reproml.exact():
         _, mask = torch.native_dropout(torch.ones(shape), p, train)
     assert mask.dtype is torch.bool and mask.shape == start.shape
@@ -128,7 +128,7 @@ def test_dropout_is_one_on_all_devices(shape, layout, p, train):
 
 @few
 @given(shapes, layouts, st.floats(0, 1))
-def test_bernoulli(shape, layout, p):
+def test_bernoulli_matches_pytorch(shape, layout, p):
     native, exact = both(lambda: empty(shape, layout).bernoulli_(p))
     assert native.shape == exact.shape
     torch.manual_seed(5)
@@ -142,7 +142,7 @@ def test_bernoulli(shape, layout, p):
 
 @few
 @given(shapes, layouts, st.sampled_from([1.0, 0.3, 7.0]))
-def test_exponential(shape, layout, rate):
+def test_exponential_is_rounded_once(shape, layout, rate):
     native, exact = both(lambda: empty(shape, layout).exponential_(rate))
     assert torch.allclose(native, exact, rtol=2e-5, atol=2e-6)
     if layout != "plain":
@@ -155,8 +155,8 @@ def test_exponential(shape, layout, rate):
 
 @few
 @given(shapes, layouts)
-def test_integers(shape, layout):
-    """The same bits as PyTorch, on the CPU."""
+def test_integers_match_pytorch(shape, layout):
+    """The bits equal PyTorch's on the CPU."""
     for draw in (
         lambda: torch.randint(0, 10, shape),
         lambda: torch.randint(-5, 2**40, shape),
@@ -169,7 +169,7 @@ def test_integers(shape, layout):
         assert same_bits(*both(draw))
 
 
-def test_multinomial():
+def test_multinomial_matches_pytorch():
     weights = torch.tensor([[1.0, 2.0, 0.0, 5.0], [1.0, 1.0, 1.0, 1.0]])
     for count in (1, 2, 3):
         native, exact = both(lambda count=count: torch.multinomial(weights, count))
@@ -185,7 +185,7 @@ numbers = st.one_of(st.integers(-20, 20), st.floats(-20, 20).map(lambda x: round
 @given(
     numbers, numbers, st.one_of(st.integers(1, 5), st.floats(0.01, 3).map(lambda x: round(x, 2)))
 )
-def test_arange(start, end, step):
+def test_arange_is_rounded_once(start, end, step):
     if step < 0.01 or end < start:
         return
     native, exact = both(lambda: torch.arange(start, end, step))
@@ -196,14 +196,14 @@ def test_arange(start, end, step):
 
 @few
 @given(numbers, numbers, st.integers(0, 12))
-def test_linspace(start, end, steps):
+def test_linspace_is_rounded_once(start, end, steps):
     with reproml.exact():
         x = torch.linspace(start, end, steps)
     slope = (Fraction(end) - Fraction(start)) / max(steps - 1, 1)
     check(x, [Real(Fraction(start) + i * slope) for i in range(steps)])
 
 
-def test_default_dtype_is_heeded():
+def test_default_dtype_float64_raises_not_exact_error():
     torch.manual_seed(0)
     expected = torch.empty(3).uniform_()
     torch.set_default_dtype(torch.float64)
@@ -217,7 +217,7 @@ def test_default_dtype_is_heeded():
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_refusal_without_operands_reads_well():
+def test_error_without_operands_is_well_formed():
     with pytest.raises(reproml.NotExactError) as caught, reproml.exact():
         torch.randn(3, dtype=torch.float64)
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""Sums over any axes: the compiled loops (c/sums.c) and the plain path give the same bits."""
+"""Test that sums over any axes have the same bits by csrc/reductions.c and on the reference path."""
 
 from __future__ import annotations
 
@@ -26,48 +26,48 @@ SHAPES = [
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_both_forms_agree(shape, kind):
+def test_compiled_path_matches_reference(shape, kind):
     x = numbers(shape, kind)
     y = numbers(tuple(x.shape), "normal", 1)
     subsets = [c for r in range(1, x.dim() + 1) for c in combinations(range(x.dim()), r)]
     for i, dims in enumerate(subsets):
         v = lay_out(x, LAYOUTS[i % len(LAYOUTS)])
         for options in ({}, {"keepdim": True, "divisor": 3}, {"y": y}):
-            agree(reductions.sum_over, v, dims, **options)
+            agree(reductions.reduce_sum, v, dims, **options)
 
 
-def test_channels_last():
+def test_sum_is_independent_of_memory_layout():
     x = numbers((4, 6, 9, 9), "normal").to(memory_format=torch.channels_last)
     assert same_bits(
-        reductions.sum_over(x, (0, 2, 3)), reductions.sum_over(x.contiguous(), (0, 2, 3))
+        reductions.reduce_sum(x, (0, 2, 3)), reductions.reduce_sum(x.contiguous(), (0, 2, 3))
     )
 
 
 @pytest.mark.parametrize(
     "shape, dims", [((400_000,), (0,)), ((3, 64, 40, 40), (0, 2, 3)), ((5000, 40), (0,))]
 )
-def test_threads_do_not_matter(shape, dims):
+def test_sum_is_independent_of_threads(shape, dims):
     x = numbers(shape, "ties")
-    with_threads(reductions.sum_over, x, dims)
-    agree(reductions.sum_over, x, dims)
+    with_threads(reductions.reduce_sum, x, dims)
+    agree(reductions.reduce_sum, x, dims)
 
 
 @settings(max_examples=100)
 @given(tensors((5, 4), ANY), st.sampled_from([1, 3, 7, -2]))
-def test_any_numbers(x, divisor):
+def test_arbitrary_numbers_match_reference(x, divisor):
     for dims in ((0,), (1,), ()):
-        agree(reductions.sum_over, x, dims, divisor=divisor)
+        agree(reductions.reduce_sum, x, dims, divisor=divisor)
 
 
 @pytest.mark.parametrize("n", [2, 5, 40])
-def test_what_is_not_finite(n):
+def test_non_finite_numbers_match_reference(n):
     x = numbers((3 * n, n))
     for i, value in enumerate((float("inf"), float("nan"), -float("inf"))):
         x[i::3, i % n] = value
         x[i, (i + 1) % n] = float("inf")
     for dims in ((0,), (1,), (0, 1)):
-        agree(reductions.sum_over, x, dims)
-        agree(reductions.sum_over, x.t(), dims, divisor=3)
+        agree(reductions.reduce_sum, x, dims)
+        agree(reductions.reduce_sum, x.t(), dims, divisor=3)
 
 
 def total(rows, divisor=1):
@@ -75,8 +75,8 @@ def total(rows, divisor=1):
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 12])
-def test_failures_are_settled_in_the_loop(divisor):
-    """Ties, sums just beside one, and zeros: Ziv's test fails, and fractions are not needed."""
+def test_kernel_rounds_ties_and_near_ties(divisor):
+    """Ties, sums next to a tie, and zeros fail the first rounding test but do not need fractions."""
     half = 2.0**-24
     rows = torch.tensor([
         [1.0, half, 0.0], [1.0, -half / 2, 0.0], [1 + 2 * half, half, 0.0], [1.0, half, 2.0**-90],
@@ -89,13 +89,13 @@ def test_failures_are_settled_in_the_loop(divisor):
         check(found, total(x, divisor))
 
 
-def test_what_the_loop_cannot_settle_goes_to_the_plain_path():
+def test_sums_needing_fractions_use_reference_path():
     x = torch.tensor([[2.0**80, 1.0, -(2.0**80), -1.0], [1.0, 2.0, 3.0, 4.0]])
     assert reductions._compiled_sum(x, (1,), False, 1, None) is None
-    check(reductions.sum_over(x, (1,)), total(x))
+    check(reductions.reduce_sum(x, (1,)), total(x))
 
 
-def test_errors_are_pytorchs_own():
+def test_invalid_axes_raise_pytorch_error():
     for dims in ((2,), (-3,), (0, 0)):
         with pytest.raises((IndexError, RuntimeError)):
-            reductions.sum_over(torch.ones(2, 3), dims)
+            reductions.reduce_sum(torch.ones(2, 3), dims)

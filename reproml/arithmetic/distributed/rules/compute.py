@@ -30,7 +30,7 @@ from reproml.arithmetic.distributed.partial_sums import (
 )
 from reproml.arithmetic.distributed.pending import add_to_checksum, reduce_over_batch
 from reproml.arithmetic.distributed.sharded import Sharded, first_sharded, shard_from_right
-from reproml.arithmetic.operators.convolution import weight_operands
+from reproml.arithmetic.operators.convolution import weight_gradient_factors
 
 aten = torch.ops.aten
 
@@ -199,7 +199,7 @@ def _weight_partial(
         x, g, w = (t.unsqueeze(2) for t in (x, g, w))
         stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
     # float32 [n, groups, o, places], [n, groups, places, l]
-    rows, columns = weight_operands(x, g, w, stride, padding, dilation, groups)
+    rows, columns = weight_gradient_factors(x, g, w, stride, padding, dilation, groups)
     n, _, o, places = rows.shape
     length = columns.shape[3]
     wide_rows, wide_columns = rows.double(), columns.double()

@@ -19,7 +19,11 @@ from reproml.arithmetic.distributed.sharded import Sharded
 from reproml.arithmetic.numerics.balls import Ball
 from reproml.arithmetic.numerics.rounding import SLACK, TINY, U, gamma
 from reproml.arithmetic.operators import normalization
-from reproml.arithmetic.operators.normalization_reference import gradient, normalize, statistics
+from reproml.arithmetic.operators.normalization_reference import (
+    element_backward,
+    mean_and_rstd,
+    normalize,
+)
 from reproml.arithmetic.operators.reductions import row_variance
 
 aten = torch.ops.aten
@@ -110,7 +114,7 @@ def _statistics(x: Sharded, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     group, ctx = x.shard.group, TENSORS
     with natively():
-        rows = normalization.channels(x.local).double()
+        rows = normalization.channel_rows(x.local).double()
         n, places = rows.shape[1], math.prod(x.shape[2:])
         pivot = rows.mean(1) if n else rows.new_zeros(len(rows))
         centered = rows - pivot.unsqueeze(1)
@@ -139,8 +143,8 @@ def _statistics(x: Sharded, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         channels = failed.nonzero().squeeze(1)
         if len(channels):
             batch = Sharded(x.local[:, channels], x.shard).full_tensor()
-            batch = normalization.channels(batch)
-            exact = *statistics(batch, eps), row_variance(batch, 1)
+            batch = normalization.channel_rows(batch)
+            exact = *mean_and_rstd(batch, eps), row_variance(batch, 1)
             for value, correct in zip(values, exact):
                 value[channels] = correct.squeeze(1)
     return values[0], values[1], values[2]
@@ -172,12 +176,12 @@ def batch_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
     with natively():
         m, r = mean.unsqueeze(1), rstd.unsqueeze(1)
         scale = torch.ones_like(m) if w is None else w.detach().unsqueeze(1)
-        rows = [normalization.channels(t.local) for t in (g, x)]
+        rows = [normalization.channel_rows(t.local) for t in (g, x)]
         if mask[0] and n > 1:
             sums = [_scaled_sum([*rows, m, r, scale], n), row_sums(rows[0], n, factor=scale)]
             b, a = (_column(t, x) for t in all_reduce(x.shard.group, sums))
             m, r, scale = (_column(t, x) for t in (m, r, scale))
-            grad_x = gradient(n, g.local, scale.expand(g.local.shape), x.local, m, r, a, b)
+            grad_x = element_backward(n, g.local, scale.expand(g.local.shape), x.local, m, r, a, b)
         elif mask[0]:
             grad_x = torch.zeros_like(x.local)
         scaled = _scaled_sum([*rows, mean.unsqueeze(1), rstd.unsqueeze(1)], n)
