@@ -19,8 +19,8 @@
 #error "The rounding test needs each operation rounded to its own type (on x86: -msse2 -mfpmath=sse)."
 #endif
 
-#define U 0x1p-53      /* unit roundoff of binary64 */
-#define TINY 0x1p-1000 /* rounding.TINY: absolute error of what underflows in binary64 */
+#define U 0x1p-53           /* unit roundoff of binary64 */
+#define TINY 0x1p-1000      /* rounding.TINY: absolute error of what underflows in binary64 */
 #define SLACK (1 + 0x1p-20) /* rounding.SLACK: bounds are themselves computed in binary64 */
 
 /* A loop is compiled for several instruction sets, and the loader takes the best that the processor has. */

@@ -7,21 +7,21 @@
 
 #include "tile.h"
 
-#define SERIAL (1 << 17) /* multiplications, some microseconds, that are not worth a second thread */
+#define SERIAL (1 << 17)   /* multiplications, some microseconds, that are not worth a second thread */
 #define TOGETHER (1 << 16) /* numbers of several small images laid out at once, within the second-level cache */
 
 typedef struct {
-    integer n, groups, c, o;       /* images; channels of one group, in and out */
-    integer h, w, out_h, out_w;    /* of the convolution, whichever way it is taken */
+    integer n, groups, c, o;    /* images; channels of one group, in and out */
+    integer h, w, out_h, out_w; /* of the convolution, whichever way it is taken */
     integer kh, kw, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 } geometry;
 
 /* A source image's channels, row r of phase a holding the source's row r * step_h + a - pad_h, or zeros. */
 typedef struct {
-    integer channels, h, w;                 /* of the source */
+    integer channels, h, w; /* of the source */
     integer step_h, step_w, pad_h, pad_w;
-    integer rows, pitch;                    /* of one image in a plane */
-    integer images;                         /* that a plane holds, one below the other */
+    integer rows, pitch; /* of one image in a plane */
+    integer images;      /* that a plane holds, one below the other */
 } planes;
 
 /* A multiple of every vector's length, with zeros at the end. */
@@ -30,9 +30,7 @@ static integer plane_size(const planes *p) { return (p->images * p->rows * p->pi
 /* Zeros behind the last plane, for what a tile or a shifted row reads past it. */
 static integer slack(const planes *p) { return p->pitch + 2 * TILE_COLUMNS; }
 
-static integer planes_size(const planes *p) {
-    return p->channels * p->step_h * p->step_w * plane_size(p) + slack(p);
-}
+static integer planes_size(const planes *p) { return p->channels * p->step_h * p->step_w * plane_size(p) + slack(p); }
 
 /* Whether the planes take far more room than the image: a stride much longer than the kernel reaches leaves most of
    them unused. The plain path does that better. */
@@ -74,9 +72,9 @@ static void fill(const planes *p, const float *restrict first, integer count, in
 
 /* Outputs that share their weights: all of a convolution, or those of one phase of a transposed one. */
 typedef struct {
-    integer k, rows, columns;                                     /* terms; places */
-    integer first_row, first_column, row_step, column_step;       /* where places go in the output */
-    integer *offset;                                              /* [k], into the planes */
+    integer k, rows, columns;                               /* terms; places */
+    integer first_row, first_column, row_step, column_step; /* where places go in the output */
+    integer *offset;                                        /* [k], into the planes */
     double *weights, *norm; /* [groups, panels of outputs, k, rows of the panel]; [groups, outputs] */
 } pass;
 
@@ -92,8 +90,7 @@ typedef struct {
     failures *failed;
 } slide;
 
-VECTORISED
-static float largest(const float *restrict x, integer n) {
+VECTORISED static float largest(const float *restrict x, integer n) {
     float part[16] = {0}, most = 0;
     integer i = 0;
     for (; i + 16 <= n; i += 16)
@@ -132,11 +129,11 @@ static void slide_over(const slide *s, const pass *p, integer item, const float 
             float tile[TILE_ROWS * TILE_COLUMNS];
             const double *weights = p->weights + (group * s->outputs + i) * p->k;
             const float *bias = s->bias ? s->bias + group * s->outputs + i : NULL;
-            s->tiles->across[m][(columns + s->tiles->lanes - 1) / s->tiles->lanes](p->k, weights, buffer + q,
-                                                                                   p->offset, sums);
-            int left = reproml_round_tile(sums, m, columns, relative_bound((double)p->k),
-                                          p->norm + group * s->outputs + i, bound, bias, NULL, tile,
-                                          TILE_COLUMNS, unsure);
+            s->tiles->across[m][(columns + s->tiles->lanes - 1) / s->tiles->lanes](p->k, weights, buffer + q, p->offset,
+                                                                                   sums);
+            int left =
+                reproml_round_tile(sums, m, columns, relative_bound((double)p->k), p->norm + group * s->outputs + i,
+                                   bound, bias, NULL, tile, TILE_COLUMNS, unsure);
             for (int t = 0; t < left; t++) {
                 integer r = unsure[t] / TILE_COLUMNS, at = q + unsure[t] % TILE_COLUMNS, x = at % pitch;
                 if (x >= p->columns) continue;
@@ -144,7 +141,8 @@ static void slide_over(const slide *s, const pass *p, integer item, const float 
                 for (integer k = 0; k < p->k; k++) add_exact(&sum, weights[k * m + r] * buffer[p->offset[k] + at]);
                 if (bias) add_exact(&sum, bias[r]);
                 if (!settle_sum(&sum, p->k + 1, tile + unsure[t])) {
-                    integer row = p->first_row + at / pitch * p->row_step, column = p->first_column + x * p->column_step;
+                    integer row = p->first_row + at / pitch * p->row_step,
+                            column = p->first_column + x * p->column_step;
                     reproml_fail(s->failed, ((item * s->outputs + i + r) * s->out_h + row) * s->out_w + column);
                 }
             }
@@ -182,12 +180,12 @@ typedef struct {
     const integer *term;
 } gathering;
 
-VECTORISED
-static void gather_task(integer task, void *data) {
+VECTORISED static void gather_task(integer task, void *data) {
     const gathering *x = data;
     integer height = x->s->tiles->rows, group = task / x->panels, i = task % x->panels * height, k = x->p->k;
     integer m = x->s->outputs - i < height ? x->s->outputs - i : height;
-    double *restrict to = x->p->weights + (group * x->s->outputs + i) * k, *norm = x->p->norm + group * x->s->outputs + i;
+    double *restrict to = x->p->weights + (group * x->s->outputs + i) * k,
+                     *norm = x->p->norm + group * x->s->outputs + i;
     const integer *restrict term = x->term;
     for (integer r = 0; r < m; r++) {
         const float *restrict from = x->w + group * x->group_step + (i + r) * x->output_step;
@@ -202,7 +200,8 @@ static void gather_task(integer task, void *data) {
 }
 
 /* Returns 0 where a weight is NaN or infinite. */
-static int gather(const slide *s, pass *p, const float *w, integer group_step, integer output_step, const integer *term) {
+static int gather(const slide *s, pass *p, const float *w, integer group_step, integer output_step,
+                  const integer *term) {
     gathering x = {s, p, w, group_step, output_step, (s->outputs + s->tiles->rows - 1) / s->tiles->rows, term};
     integer tasks = s->groups * x.panels;
     if (8 * s->groups * s->outputs * p->k > SERIAL)
@@ -236,12 +235,22 @@ integer reproml_convolution(const integer *sizes, const float *x, const float *w
     integer reach_h = (g.kh - 1) * g.dilation_h, reach_w = (g.kw - 1) * g.dilation_w;
     slide s = {.from = {g.c, g.h, g.w, g.stride_h, g.stride_w, g.pad_h, g.pad_w, g.out_h + reach_h / g.stride_h,
                         g.out_w + reach_w / g.stride_w, 1},
-               .n = g.n, .groups = g.groups, .outputs = g.o, .out_h = g.out_h, .out_w = g.out_w, .count = 1,
-               .passes = &p, .source = x, .bias = bias, .out = out, .failed = &list};
+               .n = g.n,
+               .groups = g.groups,
+               .outputs = g.o,
+               .out_h = g.out_h,
+               .out_w = g.out_w,
+               .count = 1,
+               .passes = &p,
+               .source = x,
+               .bias = bias,
+               .out = out,
+               .failed = &list};
     if (wasteful(&s.from)) return -1;
     start(&s, &g, g.n * g.groups * g.o * p.k * g.out_h * g.out_w);
     integer outputs = g.groups * g.o;
-    char *work = reproml_scratch((size_t)(outputs * (p.k + 1) + 2 * p.k) * 8 + (size_t)(s.tasks * planes_size(&s.from)) * 4);
+    char *work =
+        reproml_scratch((size_t)(outputs * (p.k + 1) + 2 * p.k) * 8 + (size_t)(s.tasks * planes_size(&s.from)) * 4);
     if (!work) return -1;
     p.weights = (double *)work, p.norm = p.weights + outputs * p.k;
     p.offset = (integer *)(p.norm + outputs);
@@ -289,8 +298,16 @@ integer reproml_transposed(const integer *sizes, const float *x, const float *w,
     geometry g;
     memcpy(&g, sizes, sizeof g);
     failures list = {failed, room, 0};
-    slide s = {.from = {g.o, g.out_h, g.out_w, 1, 1, 0, 0, 0, 0, 1}, .n = g.n, .groups = g.groups, .outputs = g.c,
-               .out_h = g.h, .out_w = g.w, .count = g.stride_h * g.stride_w, .source = x, .bias = bias, .out = out,
+    slide s = {.from = {g.o, g.out_h, g.out_w, 1, 1, 0, 0, 0, 0, 1},
+               .n = g.n,
+               .groups = g.groups,
+               .outputs = g.c,
+               .out_h = g.h,
+               .out_w = g.w,
+               .count = g.stride_h * g.stride_w,
+               .source = x,
+               .bias = bias,
+               .out = out,
                .failed = &list};
     integer k = g.o * g.kh * g.kw, outputs = g.groups * g.c;
     if (s.count > 1 << 12) return -1;
@@ -301,7 +318,8 @@ integer reproml_transposed(const integer *sizes, const float *x, const float *w,
     phase *of_w = of_h + g.stride_h;
     integer *memory = (integer *)(of_w + g.stride_w);
     s.from.rows = find_phases(g.h, g.kh, g.stride_h, g.pad_h, g.dilation_h, of_h, memory, &low_h);
-    s.from.pitch = find_phases(g.w, g.kw, g.stride_w, g.pad_w, g.dilation_w, of_w, memory + 2 * g.stride_h * g.kh, &low_w);
+    s.from.pitch =
+        find_phases(g.w, g.kw, g.stride_w, g.pad_w, g.dilation_w, of_w, memory + 2 * g.stride_h * g.kh, &low_w);
     s.from.pad_h = low_h < INT64_MAX ? -low_h : 0, s.from.pad_w = low_w < INT64_MAX ? -low_w : 0;
     for (integer i = 0; i < g.stride_w; i++) /* a place of any phase must fit in a row */
         if (s.from.pitch < of_w[i].count) s.from.pitch = of_w[i].count;
@@ -321,12 +339,14 @@ integer reproml_transposed(const integer *sizes, const float *x, const float *w,
         for (integer b = 0; b < g.stride_w; b++) {
             const phase *h = of_h + a, *v = of_w + b;
             pass *p = s.passes + a * g.stride_w + b;
-            *p = (pass){g.o * h->taps * v->taps, h->count, v->count, a, b, g.stride_h, g.stride_w, offset, weights, norm};
+            *p = (pass){
+                g.o * h->taps * v->taps, h->count, v->count, a, b, g.stride_h, g.stride_w, offset, weights, norm};
             integer at = 0;
             for (integer o = 0; o < g.o; o++)
                 for (integer i = 0; i < h->taps; i++)
                     for (integer j = 0; j < v->taps; j++, at++) {
-                        offset[at] = o * plane_size(&s.from) + (h->shift[i] - low_h) * s.from.pitch + v->shift[j] - low_w;
+                        offset[at] =
+                            o * plane_size(&s.from) + (h->shift[i] - low_h) * s.from.pitch + v->shift[j] - low_w;
                         term[at] = (o * g.c * g.kh + h->tap[i]) * g.kw + v->tap[j];
                     }
             if (!gather(&s, p, w, g.o * g.c * g.kh * g.kw, g.kh * g.kw, term)) return -1;
@@ -342,10 +362,10 @@ typedef struct {
     planes of_x, of_g;
     integer tasks, k, *x_offset; /* k: weights of one output */
     const float *x, *grad;
-    float *buffer;               /* for each task planes of both */
-    double *sums, *squares;      /* for each task: [groups * o, k]; of grad [groups * o] and of x [groups * c] */
+    float *buffer;          /* for each task planes of both */
+    double *sums, *squares; /* for each task: [groups * o, k]; of grad [groups * o] and of x [groups * c] */
     const tiling *tiles;
-    double relative, *bound;     /* of the sums; [groups * c]: norms of x */
+    double relative, *bound; /* of the sums; [groups * c]: norms of x */
     float *out;
     failures *failed;
 } correlation;
@@ -359,7 +379,8 @@ static void correlate_task(integer task, void *data) {
     integer share = (g->n + s->tasks - 1) / s->tasks, places = plane_size(&s->of_g), k = s->k;
     /* Rows of x that are shifted past its last plane read on into the planes of the gradient: finite numbers, which
        meet zeros there. */
-    float *of_x = s->buffer + task * (planes_size(&s->of_x) + planes_size(&s->of_g)), *of_g = of_x + planes_size(&s->of_x);
+    float *of_x = s->buffer + task * (planes_size(&s->of_x) + planes_size(&s->of_g)),
+          *of_g = of_x + planes_size(&s->of_x);
     double *all = s->sums + task * outputs_of(s) * k, *squares = s->squares + task * squares_of(s);
     memset(all, 0, (size_t)(outputs_of(s) * k) * sizeof(double));
     memset(squares, 0, (size_t)squares_of(s) * sizeof(double));
@@ -372,9 +393,11 @@ static void correlate_task(integer task, void *data) {
             const float *grad = s->grad + n * g_step + group * g->o * g->out_h * g->out_w;
             for (integer i = 0; i < count; i++) {
                 for (integer o = 0; o < g->o; o++)
-                    squares[group * g->o + o] += reproml_squares(grad + i * g_step + o * g->out_h * g->out_w, g->out_h * g->out_w, 1);
+                    squares[group * g->o + o] +=
+                        reproml_squares(grad + i * g_step + o * g->out_h * g->out_w, g->out_h * g->out_w, 1);
                 for (integer c = 0; c < g->c; c++)
-                    squares[g->groups * g->o + group * g->c + c] += reproml_squares(x + i * x_step + c * g->h * g->w, g->h * g->w, 1);
+                    squares[g->groups * g->o + group * g->c + c] +=
+                        reproml_squares(x + i * x_step + c * g->h * g->w, g->h * g->w, 1);
             }
             fill(&s->of_x, x, count, x_step, of_x);
             fill(&s->of_g, grad, count, g_step, of_g);
@@ -440,15 +463,22 @@ integer reproml_weight_gradient(const integer *sizes, const float *x, const floa
     integer reach_h = (g.kh - 1) * g.dilation_h, reach_w = (g.kw - 1) * g.dilation_w;
     integer pitch = g.out_w + reach_w / g.stride_w;
     integer rows = g.out_h + reach_h / g.stride_h; /* of both, so that images below each other stay together */
-    correlation s = {.g = &g, .k = g.c * g.kh * g.kw, .x = x, .grad = grad, .tiles = reproml_tiling(),
+    correlation s = {.g = &g,
+                     .k = g.c * g.kh * g.kw,
+                     .x = x,
+                     .grad = grad,
+                     .tiles = reproml_tiling(),
                      .of_x = {g.c, g.h, g.w, g.stride_h, g.stride_w, g.pad_h, g.pad_w, rows, pitch, 1},
-                     .of_g = {g.o, g.out_h, g.out_w, 1, 1, 0, 0, rows, pitch, 1}, .out = out, .failed = &list};
+                     .of_g = {g.o, g.out_h, g.out_w, 1, 1, 0, 0, rows, pitch, 1},
+                     .out = out,
+                     .failed = &list};
     if (wasteful(&s.of_x)) return -1;
     integer work_size = g.n * outputs_of(&s) * s.k * g.out_h * g.out_w;
     integer threads = work_size > SERIAL ? reproml_threads() : 1;
     s.tasks = g.n < threads ? g.n : threads;
     /* Short rows of terms together, as many as stay in the nearest cache. */
-    integer together = TOGETHER / (rows * pitch * (g.o + g.c * g.stride_h * g.stride_w)), share = (g.n + s.tasks - 1) / s.tasks;
+    integer together = TOGETHER / (rows * pitch * (g.o + g.c * g.stride_h * g.stride_w)),
+            share = (g.n + s.tasks - 1) / s.tasks;
     s.of_x.images = s.of_g.images = together < 1 ? 1 : together < share ? together : share;
     if (s.of_g.images == 1) s.of_g.rows = g.out_h;
     integer all = outputs_of(&s) * s.k, squares = squares_of(&s);

@@ -13,8 +13,20 @@
 
 /* As in compiled.py. */
 enum {
-    EXP, EXPM1, TANH, SIGMOID, SILU, GELU, TANH_BACKWARD, SIGMOID_BACKWARD, SILU_BACKWARD, GELU_BACKWARD,
-    SOFTMAX, LOG_SOFTMAX, SOFTMAX_BACKWARD, LOG_SOFTMAX_BACKWARD
+    EXP,
+    EXPM1,
+    TANH,
+    SIGMOID,
+    SILU,
+    GELU,
+    TANH_BACKWARD,
+    SIGMOID_BACKWARD,
+    SILU_BACKWARD,
+    GELU_BACKWARD,
+    SOFTMAX,
+    LOG_SOFTMAX,
+    SOFTMAX_BACKWARD,
+    LOG_SOFTMAX_BACKWARD
 };
 enum { BLOCK = 256, ROOM = 2048, LANES = 16, TASKS = 64 };
 
@@ -146,26 +158,25 @@ INLINE ball gelu_backward_ball(double g, double x) {
     return times(g, c + a, PHI_LOW(x, (c + fabs(a)) * (PHI_ERROR + 4 * U)));
 }
 
-#define EACH(NAME, BALL)                                       \
-    case NAME:                                                 \
-        for (integer i = 0; i < count; i++) {                  \
-            const double x = a[i], y = b[i];                   \
-            unsure += 1 - surely(BALL, &out[i]);               \
-            (void)x, (void)y;                                  \
-        }                                                      \
-        if (!unsure) break;                                    \
-        for (integer i = 0; i < count; i++) {                  \
-            const double x = a[i], y = b[i];                   \
-            const ball v = BALL;                               \
-            sure[i] = settled(v.c, 0, v.e, &out[i]);           \
-            (void)x, (void)y;                                  \
-        }                                                      \
+#define EACH(NAME, BALL)                             \
+    case NAME:                                       \
+        for (integer i = 0; i < count; i++) {        \
+            const double x = a[i], y = b[i];         \
+            unsure += 1 - surely(BALL, &out[i]);     \
+            (void)x, (void)y;                        \
+        }                                            \
+        if (!unsure) break;                          \
+        for (integer i = 0; i < count; i++) {        \
+            const double x = a[i], y = b[i];         \
+            const ball v = BALL;                     \
+            sure[i] = settled(v.c, 0, v.e, &out[i]); \
+            (void)x, (void)y;                        \
+        }                                            \
         break;
 
 /* out: of operands a and b (or only of a). Returns 0 if `sure` tells which are. */
-VECTORISED
-int32_t reproml_direct_elements(int which, const float *restrict a, const float *restrict b, float *restrict out,
-                                int32_t *restrict sure, integer count) {
+VECTORISED int32_t reproml_direct_elements(int which, const float *restrict a, const float *restrict b,
+                                           float *restrict out, int32_t *restrict sure, integer count) {
     int32_t unsure = 0;
     switch (which) {
         EACH(EXP, relative(fast_exp(x), EXP_HIGH(x, EXP_ERROR)))
@@ -360,8 +371,7 @@ INLINE void exponentials(table *t) {
     for (integer i = 0; i < t->rows * t->n; i++) t->wide[i] = t->y[i] == -INFINITY ? 0 : exp_(t->y[i]);
 }
 
-VECTORISED
-void reproml_direct_rows(int which, table *t) {
+VECTORISED void reproml_direct_rows(int which, table *t) {
     switch (which) {
         ROWS(SOFTMAX, softmax(t))
         ROWS(LOG_SOFTMAX, log_softmax(t))

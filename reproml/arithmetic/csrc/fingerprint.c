@@ -16,8 +16,7 @@ typedef struct {
     uint64_t hash, sum;
 } pairs;
 
-VECTORISED
-static pairs block(const uint32_t *words, const uint32_t *key, int floats, int summed) {
+VECTORISED static pairs block(const uint32_t *words, const uint32_t *key, int floats, int summed) {
     pairs p = {0, 0};
     for (int j = 0; j < HALF; j++) {
         uint32_t a = words[j], b = words[j + HALF];

@@ -60,8 +60,7 @@ static int put(const scatter *k, const integer *index, const float *values, floa
 }
 
 /* Rows of one number: all sums at once. */
-VECTORISED
-static void add_numbers(integer plane, void *data) {
+VECTORISED static void add_numbers(integer plane, void *data) {
     scatter *k = data;
     const integer *index = k->index + plane * k->sources;
     const float *values = k->values + plane * k->sources;
@@ -95,8 +94,7 @@ static int chain(const scatter *k, int32_t *first, int32_t *next) {
     return 1;
 }
 
-VECTORISED
-static int add_rows(const scatter *k, const int32_t *first, const int32_t *next) {
+VECTORISED static int add_rows(const scatter *k, const int32_t *first, const int32_t *next) {
     double memory[3][WIDTH];
     many sum = {memory[0], memory[1], memory[2]};
     int sure = 1;

@@ -13,8 +13,6 @@
 #define LANES 8
 #define STEPS 64 /* additions to a lane before it is emptied */
 
-#pragma GCC diagnostic ignored "-Wpsabi" /* no vector is an argument of a function that is not inlined */
-
 /* The compiler makes shorter vectors of these where the processor has no longer ones. */
 typedef double lanes __attribute__((vector_size(8 * LANES)));
 typedef int64_t lane_bits __attribute__((vector_size(8 * LANES)));
@@ -35,8 +33,7 @@ typedef struct {
 } runs;
 
 /* LANES terms, of which `count` are there. */
-INLINE void add_terms(const int kind, const float *x, const float *y, const float *w, double m, int count,
-                      lanes *sum) {
+INLINE void add_terms(const int kind, const float *x, const float *y, const float *w, double m, int count, lanes *sum) {
     lanes d = widen(x);
     if (kind == NUMBERS || kind == PRODUCTS) {
         if (kind == PRODUCTS) d *= widen(y);

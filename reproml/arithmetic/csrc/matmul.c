@@ -6,28 +6,30 @@
 
 #include "tile.h"
 
-#define DEPTH 1024        /* terms that one pass sums, so that a panel of b stays in the second-level cache */
-#define FAR (1 << 16)     /* elements: a matrix that reaches over more is packed first */
-#define SHORT 448         /* terms: for fewer, the horizontal sums of `along` cost more than packing b */
-#define SERIAL (1 << 16)  /* multiplications, a microsecond or two, that are not worth a second thread; of numbers to prepare an eighth */
+#define DEPTH 1024    /* terms that one pass sums, so that a panel of b stays in the second-level cache */
+#define FAR (1 << 16) /* elements: a matrix that reaches over more is packed first */
+#define SHORT 448     /* terms: for fewer, the horizontal sums of `along` cost more than packing b */
+#define SERIAL \
+    (1         \
+     << 16) /* multiplications, a microsecond or two, that are not worth a second thread; of numbers to prepare an eighth */
 
 typedef struct {
     integer batch, m, n, k;
-    const float *a, *b, *bias;           /* bias: null or [n] */
-    integer a_batch, a_row, a_column;    /* strides, in elements */
+    const float *a, *b, *bias;        /* bias: null or [n] */
+    integer a_batch, a_row, a_column; /* strides, in elements */
     integer b_batch, b_row, b_column;
-    float *out;                          /* [batch, m, n] */
+    float *out; /* [batch, m, n] */
     failures *failed;
     const tiling *tiles;
-    int along, rows, columns;            /* which loop, and its full tile */
-    integer row_panels, column_panels;   /* of one matrix of the batch */
-    integer packed;                      /* column panels from this one on are packed */
-    integer groups;                      /* of row panels: a thread takes those that it has prepared itself */
-    integer first, depth;                /* the terms of this pass */
-    double *norm_a, *norm_b;             /* [batch, row_panels * rows], [batch, column_panels * columns] */
-    double *wide_a;                      /* across: a's panels, [depth, rows of the panel] each */
-    float *panel_b;                      /* across: packed panels of b, [depth, TILE_COLUMNS] each */
-    double *sums;                        /* of earlier passes, tile by tile; null for a single pass */
+    int along, rows, columns;          /* which loop, and its full tile */
+    integer row_panels, column_panels; /* of one matrix of the batch */
+    integer packed;                    /* column panels from this one on are packed */
+    integer groups;                    /* of row panels: a thread takes those that it has prepared itself */
+    integer first, depth;              /* the terms of this pass */
+    double *norm_a, *norm_b;           /* [batch, row_panels * rows], [batch, column_panels * columns] */
+    double *wide_a;                    /* across: a's panels, [depth, rows of the panel] each */
+    float *panel_b;                    /* across: packed panels of b, [depth, TILE_COLUMNS] each */
+    double *sums;                      /* of earlier passes, tile by tile; null for a single pass */
     integer *b_offset, *panel_offset;
 } product;
 
@@ -35,8 +37,7 @@ static inline int least(integer a, integer b) { return (int)(a < b ? a : b); }
 
 static integer panels(integer n, int width) { return (n + width - 1) / width; }
 
-VECTORISED
-double reproml_squares(const float *restrict x, integer n, integer stride) {
+VECTORISED double reproml_squares(const float *restrict x, integer n, integer stride) {
     double part[16] = {0}, sum = 0;
     integer i = 0;
     if (stride == 1)
@@ -47,15 +48,14 @@ double reproml_squares(const float *restrict x, integer n, integer stride) {
     return sum;
 }
 
-VECTORISED
-static void add_squares(const float *restrict x, int n, integer rows, integer stride, double *restrict norm) {
+VECTORISED static void add_squares(const float *restrict x, int n, integer rows, integer stride,
+                                   double *restrict norm) {
     for (integer p = 0; p < rows; p++)
         for (int j = 0; j < n; j++) norm[j] += (double)x[p * stride + j] * x[p * stride + j];
 }
 
 /* Of a panel that is laid out [depth, rows] already: one call, not one for each row. */
-VECTORISED
-static void add_wide_squares(const double *restrict x, int rows, integer depth, double *restrict norm) {
+VECTORISED static void add_wide_squares(const double *restrict x, int rows, integer depth, double *restrict norm) {
     double sum[TILE_ROWS] = {0};
     if (rows == TILE_ROWS) /* most panels; with the number known it is one vector */
         for (integer p = 0; p < depth; p++)
@@ -66,9 +66,8 @@ static void add_wide_squares(const double *restrict x, int rows, integer depth, 
     for (int i = 0; i < rows; i++) norm[i] += sum[i];
 }
 
-VECTORISED
-static void widen(const float *restrict from, integer row, integer column, int rows, integer depth,
-                  double *restrict to) {
+VECTORISED static void widen(const float *restrict from, integer row, integer column, int rows, integer depth,
+                             double *restrict to) {
     if (row == 1)
         for (integer p = 0; p < depth; p++)
             for (int i = 0; i < rows; i++) to[p * rows + i] = from[p * column + i];
@@ -77,9 +76,8 @@ static void widen(const float *restrict from, integer row, integer column, int r
             for (integer p = 0; p < depth; p++) to[p * rows + i] = from[i * row + p * column];
 }
 
-VECTORISED
-static void pack(const float *restrict from, integer row, integer column, int columns, integer depth,
-                 float *restrict to) {
+VECTORISED static void pack(const float *restrict from, integer row, integer column, int columns, integer depth,
+                            float *restrict to) {
     if (columns < TILE_COLUMNS) memset(to, 0, (size_t)(depth * TILE_COLUMNS) * sizeof(float));
     if (column == 1)
         for (integer p = 0; p < depth; p++)
@@ -185,23 +183,23 @@ static void multiply(integer task, void *data) {
         if (x->sums) {
             double *all = x->sums + ((batch * x->column_panels + panel) * x->row_panels + r) * TILE_ROWS * TILE_COLUMNS;
             for (int t = 0; t < m; t++)
-                for (int c = t * TILE_COLUMNS; c < t * TILE_COLUMNS + n; c++)
-                    all[c] = sums[c] += x->first ? all[c] : 0;
+                for (int c = t * TILE_COLUMNS; c < t * TILE_COLUMNS + n; c++) all[c] = sums[c] += x->first ? all[c] : 0;
         }
         if (!last) continue;
         int left = reproml_round_tile(sums, m, n, relative_bound(height(x->k)),
                                       x->norm_a + batch * x->row_panels * x->rows + i, norm_b, NULL, bias,
                                       x->out + (batch * x->m + i) * x->n + j, x->n, unsure);
-        for (int t = 0; t < left; t++)
-            settle(x, batch, i + unsure[t] / TILE_COLUMNS, j + unsure[t] % TILE_COLUMNS);
+        for (int t = 0; t < left; t++) settle(x, batch, i + unsure[t] / TILE_COLUMNS, j + unsure[t] % TILE_COLUMNS);
     }
 }
 
 /* The tile with its bounds' lower ends in `low`; whether any bits differ. */
-static inline __attribute__((always_inline)) int32_t round_rows(
-    const double *restrict sums, int m, int n, double g, const double *restrict row_bound,
-    const double *restrict column_bound, const float *restrict row_bias, const float *restrict column_bias,
-    float *restrict out, integer stride, float *restrict low) {
+static inline __attribute__((always_inline)) int32_t round_rows(const double *restrict sums, int m, int n, double g,
+                                                                const double *restrict row_bound,
+                                                                const double *restrict column_bound,
+                                                                const float *restrict row_bias,
+                                                                const float *restrict column_bias, float *restrict out,
+                                                                integer stride, float *restrict low) {
     int32_t differ[TILE_COLUMNS] = {0}, any = 0;
     for (int i = 0; i < m; i++) {
         const double *restrict from = sums + i * TILE_COLUMNS;
@@ -219,15 +217,15 @@ static inline __attribute__((always_inline)) int32_t round_rows(
     return any;
 }
 
-VECTORISED
-int reproml_round_tile(const double *restrict sums, int m, int n, double g, const double *restrict row_bound,
-                       const double *restrict column_bound, const float *restrict row_bias,
-                       const float *restrict column_bias, float *restrict out, integer stride,
-                       int *restrict unsure) {
+VECTORISED int reproml_round_tile(const double *restrict sums, int m, int n, double g, const double *restrict row_bound,
+                                  const double *restrict column_bound, const float *restrict row_bias,
+                                  const float *restrict column_bias, float *restrict out, integer stride,
+                                  int *restrict unsure) {
     float low[TILE_ROWS * TILE_COLUMNS];
-    int32_t any = n == TILE_COLUMNS /* most tiles; with the number known the loop has no rest */
-        ? round_rows(sums, m, TILE_COLUMNS, g, row_bound, column_bound, row_bias, column_bias, out, stride, low)
-        : round_rows(sums, m, n, g, row_bound, column_bound, row_bias, column_bias, out, stride, low);
+    int32_t any =
+        n == TILE_COLUMNS /* most tiles; with the number known the loop has no rest */
+            ? round_rows(sums, m, TILE_COLUMNS, g, row_bound, column_bound, row_bias, column_bias, out, stride, low)
+            : round_rows(sums, m, n, g, row_bound, column_bound, row_bias, column_bias, out, stride, low);
     int count = 0;
     for (int i = 0; any && i < m; i++)
         for (int j = 0; j < n; j++)
@@ -258,13 +256,25 @@ static void plan(product *x) {
 /* out = a @ b + bias. a [batch, m, k], b [batch, k, n], with any strides; bias null or [n]; out contiguous; no
    size but k is 0. failed: room for `room` flat indices. Returns how many elements are not settled; if that is
    more than `room`, or negative for want of memory, nothing is known of the result. */
-integer reproml_product(integer batch, integer m, integer n, integer k, const float *a, integer a_batch,
-                        integer a_row, integer a_column, const float *b, integer b_batch, integer b_row,
-                        integer b_column, const float *bias, float *out, integer *failed, integer room) {
+integer reproml_product(integer batch, integer m, integer n, integer k, const float *a, integer a_batch, integer a_row,
+                        integer a_column, const float *b, integer b_batch, integer b_row, integer b_column,
+                        const float *bias, float *out, integer *failed, integer room) {
     failures list = {failed, room, 0};
-    product x = {.batch = batch, .m = m, .n = n, .k = k, .a = a, .b = b, .bias = bias, .a_batch = a_batch,
-                 .a_row = a_row, .a_column = a_column, .b_batch = b_batch, .b_row = b_row,
-                 .b_column = b_column, .out = out, .failed = &list};
+    product x = {.batch = batch,
+                 .m = m,
+                 .n = n,
+                 .k = k,
+                 .a = a,
+                 .b = b,
+                 .bias = bias,
+                 .a_batch = a_batch,
+                 .a_row = a_row,
+                 .a_column = a_column,
+                 .b_batch = b_batch,
+                 .b_row = b_row,
+                 .b_column = b_column,
+                 .out = out,
+                 .failed = &list};
     plan(&x);
     integer depth = k < DEPTH ? k : DEPTH;
     integer rows = batch * x.row_panels * x.rows, columns = batch * x.column_panels * x.columns;

@@ -18,12 +18,12 @@ typedef struct {
     const float *x, *g, *w, *b;
     float *mean, *rstd, *out; /* mean and rstd of each group */
     double eps;
-    float *var;                             /* rounded unbiased variances, or null */
-    int given;                              /* mean and rstd are not those of x */
-    integer block;                          /* groups for a thread at a time */
+    float *var;                                     /* rounded unbiased variances, or null */
+    int given;                                      /* mean and rstd are not those of x */
+    integer block;                                  /* groups for a thread at a time */
     float *sum, *deviation, *weight_sum, *bias_sum; /* backward's sums over each group */
-    int unsure;                               /* some sum or statistic */
-    failures failed;                        /* elements of `out` */
+    int unsure;                                     /* some sum or statistic */
+    failures failed;                                /* elements of `out` */
 } normal;
 
 static void give_up(normal *k) { __atomic_store_n(&k->unsure, 1, __ATOMIC_RELAXED); }
@@ -35,15 +35,18 @@ INLINE int32_t apart(double c, double minus_e, float *result) {
     return bits(low) ^ bits(high);
 }
 
-static inline int settled(double c, double e, float *result) {
-    return !apart(c, -e, result) && fabs(c) <= DBL_MAX;
-}
+static inline int settled(double c, double e, float *result) { return !apart(c, -e, result) && fabs(c) <= DBL_MAX; }
 
 static runs runs_of(const normal *k, integer group) {
     const layout *at = &k->at;
     integer first = group * at->group_stride;
-    runs r = {.x = k->x + first, .y = k->g ? k->g + first : 0, .w = at->along ? k->w : 0,
-              .x_stride = at->run_stride, .y_stride = at->run_stride, .runs = at->runs, .length = at->length};
+    runs r = {.x = k->x + first,
+              .y = k->g ? k->g + first : 0,
+              .w = at->along ? k->w : 0,
+              .x_stride = at->run_stride,
+              .y_stride = at->run_stride,
+              .runs = at->runs,
+              .length = at->length};
     if (at->run_stride == at->length) {
         r.length *= r.runs;
         r.runs = 1;
@@ -173,8 +176,7 @@ INLINE void normalize_run_of(normal *k, integer group, integer run) {
 }
 
 /* Some groups with their own statistics. These come first: so the next group's need not wait for one's roots. */
-VECTORISED
-static void normalize_groups(integer task, void *data) {
+VECTORISED static void normalize_groups(integer task, void *data) {
     normal *k = data;
     integer first = task * k->block, last = first + k->block < k->at.groups ? first + k->block : k->at.groups;
     for (integer group = first; group < last; group++) {
@@ -190,8 +192,7 @@ static void normalize_groups(integer task, void *data) {
 }
 
 /* One run of each group, of given statistics: in the order of the memory. */
-VECTORISED
-static void normalize_across(integer run, void *data) {
+VECTORISED static void normalize_across(integer run, void *data) {
     normal *k = data;
     for (integer group = 0; group < k->at.groups; group++) normalize_run_of(k, group, run);
 }
@@ -219,10 +220,17 @@ static int follow_all(integer n, double momentum, float *running, const float *n
    `along`, both for each element. Returns the number of elements that are to be settled; -1 if a statistic
    is. Where it is -1 or more than `room`, nothing is followed. */
 integer reproml_normalize(const integer *shape, const float *x, const float *w, const float *b, double eps,
-                          const float *given_var, float *running_mean, float *running_var, double momentum,
-                          float *mean, float *rstd, float *out, integer *failed, integer room) {
-    normal k = {.x = x, .w = w, .b = b, .mean = mean, .rstd = rstd, .out = out, .eps = eps,
-                .given = given_var != 0, .failed = {failed, room, 0}};
+                          const float *given_var, float *running_mean, float *running_var, double momentum, float *mean,
+                          float *rstd, float *out, integer *failed, integer room) {
+    normal k = {.x = x,
+                .w = w,
+                .b = b,
+                .mean = mean,
+                .rstd = rstd,
+                .out = out,
+                .eps = eps,
+                .given = given_var != 0,
+                .failed = {failed, room, 0}};
     memcpy(&k.at, shape, sizeof k.at);
     integer groups = k.at.groups;
     float *fresh = 0;
@@ -386,8 +394,7 @@ INLINE void gradient_of_group(normal *k, integer group) {
     }
 }
 
-VECTORISED
-static void backward_groups(integer task, void *data) {
+VECTORISED static void backward_groups(integer task, void *data) {
     normal *k = data;
     integer first = task * k->block, last = first + k->block < k->at.groups ? first + k->block : k->at.groups;
     int sums = k->sum || k->weight_sum || k->bias_sum;
@@ -405,9 +412,18 @@ static void backward_groups(integer task, void *data) {
 integer reproml_normalize_backward(const integer *shape, const float *x, const float *g, const float *w,
                                    const float *mean, const float *rstd, float *sum, float *deviation,
                                    float *weight_sum, float *bias_sum, float *out, integer *failed, integer room) {
-    normal k = {.x = x, .g = g, .w = w, .mean = (float *)mean, .rstd = (float *)rstd, .out = out,
-                .given = !sum, .sum = sum, .deviation = deviation, .weight_sum = weight_sum,
-                .bias_sum = bias_sum, .failed = {failed, room, 0}};
+    normal k = {.x = x,
+                .g = g,
+                .w = w,
+                .mean = (float *)mean,
+                .rstd = (float *)rstd,
+                .out = out,
+                .given = !sum,
+                .sum = sum,
+                .deviation = deviation,
+                .weight_sum = weight_sum,
+                .bias_sum = bias_sum,
+                .failed = {failed, room, 0}};
     memcpy(&k.at, shape, sizeof k.at);
     run_blocks(backward_groups, &k);
     return k.unsure ? -1 : k.failed.count;
@@ -415,9 +431,9 @@ integer reproml_normalize_backward(const integer *shape, const float *x, const f
 
 /* ---- gradients of the weights of layer and group normalisation ---- */
 
-#define WIDTH 64  /* columns at once */
-#define ROWS 256  /* after so many, sums are emptied into the next */
-#define SLICES 8  /* parts of one long sum */
+#define WIDTH 64 /* columns at once */
+#define ROWS 256 /* after so many, sums are emptied into the next */
+#define SLICES 8 /* parts of one long sum */
 
 typedef struct {
     integer rows, columns, slices;
@@ -443,13 +459,12 @@ INLINE void add_rows(const column_sums *k, integer first, integer last, integer 
     }
 }
 
-VECTORISED
-static void add_columns(integer task, void *data) {
+VECTORISED static void add_columns(integer task, void *data) {
     const column_sums *k = data;
     integer column = task / k->slices * WIDTH, slice = task % k->slices;
     integer count = k->columns - column < WIDTH ? k->columns - column : WIDTH;
     integer share = (k->rows + k->slices - 1) / k->slices, last = (slice + 1) * share;
-    double(*total)[WIDTH] = k->parts[task];
+    double (*total)[WIDTH] = k->parts[task];
     if (last > k->rows) last = k->rows;
     memset(total, 0, sizeof k->parts[task]);
     for (integer row = slice * share; row < last; row += ROWS) {
@@ -527,8 +542,7 @@ INLINE int sum_channel(const channel_sums *k, integer channel) {
     return settle_scaled(pair_of(&s, k->images * k->length), 1, k->weight_sum + channel);
 }
 
-VECTORISED
-static void channel_task(integer channel, void *data) {
+VECTORISED static void channel_task(integer channel, void *data) {
     channel_sums *k = data;
     if (!sum_channel(k, channel)) __atomic_store_n(&k->unsure, 1, __ATOMIC_RELAXED);
 }

@@ -64,8 +64,7 @@ typedef struct {
     failures failed; /* parameter * 2^40 + element */
 } adam;
 
-VECTORISED
-static int32_t adam_block(const adam *x, const parameter *of, integer at, int n, rounded *restrict r) {
+VECTORISED static int32_t adam_block(const adam *x, const parameter *of, integer at, int n, rounded *restrict r) {
     const float *restrict p = of->p + at, *restrict g = of->g + at, *restrict m = of->m + at, *restrict v = of->v + at;
     const double decay = x->decay, sign = x->sign, keep = x->keep, b1 = x->b1, rest1 = x->rest1, b2 = x->b2;
     const double rest2 = x->rest2, rate = x->rate, scale = x->scale, eps = x->eps;
@@ -129,8 +128,7 @@ typedef struct {
     failures failed;
 } sgd;
 
-VECTORISED
-static int32_t sgd_block(const sgd *x, integer at, int n, rounded *restrict r) {
+VECTORISED static int32_t sgd_block(const sgd *x, integer at, int n, rounded *restrict r) {
     const float *restrict p = x->p + at, *restrict g = x->g + at;
     const float *restrict buffer = x->buffer ? x->buffer + at : NULL;
     const double sign = x->sign, decay = x->decay, rate = x->rate, momentum = x->momentum;
@@ -171,8 +169,18 @@ static void sgd_task(integer task, void *data) {
 
 integer reproml_sgd(integer n, float *p, const float *g, float *buffer, int first, int nesterov, double sign,
                     double decay, double rate, double momentum, double fresh, integer *failed) {
-    sgd x = {n, p, buffer, g, nesterov, sign, decay, rate, momentum,
-             first ? 0 : momentum, first ? 1 : fresh, {failed, n, 0}};
+    sgd x = {n,
+             p,
+             buffer,
+             g,
+             nesterov,
+             sign,
+             decay,
+             rate,
+             momentum,
+             first ? 0 : momentum,
+             first ? 1 : fresh,
+             {failed, n, 0}};
     reproml_parallel(sgd_task, &x, (n + TASK - 1) / TASK);
     return x.failed.count;
 }

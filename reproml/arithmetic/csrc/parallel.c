@@ -16,7 +16,8 @@ extern int omp_get_max_threads(void) __attribute__((weak));
 
 /* What torch.set_num_threads has set; in a forked worker of a DataLoader 1, as it must be. */
 int reproml_threads(void) {
-    return GOMP_parallel && omp_get_thread_num && omp_get_num_threads && omp_get_max_threads ? omp_get_max_threads() : 1;
+    return GOMP_parallel && omp_get_thread_num && omp_get_num_threads && omp_get_max_threads ? omp_get_max_threads()
+                                                                                             : 1;
 }
 
 typedef struct {

@@ -14,10 +14,41 @@ enum { SCRATCH = 8192, LONGEST = 256, LANES = 16, REDUCTIONS = 16, TASKS = 64 };
 
 /* As in program.py; the form of an instruction is which of its operands are constants. */
 enum {
-    LOAD32, LOAD64, EXPAND, SUM, MAX, SETTLE,
-    ADD, SUB, MUL, DIV, LT, LE, EQ, AND, OR,
-    NEG, ABS, NOT, SQRT, EXP, LOG, EXPM1, LOG1P, SIN, COS, SINPI, COSPI, ERF, ERFC,
-    SELECT, MULADD, ABSMULADD, LOST, PLUS, PLUS_ERROR
+    LOAD32,
+    LOAD64,
+    EXPAND,
+    SUM,
+    MAX,
+    SETTLE,
+    ADD,
+    SUB,
+    MUL,
+    DIV,
+    LT,
+    LE,
+    EQ,
+    AND,
+    OR,
+    NEG,
+    ABS,
+    NOT,
+    SQRT,
+    EXP,
+    LOG,
+    EXPM1,
+    LOG1P,
+    SIN,
+    COS,
+    SINPI,
+    COSPI,
+    ERF,
+    ERFC,
+    SELECT,
+    MULADD,
+    ABSMULADD,
+    LOST,
+    PLUS,
+    PLUS_ERROR
 };
 
 /* Operands: registers, or constants where negative (~index). by_row: of numbers one a row. */
@@ -113,8 +144,8 @@ static void merge(partial *p, double sum) {
     p->lost += more;
 }
 
-INLINE void settle(state *s, const double *c, double r, const double *e, integer step, integer count,
-                   integer first, int by_row) {
+INLINE void settle(state *s, const double *c, double r, const double *e, integer step, integer count, integer first,
+                   int by_row) {
     const call *call = s->c;
     const integer operand = call->p->operands, stride = call->strides[(operand + 1) * call->dims - 1];
     float *out = call->pointers[operand], value[LONGEST];
@@ -137,67 +168,67 @@ INLINE void settle(state *s, const double *c, double r, const double *e, integer
             if (!sure[i]) s->failed[s->count++] = first + i;
 }
 
-#define LOAD(type)                                                                          \
-    do {                                                                                    \
-        const type *from = s->c->pointers[in->a];                                           \
-        if (s->c->dense[in->a]) {                                                           \
-            from += s->row * s->c->n + s->at;                                               \
-            for (integer i = 0; i < length; i++) to[i] = from[i];                           \
-        } else                                                                              \
-            for (integer r = 0, k = 0; r < s->rows; r++) {                                  \
-                integer stride = s->c->strides[(in->a + 1) * s->c->dims - 1];               \
-                const type *row = from + offset(s->c, in->a, s->row + r) + s->at * stride;  \
-                if (stride == 1)                                                            \
-                    for (integer i = 0; i < each; i++) to[k++] = row[i];                    \
-                else                                                                        \
-                    for (integer i = 0; i < each; i++) to[k++] = row[i * stride];           \
-            }                                                                               \
-        for (integer i = length; i < count; i++) to[i] = 1;                                 \
+#define LOAD(type)                                                                         \
+    do {                                                                                   \
+        const type *from = s->c->pointers[in->a];                                          \
+        if (s->c->dense[in->a]) {                                                          \
+            from += s->row * s->c->n + s->at;                                              \
+            for (integer i = 0; i < length; i++) to[i] = from[i];                          \
+        } else                                                                             \
+            for (integer r = 0, k = 0; r < s->rows; r++) {                                 \
+                integer stride = s->c->strides[(in->a + 1) * s->c->dims - 1];              \
+                const type *row = from + offset(s->c, in->a, s->row + r) + s->at * stride; \
+                if (stride == 1)                                                           \
+                    for (integer i = 0; i < each; i++) to[k++] = row[i];                   \
+                else                                                                       \
+                    for (integer i = 0; i < each; i++) to[k++] = row[i * stride];          \
+            }                                                                              \
+        for (integer i = length; i < count; i++) to[i] = 1;                                \
     } while (0)
 
 #define EACH for (integer i = 0; i < count; i++)
-#define UNARY(OP, VALUE)                   \
-    case 4 * OP:                           \
-        EACH {                             \
-            const double x = a[i];         \
-            to[i] = VALUE;                 \
-        }                                  \
+#define UNARY(OP, VALUE)           \
+    case 4 * OP:                   \
+        EACH {                     \
+            const double x = a[i]; \
+            to[i] = VALUE;         \
+        }                          \
         break;
-#define BINARY(OP, VALUE)                          \
-    case 4 * OP:                                   \
-        EACH {                                     \
-            const double x = a[i], y = b[i];       \
-            to[i] = VALUE;                         \
-        }                                          \
-        break;                                     \
-    case 4 * OP + 1: {                             \
-        const double x = *a;                       \
-        EACH {                                     \
-            const double y = b[i];                 \
-            to[i] = VALUE;                         \
-        }                                          \
-    } break;                                       \
-    case 4 * OP + 2: {                             \
-        const double y = *b;                       \
-        EACH {                                     \
-            const double x = a[i];                 \
-            to[i] = VALUE;                         \
-        }                                          \
+#define BINARY(OP, VALUE)                    \
+    case 4 * OP:                             \
+        EACH {                               \
+            const double x = a[i], y = b[i]; \
+            to[i] = VALUE;                   \
+        }                                    \
+        break;                               \
+    case 4 * OP + 1: {                       \
+        const double x = *a;                 \
+        EACH {                               \
+            const double y = b[i];           \
+            to[i] = VALUE;                   \
+        }                                    \
+    } break;                                 \
+    case 4 * OP + 2: {                       \
+        const double y = *b;                 \
+        EACH {                               \
+            const double x = a[i];           \
+            to[i] = VALUE;                   \
+        }                                    \
     } break;
 /* x from a, y from b, z from c; b or c may be constants */
-#define TERNARY_FORM(FORM, OP, Y, Z, VALUE)            \
-    case 4 * OP + FORM: {                              \
-        const double y0 = *b, z0 = *c;                 \
-        EACH {                                         \
-            const double x = a[i], y = Y, z = Z;       \
-            to[i] = VALUE;                             \
-        }                                              \
-        (void)y0, (void)z0;                            \
+#define TERNARY_FORM(FORM, OP, Y, Z, VALUE)      \
+    case 4 * OP + FORM: {                        \
+        const double y0 = *b, z0 = *c;           \
+        EACH {                                   \
+            const double x = a[i], y = Y, z = Z; \
+            to[i] = VALUE;                       \
+        }                                        \
+        (void)y0, (void)z0;                      \
     } break;
-#define TERNARY(OP, VALUE)                    \
-    TERNARY_FORM(0, OP, b[i], c[i], VALUE)    \
-    TERNARY_FORM(1, OP, y0, c[i], VALUE)      \
-    TERNARY_FORM(2, OP, b[i], z0, VALUE)      \
+#define TERNARY(OP, VALUE)                 \
+    TERNARY_FORM(0, OP, b[i], c[i], VALUE) \
+    TERNARY_FORM(1, OP, y0, c[i], VALUE)   \
+    TERNARY_FORM(2, OP, b[i], z0, VALUE)   \
     TERNARY_FORM(3, OP, y0, z0, VALUE)
 
 /* The rounding error of x + y (TwoSum). */
@@ -212,12 +243,9 @@ INLINE int sided(double s, double t, double e) {
     return ((pattern(s) & 0x1FFFFFFF) == 0x10000000) & (fabs(t) > e) & (fabs(t) > 0x1p-900 * fabs(s));
 }
 
-INLINE double toward(double s, double t) {
-    return number(pattern(s) + ((t > 0) == (s > 0) ? 1 : -1));
-}
+INLINE double toward(double s, double t) { return number(pattern(s) + ((t > 0) == (s > 0) ? 1 : -1)); }
 
-VECTORISED
-void reproml_tape_run(state *restrict s, const instruction *in, const instruction *end) {
+VECTORISED void reproml_tape_run(state *restrict s, const instruction *in, const instruction *end) {
     const integer block = s->c->p->block;
     double *const registers = s->registers;
     const double *const constants = s->c->p->constants;
@@ -261,35 +289,35 @@ void reproml_tape_run(state *restrict s, const instruction *in, const instructio
         case 4 * SETTLE + 2:
             settle(s, a, *b, c, 0, length, in->by_row ? s->row : s->row * s->c->n + s->at, in->by_row);
             break;
-        BINARY(ADD, x + y)
-        BINARY(SUB, x - y)
-        BINARY(MUL, x * y)
-        BINARY(DIV, x / y)
-        BINARY(LT, x < y ? 1.0 : 0.0)
-        BINARY(LE, x <= y ? 1.0 : 0.0)
-        BINARY(EQ, x == y ? 1.0 : 0.0)
-        BINARY(AND, x * y)
-        BINARY(OR, x > y ? x : y)
-        UNARY(NEG, -x)
-        UNARY(ABS, fabs(x))
-        UNARY(NOT, 1 - x)
-        UNARY(SQRT, sqrt(x))
-        UNARY(EXP, exp_(x))
-        UNARY(LOG, log_(x))
-        UNARY(EXPM1, expm1_(x))
-        UNARY(LOG1P, log1p_(x))
-        UNARY(SIN, sin_(x))
-        UNARY(COS, cos_(x))
-        UNARY(SINPI, sinpi_(x))
-        UNARY(COSPI, cospi_(x))
-        UNARY(ERF, erf_(x))
-        UNARY(ERFC, erfc_(x))
-        TERNARY(SELECT, x != 0 ? y : z)
-        TERNARY(MULADD, x * y + z)
-        TERNARY(ABSMULADD, fabs(x) * y + z)
-        BINARY(LOST, lost(x, y))
-        TERNARY(PLUS, sided(x, y, z) ? toward(x, y) : x)
-        TERNARY(PLUS_ERROR, sided(x, y, z) ? 0.0 : fabs(y) + z)
+            BINARY(ADD, x + y)
+            BINARY(SUB, x - y)
+            BINARY(MUL, x * y)
+            BINARY(DIV, x / y)
+            BINARY(LT, x < y ? 1.0 : 0.0)
+            BINARY(LE, x <= y ? 1.0 : 0.0)
+            BINARY(EQ, x == y ? 1.0 : 0.0)
+            BINARY(AND, x * y)
+            BINARY(OR, x > y ? x : y)
+            UNARY(NEG, -x)
+            UNARY(ABS, fabs(x))
+            UNARY(NOT, 1 - x)
+            UNARY(SQRT, sqrt(x))
+            UNARY(EXP, exp_(x))
+            UNARY(LOG, log_(x))
+            UNARY(EXPM1, expm1_(x))
+            UNARY(LOG1P, log1p_(x))
+            UNARY(SIN, sin_(x))
+            UNARY(COS, cos_(x))
+            UNARY(SINPI, sinpi_(x))
+            UNARY(COSPI, cospi_(x))
+            UNARY(ERF, erf_(x))
+            UNARY(ERFC, erfc_(x))
+            TERNARY(SELECT, x != 0 ? y : z)
+            TERNARY(MULADD, x * y + z)
+            TERNARY(ABSMULADD, fabs(x) * y + z)
+            BINARY(LOST, lost(x, y))
+            TERNARY(PLUS, sided(x, y, z) ? toward(x, y) : x)
+            TERNARY(PLUS_ERROR, sided(x, y, z) ? 0.0 : fabs(y) + z)
         }
     }
 }

@@ -7,10 +7,10 @@
 #include "lanes.h"
 
 #define AXES 12
-#define WIDTH 128 /* sums side by side */
-#define FEW 16       /* terms of a sum that is a tie too often for a test that has to leave room */
-#define SLICES 8     /* parts of one long sum */
-#define PART 32768   /* terms that are worth a thread */
+#define WIDTH 128  /* sums side by side */
+#define FEW 16     /* terms of a sum that is a tie too often for a test that has to leave room */
+#define SLICES 8   /* parts of one long sum */
+#define PART 32768 /* terms that are worth a thread */
 
 typedef struct {
     integer size, x, y; /* length, and the strides of x and y */
@@ -29,15 +29,17 @@ typedef struct {
     failures failed;
 } sums;
 
-INLINE double term(const float *x, const float *y, integer i, integer j) {
-    return y ? (double)x[i] * y[j] : x[i];
-}
+INLINE double term(const float *x, const float *y, integer i, integer j) { return y ? (double)x[i] * y[j] : x[i]; }
 
 /* One sum over p and over q from `first` to `last`, where q is contiguous. Returns the height of the tree. */
-INLINE integer along_q(const sums *k, const float *x, const float *y, integer first, integer last,
-                       double *s, double *a) {
-    const runs r = {.x = x + first, .y = y ? y + first : 0, .x_stride = k->p.x, .y_stride = k->p.y,
-                    .runs = k->p.size, .length = last - first};
+INLINE integer along_q(const sums *k, const float *x, const float *y, integer first, integer last, double *s,
+                       double *a) {
+    const runs r = {.x = x + first,
+                    .y = y ? y + first : 0,
+                    .x_stride = k->p.x,
+                    .y_stride = k->p.y,
+                    .runs = k->p.size,
+                    .length = last - first};
     double total[2];
     integer height = y ? sum_runs(PRODUCTS, &r, total) : sum_runs(NUMBERS, &r, total);
     *s = total[0];
@@ -53,14 +55,13 @@ INLINE void empty(double *restrict from, double *restrict to, integer count) {
 }
 
 /* `count` sums side by side, over `rows` elements of q. */
-INLINE void add_rows(const float *x, const float *y, axis q, axis column, integer rows, integer count,
-                            double *s, double *a) {
+INLINE void add_rows(const float *x, const float *y, axis q, axis column, integer rows, integer count, double *s,
+                     double *a) {
     integer r = 0;
     for (; r + 4 <= rows; r += 4)
         for (integer i = 0; i < count; i++) {
             double d[4];
-            for (int t = 0; t < 4; t++)
-                d[t] = term(x, y, (r + t) * q.x + i * column.x, (r + t) * q.y + i * column.y);
+            for (int t = 0; t < 4; t++) d[t] = term(x, y, (r + t) * q.x + i * column.x, (r + t) * q.y + i * column.y);
             s[i] += (d[0] + d[1]) + (d[2] + d[3]);
             a[i] += (fabs(d[0]) + fabs(d[1])) + (fabs(d[2]) + fabs(d[3]));
         }
@@ -88,8 +89,8 @@ INLINE void add_few(const sums *k, const float *x, const float *y, axis column, 
 }
 
 /* `count` <= WIDTH sums side by side, over p and over q from `first` to `last`. */
-INLINE integer across_columns(const sums *k, const float *x, const float *y, integer first,
-                                     integer last, integer count, double *s, double *a) {
+INLINE integer across_columns(const sums *k, const float *x, const float *y, integer first, integer last, integer count,
+                              double *s, double *a) {
     double some_s[WIDTH], some_a[WIDTH];
     integer steps = 0, taken = 0, emptied = 1;
     const axis unit = {k->column.size, 1, 1};
@@ -173,8 +174,7 @@ INLINE void round_chunk(sums *k, integer chunk, const double *s, const double *a
     }
 }
 
-VECTORISED
-static void add_up(integer task, void *data) {
+VECTORISED static void add_up(integer task, void *data) {
     sums *k = data;
     double memory[2 * WIDTH];
     const float *x, *y;
@@ -259,8 +259,8 @@ static int arrange(sums *k, const integer *axes, int rank, integer reduced) {
 /* out = the sum of x, or of x * y, over the axes whose bit is set in `reduced`, divided by `divisor`.
    axes: the sizes, x's strides and y's strides of `rank` axes each. `out` is contiguous.
    Returns the number of sums that it could not settle; -1 if there are too many axes. */
-integer reproml_sum(const float *x, const float *y, const integer *axes, int rank, integer reduced,
-                    double divisor, float *out) {
+integer reproml_sum(const float *x, const float *y, const integer *axes, int rank, integer reduced, double divisor,
+                    float *out) {
     sums k = {.x = x, .y = y, .out = out, .divisor = divisor, .slices = 1};
     if (!arrange(&k, axes, rank, reduced)) return -1;
     k.few = k.p.size * k.q.size <= FEW;

@@ -22,11 +22,11 @@ typedef void along_loop(integer k, const float *a, integer a_row, const float *b
                         double *sums);
 
 typedef struct {
-    int lanes;                                   /* doubles of a vector */
-    int rows, columns;                           /* of a full tile across; its columns are 3 vectors */
-    int along_rows, along_columns;               /* of a full tile along */
-    across_loop *across[TILE_ROWS + 1][4];       /* [rows][vectors]; rows of `out` have TILE_COLUMNS */
-    along_loop *along[5][7];                     /* [rows][columns] */
+    int lanes;                             /* doubles of a vector */
+    int rows, columns;                     /* of a full tile across; its columns are 3 vectors */
+    int along_rows, along_columns;         /* of a full tile along */
+    across_loop *across[TILE_ROWS + 1][4]; /* [rows][vectors]; rows of `out` have TILE_COLUMNS */
+    along_loop *along[5][7];               /* [rows][columns] */
 } tiling;
 
 /* The tiling for this processor. */
@@ -66,9 +66,8 @@ static inline double relative_bound(double height) {
    sums: rows of TILE_COLUMNS. out: [m][n] with `stride` elements between rows. Returns how many elements are not sure; their
    row * TILE_COLUMNS + column is in `unsure`. The test compares bit patterns, so that not even the sign of a
    zero comes from a sum. */
-int reproml_round_tile(const double *sums, int m, int n, double g, const double *row_bound,
-                       const double *column_bound, const float *row_bias, const float *column_bias,
-                       float *out, integer stride, int *unsure);
+int reproml_round_tile(const double *sums, int m, int n, double g, const double *row_bound, const double *column_bound,
+                       const float *row_bias, const float *column_bias, float *out, integer stride, int *unsure);
 
 /* Round a sum of n terms, each given to add_exact; 0 if it is not sure. Sure wherever no rounding happened: of ties
    and zeros of whole numbers. */
