@@ -142,10 +142,10 @@ def _evaluate(
     tasks = torch.get_num_threads() if plan.work > _TASK else 1
     layout = plan.dims, plan.sizes, plan.strides, pointers, failed.data_ptr(), tasks
     if plan.program is None:
-        count = library.reproml_direct(plan.fast, *layout)
+        count = library.reproml_fast(plan.fast, *layout)
         definition, exact_path = partial(_again, formula, definition, dim, exact_path), None
     else:
-        count = library.reproml_tape(plan.program.address, *layout)
+        count = library.reproml_program(plan.program.address, *layout)
     if count:
         _settle(plan, definition, exact_path, dim, operands, out, failed[:count].clone())
     return out
