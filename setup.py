@@ -15,6 +15,7 @@ setup(
                 "-ffp-contract=off",
                 "-fno-math-errno",
                 "-fno-trapping-math",
+                "-Wno-psabi",  # vectors are passed between inlined functions only
             ],
             libraries=["m", "pthread"],
             py_limited_api=True,  # one library for every Python: it does not touch its interface

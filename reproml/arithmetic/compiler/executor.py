@@ -131,9 +131,9 @@ def run(call: FormulaCall, operands: Sequence[Any]) -> Optional[Tensor]:
     tasks = torch.get_num_threads() if plan.work > _TASK else 1
     layout = plan.dims, plan.sizes, plan.strides, pointers, failed.data_ptr(), tasks
     if plan.program is None:
-        count = library.reproml_direct(plan.fast, *layout)
+        count = library.reproml_fast(plan.fast, *layout)
     else:
-        count = library.reproml_tape(plan.program.address, *layout)
+        count = library.reproml_program(plan.program.address, *layout)
     if count:
         _complete(plan, call, operands, out, failed[:count].clone())
     return out

@@ -1,6 +1,7 @@
-"""The compiled loops of c/, if they were built; otherwise `library` is None, for the same bits.
+"""Load and call the compiled loops of csrc/.
 
-A plain shared library loaded with ctypes: it knows nothing of PyTorch's or Python's binary interface.
+`library` is None if they were not built: every result keeps its bits and only takes longer. The loops
+are a shared library loaded with ctypes, which depends on no binary interface of PyTorch or Python.
 """
 
 from __future__ import annotations
@@ -9,24 +10,24 @@ import ctypes
 import importlib.util
 import logging
 import os
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
-_VERSION = 8  # REPROML_VERSION of c/parallel.c, raised with any change there
+_VERSION = 9  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
 
-# name -> (result, arguments), as in c/*.c
+# Function name -> (result type, argument types), as in csrc/*.c.
 _SIGNATURES = {
     "reproml_limit_vectors": (None, [_INT]),
     "reproml_product": (
         _LONG,
         [_LONG] * 4 + ([_POINTER] + [_LONG] * 3) * 2 + [_POINTER] * 3 + [_LONG],
     ),
-    "reproml_tape": (_LONG, [_POINTER, _LONG] + [_POINTER] * 4 + [_LONG]),
-    "reproml_direct": (_LONG, [_INT, _LONG] + [_POINTER] * 4 + [_LONG]),
+    "reproml_program": (_LONG, [_POINTER, _LONG] + [_POINTER] * 4 + [_LONG]),
+    "reproml_fast": (_LONG, [_INT, _LONG] + [_POINTER] * 4 + [_LONG]),
     "reproml_nll": (_INT, [_POINTER] * 3 + [_LONG] * 3 + [_INT, _POINTER, _POINTER]),
     "reproml_nll_backward": (
         _INT,
@@ -53,55 +54,59 @@ _SIGNATURES = {
 }
 
 
-def _load() -> Any:
+def _load_library() -> Any:
     if os.environ.get("REPROML_KERNELS") == "off":
         return None
     spec = importlib.util.find_spec("reproml.arithmetic._kernels")
     if spec is None or spec.origin is None:
-        return _without("were not built; install reproml again where there is a C compiler")
+        return _warn("were not built; install reproml again where there is a C compiler")
     try:
         loaded = ctypes.CDLL(spec.origin)
         if loaded.reproml_version() != _VERSION:
-            return _without("are of another version; install reproml again")
+            return _warn("are of another version; install reproml again")
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(loaded, name)
             function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError):  # built for another machine, or not by us
-        return _without("cannot be loaded here; install reproml again")
+    except (OSError, AttributeError):  # built for another machine, or another library of this name
+        return _warn("cannot be loaded here; install reproml again")
     return loaded
 
 
-def _without(why: str) -> None:
+def _warn(problem: str) -> None:
     logging.getLogger(__name__).warning(
-        "reproml: same bits, but slower: the compiled loops %s", why
+        "reproml: same bits, but slower: the compiled loops %s", problem
     )
 
 
-library = _load()
+library = _load_library()
 
 
-_ROOM = 256  # indices; where more are left, the plain path does it all
+class KernelResult(NamedTuple):
+    """What a kernel did with its output."""
+
+    complete: bool  # False: the output is undefined, take the reference path for all elements
+    failed: Optional[Tensor]  # flat indices where the rounding test failed, int64; None: nowhere
 
 
-def unsettled(kernel: Any, *arguments: Any) -> Optional[Tensor]:
-    """Call a kernel whose last two arguments are a list of failures and its room.
+_CAPACITY = 256  # failures; with more of them the reference path calculates all elements
+_FailureList = ctypes.c_int64 * _CAPACITY
+_ROUNDED = KernelResult(True, None)
+_INCOMPLETE = KernelResult(False, None)
 
-    Returns the flat indices that it could not settle, int64, NONE if it settled all; None where there are
-    too many to tell.
-    """
-    failed = _Failed()
-    count = kernel(*arguments, failed, _ROOM)
+
+def run_kernel(kernel: Any, *arguments: Any) -> KernelResult:
+    """Call a kernel whose last two arguments are its list of failures and the list's capacity."""
+    failed = _FailureList()
+    count = kernel(*arguments, failed, _CAPACITY)
     if not count:
-        return NONE
-    return torch.tensor(failed[:count]) if 0 < count <= _ROOM else None
-
-
-NONE = torch.empty(0, dtype=torch.int64)
-_Failed = ctypes.c_int64 * _ROOM
+        return _ROUNDED
+    if 0 < count <= _CAPACITY:
+        return KernelResult(True, torch.tensor(failed[:count]))
+    return _INCOMPLETE
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels can take these tensors: on the CPU, dense and contiguous."""
+    """Return whether the kernels accept these tensors: on the CPU, dense and contiguous."""
     for x in tensors:
         if not (x.is_cpu and x.is_contiguous()):
             return False

@@ -1,32 +1,18 @@
-/* exp, log, sin, erf and their like in binary64: elementary.py has the sequences and their analysis; these are
-   the same, operation by operation, without branches, so that loops over them vectorise. */
+/* exp, log, sin, erf and related functions in binary64. numerics/elementary.py has the sequences of operations and their
+   error analysis; these are the same, operation by operation, without branches, so that loops over them vectorise. */
 
 #ifndef REPROML_ELEMENTARY_H
 #define REPROML_ELEMENTARY_H
 
 #include "common.h"
 
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE int64_t pattern(double x) {
-    int64_t b;
-    memcpy(&b, &x, sizeof b);
-    return b;
-}
-
-INLINE double number(int64_t b) {
-    double x;
-    memcpy(&x, &b, sizeof x);
-    return x;
-}
-
-/* A whole number |k| < 2^51 in the last bits, two's complement. */
+/* An integer |k| < 2^51 in the last bits, two's complement. */
 INLINE int64_t last_bits(double k) { return pattern(k + 0x1.8p52); }
 
 INLINE double clamp(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
 
-/* 2^k for whole -1022 <= k <= 1023. */
-INLINE double power_of_two(double k) { return number((int64_t)((uint64_t)(last_bits(k) + 1023) << 52)); }
+/* 2^k for integers -1022 <= k <= 1023. */
+INLINE double power_of_two(double k) { return from_pattern((int64_t)((uint64_t)(last_bits(k) + 1023) << 52)); }
 
 INLINE double exp_(double x) {
     x = clamp(x, -700.0, 709.0);
@@ -51,7 +37,7 @@ INLINE double exp_(double x) {
 }
 
 INLINE double expm1_(double x) {
-    double s = clamp(x, -0.35, 0.35), y = 1 / 1307674368000.0, far = exp_(x) - 1;
+    double s = clamp(x, -0.35, 0.35), y = 1 / 1307674368000.0, elsewhere = exp_(x) - 1;
     y = y * s + 1 / 87178291200.0;
     y = y * s + 1 / 6227020800.0;
     y = y * s + 1 / 479001600.0;
@@ -66,10 +52,10 @@ INLINE double expm1_(double x) {
     y = y * s + 1 / 6.0;
     y = y * s + 1 / 2.0;
     y = y * s + 1.0;
-    return fabs(x) < 0.35 ? y * s : far;
+    return fabs(x) < 0.35 ? y * s : elsewhere;
 }
 
-/* 2 artanh s, the series cut at s^23, without the first term: s (2/3 s^2 + 2/5 s^4 + ...). */
+/* The series of 2 artanh s up to s^23 without its first term: s (2/3 s^2 + 2/5 s^4 + ...). */
 INLINE double artanh_rest(double s) {
     double s2 = s * s, y = 2 / 23.0;
     y = y * s2 + 2 / 21.0;
@@ -86,11 +72,11 @@ INLINE double artanh_rest(double s) {
 }
 
 INLINE double log_(double x) {
-    /* k = the exponent of x / sqrt(1/2), by way of an unsigned shift: AVX2 has no signed one */
+    /* k is the exponent of x / sqrt(1/2), found by an unsigned shift because AVX2 has no signed one. */
     uint64_t shifted = (uint64_t)pattern(x) - 0x3FE6A09E667F3BCDu + ((uint64_t)1024 << 52);
     uint64_t biased = shifted >> 52; /* k + 1024 */
-    double k = number((int64_t)(biased | 0x4330000000000000u)) - (0x1p52 + 1024);
-    double m = number((int64_t)((uint64_t)pattern(x) - (biased << 52) + ((uint64_t)1024 << 52)));
+    double k = from_pattern((int64_t)(biased | 0x4330000000000000u)) - (0x1p52 + 1024);
+    double m = from_pattern((int64_t)((uint64_t)pattern(x) - (biased << 52) + ((uint64_t)1024 << 52)));
     double s = (m - 1) / (m + 1);
     double y = (2 * s + artanh_rest(s) + k * 0x1.cf79abc9e3b3ap-40) + k * 0x1.62e42fefap-1;
     y = x > 0 ? y : x == 0 ? -INFINITY : NAN;
@@ -98,14 +84,14 @@ INLINE double log_(double x) {
 }
 
 INLINE double log1p_(double x) {
-    double s = clamp(x, -0.25, 0.25), far = log_(1 + x);
+    double s = clamp(x, -0.25, 0.25), elsewhere = log_(1 + x);
     s = s / (2 + s);
-    double near = 2 * s + artanh_rest(s);
-    return fabs(x) < 0.25 ? near : far;
+    double near_zero = 2 * s + artanh_rest(s);
+    return fabs(x) < 0.25 ? near_zero : elsewhere;
 }
 
-/* sin (or cos) of r + k pi / 2, |r| <= 0.79, k whole. */
-INLINE double turned(double r, double k, int64_t quarter) {
+/* sin (quarter 0) or cos (quarter 1) of r + k pi / 2, where |r| <= 0.79 and k is an integer. */
+INLINE double sin_reduced(double r, double k, int64_t quarter) {
     double r2 = r * r, s = 1 / 355687428096000.0, c = -1 / 6402373705728000.0;
     s = s * r2 - 1 / 1307674368000.0;
     s = s * r2 + 1 / 6227020800.0;
@@ -131,23 +117,23 @@ INLINE double turned(double r, double k, int64_t quarter) {
 
 #define SIN_MAX 0x1p19
 
-INLINE double turned_by(double x, int64_t quarter) {
+INLINE double sin_of_quarter(double x, int64_t quarter) {
     double k = rint(clamp(x, -SIN_MAX, SIN_MAX) * (1 / 0x1.921fb544p+0));
     double r = ((x - k * 0x1.921fb544p+0) - k * 0x1.0b4611a6p-34) - k * 0x1.3198a2e037073p-69;
-    return turned(fabs(x) <= SIN_MAX ? r : x * 0, k, quarter);
+    return sin_reduced(fabs(x) <= SIN_MAX ? r : x * 0, k, quarter);
 }
 
-INLINE double sin_(double x) { return turned_by(x, 0); }
-INLINE double cos_(double x) { return turned_by(x, 1); }
+INLINE double sin_(double x) { return sin_of_quarter(x, 0); }
+INLINE double cos_(double x) { return sin_of_quarter(x, 1); }
 
-/* For |x| < 2^50: beyond that last_bits fails. */
-INLINE double turned_by_pi(double x, int64_t quarter) {
+/* For |x| < 2^50, which last_bits needs. */
+INLINE double sinpi_of_quarter(double x, int64_t quarter) {
     double k = rint(2 * x);
-    return turned((x - k * 0.5) * 3.141592653589793, k, quarter);
+    return sin_reduced((x - k * 0.5) * 3.141592653589793, k, quarter);
 }
 
-INLINE double sinpi_(double x) { return turned_by_pi(x, 0); }
-INLINE double cospi_(double x) { return turned_by_pi(x, 1); }
+INLINE double sinpi_(double x) { return sinpi_of_quarter(x, 0); }
+INLINE double cospi_(double x) { return sinpi_of_quarter(x, 1); }
 
 INLINE double erfc_(double x) {
     double t = fabs(x) > 26.4 ? 26.4 : fabs(x);
@@ -180,7 +166,7 @@ INLINE double erfc_(double x) {
     return x < 0 ? 2 - y : y;
 }
 
-/* 2 / sqrt(pi) (-1)^n / (n! (2 n + 1)), as Python rounds it step by step */
+/* 2 / sqrt(pi) (-1)^n / (n! (2 n + 1)), rounded at each step as in Python. */
 #define ERF_15 -0x1.f56f071a885cep-46
 #define ERF_14 0x1.f683ae4a97007p-42
 #define ERF_13 -0x1.d8453cb0c46eap-38
@@ -199,7 +185,7 @@ INLINE double erfc_(double x) {
 #define ERF_0 0x1.20dd750429b6dp+0
 
 INLINE double erf_(double x) {
-    double s = clamp(x, -0.5, 0.5), s2 = s * s, far = 1 - erfc_(fabs(x)), y = ERF_15;
+    double s = clamp(x, -0.5, 0.5), s2 = s * s, elsewhere = 1 - erfc_(fabs(x)), y = ERF_15;
     y = y * s2 + ERF_14;
     y = y * s2 + ERF_13;
     y = y * s2 + ERF_12;
@@ -215,7 +201,7 @@ INLINE double erf_(double x) {
     y = y * s2 + ERF_2;
     y = y * s2 + ERF_1;
     y = y * s2 + ERF_0;
-    return fabs(x) < 0.5 ? s * y : x < 0 ? -far : far;
+    return fabs(x) < 0.5 ? s * y : x < 0 ? -elsewhere : elsewhere;
 }
 
 #endif

@@ -1,11 +1,11 @@
-/* fingerprint.py has the definition. It computes no result: it tells whether two tensors have the same bits. */
+/* Fingerprints of tensors, as tracing/fingerprint.py defines them: equal tensors have equal fingerprints. */
 
 #include "common.h"
 
-#define WORDS 1024 /* of a block, and of the key */
+#define WORDS 1024 /* of a block and of the key */
 #define HALF (WORDS / 2)
 
-/* Every NaN is the positive quiet one with an empty payload, as in digest.py. */
+/* Replace every NaN by the positive quiet NaN with an empty payload, as in digest.py. */
 static inline uint32_t canonical(uint32_t word) {
     float x;
     memcpy(&x, &word, sizeof x);
@@ -16,8 +16,7 @@ typedef struct {
     uint64_t hash, sum;
 } pairs;
 
-VECTORISED
-static pairs block(const uint32_t *words, const uint32_t *key, int floats, int summed) {
+VECTORISED static pairs block(const uint32_t *words, const uint32_t *key, int floats, int summed) {
     pairs p = {0, 0};
     for (int j = 0; j < HALF; j++) {
         uint32_t a = words[j], b = words[j + HALF];
@@ -28,13 +27,13 @@ static pairs block(const uint32_t *words, const uint32_t *key, int floats, int s
     return p;
 }
 
-/* A tensor's memory; floats: whether it holds float32. */
+/* The memory of a tensor; floats: whether it holds float32. */
 typedef struct {
     const char *data;
     integer bytes, floats;
 } piece;
 
-/* result[2 i] and result[2 i + 1]: fingerprint of pieces[i] and sum of its words, 0 from i = summed on. */
+/* Store the fingerprint of pieces[i] in result[2 i] and the sum of its words in result[2 i + 1], 0 from i = summed on. */
 void reproml_fingerprint(integer count, integer summed, const piece *pieces, const uint32_t *key, uint64_t multiplier,
                          uint64_t *result) {
     for (integer i = 0; i < count; i++) {

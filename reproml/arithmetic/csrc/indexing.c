@@ -1,6 +1,6 @@
-/* Sums of what is put in the same place: gradients of embeddings and of max pooling, scatter_add
-   (indexing.py). The errors of all additions are kept: of few numbers the sum is mostly exact in binary64,
-   and so often a tie of binary32 that a test which has to leave room would fail. */
+/* Sums of the numbers that have the same index: scatter_add and the gradients of embeddings and max pooling
+   (operators/indexing.py). The errors of all additions are kept: the sum of few numbers is mostly exact in binary64, and
+   so often a midpoint of two binary32 numbers that a test which has to leave room would fail. */
 
 #include "compensated.h"
 #include "lanes.h"
@@ -13,122 +13,115 @@ typedef struct {
     const integer *index;
     const float *values, *start;
     float *out;
-    int refused, overlap;
+    int failed, overlap;
 } scatter;
 
-static void set(int *flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
-
-/* s + t + what t's own roundings lose: at most n U size */
+/* Sums side by side, each as in compensated.h: s + t, with an error of at most n U size. */
 typedef struct {
     double *s, *t, *size;
-} many;
+} sum_array;
 
-INLINE void add_to(many sum, integer i, double x) {
+INLINE void add_to(sum_array sum, integer i, double x) {
     double error;
     two_sum(sum.s[i], x, sum.s + i, &error);
     sum.t[i] += error;
     sum.size[i] += fabs(error);
 }
 
-INLINE void begin(many sum, const float *start, integer n) {
+INLINE void begin(sum_array sum, const float *start, integer n) {
     for (integer i = 0; i < n; i++) {
         sum.s[i] = start ? start[i] + 0.0 : 0; /* an exact zero is +0 */
         sum.t[i] = sum.size[i] = 0;
     }
 }
 
-INLINE int round_all(many sum, integer n, double terms, float *restrict out) {
-    int sure = 1;
+/* Returns nonzero if the test failed for one of the sums. */
+INLINE int32_t round_sums(sum_array sum, integer n, double terms, float *restrict out) {
+    int32_t failed = 0;
     for (integer i = 0; i < n; i++) out[i] = (float)sum.s[i];
     for (integer i = 0; i < n; i++)
-        if (sum.size[i] != 0 && fabs(sum.s[i]) <= DBL_MAX) {
-            pair p = normal_pair(sum.s[i], sum.t[i], sum.size[i] * (terms + 2) * U * SLACK);
-            sure &= settle_pair(p.s, p.t, p.e, out + i);
-        }
-    return sure;
+        if (sum.size[i] != 0 && fabs(sum.s[i]) <= DBL_MAX)
+            failed |= round_pair(make_pair(sum.s[i], sum.t[i], sum.size[i] * (terms + 2) * U * SLACK), out + i);
+    return failed;
 }
 
-/* Put each value in its place, as long as nothing is there yet. Returns 0 if something was. */
-static int put(const scatter *k, const integer *index, const float *values, float *out) {
-    memset(out, 0, (size_t)k->rows * sizeof(float));
-    for (integer i = 0; i < k->sources; i++) {
+/* Store each value at its index. Returns 0 if a nonzero number is stored there already or an index is out of
+   range. */
+static int store_distinct(const scatter *ctx, const integer *index, const float *values, float *out) {
+    memset(out, 0, (size_t)ctx->rows * sizeof(float));
+    for (integer i = 0; i < ctx->sources; i++) {
         integer at = index[i];
-        if (at < 0 || at >= k->rows || out[at] != 0) return 0;
+        if (at < 0 || at >= ctx->rows || out[at] != 0) return 0;
         out[at] = values[i] + 0.0f;
     }
     return 1;
 }
 
-/* Rows of one number: all sums at once. */
-VECTORISED
-static void add_numbers(integer plane, void *data) {
-    scatter *k = data;
-    const integer *index = k->index + plane * k->sources;
-    const float *values = k->values + plane * k->sources;
-    float *out = k->out + plane * k->rows;
-    if (!k->start && k->padding == NONE && !k->overlap) {
-        if (put(k, index, values, out)) return;
-        set(&k->overlap);
+/* Rows of one number: all sums side by side. */
+VECTORISED static void add_numbers(integer plane, void *data) {
+    scatter *ctx = data;
+    const integer *index = ctx->index + plane * ctx->sources;
+    const float *values = ctx->values + plane * ctx->sources;
+    float *out = ctx->out + plane * ctx->rows;
+    if (!ctx->start && ctx->padding == NONE && !ctx->overlap) {
+        if (store_distinct(ctx, index, values, out)) return;
+        set_flag(&ctx->overlap);
     }
-    double *memory = reproml_scratch((size_t)(3 * k->rows) * sizeof(double));
-    many sum = {memory, memory + k->rows, memory + 2 * k->rows};
-    int sure = memory != 0;
-    if (sure) begin(sum, k->start, k->rows);
-    for (integer i = 0; sure && i < k->sources; i++) {
+    double *memory = reproml_scratch((size_t)(3 * ctx->rows) * sizeof(double));
+    sum_array sum = {memory, memory + ctx->rows, memory + 2 * ctx->rows};
+    int valid = memory != 0;
+    if (valid) begin(sum, ctx->start, ctx->rows);
+    for (integer i = 0; valid && i < ctx->sources; i++) {
         integer at = index[i];
-        sure = at >= 0 && at < k->rows;
-        if (sure && at != k->padding) add_to(sum, at, values[i]);
+        valid = at >= 0 && at < ctx->rows;
+        if (valid && at != ctx->padding) add_to(sum, at, values[i]);
     }
-    if (!sure || !round_all(sum, k->rows, (double)k->sources, out)) set(&k->refused);
+    if (!valid || round_sums(sum, ctx->rows, (double)ctx->sources, out)) set_flag(&ctx->failed);
 }
 
-/* first[row] and next[source]: the sources of a row, in a chain. Returns 0 if an index is not a row. */
-static int chain(const scatter *k, int32_t *first, int32_t *next) {
-    for (integer row = 0; row < k->rows; row++) first[row] = NONE;
-    for (integer i = 0; i < k->sources; i++) {
-        integer row = k->index[i];
-        if (row < 0 || row >= k->rows) return 0;
-        if (row == k->padding) continue;
+/* Chain the sources of each row: first[row], then next[source]. Returns 0 if an index is out of range. */
+static int chain_sources(const scatter *ctx, int32_t *first, int32_t *next) {
+    for (integer row = 0; row < ctx->rows; row++) first[row] = NONE;
+    for (integer i = 0; i < ctx->sources; i++) {
+        integer row = ctx->index[i];
+        if (row < 0 || row >= ctx->rows) return 0;
+        if (row == ctx->padding) continue;
         next[i] = first[row];
         first[row] = (int32_t)i;
     }
     return 1;
 }
 
-VECTORISED
-static int add_rows(const scatter *k, const int32_t *first, const int32_t *next) {
+VECTORISED static int32_t add_rows(const scatter *ctx, const int32_t *first, const int32_t *next) {
     double memory[3][WIDTH];
-    many sum = {memory[0], memory[1], memory[2]};
-    int sure = 1;
-    for (integer row = 0; row < k->rows; row++)
-        for (integer at = 0; at < k->width; at += WIDTH) {
-            integer n = k->width - at < WIDTH ? k->width - at : WIDTH, to = row * k->width + at;
-            if (first[row] == NONE && !k->start) {
-                memset(k->out + to, 0, (size_t)n * sizeof(float));
+    sum_array sum = {memory[0], memory[1], memory[2]};
+    int32_t failed = 0;
+    for (integer row = 0; row < ctx->rows; row++)
+        for (integer at = 0; at < ctx->width; at += WIDTH) {
+            integer n = ctx->width - at < WIDTH ? ctx->width - at : WIDTH, to = row * ctx->width + at;
+            if (first[row] == NONE && !ctx->start) {
+                memset(ctx->out + to, 0, (size_t)n * sizeof(float));
                 continue;
             }
-            begin(sum, k->start ? k->start + to : 0, n);
+            begin(sum, ctx->start ? ctx->start + to : 0, n);
             for (int32_t source = first[row]; source != NONE; source = next[source])
-                for (integer i = 0; i < n; i++) add_to(sum, i, k->values[source * k->width + at + i]);
-            sure &= round_all(sum, n, (double)k->sources, k->out + to);
+                for (integer i = 0; i < n; i++) add_to(sum, i, ctx->values[source * ctx->width + at + i]);
+            failed |= round_sums(sum, n, (double)ctx->sources, ctx->out + to);
         }
-    return sure;
+    return failed;
 }
 
-/* Of each plane: out [rows, width] = start + the sum of the rows of values [sources, width] that have its
-   index; none for the row `padding`. start: null for zeros. More planes than one only of width 1.
-   Returns 0 if all is done. */
+/* For each plane, out [rows, width] = start + the sum of the rows of values [sources, width] with the same index, except
+   for the row `padding`. start: null for zeros. `planes` may exceed 1 only if `width` is 1. Returns 0 if all sums were
+   rounded. */
 integer reproml_scatter(integer planes, integer sources, integer width, integer rows, const integer *index,
                         const float *values, const float *start, integer padding, float *out) {
-    scatter k = {sources, width, rows, padding, index, values, start, out, 0, 0};
+    scatter ctx = {sources, width, rows, padding, index, values, start, out, 0, 0};
     if (width == 1) {
-        if (planes > 1 && planes * (sources + rows) > 4096)
-            reproml_parallel(add_numbers, &k, planes);
-        else
-            for (integer plane = 0; plane < planes; plane++) add_numbers(plane, &k);
-        return k.refused;
+        run_tasks(add_numbers, &ctx, planes, planes > 1 && planes * (sources + rows) > 4096);
+        return ctx.failed;
     }
     if (planes != 1 || sources >= INT32_MAX || rows >= INT32_MAX) return 1;
     int32_t *first = reproml_scratch((size_t)(rows + sources) * sizeof(int32_t)), *next = first + rows;
-    return !(first && chain(&k, first, next) && add_rows(&k, first, next));
+    return !first || !chain_sources(&ctx, first, next) || add_rows(&ctx, first, next);
 }

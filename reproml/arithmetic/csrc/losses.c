@@ -1,11 +1,11 @@
-/* The negative log-likelihood: activations.nll_loss has the definition. Each function returns 0, and the plain
-   path does it, where the rounding test fails or a target is no class. */
+/* The negative log-likelihood (operators/losses.py). Each function returns 0 if the rounding test fails or a target is not
+   a class; the caller then takes the reference path. */
 
-#include "ball.h"
 #include "compensated.h"
 
-/* loss: -sum w x[target] / sum w (mean) or -sum w x[target]. weight_sum: sum w. x: [rows][classes]; weight:
-   null or one a class. A product of two binary32 numbers is exact. A mean of a few numbers is often a tie, hence pairs. */
+/* loss: -sum w x[target] / sum w (mean) or -sum w x[target]. weight_sum: sum w. x: [rows][classes]; weight: null or one
+   number for each class. A product of two binary32 numbers is exact. The mean of a few numbers is often a midpoint of two
+   binary32 numbers, hence the sums with their errors. */
 int reproml_nll(const float *x, const integer *target, const float *weight, integer rows, integer classes,
                 integer ignored, int mean, float *loss, float *weight_sum) {
     compensated products = {0, 0, 0}, weights = {0, 0, 0};
@@ -16,19 +16,19 @@ int reproml_nll(const float *x, const integer *target, const float *weight, inte
         add_exact(&products, w * x[i * classes + target[i]]);
         add_exact(&weights, w);
     }
-    pair s = pair_of(&products, rows), w = pair_of(&weights, rows);
-    if (!settle_pair(w.s, w.t, w.e, weight_sum)) return 0;
+    pair s = compensated_pair(&products, rows), w = compensated_pair(&weights, rows);
+    if (round_pair(w, weight_sum)) return 0;
     if (mean) {
-        if (!(fabs(w.s) > fabs(w.t) + w.e)) return 0;
-        s = quotient(s, w);
-        return settle_pair(-s.s, -s.t, s.e, loss);
+        if (!(fabs(w.s) > fabs(w.t) + w.rad)) return 0;
+        s = pair_over_pair(s, w);
+        return !round_pair((pair){-s.s, -s.t, s.rad}, loss);
     }
-    int sure = settle_pair(s.s, s.t, s.e, loss);
+    int failed = round_pair(s, loss) != 0;
     *loss = -*loss;
-    return sure;
+    return !failed;
 }
 
-/* out[i][target[i]] = -g w / total (mean) or -g w, 0 elsewhere. g: one number or (each) one a row. */
+/* out[i][target[i]] = -g w / divisor (mean) or -g w, 0 elsewhere. g: one number, or (each) one for each row. */
 int reproml_nll_backward(const float *g, int each, const integer *target, const float *weight, integer rows,
                          integer classes, integer ignored, int mean, float divisor, float *out) {
     memset(out, 0, (size_t)(rows * classes) * sizeof *out);
@@ -37,7 +37,7 @@ int reproml_nll_backward(const float *g, int each, const integer *target, const 
         if (target[i] < 0 || target[i] >= classes) return 0;
         double product = (double)g[each ? i : 0] * (weight ? weight[target[i]] : 1.0f);
         float *to = &out[i * classes + target[i]];
-        if (!settled(mean ? -(product / divisor) : -product, mean ? 2 * U : 0, 0, to)) return 0;
+        if (round_ball(mean ? -(product / divisor) : -product, mean ? 2 * U : 0, 0, to)) return 0;
     }
     return 1;
 }

@@ -1,16 +1,17 @@
-/* Batch, group and layer normalisation: normalization.py has the definitions. A group of numbers that are
-   normalised together is some runs of contiguous ones. */
+/* Batch, group and layer normalisation (operators/normalization.py). A group, which is normalised with one mean and one
+   variance, consists of runs of contiguous numbers. */
 
 #include "compensated.h"
 #include "lanes.h"
 
-#define BLOCK 512 /* elements whose tests are looked at together */
+#define SERIAL 4096 /* elements that are not worth a second thread */
+#define BLOCK 512   /* elements whose tests are evaluated together */
 
 typedef struct {
     integer groups, runs, length; /* each group has `runs` runs of `length` */
     integer group_stride, run_stride;
     integer weight_period, weight_group, weight_run; /* of run r of group j: (j % period) * group + r * run */
-    integer along;                                   /* instead, one weight for each element of a run */
+    integer along;                                   /* otherwise one weight for each element of a run */
 } layout;
 
 typedef struct {
@@ -18,32 +19,24 @@ typedef struct {
     const float *x, *g, *w, *b;
     float *mean, *rstd, *out; /* mean and rstd of each group */
     double eps;
-    float *var;                             /* rounded unbiased variances, or null */
-    int given;                              /* mean and rstd are not those of x */
-    integer block;                          /* groups for a thread at a time */
+    float *var;                                     /* rounded unbiased variances, or null */
+    int given;                                      /* mean and rstd are given, not those of x */
+    integer block;                                  /* groups for a thread at a time */
     float *sum, *deviation, *weight_sum, *bias_sum; /* backward's sums over each group */
-    int unsure;                               /* some sum or statistic */
-    failures failed;                        /* elements of `out` */
+    int failed_sum;                                 /* the test failed for a sum or a statistic */
+    failure_list failed;                            /* elements of `out` */
 } normal;
 
-static void give_up(normal *k) { __atomic_store_n(&k->unsure, 1, __ATOMIC_RELAXED); }
-
-/* Round c, known within e = -minus_e. Returns 0 if that is sure. With these signs -0 stays -0 where e is 0. */
-INLINE int32_t apart(double c, double minus_e, float *result) {
-    float low = (float)(minus_e + c), high = -(float)(minus_e - c);
-    *result = high;
-    return bits(low) ^ bits(high);
-}
-
-static inline int settled(double c, double e, float *result) {
-    return !apart(c, -e, result) && fabs(c) <= DBL_MAX;
-}
-
-static runs runs_of(const normal *k, integer group) {
-    const layout *at = &k->at;
+static runs runs_of(const normal *ctx, integer group) {
+    const layout *at = &ctx->at;
     integer first = group * at->group_stride;
-    runs r = {.x = k->x + first, .y = k->g ? k->g + first : 0, .w = at->along ? k->w : 0,
-              .x_stride = at->run_stride, .y_stride = at->run_stride, .runs = at->runs, .length = at->length};
+    runs r = {.x = ctx->x + first,
+              .y = ctx->g ? ctx->g + first : 0,
+              .w = at->along ? ctx->w : 0,
+              .x_stride = at->run_stride,
+              .y_stride = at->run_stride,
+              .runs = at->runs,
+              .length = at->length};
     if (at->run_stride == at->length) {
         r.length *= r.runs;
         r.runs = 1;
@@ -51,373 +44,387 @@ static runs runs_of(const normal *k, integer group) {
     return r;
 }
 
-static void run_tasks(void (*work)(integer, void *), void *data, integer tasks, integer elements) {
-    if (elements > 4096)
-        reproml_parallel(work, data, tasks);
-    else
-        for (integer task = 0; task < tasks; task++) work(task, data);
-}
-
-static void run_blocks(void (*work)(integer, void *), normal *k) {
-    integer each = k->at.runs * k->at.length;
-    k->block = each < 1024 ? 16 : 1;
-    run_tasks(work, k, (k->at.groups + k->block - 1) / k->block, k->at.groups * each);
+static void run_blocks(void (*work)(integer, void *), normal *ctx) {
+    integer each = ctx->at.runs * ctx->at.length;
+    ctx->block = each < 1024 ? 16 : 1;
+    run_tasks(work, ctx, (ctx->at.groups + ctx->block - 1) / ctx->block, ctx->at.groups * each > SERIAL);
 }
 
 /* ---- statistics ---- */
 
-/* 1 / sqrt(v) for v within e, v > 0: half the relative error, and three roundings. */
-static int round_inverse_root(double v, double e, float *result) {
-    double r = 1 / sqrt(v), relative = e * r * r;
-    return relative < 0.1 && settled(r, r * (0.6 * relative + 4 * U), result);
+/* Fails also if the number is not finite. */
+static inline int32_t round_statistic(double mid, double rad, float *result) {
+    return (round_signed_sum(mid, -rad, result) != 0) | !(fabs(mid) <= DBL_MAX);
+}
+
+/* 1 / sqrt of a number within `rad` of v > 0: half its relative error and two roundings. */
+static int32_t round_inverse_root(double v, double rad, float *result) {
+    double r = 1 / sqrt(v), relative = rad * r * r;
+    return !(relative < 0.1) || round_statistic(r, r * (0.6 * relative + 4 * U), result);
 }
 
 /* The same by a step of Newton's method, y + y (1 - v y^2) / 2, whose own error is 3/8 (1 - v y^2)^2. */
-static int settle_inverse_root(pair v, float *result) {
+static int32_t round_inverse_root_of_pair(pair v, float *result) {
     double y = 1 / sqrt(v.s), square = y * y, low = fma(y, y, -square);
     double product = v.s * square, rest = fma(v.s, square, -product);
-    double left = ((1 - product) - rest) - (v.s * low + v.t * square), relative = v.e / v.s;
-    if (!(v.s > 0 && relative < 0.1)) return 0;
-    return settle_pair(y, y * left / 2, y * (0.6 * relative + 100 * U * U), result);
+    double left = ((1 - product) - rest) - (v.s * low + v.t * square), relative = v.rad / v.s;
+    if (!(v.s > 0 && relative < 0.1)) return 1;
+    pair root = {y, y * left / 2, y * (0.6 * relative + 100 * U * U)};
+    return round_pair(root, result);
 }
 
-/* mean, 1 / sqrt(variance + eps) and the unbiased variance with all errors kept. With d = x - mu for any
-   mu, sum (x - mean)^2 = sum d^2 - n (mean - mu)^2. */
-static int settle_statistics(const runs *k, integer n, double eps, float *mean, float *rstd, float *var) {
+/* mean, 1 / sqrt(variance + eps) and the unbiased variance from sums with their errors. For any mu and d = x - mu,
+   sum (x - mean)^2 = sum d^2 - n (mean - mu)^2. */
+static int32_t round_statistics_with_errors(const runs *ctx, integer n, double eps, float *mean, float *rstd,
+                                            float *var) {
     compensated sum = {0, 0, 0}, squares = {0, 0, 0};
-    for (integer run = 0; run < k->runs; run++)
-        for (integer i = 0; i < k->length; i++) add_exact(&sum, k->x[run * k->x_stride + i]);
-    pair m = divided(pair_of(&sum, n), (double)n);
-    for (integer run = 0; run < k->runs; run++)
-        for (integer i = 0; i < k->length; i++) {
+    for (integer run = 0; run < ctx->runs; run++)
+        for (integer i = 0; i < ctx->length; i++) add_exact(&sum, ctx->x[run * ctx->x_stride + i]);
+    pair m = pair_over(compensated_pair(&sum, n), (double)n);
+    for (integer run = 0; run < ctx->runs; run++)
+        for (integer i = 0; i < ctx->length; i++) {
             double d, low;
-            two_sum(k->x[run * k->x_stride + i], -m.s, &d, &low);
+            two_sum(ctx->x[run * ctx->x_stride + i], -m.s, &d, &low);
             low -= m.t;
             add_product(&squares, d, d);
             add_small(&squares, 2 * d * low);
             add_small(&squares, low * low);
         }
-    pair s = pair_of(&squares, n), v;
-    s.e += (double)n * m.e * m.e * SLACK;
-    v = divided(s, (double)n);
+    pair s = compensated_pair(&squares, n), v;
+    s.rad += (double)n * m.rad * m.rad * SLACK;
+    v = pair_over(s, (double)n);
     double high, low;
     two_sum(v.s, eps, &high, &low);
-    v = normal_pair(high, low + v.t, v.e + 2 * U * (fabs(low) + fabs(v.t)));
-    s = divided(s, (double)(n - 1));
-    return settle_pair(m.s, m.t, m.e, mean) && settle_inverse_root(v, rstd) &&
-           (!var || settle_pair(s.s, s.t, s.e, var));
+    v = make_pair(high, low + v.t, v.rad + 2 * U * (fabs(low) + fabs(v.t)));
+    s = pair_over(s, (double)(n - 1));
+    return round_pair(m, mean) || round_inverse_root_of_pair(v, rstd) || (var && round_pair(s, var));
 }
 
-/* Mean and variance in two passes. The second takes d = x - mu, mu within `off` of the mean, three roundings
-   for each square: the sum of squares errs by (height + 3) U of itself and by n off^2. Multiplying by 1 / n
-   costs two roundings, and a test two. */
-INLINE int statistics(const runs *of, integer n, double eps, float *mean, float *rstd, float *var) {
-    runs k = *of;
+/* Mean and variance in two passes. The second one sums (x - mu)^2 with mu within `off` of the mean and three roundings
+   for each square: the sum of squares errs by (height + 3) U of itself and by n off^2. Multiplying by 1 / n adds two
+   roundings. Returns nonzero if a test fails. */
+INLINE int32_t round_statistics(const runs *of, integer n, double eps, float *mean, float *rstd, float *var) {
+    runs ctx = *of;
     double total[2], squares, part = 1 / (double)n;
-    double height = (double)sum_runs(NUMBERS, &k, total);
-    if (!(total[1] <= DBL_MAX)) return 0;
-    k.m = total[0] * part;
+    double height = (double)sum_runs(NUMBERS, &ctx, total);
+    if (!(total[1] <= DBL_MAX)) return 1;
+    ctx.m = total[0] * part;
     double off = (height + 5) * U * SLACK * total[1] * part;
-    int sure = settled(k.m, off, mean);
-    height = (double)sum_runs(SQUARES, &k, &squares);
-    double e = (height + 6) * U * SLACK * squares + (double)n * off * off * SLACK;
+    int32_t failed = round_statistic(ctx.m, off, mean);
+    height = (double)sum_runs(SQUARES, &ctx, &squares);
+    double rad = (height + 6) * U * SLACK * squares + (double)n * off * off * SLACK;
     double v = squares * part + eps;
-    sure &= round_inverse_root(v, e * part + 4 * U * v, rstd);
+    failed |= round_inverse_root(v, rad * part + 4 * U * v, rstd);
     if (var) {
         v = squares / (double)(n - 1);
-        sure &= settled(v, e / (double)(n - 1) + 2 * U * v, var);
+        failed |= round_statistic(v, rad / (double)(n - 1) + 2 * U * v, var);
     }
-    return sure || settle_statistics(of, n, eps, mean, rstd, var);
+    return failed && round_statistics_with_errors(of, n, eps, mean, rstd, var);
 }
 
 /* ---- forward ---- */
 
-/* out = (x - m) r w + b: the product errs by 2 U of itself (r w is exact), the sum by U, the test by 2 U.
-   Returns whether some element is not sure. */
+/* out = (x - m) r w + b: the product errs by 2 U of itself (r w is exact), the sum by U. Returns nonzero if the test
+   fails for an element. */
 INLINE int32_t normalize_block(const int along, const float *x, integer n, double m, double r, const float *w,
                                const float *b, float *restrict out) {
     double scale = along ? r : r * (w ? *w : 1), shift = along || !b ? 0 : *b;
-    int32_t differ = 0;
+    int32_t failed = 0;
     for (integer i = 0; i < n; i++) {
         double product = (x[i] - m) * (along ? scale * w[i] : scale), term = along ? b[i] : shift;
-        differ |= apart(product + term, fabs(product) * (-6 * U) + fabs(term) * (-4 * U), out + i);
+        failed |= round_signed_sum(product + term, fabs(product) * (-6 * U) + fabs(term) * (-4 * U), out + i);
     }
-    return differ;
+    return failed;
 }
 
-INLINE void normalize_run(normal *k, integer at, integer group, const float *w, const float *b) {
-    const int along = k->at.along != 0;
-    double m = k->mean[group], r = k->rstd[group];
-    for (integer i = 0; i < k->at.length; i += BLOCK) {
-        integer n = k->at.length - i < BLOCK ? k->at.length - i : BLOCK;
-        const float *x = k->x + at + i, *wi = along ? w + i : w, *bi = along ? b + i : b;
-        float *out = k->out + at + i;
+INLINE void normalize_run(normal *ctx, integer at, integer group, const float *w, const float *b) {
+    const int along = ctx->at.along != 0;
+    double m = ctx->mean[group], r = ctx->rstd[group];
+    for (integer i = 0; i < ctx->at.length; i += BLOCK) {
+        integer n = ctx->at.length - i < BLOCK ? ctx->at.length - i : BLOCK;
+        const float *x = ctx->x + at + i, *wi = along ? w + i : w, *bi = along ? b + i : b;
+        float *out = ctx->out + at + i;
         if (!(along ? normalize_block(1, x, n, m, r, wi, bi, out) : normalize_block(0, x, n, m, r, wi, bi, out)))
             continue;
         for (integer j = 0; j < n; j++) {
             const float *wj = along ? wi + j : wi, *bj = along ? bi + j : bi;
-            double product = (x[j] - m) * (r * (wj ? *wj : 1)), term = bj ? *bj : 0, c = product + term;
-            if (!(fabs(c) <= DBL_MAX))
-                out[j] = (float)c; /* a limit: nothing to round */
-            else if (!settled(c, fabs(product) * (6 * U) + fabs(term) * (4 * U), out + j))
-                reproml_fail(&k->failed, at + i + j);
+            double product = (x[j] - m) * (r * (wj ? *wj : 1)), term = bj ? *bj : 0, mid = product + term;
+            if (!(fabs(mid) <= DBL_MAX))
+                out[j] = (float)mid; /* infinite or NaN: nothing to round */
+            else if (round_signed_sum(mid, -(fabs(product) * (6 * U) + fabs(term) * (4 * U)), out + j))
+                add_failure(&ctx->failed, at + i + j);
         }
     }
 }
 
-INLINE void normalize_run_of(normal *k, integer group, integer run) {
-    const layout *at = &k->at;
+INLINE void normalize_run_of(normal *ctx, integer group, integer run) {
+    const layout *at = &ctx->at;
     integer weight = at->along ? 0 : group % at->weight_period * at->weight_group + run * at->weight_run;
-    normalize_run(k, group * at->group_stride + run * at->run_stride, group, k->w ? k->w + weight : 0,
-                  k->b ? k->b + weight : 0);
+    normalize_run(ctx, group * at->group_stride + run * at->run_stride, group, ctx->w ? ctx->w + weight : 0,
+                  ctx->b ? ctx->b + weight : 0);
 }
 
-/* Some groups with their own statistics. These come first: so the next group's need not wait for one's roots. */
-VECTORISED
-static void normalize_groups(integer task, void *data) {
-    normal *k = data;
-    integer first = task * k->block, last = first + k->block < k->at.groups ? first + k->block : k->at.groups;
+/* Some groups with their own statistics. All statistics come first, so that those of a group need not wait for the roots
+   of the group before. */
+VECTORISED static void normalize_groups(integer task, void *data) {
+    normal *ctx = data;
+    integer first = task * ctx->block, last = first + ctx->block < ctx->at.groups ? first + ctx->block : ctx->at.groups;
     for (integer group = first; group < last; group++) {
-        runs r = runs_of(k, group);
-        if (!statistics(&r, k->at.runs * k->at.length, k->eps, k->mean + group, k->rstd + group,
-                        k->var ? k->var + group : 0)) {
-            give_up(k);
+        runs r = runs_of(ctx, group);
+        if (round_statistics(&r, ctx->at.runs * ctx->at.length, ctx->eps, ctx->mean + group, ctx->rstd + group,
+                             ctx->var ? ctx->var + group : 0)) {
+            set_flag(&ctx->failed_sum);
             return;
         }
     }
     for (integer group = first; group < last; group++)
-        for (integer run = 0; run < k->at.runs; run++) normalize_run_of(k, group, run);
+        for (integer run = 0; run < ctx->at.runs; run++) normalize_run_of(ctx, group, run);
 }
 
-/* One run of each group, of given statistics: in the order of the memory. */
-VECTORISED
-static void normalize_across(integer run, void *data) {
-    normal *k = data;
-    for (integer group = 0; group < k->at.groups; group++) normalize_run_of(k, group, run);
+/* One run of each group with given statistics, in the order of memory. */
+VECTORISED static void normalize_across(integer run, void *data) {
+    normal *ctx = data;
+    for (integer group = 0; group < ctx->at.groups; group++) normalize_run_of(ctx, group, run);
 }
 
-/* (1 - momentum) old + momentum new, where 1 - momentum is exact in binary64. */
-static int follow(double momentum, double old, double new, float *result) {
+/* (1 - momentum) old + momentum new. Returns nonzero if the test fails or 1 - momentum is not exact in binary64. */
+static int32_t update_running_stat(double momentum, double old, double new, float *result) {
     double keep = 1 - momentum, a = keep * old, b = momentum * new;
-    if (1 - keep != momentum) return 0;
-    if (settled(a + b, 5 * U * (fabs(a) + fabs(b)), result)) return 1;
+    if (1 - keep != momentum) return 1;
+    if (!round_statistic(a + b, 5 * U * (fabs(a) + fabs(b)), result)) return 0;
     compensated sum = {0, 0, 0};
     add_product(&sum, keep, old);
     add_product(&sum, momentum, new);
-    pair p = pair_of(&sum, 2);
-    return settle_pair(p.s, p.t, p.e, result);
+    return round_pair(compensated_pair(&sum, 2), result);
 }
 
-static int follow_all(integer n, double momentum, float *running, const float *new, float *fresh) {
+static int32_t update_running_stats(integer n, double momentum, float *running, const float *new, float *fresh) {
     for (integer i = 0; i < n; i++)
-        if (!follow(momentum, running[i], new[i], fresh + i)) return 0;
-    return 1;
+        if (update_running_stat(momentum, running[i], new[i], fresh + i)) return 1;
+    return 0;
 }
 
-/* Writes out, and mean and rstd of each group. running_mean, running_var: null, or followed with `momentum`.
-   given_var: null; otherwise mean and this are used in place of x's own. w, b: null, or for each run; of
-   `along`, both for each element. Returns the number of elements that are to be settled; -1 if a statistic
-   is. Where it is -1 or more than `room`, nothing is followed. */
+/* Write out, and mean and rstd of each group. running_mean and running_var: null, or updated with `momentum`. given_var:
+   null; otherwise `mean` and this replace the statistics of x. w and b: null, or one number for each run; if `along`, both
+   one for each element of a run. Returns the number of elements for which the test failed, or -1 if it failed for a
+   statistic. If it is -1 or exceeds `capacity`, the running statistics are unchanged. */
 integer reproml_normalize(const integer *shape, const float *x, const float *w, const float *b, double eps,
-                          const float *given_var, float *running_mean, float *running_var, double momentum,
-                          float *mean, float *rstd, float *out, integer *failed, integer room) {
-    normal k = {.x = x, .w = w, .b = b, .mean = mean, .rstd = rstd, .out = out, .eps = eps,
-                .given = given_var != 0, .failed = {failed, room, 0}};
-    memcpy(&k.at, shape, sizeof k.at);
-    integer groups = k.at.groups;
+                          const float *given_var, float *running_mean, float *running_var, double momentum, float *mean,
+                          float *rstd, float *out, integer *failed, integer capacity) {
+    normal ctx = {.x = x,
+                  .w = w,
+                  .b = b,
+                  .mean = mean,
+                  .rstd = rstd,
+                  .out = out,
+                  .eps = eps,
+                  .given = given_var != 0,
+                  .failed = {failed, capacity, 0}};
+    memcpy(&ctx.at, shape, sizeof ctx.at);
+    integer groups = ctx.at.groups;
     float *fresh = 0;
     if (running_mean || running_var) {
         fresh = reproml_scratch((size_t)(3 * groups) * sizeof(float));
         if (!fresh) return -1;
     }
-    if (running_var) k.var = fresh;
+    if (running_var) ctx.var = fresh;
     for (integer j = 0; given_var && j < groups; j++) {
         double v = given_var[j] + eps;
-        if (!(v > 0 && v <= DBL_MAX) || !round_inverse_root(v, 2 * U * v, rstd + j)) return -1;
+        if (!(v > 0 && v <= DBL_MAX) || round_inverse_root(v, 2 * U * v, rstd + j)) return -1;
     }
     if (given_var)
-        run_tasks(normalize_across, &k, k.at.runs, groups * k.at.runs * k.at.length);
+        run_tasks(normalize_across, &ctx, ctx.at.runs, groups * ctx.at.runs * ctx.at.length > SERIAL);
     else
-        run_blocks(normalize_groups, &k);
-    if (k.unsure) return -1;
-    if (k.failed.count > room) return k.failed.count;
-    if (running_mean && !follow_all(groups, momentum, running_mean, mean, fresh + groups)) return -1;
-    if (running_var && !follow_all(groups, momentum, running_var, k.var, fresh + 2 * groups)) return -1;
+        run_blocks(normalize_groups, &ctx);
+    if (ctx.failed_sum) return -1;
+    if (ctx.failed.count > capacity) return ctx.failed.count;
+    if (running_mean && update_running_stats(groups, momentum, running_mean, mean, fresh + groups)) return -1;
+    if (running_var && update_running_stats(groups, momentum, running_var, ctx.var, fresh + 2 * groups)) return -1;
     if (running_mean) memcpy(running_mean, fresh + groups, (size_t)groups * sizeof(float));
     if (running_var) memcpy(running_var, fresh + 2 * groups, (size_t)groups * sizeof(float));
-    return k.failed.count;
+    return ctx.failed.count;
 }
 
 /* ---- backward ---- */
 
-/* Sums of q and q (x - m), each with the sum of absolute values after it; q is g w, but of a weight that is
-   the same for the whole group only g. A term errs by 2 U of itself. Returns the height of the tree. */
-INLINE integer moments(const normal *k, integer group, double *total) {
-    runs r = runs_of(k, group);
-    r.m = k->mean[group];
-    if (k->at.along) return sum_runs(WEIGHTED_MOMENTS, &r, total);
-    if (!k->at.weight_run || !k->w) return sum_runs(MOMENTS, &r, total);
-    const float *w = k->w + group % k->at.weight_period * k->at.weight_group;
+/* Sums of q and q (x - m), each followed by the sum of absolute values; q is g w, or g if the entire group has one weight.
+   A term errs by 2 U of itself. Returns the height of the tree. */
+INLINE integer moments(const normal *ctx, integer group, double *total) {
+    runs r = runs_of(ctx, group);
+    r.m = ctx->mean[group];
+    if (ctx->at.along) return sum_runs(WEIGHTED_MOMENTS, &r, total);
+    if (!ctx->at.weight_run || !ctx->w) return sum_runs(MOMENTS, &r, total);
+    const float *w = ctx->w + group % ctx->at.weight_period * ctx->at.weight_group;
     integer height = 0;
     r.runs = 1;
-    r.length = k->at.length;
+    r.length = ctx->at.length;
     for (int v = 0; v < 4; v++) total[v] = 0;
-    for (integer run = 0; run < k->at.runs; run++) {
+    for (integer run = 0; run < ctx->at.runs; run++) {
         double part[4], weight = w[run];
         integer h = sum_runs(MOMENTS, &r, part);
         for (int v = 0; v < 4; v++) total[v] += part[v] * (v & 1 ? fabs(weight) : weight);
         height = h > height ? h : height;
-        r.x += k->at.run_stride;
-        r.y += k->at.run_stride;
+        r.x += ctx->at.run_stride;
+        r.y += ctx->at.run_stride;
     }
-    return height + k->at.runs + 1;
+    return height + ctx->at.runs + 1;
 }
 
-static void moments_with_errors(const normal *k, integer group, pair *sum, pair *deviation) {
-    const layout *at = &k->at;
+static void moments_with_errors(const normal *ctx, integer group, pair *sum, pair *deviation) {
+    const layout *at = &ctx->at;
     compensated s = {0, 0, 0}, d = {0, 0, 0};
-    const float *w = k->w && (at->along || at->weight_run) ? k->w + group % at->weight_period * at->weight_group : 0;
+    const float *w =
+        ctx->w && (at->along || at->weight_run) ? ctx->w + group % at->weight_period * at->weight_group : 0;
     for (integer run = 0; run < at->runs; run++) {
         integer first = group * at->group_stride + run * at->run_stride;
         for (integer i = 0; i < at->length; i++) {
-            double q = k->g[first + i] * (w ? (double)w[at->along ? i : run] : 1);
+            double q = ctx->g[first + i] * (w ? (double)w[at->along ? i : run] : 1);
             add_exact(&s, q);
-            add_deviation(&d, q, k->x[first + i], k->mean[group]);
+            add_deviation(&d, q, ctx->x[first + i], ctx->mean[group]);
         }
     }
-    *sum = pair_of(&s, at->runs * at->length);
-    *deviation = pair_of(&d, at->runs * at->length);
+    *sum = compensated_pair(&s, at->runs * at->length);
+    *deviation = compensated_pair(&d, at->runs * at->length);
 }
 
-/* scale times a sum; scale is a product of two binary32 numbers, so exact. An exact zero is +0. */
-static int round_scaled(const double *sum, double height, double scale, float *result) {
-    double e = (height + 8) * U * SLACK * sum[1] * fabs(scale);
-    return !result || settled(sum[0] * scale + 0.0, e, result);
+/* scale times a sum; scale is a product of two binary32 numbers and thus exact. An exact zero is +0. */
+static int32_t round_scaled(const double *sum, double height, double scale, float *result) {
+    double rad = (height + 8) * U * SLACK * sum[1] * fabs(scale);
+    return result && round_statistic(sum[0] * scale + 0.0, rad, result);
 }
 
-static int settle_scaled(pair p, double scale, float *result) {
-    if (!result) return 1;
-    p = scaled(p, scale);
-    return settle_pair(p.s, p.t, p.e, result);
+static int32_t round_scaled_pair(pair p, double scale, float *result) {
+    return result && round_pair(pair_times(p, scale), result);
 }
 
-INLINE int sums_of_group(const normal *k, integer group) {
-    const layout *at = &k->at;
-    double total[4], height = (double)moments(k, group, total), r = k->rstd[group];
-    double w = k->w && !at->along && !at->weight_run ? k->w[group] : 1;
-    float *to[4] = {k->sum, k->bias_sum, k->deviation, k->weight_sum};
+/* Returns nonzero if a test fails. */
+INLINE int32_t round_sums_of_group(const normal *ctx, integer group) {
+    const layout *at = &ctx->at;
+    double total[4], height = (double)moments(ctx, group, total), r = ctx->rstd[group];
+    double w = ctx->w && !at->along && !at->weight_run ? ctx->w[group] : 1;
+    float *to[4] = {ctx->sum, ctx->bias_sum, ctx->deviation, ctx->weight_sum};
     const double scale[4] = {w, 1, w * r, r};
-    if (!(total[1] <= DBL_MAX && total[3] <= DBL_MAX)) return 0;
+    if (!(total[1] <= DBL_MAX && total[3] <= DBL_MAX)) return 1;
     for (int v = 0; v < 4; v++) to[v] = to[v] ? to[v] + group : 0;
-    int sure = 1;
-    for (int v = 0; v < 4; v++) sure &= round_scaled(total + (v & 2), height, scale[v], to[v]);
-    if (sure) return 1;
+    int32_t failed = 0;
+    for (int v = 0; v < 4; v++) failed |= round_scaled(total + (v & 2), height, scale[v], to[v]);
+    if (!failed) return 0;
     pair sum, deviation;
-    moments_with_errors(k, group, &sum, &deviation);
-    sure = 1;
-    for (int v = 0; v < 4; v++) sure &= settle_scaled(v & 2 ? deviation : sum, scale[v], to[v]);
-    return sure;
+    moments_with_errors(ctx, group, &sum, &deviation);
+    failed = 0;
+    for (int v = 0; v < 4; v++) failed |= round_scaled_pair(v & 2 ? deviation : sum, scale[v], to[v]);
+    return failed;
 }
 
-/* out = r (w g - (a + (x - m) b)), a and b / r being the sums over the group, rounded, divided by n.
-   Absolute values of the terms, in U: w g is exact, a has one rounding, (x - m) b three; then two sums and
-   the product with r, and the test. */
+/* out = r (w g - (a + (x - m) b)), where a and b / r are the rounded sums over the group, divided by n. Errors in U of the
+   absolute values of the terms: w g is exact, a has one rounding, (x - m) b three; the two sums, the product with r and
+   the test follow. */
 typedef struct {
-    double m, r, a, b, size; /* size: -U |r| */
+    double m, r, a, b, minus_ulp; /* minus_ulp: -U |r| */
 } group_terms;
 
-INLINE double gradient(group_terms k, double x, double g, double w, double *minus_e) {
-    double term = w * g, slope = (x - k.m) * k.b;
-    *minus_e = fabs(term) * (5 * k.size) + (fabs(slope) * (9 * k.size) + fabs(k.a) * (9 * k.size));
-    return k.r * (term - (k.a + slope));
+INLINE double gradient(group_terms ctx, double x, double g, double w, double *minus_rad) {
+    double term = w * g, slope = (x - ctx.m) * ctx.b;
+    *minus_rad =
+        fabs(term) * (5 * ctx.minus_ulp) + (fabs(slope) * (9 * ctx.minus_ulp) + fabs(ctx.a) * (9 * ctx.minus_ulp));
+    return ctx.r * (term - (ctx.a + slope));
 }
 
-/* out = g w r, with given statistics */
-INLINE double scaled_gradient(double g, double w, double r, double *minus_e) {
-    double c = g * w * r;
-    *minus_e = -4 * U * fabs(c);
-    return c;
+/* out = g w r, if the statistics are given */
+INLINE double scaled_gradient(double g, double w, double r, double *minus_rad) {
+    double mid = g * w * r;
+    *minus_rad = -4 * U * fabs(mid);
+    return mid;
 }
 
-INLINE int32_t gradient_block(const int along, const int given, group_terms k, const float *x, const float *g,
+INLINE int32_t gradient_block(const int along, const int given, group_terms ctx, const float *x, const float *g,
                               const float *w, integer n, float *restrict out) {
     double weight = along || !w ? 1 : *w;
-    int32_t differ = 0;
+    int32_t failed = 0;
     for (integer i = 0; i < n; i++) {
-        double e, wi = along ? w[i] : weight;
-        double c = given ? scaled_gradient(g[i], wi, k.r, &e) : gradient(k, x[i], g[i], wi, &e);
-        differ |= apart(c, e, out + i);
+        double minus_rad, wi = along ? w[i] : weight;
+        double mid = given ? scaled_gradient(g[i], wi, ctx.r, &minus_rad) : gradient(ctx, x[i], g[i], wi, &minus_rad);
+        failed |= round_signed_sum(mid, minus_rad, out + i);
     }
-    return differ;
+    return failed;
 }
 
-INLINE void gradient_run(normal *k, integer at, group_terms t, const float *w) {
-    const int along = k->at.along != 0;
-    for (integer i = 0; i < k->at.length; i += BLOCK) {
-        integer n = k->at.length - i < BLOCK ? k->at.length - i : BLOCK;
-        const float *x = k->x + at + i, *g = k->g + at + i, *wi = along ? w + i : w;
-        float *out = k->out + at + i;
-        if (!(along      ? gradient_block(1, 0, t, x, g, wi, n, out)
-              : k->given ? gradient_block(0, 1, t, x, g, wi, n, out)
-                         : gradient_block(0, 0, t, x, g, wi, n, out)))
+INLINE void gradient_run(normal *ctx, integer at, group_terms t, const float *w) {
+    const int along = ctx->at.along != 0;
+    for (integer i = 0; i < ctx->at.length; i += BLOCK) {
+        integer n = ctx->at.length - i < BLOCK ? ctx->at.length - i : BLOCK;
+        const float *x = ctx->x + at + i, *g = ctx->g + at + i, *wi = along ? w + i : w;
+        float *out = ctx->out + at + i;
+        if (!(along        ? gradient_block(1, 0, t, x, g, wi, n, out)
+              : ctx->given ? gradient_block(0, 1, t, x, g, wi, n, out)
+                           : gradient_block(0, 0, t, x, g, wi, n, out)))
             continue;
         for (integer j = 0; j < n; j++) {
-            double e, wj = along ? wi[j] : wi ? *wi : 1;
-            double c = k->given ? scaled_gradient(g[j], wj, t.r, &e) : gradient(t, x[j], g[j], wj, &e);
-            if (!(fabs(c) <= DBL_MAX))
-                out[j] = (float)c;
-            else if (apart(c, e, out + j))
-                reproml_fail(&k->failed, at + i + j);
+            double minus_rad, wj = along ? wi[j] : wi ? *wi : 1;
+            double mid =
+                ctx->given ? scaled_gradient(g[j], wj, t.r, &minus_rad) : gradient(t, x[j], g[j], wj, &minus_rad);
+            if (!(fabs(mid) <= DBL_MAX))
+                out[j] = (float)mid;
+            else if (round_signed_sum(mid, minus_rad, out + j))
+                add_failure(&ctx->failed, at + i + j);
         }
     }
 }
 
-INLINE void gradient_of_group(normal *k, integer group) {
-    const layout *at = &k->at;
-    double n = (double)(at->runs * at->length), r = k->rstd[group];
-    group_terms t = {k->mean[group], r, 0, 0, -U * fabs(r)};
-    if (k->sum) {
-        t.a = k->sum[group] / n;
-        t.b = r * k->deviation[group] / n;
+INLINE void gradient_of_group(normal *ctx, integer group) {
+    const layout *at = &ctx->at;
+    double n = (double)(at->runs * at->length), r = ctx->rstd[group];
+    group_terms t = {ctx->mean[group], r, 0, 0, -U * fabs(r)};
+    if (ctx->sum) {
+        t.a = ctx->sum[group] / n;
+        t.b = r * ctx->deviation[group] / n;
     }
     for (integer run = 0; run < at->runs; run++) {
         integer weight = at->along ? 0 : group % at->weight_period * at->weight_group + run * at->weight_run;
-        gradient_run(k, group * at->group_stride + run * at->run_stride, t, k->w ? k->w + weight : 0);
+        gradient_run(ctx, group * at->group_stride + run * at->run_stride, t, ctx->w ? ctx->w + weight : 0);
     }
 }
 
-VECTORISED
-static void backward_groups(integer task, void *data) {
-    normal *k = data;
-    integer first = task * k->block, last = first + k->block < k->at.groups ? first + k->block : k->at.groups;
-    int sums = k->sum || k->weight_sum || k->bias_sum;
+VECTORISED static void backward_groups(integer task, void *data) {
+    normal *ctx = data;
+    integer first = task * ctx->block, last = first + ctx->block < ctx->at.groups ? first + ctx->block : ctx->at.groups;
+    int sums = ctx->sum || ctx->weight_sum || ctx->bias_sum;
     for (integer group = first; sums && group < last; group++)
-        if (!sums_of_group(k, group)) {
-            give_up(k);
+        if (round_sums_of_group(ctx, group)) {
+            set_flag(&ctx->failed_sum);
             return;
         }
-    for (integer group = first; k->out && group < last; group++) gradient_of_group(k, group);
+    for (integer group = first; ctx->out && group < last; group++) gradient_of_group(ctx, group);
 }
 
-/* Gradients of x (out), and, where all of a group has one weight, of weight and bias. sum and deviation: of
-   each group, as in normalization.py; null where mean and rstd are given. Any of the results may be null.
-   Returns the number of elements that are to be settled; -1 if a sum is. */
+/* Gradients of x (out) and, where a group has one weight, of weight and bias. sum and deviation: one number for each
+   group, as in operators/normalization.py; null if mean and rstd are given. Any of the results may be null. Returns the
+   number of elements for which the test failed, or -1 if it failed for a sum. */
 integer reproml_normalize_backward(const integer *shape, const float *x, const float *g, const float *w,
                                    const float *mean, const float *rstd, float *sum, float *deviation,
-                                   float *weight_sum, float *bias_sum, float *out, integer *failed, integer room) {
-    normal k = {.x = x, .g = g, .w = w, .mean = (float *)mean, .rstd = (float *)rstd, .out = out,
-                .given = !sum, .sum = sum, .deviation = deviation, .weight_sum = weight_sum,
-                .bias_sum = bias_sum, .failed = {failed, room, 0}};
-    memcpy(&k.at, shape, sizeof k.at);
-    run_blocks(backward_groups, &k);
-    return k.unsure ? -1 : k.failed.count;
+                                   float *weight_sum, float *bias_sum, float *out, integer *failed, integer capacity) {
+    normal ctx = {.x = x,
+                  .g = g,
+                  .w = w,
+                  .mean = (float *)mean,
+                  .rstd = (float *)rstd,
+                  .out = out,
+                  .given = !sum,
+                  .sum = sum,
+                  .deviation = deviation,
+                  .weight_sum = weight_sum,
+                  .bias_sum = bias_sum,
+                  .failed = {failed, capacity, 0}};
+    memcpy(&ctx.at, shape, sizeof ctx.at);
+    run_blocks(backward_groups, &ctx);
+    return ctx.failed_sum ? -1 : ctx.failed.count;
 }
 
 /* ---- gradients of the weights of layer and group normalisation ---- */
 
-#define WIDTH 64  /* columns at once */
-#define ROWS 256  /* after so many, sums are emptied into the next */
-#define SLICES 8  /* parts of one long sum */
+#define WIDTH 64 /* columns side by side */
+#define ROWS 256 /* rows of one sum before it is added to the next one */
+#define SLICES 8 /* parts of one long sum */
 
 typedef struct {
     integer rows, columns, slices;
@@ -426,13 +433,13 @@ typedef struct {
     double (*parts)[4][WIDTH];
 } column_sums;
 
-/* Sums of g, |g|, p and |p|, p = g r (x - m), of some rows. p has two roundings, as g r is exact. */
-INLINE void add_rows(const column_sums *k, integer first, integer last, integer column, integer count,
+/* Sums of g, |g|, p and |p|, p = g r (x - m), over some rows. p has two roundings, as g r is exact. */
+INLINE void add_rows(const column_sums *ctx, integer first, integer last, integer column, integer count,
                      double (*restrict total)[WIDTH]) {
-    const float *x = k->x + column, *g = k->g + column;
+    const float *x = ctx->x + column, *g = ctx->g + column;
     for (integer row = first; row < last; row++) {
-        const float *xr = x + row * k->columns, *gr = g + row * k->columns;
-        double m = k->mean[row], r = k->rstd[row];
+        const float *xr = x + row * ctx->columns, *gr = g + row * ctx->columns;
+        double m = ctx->mean[row], r = ctx->rstd[row];
         for (integer i = 0; i < count; i++) {
             double q = gr[i], p = q * r * (xr[i] - m);
             total[0][i] += q;
@@ -443,56 +450,57 @@ INLINE void add_rows(const column_sums *k, integer first, integer last, integer 
     }
 }
 
-VECTORISED
-static void add_columns(integer task, void *data) {
-    const column_sums *k = data;
-    integer column = task / k->slices * WIDTH, slice = task % k->slices;
-    integer count = k->columns - column < WIDTH ? k->columns - column : WIDTH;
-    integer share = (k->rows + k->slices - 1) / k->slices, last = (slice + 1) * share;
-    double(*total)[WIDTH] = k->parts[task];
-    if (last > k->rows) last = k->rows;
-    memset(total, 0, sizeof k->parts[task]);
+VECTORISED static void add_columns(integer task, void *data) {
+    const column_sums *ctx = data;
+    integer column = task / ctx->slices * WIDTH, slice = task % ctx->slices;
+    integer count = ctx->columns - column < WIDTH ? ctx->columns - column : WIDTH;
+    integer share = (ctx->rows + ctx->slices - 1) / ctx->slices, last = (slice + 1) * share;
+    double (*total)[WIDTH] = ctx->parts[task];
+    if (last > ctx->rows) last = ctx->rows;
+    memset(total, 0, sizeof ctx->parts[task]);
     for (integer row = slice * share; row < last; row += ROWS) {
         double some[4][WIDTH] = {{0}};
         integer end = last - row < ROWS ? last : row + ROWS;
         if (count == WIDTH)
-            add_rows(k, row, end, column, WIDTH, some);
+            add_rows(ctx, row, end, column, WIDTH, some);
         else
-            add_rows(k, row, end, column, count, some);
+            add_rows(ctx, row, end, column, count, some);
         for (int v = 0; v < 4; v++)
             for (integer i = 0; i < WIDTH; i++) total[v][i] += some[v][i];
     }
 }
 
-static int settle_column(const column_sums *k, integer column, float *weight_sum, float *bias_sum) {
+/* Returns nonzero if a test fails. */
+static int32_t round_column_with_errors(const column_sums *ctx, integer column, float *weight_sum, float *bias_sum) {
     compensated s = {0, 0, 0}, d = {0, 0, 0};
-    for (integer row = 0; row < k->rows; row++) {
-        integer at = row * k->columns + column;
-        add_exact(&s, k->g[at]);
-        add_deviation(&d, (double)k->g[at] * k->rstd[row], k->x[at], k->mean[row]);
+    for (integer row = 0; row < ctx->rows; row++) {
+        integer at = row * ctx->columns + column;
+        add_exact(&s, ctx->g[at]);
+        add_deviation(&d, (double)ctx->g[at] * ctx->rstd[row], ctx->x[at], ctx->mean[row]);
     }
-    return settle_scaled(pair_of(&s, k->rows), 1, bias_sum) & settle_scaled(pair_of(&d, k->rows), 1, weight_sum);
+    return round_scaled_pair(compensated_pair(&s, ctx->rows), 1, bias_sum) ||
+           round_scaled_pair(compensated_pair(&d, ctx->rows), 1, weight_sum);
 }
 
-/* The sums over the rows of g, and of g (x - mean) rstd with each row's own; null for none of these.
-   Returns 0 if all are sure. */
+/* The sums over the rows of g and of g (x - mean) rstd with each row's own statistics; either result may be null. Returns
+   0 if all sums passed the test. */
 integer reproml_column_moments(integer rows, integer columns, const float *x, const float *g, const float *mean,
                                const float *rstd, float *weight_sum, float *bias_sum) {
     integer chunks = (columns + WIDTH - 1) / WIDTH, work = rows * columns;
-    column_sums k = {rows, columns, 1, x, g, mean, rstd, weight_sum, bias_sum, 0};
-    if (chunks < SLICES && work > 32768) k.slices = work / 16384 < SLICES ? work / 16384 : SLICES;
-    k.parts = reproml_scratch((size_t)(chunks * k.slices) * sizeof *k.parts);
-    if (!k.parts) return -1;
-    run_tasks(add_columns, &k, chunks * k.slices, work);
-    double height = (double)((rows < ROWS ? rows : ROWS) + rows / ROWS + 1 + k.slices);
+    column_sums ctx = {rows, columns, 1, x, g, mean, rstd, weight_sum, bias_sum, 0};
+    if (chunks < SLICES && work > 32768) ctx.slices = work / 16384 < SLICES ? work / 16384 : SLICES;
+    ctx.parts = reproml_scratch((size_t)(chunks * ctx.slices) * sizeof *ctx.parts);
+    if (!ctx.parts) return -1;
+    run_tasks(add_columns, &ctx, chunks * ctx.slices, work > SERIAL);
+    double height = (double)((rows < ROWS ? rows : ROWS) + rows / ROWS + 1 + ctx.slices);
     for (integer column = 0; column < columns; column++) {
         double total[4] = {0};
-        for (integer slice = 0; slice < k.slices; slice++)
-            for (int v = 0; v < 4; v++) total[v] += k.parts[column / WIDTH * k.slices + slice][v][column % WIDTH];
+        for (integer slice = 0; slice < ctx.slices; slice++)
+            for (int v = 0; v < 4; v++) total[v] += ctx.parts[column / WIDTH * ctx.slices + slice][v][column % WIDTH];
         float *weight = weight_sum ? weight_sum + column : 0, *bias = bias_sum ? bias_sum + column : 0;
         if (!(total[1] <= DBL_MAX && total[3] <= DBL_MAX)) return -1;
-        if (!(round_scaled(total, height, 1, bias) & round_scaled(total + 2, height, 1, weight)) &&
-            !settle_column(&k, column, weight, bias))
+        if ((round_scaled(total, height, 1, bias) | round_scaled(total + 2, height, 1, weight)) &&
+            round_column_with_errors(&ctx, column, weight, bias))
             return -1;
     }
     return 0;
@@ -502,41 +510,42 @@ typedef struct {
     integer images, channels, length, groups;
     const float *x, *g, *mean, *rstd; /* x and g: [images, channels, length]; mean: [images, groups] */
     float *weight_sum;
-    int unsure;
+    int failed;
 } channel_sums;
 
-INLINE int sum_channel(const channel_sums *k, integer channel) {
+/* Returns nonzero if the test fails. */
+INLINE int32_t round_channel(const channel_sums *ctx, integer channel) {
     double total[4], sum[2] = {0, 0}, height = 0;
-    integer group = channel / (k->channels / k->groups);
-    for (integer image = 0; image < k->images; image++) {
-        integer first = (image * k->channels + channel) * k->length, at = image * k->groups + group;
-        runs r = {.x = k->x + first, .y = k->g + first, .runs = 1, .length = k->length, .m = k->mean[at]};
-        double h = (double)sum_runs(MOMENTS, &r, total), factor = k->rstd[at];
+    integer group = channel / (ctx->channels / ctx->groups);
+    for (integer image = 0; image < ctx->images; image++) {
+        integer first = (image * ctx->channels + channel) * ctx->length, at = image * ctx->groups + group;
+        runs r = {.x = ctx->x + first, .y = ctx->g + first, .runs = 1, .length = ctx->length, .m = ctx->mean[at]};
+        double h = (double)sum_runs(MOMENTS, &r, total), factor = ctx->rstd[at];
         sum[0] += total[2] * factor;
         sum[1] += total[3] * fabs(factor);
         height = h > height ? h : height;
     }
-    if (!(sum[1] <= DBL_MAX)) return 0;
-    if (round_scaled(sum, height + (double)k->images + 1, 1, k->weight_sum + channel)) return 1;
+    if (!(sum[1] <= DBL_MAX)) return 1;
+    if (!round_scaled(sum, height + (double)ctx->images + 1, 1, ctx->weight_sum + channel)) return 0;
     compensated s = {0, 0, 0};
-    for (integer image = 0; image < k->images; image++)
-        for (integer i = 0; i < k->length; i++) {
-            integer at = image * k->groups + group, j = (image * k->channels + channel) * k->length + i;
-            add_deviation(&s, (double)k->g[j] * k->rstd[at], k->x[j], k->mean[at]);
+    for (integer image = 0; image < ctx->images; image++)
+        for (integer i = 0; i < ctx->length; i++) {
+            integer at = image * ctx->groups + group, j = (image * ctx->channels + channel) * ctx->length + i;
+            add_deviation(&s, (double)ctx->g[j] * ctx->rstd[at], ctx->x[j], ctx->mean[at]);
         }
-    return settle_scaled(pair_of(&s, k->images * k->length), 1, k->weight_sum + channel);
+    return round_scaled_pair(compensated_pair(&s, ctx->images * ctx->length), 1, ctx->weight_sum + channel);
 }
 
-VECTORISED
-static void channel_task(integer channel, void *data) {
-    channel_sums *k = data;
-    if (!sum_channel(k, channel)) __atomic_store_n(&k->unsure, 1, __ATOMIC_RELAXED);
+VECTORISED static void channel_task(integer channel, void *data) {
+    channel_sums *ctx = data;
+    if (round_channel(ctx, channel)) set_flag(&ctx->failed);
 }
 
-/* Of each channel the sum of g (x - mean) rstd, with those of its image and group. Returns 0 if all are sure. */
+/* The sum of g (x - mean) rstd over each channel, with the statistics of its image and group. Returns 0 if all sums passed
+   the test. */
 integer reproml_channel_moments(integer images, integer channels, integer length, integer groups, const float *x,
                                 const float *g, const float *mean, const float *rstd, float *weight_sum) {
-    channel_sums k = {images, channels, length, groups, x, g, mean, rstd, weight_sum, 0};
-    run_tasks(channel_task, &k, channels, images * channels * length);
-    return k.unsure;
+    channel_sums ctx = {images, channels, length, groups, x, g, mean, rstd, weight_sum, 0};
+    run_tasks(channel_task, &ctx, channels, images * channels * length > SERIAL);
+    return ctx.failed;
 }

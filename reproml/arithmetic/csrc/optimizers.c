@@ -1,56 +1,39 @@
-/* The steps of the optimizers; the definitions are in optimizers.py. */
+/* The steps of the optimizers (operators/optimizers.py). */
 
-#include "common.h"
+#include "rounding.h"
 
-/* Block by block: a plain loop rounds a block into scratch, with a flag for each element that is not sure; then
-   only what is sure is written back. Blocks are dealt out to threads in tasks. */
+/* The elements are processed block by block: one loop rounds a block into scratch memory, with a flag for each element
+   that failed the test; then the elements that passed are written back. A task is several blocks. */
 #define BLOCK 512
 #define TASK (8 * BLOCK)
 #define STATES 3
 
 typedef struct {
     float value[STATES][BLOCK];
-    int32_t unsure[BLOCK];
+    int32_t failed[BLOCK];
 } rounded;
 
-/* *value = the nearest binary32 number to what lies within e of c; returns whether it may be another, also for
-   NaN, or of an unknown sign (see rounding.settle). */
-static inline int32_t settle(double c, double e, float *value) {
-    e += TINY;
-    float low = (float)(c - e), high = (float)(c + e);
-    *value = (float)c;
-    return (low != high) | ((high == 0) & (fabs(c) <= e) & (e > 2 * TINY));
-}
-
-/* The bound of a + b, exact but for what `error` covers, with the roundings of the sum and of the test: 0 where nothing
-   was rounded, as often with a beta of one half, where every other sum is a tie. */
-static inline double sum_error(double a, double b, double sum, double error) {
-    double z = sum - a, lost = (a - (sum - z)) + (b - z); /* two_sum */
-    double bound = 3 * U * (fabs(a) + fabs(b)) + error, any = 0x1p900 * (fabs(lost) + error);
-    return any < bound ? any : bound; /* any is 0 or huge; a minimum becomes one instruction, a condition would not */
-}
-
-/* at: in the low 40 bits the first element, above them what comes back with a failure. */
-static void write_back(integer at, int n, const rounded *r, float *const *state, int states, int32_t unsure,
-                       failures *failed) {
+/* at: the low 40 bits hold the first element; the bits above are reported with each failure. */
+static void write_back(integer at, int n, const rounded *r, float *const *state, int states, int32_t any,
+                       failure_list *list) {
     integer first = at & (((integer)1 << 40) - 1);
     for (int s = 0; s < states; s++) {
-        if (!unsure)
+        if (!any)
             memcpy(state[s] + first, r->value[s], (size_t)n * sizeof(float));
         else
             for (int i = 0; i < n; i++)
-                if (!r->unsure[i]) state[s][first + i] = r->value[s][i];
+                if (!r->failed[i]) state[s][first + i] = r->value[s][i];
     }
-    for (int i = 0; unsure && i < n; i++)
-        if (r->unsure[i]) reproml_fail(failed, at + i);
+    for (int i = 0; any && i < n; i++)
+        if (r->failed[i]) add_failure(list, at + i);
 }
 
-/* Adam's step (optimizers.adam has the definition), without amsgrad. sign: -1 to maximize; decay: weight
+/* Adam's step (adam in operators/optimizers.py) without amsgrad. sign: -1 to maximize; decay: weight
    decay as a penalty; keep: 1 - lr * weight decay when decoupled; scale: 1 / sqrt(1 - beta2^t).
-   Error bounds, in units of U and of the absolute values of the terms, with one more than their roundings: the
-   test itself rounds once, the sum once. Products of two binary32 numbers are exact. Of d and d^2 with a penalty
-   the last term of the bounds takes care; without, v' has one more rounding, keep and its product have two, and
-   of the quotient the scale has three, the root, the product, the sum, the division, the rate and its product one each. */
+   Error bounds are in units of U and of the absolute values of the terms. The sum of two terms and the test each round
+   once. Products of two binary32 numbers are exact. With a penalty, the last term of the bounds covers d and d^2; without
+   one, v' has one more rounding. keep and its product have two roundings. In the quotient the scale has three; the root,
+   the product, the sum, the division, the rate and its product have one each. */
 typedef struct {
     float *p, *m, *v;
     const float *g;
@@ -61,11 +44,10 @@ typedef struct {
     integer count;
     parameter *of;
     double sign, decay, keep, b1, rest1, b2, rest2, rate, scale, eps;
-    failures failed; /* parameter * 2^40 + element */
+    failure_list failed; /* parameter * 2^40 + element */
 } adam;
 
-VECTORISED
-static int32_t adam_block(const adam *x, const parameter *of, integer at, int n, rounded *restrict r) {
+VECTORISED static int32_t adam_block(const adam *x, const parameter *of, integer at, int n, rounded *restrict r) {
     const float *restrict p = of->p + at, *restrict g = of->g + at, *restrict m = of->m + at, *restrict v = of->v + at;
     const double decay = x->decay, sign = x->sign, keep = x->keep, b1 = x->b1, rest1 = x->rest1, b2 = x->b2;
     const double rest2 = x->rest2, rate = x->rate, scale = x->scale, eps = x->eps;
@@ -76,14 +58,14 @@ static int32_t adam_block(const adam *x, const parameter *of, integer at, int n,
         double size = fabs(grad) + fabs(penalty), ed = decay != 0 ? 3 * U * size : 0;
         double m1 = b1 * m[i], m2 = rest1 * d, v1 = b2 * v[i], v2 = rest2 * (d * d);
         float new_p, new_m, new_v;
-        int32_t unsure = settle(m1 + m2, sum_error(m1, m2, m1 + m2, 2 * fabs(rest1) * ed), &new_m);
-        unsure |= settle(v1 + v2, 4 * U * (fabs(v1) + fabs(v2)) + 4 * fabs(rest2) * size * ed, &new_v);
-        double held = keep * old_p, below = sqrt((double)new_v) * scale + eps;
-        double moved = rate * (new_m / below);
-        unsure |= settle(held - moved, 5 * U * fabs(held) + 20 * U * fabs(moved), &new_p);
+        int32_t failed = round_padded_ball(m1 + m2, bound_of_sum(m1, m2, m1 + m2, 2 * fabs(rest1) * ed), &new_m);
+        failed |= round_padded_ball(v1 + v2, 4 * U * (fabs(v1) + fabs(v2)) + 4 * fabs(rest2) * size * ed, &new_v);
+        double kept = keep * old_p, denominator = sqrt((double)new_v) * scale + eps;
+        double change = rate * (new_m / denominator);
+        failed |= round_padded_ball(kept - change, 5 * U * fabs(kept) + 20 * U * fabs(change), &new_p);
         r->value[0][i] = new_p, r->value[1][i] = new_m, r->value[2][i] = new_v;
-        r->unsure[i] = unsure;
-        any |= unsure;
+        r->failed[i] = failed;
+        any |= failed;
     }
     return any;
 }
@@ -102,7 +84,8 @@ static void adam_task(integer task, void *data) {
 }
 
 /* One step of `count` parameters. sizes [count]: their elements; pointers [count, 4]: parameter, gradient, both
-   averages. failed: room for all elements. Returns how many are not settled: parameter * 2^40 + element. */
+   averages. failed: memory for all elements. Returns the number of elements for which the test failed, listed in `failed`
+   as parameter * 2^40 + element; negative if memory is lacking. */
 integer reproml_adam(integer count, const integer *sizes, float *const *pointers, double sign, double decay,
                      double keep, double b1, double rest1, double b2, double rest2, double rate, double scale,
                      double eps, integer *failed) {
@@ -119,18 +102,17 @@ integer reproml_adam(integer count, const integer *sizes, float *const *pointers
     return x.failed.count;
 }
 
-/* SGD's step (optimizers.sgd). buffer: null without momentum. first: the buffer starts as d. */
+/* SGD's step (sgd in operators/optimizers.py). buffer: null without momentum. first: the buffer starts as d. */
 typedef struct {
     integer n;
     float *p, *buffer;
     const float *g;
     int nesterov;
     double sign, decay, rate, momentum, keep, take;
-    failures failed;
+    failure_list failed;
 } sgd;
 
-VECTORISED
-static int32_t sgd_block(const sgd *x, integer at, int n, rounded *restrict r) {
+VECTORISED static int32_t sgd_block(const sgd *x, integer at, int n, rounded *restrict r) {
     const float *restrict p = x->p + at, *restrict g = x->g + at;
     const float *restrict buffer = x->buffer ? x->buffer + at : NULL;
     const double sign = x->sign, decay = x->decay, rate = x->rate, momentum = x->momentum;
@@ -142,19 +124,20 @@ static int32_t sgd_block(const sgd *x, integer at, int n, rounded *restrict r) {
         double d = decay != 0 ? grad + penalty : grad; /* + 0 would lose the sign of -0 */
         double size = fabs(grad) + fabs(penalty), e = decay != 0 ? 3 * U * size : 0, step = d;
         float new_p, new_b = 0;
-        int32_t unsure = 0;
+        int32_t failed = 0;
         if (buffer) {
             double b1 = keep != 0 ? keep * buffer[i] : -0.0, b2 = take * d;
-            unsure = settle(b1 + b2, sum_error(b1, b2, b1 + b2, 2 * fabs(take) * e), &new_b);
+            failed = round_padded_ball(b1 + b2, bound_of_sum(b1, b2, b1 + b2, 2 * fabs(take) * e), &new_b);
             double b = new_b, ahead = momentum * b;
             step = nesterov ? d + ahead : b;
             size = nesterov ? size + fabs(ahead) : fabs(b);
             e = nesterov ? e + 3 * U * size : 0;
         }
-        unsure |= settle(old_p - rate * step, 6 * U * (fabs(old_p) + fabs(rate) * size) + 2 * fabs(rate) * e, &new_p);
+        failed |= round_padded_ball(old_p - rate * step, 6 * U * (fabs(old_p) + fabs(rate) * size) + 2 * fabs(rate) * e,
+                                    &new_p);
         r->value[0][i] = new_p, r->value[1][i] = new_b;
-        r->unsure[i] = unsure;
-        any |= unsure;
+        r->failed[i] = failed;
+        any |= failed;
     }
     return any;
 }
@@ -171,8 +154,18 @@ static void sgd_task(integer task, void *data) {
 
 integer reproml_sgd(integer n, float *p, const float *g, float *buffer, int first, int nesterov, double sign,
                     double decay, double rate, double momentum, double fresh, integer *failed) {
-    sgd x = {n, p, buffer, g, nesterov, sign, decay, rate, momentum,
-             first ? 0 : momentum, first ? 1 : fresh, {failed, n, 0}};
+    sgd x = {n,
+             p,
+             buffer,
+             g,
+             nesterov,
+             sign,
+             decay,
+             rate,
+             momentum,
+             first ? 0 : momentum,
+             first ? 1 : fresh,
+             {failed, n, 0}};
     reproml_parallel(sgd_task, &x, (n + TASK - 1) / TASK);
     return x.failed.count;
 }

@@ -1,4 +1,4 @@
-/* Threads: PyTorch's own pool, so that no second one competes with it for the processors. */
+/* Runs tasks on PyTorch's own thread pool, so that no second pool competes with it for the processors. */
 
 #include "common.h"
 
@@ -8,15 +8,17 @@
 #include <xmmintrin.h>
 #endif
 
-/* GNU OpenMP's entry points, which PyTorch has loaded before us; absent (macOS), one thread does it all. */
+/* Entry points of GNU OpenMP, which PyTorch has loaded already. Where they are missing (macOS), one thread runs all
+   tasks. */
 extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
 extern int omp_get_thread_num(void) __attribute__((weak));
 extern int omp_get_num_threads(void) __attribute__((weak));
 extern int omp_get_max_threads(void) __attribute__((weak));
 
-/* What torch.set_num_threads has set; in a forked worker of a DataLoader 1, as it must be. */
+/* The number set by torch.set_num_threads; 1 in a forked worker of a DataLoader, which has no other threads. */
 int reproml_threads(void) {
-    return GOMP_parallel && omp_get_thread_num && omp_get_num_threads && omp_get_max_threads ? omp_get_max_threads() : 1;
+    return GOMP_parallel && omp_get_thread_num && omp_get_num_threads && omp_get_max_threads ? omp_get_max_threads()
+                                                                                             : 1;
 }
 
 typedef struct {
@@ -25,7 +27,7 @@ typedef struct {
     integer tasks;
 } job;
 
-/* Subnormal numbers count, whatever a thread of the pool was started with. */
+/* Switch off flushing of subnormal numbers, which a thread of the pool may have inherited. Returns the mode before. */
 static unsigned keep_subnormals(void) {
 #ifdef __SSE2__
     unsigned before = _mm_getcsr();
@@ -36,20 +38,20 @@ static unsigned keep_subnormals(void) {
 #endif
 }
 
-static void put_back(unsigned before) {
+static void restore_mode(unsigned before) {
 #ifdef __SSE2__
     _mm_setcsr(before);
 #endif
     (void)before;
 }
 
-static void part(void *argument) {
+static void run_share(void *argument) {
     const job *j = argument;
     unsigned before = keep_subnormals();
     integer share = (j->tasks + omp_get_num_threads() - 1) / omp_get_num_threads();
     integer first = omp_get_thread_num() * share, end = first + share;
     for (integer task = first; task < end && task < j->tasks; task++) j->work(task, j->data);
-    put_back(before);
+    restore_mode(before);
 }
 
 void reproml_parallel(void (*work)(integer, void *), void *data, integer tasks) {
@@ -59,12 +61,12 @@ void reproml_parallel(void (*work)(integer, void *), void *data, integer tasks) 
         return;
     }
     job j = {work, data, tasks};
-    GOMP_parallel(part, &j, (unsigned)count, 0);
+    GOMP_parallel(run_share, &j, (unsigned)count, 0);
 }
 
-#define HEAD 64 /* bytes before the memory, which hold its size */
+#define HEAD 64 /* bytes before the memory; they hold its size */
 
-static pthread_key_t key; /* frees a thread's memory when it ends */
+static pthread_key_t key; /* frees the memory of a thread when the thread ends */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static void make_key(void) { pthread_key_create(&key, free); }
@@ -74,7 +76,7 @@ void *reproml_scratch(size_t bytes) {
     char *memory = pthread_getspecific(key);
     size_t size = 0;
     if (memory) memcpy(&size, memory, sizeof size);
-    if (bytes > size || size > (size_t)1 << 26) { /* what is large is not kept for something small */
+    if (bytes > size || size > (size_t)1 << 26) { /* large memory is not kept for a small request */
         free(memory);
         memory = malloc(bytes + HEAD);
         if (memory) memcpy(memory, &bytes, sizeof bytes);
@@ -83,6 +85,6 @@ void *reproml_scratch(size_t bytes) {
     return memory ? memory + HEAD : NULL;
 }
 
-#define REPROML_VERSION 8 /* raised with any change of these files, together with kernels.py */
+#define REPROML_VERSION 9 /* raise it with any change of the interface, together with _VERSION in kernels.py */
 
 int reproml_version(void) { return REPROML_VERSION; }

@@ -1,44 +1,75 @@
-/* Runs formulas that tape.py has recorded: a program of few, simple instructions on registers of `block`
-   numbers, which stay in the nearest cache. Each instruction is one loop over its registers.
+/* Interprets the compiled formulas of compiler/: a program of few, simple instructions on registers of `block` numbers,
+   which stay in the first-level cache. Each instruction is one loop over its registers.
 
-   An elementwise formula runs block by block. Of a formula over rows, several short rows fill a block and
-   the program runs straight through; a row longer than a block takes one pass for each stage of
-   reductions (sum, max), and each pass recalculates what it needs. Numbers that belong to a whole row have
-   registers too, one number a row. */
+   An elementwise formula runs block by block. For a formula over rows, several short rows fill a block and the program
+   runs straight through; a row longer than a block takes one pass for each stage of reductions (sum, max), and each pass
+   recalculates what it needs. Numbers that belong to an entire row have registers too, one number for each row. */
 
-#include "ball.h"
 #include "elementary.h"
+#include "rounding.h"
 #include "rows.h"
 
-enum { SCRATCH = 8192, LONGEST = 256, LANES = 16, REDUCTIONS = 16, TASKS = 64 };
+enum { SCRATCH = 8192, LONGEST = 256, LANES = 16, REDUCTIONS = 16 };
 
-/* As in program.py; the form of an instruction is which of its operands are constants. */
+/* In the order of compiler/assembler.py. An instruction is encoded as 4 * operation + form; the form states which of its
+   operands are constants. */
 enum {
-    LOAD32, LOAD64, EXPAND, SUM, MAX, SETTLE,
-    ADD, SUB, MUL, DIV, LT, LE, EQ, AND, OR,
-    NEG, ABS, NOT, SQRT, EXP, LOG, EXPM1, LOG1P, SIN, COS, SINPI, COSPI, ERF, ERFC,
-    SELECT, MULADD, ABSMULADD, LOST, PLUS, PLUS_ERROR
+    LOAD32,
+    LOAD64,
+    EXPAND,
+    SUM,
+    MAX,
+    ROUND,
+    ADD,
+    SUB,
+    MUL,
+    DIV,
+    LT,
+    LE,
+    EQ,
+    AND,
+    OR,
+    NEG,
+    ABS,
+    NOT,
+    SQRT,
+    EXP,
+    LOG,
+    EXPM1,
+    LOG1P,
+    SIN,
+    COS,
+    SINPI,
+    COSPI,
+    ERF,
+    ERFC,
+    SELECT,
+    MULADD,
+    ABSMULADD,
+    LOST,
+    PLUS,
+    PLUS_ERROR
 };
 
-/* Operands: registers, or constants where negative (~index). by_row: of numbers one a row. */
+/* Operands are registers, or constants where negative (~index). by_row: the registers hold one number for each row. */
 typedef struct {
     int32_t op, to, a, b, c, by_row;
 } instruction;
 
-/* code[begin .. body) for each block of a row, then code[body .. end) once. */
+/* Run code[begin .. body) for each block of a row, then code[body .. end) once. */
 typedef struct {
     int32_t begin, body, end;
 } stage;
 
 typedef struct {
-    integer block, operands, stages, reduces, by_row; /* by_row: one result a row */
+    integer block, operands, stages, reduces, by_row; /* by_row: one result for each row */
     const double *constants;
     const instruction *straight, *code;
     integer straight_length;
     const stage *stage;
 } program;
 
-/* What is known of a reduction after some blocks of a row: sum + lost is the sum. */
+/* A reduction after some blocks of a row: sum + lost is the sum so far. */
 typedef struct {
     double sum, lost, largest;
 } partial;
@@ -50,7 +81,7 @@ typedef struct {
     void *const *pointers;
     integer *failed;
     integer items, tasks, per_block, blocks;
-    integer found[TASKS], start[TASKS];
+    integer count[TASKS], start[TASKS];
     int dense[64];
 } call;
 
@@ -62,38 +93,38 @@ typedef struct {
     integer *failed;
 } state;
 
-/* Where a row of an operand starts. */
-static inline integer offset(const call *c, integer operand, integer row) {
+/* Returns where a row of an operand starts. */
+static inline integer operand_row(const call *c, integer operand, integer row) {
     return row_start(c->dims, c->sizes, c->strides + operand * c->dims, row);
 }
 
-/* s + *t is the sum of x with the errors of all its additions kept (Ogita, Rump & Oishi, Accurate Sum and Dot
-   Product, SIAM J. Sci. Comput. 26(6), 2005); t is added to. */
+/* The sum of x with the errors of all its additions (Ogita, Rump & Oishi, Accurate Sum and Dot Product, SIAM J. Sci.
+   Comput. 26(6), 2005): the returned number and what is added to *t. */
 INLINE double sum_of(const double *x, integer length, double *t) {
-    double part[LANES] = {0}, lost_[LANES] = {0}, sum, more;
+    double part[LANES] = {0}, errors[LANES] = {0}, sum, more;
     integer i = 0;
     for (; i + LANES <= length; i += LANES)
         for (int l = 0; l < LANES; l++) {
             two_sum(part[l], x[i + l], &sum, &more);
             part[l] = sum;
-            lost_[l] += more;
+            errors[l] += more;
         }
     for (int l = 0; i + l < length; l++) {
         two_sum(part[l], x[i + l], &sum, &more);
         part[l] = sum;
-        lost_[l] += more;
+        errors[l] += more;
     }
     for (int width = LANES / 2; width; width /= 2)
         for (int l = 0; l < width; l++) {
             two_sum(part[l], part[l + width], &sum, &more);
             part[l] = sum;
-            lost_[l] += lost_[l + width] + more;
+            errors[l] += errors[l + width] + more;
         }
-    *t += lost_[0];
+    *t += errors[0];
     return part[0];
 }
 
-INLINE double larger(double x, double y) { return (x > y) | (x != x) ? x : y; } /* NaN, if there is one */
+INLINE double larger(double x, double y) { return (x > y) | (x != x) ? x : y; } /* NaN if either is */
 
 INLINE double largest_of(const double *x, integer length) {
     double part[8];
@@ -113,111 +144,110 @@ static void merge(partial *p, double sum) {
     p->lost += more;
 }
 
-INLINE void settle(state *s, const double *c, double r, const double *e, integer step, integer count,
-                   integer first, int by_row) {
+/* Round the results of a block, store them and list the failures. */
+INLINE void round_results(state *s, const double *mid, double rel, const double *rad, integer step, integer count,
+                          integer first, int by_row) {
     const call *call = s->c;
     const integer operand = call->p->operands, stride = call->strides[(operand + 1) * call->dims - 1];
     float *out = call->pointers[operand], value[LONGEST];
-    int32_t sure[LONGEST], all = 1;
+    int32_t failed[LONGEST], any = 0;
     for (integer i = 0; i < count; i++) {
-        sure[i] = settled(c[i], r, e[i * step], &value[i]);
-        all &= sure[i];
+        failed[i] = round_ball(mid[i], rel, rad[i * step], &value[i]);
+        any |= failed[i];
     }
     if (call->dense[operand])
         memcpy(out + first, value, (size_t)count * sizeof *out);
     else if (by_row)
-        for (integer i = 0; i < count; i++) out[offset(call, operand, s->row + i)] = value[i];
+        for (integer i = 0; i < count; i++) out[operand_row(call, operand, s->row + i)] = value[i];
     else
         for (integer i = 0, k = 0; i < s->rows; i++) {
-            float *to = out + offset(call, operand, s->row + i) + s->at * stride;
+            float *to = out + operand_row(call, operand, s->row + i) + s->at * stride;
             for (integer j = 0; j < count / s->rows; j++) to[j * stride] = value[k++];
         }
-    if (!all)
+    if (any)
         for (integer i = 0; i < count; i++)
-            if (!sure[i]) s->failed[s->count++] = first + i;
+            if (failed[i]) s->failed[s->count++] = first + i;
 }
 
-#define LOAD(type)                                                                          \
-    do {                                                                                    \
-        const type *from = s->c->pointers[in->a];                                           \
-        if (s->c->dense[in->a]) {                                                           \
-            from += s->row * s->c->n + s->at;                                               \
-            for (integer i = 0; i < length; i++) to[i] = from[i];                           \
-        } else                                                                              \
-            for (integer r = 0, k = 0; r < s->rows; r++) {                                  \
-                integer stride = s->c->strides[(in->a + 1) * s->c->dims - 1];               \
-                const type *row = from + offset(s->c, in->a, s->row + r) + s->at * stride;  \
-                if (stride == 1)                                                            \
-                    for (integer i = 0; i < each; i++) to[k++] = row[i];                    \
-                else                                                                        \
-                    for (integer i = 0; i < each; i++) to[k++] = row[i * stride];           \
-            }                                                                               \
-        for (integer i = length; i < count; i++) to[i] = 1;                                 \
+#define LOAD(type)                                                                              \
+    do {                                                                                        \
+        const type *from = s->c->pointers[in->a];                                               \
+        if (s->c->dense[in->a]) {                                                               \
+            from += s->row * s->c->n + s->at;                                                   \
+            for (integer i = 0; i < length; i++) to[i] = from[i];                               \
+        } else                                                                                  \
+            for (integer r = 0, k = 0; r < s->rows; r++) {                                      \
+                integer stride = s->c->strides[(in->a + 1) * s->c->dims - 1];                   \
+                const type *row = from + operand_row(s->c, in->a, s->row + r) + s->at * stride; \
+                if (stride == 1)                                                                \
+                    for (integer i = 0; i < each; i++) to[k++] = row[i];                        \
+                else                                                                            \
+                    for (integer i = 0; i < each; i++) to[k++] = row[i * stride];               \
+            }                                                                                   \
+        for (integer i = length; i < count; i++) to[i] = 1;                                     \
     } while (0)
 
 #define EACH for (integer i = 0; i < count; i++)
-#define UNARY(OP, VALUE)                   \
-    case 4 * OP:                           \
-        EACH {                             \
-            const double x = a[i];         \
-            to[i] = VALUE;                 \
-        }                                  \
+#define UNARY(OP, VALUE)           \
+    case 4 * OP:                   \
+        EACH {                     \
+            const double x = a[i]; \
+            to[i] = VALUE;         \
+        }                          \
         break;
-#define BINARY(OP, VALUE)                          \
-    case 4 * OP:                                   \
-        EACH {                                     \
-            const double x = a[i], y = b[i];       \
-            to[i] = VALUE;                         \
-        }                                          \
-        break;                                     \
-    case 4 * OP + 1: {                             \
-        const double x = *a;                       \
-        EACH {                                     \
-            const double y = b[i];                 \
-            to[i] = VALUE;                         \
-        }                                          \
-    } break;                                       \
-    case 4 * OP + 2: {                             \
-        const double y = *b;                       \
-        EACH {                                     \
-            const double x = a[i];                 \
-            to[i] = VALUE;                         \
-        }                                          \
+#define BINARY(OP, VALUE)                    \
+    case 4 * OP:                             \
+        EACH {                               \
+            const double x = a[i], y = b[i]; \
+            to[i] = VALUE;                   \
+        }                                    \
+        break;                               \
+    case 4 * OP + 1: {                       \
+        const double x = *a;                 \
+        EACH {                               \
+            const double y = b[i];           \
+            to[i] = VALUE;                   \
+        }                                    \
+    } break;                                 \
+    case 4 * OP + 2: {                       \
+        const double y = *b;                 \
+        EACH {                               \
+            const double x = a[i];           \
+            to[i] = VALUE;                   \
+        }                                    \
     } break;
-/* x from a, y from b, z from c; b or c may be constants */
-#define TERNARY_FORM(FORM, OP, Y, Z, VALUE)            \
-    case 4 * OP + FORM: {                              \
-        const double y0 = *b, z0 = *c;                 \
-        EACH {                                         \
-            const double x = a[i], y = Y, z = Z;       \
-            to[i] = VALUE;                             \
-        }                                              \
-        (void)y0, (void)z0;                            \
+/* x, y and z are the operands a, b and c; b or c may be a constant. */
+#define TERNARY_FORM(FORM, OP, Y, Z, VALUE)      \
+    case 4 * OP + FORM: {                        \
+        const double y0 = *b, z0 = *c;           \
+        EACH {                                   \
+            const double x = a[i], y = Y, z = Z; \
+            to[i] = VALUE;                       \
+        }                                        \
+        (void)y0, (void)z0;                      \
     } break;
-#define TERNARY(OP, VALUE)                    \
-    TERNARY_FORM(0, OP, b[i], c[i], VALUE)    \
-    TERNARY_FORM(1, OP, y0, c[i], VALUE)      \
-    TERNARY_FORM(2, OP, b[i], z0, VALUE)      \
+#define TERNARY(OP, VALUE)                 \
+    TERNARY_FORM(0, OP, b[i], c[i], VALUE) \
+    TERNARY_FORM(1, OP, y0, c[i], VALUE)   \
+    TERNARY_FORM(2, OP, b[i], z0, VALUE)   \
     TERNARY_FORM(3, OP, y0, z0, VALUE)
 
-/* The rounding error of x + y (TwoSum). */
+/* The rounding error of x + y. */
 INLINE double lost(double x, double y) {
     double s, t;
     two_sum(x, y, &s, &t);
     return t;
 }
 
-/* Binary64.plus: whether s, a midpoint of binary32, may move to the side of its rounding error t. */
-INLINE int sided(double s, double t, double e) {
+/* Binary64.plus: whether s is a midpoint of two binary32 numbers that may move to the side of its rounding error t. */
+INLINE int may_leave_midpoint(double s, double t, double e) {
     return ((pattern(s) & 0x1FFFFFFF) == 0x10000000) & (fabs(t) > e) & (fabs(t) > 0x1p-900 * fabs(s));
 }
 
-INLINE double toward(double s, double t) {
-    return number(pattern(s) + ((t > 0) == (s > 0) ? 1 : -1));
-}
+/* The binary64 number beside s in the direction of t. */
+INLINE double next_toward(double s, double t) { return from_pattern(pattern(s) + ((t > 0) == (s > 0) ? 1 : -1)); }
 
-VECTORISED
-void reproml_tape_run(state *restrict s, const instruction *in, const instruction *end) {
+VECTORISED void reproml_program_run(state *restrict s, const instruction *in, const instruction *end) {
     const integer block = s->c->p->block;
     double *const registers = s->registers;
     const double *const constants = s->c->p->constants;
@@ -255,41 +285,41 @@ void reproml_tape_run(state *restrict s, const instruction *in, const instructio
             } else
                 for (integer r = 0; r < s->rows; r++) to[r] = largest_of(a + r * each, each);
             break;
-        case 4 * SETTLE:
-            settle(s, a, *b, c, 1, length, in->by_row ? s->row : s->row * s->c->n + s->at, in->by_row);
+        case 4 * ROUND:
+            round_results(s, a, *b, c, 1, length, in->by_row ? s->row : s->row * s->c->n + s->at, in->by_row);
             break;
-        case 4 * SETTLE + 2:
-            settle(s, a, *b, c, 0, length, in->by_row ? s->row : s->row * s->c->n + s->at, in->by_row);
+        case 4 * ROUND + 2:
+            round_results(s, a, *b, c, 0, length, in->by_row ? s->row : s->row * s->c->n + s->at, in->by_row);
             break;
-        BINARY(ADD, x + y)
-        BINARY(SUB, x - y)
-        BINARY(MUL, x * y)
-        BINARY(DIV, x / y)
-        BINARY(LT, x < y ? 1.0 : 0.0)
-        BINARY(LE, x <= y ? 1.0 : 0.0)
-        BINARY(EQ, x == y ? 1.0 : 0.0)
-        BINARY(AND, x * y)
-        BINARY(OR, x > y ? x : y)
-        UNARY(NEG, -x)
-        UNARY(ABS, fabs(x))
-        UNARY(NOT, 1 - x)
-        UNARY(SQRT, sqrt(x))
-        UNARY(EXP, exp_(x))
-        UNARY(LOG, log_(x))
-        UNARY(EXPM1, expm1_(x))
-        UNARY(LOG1P, log1p_(x))
-        UNARY(SIN, sin_(x))
-        UNARY(COS, cos_(x))
-        UNARY(SINPI, sinpi_(x))
-        UNARY(COSPI, cospi_(x))
-        UNARY(ERF, erf_(x))
-        UNARY(ERFC, erfc_(x))
-        TERNARY(SELECT, x != 0 ? y : z)
-        TERNARY(MULADD, x * y + z)
-        TERNARY(ABSMULADD, fabs(x) * y + z)
-        BINARY(LOST, lost(x, y))
-        TERNARY(PLUS, sided(x, y, z) ? toward(x, y) : x)
-        TERNARY(PLUS_ERROR, sided(x, y, z) ? 0.0 : fabs(y) + z)
+            BINARY(ADD, x + y)
+            BINARY(SUB, x - y)
+            BINARY(MUL, x * y)
+            BINARY(DIV, x / y)
+            BINARY(LT, x < y ? 1.0 : 0.0)
+            BINARY(LE, x <= y ? 1.0 : 0.0)
+            BINARY(EQ, x == y ? 1.0 : 0.0)
+            BINARY(AND, x * y)
+            BINARY(OR, x > y ? x : y)
+            UNARY(NEG, -x)
+            UNARY(ABS, fabs(x))
+            UNARY(NOT, 1 - x)
+            UNARY(SQRT, sqrt(x))
+            UNARY(EXP, exp_(x))
+            UNARY(LOG, log_(x))
+            UNARY(EXPM1, expm1_(x))
+            UNARY(LOG1P, log1p_(x))
+            UNARY(SIN, sin_(x))
+            UNARY(COS, cos_(x))
+            UNARY(SINPI, sinpi_(x))
+            UNARY(COSPI, cospi_(x))
+            UNARY(ERF, erf_(x))
+            UNARY(ERFC, erfc_(x))
+            TERNARY(SELECT, x != 0 ? y : z)
+            TERNARY(MULADD, x * y + z)
+            TERNARY(ABSMULADD, fabs(x) * y + z)
+            BINARY(LOST, lost(x, y))
+            TERNARY(PLUS, may_leave_midpoint(x, y, z) ? next_toward(x, y) : x)
+            TERNARY(PLUS_ERROR, may_leave_midpoint(x, y, z) ? 0.0 : fabs(y) + z)
         }
     }
 }
@@ -300,14 +330,14 @@ static void run_straight(state *s, integer row) {
     s->row = row, s->at = 0, s->partials = 0;
     s->rows = c->rows - row < c->per_block ? c->rows - row : c->per_block;
     s->length = s->rows * c->n;
-    reproml_tape_run(s, p->straight, p->straight + p->straight_length);
+    reproml_program_run(s, p->straight, p->straight + p->straight_length);
 }
 
 static void run_block(state *s, const stage *t, integer row, integer block) {
     const call *c = s->c;
     s->row = row, s->rows = 1, s->at = block * c->p->block;
     s->length = c->n - s->at < c->p->block ? c->n - s->at : c->p->block;
-    reproml_tape_run(s, c->p->code + t->begin, c->p->code + t->body);
+    reproml_program_run(s, c->p->code + t->begin, c->p->code + t->body);
 }
 
 static void run_stages(state *s, integer row) {
@@ -322,11 +352,11 @@ static void run_stages(state *s, integer row) {
                 s->registers[in->to * p->block] =
                     in->op == 4 * SUM ? partials[in->b].sum + partials[in->b].lost : partials[in->b].largest;
         s->partials = 0, s->row = row, s->rows = s->length = 1;
-        reproml_tape_run(s, p->code + t->body, p->code + t->end);
+        reproml_program_run(s, p->code + t->body, p->code + t->end);
     }
 }
 
-/* An item is a block of short rows, a block of a long row, or, with reductions, a long row. */
+/* An item is a block of short rows, a block of a long row, or, if the program has reductions, a long row. */
 static void run_items(integer task, void *data) {
     call *c = data;
     double registers[SCRATCH] __attribute__((aligned(64)));
@@ -344,14 +374,14 @@ static void run_items(integer task, void *data) {
             run_block(&s, c->p->stage, item / c->blocks, item % c->blocks);
     }
     c->start[task] = start;
-    c->found[task] = s.count;
+    c->count[task] = s.count;
 }
 
-/* Run a program on operands of `sizes` with `strides` [operands + 1][dims], in elements; the last of the pointers
-   and strides are the result's. Along the last dimension are the rows. Returns the number of results that
-   could not be settled; their places, counted along the sizes, are in `failed`. */
-integer reproml_tape(const program *p, integer dims, const integer *sizes, const integer *strides,
-                     void *const *pointers, integer *failed, integer tasks) {
+/* Run a program on operands of `sizes` with `strides` [operands + 1][dims], in elements; the last of the pointers and of
+   the strides are those of the result. Rows lie along the last dimension. Returns the number of results for which the
+   rounding test failed; their flat indices, counted along the sizes, are in `failed`. */
+integer reproml_program(const program *p, integer dims, const integer *sizes, const integer *strides,
+                        void *const *pointers, integer *failed, integer tasks) {
     call c = {.p = p, .dims = dims, .rows = 1, .n = sizes[dims - 1], .sizes = sizes, .strides = strides};
     c.pointers = pointers;
     c.failed = failed;
@@ -365,5 +395,5 @@ integer reproml_tape(const program *p, integer dims, const integer *sizes, const
     c.tasks = tasks < c.items ? tasks : c.items;
     if (c.tasks > TASKS) c.tasks = TASKS;
     reproml_parallel(run_items, &c, c.tasks);
-    return together(failed, c.start, c.found, c.tasks);
+    return join_failures(failed, c.start, c.count, c.tasks);
 }

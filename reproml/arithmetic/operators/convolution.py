@@ -278,11 +278,11 @@ def _compiled(
     if not out.numel():
         return reference()
     pointers = [None if x is None else x.data_ptr() for x in (*given, out)]
-    left = kernels.unsettled(getattr(kernels.library, kernel), geometry, *pointers)
-    if left is None:
+    result = kernels.run_kernel(getattr(kernels.library, kernel), geometry, *pointers)
+    if not result.complete:
         return reference()
-    if left is not kernels.NONE:
-        out.view(-1)[left] = reference().reshape(-1)[left]
+    if result.failed is not None:
+        out.view(-1)[result.failed] = reference().reshape(-1)[result.failed]
     return out
 
 

@@ -112,15 +112,16 @@ def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
     if bias is not None and not (bias.shape == (n,) and bias.dtype is f32 and kernels.usable(bias)):
         return None
     out = a.new_empty(shape)
-    left = kernels.unsettled(
+    result = kernels.run_kernel(
         kernels.library.reproml_product,
         *(batch, m, n, k),
         *(a.data_ptr(), a_batch, of_a[-2], of_a[-1], b.data_ptr(), b_batch, of_b[-2], of_b[-1]),
         *(None if bias is None else bias.data_ptr(), out.data_ptr()),
     )
-    if left is None:
+    if not result.complete:
         return None
-    if left is not kernels.NONE:
+    if result.failed is not None:
+        left = result.failed
         *of, i, j = torch.unravel_index(left, out.shape)
         rows, columns = a[(*of, i)].unsqueeze(1), b.transpose(-1, -2)[(*of, j)].unsqueeze(2)
         rest = None if bias is None else bias[j].reshape(-1, 1, 1)

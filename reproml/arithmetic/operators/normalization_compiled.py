@@ -85,8 +85,8 @@ _Layout = ctypes.c_int64 * len(Layout._fields)
 _stored = lru_cache(maxsize=256)(lambda layout: _Layout(*layout))
 
 
-def _call(kernel: Any, layout: Layout, x: Tensor, *arguments: Any) -> Optional[Tensor]:
-    return kernels.unsettled(kernel, _stored(layout), x.data_ptr(), *arguments)
+def _call(kernel: Any, layout: Layout, x: Tensor, *arguments: Any) -> kernels.KernelResult:
+    return kernels.run_kernel(kernel, _stored(layout), x.data_ptr(), *arguments)
 
 
 def _forward(
@@ -107,7 +107,7 @@ def _forward(
     mean and variance to update with `momentum`.
     """
     out = torch.empty_like(x)
-    left = _call(
+    complete, left = _call(
         kernels.library.reproml_normalize,
         layout,
         x,
@@ -122,9 +122,9 @@ def _forward(
         rstd.data_ptr(),
         out.data_ptr(),
     )
-    if left is None:
+    if not complete:
         return None
-    if left.numel():
+    if left is not None:
         group, at = layout.groups_and_weights(left)
         w, b = (None if t is None else t.view(-1)[at] for t in (weight, bias))
         statistics = mean.view(-1)[group], rstd.view(-1)[group]
@@ -151,7 +151,7 @@ def _backward(
     out = torch.empty_like(x) if mask[0] else None
     sums = [new(layout.groups) if mask[0] and not given else None for _ in range(2)]
     weight_sum, bias_sum = (new(layout.groups) if m else None for m in mask[1:])
-    left = _call(
+    complete, left = _call(
         kernels.library.reproml_normalize_backward,
         layout,
         x,
@@ -161,9 +161,9 @@ def _backward(
         rstd.data_ptr(),
         *map(_at, (*sums, weight_sum, bias_sum, out)),
     )
-    if left is None:
+    if not complete:
         return None
-    if out is not None and left.numel():
+    if out is not None and left is not None:
         group, at = layout.groups_and_weights(left)
         w = torch.ones(len(left)) if weight is None else weight.view(-1)[at]
         some_g, some_x = (t.view(-1)[left] for t in (g, x))

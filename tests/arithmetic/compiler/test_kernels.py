@@ -27,7 +27,7 @@ def test_one_line_says_what_is_missing(case, monkeypatch, caplog, tmp_path):
         version = kernels._VERSION - (case == "another version")
         library = SimpleNamespace(reproml_version=lambda: version)
         monkeypatch.setattr(ctypes, "CDLL", lambda path: library)
-    assert kernels._load() is None
+    assert kernels._load_library() is None
     (record,) = caplog.records
     assert record.getMessage().startswith("reproml: same bits, but slower: the compiled loops ")
     assert "\n" not in record.getMessage()
@@ -35,7 +35,7 @@ def test_one_line_says_what_is_missing(case, monkeypatch, caplog, tmp_path):
 
 def test_nothing_is_said_where_they_are_switched_off(monkeypatch, caplog):
     monkeypatch.setenv("REPROML_KERNELS", "off")
-    assert kernels._load() is None and not caplog.records
+    assert kernels._load_library() is None and not caplog.records
 
 
 def test_only_tensors_in_memory_of_the_processor_are_usable():

@@ -145,14 +145,15 @@ def test_result_is_independent_of_threads():
 def left(monkeypatch):
     """Record how many elements each kernel call returned as failed; None for too many."""
     counts = []
-    unsettled = kernels.unsettled
+    run_kernel = kernels.run_kernel
 
     def counted(*arguments):
-        result = unsettled(*arguments)
-        counts.append(None if result is None else len(result))
+        result = run_kernel(*arguments)
+        count = 0 if result.failed is None else len(result.failed)
+        counts.append(count if result.complete else None)
         return result
 
-    monkeypatch.setattr(kernels, "unsettled", counted)
+    monkeypatch.setattr(kernels, "run_kernel", counted)
     return counts
 
 

@@ -1,0 +1,128 @@
+/* Fast loops of elementwise formulas: exp, expm1, activations and their gradients. */
+
+#include "fast.h"
+
+/* Above 700 the bound makes the test fail. */
+#define EXP_HIGH(x, error) ((x) > 700 ? INFINITY : (error))
+
+/* scale p + (scale - 1): the first is p itself where k = 0 and no larger than the sum elsewhere, so the error stays
+   below 2^-48.3 + 5 U < EXP_ERROR. */
+INLINE double fast_expm1(double x) {
+    double scale, p = exp_parts(at_least_minus_700(x), &scale);
+    return copysign(scale * p + (scale - 1), x);
+}
+
+INLINE ball relative(double mid, double rel) { return (ball){mid, fabs(mid) * rel}; }
+
+/* -t / (2 + t), t = expm1(-2 |x|) in (-1, 0]: both operands err by EXP_ERROR at most, the quotient by twice that and
+   3 U. */
+INLINE ball tanh_ball(double x) {
+    double t = fast_expm1(-2 * fabs(x));
+    return relative(copysign(t / (2 + t), x), 0x1.1p-47);
+}
+
+/* sigmoid(x), and sigmoid(-x) in *other: 1 / (1 + t) and t / (1 + t), t = exp(-|x|). t errs by EXP_ERROR, 1 + t by half
+   of it and U, the rest by 2 U: together below 1.6 EXP_ERROR. */
+#define SIGMOID_ERROR 0x1.ap-48
+INLINE double sigmoid_pair(double x, double *other) {
+    double t = fast_exp(-fabs(x)), inverse = 1 / (1 + t), product = t * inverse;
+    *other = x < 0 ? inverse : product;
+    return x < 0 ? product : inverse;
+}
+
+INLINE ball sigmoid_ball(double x) {
+    double other;
+    return relative(sigmoid_pair(x, &other), SIGMOID_ERROR);
+}
+
+INLINE ball silu_ball(double x) {
+    double other;
+    return relative(x * sigmoid_pair(x, &other), SIGMOID_ERROR + 2 * U);
+}
+
+/* g f, where f lies within `rad` of `mid`. The sign of f must be known even if g is 0. */
+INLINE ball times(double g, double mid, double rad) {
+    return (ball){g * mid, fabs(mid) > rad ? fabs(g) * rad + 2 * U * fabs(g * mid) : INFINITY};
+}
+
+/* s (1 + x sigmoid(-x)): the second factor cancels, with an error relative to 1 + |x| sigmoid(-x). */
+INLINE ball silu_backward_ball(double g, double x) {
+    double other, s = sigmoid_pair(x, &other), a = x * other;
+    return times(g, s * (1 + a), s * (1 + fabs(a)) * (2 * SIGMOID_ERROR + 8 * U));
+}
+
+/* The normal distribution Phi(x), x exact, and exp(-x^2 / 2), whose argument is exact too.
+   Phi(-t) = exp(-t^2 / 2) w P(q) for 0 <= t <= 8, w = 1 / (t + 6), q = 1 - 12 w, P of degree 15 at the Chebyshev nodes
+   in q, within 2^-48.7. In units of U: q errs by 5, times P' / P < 1.9; Horner's scheme by 4; the products by 4: 18 U and
+   EXP_ERROR. Above 0, 1 - Phi(-x) is no worse; Phi(-8) < 2^-50 replaces smaller values there. Below -8 PHI_LOW makes the
+   test fail. */
+#define PHI_ERROR 0x1.2p-47
+#define PHI_LOW(x, rad) ((x) < -8 ? INFINITY : (rad))
+INLINE double phi(double x, double *bell) {
+    double t = fabs(x) > 8 ? 8 : fabs(x), w = 1 / (t + 6), q = 1 - 12 * w, y = 0x1.cb51e75d95823p-19;
+    y = y * q + 0x1.61555d073a9adp-16;
+    y = y * q + 0x1.7b201b8c6b81bp-16;
+    y = y * q - 0x1.7148796b26686p-15;
+    y = y * q + 0x1.9811e23ecbed8p-13;
+    y = y * q + 0x1.4195927453580p-15;
+    y = y * q - 0x1.17391e2cdcc32p-9;
+    y = y * q + 0x1.48a8f521f7823p-7;
+    y = y * q - 0x1.fba9ffca2866ep-6;
+    y = y * q + 0x1.33e774cb9d4bap-4;
+    y = y * q - 0x1.38b069e40eb1cp-3;
+    y = y * q + 0x1.1267d73ad4c17p-2;
+    y = y * q - 0x1.a7d657723b7f2p-2;
+    y = y * q + 0x1.234fe3fd90cd2p-1;
+    y = y * q - 0x1.66eaa7d096597p-1;
+    y = y * q + 0x1.8e010d2b8a0f0p-1;
+    *bell = fast_exp(-0.5 * (x * x));
+    double tail = *bell * (w * y);
+    return x < 0 ? tail : 1 - tail;
+}
+
+INLINE ball gelu_ball(double x) {
+    double bell, mid = x * phi(x, &bell);
+    return (ball){mid, PHI_LOW(x, fabs(mid) * (PHI_ERROR + 4 * U))};
+}
+
+/* Phi(x) + x density(x), which cancels below 0. */
+INLINE ball gelu_backward_ball(double g, double x) {
+    double bell, c = phi(x, &bell), a = x * (bell * 0x1.9884533d43651p-2);
+    return times(g, c + a, PHI_LOW(x, (c + fabs(a)) * (PHI_ERROR + 4 * U)));
+}
+
+/* One loop with the fast test; if an element fails, a second loop with the test that also covers subnormal numbers. */
+#define FORMULA(NAME, BALL)                                       \
+    case NAME:                                                    \
+        for (integer i = 0; i < count; i++) {                     \
+            const double x = a[i], y = b[i];                      \
+            const ball v = BALL;                                  \
+            failures += round_normal_ball(v.mid, v.rad, &out[i]); \
+            (void)x, (void)y;                                     \
+        }                                                         \
+        if (!failures) break;                                     \
+        for (integer i = 0; i < count; i++) {                     \
+            const double x = a[i], y = b[i];                      \
+            const ball v = BALL;                                  \
+            failed[i] = round_ball(v.mid, 0, v.rad, &out[i]);     \
+            (void)x, (void)y;                                     \
+        }                                                         \
+        break;
+
+VECTORISED int32_t reproml_activation_block(int which, const float *restrict a, const float *restrict b,
+                                            float *restrict out, int32_t *restrict failed, integer count) {
+    int32_t failures = 0;
+    switch (which) {
+        FORMULA(EXP, relative(fast_exp(x), EXP_HIGH(x, EXP_ERROR)))
+        FORMULA(EXPM1, relative(fast_expm1(x), EXP_HIGH(x, EXP_ERROR)))
+        FORMULA(TANH, tanh_ball(x))
+        FORMULA(SIGMOID, sigmoid_ball(x))
+        FORMULA(SILU, silu_ball(x))
+        FORMULA(GELU, gelu_ball(x))
+        FORMULA(TANH_BACKWARD, relative(x * (1 - y * y), 4 * U))    /* y^2 is exact */
+        FORMULA(SIGMOID_BACKWARD, relative(x * y * (1 - y), 4 * U)) /* x y is exact */
+        FORMULA(SILU_BACKWARD, silu_backward_ball(x, y))
+        FORMULA(GELU_BACKWARD, gelu_backward_ball(x, y))
+    }
+    return failures;
+}

@@ -1,0 +1,90 @@
+/* Fast loops for the formulas that are used most. Each does in one pass what program.c does for any formula, with just as
+   much precision as the rounding test needs (about 2^-47; one element in a million fails) and a bound derived by hand,
+   which leaves room of U |mid| for the test (round_normal_ball). Elements that fail go to program.c and from there to
+   the reference path.
+
+   Include this file first: the pragma has to precede every inlined function. */
+
+#ifndef REPROML_FAST_H
+#define REPROML_FAST_H
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=fast") /* within every bound; two_sum takes no product, or an exact one */
+#endif
+
+#include "elementary.h"
+#include "rounding.h"
+
+/* In the order of compiler/executor.py. */
+enum {
+    EXP,
+    EXPM1,
+    TANH,
+    SIGMOID,
+    SILU,
+    GELU,
+    TANH_BACKWARD,
+    SIGMOID_BACKWARD,
+    SILU_BACKWARD,
+    GELU_BACKWARD,
+    SOFTMAX,
+    LOG_SOFTMAX,
+    SOFTMAX_BACKWARD,
+    LOG_SOFTMAX_BACKWARD
+};
+
+enum { BLOCK = 256, ROW_MAX = 2048 };
+
+/* A real number that lies within `rad` of `mid`. */
+typedef struct {
+    double mid, rad;
+} ball;
+
+/* exp(x) = scale (1 + p), for |x| <= 700. x = k ln 2 + r, |r| <= 0.3466, as in elementary.py; p = expm1(r) = r + r^2 Q(r),
+   with Q of degree 8 at the Chebyshev nodes. The error of p is below 2^-48.3 of p and of 1 + p; roundings add 3 U of p.
+   So exp errs by less than EXP_ERROR. */
+#define EXP_ERROR 0x1p-48
+INLINE double exp_parts(double x, double *scale) {
+    double shifted = x * 1.4426950408889634 + 0x1.8p52, k = shifted - 0x1.8p52; /* the last bits of `shifted` hold k */
+    double r = (x - k * 0x1.62e42fefap-1) - k * 0x1.cf79abc9e3b3ap-40, y = 0x1.28803a9f7bb01p-22;
+    y = y * r + 0x1.72c722e81c5f2p-19;
+    y = y * r + 0x1.a019c9aa11c0bp-16;
+    y = y * r + 0x1.a019adaa6411ep-13;
+    y = y * r + 0x1.6c16c1738f05cp-10;
+    y = y * r + 0x1.1111111c46274p-7;
+    y = y * r + 0x1.5555555554cb8p-5;
+    y = y * r + 0x1.5555555553b7cp-3;
+    y = y * r + 0x1p-1;
+    *scale = from_pattern((int64_t)((uint64_t)(pattern(shifted) + 1023) << 52));
+    return r + r * r * y;
+}
+
+/* Below -700 the value at -700 replaces exp(x), both being far below the smallest binary32 number. */
+INLINE double at_least_minus_700(double x) { return x < -700 ? -700 : x; }
+
+/* For x <= 700. */
+INLINE double fast_exp(double x) {
+    double scale, p = exp_parts(at_least_minus_700(x), &scale);
+    return scale + scale * p;
+}
+
+/* activations.c: out[i] = the formula of a[i] and b[i]. Returns 0 if all elements passed the test; otherwise failed[i]
+   is nonzero for those that failed. */
+int32_t reproml_activation_block(int which, const float *restrict a, const float *restrict b, float *restrict out,
+                                 int32_t *restrict failed, integer count);
+
+/* Some rows of n <= ROW_MAX numbers each, ROW_MAX numbers at most, and what is calculated from them. */
+typedef struct {
+    const float *x, *y;
+    float *out;
+    integer rows, n;
+    double mid[ROW_MAX], rad[ROW_MAX];             /* of each number */
+    double of_row[ROW_MAX], error_of_row[ROW_MAX]; /* one number for each row, and a bound of its error */
+    float x_copy[ROW_MAX], y_copy[ROW_MAX], out_copy[ROW_MAX];
+    int32_t failed[ROW_MAX];
+} row_table;
+
+/* softmax.c: fill out and failed. */
+void reproml_softmax_rows(int which, row_table *t);
+
+#endif

@@ -1,0 +1,165 @@
+/* The rounding test (A. Ziv, ACM TOMS 17(3), 1991), as in numerics/rounding.py: if a real number lies within `rad` of
+   `mid` and both ends of that interval round to the same binary32 number, so does the real number.
+
+   Every function of this file stores the rounded number in *result and returns 0 if the test passed; otherwise it
+   returns a nonzero value, and *result is a guess. All of them consist of
+
+       the two ends, computed in binary64, so that each may move inward by up to U (|mid| + rad): the bound needs ROOM
+       for that, or an end may land on the midpoint of two binary32 numbers with the real number on its other side;
+       a comparison of the rounded ends, either as numbers (-0 equals +0, NaN fails) or as bit patterns.
+
+   They differ in what they assume of `rad`:
+
+   function            compares   assumes of rad                       room for the test, sign of a zero
+   ------------------  ---------  -----------------------------------  ---------------------------------------------------
+   round_ball          numbers    bounds |real - mid|, nothing else    adds SLACK, 2 U |mid| and TINY itself; a result that
+                                                                       is 0 by underflow fails if its sign is unknown
+   round_padded_ball   numbers    has room of U |mid|                  adds TINY; a zero as in round_ball
+   round_normal_ball   numbers    has room of U |mid|                  fails on subnormal and infinite results and on zeros
+                                                                       that are not exact, so TINY does not matter
+   round_sum           patterns   has room of U |mid|; nothing under-  adds nothing; -0 and +0 differ, and an exact zero
+                                  flows, as in sums and products of    needs mid = +0 (rad = 0 with mid = -0 fails)
+                                  binary32 numbers
+   round_signed_sum    patterns   as round_sum                         adds nothing; an exact -0 stays -0
+   round_pair          patterns   bounds |real - (s + t)|              adds SLACK and 2 U |t|; the ends are rounded to odd,
+                                                                       so s needs no room; an exact zero is +0
+
+   Where the callers have their room, one line for each use. Errors are in units of U of the stated quantity; h is the
+   height of the tree of additions; "+ 1" is the room that the test needs. It need not be more, not even for terms of
+   order U^2: a midpoint M of two binary32 numbers is at least (1 + 2^-24) 2^k where the spacing of binary64 at M is
+   2 U 2^k, so U |mid| exceeds the rounding of an end at M by a fraction of 2^-24.
+
+   use                                     function            errors                            in the bound
+   --------------------------------------  ------------------  --------------------------------  -------------------------
+   program.c: any formula                  round_ball          those of numerics/balls.py        nothing more
+   activations.c, softmax.c: second test   round_ball          as in the first test              as in the first test
+   losses.c: gradient of nll_loss          round_ball          1                                 2
+   activations.c: first test               round_normal_ball   stated at each formula; + 1       at least 1 more
+   softmax.c: softmax, log_softmax         round_normal_ball   h + 2; + 1                        h + 4
+   softmax.c: backward                     round_normal_ball   result 2 (log_softmax 1); + 1     3 (2)
+   optimizers.c: averages                  round_padded_ball   2, Adam's second one 3; + 1       3, 4
+   optimizers.c: parameters                round_padded_ball   Adam 3 and 12, SGD 2; + 1         Adam 5 and 20, SGD 6
+   matmul.c, convolution.c (tile.h)        round_sum           h, bias 1; + 1                    h + 8 (relative_bound)
+   reductions.c: sums                      round_sum           h, divisor 1; + 1                 h + 4
+   reductions.c: few terms                 round_sum           divisor 1; + 1                    4; 0 if nothing was rounded
+   normalization.c: mean                   round_signed_sum    h, division by n 2; + 1           h + 5
+   normalization.c: variance               round_signed_sum    h + 3; result 1; + 1              h + 6; result 2
+   normalization.c: 1 / sqrt(v)            round_signed_sum    result 2, half that of v; + 1     4, and 0.6 of that of v
+   normalization.c: output                 round_signed_sum    product 3, bias 1; + 1            6, 4
+   normalization.c: running statistics     round_signed_sum    2; + 1                            5
+   normalization.c: sums of the backward   round_signed_sum    h, terms 2, factor 1; + 1         h + 8
+   normalization.c: gradient               round_signed_sum    w g 2, slope 6, a 4; + 1          5, 9, 9
+   normalization.c: of given statistics    round_signed_sum    1; + 1                            4
+   compensated.h, indexing.c               round_pair          of t: its additions               4 n + 4, n + 4 or n + 2 of
+                                                                                                 the sum of |rounding errors|
+
+   tests/arithmetic/compiler/test_rounding_bounds.py holds each line to this: with numbers just beside a midpoint, and
+   with the same numbers in a build whose U is too small, which has to go wrong. */
+
+#ifndef REPROML_ROUNDING_H
+#define REPROML_ROUNDING_H
+
+#include "common.h"
+
+#ifndef U         /* a test builds these files with bounds that are too small */
+#define U 0x1p-53 /* unit roundoff of binary64 */
+#endif
+#define TINY 0x1p-1000      /* rounding.TINY: absolute error of an operation that underflows in binary64 */
+#define SLACK (1 + 0x1p-20) /* rounding.SLACK: bounds are themselves computed in binary64 */
+
+/* ---- the two comparisons ---- */
+
+/* As numbers. *result is the rounded `mid`. If |mid| <= rad, a result of 0 may have either sign. */
+INLINE int32_t numbers_differ(double mid, double rad, float *result) {
+    float low = (float)(mid - rad), high = (float)(mid + rad);
+    *result = (float)mid;
+    return (low != high) | ((*result == 0) & (fabs(mid) <= rad) & (rad > 2 * TINY));
+}
+
+/* As bit patterns. *result is the rounded upper end. */
+INLINE int32_t patterns_differ(float low, float high, float *result) {
+    *result = high;
+    return bits(low) ^ bits(high);
+}
+
+/* ---- balls: the sign of mid is the sign of a result of zero ---- */
+
+/* rounding.round_ball: the real number lies within rel |mid| + rad of mid. */
+INLINE int32_t round_ball(double mid, double rel, double rad, float *result) {
+    rad += rel * fabs(mid);
+    rad = (rad == 0 ? 0 : rad * SLACK + 2 * U * fabs(mid)) + TINY;
+    return numbers_differ(mid, rad, result);
+}
+
+/* For a `rad` that has room for the test. */
+INLINE int32_t round_padded_ball(double mid, double rad, float *result) {
+    return numbers_differ(mid, rad + TINY, result);
+}
+
+/* The same in few instructions, for normal numbers and exact zeros, which are the most frequent results. mid - rad has
+   the sign of a zero mid. */
+INLINE int32_t round_normal_ball(double mid, double rad, float *result) {
+    float low = (float)(mid - rad), high = (float)(mid + rad);
+    uint32_t above = ((uint32_t)bits(low) & 0x7FFFFFFF) - 0x00800000; /* the smallest normal number */
+    *result = low;
+    return (low != high) | !((above < 0x7F000000) | (fabs(mid) + rad == 0));
+}
+
+/* ---- sums: any order of additions must give the same bits, so not even the sign of a zero may come from mid ---- */
+
+/* rounding.round_sum: for a `rad` that has room for the test. */
+INLINE int32_t round_sum(double mid, double rad, float *result) {
+    return patterns_differ((float)(mid - rad), (float)(mid + rad), result);
+}
+
+/* The same, of which an exact -0 passes as -0: with these signs neither end turns into +0. */
+INLINE int32_t round_signed_sum(double mid, double minus_rad, float *result) {
+    return patterns_differ((float)(minus_rad + mid), -(float)(minus_rad - mid), result);
+}
+
+/* Bound of the relative error of a sum whose tree of additions has this height, of which at most one more term was
+   added; with room for the test. Source: N. Higham, Accuracy and Stability of Numerical Algorithms, section 4.2. */
+INLINE double relative_bound(double height) {
+    double g = height + 8;
+    return g * U / (1 - g * U) * SLACK;
+}
+
+/* Bound of a + b, rounded to `sum`, where a and b have one rounding each and err by `error` in addition; with room for
+   the test. It is 0 if nothing was rounded: with a beta of one half every other sum is a midpoint. */
+INLINE double bound_of_sum(double a, double b, double sum, double error) {
+    double z = sum - a, lost = (a - (sum - z)) + (b - z); /* two_sum */
+    double bound = 3 * U * (fabs(a) + fabs(b)) + error, any = 0x1p900 * (fabs(lost) + error);
+    return any < bound ? any : bound; /* any is 0 or huge; a minimum compiles to one instruction, a branch does not */
+}
+
+/* ---- pairs of binary64 numbers ---- */
+
+/* a + b rounded to odd in binary64, so that rounding it once more, to binary32, rounds a + b correctly
+   (Boldo & Melquiond, IEEE Transactions on Computers 57(4), 2008). a and b are finite. */
+INLINE double add_to_odd(double a, double b) {
+    double s, t;
+    two_sum(a, b, &s, &t);
+    int64_t sum = pattern(s);
+    if (t != 0 && !(sum & 1)) s = from_pattern(sum + ((t > 0) == (s > 0) ? 1 : -1));
+    return s;
+}
+
+/* A real number that lies within `rad` of s + t, |t| <= |s|. */
+typedef struct {
+    double s, t, rad;
+} pair;
+
+static inline pair make_pair(double s, double t, double rad) {
+    pair p = {0, 0, rad};
+    two_sum(s, t, &p.s, &p.t);
+    return p;
+}
+
+/* Fails also if the number is not finite. */
+static inline int32_t round_pair(pair p, float *result) {
+    double rad = p.rad * SLACK + fabs(p.t) * (2 * U); /* t - rad and t + rad are rounded */
+    float low = (float)(add_to_odd(p.s, p.t - rad) + 0.0), high = (float)(add_to_odd(p.s, p.t + rad) + 0.0);
+    return (patterns_differ(low, high, result) != 0) | !(fabs(p.s) <= DBL_MAX);
+}
+
+#endif

@@ -1,0 +1,179 @@
+/* Fast loops of formulas over rows: softmax, log_softmax and their gradients. */
+
+#include "fast.h"
+
+enum { LANES = 16 };
+
+/* The number of additions that a number passes through in `sum`, and two more. */
+INLINE double height(integer n) { return (double)(n / LANES + 8); }
+
+INLINE double sum(const double *x, integer n) {
+    double part[LANES] = {0}, total = 0;
+    integer i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++) part[l] += x[i + l];
+    if (i)
+        for (int width = LANES / 2; width; width /= 2)
+            for (int l = 0; l < width; l++) part[l] += part[l + width];
+    for (integer j = i; j + 4 <= n; j += 4) total += (x[j] + x[j + 1]) + (x[j + 2] + x[j + 3]);
+    for (integer j = n - (n - i) % 4; j < n; j++) total += x[j];
+    return part[0] + total;
+}
+
+/* The sum of x y, whose terms are exact, or of x alone if y is null, with a bound of its error. The rounding errors of
+   TwoSum are added up too, so only the additions of those count, and a sum without rounding errors is exact. */
+INLINE ball exact_sum(const float *x, const float *y, integer n) {
+    double part[LANES] = {0}, lost[LANES] = {0}, size[LANES] = {0}, term[LANES], more;
+    for (integer i = 0; i < n; i += LANES) {
+        const int count = n - i < LANES ? (int)(n - i) : LANES;
+        if (count == LANES)
+            for (int l = 0; l < LANES; l++) term[l] = y ? (double)x[i + l] * y[i + l] : x[i + l];
+        else
+            for (int l = 0; l < LANES; l++) term[l] = l >= count ? 0 : y ? (double)x[i + l] * y[i + l] : x[i + l];
+        for (int l = 0; l < LANES; l++) {
+            two_sum(part[l], term[l], &part[l], &more);
+            lost[l] += more;
+            size[l] += fabs(more);
+        }
+    }
+    for (int width = LANES / 2; width; width /= 2)
+        for (int l = 0; l < width; l++) {
+            two_sum(part[l], part[l + width], &part[l], &more);
+            lost[l] += lost[l + width] + more;
+            size[l] += size[l + width] + fabs(more);
+        }
+    two_sum(part[0], lost[0], &part[0], &more);
+    return (ball){part[0], fabs(more) + 2 * (n + LANES) * U * size[0]};
+}
+
+/* The largest of n numbers; it may ignore a NaN. */
+INLINE float largest(const float *x, integer n) {
+    float part[LANES], top = x[0];
+    integer i = 0;
+    if (n >= LANES) {
+        for (int l = 0; l < LANES; l++) part[l] = x[l];
+        for (i = LANES; i + LANES <= n; i += LANES)
+            for (int l = 0; l < LANES; l++) part[l] = x[i + l] > part[l] ? x[i + l] : part[l];
+        for (int l = 0; l < LANES; l++) top = part[l] > top ? part[l] : top;
+    }
+    for (; i < n; i++) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+/* mid = x minus the largest number of the row; error_of_row >= 0 bounds the relative error of its exponential. Above
+   -128, a difference that TwoSum finds to be rounded adds 128 U; below, both its exponential and the calculated one are
+   below 2^-184 of the sum and vanish in binary32. */
+INLINE void subtract_largest(row_table *t) {
+    for (integer r = 0; r < t->rows; r++) {
+        const float *x = t->x + r * t->n;
+        const double top = largest(x, t->n);
+        double *d = t->mid + r * t->n, lost;
+        int64_t inexact = 0;
+        for (integer i = 0; i < t->n; i++) {
+            two_sum(x[i], -top, &d[i], &lost);
+            inexact |= lost != 0;
+        }
+        t->error_of_row[r] = EXP_ERROR + (inexact ? 128 * U : 0);
+    }
+}
+
+/* exp(d) / sum, as a multiplication by the inverse. Infinite and NaN rows result in NaN, which fails the test. */
+INLINE void softmax(row_table *t) {
+    const integer count = t->rows * t->n;
+    subtract_largest(t);
+    for (integer i = 0; i < count; i++) {
+        double d = t->mid[i], e = fast_exp(d);
+        t->mid[i] = d == -INFINITY ? 0 : e;
+    }
+    for (integer r = 0; r < t->rows; r++) {
+        t->of_row[r] = 1 / sum(t->mid + r * t->n, t->n);
+        t->error_of_row[r] = 2 * t->error_of_row[r] + (height(t->n) + 4) * U;
+    }
+}
+
+/* d - log1p(the sum of exp over all but one of the largest numbers): both have the same sign, so nothing cancels; log1p
+   passes on the relative error of its operand and adds 2^-49. */
+INLINE void log_softmax(row_table *t) {
+    const integer count = t->rows * t->n;
+    double e[ROW_MAX];
+    subtract_largest(t);
+    for (integer i = 0; i < count; i++) {
+        double d = t->mid[i], y = fast_exp(d);
+        e[i] = d < 0 ? (d == -INFINITY ? 0 : y) : d + 1; /* 1, or NaN, which fails the test */
+    }
+    for (integer r = 0; r < t->rows; r++) {
+        double *of = e + r * t->n, *first = of;
+        const double *d = t->mid + r * t->n;
+        while (first < of + t->n - 1 && d[first - of] != 0) first++;
+        *first -= 1;
+        t->of_row[r] = sum(of, t->n);
+        t->error_of_row[r] += 0x1p-49 + (height(t->n) + 4) * U;
+    }
+    for (integer r = 0; r < t->rows; r++) t->of_row[r] = log1p_(t->of_row[r]);
+}
+
+INLINE void sums(row_table *t, int product) {
+    for (integer r = 0; r < t->rows; r++) {
+        ball s = exact_sum(t->x + r * t->n, product ? t->y + r * t->n : 0, t->n);
+        t->of_row[r] = s.mid, t->error_of_row[r] = s.rad;
+    }
+}
+
+INLINE void exponentials(row_table *t) {
+    for (integer i = 0; i < t->rows * t->n; i++) t->mid[i] = t->y[i] == -INFINITY ? 0 : exp_(t->y[i]);
+}
+
+/* The midpoints and bounds of the results of one row, from mid, of_row and error_of_row. */
+INLINE void finish_row(row_table *t, integer r, int which) {
+    const float *x = t->x + r * t->n, *y = t->y + r * t->n;
+    double *mid = t->mid + r * t->n, *rad = t->rad + r * t->n;
+    const double s = t->of_row[r], e = t->error_of_row[r];
+    for (integer i = 0; i < t->n; i++) {
+        double c;
+        if (which == SOFTMAX) {
+            c = mid[i] * s;
+            rad[i] = c * e;
+        } else if (which == LOG_SOFTMAX) {
+            c = mid[i] - s;
+            rad[i] = fabs(c) * e;
+        } else if (which == SOFTMAX_BACKWARD) { /* y (g - s) */
+            c = y[i] * (x[i] - s);
+            rad[i] = fabs((double)y[i]) * e + 3 * U * fabs(c);
+        } else { /* g - exp(y) s; mid is exp(y), with an error of 2^-51, or none where it is 0 or 1 */
+            double p = mid[i] * s;
+            c = x[i] - p;
+            rad[i] = mid[i] * e + (y[i] == 0 ? 0 : fabs(p) * (0x1p-51 + U)) + 2 * U * fabs(c);
+        }
+        mid[i] = c + 0.0; /* an exact zero of a row is +0 */
+    }
+}
+
+INLINE void finish_rows(row_table *t, int which) {
+    const integer count = t->rows * t->n;
+    int32_t any = 0;
+    for (integer r = 0; r < t->rows; r++) finish_row(t, r, which);
+    for (integer i = 0; i < count; i++) {
+        t->failed[i] = round_normal_ball(t->mid[i], t->rad[i], &t->out[i]);
+        any |= t->failed[i];
+    }
+    if (!any) return;
+    for (integer i = 0; i < count; i++) {
+        t->failed[i] = round_ball(t->mid[i], 0, t->rad[i], &t->out[i]);
+        if (which == LOG_SOFTMAX) t->failed[i] &= t->mid[i] != -INFINITY;
+    }
+}
+
+#define FORMULA(NAME, BEFORE) \
+    case NAME:                \
+        BEFORE;               \
+        finish_rows(t, NAME); \
+        break;
+
+VECTORISED void reproml_softmax_rows(int which, row_table *t) {
+    switch (which) {
+        FORMULA(SOFTMAX, softmax(t))
+        FORMULA(LOG_SOFTMAX, log_softmax(t))
+        FORMULA(SOFTMAX_BACKWARD, sums(t, 1))
+        FORMULA(LOG_SOFTMAX_BACKWARD, (sums(t, 0), exponentials(t)))
+    }
+}
