@@ -19,19 +19,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 import reproml
 from reproml.arithmetic import operator_table
 from reproml.arithmetic.dispatch import dispatcher
-from reproml.arithmetic.handlers import handler
+from reproml.arithmetic.dispatch.dispatcher import Kind
+from reproml.arithmetic.handlers import handler_of
 from verification import op_db
 
 ROOT = Path(__file__).resolve().parents[2]
-
-# What the engine made of an operator, by the function it returned.
-KINDS = {
-    "_strided": "moved or cast",
-    "_for_float32": "exact",
-    "_for_each": "each of a list",
-    "_taken_apart": "taken apart",
-    "_guarded": "refused",
-}
 
 # Takes a file's name.
 NOT_CALLED = {"from_file"}
@@ -54,13 +46,9 @@ def overloads() -> list[Any]:
 OVERLOADS = overloads()
 
 
-def kind_of(func: Any) -> str:
-    return KINDS[handler(func).__qualname__.split(".<locals>")[0]]
-
-
-OF_KIND: dict[str, list[Any]] = {}
+OF_KIND: dict[Kind, list[Any]] = {kind: [] for kind in Kind}
 for _func in OVERLOADS:
-    OF_KIND.setdefault(kind_of(_func), []).append(_func)
+    OF_KIND[handler_of(_func).kind].append(_func)
 
 
 def dummy(kind: str, dtype: torch.dtype) -> Any:
@@ -123,8 +111,8 @@ def attempt(func: Any, dtype: torch.dtype) -> str:
 
 def test_the_registry_is_large_and_every_operator_has_a_kind():
     assert len(OVERLOADS) > 2500
-    assert set(OF_KIND) == set(KINDS.values())
-    assert len(OF_KIND["refused"]) > 800
+    assert [kind for kind in Kind if not OF_KIND[kind]] == [Kind.NATIVE]
+    assert len(OF_KIND[Kind.REFUSED]) > 800
 
 
 def test_every_operator_outside_the_table_refuses_floats():
@@ -132,7 +120,7 @@ def test_every_operator_outside_the_table_refuses_floats():
     counts: Counter[str] = Counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for func in OF_KIND["refused"]:
+        for func in OF_KIND[Kind.REFUSED]:
             if func._schema.name[len("aten::") :] in NOT_CALLED | VIEWS:
                 continue
             outcome = attempt(func, torch.float32)
@@ -147,7 +135,7 @@ def test_other_floats_are_refused(dtype):
     counts: Counter[str] = Counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for func in OF_KIND["exact"] + OF_KIND["each of a list"] + OF_KIND["moved or cast"]:
+        for func in OF_KIND[Kind.DEFINED] + OF_KIND[Kind.FOREACH] + OF_KIND[Kind.MOVED]:
             name = func._schema.name[len("aten::") :].replace("_foreach_", "").rstrip("_")
             moved = (
                 name in operator_table.DATA_MOVEMENT
@@ -174,9 +162,11 @@ def takes_tensors(func: Any) -> bool:
 def test_every_name_of_the_table_is_an_operator(key):
     packet = getattr(torch.ops.aten, key)
     for overload in packet.overloads():
-        wanted = "exact" if key in operator_table.EXACT else "moved or cast"
-        kind = kind_of(getattr(packet, overload))
-        assert kind == wanted or (wanted, kind) == ("moved or cast", "refused")
+        kind = handler_of(getattr(packet, overload)).kind
+        if key in operator_table.EXACT:
+            assert kind is Kind.DEFINED
+        else:  # some overloads compute
+            assert kind in (Kind.MOVED, Kind.REFUSED)
 
 
 # ---- moves -----------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from torch.autograd.graph import increment_version
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import elementwise
-from reproml.arithmetic.dispatch import deferred, dispatcher
+from reproml.arithmetic.dispatch import dispatcher
+from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics import devices
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.errors import NotExactError
@@ -563,7 +564,7 @@ def _instead(
         options.pop("differentiable", None)
         _refuse_unless(not torch.is_grad_enabled(), "differentiable=True")
         with dispatcher.natively():
-            return deferred.step(step, lists, options)
+            return replay_log.run_step(step, lists, options)
 
     return either
 

@@ -27,6 +27,7 @@ import reproml
 from reproml.arithmetic import operator_table
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.dispatch import deferred
+from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.dispatch.schema import tensors
 from reproml.arithmetic.numerics import devices
 from reproml.arithmetic.numerics.rounding import round_sum
@@ -51,7 +52,7 @@ def well(monkeypatch: Any) -> Iterator[Counter[str]]:
     """All that is computed is far away. Counts how often outcomes were read, and of the operators whose
     test had failed those that were right and those that were not."""
     count: Counter[str] = Counter()
-    read, stands = deferred._all, deferred._stands
+    read, stands = deferred.failed_indices, deferred.result_unchanged
 
     def reading(outcomes: list[Tensor]) -> Any:
         count["read"] += 1
@@ -63,14 +64,14 @@ def well(monkeypatch: Any) -> Iterator[Counter[str]]:
         return found
 
     monkeypatch.setattr(kernels, "library", None)
-    monkeypatch.setattr(deferred, "_all", reading)
-    monkeypatch.setattr(deferred, "_stands", standing)
+    monkeypatch.setattr(deferred, "failed_indices", reading)
+    monkeypatch.setattr(deferred, "result_unchanged", standing)
     monkeypatch.setattr(devices, "is_on_accelerator", lambda x: not x.is_meta)
     with reproml.exact():
         torch.ones(3).sum()  # the first test that meets a device
     count.clear()
     yield count
-    assert not deferred._log
+    assert not replay_log.entries
 
 
 @pytest.fixture
@@ -264,13 +265,13 @@ def other_defaults() -> list[Tensor]:
     y = torch.lerp(TERMS.sum(1), x, 0.3)
     torch.set_default_dtype(torch.float64)
     try:
-        deferred.flush()
+        replay_log.flush()
     finally:
         torch.set_default_dtype(torch.float32)
     torch.manual_seed(2)
     z = torch.randn_like(TERMS.sum(0)) + TERMS.sum(0)
     with torch.device("meta"):  # a mode that sees every call of torch's functions
-        deferred.flush()
+        replay_log.flush()
     return [x, y, z]
 
 
@@ -368,12 +369,12 @@ def test_an_error_after_all_was_settled_leaves_that(far):
 def test_a_forked_process_waits_for_nobody(far):
     with reproml.exact():
         TERMS.sum()
-        with deferred._lock:
+        with replay_log.lock:
             pid = os.fork()
             if not pid:
                 signal.alarm(20)
                 try:
-                    held = deferred._lock.acquire(blocking=False) and not deferred._log
+                    held = replay_log.lock.acquire(blocking=False) and not replay_log.entries
                     os._exit(
                         0 if held and nearby(lambda: (torch.ones(2) + 1).tolist()) == [2, 2] else 1
                     )
@@ -383,16 +384,16 @@ def test_a_forked_process_waits_for_nobody(far):
 
 
 def test_a_long_log_is_read_before_its_end(far, monkeypatch):
-    monkeypatch.setattr(deferred, "_OPERATORS", 10)
+    monkeypatch.setattr(replay_log, "MAX_ENTRIES", 10)
     with reproml.exact():
         for _ in range(25):
             TERMS.sum()
-        assert len(deferred._log) < 10
-    monkeypatch.setattr(deferred, "_BYTES", 1000)
+        assert len(replay_log.entries) < 10
+    monkeypatch.setattr(replay_log, "MAX_BYTES", 1000)
     with reproml.exact():
         for _ in range(25):
             TERMS.sum(0)
-            assert deferred._held < 1000
+            assert replay_log.bytes < 1000
 
 
 def test_threads_share_the_log(far):
@@ -483,7 +484,7 @@ def test_no_operator_waits_for_the_device(name, drawing):
     """Of a fake tensor no number can be read (DataDependentOutputException). linalg_qr looks at lengths."""
     for case in CASES[name]:
         drawn = drawing.draw(case.draw)
-        with FakeTensorMode(), NothingCrosses(), deferred._noted():
+        with FakeTensorMode(), NothingCrosses(), replay_log.collect_outcomes():
             operator_table.EXACT[name](*away(drawn), **case.options)
 
 
@@ -502,7 +503,7 @@ STATES: dict[str, tuple[int, list[Any], dict[str, Any]]] = {
 def test_no_optimizer_waits_for_the_device(name, monkeypatch):
     monkeypatch.setattr(optimizers, "_check", lambda *_: None)  # which refuses fake tensors
     states, rest, options = STATES[name]
-    with FakeTensorMode(), NothingCrosses(), deferred._noted() as outcomes:
+    with FakeTensorMode(), NothingCrosses(), replay_log.collect_outcomes() as outcomes:
         lists = [away([torch.empty(3), torch.empty(2, 2)]) for _ in range(2 + states)]
         step = getattr(optimizers, name)
         step(*lists, *rest, lr=0.1, weight_decay=0.01, maximize=False, **options)
