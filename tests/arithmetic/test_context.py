@@ -200,10 +200,10 @@ POWERS = st.floats(1e-3, 1e3).map(lambda x: x * (-1) ** int(x * 1e6))
 
 @given(POWERS, st.one_of(st.floats(-20, 20), st.integers(-20, 20).map(float)))
 def test_powers_of_schedulers_are_correctly_rounded(base, exponent):
-    plain = base**exponent
+    native = base**exponent
     found = libm.ExactPower(base) ** exponent, base ** libm.ExactPower(exponent)
-    if isinstance(plain, complex):
-        assert found == (plain, plain)
+    if isinstance(native, complex):
+        assert found == (native, native)
     else:
         expected = float(o.mp.power(o.mp.mpf(base), o.mp.mpf(exponent)))
         assert found == (expected, expected)

@@ -589,9 +589,9 @@ def test_target_out_of_bounds_raises_pytorch_error(target):
 def test_moved_operators_accept_other_dtypes(dtype):
     """Also the views and copies that are not intercepted, whose kernels may call other operators."""
     x = torch.tensor([[-1.5, 2.0], [3.25, -0.0]]).to(dtype)
-    moves: list[Any] = [
+    operators: list[Any] = [
         torch.relu, torch.clone, lambda x: torch.where(x > 0, x, x.t()),
         lambda x: x.masked_fill(x > 0, 7), lambda x: torch.stack([x, x]), lambda x: x.t().contiguous(),
     ]  # fmt: skip
-    for move in moves:
-        assert torch.equal(exact_path(move, x), move(x))
+    for operator in operators:
+        assert torch.equal(exact_path(operator, x), operator(x))
