@@ -1,17 +1,17 @@
-"""PyTorch's own operator samples under exact arithmetic, each against a float64 reference.
+"""Compare PyTorch's own operator samples under exact arithmetic with a float64 reference.
 
     python -m verification.op_db [NAME ...]            # default: every operator of op_db
 
-For each float32 sample of `torch.testing._internal.common_methods_invocations.op_db` that exact() does
-not refuse, forward and backward, three things are compared:
+Three things are compared for each float32 sample of
+`torch.testing._internal.common_methods_invocations.op_db` that exact() does not refuse, forward and
+backward:
 
-1. every call of an operator of the table, in the forward as in the backward pass, with PyTorch's own
-   operator on the same operands in float64: no further from it than half an ulp of binary32, plus what
-   the float64 reference itself may be off. For the operators of COMPOSITE, which round more than once:
-   a few ulps of the largest element;
-2. the results and the gradients with float64 autograd, from end to end: COARSE, as several roundings
-   may lie between;
-3. the shapes, dtypes and devices of all of them with native float32.
+1. every call of an operator of the table with PyTorch's own operator on the same operands in float64.
+   The distance is at most half an ulp of binary32, plus the error of the float64 reference. For the
+   operators of COMPOSITE, which round more than once, it is a few ulps of the largest element;
+2. the results and the gradients with float64 autograd, from end to end, within COARSE, as several
+   roundings may lie between;
+3. the shapes, dtypes, devices and layouts of the results and the gradients with native float32.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ import reproml
 from reproml.arithmetic import operator_table
 from reproml.arithmetic.dispatch import dispatcher
 
-# Expressions of several rounded steps (docs/exact.md names the steps): allowed, relative to the largest
-# element of the result.
+# Expressions of several rounded steps (docs/exact.md names the steps). STEPS is their allowed error,
+# relative to the largest element of the result.
 COMPOSITE = frozenset(
     """
     native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
@@ -46,7 +46,7 @@ STEPS = 2.0**-19
 
 FACTORIES = frozenset({"arange", "linspace"})  # made of Python numbers alone
 
-# Their Python numbers enter as they are given; those of all others are rounded to binary32 first.
+# These use Python numbers as given; all others round them to binary32 first.
 AS_GIVEN = (
     COMPOSITE
     | FACTORIES
@@ -54,16 +54,16 @@ AS_GIVEN = (
     | {"smooth_l1_loss", "smooth_l1_loss_backward", "huber_loss", "huber_loss_backward"}
 )
 
-# The float64 reference is trusted to this, relative to its largest element and its operands.
+# Error of the float64 reference, relative to its largest element and its operands.
 REFERENCE = 2.0**-46
-# From end to end: relative to the largest element, or to 1.
+# Allowed error from end to end, relative to the largest element, or to 1.
 COARSE = 2.0**-13
 
-# Outputs that only PyTorch's own backward kernel reads, so that nobody sees them here.
+# Outputs that only PyTorch's own backward kernel reads, which exact() replaces.
 UNUSED = frozenset({("log_sigmoid_forward", 1), ("nll_loss_forward", 1), ("nll_loss2d_forward", 1)})
-# The reference, not the result, is off: PyTorch's float64 kernel of it has 1 / 6 in float32.
+# The reference is inaccurate, not the result: PyTorch's float64 kernel has 1 / 6 in float32.
 REFERENCE_OFF = {"hardsigmoid_backward": 2.0**-24}
-# Of these the elements are whatever was in memory, or random numbers.
+# The elements of their results are uninitialised or random.
 ARBITRARY = (
     "empty",
     "rand",
@@ -75,45 +75,52 @@ ARBITRARY = (
     "dropout",
 )
 
-SHOWN = 3  # failures of an operator, unless it was asked for by name
+SHOWN = 3  # failures printed for an operator, unless it was named on the command line
 
 
 class Outcome(NamedTuple):
-    """Of one sample: "passed", "failed" or "refused", and why."""
+    """The outcome of one sample: "passed", "failed" or "refused", and why."""
 
     status: str
     reason: str = ""
 
 
 def name_of(func: Any) -> str:
-    """The key of the table for an operator: add for aten::add_, None outside the table."""
+    """Return the key of the table for an operator: add for aten::add_."""
     name: str = func._schema.name[len("aten::") :]
     return name if name in operator_table.EXACT else name.rstrip("_")
 
 
 def _double(x: Any) -> Any:
-    """A copy in float64 of every float32 tensor and dtype in a tree."""
+    """Copy a tree, with every float32 tensor and dtype in it converted to float64."""
 
-    def one(x: Any) -> Any:
+    def convert(x: Any) -> Any:
         if isinstance(x, Tensor):
             y = x.detach().clone()
             return (y.double() if y.dtype is torch.float32 else y).requires_grad_(x.requires_grad)
         return torch.float64 if x is torch.float32 else x
 
-    return tree_map(one, x)
+    return tree_map(convert, x)
+
+
+def _copy(x: Any) -> Any:
+    def copy(x: Any) -> Any:
+        return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+    return tree_map(copy, x)
 
 
 def _as_operands(x: Any) -> Any:
-    """Python numbers and 0-dim float64 tensors as they meet a float32 tensor, in float64 again."""
+    """Round Python numbers and 0-dim float64 tensors in a tree to binary32, as beside a float32 tensor."""
 
-    def one(x: Any) -> Any:
+    def convert(x: Any) -> Any:
         if isinstance(x, float):
             return torch.tensor(x, dtype=torch.float32).item()
         if isinstance(x, Tensor) and x.dtype is torch.float64 and not x.dim():
             return x.float().double()
         return x
 
-    return tree_map(one, x)
+    return tree_map(convert, x)
 
 
 def _tensors(x: Any) -> list[Tensor]:
@@ -121,7 +128,7 @@ def _tensors(x: Any) -> list[Tensor]:
 
 
 def _with_defaults(func: Any, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments, with numbers left to the schema's default rounded like those given."""
+    """Return the keyword arguments, with the schema's default numbers rounded like those given."""
     defaults = {
         a.name: a.default_value
         for a in func._schema.arguments[len(args) :]
@@ -137,13 +144,13 @@ def _largest(x: Tensor) -> float:
 
 
 def ulp(x: Tensor) -> Tensor:
-    """The distance of binary32 numbers around each element of x, float64."""
+    """Return the distance between binary32 numbers around each element of x, as float64."""
     exponent = torch.frexp(x.abs().clamp(min=2.0**-126))[1]
     return torch.ldexp(torch.ones_like(x), exponent - 24)
 
 
 def difference(got: Tensor, reference: Tensor, allowed: Tensor) -> str:
-    """The worst element of `got` that is further from `reference` than allowed; empty if there is none."""
+    """Describe the element of `got` that exceeds the allowed distance most, or return an empty string."""
     if got.shape != reference.shape:
         return f"shape {list(got.shape)}, not {list(reference.shape)}"
     if not got.numel():
@@ -159,7 +166,7 @@ def difference(got: Tensor, reference: Tensor, allowed: Tensor) -> str:
 
 
 class Checker(TorchDispatchMode):
-    """Inside exact(): compares each call of an operator of the table with float64."""
+    """A mode for use inside exact() that compares each call of a table operator with float64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,54 +177,66 @@ class Checker(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Optional[dict[str, Any]] = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = name_of(func)
-        given = _tensors([args, kwargs])
-        checked = (
-            name in operator_table.EXACT
-            and torch.Tag.nondeterministic_seeded not in func.tags
-            and (any(x.dtype is torch.float32 for x in given) or name in FACTORIES)
-            and not any(x.dtype is torch.float64 and x.dim() for x in given)
-        )
-        if not checked:
+        if not _is_compared(func, _tensors([args, kwargs])):
             return func(*args, **kwargs)
-        with dispatcher.natively():
-            wide_args, wide_kwargs = [list(args), kwargs]
+        name = name_of(func)
+        with dispatcher.natively():  # before the call, which may mutate its operands
+            wide_args, wide_kwargs = list(args), kwargs
             if name not in AS_GIVEN:
                 wide_args, wide_kwargs = _as_operands([wide_args, wide_kwargs])
             wide_args, wide_kwargs = _double([wide_args, wide_kwargs])
         result = func(*args, **kwargs)
+        if name in FACTORIES and result.dtype is not torch.float32:
+            return result
         with dispatcher.natively():
-            if name in FACTORIES:
-                if result.dtype is not torch.float32:
-                    return result
-                wide_kwargs["dtype"] = torch.float64
-            if name == "log_sigmoid_backward":  # its buffer is the forward's second output
-                wide_args[2] = torch.ops.aten.log_sigmoid_forward(wide_args[1])[1]
             self.calls[name] += 1
-            reference = func(*wide_args, **_with_defaults(func, wide_args, wide_kwargs))
-            size = max([1.0, *map(_largest, _tensors([wide_args, wide_kwargs]))])
-            for i, (x, y) in enumerate(zip(_tensors(result), _tensors(reference))):
-                if (name, i) in UNUSED:
-                    continue
-                if x.dtype is not torch.float32:
-                    y = y.to(x.dtype) if x.dtype is y.dtype else y
-                    if x.dtype is not y.dtype or not torch.equal(x, y):
-                        self.wrong.append(f"{func} output {i}: {x.dtype} differs from {y.dtype}")
-                    continue
-                allowed = (_largest(y) + size * size) * REFERENCE_OFF.get(name, REFERENCE)
-                if name in COMPOSITE:
-                    limit = torch.full_like(y, max(_largest(y), 1.0) * STEPS + allowed)
-                else:
-                    limit = ulp(y) / 2 * (1 + 2.0**-20) + allowed
-                message = difference(x, y, limit)
-                if message:
-                    shapes = [list(t.shape) for t in given]
-                    self.wrong.append(f"{func} output {i} of {shapes}: {message}")
+            shapes = [list(t.shape) for t in _tensors([args, kwargs])]
+            for i, message in _wrong_outputs(func, result, wide_args, wide_kwargs):
+                self.wrong.append(f"{func} output {i} of {shapes}: {message}")
         return result
 
 
+def _is_compared(func: Any, operands: list[Tensor]) -> bool:
+    """Return whether it is a deterministic operator of the table, on float32 operands."""
+    name = name_of(func)
+    return (
+        name in operator_table.EXACT
+        and torch.Tag.nondeterministic_seeded not in func.tags
+        and (any(x.dtype is torch.float32 for x in operands) or name in FACTORIES)
+        and not any(x.dtype is torch.float64 and x.dim() for x in operands)
+    )
+
+
+def _wrong_outputs(
+    func: Any, result: Any, args: list[Any], kwargs: dict[str, Any]
+) -> Iterator[tuple[int, str]]:
+    """Yield index and description of each output that is not the rounded float64 result on args, kwargs."""
+    name = name_of(func)
+    if name in FACTORIES:
+        kwargs["dtype"] = torch.float64
+    if name == "log_sigmoid_backward":  # its buffer is the forward's second output
+        args[2] = torch.ops.aten.log_sigmoid_forward(args[1])[1]
+    reference = func(*args, **_with_defaults(func, args, kwargs))
+    size = max([1.0, *map(_largest, _tensors([args, kwargs]))])
+    for i, (x, y) in enumerate(zip(_tensors(result), _tensors(reference))):
+        if (name, i) in UNUSED:
+            continue
+        if x.dtype is not torch.float32:
+            if x.dtype is not y.dtype or not torch.equal(x, y):
+                yield i, f"{x.dtype} differs from {y.dtype}"
+            continue
+        allowed = (_largest(y) + size * size) * REFERENCE_OFF.get(name, REFERENCE)
+        if name in COMPOSITE:
+            limit = torch.full_like(y, max(_largest(y), 1.0) * STEPS + allowed)
+        else:
+            limit = ulp(y) / 2 * (1 + 2.0**-20) + allowed
+        message = difference(x, y, limit)
+        if message:
+            yield i, message
+
+
 def _gradients(outputs: Any, inputs: Any, seed: int) -> list[Optional[Tensor]]:
-    """Of all inputs, for incoming gradients of a fixed pattern."""
+    """Return the gradients of all inputs, for incoming gradients of a fixed pattern."""
     outs = [t for t in _tensors(outputs) if t.requires_grad and t.is_floating_point()]
     leaves = [t for t in _tensors(inputs) if t.requires_grad]
     if not outs or not leaves:
@@ -238,25 +257,18 @@ def _run(op: Any, sample: Any, tree: Any, backward: bool) -> tuple[Any, list[Opt
 
 
 def check(op: Any, sample: Any, backward: bool) -> tuple[Outcome, Counter[str]]:
-    """One sample: the outcome, and how often each operator of the table was compared."""
+    """Check one sample: return the outcome, and how often each operator of the table was compared."""
     tree = (sample.input, sample.args, sample.kwargs)
     checker = Checker()
 
-    def fresh(dtype: torch.dtype) -> Any:
-        copied = _double(tree) if dtype is torch.float64 else tree_map(_copied, tree)
-        return copied
-
-    def _copied(x: Any) -> Any:
-        return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
-
     try:
-        native, native_grads = _run(op, sample, fresh(torch.float32), backward)
-        wide, wide_grads = _run(op, sample, fresh(torch.float64), backward)
+        native, native_grads = _run(op, sample, _copy(tree), backward)
+        wide, wide_grads = _run(op, sample, _double(tree), backward)
     except Exception as error:  # PyTorch itself does not run this sample in these dtypes
         return Outcome("refused", f"natively: {type(error).__name__}"), checker.calls
     try:
         with reproml.exact(), checker:
-            result, grads = _run(op, sample, fresh(torch.float32), backward)
+            result, grads = _run(op, sample, _copy(tree), backward)
     except reproml.NotExactError as error:
         return Outcome("refused", str(error)), checker.calls
     except Exception as error:
@@ -293,10 +305,12 @@ def _compare(
 
 
 def operators(names: Any = ()) -> Iterator[Any]:
-    # PyTorch's samples import it for a base class of tests, which are not wanted here.
-    stand_in = ModuleType("expecttest")  # a module, as hypothesis reads all of sys.modules
-    stand_in.TestCase = TestCase  # type: ignore[attr-defined]
-    sys.modules.setdefault("expecttest", stand_in)
+    """Yield op_db's operators for float32 on the CPU, all of them or those named."""
+    # PyTorch's samples import expecttest for a base class of tests, which are not used here. It has to be
+    # a module, as hypothesis reads all of sys.modules.
+    expecttest = ModuleType("expecttest")
+    expecttest.TestCase = TestCase  # type: ignore[attr-defined]
+    sys.modules.setdefault("expecttest", expecttest)
     with mock.patch("torch.backends.disable_global_flags"):  # it would outlive the import
         from torch.testing._internal.common_methods_invocations import op_db
 
@@ -310,7 +324,7 @@ def title(op: Any) -> str:
 
 
 def samples(op: Any) -> Iterator[tuple[Any, bool]]:
-    """(sample, whether it has a backward pass)."""
+    """Yield each sample, and whether it has a backward pass."""
     backward = op.supports_autograd and op.supports_dtype(torch.float32, "cpu")
     for sample in op.sample_inputs("cpu", torch.float32, requires_grad=backward):
         yield sample, backward

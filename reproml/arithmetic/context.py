@@ -1,4 +1,4 @@
-"""`exact()`, which a user enters: it lets operators come to their definitions, and applies the patches."""
+"""`exact()`, the context that users enter: it intercepts operators and applies the patches."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from typing import Any
 import torch
 
 from reproml.arithmetic import handlers, operator_table, patches, state
-from reproml.arithmetic.dispatch import deferred, dispatcher
+from reproml.arithmetic.dispatch import dispatcher
+from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.errors import NotExactError
 
 
 def _flushes_subnormals() -> bool:
-    """Whether some thread does; it is a setting of each, which those of a pool have from their start."""
+    """Return whether a thread flushes subnormal numbers to zero.
+
+    Each thread has its own setting; those of a pool keep the one with which they were created."""
     threads = torch.get_num_threads()
-    size = (
-        1 if threads == 1 else (threads + 1) << 15
-    )  # PyTorch gives a thread 2^15 elements or more
+    # PyTorch assigns at least 2^15 elements to a thread.
+    size = 1 if threads == 1 else (threads + 1) << 15
     x = torch.full((size,), 2.0**-140, dtype=torch.float32, device="cpu").mul(1)
     return int(x.count_nonzero()) < size
 
 
 class exact(ContextDecorator):  # noqa: N801 (used like a function: `with reproml.exact():`)
-    """Every floating-point operator inside returns the correctly rounded result, or raises.
+    """Make every floating-point operator return the correctly rounded result, or raise NotExactError.
 
         with reproml.exact():
             train()
@@ -34,10 +36,10 @@ class exact(ContextDecorator):  # noqa: N801 (used like a function: `with reprom
         @reproml.exact()
         def train(): ...
 
-    Raises NotExactError for an operator that has no exact definition; with `on_unknown="warn"` such
-    operators run natively, and a warning at the end lists all that may have cost the guarantee. Use
-    inside another exact() is allowed and changes nothing. Like every mode of PyTorch it holds for the
-    thread that enters it.
+    An operator without an exact definition raises NotExactError. With `on_unknown="warn"` it runs natively
+    instead, and a warning at the end lists all such operators: the results may then differ between
+    machines. Entering exact() inside another exact() changes nothing. Like every mode of PyTorch, it
+    applies to the thread that enters it.
     """
 
     def __init__(self, on_unknown: str = "raise") -> None:
@@ -48,40 +50,41 @@ class exact(ContextDecorator):  # noqa: N801 (used like a function: `with reprom
     def __call__(self, func: Any) -> Any:
         if inspect.isgeneratorfunction(func) or inspect.iscoroutinefunction(func):
             raise TypeError(
-                f"reproml.exact() does not reach into {func.__name__}, which runs after it returned; "
-                "use `with reproml.exact():` inside."
+                f"reproml.exact() cannot decorate {func.__name__}: a generator or coroutine runs after "
+                "the call has returned; use `with reproml.exact():` inside it."
             )
         return super().__call__(func)
 
     def __enter__(self) -> exact:
         depth = state.active.depth
         if depth == 0:
-            with torch.device("cpu"):  # it cannot be imported with "meta" for a default device
-                importlib.import_module("torch._dynamo")  # optimizers do; here it meets no mode
-
+            # Optimizers import torch._dynamo in their first step. It must be imported outside any mode,
+            # and cannot be imported while the default device is "meta".
+            with torch.device("cpu"):
+                importlib.import_module("torch._dynamo")
             if _flushes_subnormals():
                 raise NotExactError(
-                    "Subnormal numbers are flushed to zero; torch.set_flush_denormal(False)."
+                    "Subnormal numbers are flushed to zero; call torch.set_flush_denormal(False)."
                 )
             dispatcher.install(
-                handlers.handler, handlers.refused, operator_table.VIEWS, operator_table.COPIES
+                handlers.handler_of, handlers.refuse, operator_table.VIEWS, operator_table.COPIES
             )
             patches.apply()
-            state.active.passed = {} if self._on_unknown == "warn" else None
-            dispatcher.include(True)
+            state.active.ran_natively = {} if self._on_unknown == "warn" else None
+            dispatcher.set_thread_intercepted(True)
         state.active.depth = depth + 1
         return self
 
     def __exit__(self, *exc: Any) -> None:
         state.active.depth -= 1
         if state.active.depth == 0:
-            dispatcher.include(False)
+            dispatcher.set_thread_intercepted(False)
             try:
-                deferred.flush()
+                replay_log.flush()
             finally:
                 patches.restore()
-            if state.active.passed:
-                listed = ", ".join(f"{op} ({at})" for op, at in state.active.passed.items())
+            if state.active.ran_natively:
+                listed = ", ".join(f"{op} ({at})" for op, at in state.active.ran_natively.items())
                 warnings.warn(
-                    f"not exact, so the bits may differ elsewhere: {listed}", stacklevel=2
+                    f"not exact, so the bits may differ on another machine: {listed}", stacklevel=2
                 )

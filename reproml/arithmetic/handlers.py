@@ -1,12 +1,20 @@
-"""The engine: each operator that PyTorch runs is looked up in the table, or refused.
+"""What happens to one operator inside `exact()`: `handler_of` decides, once for each operator.
 
-Every operator below autograd comes here (dispatch.py), the backward ones included. An operator
+An operator (an OpOverload, such as aten.add.Tensor) below autograd, forward or backward, is one of these
+(`dispatcher.Kind`):
 
-- of the table's MOVES runs natively: it does no arithmetic;
-- of the table's EXACT runs as defined there; its in-place and out= forms follow by themselves;
-- that PyTorch itself writes in terms of others (CompositeImplicitAutograd) is taken apart;
-- that touches no floating-point number runs natively;
-- and any other raises NotExactError.
+- MOVED: a name of the table's DATA_MOVEMENT or CASTS. It does no arithmetic, so it runs natively.
+- DEFINED: a name of the table's EXACT. Its definition runs for float32 operands. With integers alone it
+  runs natively if the table's INTEGER names it. Other dtypes are refused.
+- FOREACH: `_foreach_add` and the like run the functional operator on each element of their lists.
+- DECOMPOSED: PyTorch writes the operator in terms of others (CompositeImplicitAutograd); these run instead,
+  and each is intercepted.
+- REFUSED: any other. It runs natively if no floating-point number goes in or comes out.
+
+The table names functional operators, such as `add`. The other forms of each follow from it here: the
+in-place form `add_` computes the functional form and copies the result into its first operand (or is one
+IEEE 754 operation itself, the table's IN_PLACE); the `out=` form copies the results into the outputs that
+its schema marks (`_run_definition`).
 """
 
 from __future__ import annotations
@@ -19,141 +27,103 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from reproml.arithmetic import operator_table, state
+from reproml.arithmetic import operator_table as table
+from reproml.arithmetic import state
 from reproml.arithmetic.dispatch import dispatcher
+from reproml.arithmetic.dispatch.dispatcher import Handler, Kind
 from reproml.arithmetic.dispatch.schema import tensors
 from reproml.errors import NotExactError
 
-Handler = Callable[..., Any]
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+Function = Callable[..., Any]
 
 
-def handler(func: Any) -> Handler:
-    """What stands for an operator (an OpOverload) within `exact()`."""
-    name = func._schema.name
-    if not name.startswith("aten::"):
-        return func if name.startswith(("profiler::", "prim::")) else _guarded(func)
-    name = name[len("aten::") :]
-    if (
-        f"{name.rstrip('_')}.{func._overloadname.replace('_out', '')}"
-        in operator_table.COMPUTING_OVERLOADS
-    ):
-        return _guarded(func)
-    if name not in operator_table.EXACT and (
-        name in operator_table.DATA_MOVEMENT or name.rstrip("_") in operator_table.DATA_MOVEMENT
-    ):
-        return _strided(func)
-    if name in operator_table.CASTS:
-        return _strided(operator_table.CASTS[name])
-    outputs = [a.name for a in func._schema.arguments if a.is_out]
-    if name in operator_table.EXACT:
-        return _for_float32(name, func, outputs)
-    if name.endswith("_") and name[:-1] in operator_table.EXACT:
-        return _for_float32(name[:-1], func, ["self"])
+def handler_of(operator: Any) -> Handler:
+    """Decide what runs in place of an operator inside `exact()`."""
+    namespace, _, name = operator._schema.name.partition("::")
+    if namespace in ("profiler", "prim"):
+        return Handler(Kind.NATIVE, operator)
+    if namespace != "aten" or _computes_despite_its_name(name, operator):
+        return Handler(Kind.REFUSED, _refuse_floats(operator))
+    if name in table.EXACT:
+        outputs = [x.name for x in operator._schema.arguments if x.is_out]
+        return Handler(Kind.DEFINED, _run_definition(name, operator, outputs))
+    if name in table.CASTS:
+        return Handler(Kind.MOVED, _require_strided(table.CASTS[name]))
+    if name in table.DATA_MOVEMENT or name.rstrip("_") in table.DATA_MOVEMENT:
+        return Handler(Kind.MOVED, _require_strided(operator))
+    if name.endswith("_") and name[:-1] in table.EXACT:
+        return Handler(Kind.DEFINED, _run_definition(name[:-1], operator, ["self"]))
     if name.startswith("_foreach_"):
-        return _for_each(name[len("_foreach_") :], func)
-    if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
-        return _taken_apart(func)
-    return _guarded(func)
+        return _foreach_handler(name[len("_foreach_") :], operator)
+    if operator.has_kernel_for_dispatch_key(_COMPOSITE):
+        return Handler(Kind.DECOMPOSED, _decompose(operator))
+    return Handler(Kind.REFUSED, _refuse_floats(operator))
 
 
-def _for_each(name: str, func: Any) -> Handler:
-    """The plain operator on each position of the lists."""
-    plain, in_place = name.rstrip("_"), name.endswith("_")
-    plain = {"norm": "linalg_vector_norm"}.get(plain, plain)
-    if plain in operator_table.EXACT:
-        exact = _for_float32(plain, getattr(torch.ops.aten, plain))
-    elif plain in operator_table.DATA_MOVEMENT:
-        exact = _strided(getattr(torch.ops.aten, plain))
-    else:
-        return _guarded(func)
-
-    def each(*args: Any, **kwargs: Any) -> Any:
-        def at(i: int, x: Any) -> Any:
-            return x[i] if isinstance(x, (list, tuple)) else x
-
-        if "scalars" in kwargs:
-            kwargs["value"] = kwargs.pop("scalars")
-        results = [
-            exact(*[at(i, x) for x in args], **{key: at(i, x) for key, x in kwargs.items()})
-            for i in range(len(args[0]))
-        ]
-        if not in_place:
-            return results
-        for x, y in zip(args[0], results):
-            x.copy_(y)
-        return None
-
-    return each
+def _computes_despite_its_name(name: str, operator: Any) -> bool:
+    """Return whether the operator is one of the overloads of DATA_MOVEMENT that do arithmetic."""
+    overload = operator._overloadname.replace("_out", "")
+    return f"{name.rstrip('_')}.{overload}" in table.COMPUTING_OVERLOADS
 
 
-def _taken_apart(func: Any) -> Handler:
-    def composite(*args: Any, **kwargs: Any) -> Any:
-        with dispatcher.again():
-            return func.decompose(*args, **kwargs)
-
-    composite.parts = True  # type: ignore[attr-defined]  # for deferred.run
-    return composite
+# ---- moved ---------------------------------------------------------------------------------------
 
 
-def _inexact(x: Tensor) -> bool:
-    return x.is_floating_point() or x.is_complex() or x.is_quantized
-
-
-def _strided(func: Handler) -> Handler:
-    """Of complex and sparse tensors even a copy may compute: refused."""
-    run = getattr(func, "_op", func)  # without a frame of Python's
+def _require_strided(function: Function) -> Function:
+    """Run it natively, unless a tensor is complex or sparse: of these even a copy may compute."""
+    run = getattr(function, "_op", function)  # saves a Python frame
 
     def strided(*args: Any, **kwargs: Any) -> Any:
-        for x in args:  # every operator passes here: no generator for what is not a list
+        for x in args:  # every operator takes this path: no generator for what is not a list
             if isinstance(x, Tensor):
                 if x.layout is not torch.strided or x.is_complex():
-                    raise _undefined(x)
+                    raise _undefined_for(x)
             elif isinstance(x, (list, tuple)):
                 for y in tensors(x):
                     if y.layout is not torch.strided or y.is_complex():
-                        raise _undefined(y)
+                        raise _undefined_for(y)
         return run(*args, **kwargs)
 
     return strided
 
 
-def _undefined(x: Tensor) -> NotExactError:
-    return NotExactError(f"it is not defined for {x.dtype} of layout {x.layout}")
+# ---- defined -------------------------------------------------------------------------------------
 
 
-def _for_float32(name: str, func: Any, outputs: Sequence[str] = ()) -> Handler:
-    """The definition, for float32 operands; integers go natively, other floats are refused.
+def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Function:
+    """Run the definition `name` in place of `operator`, which is its functional, in-place or out= form.
 
-    outputs: of the out= form the names of the results to fill, of the in-place form "self".
+    outputs: the arguments to copy the results into: "self" for an in-place form, none for a functional one.
     """
-    definitions = operator_table.EXACT
+    definitions = table.EXACT
     in_place = tuple(outputs) == ("self",)
 
     def exact(*args: Any, **kwargs: Any) -> Any:
         if not kwargs and _all_float32(args):
             if not outputs:
                 return definitions[name](*args)
-            if in_place and name in operator_table.IN_PLACE:
-                return operator_table.IN_PLACE[name](*args)
-        else:
-            given = list(tensors([*args, *kwargs.values()]))
-            if given and not _is_exact(name, given, [*args, *kwargs.values()]):
-                return func(*args, **kwargs)
+            if in_place and name in table.IN_PLACE:
+                return table.IN_PLACE[name](*args)
+        elif _runs_natively(name, [*args, *kwargs.values()]):
+            return operator(*args, **kwargs)
         if in_place:
-            return _fill(args[0], definitions[name](*args, **kwargs))
-        filled = [kwargs.pop(output) for output in outputs]
+            return _copy_into(args[0], definitions[name](*args, **kwargs))
+        outs = [kwargs.pop(output) for output in outputs]
         results = definitions[name](*args, **kwargs)
-        if not filled:
+        if not outs:
             return results
-        for out, result in zip(filled, results if len(filled) > 1 else [results]):
-            _fill(out.resize_(result.shape), result)
-        return filled[0] if len(filled) == 1 else tuple(filled)
+        for out, result in zip(outs, results if len(outs) > 1 else [results]):
+            _copy_into(out.resize_(result.shape), result)
+        return outs[0] if len(outs) == 1 else tuple(outs)
 
     return exact
 
 
 def _all_float32(args: Any) -> bool:
-    """Whether the first operand is float32 and all others are float32 or no floats: the usual case."""
+    """Return whether the first operand is a float32 tensor, and no other is of another dtype than float32
+    and int64: the usual case, which needs no further check."""
     first = True
     for x in args:
         if isinstance(x, Tensor):
@@ -171,25 +141,31 @@ def _holds_tensors(x: list[Any]) -> bool:
     return any(isinstance(y, Tensor) or y is None for y in x)
 
 
-def _is_exact(name: str, given: list[Tensor], args: list[Any]) -> bool:
-    """Whether the definition applies: False for integers alone. Raises where it would not be exact."""
+def _runs_natively(name: str, args: list[Any]) -> bool:
+    """Return whether the operands are integers alone, for which the definition `name` is not needed.
+
+    Raises NotExactError where the definition would not be exact either."""
+    operands = list(tensors(args))
+    if not operands:
+        return False
     if any(isinstance(x, complex) for x in args):
         raise NotExactError("it is not defined for complex numbers")
-    beside_float32 = any(x.dtype is torch.float32 and x.dim() for x in given)
-    for x in given:
+    beside_float32 = any(x.dtype is torch.float32 and x.dim() for x in operands)
+    for x in operands:
         if x.layout is not torch.strided:
             raise NotExactError(f"it is not defined for layout {x.layout}")
         if x.dtype is torch.float64 and not x.dim() and beside_float32:
             continue  # beside a float32 tensor it counts like a Python number
-        if _inexact(x) and x.dtype is not torch.float32:
+        if _is_inexact(x) and x.dtype is not torch.float32:
             raise NotExactError(f"it is defined for float32, not for {x.dtype}")
-    floating = any(map(_inexact, given)) or any(
+    if name not in table.INTEGER or any(map(_is_inexact, operands)):
+        return False
+    return not any(
         isinstance(x, float) or (isinstance(x, torch.dtype) and x.is_floating_point) for x in args
     )
-    return floating or name not in operator_table.INTEGER
 
 
-def _fill(out: Tensor, result: Any) -> Tensor:
+def _copy_into(out: Tensor, result: Tensor) -> Tensor:
     if not torch.can_cast(result.dtype, out.dtype):
         raise RuntimeError(
             f"result type {result.dtype} can't be cast to the output type {out.dtype}"
@@ -197,54 +173,116 @@ def _fill(out: Tensor, result: Any) -> Tensor:
     return out if out is result else out.copy_(result)
 
 
-def _guarded(func: Any) -> Handler:
-    """An operator outside the table: only if no floating-point number goes in or comes out."""
+# ---- foreach -------------------------------------------------------------------------------------
 
-    counts = any(str(a.type) == "float" for a in func._schema.arguments)
 
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        if counts or any(isinstance(x, (float, complex)) for x in args):
-            raise refusal(func, args, "it is not in the table of exact operators")
-        if any(_inexact(x) for x in tensors([*args, *kwargs.values()])):
-            raise refusal(func, args, "it is not in the table of exact operators")
-        result = func(*args, **kwargs)
-        if any(_inexact(x) for x in tensors([result])):
-            raise refusal(func, args, "it is not in the table of exact operators")
+def _foreach_handler(name: str, operator: Any) -> Handler:
+    """Handle `_foreach_<name>` by the functional operator of that name."""
+    in_place = name.endswith("_")
+    name = name.rstrip("_")
+    name = "linalg_vector_norm" if name == "norm" else name
+    if name in table.EXACT:
+        function = _run_definition(name, getattr(torch.ops.aten, name))
+    elif name in table.DATA_MOVEMENT:
+        function = _require_strided(getattr(torch.ops.aten, name))
+    else:
+        return Handler(Kind.REFUSED, _refuse_floats(operator))
+
+    def foreach(*args: Any, **kwargs: Any) -> Any:
+        if "scalars" in kwargs:
+            kwargs["value"] = kwargs.pop("scalars")
+        results = [
+            function(
+                *[_element(x, i) for x in args], **{k: _element(x, i) for k, x in kwargs.items()}
+            )
+            for i in range(len(args[0]))
+        ]
+        if not in_place:
+            return results
+        for x, result in zip(args[0], results):
+            x.copy_(result)
+        return None
+
+    return Handler(Kind.FOREACH, foreach)
+
+
+def _element(x: Any, i: int) -> Any:
+    return x[i] if isinstance(x, (list, tuple)) else x
+
+
+# ---- decomposed ----------------------------------------------------------------------------------
+
+
+def _decompose(operator: Any) -> Function:
+    def decomposed(*args: Any, **kwargs: Any) -> Any:
+        with dispatcher.intercept_again():
+            return operator.decompose(*args, **kwargs)
+
+    return decomposed
+
+
+# ---- refused -------------------------------------------------------------------------------------
+
+
+def _refuse_floats(operator: Any) -> Function:
+    """Run it natively, but only if no floating-point number goes in or comes out."""
+    takes_float = any(str(x.type) == "float" for x in operator._schema.arguments)
+
+    def integers_only(*args: Any, **kwargs: Any) -> Any:
+        if takes_float or any(isinstance(x, (float, complex)) for x in args):
+            raise _not_in_table()
+        if any(_is_inexact(x) for x in tensors([*args, *kwargs.values()])):
+            raise _not_in_table()
+        result = operator(*args, **kwargs)
+        if any(_is_inexact(x) for x in tensors([result])):
+            raise _not_in_table()
         return result
 
-    return guarded
+    return integers_only
 
 
-def refusal(func: Any, args: Any, why: str) -> NotExactError:
-    """The error, with the operator, its operands and the line of the caller."""
+def _is_inexact(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex() or x.is_quantized
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+# A handler or a definition raises a NotExactError with the reason alone, and `refuse` completes it.
+
+
+def _not_in_table() -> NotExactError:
+    return NotExactError("it is not in the table of exact operators")
+
+
+def _undefined_for(x: Tensor) -> NotExactError:
+    return NotExactError(f"it is not defined for {x.dtype} of layout {x.layout}")
+
+
+def refuse(error: NotExactError, operator: Any, args: Any, kwargs: Any) -> Any:
+    """Raise the error with the operator, its operands and the line of the caller.
+
+    Inside `exact(on_unknown="warn")`, record the operator and run it natively instead."""
+    if state.active.ran_natively is not None:
+        state.active.ran_natively.setdefault(str(operator), _caller())
+        return operator(*args, **kwargs)
     operands = ", ".join(f"{x.dtype}{list(x.shape)}".replace("torch.", "") for x in tensors(args))
     operands = f" for ({operands})" * bool(operands)
     remedy = (
         "write it with operators that have a definition (docs/exact.md), "
-        "or take this part out of reproml.exact()."
+        "or move this code out of reproml.exact()."
     )
-    if str(func).startswith("c10d."):
-        remedy = "for several workers: from reproml.distributed import DistributedDataParallel."
-    error = NotExactError(
-        f"{func} has no exact result{operands}, called at {_caller()}: {why.rstrip('.')}; {remedy}"
-    )
-    error.named = True  # type: ignore[attr-defined]
-    return error
+    if operator.namespace == "c10d":
+        remedy = "on several workers, use reproml.distributed.DistributedDataParallel."
+    raise NotExactError(
+        f"{operator} has no exact result{operands}, called at {_caller()}: "
+        f"{str(error).rstrip('.')}; {remedy}"
+    ) from None
 
 
 def _caller() -> str:
-    """The innermost frame that is neither PyTorch's nor ours."""
+    """Return file and line of the innermost frame that is neither PyTorch's nor this folder's."""
     ours = (__file__.rsplit("/", 1)[0], torch.__file__.rsplit("/", 1)[0], threading.__file__)
     for frame in reversed(traceback.extract_stack()):
         if not frame.filename.startswith(ours):
             return f"{frame.filename}:{frame.lineno}"
     return "an unknown line"
-
-
-def refused(error: NotExactError, func: Any, args: Any, kwargs: Any) -> Any:
-    if state.active.passed is not None:
-        state.active.passed.setdefault(str(func), _caller())
-        return func(*args, **kwargs)
-    if getattr(error, "named", False):
-        raise error
-    raise refusal(func, args, str(error)) from None

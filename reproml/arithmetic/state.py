@@ -1,16 +1,23 @@
-"""What changes while programs run: whether this thread is within `exact()`."""
+"""The state that changes while programs run: whether a thread is inside `exact()`, and what is registered.
+
+The log of deferred rounding tests is an object of its own, `dispatch.deferred.replay_log`.
+"""
 
 from __future__ import annotations
 
 import threading
-from typing import Optional
+from typing import Any, Optional
 
 
 class Active(threading.local):
     """The `exact()` contexts that this thread has entered."""
 
     depth = 0  # how many are nested
-    passed: Optional[dict[str, str]] = None  # operators run natively -> the first caller's line
+    # With on_unknown="warn": operators that ran natively -> the line of their first caller.
+    ran_natively: Optional[dict[str, str]] = None
 
 
 active = Active()
+
+# The kernels registered with PyTorch (dispatch.dispatcher.Registration); None until the first `exact()`.
+registration: Any = None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reproml.arithmetic
-from reproml.arithmetic.dispatch.schema import tensors, written
+from reproml.arithmetic.dispatch.schema import mutated_operands, tensors
 from reproml.tracing.fingerprint import fingerprints, unseen
 
 Write = Callable[[dict[str, Any], list[Tensor]], None]
@@ -66,7 +66,7 @@ class Operators(TorchDispatchMode):
         name = func._schema.name.replace("::", ".")
         short = name.split(".")[-1]
         line, node = self._line()
-        targets = list(written(func, args, kwargs))
+        targets = list(mutated_operands(func, args, kwargs))
         skipped = targets if short in _FILLING or func._overloadname.endswith("out") else []
         inputs = _described([args, kwargs], skipped)
         result = func(*args, **kwargs)

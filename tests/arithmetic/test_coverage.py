@@ -1,4 +1,4 @@
-"""Every operator in PyTorch's own registry: moved, exact, cast, taken apart, or refused. None slips by."""
+"""Every operator in PyTorch's registry: what kind it is, and that the refused ones raise when called."""
 
 from __future__ import annotations
 
@@ -19,28 +19,20 @@ from torch.utils._pytree import tree_flatten, tree_map
 import reproml
 from reproml.arithmetic import operator_table
 from reproml.arithmetic.dispatch import dispatcher
-from reproml.arithmetic.handlers import handler
+from reproml.arithmetic.dispatch.dispatcher import Kind
+from reproml.arithmetic.handlers import handler_of
 from verification import op_db
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What the engine made of an operator, by the function it returned.
-KINDS = {
-    "_strided": "moved or cast",
-    "_for_float32": "exact",
-    "_for_each": "each of a list",
-    "_taken_apart": "taken apart",
-    "_guarded": "refused",
-}
-
-# Takes a file's name.
+# It takes the name of a file.
 NOT_CALLED = {"from_file"}
-# A view and a change of size, which PyTorch does before it comes to the engine.
+# A view and a change of size, which PyTorch does above our dispatch key.
 VIEWS = {"_fw_primal", "resize_"}
 
 
 def overloads() -> list[Any]:
-    """All operators under aten:: that PyTorch's dispatcher knows and Python can call."""
+    """Return all aten operators that PyTorch's dispatcher has registered and Python can call."""
     found = []
     for full in sorted(torch._C._dispatch_get_all_op_names()):
         namespace, _, name = full.partition("::")
@@ -54,17 +46,13 @@ def overloads() -> list[Any]:
 OVERLOADS = overloads()
 
 
-def kind_of(func: Any) -> str:
-    return KINDS[handler(func).__qualname__.split(".<locals>")[0]]
-
-
-OF_KIND: dict[str, list[Any]] = {}
+OF_KIND: dict[Kind, list[Any]] = {kind: [] for kind in Kind}
 for _func in OVERLOADS:
-    OF_KIND.setdefault(kind_of(_func), []).append(_func)
+    OF_KIND[handler_of(_func).kind].append(_func)
 
 
 def dummy(kind: str, dtype: torch.dtype) -> Any:
-    """An argument of a schema's type. Tensors are small, and their numbers nothing special."""
+    """Return an argument of a schema's type; tensors are small and hold ordinary numbers."""
     if kind.startswith("Optional[") and "Tensor" not in kind:
         return None
     if kind in ("Tensor", "Optional[Tensor]"):
@@ -95,7 +83,7 @@ def dummies(func: Any, dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
 
 
 def floats(x: Any) -> list[Any]:
-    """What of a result is, or holds, floating-point numbers."""
+    """Return the floating-point numbers and tensors of a result."""
     return [
         t
         for t in tree_flatten(x)[0]
@@ -105,6 +93,7 @@ def floats(x: Any) -> list[Any]:
 
 
 def attempt(func: Any, dtype: torch.dtype) -> str:
+    """Call the operator with tensors of that dtype, and return the outcome in words."""
     args, kwargs = dummies(func, dtype)
     given = tree_flatten([args, kwargs])[0]
     before = [x.clone() if isinstance(x, Tensor) else x for x in given]
@@ -116,23 +105,39 @@ def attempt(func: Any, dtype: torch.dtype) -> str:
         for x, y in zip(given, before):
             assert not isinstance(x, Tensor) or torch.equal(x, y), f"{func} wrote before it refused"
         return "refused"
-    except Exception:  # PyTorch does not take these arguments
+    except Exception:  # PyTorch does not accept these arguments
         return "not called"
     return "returned floats" if floats(result) else "returned"
 
 
-def test_the_registry_is_large_and_every_operator_has_a_kind():
+def table_name(func: Any) -> str:
+    """Return the name of the functional form: "add" for aten::add_."""
+    return str(func._schema.name[len("aten::") :]).rstrip("_")
+
+
+def test_registry_has_operators_of_each_kind():
     assert len(OVERLOADS) > 2500
-    assert set(OF_KIND) == set(KINDS.values())
-    assert len(OF_KIND["refused"]) > 800
+    assert [kind for kind in Kind if not OF_KIND[kind]] == [Kind.NATIVE]
+    assert len(OF_KIND[Kind.REFUSED]) > 800
 
 
-def test_every_operator_outside_the_table_refuses_floats():
-    """Called with small float32 tensors, or with numbers: none returns a float."""
+def test_only_data_movement_runs_natively():
+    """An operator that runs natively on floats is in the table's list of those that do no arithmetic."""
+    native = OF_KIND[Kind.NATIVE] + OF_KIND[Kind.MOVED]
+    names = {table_name(func) for func in native}
+    listed = {name.rstrip("_") for name in (*operator_table.DATA_MOVEMENT, *operator_table.CASTS)}
+    assert names and names <= listed
+    assert not names & set(operator_table.EXACT)
+    computing = {f"aten.{name}" for name in operator_table.COMPUTING_OVERLOADS}
+    assert computing <= {str(func) for func in OF_KIND[Kind.REFUSED]}
+
+
+def test_operators_outside_the_table_refuse_floats():
+    """None returns a float when called with small float32 tensors or with numbers."""
     counts: Counter[str] = Counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for func in OF_KIND["refused"]:
+        for func in OF_KIND[Kind.REFUSED]:
             if func._schema.name[len("aten::") :] in NOT_CALLED | VIEWS:
                 continue
             outcome = attempt(func, torch.float32)
@@ -143,11 +148,11 @@ def test_every_operator_outside_the_table_refuses_floats():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
 def test_other_floats_are_refused(dtype):
-    """By every line of EXACT; complex numbers by the moves as well, as their abs is arithmetic."""
+    """By every line of EXACT; complex numbers by DATA_MOVEMENT too, as their abs is arithmetic."""
     counts: Counter[str] = Counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for func in OF_KIND["exact"] + OF_KIND["each of a list"] + OF_KIND["moved or cast"]:
+        for func in OF_KIND[Kind.DEFINED] + OF_KIND[Kind.FOREACH] + OF_KIND[Kind.MOVED]:
             name = func._schema.name[len("aten::") :].replace("_foreach_", "").rstrip("_")
             moved = (
                 name in operator_table.DATA_MOVEMENT
@@ -171,15 +176,17 @@ def takes_tensors(func: Any) -> bool:
 @pytest.mark.parametrize(
     "key", sorted({*operator_table.EXACT, *operator_table.DATA_MOVEMENT, *operator_table.CASTS})
 )
-def test_every_name_of_the_table_is_an_operator(key):
+def test_table_names_have_the_right_kind(key):
     packet = getattr(torch.ops.aten, key)
     for overload in packet.overloads():
-        wanted = "exact" if key in operator_table.EXACT else "moved or cast"
-        kind = kind_of(getattr(packet, overload))
-        assert kind == wanted or (wanted, kind) == ("moved or cast", "refused")
+        kind = handler_of(getattr(packet, overload)).kind
+        if key in operator_table.EXACT:
+            assert kind is Kind.DEFINED
+        else:  # some overloads compute
+            assert kind in (Kind.MOVED, Kind.REFUSED)
 
 
-# ---- moves -----------------------------------------------------------------------------------------
+# ---- moved operators -----------------------------------------------------------------------------
 
 ROUNDED: dict[str, Any] = {
     "floor": math.floor,
@@ -191,14 +198,14 @@ SIGNS = {"abs", "neg", "sign", "sgn"}
 
 
 def memory_of(x: Any) -> Any:
-    """All that a tensor's storage holds, as `as_strided` may go beyond the tensor."""
+    """Return the contents of a tensor's storage, as `as_strided` may read beyond the tensor."""
     if not isinstance(x, Tensor):
         return x
     return torch.empty(0, dtype=x.dtype).set_(x.detach().untyped_storage()).clone()
 
 
 class MoveChecker(TorchDispatchMode):
-    """Each float32 number that a move returns is one of its operands', or a constant: 0, 1, -1."""
+    """Checks that a moved operator returns only numbers of its operands, and the constants 0, 1, -1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,8 +245,8 @@ class MoveChecker(TorchDispatchMode):
         self.seen[key] += 1
 
 
-def test_moves_only_move():
-    """With PyTorch's own samples of every operator that is a move."""
+def test_moved_operators_compute_nothing():
+    """Checked with PyTorch's own samples."""
     checker = MoveChecker()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -259,7 +266,7 @@ def test_moves_only_move():
 # ---- the page --------------------------------------------------------------------------------------
 
 
-def test_docs_name_every_line_of_the_table():
+def test_docs_name_every_table_line():
     page = (ROOT / "docs" / "exact.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([a-z0-9_]+)`", page))
     assert sorted(set(operator_table.EXACT) - named) == []

@@ -1,21 +1,22 @@
-"""Rounding tests on a GPU without a wait for each: their outcomes are read later, all of them in one go.
+"""Deferred rounding tests: on a GPU their outcomes are read later, many at once.
 
-To look at the outcome of a test, the host has to wait for the device. So an operator there goes on
-with what was rounded, and is logged with its operands. The outcomes are read where a number leaves the
-device, before and after an optimizer's step, and at the end of `exact()`.
+To read the outcome of a rounding test, the host has to wait for the device. On a device an operator
+therefore returns its rounded result without waiting, and the log records the operator with its operands.
+The outcomes are read (`ReplayLog.flush`) where a number leaves the device, before and after an
+optimizer's step, and at the end of `exact()`.
 
-An operator whose test failed somewhere is then run again, this time settled at once. Mostly that gives
-the same bits, as the tests are cautious. If not, all that was changed in place since then is put back,
-and what follows runs again as well; the results take the place of the old ones, in the same memory.
+An operator with a failed test then runs again, with its tests read immediately. The tests are cautious, so
+this mostly gives the same bits. If it does not, everything that was changed in place since then is
+restored, the operator and all later ones run again, and their results overwrite the old ones in the same
+memory.
 
-What could not be run again so (`_unlogged`) finds all settled: an operator with an operand on the CPU,
-which the host may change; one whose result leaves the device or has a shape that depends on numbers; one
-that is not PyTorch's own; modes, subclasses and native work.
+An operator that cannot run again later (`_can_replay`) flushes the log first: one with an operand on the
+CPU, which the host may change; one whose result leaves the device or has a shape that depends on numbers;
+one that is not PyTorch's own. Modes, tensor subclasses and native operators flush it as well.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,261 +28,284 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from reproml.arithmetic.dispatch.schema import tensors, writes, written
+from reproml.arithmetic.dispatch import key
+from reproml.arithmetic.dispatch.schema import mutated_arguments, mutated_operands, tensors
 from reproml.arithmetic.numerics import devices
 from reproml.errors import NotExactError
 
 _C: Any = torch._C
-KEY = _C._parse_dispatch_key("Fake")  # by which operators come to us (dispatch.py)
 
-# The log is read when it holds so many operators, or bytes (memory that several hold counts for each).
-_OPERATORS, _BYTES = 1000, 1 << 30
-
-active = False  # whether some test has met a device yet; until then nothing is logged
-
-_changes: list[Callable[[], None]] = []  # to be called once when that happens
-_lock = threading.RLock()  # the backward pass of a device has a thread of its own
-_log: list[_Entry] = []
-_held = 0  # bytes in it
-_readings = 0  # how often it was read
-_local = threading.local()  # outcomes: of the running operator; none where each is read at once
+# Aliases of the same memory: the originals may later get another size or other memory.
+_aliases = partial(tree_map_only, Tensor, lambda x: x.data)
 
 
 @dataclass(eq=False)
-class _Entry:
-    """One operator that ran: how to run it again, and all there is to put back or to replace."""
+class Entry:
+    """An operator that ran, with everything needed to run it again and to undo its writes."""
 
-    run: Callable[..., Any]
+    function: Callable[..., Any]
     args: Any
     kwargs: Any
-    before: list[tuple[Tensor, Tensor]]  # what it writes to, and its contents
-    random: Any  # the generator that it draws from, and its state
-    dtype: torch.dtype  # the default
+    before: list[tuple[Tensor, Tensor]]  # its mutated operands, and copies of their contents
+    rng: Any  # the generator that it draws from, and its state; None if it draws nothing
+    default_dtype: torch.dtype
     result: Any = None
     outcomes: list[Tensor] = field(default_factory=list)  # bool, 0-dim: whether a test failed
 
-
-def _forked() -> None:
-    """A device is not for a forked process."""
-    global _lock, _held
-    _lock = threading.RLock()
-    _log.clear()
-    _held = 0
-
-
-os.register_at_fork(after_in_child=_forked)
-
-
-@contextmanager
-def at_once() -> Iterator[None]:
-    """Settle what there is, and each test within at once: for a definition that looks at numbers."""
-    flush()
-    with _noted(None):
-        yield
-
-
-def at_first(change: Callable[[], None]) -> None:
-    """Have `change` called when a device is met for the first time."""
-    _changes.append(change)
-
-
-def defer_test(failed: Tensor, c: Tensor) -> bool:
-    """Whether the outcome of a rounding test on c, bool of its shape, is noted and read later.
-
-    Where c is NaN or infinite there is nothing to settle."""
-    global active
-    outcomes = getattr(_local, "outcomes", None)
-    if outcomes is not None:
-        outcomes.append((failed & c.isfinite()).any())
-        return True
-    if not active and devices.is_on_accelerator(failed):
-        active = True
-        for change in _changes:
-            change()
-    return False
-
-
-def run(operator: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """run(*args, **kwargs), which stands for `operator`; on a device its tests are read later.
-
-    Raises NotExactError while a CUDA graph is captured, which could not be settled."""
-    global _held
-    given = list(tensors([args, kwargs]))
-    if not any(map(devices.is_on_accelerator, given)) or hasattr(
-        run, "parts"
-    ):  # the parts come here by themselves
-        return run(*args, **kwargs)
-    if given[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        raise NotExactError("a CUDA graph is replayed without rounding tests; do not capture one")
-    with _lock:
-        targets = list(written(operator, args, kwargs))
-        if not all(map(devices.is_on_accelerator, given)) or _unlogged(
-            operator, args, kwargs, targets
-        ):
-            flush()
-            return run(*args, **kwargs)
-        entry = _Entry(
-            run,
-            _kept(args),
-            _kept(kwargs),
-            [(x.data, x.data.clone()) for x in targets],
-            _random(operator, kwargs),
-            torch.get_default_dtype(),
-        )
-        readings = _readings
+    def rerun(self, args: Any, kwargs: Any) -> Any:
+        """Run the operator again, with the random numbers and the default dtype of the first time."""
+        default_dtype = torch.get_default_dtype()
+        generator, old_state = self.rng or (None, None)
+        state = generator.get_state() if generator else None
+        torch.set_default_dtype(self.default_dtype)
         try:
-            with _noted() as entry.outcomes:
-                result = run(*args, **kwargs)
-        except BaseException:
-            if readings == _readings:  # else it is from before it was settled
-                _put_back(entry.before)
-            raise
-        if _log or entry.outcomes:
-            entry.result = _kept(result)
-            _log.append(entry)
-            _held += _size([entry.args, entry.kwargs, entry.result, entry.before])
-            if len(_log) >= _OPERATORS or _held >= _BYTES:
-                flush()
-        return result
-
-
-def step(run: Callable[..., None], lists: Sequence[list[Any]], options: dict[str, Any]) -> None:
-    """An optimizer's step, run(*lists, **options), of which the second list holds the gradients.
-
-    What comes before it is settled first, and itself before it ends. The lists may get other tensors.
-    """
-    targets = list(tensors([x for i, x in enumerate(lists) if i != 1])) if active else []
-    if not any(map(devices.is_on_accelerator, targets)):
-        run(*lists, **options)
-        return
-    with _lock:
-        flush()
-        given = [list(x) for x in lists]
-        before = [(x.data, x.data.clone()) for x in targets]
-        failed = True
-        try:
-            with _noted() as outcomes:
-                run(*lists, **options)
-            failed = bool(_all(outcomes))
+            if generator:
+                generator.set_state(old_state)
+            return self.function(*args, **kwargs)
         finally:
-            if failed:  # or an error was raised
-                _put_back(before)
-                for x, y in zip(lists, given):
-                    x[:] = y
-        if failed:
-            run(*lists, **options)
+            torch.set_default_dtype(default_dtype)
+            if generator:
+                generator.set_state(state)
+
+    def size(self) -> int:
+        """Return the bytes of its tensors; memory that several of them share counts several times."""
+        held = tensors([self.args, self.kwargs, self.result, self.before])
+        return sum(x.numel() * x.element_size() for x in held)
 
 
-def flush() -> None:
-    """Read the outcomes of all tests so far, and put right what they say is wrong."""
-    global _held, _readings
-    with _lock:
-        if not _log:
+class ReplayLog:
+    """The operators whose rounding tests have not been read yet, in the order in which they ran."""
+
+    # The log is flushed when it reaches either limit.
+    MAX_ENTRIES, MAX_BYTES = 1000, 1 << 30
+
+    def __init__(self) -> None:
+        self.active = False  # whether a test has met a device yet; until then nothing is logged
+        self.entries: list[Entry] = []
+        self.bytes = 0
+        self.flushes = 0
+        self.lock = threading.RLock()  # a device's backward pass runs in a thread of its own
+        # thread.outcomes: where this thread's tests put their outcomes; None if they are read immediately.
+        self._thread = threading.local()
+        self._on_first_device: list[Callable[[], None]] = []
+
+    def on_first_device(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, when a test meets a device for the first time."""
+        self._on_first_device.append(callback)
+
+    def reset_after_fork(self) -> None:
+        """Drop the log in a forked process, which cannot use the device."""
+        self.lock = threading.RLock()
+        self.entries, self.bytes = [], 0
+
+    def defer_test(self, failed: Tensor, mid: Tensor) -> bool:
+        """Return whether the outcome of a rounding test is recorded, to be read later.
+
+        failed: bool, of the shape of `mid`; ignored where `mid` is infinite or NaN, which needs no test.
+        """
+        outcomes = getattr(self._thread, "outcomes", None)
+        if outcomes is not None:
+            outcomes.append((failed & mid.isfinite()).any())
+            return True
+        if not self.active and devices.is_on_accelerator(failed):
+            self.active = True
+            for callback in self._on_first_device:
+                callback()
+        return False
+
+    def run(self, operator: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run function(*args, **kwargs) in place of `operator`; on a device its tests are deferred.
+
+        Raises NotExactError while a CUDA graph is captured, whose replay would skip the tests."""
+        operands = list(tensors([args, kwargs]))
+        if not any(map(devices.is_on_accelerator, operands)):
+            return function(*args, **kwargs)
+        if operands[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise NotExactError(
+                "a CUDA graph is replayed without rounding tests; do not capture one"
+            )
+        with self.lock:
+            mutated = list(mutated_operands(operator, args, kwargs))
+            if not all(map(devices.is_on_accelerator, operands)) or not _can_replay(
+                operator, args, kwargs, mutated
+            ):
+                self.flush()
+                return function(*args, **kwargs)
+            entry = Entry(
+                function,
+                _aliases(args),
+                _aliases(kwargs),
+                _contents(mutated),
+                _rng_state(operator, kwargs),
+                torch.get_default_dtype(),
+            )
+            flushes = self.flushes
+            try:
+                with self.collect_outcomes() as entry.outcomes:
+                    result = function(*args, **kwargs)
+            except BaseException:
+                if flushes == self.flushes:  # a flush since then has corrected what `before` copied
+                    _restore(entry.before)
+                raise
+            if self.entries or entry.outcomes:
+                entry.result = _aliases(result)
+                self._append(entry)
+            return result
+
+    def run_step(
+        self, step: Callable[..., None], lists: Sequence[list[Any]], options: dict[str, Any]
+    ) -> None:
+        """Run an optimizer's step(*lists, **options); the second list holds the gradients.
+
+        The log is flushed before, and the step's own tests are read at its end: if one failed, the step
+        is undone and runs again. It may put other tensors into the lists.
+        """
+        mutated = list(tensors([x for i, x in enumerate(lists) if i != 1])) if self.active else []
+        if not any(map(devices.is_on_accelerator, mutated)):
+            step(*lists, **options)
             return
-        log = list(_log)
-        _log.clear()
-        _held = 0
-        _readings += 1
-        noted = [(i, outcome) for i, entry in enumerate(log) for outcome in entry.outcomes]
-        with _aside():
-            places = sorted({noted[i][0] for i in _all([outcome for _, outcome in noted])})
-            for i in places:
-                if _stands(log[i], log[i:]):
-                    continue
-                for entry in reversed(log[i:]):
-                    _put_back(entry.before)
-                for entry in log[i:]:
-                    entry.result = _over(entry.result, _again(entry, entry.args, entry.kwargs))
-                if torch.cuda.is_initialized():
-                    torch.cuda.synchronize()  # other streams may read it from now on
+        with self.lock:
+            self.flush()
+            originals = [list(x) for x in lists]
+            before = _contents(mutated)
+            failed = True
+            try:
+                with self.collect_outcomes() as outcomes:
+                    step(*lists, **options)
+                failed = bool(failed_indices(outcomes))
+            finally:
+                if failed:  # or an error was raised
+                    _restore(before)
+                    for x, original in zip(lists, originals):
+                        x[:] = original
+            if failed:
+                step(*lists, **options)
+
+    def flush(self) -> None:
+        """Read the outcomes of all tests in the log, and correct the results of those that failed."""
+        with self.lock:
+            if not self.entries:
                 return
+            entries, self.entries, self.bytes = self.entries, [], 0
+            self.flushes += 1
+            with _native(), self.immediate_tests():
+                owners = [i for i, entry in enumerate(entries) for _ in entry.outcomes]
+                failed = failed_indices([x for entry in entries for x in entry.outcomes])
+                for i in sorted({owners[j] for j in failed}):
+                    if not result_unchanged(entries[i], entries[i:]):
+                        _replay(entries[i:])
+                        return
 
+    @contextmanager
+    def collect_outcomes(self) -> Iterator[list[Tensor]]:
+        """Yield a list in which the outcomes of the tests of this thread are collected, unread."""
+        outside = getattr(self._thread, "outcomes", None)
+        outcomes: list[Tensor] = []
+        self._thread.outcomes = outcomes
+        try:
+            yield outcomes
+        finally:
+            self._thread.outcomes = outside
 
-@contextmanager
-def _aside() -> Iterator[None]:
-    """Native work that no mode sees; results may be inference tensors."""
-    with _C._SetExcludeDispatchKeyGuard(KEY, True), _C._DisableTorchDispatch():
-        with _C.DisableTorchFunction(), torch.inference_mode(), _noted(None):
+    @contextmanager
+    def immediate_tests(self) -> Iterator[None]:
+        """Flush the log, and read each test immediately: for a definition that looks at numbers."""
+        self.flush()
+        outside = getattr(self._thread, "outcomes", None)
+        self._thread.outcomes = None
+        try:
             yield
+        finally:
+            self._thread.outcomes = outside
+
+    def _append(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self.bytes += entry.size()
+        if len(self.entries) >= self.MAX_ENTRIES or self.bytes >= self.MAX_BYTES:
+            self.flush()
 
 
-@contextmanager
-def _noted(outcomes: Any = ()) -> Iterator[Any]:
-    """Outcomes are noted in a list, which this gives; with None each is read at once."""
-    outside = getattr(_local, "outcomes", None)
-    _local.outcomes = None if outcomes is None else []
-    try:
-        yield _local.outcomes
-    finally:
-        _local.outcomes = outside
+replay_log = ReplayLog()
 
 
-def _all(outcomes: list[Tensor]) -> list[int]:
-    """The places of those that are true."""
+# ---- reading outcomes and running again ----------------------------------------------------------
+
+
+def failed_indices(outcomes: list[Tensor]) -> list[int]:
+    """Return the indices of the outcomes that are true, with one transfer from each device."""
     found = []
     for device in {x.device for x in outcomes}:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # outcomes of other streams
         here = [i for i, x in enumerate(outcomes) if x.device == device]
-        read = torch.stack([outcomes[i] for i in here]).tolist()
-        found += [i for i, failed in zip(here, read) if failed]
+        values = torch.stack([outcomes[i] for i in here]).tolist()
+        found += [i for i, failed in zip(here, values) if failed]
     return found
 
 
-def _again(entry: _Entry, args: Any, kwargs: Any) -> Any:
-    """Run it once more, with the random numbers and the default dtype that it had."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(entry.dtype)
-    generator, then = entry.random or (None, None)
-    now = generator.get_state() if generator else None
-    try:
-        if generator:
-            generator.set_state(then)
-        return entry.run(*args, **kwargs)
-    finally:
-        torch.set_default_dtype(dtype)
-        if generator:
-            generator.set_state(now)
+def result_unchanged(entry: Entry, entries: list[Entry]) -> bool:
+    """Return whether `entry`, run again on its original operands, gives the same bits.
 
-
-def _stands(entry: _Entry, since: list[_Entry]) -> bool:
-    """Whether what it gave was right: that comes out again on its operands as they were.
-
-    since: the log from it on. False also where that cannot be known."""
-    operands = {id(x): _then(x, since) for x in tensors([entry.args, entry.kwargs])}
-    given = [*tensors(entry.result), *[x for x, _ in entry.before]]
-    gave = [_then(x, since[1:]) for x in given]
-    if any(x is None for x in [*operands.values(), *gave]):
+    entries: the log from `entry` on. False also where the operands or the result are not known any more.
+    """
+    operands = {id(x): contents_before(x, entries) for x in tensors([entry.args, entry.kwargs])}
+    mutated = [x for x, _ in entry.before]
+    old = [contents_before(x, entries[1:]) for x in [*tensors(entry.result), *mutated]]
+    if any(x is None for x in [*operands.values(), *old]):
         return False
-    places = {_place(x) for x, _ in entry.before}
-    used = lambda x: operands[id(x)].clone() if _place(x) in places else operands[id(x)]  # noqa: E731
-    args, kwargs = tree_map_only(Tensor, used, (entry.args, entry.kwargs))
-    result = _again(entry, args, kwargs)
-    then, now = tensors([entry.args, entry.kwargs]), tensors([args, kwargs])
-    copies = {_place(x): y for x, y in zip(then, now)}
-    gives = [*tensors(result), *[copies[_place(x)] for x, _ in entry.before]]
-    return len(gives) == len(gave) and all(map(_same_bits, gives, gave))
+    written = set(map(_memory_key, mutated))
+
+    def original_operand(x: Tensor) -> Any:
+        return operands[id(x)].clone() if _memory_key(x) in written else operands[id(x)]
+
+    args, kwargs = tree_map_only(Tensor, original_operand, (entry.args, entry.kwargs))
+    result = entry.rerun(args, kwargs)
+    pairs = zip(tensors([entry.args, entry.kwargs]), tensors([args, kwargs]))
+    rewritten = {_memory_key(x): y for x, y in pairs}
+    new = [*tensors(result), *[rewritten[_memory_key(x)] for x in mutated]]
+    return len(new) == len(old) and all(map(_same_bits, new, old))
 
 
-def _then(x: Tensor, since: list[_Entry]) -> Any:
-    """The contents of x before the log `since`; None if they are not kept."""
-    first, end = _reach(x)
-    for entry in since:
+def contents_before(x: Tensor, entries: list[Entry]) -> Any:
+    """Return the contents of x before `entries` ran, or None if they were not kept."""
+    start, end = _address_range(x)
+    for entry in entries:
         for y, contents in entry.before:
-            start, last = _reach(y)
-            if start < end and first < last:
-                return contents.view_as(x) if _place(x) == _place(y) else None
+            other_start, other_end = _address_range(y)
+            if other_start < end and start < other_end:
+                return contents.view_as(x) if _memory_key(x) == _memory_key(y) else None
     return x
 
 
-def _reach(x: Tensor) -> tuple[int, int]:
-    """The addresses of its first byte and after its last."""
-    last = sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1 if x.numel() else 0
-    return x.data_ptr(), x.data_ptr() + last * x.element_size()
+def _replay(entries: list[Entry]) -> None:
+    """Undo the writes of the entries, run them again, and overwrite their results."""
+    for entry in reversed(entries):
+        _restore(entry.before)
+    for entry in entries:
+        entry.result = _overwrite(entry.result, entry.rerun(entry.args, entry.kwargs))
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # other streams may read the results from now on
 
 
-def _place(x: Tensor) -> Any:
-    """What of the memory it is."""
+@contextmanager
+def _native() -> Iterator[None]:
+    """Run operators natively and unseen by modes; results may be inference tensors."""
+    with key.exclude(), _C._DisableTorchDispatch(), _C.DisableTorchFunction():
+        with torch.inference_mode():
+            yield
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def _address_range(x: Tensor) -> tuple[int, int]:
+    """Return the addresses of its first byte and after its last."""
+    span = sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1 if x.numel() else 0
+    return x.data_ptr(), x.data_ptr() + span * x.element_size()
+
+
+def _memory_key(x: Tensor) -> Any:
+    """Return a key that identifies the tensor's memory, dtype and layout."""
     layout = x.numel() if x.is_contiguous() else (x.shape, x.stride())
     return x.data_ptr(), x.dtype, layout
 
@@ -291,44 +315,44 @@ def _same_bits(x: Tensor, y: Tensor) -> bool:
     return x.dtype == y.dtype and x.shape == y.shape and torch.equal(a, b)
 
 
-def _put_back(before: list[tuple[Tensor, Tensor]]) -> None:
+def _contents(mutated: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return an alias of each tensor with a copy of its contents, for `_restore`."""
+    return [(x.data, x.data.clone()) for x in mutated]
+
+
+def _restore(before: list[tuple[Tensor, Tensor]]) -> None:
     for x, contents in before:
         x.copy_(contents)
 
 
-def _over(old: Any, new: Any) -> Any:
-    """`old` with the contents of `new`, in the same memory."""
+def _overwrite(old: Any, new: Any) -> Any:
+    """Return `old` with the contents of `new`, in the same memory."""
     if isinstance(old, Tensor):
         return old if old.data_ptr() == new.data_ptr() else old.copy_(new)
-    return type(old)(map(_over, old, new)) if isinstance(old, (list, tuple)) else new
+    return type(old)(map(_overwrite, old, new)) if isinstance(old, (list, tuple)) else new
 
 
-# The same on the same memory, but with tensors of our own: theirs may get other sizes or memory.
-_kept = partial(tree_map_only, Tensor, lambda x: x.data)
+# ---- which operators can run again later ---------------------------------------------------------
 
 
-def _size(x: Any) -> int:
-    return sum(y.numel() * y.element_size() for y in tensors(x))
-
-
-def _unlogged(operator: Any, args: Any, kwargs: Any, targets: list[Tensor]) -> bool:
-    """Whether an operator, on operands of devices alone, is none that can be run again later."""
-    if _has_effects(operator):
-        return True
+def _can_replay(operator: Any, args: Any, kwargs: Any, mutated: list[Tensor]) -> bool:
+    """Return whether an operator, all of whose operands are on devices, can run again later."""
+    if _has_other_effects(operator):
+        return False
     if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu":
-        return True
+        return False
     if operator._schema.name.startswith(("aten::index", "aten::_index_put", "aten::_unsafe_index")):
         masks = (torch.bool, torch.uint8)
         if any(x.dtype in masks for x in tensors(list(args[1:2]))):
-            return True
-    # several elements in one place
-    return any(0 in x.stride() and x.numel() > 1 for x in targets)
+            return False
+    # Where several elements share memory, the contents cannot be restored.
+    return not any(0 in x.stride() and x.numel() > 1 for x in mutated)
 
 
 @cache
-def _has_effects(operator: Any) -> bool:
-    """Whether an operator does more than its schema says: it tells the host a number, or gives a tensor a
-    shape that depends on numbers, or is none of PyTorch's own."""
+def _has_other_effects(operator: Any) -> bool:
+    """Return whether an operator does more than return and mutate tensors of known shapes: it returns a
+    number to the host, or a tensor whose shape depends on numbers, or is not PyTorch's own."""
     tags, returns = operator.tags, [str(x.type) for x in operator._schema.returns]
     return (
         operator.namespace != "aten"
@@ -338,11 +362,12 @@ def _has_effects(operator: Any) -> bool:
         )
         or torch.Tag.inplace_view in tags
         or any("Tensor" not in x for x in returns)
-        or not (returns or writes(operator))
+        or not (returns or mutated_arguments(operator))
     )
 
 
-def _random(operator: Any, kwargs: Any) -> Any:
+def _rng_state(operator: Any, kwargs: Any) -> Any:
+    """Return the generator that the operator draws from, and its state; None if it draws nothing."""
     if torch.Tag.nondeterministic_seeded not in operator.tags:
         return None
     generator = kwargs.get("generator") or torch.default_generator

@@ -1,112 +1,170 @@
-"""How every operator comes to us: by a dispatch key of our own.
+"""Interception: every operator of a thread inside `exact()` runs the handler that handlers.py chose for it.
 
-PyTorch's dispatcher takes the highest key of an operator's set first: autocast and autograd, then Python,
-of modes and subclasses, then the kernels. Just above Python lies a key kept for extensions, `Fake`. To it
-PyTorch itself registers nothing. What we register for it gets each operator, the backward ones included, in
-a thread that has included the key.
+PyTorch's dispatcher calls the kernel of the highest key in an operator's key set: autocast and autograd
+first, then `Python`, the key of modes and tensor subclasses, then the backends. We register a kernel for
+each operator at the key just above `Python` (key.py). A thread that has included that key runs our kernels,
+in the backward pass as well.
 
-A `TorchDispatchMode` sees the same operators, at four times the price: some 3 microseconds each. We
-give modes and subclasses their turn before ours: they see the operators and not what we make of them.
+A `TorchDispatchMode` intercepts the same operators, but costs four times as much: about 3 microseconds for
+each. Our kernels call modes and subclasses first, so these see the operators and not those that a
+definition consists of.
 """
 
 from __future__ import annotations
 
-from functools import cache, partial
-from typing import Any, Callable
+import os
+from collections.abc import Iterator
+from enum import Enum
+from functools import partial
+from typing import Any, Callable, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _pop_mode_temporarily
 
-from reproml.arithmetic.dispatch import deferred
+from reproml.arithmetic import state
+from reproml.arithmetic.dispatch import key
+from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.dispatch.schema import tensors
 from reproml.arithmetic.numerics import rounding
 from reproml.errors import NotExactError
 
 _C: Any = torch._C
-_NAME, _KEY = "Fake", deferred.KEY
+_KEY = key.KEY
 _exclude = _C._dispatch_tls_set_dispatch_key_excluded
 _modes = _C._len_torch_dispatch_stack
 
-# Operands with which no subclass can have a say.
+# Types of operands among which no tensor subclass can be.
 _PLAIN = frozenset([Tensor, Parameter, int, float, bool, type(None), torch.dtype])
 
-_registered: list[Any] = []  # a registration ends with its object
+Kernel = Callable[..., Any]
+
+
+class Kind(Enum):
+    """What happens to an operator inside `exact()`."""
+
+    NATIVE = "runs natively: a mark for the profiler, or control flow"
+    MOVED = "runs natively: it copies, selects, compares or casts numbers"
+    DEFINED = "runs as defined in the table"
+    FOREACH = "runs the functional operator on each element of its lists"
+    DECOMPOSED = "runs as the operators it is written in, which are intercepted in turn"
+    REFUSED = "raises NotExactError where a floating-point number goes in or comes out"
+
+
+class Handler(NamedTuple):
+    """What runs in place of an operator."""
+
+    kind: Kind
+    run: Kernel
 
 
 def install(
-    handler: Callable[[Any], Callable[..., Any]],
-    refused: Callable[..., Any],
+    handler_of: Callable[[Any], Handler],
+    refuse: Callable[..., Any],
     views: frozenset[str],
     copies: frozenset[str],
 ) -> None:
-    """Let `handler(operator)` stand for every operator but the free ones, which run as ever: views, and
-    copies as long as no device but the CPU is in use.
+    """Register a kernel for every operator, once in the process.
 
-    It is called in threads that have included the key; what it calls in turn is PyTorch's own. On a
-    NotExactError `refused(error, operator, args, kwargs)` has the last word.
+    handler_of: operator -> Handler; it is called when the operator runs for the first time.
+    refuse: called as refuse(error, operator, args, kwargs) when a handler raises NotExactError. It raises
+        the complete error or returns the result.
+    views, copies: names of operators that are not intercepted; copies only while no device but the CPU is
+        in use, as later they have to be logged.
     """
+    if state.registration is None:
+        rounding.defer_test = replay_log.defer_test
+        os.register_at_fork(after_in_child=replay_log.reset_after_fork)
+        state.registration = Registration(partial(make_kernel, handler_of, refuse), views, copies)
 
-    if _registered:
-        return
-    rounding.defer_test = deferred.defer_test
 
-    def door(find: Callable[[], Any]) -> Callable[..., Any]:
-        operator = run = None
+class Registration:
+    """The kernels registered with PyTorch, which drops them when this object is deleted."""
 
-        def come(*args: Any, **kwargs: Any) -> Any:
-            nonlocal operator, run
-            if run is None:
-                operator = find()
-                run = handler(operator)
-            if _modes() or kwargs or not _PLAIN.issuperset(map(type, args)):
-                said = _say_of_python(operator, args, kwargs)
-                if said is not NotImplemented:
-                    return said
-            _exclude(_KEY, True)
-            try:
-                if deferred.active:
-                    return deferred.run(operator, run, args, kwargs)
-                return run(*args, **kwargs)
-            except NotExactError as error:
-                deferred.flush()
-                return refused(error, operator, args, kwargs)
-            finally:
-                _exclude(_KEY, False)
-
-        return come
-
-    @cache
-    def rare(operator: Any) -> Callable[..., Any]:
-        return door(lambda: operator)
-
-    # One by one, as a fallback for all is not found while a mode is active.
-    main_library, others = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
-    lent = torch.library.Library("aten", "IMPL")
-    passing = torch.library.fallthrough_kernel
-    names: list[str] = []  # of the copies
-    for full in _C._dispatch_get_all_op_names():
-        if full.startswith("aten::"):
-            name = full[len("aten::") :]
-            plain = name.partition(".")[0]
-            plain = plain[:-1] if plain.endswith("_") and plain[:-1] in views | copies else plain
-            if plain in copies:
-                names.append(name)
-                lent.impl(name, passing, _NAME)
+    def __init__(
+        self,
+        make_kernel: Callable[[Callable[[], Any]], Kernel],
+        views: frozenset[str],
+        copies: frozenset[str],
+    ) -> None:
+        self._make_kernel = make_kernel
+        self._library = torch.library.Library("aten", "IMPL")
+        self._copy_library = torch.library.Library("aten", "IMPL")
+        self._other_namespaces = torch.library.Library("_", "IMPL")
+        self._copies: list[str] = []
+        self._fallback_kernels: dict[Any, Kernel] = {}
+        # One by one: while a mode is active, PyTorch does not find a fallback for all of aten.
+        for name in _aten_names():
+            functional = name.partition(".")[0]
+            if functional.endswith("_") and functional[:-1] in views | copies:
+                functional = functional[:-1]
+            if functional in copies:
+                self._copies.append(name)
+                self._copy_library.impl(name, torch.library.fallthrough_kernel, key.NAME)
+            elif functional in views:
+                self._library.impl(name, torch.library.fallthrough_kernel, key.NAME)
             else:
-                main_library.impl(
-                    name, passing if plain in views else door(partial(_overload, name)), _NAME
-                )
-    others.fallback(lambda operator, *args, **kwargs: rare(operator)(*args, **kwargs), _NAME)
-    _registered.extend([main_library, others, lent])
+                self._intercept(name)
+        self._other_namespaces.fallback(self._fallback, key.NAME)
+        replay_log.on_first_device(self._intercept_copies)
 
-    def watch_copies() -> None:
-        lent._destroy()
-        for name in names:
-            main_library.impl(name, door(partial(_overload, name)), _NAME)
+    def _intercept(self, name: str) -> None:
+        self._library.impl(name, self._make_kernel(partial(_overload, name)), key.NAME)
 
-    deferred.at_first(watch_copies)
+    def _intercept_copies(self) -> None:
+        self._copy_library._destroy()
+        for name in self._copies:
+            self._intercept(name)
+
+    def _fallback(self, operator: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run an operator of another namespace than aten."""
+        kernel = self._fallback_kernels.get(operator)
+        if kernel is None:
+            kernel = self._fallback_kernels[operator] = self._make_kernel(lambda: operator)
+        return kernel(*args, **kwargs)
+
+
+def make_kernel(
+    handler_of: Callable[[Any], Handler], refuse: Callable[..., Any], find: Callable[[], Any]
+) -> Kernel:
+    """Return the kernel of the operator find(), which is looked up when it runs for the first time."""
+    operator = run = None
+    decomposed = False
+
+    def intercept(*args: Any, **kwargs: Any) -> Any:
+        nonlocal operator, decomposed, run
+        if run is None:
+            operator = find()
+            handler = handler_of(operator)
+            decomposed = handler.kind is Kind.DECOMPOSED
+            run = handler.run  # last, as another thread may test it
+        if _modes() or kwargs or not _PLAIN.issuperset(map(type, args)):
+            result = call_modes_and_subclasses(operator, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        _exclude(_KEY, True)
+        try:
+            if replay_log.active and not decomposed:
+                return replay_log.run(operator, run, args, kwargs)
+            return run(*args, **kwargs)
+        except NotExactError as error:
+            if decomposed:
+                raise  # complete: raised for one of the operators it is written in
+            replay_log.flush()
+            return refuse(error, operator, args, kwargs)
+        finally:
+            _exclude(_KEY, False)
+
+    return intercept
+
+
+def _aten_names() -> Iterator[str]:
+    """Yield "name.overload" of every operator of PyTorch."""
+    for full in _C._dispatch_get_all_op_names():
+        namespace, _, name = full.partition("::")
+        if namespace == "aten":
+            yield name
 
 
 def _overload(name: str) -> Any:
@@ -114,53 +172,60 @@ def _overload(name: str) -> Any:
     return getattr(getattr(torch.ops.aten, packet), overload or "default")
 
 
-def include(on: bool) -> None:
-    """Let this thread's operators come to us, or no longer."""
+# ---- which operators are intercepted -------------------------------------------------------------
+
+
+def set_thread_intercepted(on: bool) -> None:
+    """Intercept the operators that this thread runs, or no longer."""
     _C._dispatch_tls_set_dispatch_key_included(_KEY, on)
 
 
 def natively() -> Any:
-    """A context in which no operator comes to us."""
-    deferred.flush()
-    return _C._SetExcludeDispatchKeyGuard(_KEY, True)
+    """Return a context in which operators are not intercepted."""
+    replay_log.flush()
+    return key.exclude()
 
 
-def again() -> Any:
-    """A context inside of `run` in which they come to us once more."""
+def intercept_again() -> Any:
+    """Return a context, for use inside a handler or `natively`, in which operators are intercepted."""
     return _C._SetExcludeDispatchKeyGuard(_KEY, False)
 
 
-def _say_of_python(operator: Any, args: Any, kwargs: Any) -> Any:
-    """What a mode that was entered, or else an operand's subclass, does with an operator.
+# ---- modes and tensor subclasses -----------------------------------------------------------------
 
-    The operators that it calls come here in turn. NotImplemented if none has a say: a mode or a subclass
-    may itself return that, and then the next is asked, as PyTorch does.
+
+def call_modes_and_subclasses(operator: Any, args: Any, kwargs: Any) -> Any:
+    """Return what the innermost active mode, or else an operand's subclass, returns for an operator.
+
+    The operators that it calls are intercepted in turn. NotImplemented where neither exists. If a mode or
+    a subclass returns NotImplemented itself, the next one is called, as in PyTorch; raises TypeError if
+    all of them do.
     """
-    if _python_is_off():
+    if _C._dispatch_tls_is_dispatch_key_excluded(_C.DispatchKey.Python):
+        return NotImplemented  # a subclass calls the operator natively, past modes and subclasses
+    types = _subclasses([*args, *kwargs.values()])
+    if not types and not _modes():
         return NotImplemented
+    replay_log.flush()
+    if _modes():
+        with _pop_mode_temporarily() as mode:
+            result = mode.__torch_dispatch__(operator, types, args, kwargs)
+        if result is not NotImplemented:
+            return result
+    for t in types:
+        result = t.__torch_dispatch__(operator, types, args, kwargs)
+        if result is not NotImplemented:
+            return result
+    names = ", ".join(t.__name__ for t in types)
+    raise TypeError(f"{operator}: no mode and none of the operands' types implements it: [{names}]")
+
+
+def _subclasses(operands: Any) -> list[Any]:
+    """Return the operands' types that override __torch_dispatch__, a subclass before its base class."""
     types: list[Any] = []
-    for x in tensors([*args, *kwargs.values()]):
+    for x in tensors(operands):
         t = type(x)
         if t.__torch_dispatch__ is not Tensor.__torch_dispatch__ and t not in types:
             before = (i for i, other in enumerate(types) if issubclass(t, other))
             types.insert(next(before, len(types)), t)
-    said = NotImplemented
-    if types or _modes():
-        deferred.flush()
-    if _modes():
-        with _pop_mode_temporarily() as mode:
-            said = mode.__torch_dispatch__(operator, types, args, kwargs)
-    for t in types:
-        if said is NotImplemented:
-            said = t.__torch_dispatch__(operator, types, args, kwargs)
-    if said is NotImplemented and (types or _modes()):
-        names = ", ".join(t.__name__ for t in types)
-        raise TypeError(
-            f"{operator}: no mode and none of the operands' types implements it: [{names}]"
-        )
-    return said
-
-
-def _python_is_off() -> bool:
-    """Whether modes and subclasses are passed over, as a subclass does that calls an operator natively."""
-    return bool(_C._dispatch_tls_is_dispatch_key_excluded(_C.DispatchKey.Python))
+    return types

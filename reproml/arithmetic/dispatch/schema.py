@@ -1,4 +1,4 @@
-"""What an operator is given: its tensors, and those of them that it writes to."""
+"""The operands of an operator: which are tensors, and which of these it mutates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def tensors(data: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples and dictionaries, in order."""
+    """Yield the tensors in nested lists, tuples and dictionaries, in order."""
     if isinstance(data, Tensor):
         yield data
         return
@@ -22,15 +22,17 @@ def tensors(data: Any) -> Iterator[Tensor]:
         yield from tensors(x)
 
 
-def written(operator: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """The operands that it writes to."""
-    for i, name in writes(operator):
+def mutated_operands(operator: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """Yield the operands that the operator writes to."""
+    for i, name in mutated_arguments(operator):
         yield from tensors(args[i] if i < len(args) else kwargs.get(name))
 
 
 @cache
-def writes(operator: Any) -> list[tuple[int, str]]:
-    """Their places and names. Of batch norm's running statistics the schema does not say so."""
+def mutated_arguments(operator: Any) -> list[tuple[int, str]]:
+    """Return index and name of every argument that the operator mutates.
+
+    PyTorch's schema does not mark batch norm's running statistics as mutated."""
     statistics = ("running_mean", "running_var") if "batch_norm" in str(operator) else ()
     return [
         (i, x.name)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.dispatch import deferred
+from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics import devices
 from reproml.errors import NotExactError
 
@@ -39,7 +39,7 @@ def _check_cast(x: Tensor, dtype: torch.dtype) -> None:
         dtype.is_floating_point or dtype.is_complex or dtype is torch.bool
     ):
         if devices.is_on_accelerator(x):
-            deferred.flush()
+            replay_log.flush()
         integer, bounds = x.double().trunc(), torch.iinfo(dtype)
         if not bool(((integer >= bounds.min) & (integer < bounds.max + 1.0)).all()):
             raise NotExactError(

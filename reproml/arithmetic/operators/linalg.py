@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
-from reproml.arithmetic.dispatch import deferred
+from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.operators.matmul import matmul
 from reproml.arithmetic.operators.reductions import vector_norm
 from reproml.errors import NotExactError
@@ -24,7 +24,7 @@ def qr(a: Tensor, mode: str = "reduced") -> tuple[Tensor, Tensor]:
     """
     if mode != "reduced" or a.dim() != 2:
         raise NotExactError("A QR factorization is defined for one matrix and mode='reduced' only.")
-    with deferred.at_once():
+    with replay_log.immediate_tests():
         return _gram_schmidt(a)
 
 

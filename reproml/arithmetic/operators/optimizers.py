@@ -32,7 +32,8 @@ from torch.autograd.graph import increment_version
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import elementwise
-from reproml.arithmetic.dispatch import deferred, dispatcher
+from reproml.arithmetic.dispatch import dispatcher
+from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics import devices
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.errors import NotExactError
@@ -522,7 +523,7 @@ def _checked(step: Step) -> Step:
         options.pop("differentiable", None)
         _refuse_unless(not torch.is_grad_enabled(), "differentiable=True")
         with dispatcher.natively():
-            deferred.step(step, lists, options)
+            replay_log.run_step(step, lists, options)
 
     return checked
 

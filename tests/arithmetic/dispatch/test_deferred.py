@@ -1,7 +1,8 @@
-"""Rounding tests that are read later, as on a GPU.
+"""Deferred rounding tests, as on a GPU.
 
-None is needed: the CPU is declared to be far, and the errors of sums are made so large that many a result
-is wrong until it is settled. That no operator waits is seen on fake tensors, of which nothing can be read.
+No GPU is needed: the CPU is declared an accelerator, and sums are made so inaccurate that many results are
+wrong until the log is flushed. Fake tensors, whose values cannot be read, show that no operator waits for
+the device.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import reproml
 from reproml.arithmetic import operator_table
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.dispatch import deferred
+from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.dispatch.schema import tensors
 from reproml.arithmetic.numerics import devices
 from reproml.arithmetic.numerics.rounding import round_sum
@@ -39,50 +41,52 @@ from verification.oracle import same_bits
 F = nn.functional
 
 
-def wrongly(c: Tensor, e: Tensor, resolve: Any) -> Tensor:
-    """settle_sum of a sum that is off by some ulps, with a bound to match."""
+def inaccurate_round_sum(c: Tensor, e: Tensor, resolve: Any) -> Tensor:
+    """Call round_sum for a sum that is off by some ulps, with an error bound to match."""
     e = e * 2**26
     noise = torch.sin(7.7 * torch.arange(c.numel(), dtype=torch.float64)).reshape(c.shape)
     return round_sum(c + 0.4 * e * noise, 1.5 * e, resolve)
 
 
 @pytest.fixture
-def well(monkeypatch: Any) -> Iterator[Counter[str]]:
-    """All that is computed is far away. Counts how often outcomes were read, and of the operators whose
-    test had failed those that were right and those that were not."""
+def accelerator(monkeypatch: Any) -> Iterator[Counter[str]]:
+    """Declare all tensors to be on an accelerator.
+
+    Counts how often outcomes were read, and how many operators with a failed test had given a right or
+    a wrong result."""
     count: Counter[str] = Counter()
-    read, stands = deferred._all, deferred._stands
+    failed_indices, result_unchanged = deferred.failed_indices, deferred.result_unchanged
 
-    def reading(outcomes: list[Tensor]) -> Any:
+    def counted_failed_indices(outcomes: list[Tensor]) -> Any:
         count["read"] += 1
-        return read(outcomes)
+        return failed_indices(outcomes)
 
-    def standing(*arguments: Any) -> bool:
-        found = stands(*arguments)
-        count["right" if found else "wrong"] += 1
-        return found
+    def counted_result_unchanged(*arguments: Any) -> bool:
+        unchanged = result_unchanged(*arguments)
+        count["right" if unchanged else "wrong"] += 1
+        return unchanged
 
     monkeypatch.setattr(kernels, "library", None)
-    monkeypatch.setattr(deferred, "_all", reading)
-    monkeypatch.setattr(deferred, "_stands", standing)
+    monkeypatch.setattr(deferred, "failed_indices", counted_failed_indices)
+    monkeypatch.setattr(deferred, "result_unchanged", counted_result_unchanged)
     monkeypatch.setattr(devices, "is_on_accelerator", lambda x: not x.is_meta)
     with reproml.exact():
         torch.ones(3).sum()  # the first test that meets a device
     count.clear()
     yield count
-    assert not deferred._log
+    assert not replay_log.entries
 
 
 @pytest.fixture
-def far(well: Counter[str], monkeypatch: Any) -> Counter[str]:
-    """The same, with sums that are mostly wrong at first."""
+def inaccurate(accelerator: Counter[str], monkeypatch: Any) -> Counter[str]:
+    """The same, with sums that are mostly wrong until the log is flushed."""
     for module in (matmul, reductions, indexing):
-        monkeypatch.setattr(module, "round_sum", wrongly)
-    return well
+        monkeypatch.setattr(module, "round_sum", inaccurate_round_sum)
+    return accelerator
 
 
-def nearby(function: Callable[[], Any]) -> Any:
-    """The function's result where each test is read at once, and sums are good."""
+def immediate_result(function: Callable[[], Any]) -> Any:
+    """Return the function's result with accurate sums and each test read immediately."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(devices, "is_on_accelerator", lambda x: False)
         for module in (matmul, reductions, indexing):
@@ -91,9 +95,9 @@ def nearby(function: Callable[[], Any]) -> Any:
             return function()
 
 
-def same(function: Callable[[], Any]) -> None:
-    """Assert that the function returns the same bits when all it computes is far."""
-    expected = nearby(function)
+def assert_same_bits(function: Callable[[], Any]) -> None:
+    """Assert that the function returns the same bits with deferred tests as with immediate ones."""
+    expected = immediate_result(function)
     with reproml.exact():
         found = function()
     for x, y in zip(found, expected):
@@ -145,36 +149,36 @@ def train(make: Callable[[], nn.Module], optimizer: str, steps: int = 3, clip: b
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("make", [convolutional, attentive])
-def test_a_training_ends_with_the_same_bits(make, optimizer, far):
-    same(lambda: train(make, optimizer))
-    assert far["wrong"] > 1
+def test_training_gives_the_same_bits(make, optimizer, inaccurate):
+    assert_same_bits(lambda: train(make, optimizer))
+    assert inaccurate["wrong"] > 1
 
 
 @pytest.mark.parametrize("make", [convolutional, attentive])
-def test_a_step_is_read_twice_and_hardly_ever_redone(make, well):
-    """Before and after the optimizer's, however many operators it has. What fails is mostly right."""
-    same(lambda: train(make, "AdamW", 10))
-    assert well["read"] <= 2 * 10 + 1  # once for the initial weights
-    assert well["right"] > 3 and not well["wrong"]
+def test_training_step_reads_outcomes_twice(make, accelerator):
+    """Before and after the optimizer's step. Results with a failed test are mostly right."""
+    assert_same_bits(lambda: train(make, "AdamW", 10))
+    assert accelerator["read"] <= 2 * 10 + 1  # once for the initial weights
+    assert accelerator["right"] > 3 and not accelerator["wrong"]
 
 
-def test_a_golden_file_comes_out(well):
+def test_recipe_matches_its_golden_file(accelerator):
     chosen = recipe.load_recipe("digits-mlp")
     prepared = preprocess.preprocess(data.load_dataset(chosen.data.name), chosen.preprocess)
     trained = train_recipe(chosen, prepared)
     expected = json.loads((Path(__file__).parents[3] / "golden" / "digits-mlp.json").read_text())
     for i, epoch in enumerate(trained.epochs, 1):
         assert epoch.state_dict_sha256 == expected[f"epoch.{i:02}.state_dict.sha256"]
-    assert well["right"] > well["wrong"]
+    assert accelerator["right"] > accelerator["wrong"]
 
 
-def test_infinities_and_nan_fail_no_test(well):
+def test_infinities_and_nan_pass_the_test(accelerator):
     x = torch.tensor([[-float("inf"), 1.0], [float("nan"), 2.0], [3.0, -4.0]])
-    same(lambda: [x.sum(1), x @ x.t(), x.log(), x.exp().mean(0)])
-    assert not well["wrong"] and not well["right"]
+    assert_same_bits(lambda: [x.sum(1), x @ x.t(), x.log(), x.exp().mean(0)])
+    assert not accelerator["wrong"] and not accelerator["right"]
 
 
-# ---- what could not simply be run again ------------------------------------------------------------
+# ---- programs that a replay could get wrong ------------------------------------------------------
 
 TERMS = torch.linspace(-1, 1, 40).reshape(4, 10).sin()
 
@@ -191,7 +195,7 @@ def in_place() -> list[Tensor]:
 
 
 def other_sizes_and_memory() -> list[Tensor]:
-    """The log holds on to neither the sizes nor the memory that a tensor had."""
+    """The log keeps a tensor's old size and memory when they change."""
     y = TERMS.sum(1, keepdim=True)
     z = y * 3
     y.squeeze_()
@@ -228,7 +232,7 @@ def read_by_the_host() -> list[Any]:
     ]  # fmt: skip
 
 
-def differentiated_again() -> list[Tensor]:
+def second_derivatives() -> list[Tensor]:
     x = TERMS.clone().requires_grad_()
     y = (x @ x.t()).tanh().sum()
     (g,) = torch.autograd.grad(y, x, create_graph=True)
@@ -240,7 +244,7 @@ def differentiated_again() -> list[Tensor]:
         return [g.detach(), h, w.clone(), TERMS.cumsum(1).index_add(0, torch.tensor([1, 1]), h[:2])]
 
 
-def as_a_list() -> list[Tensor]:
+def lists_of_tensors() -> list[Tensor]:
     parts = torch.unsafe_split(TERMS.t() @ TERMS, 5)
     halves = torch._foreach_mul(list(parts), 0.5)
     torch._foreach_add_(list(parts), halves)
@@ -259,22 +263,22 @@ def masks_and_overlaps() -> list[Tensor]:
     return [y, z.clone(), out]
 
 
-def other_defaults() -> list[Tensor]:
+def changed_defaults() -> list[Tensor]:
     x = torch.normal(TERMS.sum(1), 0.1, generator=torch.Generator().manual_seed(1))
     y = torch.lerp(TERMS.sum(1), x, 0.3)
     torch.set_default_dtype(torch.float64)
     try:
-        deferred.flush()
+        replay_log.flush()
     finally:
         torch.set_default_dtype(torch.float32)
     torch.manual_seed(2)
     z = torch.randn_like(TERMS.sum(0)) + TERMS.sum(0)
     with torch.device("meta"):  # a mode that sees every call of torch's functions
-        deferred.flush()
+        replay_log.flush()
     return [x, y, z]
 
 
-def replaced_where_it_stands() -> list[Tensor]:
+def activations_in_place() -> list[Tensor]:
     x = TERMS @ TERMS.t()
     y = F.relu(x, inplace=True) @ TERMS
     x.mul_(0.5)
@@ -283,45 +287,45 @@ def replaced_where_it_stands() -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "function",
-    [in_place, other_sizes_and_memory, random_numbers, read_by_the_host, differentiated_again,
-     as_a_list, masks_and_overlaps, other_defaults, replaced_where_it_stands],
+    [in_place, other_sizes_and_memory, random_numbers, read_by_the_host, second_derivatives,
+     lists_of_tensors, masks_and_overlaps, changed_defaults, activations_in_place],
 )  # fmt: skip
-def test_what_could_not_simply_be_run_again(function, far):
-    same(function)
-    assert far["wrong"]
+def test_program_gives_the_same_bits(function, inaccurate):
+    assert_same_bits(function)
+    assert inaccurate["wrong"]
 
 
 class Doubling(TorchDispatchMode):
-    """Sees what it is given, and has a say."""
+    """A mode that doubles sums."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         return result + result if "sum" in str(func) else result
 
 
-def test_modes_see_what_is_settled_and_not_how(far):
+def test_modes_see_corrected_results(inaccurate):
     def function() -> list[Tensor]:
         x = TERMS.sum(0)
         with Doubling():
             return [x.sum(), x * 3]
 
-    same(function)
+    assert_same_bits(function)
     with Doubling():
-        same(lambda: [TERMS.sum(0), TERMS @ TERMS.t()])
-    assert far["wrong"]
+        assert_same_bits(lambda: [TERMS.sum(0), TERMS @ TERMS.t()])
+    assert inaccurate["wrong"]
 
 
-def test_what_has_no_definition_finds_all_settled(far):
+def test_native_operators_see_corrected_results(inaccurate):
     def function() -> list[Tensor]:
         return [torch.special.bessel_j0(TERMS.sum(0))]
 
     with pytest.warns(UserWarning, match="bessel"), reproml.exact(on_unknown="warn"):
-        expected = nearby(lambda: [TERMS.sum(0)])
+        expected = immediate_result(lambda: [TERMS.sum(0)])
         (found,) = function()
-    assert same_bits(found, torch.special.bessel_j0(expected[0])) and far["wrong"]
+    assert same_bits(found, torch.special.bessel_j0(expected[0])) and inaccurate["wrong"]
 
 
-def test_what_has_effects_runs_once(far):
+def test_operators_with_effects_run_once(inaccurate):
     counts = []
 
     @torch.library.custom_op("reproml_test::count", mutates_args=())
@@ -330,7 +334,7 @@ def test_what_has_effects_runs_once(far):
         return x.clone()
 
     x = TERMS.sum(0)
-    expected = nearby(lambda: x.argsort().tolist())
+    expected = immediate_result(lambda: x.argsort().tolist())
     with reproml.exact():
         count(TERMS.sum(0).argsort())
         TERMS.sum(0) * 2
@@ -338,7 +342,7 @@ def test_what_has_effects_runs_once(far):
 
 
 @pytest.mark.parametrize("which", ["step", "operator"])
-def test_an_error_midway_leaves_what_was_there(which, far):
+def test_error_midway_restores_the_operands(which, inaccurate):
     p, q = nn.Parameter(TERMS.clone()), nn.Parameter(TERMS.double())
     p.grad, q.grad = TERMS.sum(0).expand(4, 10).contiguous(), TERMS.double()
     x = torch.zeros(4)
@@ -352,7 +356,7 @@ def test_an_error_midway_leaves_what_was_there(which, far):
     assert torch.equal(p, TERMS) and not x.any()
 
 
-def test_an_error_after_all_was_settled_leaves_that(far):
+def test_error_after_a_flush_keeps_corrected_results(inaccurate):
     def function() -> list[Tensor]:
         x = TERMS[:, :3]
         q, r, i = x.t() @ x, x.t() @ x, (TERMS @ TERMS.t()).view(-1).argsort()
@@ -362,41 +366,40 @@ def test_an_error_after_all_was_settled_leaves_that(far):
             i.copy_(torch.full((16,), float("nan")))
         return [q, r, i]
 
-    same(function)
+    assert_same_bits(function)
 
 
-def test_a_forked_process_waits_for_nobody(far):
+def test_forked_process_starts_with_an_empty_log(inaccurate):
     with reproml.exact():
         TERMS.sum()
-        with deferred._lock:
+        with replay_log.lock:
             pid = os.fork()
             if not pid:
                 signal.alarm(20)
                 try:
-                    held = deferred._lock.acquire(blocking=False) and not deferred._log
-                    os._exit(
-                        0 if held and nearby(lambda: (torch.ones(2) + 1).tolist()) == [2, 2] else 1
-                    )
+                    assert replay_log.lock.acquire(blocking=False) and not replay_log.entries
+                    assert immediate_result(lambda: (torch.ones(2) + 1).tolist()) == [2, 2]
+                    os._exit(0)
                 finally:
                     os._exit(1)
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_a_long_log_is_read_before_its_end(far, monkeypatch):
-    monkeypatch.setattr(deferred, "_OPERATORS", 10)
+def test_log_is_flushed_at_its_limits(inaccurate, monkeypatch):
+    monkeypatch.setattr(replay_log, "MAX_ENTRIES", 10)
     with reproml.exact():
         for _ in range(25):
             TERMS.sum()
-        assert len(deferred._log) < 10
-    monkeypatch.setattr(deferred, "_BYTES", 1000)
+        assert len(replay_log.entries) < 10
+    monkeypatch.setattr(replay_log, "MAX_BYTES", 1000)
     with reproml.exact():
         for _ in range(25):
             TERMS.sum(0)
-            assert deferred._held < 1000
+            assert replay_log.bytes < 1000
 
 
-def test_threads_share_the_log(far):
-    """As a backward pass on a device runs in a thread of its own."""
+def test_threads_share_the_log(inaccurate):
+    """A backward pass on a device runs in a thread of its own."""
 
     def function() -> list[Tensor]:
         x, results = TERMS.sum(0), {}
@@ -412,8 +415,8 @@ def test_threads_share_the_log(far):
             thread.join()
         return [results[i] + x for i in range(4)]
 
-    same(function)
-    assert far["wrong"]
+    assert_same_bits(function)
+    assert inaccurate["wrong"]
 
 
 # ---- random programs -------------------------------------------------------------------------------
@@ -438,7 +441,7 @@ STEPS: dict[str, Callable[[list[Tensor], int, int], Any]] = {
 
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.sampled_from(sorted(STEPS)), PLACES, PLACES), max_size=12))
-def test_any_program_ends_with_the_same_bits(far, program):
+def test_random_program_gives_the_same_bits(inaccurate, program):
     def function() -> list[Tensor]:
         torch.manual_seed(7)
         registers = list(torch.randn(4, 4, 4).unbind())
@@ -447,18 +450,18 @@ def test_any_program_ends_with_the_same_bits(far, program):
             STEPS[name](registers, i, j)
         return [r.clone() for r in registers]
 
-    same(function)
+    assert_same_bits(function)
 
 
 # ---- no operator waits -----------------------------------------------------------------------------
 
-AWAY = "lazy:0"  # a device whose tensors can be faked without one
+DEVICE = "lazy:0"  # a device whose tensors can be faked without one
 
 
-class NothingCrosses(TorchDispatchMode):
+class NoTransfer(TorchDispatchMode):
     """Fails where a tensor is copied between the host and a device, for which the host would wait.
 
-    Numbers are operands of a kernel, and cross with it."""
+    Python numbers are allowed: they are passed to a kernel as its arguments."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -468,10 +471,10 @@ class NothingCrosses(TorchDispatchMode):
         return result
 
 
-def away(x: Any) -> Any:
+def on_device(x: Any) -> Any:
     if isinstance(x, Tensor):
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=AWAY)
-    return type(x)(map(away, x)) if isinstance(x, (list, tuple)) else x
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE)
+    return type(x)(map(on_device, x)) if isinstance(x, (list, tuple)) else x
 
 
 @pytest.mark.parametrize(
@@ -480,14 +483,14 @@ def away(x: Any) -> Any:
 @settings(max_examples=3, suppress_health_check=list(HealthCheck))
 @given(drawing=st.data())
 def test_no_operator_waits_for_the_device(name, drawing):
-    """Of a fake tensor no number can be read (DataDependentOutputException). linalg_qr looks at lengths."""
+    """Reading a fake tensor raises DataDependentOutputException. linalg_qr reads the lengths of columns."""
     for case in CASES[name]:
         drawn = drawing.draw(case.draw)
-        with FakeTensorMode(), NothingCrosses(), deferred._noted():
-            operator_table.EXACT[name](*away(drawn), **case.options)
+        with FakeTensorMode(), NoTransfer(), replay_log.collect_outcomes():
+            operator_table.EXACT[name](*on_device(drawn), **case.options)
 
 
-# definition -> how many lists of states it takes, what else, and its options
+# definition -> the number of lists of states that it takes, its other arguments, and its options
 STATES: dict[str, tuple[int, list[Any], dict[str, Any]]] = {
     "adam": (2, [[], [3, 3]], {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "amsgrad": False,
                                "decoupled_weight_decay": True}),
@@ -500,10 +503,10 @@ STATES: dict[str, tuple[int, list[Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", STATES)
 def test_no_optimizer_waits_for_the_device(name, monkeypatch):
-    monkeypatch.setattr(optimizers, "_check", lambda *_: None)  # which refuses fake tensors
+    monkeypatch.setattr(optimizers, "_check", lambda *_: None)  # it refuses fake tensors
     states, rest, options = STATES[name]
-    with FakeTensorMode(), NothingCrosses(), deferred._noted() as outcomes:
-        lists = [away([torch.empty(3), torch.empty(2, 2)]) for _ in range(2 + states)]
+    with FakeTensorMode(), NoTransfer(), replay_log.collect_outcomes() as outcomes:
+        lists = [on_device([torch.empty(3), torch.empty(2, 2)]) for _ in range(2 + states)]
         step = getattr(optimizers, name)
         step(*lists, *rest, lr=0.1, weight_decay=0.01, maximize=False, **options)
     assert outcomes

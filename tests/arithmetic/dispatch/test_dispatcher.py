@@ -1,7 +1,9 @@
-"""The way an operator takes: to us first, but for modes, subclasses and views."""
+"""Interception: modes and tensor subclasses first, then our handlers; nothing registered at import."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from fractions import Fraction
 from typing import Any
 
@@ -15,12 +17,14 @@ from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.numerics.rounding import nearest
 from verification.oracle import same_bits
 
-# Added one by one from the left in binary32, nothing is left of the ones.
+# A sum from left to right in binary32 loses all of the ones.
 TERMS = [2.0**24, 1.0, 1.0, -(2.0**24)] * 20
 EXACT_SUM = nearest(sum(map(Fraction, TERMS), Fraction(0)))
 
 
-class Witness(TorchDispatchMode):
+class RecordingMode(TorchDispatchMode):
+    """A mode that records the names of the operators."""
+
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
@@ -31,7 +35,7 @@ class Witness(TorchDispatchMode):
 
 
 class Wrapped(Tensor):
-    """A subclass that holds a tensor and does all with that."""
+    """A subclass that holds a tensor and runs every operator on that."""
 
     held: Tensor
 
@@ -51,7 +55,7 @@ class Wrapped(Tensor):
 
 
 class Modest(Tensor):
-    """A subclass that leaves an operator to others; alone it runs all but `sum` of an axis on itself."""
+    """A subclass that runs operators on itself, except `sum` of an axis and those with other subclasses."""
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -64,23 +68,23 @@ class Modest(Tensor):
 
 
 @pytest.mark.parametrize("mode_first", [False, True])
-def test_a_mode_sees_the_operators_and_not_what_they_are_made_of(mode_first):
-    x, witness = torch.tensor(TERMS).repeat(3, 1), Witness()
-    first, second = (witness, reproml.exact()) if mode_first else (reproml.exact(), witness)
+def test_mode_sees_operators_not_their_definitions(mode_first):
+    x, recorder = torch.tensor(TERMS).repeat(3, 1), RecordingMode()
+    first, second = (recorder, reproml.exact()) if mode_first else (reproml.exact(), recorder)
     with first, second:
         total = torch.sum(torch.mul(x.t(), 1.0), 0)
     assert total.tolist() == [EXACT_SUM] * 3
-    assert witness.seen[-2:] == ["aten.mul.Tensor", "aten.sum.dim_IntList"]
+    assert recorder.seen[-2:] == ["aten.mul.Tensor", "aten.sum.dim_IntList"]
 
 
-def test_two_modes():
-    outer, inner = Witness(), Witness()
+def test_nested_modes_see_the_same_operators():
+    outer, inner = RecordingMode(), RecordingMode()
     with reproml.exact(), outer, inner:
         assert torch.tensor(TERMS).sum().item() == EXACT_SUM
     assert "aten.sum.default" in outer.seen and outer.seen == inner.seen
 
 
-def test_what_a_mode_calls_is_exact():
+def test_operators_called_by_a_mode_are_exact():
     class Twice(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -93,15 +97,15 @@ def test_what_a_mode_calls_is_exact():
         assert torch.ones(3).sum().item() == EXACT_SUM + 3
 
 
-def test_a_mode_does_not_let_an_operator_slip_by():
+def test_unknown_operator_is_refused_inside_a_mode():
     for operation in (torch.special.bessel_j0, lambda x: torch.linalg.svd(x.expand(2, 2))):
-        with pytest.raises(reproml.NotExactError), reproml.exact(), Witness():
+        with pytest.raises(reproml.NotExactError), reproml.exact(), RecordingMode():
             operation(torch.ones(2))
-    with reproml.exact(), Witness():
+    with reproml.exact(), RecordingMode():
         assert torch.bitwise_and(torch.tensor(6), 3).item() == 2
 
 
-def test_a_subclass_does_its_own_and_what_it_calls_is_exact():
+def test_operators_called_by_a_subclass_are_exact():
     x = Wrapped(torch.tensor(TERMS))
     with reproml.exact():
         assert torch.sum(x).held.item() == EXACT_SUM  # type: ignore[attr-defined]
@@ -109,7 +113,7 @@ def test_a_subclass_does_its_own_and_what_it_calls_is_exact():
             torch.special.bessel_j0(x)
 
 
-def test_what_has_no_say_leaves_it_to_the_next():
+def test_not_implemented_passes_to_the_next():
     class Plain(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -126,14 +130,14 @@ def test_what_has_no_say_leaves_it_to_the_next():
             torch.sum(x.as_subclass(Modest), 0)
 
 
-def test_a_subclass_that_calls_the_operator_on_itself():
+def test_subclass_calling_itself_natively_is_exact():
     with reproml.exact():
         total = torch.sum(torch.tensor(TERMS).as_subclass(Modest))
     assert float(total) == EXACT_SUM
 
 
 @pytest.mark.parametrize("compiled_before", [False, True])
-def test_compiled_functions_run_as_they_are_written(compiled_before):
+def test_compiled_functions_run_eagerly(compiled_before):
     called = []
 
     def backend(graph: Any, examples: Any) -> Any:
@@ -152,10 +156,10 @@ def test_compiled_functions_run_as_they_are_written(compiled_before):
         assert same_bits(compiled(x), x.tanh().sum())
     assert len(called) == count
     compiled(x)
-    assert len(called) == count + 1  # the compiler is back
+    assert len(called) == count + 1  # outside, the compiler is used again
 
 
-def test_natively_and_again():
+def test_natively_and_intercept_again():
     x = torch.linspace(-3, 3, 1000)
     native = torch.exp(x)
     with reproml.exact():
@@ -163,12 +167,12 @@ def test_natively_and_again():
         with dispatcher.natively():
             assert same_bits(torch.exp(x), native)
             torch.special.bessel_j0(x)
-            with dispatcher.again():
+            with dispatcher.intercept_again():
                 assert same_bits(torch.exp(x), exact)
         assert same_bits(torch.exp(x), exact)
 
 
-def test_an_error_leaves_the_way_open():
+def test_interception_continues_after_an_error():
     with reproml.exact():
         for _ in range(2):
             with pytest.raises(RuntimeError):
@@ -178,7 +182,7 @@ def test_an_error_leaves_the_way_open():
         assert torch.tensor(TERMS).sum().item() == EXACT_SUM
 
 
-def test_operators_of_other_namespaces_come_too():
+def test_operators_of_other_namespaces_are_intercepted():
     library = torch.library.Library("reproml_test", "DEF")
     library.define("halve(Tensor x) -> Tensor")
     library.impl("halve", lambda x: x / 2, "CPU")
@@ -190,3 +194,39 @@ def test_operators_of_other_namespaces_come_too():
                 halve(torch.ones(1))
     finally:
         library._destroy()
+
+
+IMPORT_ALL_MODULES = """
+import importlib, os, pkgutil, torch
+
+def operators_with_kernel():
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return {name for name in torch._C._dispatch_get_all_op_names() if has_kernel(name, "Fake")}
+
+def fork_handlers():
+    return [f for f in registered if str(f.__module__).startswith("reproml")]
+
+registered = []
+os.register_at_fork = lambda **functions: registered.extend(functions.values())
+import reproml
+for module in pkgutil.walk_packages(reproml.__path__, "reproml."):
+    if not module.name.endswith(("__main__", "_kernels")):  # a program, and a library of C
+        importlib.import_module(module.name)
+from reproml.arithmetic import state
+from reproml.arithmetic.dispatch.deferred import replay_log
+from reproml.arithmetic.numerics import rounding
+
+assert not operators_with_kernel() and not fork_handlers() and state.registration is None
+assert rounding.defer_test != replay_log.defer_test
+for _ in range(2):
+    with reproml.exact():
+        pass
+assert len(fork_handlers()) == 1 and rounding.defer_test == replay_log.defer_test
+aten = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")}
+assert len(aten) > 2500 and aten <= operators_with_kernel()
+"""
+
+
+def test_only_the_first_context_registers_kernels():
+    """Importing all modules registers nothing; `exact()` registers a kernel for every aten operator."""
+    subprocess.run([sys.executable, "-c", IMPORT_ALL_MODULES], check=True)
