@@ -23,12 +23,12 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from reproml.arithmetic import state
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.distributed.sharded import RoundRobinShard, Sharded, shard_batch
 from reproml.errors import NotExactError, ReproError
+from reproml.torch_internals import tree_leaves, tree_map_only
 
 # How long to wait for a worker that lives but does not answer. One that has ended is noticed at once.
 _TIMEOUT = timedelta(minutes=10)

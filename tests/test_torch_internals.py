@@ -18,25 +18,6 @@ from reproml.torch_internals import INTERNALS, UnknownPyTorchError
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "reproml"
 
-# Modules that still use private names directly. To be emptied: import the names from torch_internals.
-NOT_YET_CONVERTED = {
-    "arithmetic/context.py",
-    "arithmetic/dispatch/deferred.py",
-    "arithmetic/dispatch/dispatcher.py",
-    "arithmetic/distributed/operands.py",
-    "arithmetic/distributed/pending.py",
-    "arithmetic/distributed/rules/compute.py",
-    "arithmetic/distributed/rules/losses.py",
-    "arithmetic/distributed/rules/views.py",
-    "arithmetic/distributed/sharded.py",
-    "arithmetic/handlers.py",
-    "arithmetic/operators/reductions.py",
-    "distributed.py",
-    "tracing/fingerprint.py",
-    "tracing/operators.py",
-    "tracing/recorder.py",
-}
-
 # Attributes with an underscore that are public in Python, NumPy or mpmath.
 NOT_PYTORCH = {"_asdict", "_fields", "_getframe", "_mpf_", "_replace"}
 
@@ -213,9 +194,7 @@ def all_private_uses(root: Path) -> dict[str, list[str]]:
 
 
 def test_private_names_are_used_by_torch_internals_only():
-    uses = all_private_uses(PACKAGE)
-    assert {name: x for name, x in uses.items() if name not in NOT_YET_CONVERTED} == {}
-    assert NOT_YET_CONVERTED <= set(uses), "converted: remove it from NOT_YET_CONVERTED"
+    assert all_private_uses(PACKAGE) == {}
 
 
 @pytest.mark.parametrize(
@@ -238,7 +217,3 @@ def test_private_names_are_used_by_torch_internals_only():
 def test_private_uses_are_found(tmp_path, line, found):
     (tmp_path / "module.py").write_text(line)
     assert all_private_uses(tmp_path).get("module.py", []) == found
-
-
-def test_temporary_list_names_existing_modules():
-    assert all((PACKAGE / name).exists() for name in NOT_YET_CONVERTED)

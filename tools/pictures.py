@@ -32,7 +32,7 @@ def rounding_test() -> Any:
     """Draw two intervals on a number line: one between two midpoints, and one that contains a midpoint."""
     figure, axes = plt.subplots(figsize=(8, 2.6))
     axes.axhline(0, color="black", linewidth=1)
-    for x in range(4):
+    for x in (0.0, 1.0, 2.0, 3.0):
         axes.plot([x, x], [-0.12, 0.12], color="black", linewidth=2)
         axes.text(x, -0.35, "float32 number", ha="center", fontsize=8)
     for x in (0.5, 1.5, 2.5):

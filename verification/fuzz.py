@@ -89,7 +89,7 @@ SNIPPETS = [
 # fmt: on
 
 
-def idx(array: np.ndarray) -> bytes:
+def idx(array: np.ndarray) -> bytes:  # type: ignore[type-arg]
     header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
     return gzip.compress(header + array.tobytes(), mtime=0)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from reproml import torch_internals
 from reproml.arithmetic import handlers, operator_table, patches, state
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.deferred import replay_log
@@ -61,7 +62,7 @@ class exact(ContextDecorator):  # noqa: N801 (used like a function: `with reprom
             # Optimizers import torch._dynamo in their first step. It must be imported outside any mode,
             # and cannot be imported while the default device is "meta".
             with torch.device("cpu"):
-                importlib.import_module("torch._dynamo")
+                importlib.import_module(torch_internals.DYNAMO)
             if _flushes_subnormals():
                 raise NotExactError(
                     "Subnormal numbers are flushed to zero; call torch.set_flush_denormal(False)."

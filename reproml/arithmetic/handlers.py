@@ -33,8 +33,9 @@ from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.dispatcher import Handler, Kind
 from reproml.arithmetic.dispatch.schema import tensors
 from reproml.errors import NotExactError
+from reproml.torch_internals import DispatchKey
 
-_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_COMPOSITE = DispatchKey.CompositeImplicitAutograd
 
 Function = Callable[..., Any]
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.digest import canonical_array
+from reproml.torch_internals import DisableTorchDispatch
 
 WORDS = 1024
 KEY = np.frombuffer(
@@ -105,7 +106,7 @@ class unseen:  # noqa: N801 (used like a function; a generator takes twice as lo
     """A context whose operators are not part of the training: neither modes nor exact() see them."""
 
     def __enter__(self) -> None:
-        self._guards = dispatcher.natively(), torch._C._DisableTorchDispatch()
+        self._guards = dispatcher.natively(), DisableTorchDispatch()
         for guard in self._guards:
             guard.__enter__()
 

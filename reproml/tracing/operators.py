@@ -10,10 +10,10 @@ from typing import Any, Callable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import reproml.arithmetic
 from reproml.arithmetic.dispatch.schema import mutated_operands, tensors
+from reproml.torch_internals import TorchDispatchMode, current_autograd_node, get_sequence_nr
 from reproml.tracing.fingerprint import fingerprints, unseen
 
 Write = Callable[[dict[str, Any], list[Tensor]], None]
@@ -82,13 +82,13 @@ class Operators(TorchDispatchMode):
 
     def _line(self) -> tuple[str, str]:
         """Return the caller's line; for a backward operator, its forward line and the name of its node."""
-        node: Any = torch._C._current_autograd_node()
+        node: Any = current_autograd_node()
         if node is not None:
             return self._lines.get(node._sequence_nr(), _caller()), node.name()
         line = _caller()
         if torch.is_grad_enabled():
             # Autograd has already created this operator's node, so its number is the last one.
-            self._lines.setdefault(torch._C._autograd._get_sequence_nr() - 1, line)
+            self._lines.setdefault(get_sequence_nr() - 1, line)
         return line, ""
 
 

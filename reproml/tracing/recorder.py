@@ -33,12 +33,12 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from reproml import environment
 from reproml.arithmetic import state
 from reproml.arithmetic.dispatch.schema import tensors
 from reproml.digest import digest
+from reproml.torch_internals import BaseDataLoaderIter
 from reproml.tracing.chain import Writer
 from reproml.tracing.fingerprint import fingerprints, first, measure, unseen
 from reproml.tracing.operators import Operators
@@ -147,7 +147,7 @@ class Recorder:
         _replace(stack, nn.Module, "__call__", self._call)
         if self._level != "epoch":
             _replace(stack, torch.autograd, "backward", self._backward)
-        _replace(stack, _BaseDataLoaderIter, "__next__", self._next)
+        _replace(stack, BaseDataLoaderIter, "__next__", self._next)
         stack.callback(register_optimizer_step_pre_hook(self._before_step).remove)
         stack.callback(register_optimizer_step_post_hook(self._after_step).remove)
         if self._level == "op":

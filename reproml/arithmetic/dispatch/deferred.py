@@ -26,14 +26,12 @@ from typing import Any, Callable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from reproml.arithmetic.dispatch import key
 from reproml.arithmetic.dispatch.schema import mutated_arguments, mutated_operands, tensors
 from reproml.arithmetic.numerics import devices
 from reproml.errors import NotExactError
-
-_C: Any = torch._C
+from reproml.torch_internals import DisableTorchDispatch, DisableTorchFunction, tree_map_only
 
 # Aliases of the same memory: the originals may later get another size or other memory.
 _aliases = partial(tree_map_only, Tensor, lambda x: x.data)
@@ -290,7 +288,7 @@ def _replay(entries: list[Entry]) -> None:
 @contextmanager
 def _native() -> Iterator[None]:
     """Run operators natively and unseen by modes; results may be inference tensors."""
-    with key.exclude(), _C._DisableTorchDispatch(), _C.DisableTorchFunction():
+    with key.exclude(), DisableTorchDispatch(), DisableTorchFunction():
         with torch.inference_mode():
             yield
 

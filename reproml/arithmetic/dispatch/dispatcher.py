@@ -21,7 +21,6 @@ from typing import Any, Callable, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import _pop_mode_temporarily
 
 from reproml.arithmetic import state
 from reproml.arithmetic.dispatch import key
@@ -29,11 +28,20 @@ from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.dispatch.schema import tensors
 from reproml.arithmetic.numerics import rounding
 from reproml.errors import NotExactError
+from reproml.torch_internals import (
+    DispatchKey,
+    SetExcludeDispatchKeyGuard,
+    dispatch_get_all_op_names,
+    dispatch_tls_is_dispatch_key_excluded,
+    dispatch_tls_set_dispatch_key_excluded,
+    dispatch_tls_set_dispatch_key_included,
+    len_torch_dispatch_stack,
+    pop_mode_temporarily,
+)
 
-_C: Any = torch._C
 _KEY = key.KEY
-_exclude = _C._dispatch_tls_set_dispatch_key_excluded
-_modes = _C._len_torch_dispatch_stack
+_exclude = dispatch_tls_set_dispatch_key_excluded
+_modes = len_torch_dispatch_stack
 
 # Types of operands among which no tensor subclass can be.
 _PLAIN = frozenset([Tensor, Parameter, int, float, bool, type(None), torch.dtype])
@@ -161,7 +169,7 @@ def make_kernel(
 
 def _aten_names() -> Iterator[str]:
     """Yield "name.overload" of every operator of PyTorch."""
-    for full in _C._dispatch_get_all_op_names():
+    for full in dispatch_get_all_op_names():
         namespace, _, name = full.partition("::")
         if namespace == "aten":
             yield name
@@ -177,7 +185,7 @@ def _overload(name: str) -> Any:
 
 def set_thread_intercepted(on: bool) -> None:
     """Intercept the operators that this thread runs, or no longer."""
-    _C._dispatch_tls_set_dispatch_key_included(_KEY, on)
+    dispatch_tls_set_dispatch_key_included(_KEY, on)
 
 
 def natively() -> Any:
@@ -188,7 +196,7 @@ def natively() -> Any:
 
 def intercept_again() -> Any:
     """Return a context, for use inside a handler or `natively`, in which operators are intercepted."""
-    return _C._SetExcludeDispatchKeyGuard(_KEY, False)
+    return SetExcludeDispatchKeyGuard(_KEY, False)
 
 
 # ---- modes and tensor subclasses -----------------------------------------------------------------
@@ -201,14 +209,14 @@ def call_modes_and_subclasses(operator: Any, args: Any, kwargs: Any) -> Any:
     a subclass returns NotImplemented itself, the next one is called, as in PyTorch; raises TypeError if
     all of them do.
     """
-    if _C._dispatch_tls_is_dispatch_key_excluded(_C.DispatchKey.Python):
+    if dispatch_tls_is_dispatch_key_excluded(DispatchKey.Python):
         return NotImplemented  # a subclass calls the operator natively, past modes and subclasses
     types = _subclasses([*args, *kwargs.values()])
     if not types and not _modes():
         return NotImplemented
     replay_log.flush()
     if _modes():
-        with _pop_mode_temporarily() as mode:
+        with pop_mode_temporarily() as mode:
             result = mode.__torch_dispatch__(operator, types, args, kwargs)
         if result is not NotImplemented:
             return result

@@ -8,7 +8,6 @@ from typing import Any, Callable, NoReturn, Optional
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.dispatch.schema import tensors
@@ -20,6 +19,7 @@ from reproml.arithmetic.distributed.sharded import (
     shard_from_right,
 )
 from reproml.errors import NotExactError
+from reproml.torch_internals import tree_map_only
 
 
 def refuse(func: Any, why: str) -> NoReturn:

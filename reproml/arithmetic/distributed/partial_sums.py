@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from reproml.arithmetic.numerics.exact_sums import exact_sum
-from reproml.arithmetic.numerics.rounding import gamma, nearest
+from reproml.arithmetic.numerics.rounding import gamma, nearest, rounding_test
 from reproml.errors import ReproError
 
 # A product of four binary32 numbers is a multiple of 2^-596 below 2^512; 2^63 of them fit 1,216 bits.
@@ -209,8 +209,7 @@ def _rounding_test(mid: Tensor, radius: Tensor, finite: bool) -> tuple[Tensor, T
 
     finite: whether all numbers are known to be finite.
     """
-    value = (mid + radius).float()
-    failed = (mid - radius).float().view(torch.int32) != value.view(torch.int32)
+    value, failed = rounding_test(mid - radius, mid + radius)
     if not finite:
         value = torch.where(mid.isfinite(), value, mid.float())
         failed = mid.isfinite() & (failed | ~radius.isfinite())

@@ -9,7 +9,6 @@ from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.distributed.partial_sums import (
@@ -17,6 +16,13 @@ from reproml.arithmetic.distributed.partial_sums import (
     Partial,
     all_reduce,
     check_agreement,
+)
+from reproml.torch_internals import (
+    current_graph_task_id,
+    disabled_torch_function_impl,
+    execution_engine,
+    make_wrapper_subclass,
+    tree_map_only,
 )
 
 
@@ -42,8 +48,7 @@ class Pending(DistributedTensor):
 
     @staticmethod
     def __new__(cls, like: Tensor, value: Callable[[], Tensor]) -> Pending:
-        make: Any = Tensor._make_wrapper_subclass
-        made: Pending = make(
+        made: Pending = make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
         made._value = value
@@ -54,7 +59,7 @@ class Pending(DistributedTensor):
         with natively():
             return self._value()
 
-    __torch_function__: Any = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -121,10 +126,9 @@ _backward = _Backward()
 
 def exchange_at_end(group: Group) -> int:
     """Have the running backward pass exchange its sums at its end; return its number, -1 if none runs."""
-    task = int(torch._C._current_graph_task_id())
+    task = int(current_graph_task_id())
     if task not in (-1, _backward.graph_task):
-        engine: Any = torch.autograd.Variable._execution_engine
-        engine.queue_callback(lambda: _end_of_backward(group))
+        execution_engine.queue_callback(lambda: _end_of_backward(group))
         _backward.graph_task = task
     return task
 

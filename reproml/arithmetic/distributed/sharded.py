@@ -10,7 +10,6 @@ from typing import Any, Callable, NamedTuple, Optional
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._pytree import tree_map_only
 
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.dispatch.schema import tensors
@@ -20,6 +19,11 @@ from reproml.arithmetic.distributed.pending import (
     Pending,
     add_to_checksum,
     exchange_at_end,
+)
+from reproml.torch_internals import (
+    DisableTorchFunctionSubclass,
+    make_wrapper_subclass,
+    tree_map_only,
 )
 
 
@@ -110,8 +114,7 @@ class Sharded(DistributedTensor):
         shape = list(local.shape)
         shape[shard.dim] = shard.global_size
         strides = strides or _global_strides(local, shape)
-        make: Any = Tensor._make_wrapper_subclass
-        made: Sharded = make(cls, shape, strides=strides, dtype=local.dtype, device=local.device)
+        made: Sharded = make_wrapper_subclass(cls, shape, strides=strides, dtype=local.dtype, device=local.device)
         made.local, made.shard = local, shard
         return made
 
@@ -136,7 +139,7 @@ class Sharded(DistributedTensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             kwargs = kwargs or {}
             prepare = FUNCTIONS.get(func) or FUNCTIONS.get(func.__name__.strip("_"))
             if prepare:

@@ -17,7 +17,7 @@ the roundings that it does not count:
 | `round_sum`               | size gamma(n)          | `gamma`   | `gamma`   | -     | both ends', +0 |
 | exact_sums._by_two_sum    | lost gamma(n)          | `gamma`   | -         | -     | +0             |
 | evaluate._multi_precision | Ball.error             | ctx.u     | ctx.u     | -     | both ends'     |
-| partial_sums.merge        | size gamma(height + W) | `gamma`   | `gamma`   | -     | both ends', +0 |
+| partial_sums._round_totals| size gamma(height + W) | `gamma`   | `gamma`   | -     | both ends', +0 |
 | batch norm, distributed   | Ball.error             | `widened` | `widened` | added | both ends'     |
 
 "size" is a bound of the sum of absolute values, "lost" the sum of the absolute rounding errors that TwoSum

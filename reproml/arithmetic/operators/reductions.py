@@ -16,7 +16,6 @@ from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
-from torch._prims_common import canonicalize_dims
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import rowwise
@@ -24,6 +23,7 @@ from reproml.arithmetic.numerics.exact_sums import nearest_of_rows
 from reproml.arithmetic.numerics.rounding import gamma, round_sum
 from reproml.arithmetic.operators.arguments import dims_tuple, require_float32
 from reproml.errors import NotExactError
+from reproml.torch_internals import canonicalize_dims
 
 # ---- sums --------------------------------------------------------------------------------------------
 

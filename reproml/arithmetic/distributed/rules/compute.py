@@ -8,8 +8,6 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch._prims_common import compute_elementwise_output_strides
-from torch.utils._pytree import tree_map_only
 
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.dispatch.schema import tensors
@@ -31,6 +29,7 @@ from reproml.arithmetic.distributed.partial_sums import (
 from reproml.arithmetic.distributed.pending import add_to_checksum, reduce_over_batch
 from reproml.arithmetic.distributed.sharded import Sharded, first_sharded, shard_from_right
 from reproml.arithmetic.operators.convolution import weight_gradient_factors
+from reproml.torch_internals import compute_elementwise_output_strides, tree_map_only
 
 aten = torch.ops.aten
 

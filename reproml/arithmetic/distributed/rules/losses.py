@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.distributed.operands import shard_like
 from reproml.arithmetic.distributed.rules.compute import on_gathered_batch
 from reproml.arithmetic.distributed.sharded import Sharded, first_sharded
+from reproml.torch_internals import tree_map_only
 
 _NONE = 0  # PyTorch's number of reduction="none"
 

@@ -17,7 +17,7 @@ from reproml.arithmetic.distributed.pending import reduce_over_batch
 from reproml.arithmetic.distributed.rules.compute import on_gathered_batch
 from reproml.arithmetic.distributed.sharded import Sharded
 from reproml.arithmetic.numerics.balls import Ball
-from reproml.arithmetic.numerics.rounding import SLACK, TINY, U, gamma
+from reproml.arithmetic.numerics.rounding import TINY, gamma, rounding_test, widened
 from reproml.arithmetic.operators import normalization
 from reproml.arithmetic.operators.normalization_reference import (
     element_backward,
@@ -155,14 +155,13 @@ def _rounding_test(ball: Ball) -> tuple[Tensor, Tensor]:
 
     The test assumes of the ball's error:
     - It has no room yet for the roundings of mid - radius and mid + radius, for its own computation in
-      binary64 and for underflow: 2 U |mid|, SLACK and TINY are added here.
+      binary64 and for underflow: `widened` and TINY add it here.
     - The sign of a zero is not known: the test compares bit patterns, so that -0 beside +0 fails.
     - Where mid is NaN or infinite the test fails, and the exact path decides the result.
     """
-    radius = ball.error * SLACK + 2 * U * ball.mid.abs() + TINY
-    low, high = (ball.mid - radius).float(), (ball.mid + radius).float()
-    failed = low.view(torch.int32) != high.view(torch.int32)
-    return high, failed | ~ball.mid.isfinite()
+    radius = widened(ball.error, ball.mid.abs()) + TINY
+    value, failed = rounding_test(ball.mid - radius, ball.mid + radius)
+    return value, failed | ~ball.mid.isfinite()
 
 
 def batch_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:

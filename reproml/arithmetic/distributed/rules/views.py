@@ -9,7 +9,6 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.distributed.operands import (
@@ -25,6 +24,7 @@ from reproml.arithmetic.distributed.sharded import (
     first_sharded,
     shard_from_right,
 )
+from reproml.torch_internals import DisableTorchDispatch, tree_map_only
 
 aten = torch.ops.aten
 
@@ -100,7 +100,7 @@ def _swap(rank: int, a: int, b: int) -> list[int]:
 
 def transpose_(func: Any, args: Any, kwargs: Any) -> Any:
     x, dims = args[0], [d % args[0].dim() for d in args[1:]]
-    with natively(), torch._C._DisableTorchDispatch():
+    with natively(), DisableTorchDispatch():
         func(x, *dims)  # changes the shape and strides of the wrapper
     x.local = x.local.transpose(*dims)
     x.shard = x.shard.at_dim(_swap(x.dim(), *dims)[x.shard.dim])
