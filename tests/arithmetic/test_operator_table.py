@@ -4,9 +4,9 @@ A case draws operands, calls `torch.ops.aten.NAME` under exact(), and compares e
 with the operator's definition, computed by an oracle in real numbers that shares no code with reproml
 (verification/oracle.py).
 
-For a new operator, add its case to CASES. An elementwise one needs a formula in real numbers:
-`"hypot": [each(lambda x, y: o.sqrt(x * x + y * y), 2)]`. `along` takes a function of a row, `reduced` one for
-sums over axes, `drawn` and `Case` any arguments.
+For a new operator, add its case to CASES. An elementwise one needs a formula in real numbers: `"hypot":
+[each(lambda x, y: o.sqrt(x * x + y * y), 2)]`. `along` takes a function of a row, `reduced` one for sums
+over axes, `drawn` and `Case` any arguments.
 """
 
 from __future__ import annotations
