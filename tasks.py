@@ -20,10 +20,14 @@ from invoke.tasks import Task, task
 from reproml import cli
 
 PYTHON = shlex.quote(sys.executable)
+BIN = shlex.quote(str(Path(sys.executable).parent))  # where pip installed the linters of C
+C_FILES = "reproml/arithmetic/csrc/*.c"
 LINTERS = (
     f"{PYTHON} -m ruff check .",
     f"{PYTHON} -m ruff format --check .",
     f"{PYTHON} -m mypy",
+    f"{BIN}/clang-format --dry-run --Werror {C_FILES} reproml/arithmetic/csrc/*.h",
+    f"{BIN}/clang-tidy --quiet {C_FILES} -- -O0 -std=gnu11",
 )
 
 
@@ -68,7 +72,7 @@ def quick(c: Context) -> None:
 
 @task
 def lint(c: Context) -> None:
-    """Check style, formatting and types."""
+    """Check style, formatting and types, in Python and in C."""
     for command in LINTERS:
         _run(c, command)
 

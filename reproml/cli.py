@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from reproml.pipeline.checkpoint import Checkpoint
     from reproml.pipeline.recipe import Recipe
 
+# The modules of the extra reproml[pipeline], which exact() does without.
+PIPELINE_MODULES = frozenset("jinja2 msgspec platformdirs rich safetensors sklearn tomli".split())
+
 Result = tuple[int, dict[str, Any]]  # exit status, and the object that --json prints
 
 
@@ -559,6 +562,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return status
     except (ReproError, NotExactError, OSError) as error:
         print(f"reproml: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package not in PIPELINE_MODULES:
+            raise
+        print(
+            f"reproml: {args.verb} needs the package {package}; install reproml[pipeline]",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("reproml: interrupted", file=sys.stderr)

@@ -72,7 +72,9 @@ def test_lock_is_hashed_and_has_no_address():
 
 def test_lock_holds_every_dependency():
     pyproject = (ROOT / "pyproject.toml").read_text()
-    declared = re.findall(r'^    "([a-z-]+)[^"]*",$', pyproject, flags=re.MULTILINE)
+    lists = re.findall(r"^(?:dependencies|pipeline|dev) = \[\n(.*?)^\]", pyproject, re.M | re.S)
+    declared = re.findall(r'^    "([a-z0-9-]+)', "".join(lists), flags=re.MULTILINE)
+    declared.remove("reproml")
     locked = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / "requirements.lock").read_text(), re.M))
     assert len(declared) > 15 and locked.issuperset(declared)
 
@@ -108,3 +110,29 @@ def test_wheel_carries_recipes_and_golden_files(tmp_path):
 def test_the_public_names_are_functions_whatever_was_imported_before() -> None:
     code = "import reproml.pipeline.train, reproml; assert reproml.digest({}) and reproml.exact()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_exact_needs_no_extra_package() -> None:
+    """Without the packages of reproml[pipeline], exact() works; a trace and a verb name the package."""
+    code = """
+import sys
+for name in "invoke jinja2 msgspec platformdirs rich safetensors sklearn tomli".split():
+    sys.modules[name] = None  # its import raises ModuleNotFoundError
+import reproml, torch
+with reproml.exact():
+    model = torch.nn.Linear(2, 2)
+    model(torch.ones(1, 2)).sum().backward()
+print(reproml.digest(model))
+try:
+    with reproml.trace("never.trace"):
+        pass
+except reproml.ReproError as error:
+    print(error)
+from reproml.cli import main
+print(main(["verify", "--recipe", "digits-mlp"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    digest, trace, status = done.stdout.splitlines()
+    assert len(digest) == 64 and status == "2"
+    needed = re.compile("needs the package [a-z0-9]+; install reproml\\[pipeline\\]$")
+    assert needed.search(trace) and needed.search(done.stderr.strip())

@@ -76,7 +76,7 @@ class Failures:
             self.inputs += [float(operands[0])]
             return self._before(formula, operands)
 
-        evaluate.exact_values = counted
+        evaluate.exact_values = counted  # type: ignore[assignment]
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -33,7 +33,7 @@ import reproml
 from reproml.arithmetic import operator_table
 from reproml.arithmetic.dispatch import dispatcher
 
-# Expressions of several rounded steps (docs/exact.md names the steps). STEPS is their allowed error,
+# Expressions of several rounded steps (docs/operators.md names the steps). STEPS is their allowed error,
 # relative to the largest element of the result.
 COMPOSITE = frozenset(
     """

@@ -269,7 +269,7 @@ def refuse(error: NotExactError, operator: Any, args: Any, kwargs: Any) -> Any:
     operands = ", ".join(f"{x.dtype}{list(x.shape)}".replace("torch.", "") for x in tensors(args))
     operands = f" for ({operands})" * bool(operands)
     remedy = (
-        "write it with operators that have a definition (docs/exact.md), "
+        "write it with operators that have a definition (docs/operators.md), "
         "or move this code out of reproml.exact()."
     )
     if operator.namespace == "c10d":

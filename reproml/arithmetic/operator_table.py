@@ -43,35 +43,28 @@ from reproml.arithmetic.operators import (
     upsampling,
 )
 
-# fmt: off DATA_MOVEMENT: operators that copy, select, compare or round to integers. Each number they
+# fmt: off
+# DATA_MOVEMENT: operators that copy, select, compare or round to integers. Each number they
 # return is one of their operands', its negative or its rounding to an integer, or a constant. So every
 # implementation returns the same bits, and PyTorch's own runs. VIEWS and COPIES are the most frequent
 # ones, three calls of four; the dispatcher runs them without calling Python, COPIES as long as no
 # accelerator is in use (dispatch/dispatcher.py).
 #
 # VIEWS: views of a tensor's memory, and new tensors that are empty or filled with a constant.
-VIEWS = frozenset(
-    """
+VIEWS = frozenset("""
 alias as_strided detach diagonal expand permute select slice split split_with_sizes squeeze t transpose
 unbind unfold unsqueeze view _reshape_alias _unsafe_view
 flatten reshape narrow chunk contiguous
 empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like
 new_ones full full_like new_full lift_fresh
-""".split()
-)
+""".split())
 # COPIES: operators that write some of their operands' numbers to a new tensor, and have no overload that
 # computes.
-COPIES = frozenset(
-    """
+COPIES = frozenset("""
 cat stack index index_select embedding threshold_backward fill zero _local_scalar_dense argmax argmin
 clone max_pool2d_with_indices where masked_fill
-""".split()
-)
-DATA_MOVEMENT = (
-    VIEWS
-    | COPIES
-    | frozenset(
-        """
+""".split())
+DATA_MOVEMENT = VIEWS | COPIES | frozenset("""
 constant_pad_nd diagonal_copy flip lift pixel_shuffle pixel_unshuffle repeat resize_ roll tril triu
 unsafe_split set select_backward slice_backward reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d _pack_padded_sequence
@@ -82,20 +75,16 @@ scatter
 hardtanh sort topk
 abs neg relu threshold adaptive_max_pool2d
 floor ceil round trunc
-""".split()
-    )
-)
+""".split())
 
 # COMPUTING_OVERLOADS: overloads of operators in DATA_MOVEMENT that do compute, and are refused.
 COMPUTING_OVERLOADS = frozenset(["round.decimals", "scatter.reduce", "scatter.value_reduce"])
 
 # INTEGER: operators in EXACT whose result is an integer if all operands are; PyTorch computes that.
-INTEGER = frozenset(
-    """
+INTEGER = frozenset("""
 add sub rsub mul sum cumsum mm bmm mv dot addmm baddbmm addmv trace pow addcmul scatter_add index_add
 index_put index_put_ max min amax amin maximum minimum clamp clamp_min clamp_max signbit
-""".split()
-)
+""".split())
 # fmt: on
 
 Definition = Callable[..., Any]

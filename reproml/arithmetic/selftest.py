@@ -1,9 +1,9 @@
 """The self-test of a machine: every assumption of exact arithmetic, checked on this machine.
 
-The proofs of docs/exact.md start from IEEE 754: +, -, *, / and casts are rounded once, subnormal numbers
-are kept, nothing is fused, and the error of a binary64 sum or matrix product is at most gamma_n (Higham,
-Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1). A broken processor, an emulator or
-another BLAS may violate that. `CHECKS` has a line for each assumption; `self_test` runs them.
+The proofs of docs/operators.md start from IEEE 754: +, -, *, / and casts are rounded once, subnormal
+numbers are kept, nothing is fused, and the error of a binary64 sum or matrix product is at most gamma_n
+(Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1). A broken processor, an
+emulator or another BLAS may violate that. `CHECKS` has a line for each assumption; `self_test` runs them.
 
 The oracle computes with integers only: operands are made from their bits and rounded by `nearest`, so that
 no floating-point unit checks itself. Each pair of operands is tried in every lane of a vector, in every

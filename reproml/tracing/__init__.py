@@ -43,7 +43,13 @@ def trace(
     """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
-    from reproml.tracing.recorder import Recorder  # loads PyTorch
+    try:
+        from reproml.tracing.recorder import Recorder  # loads PyTorch
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        raise ReproError(
+            f"a trace needs the package {package}; install reproml[pipeline]"
+        ) from None
 
     global active
     if active is not None:

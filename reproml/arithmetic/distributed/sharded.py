@@ -114,7 +114,9 @@ class Sharded(DistributedTensor):
         shape = list(local.shape)
         shape[shard.dim] = shard.global_size
         strides = strides or _global_strides(local, shape)
-        made: Sharded = make_wrapper_subclass(cls, shape, strides=strides, dtype=local.dtype, device=local.device)
+        made: Sharded = make_wrapper_subclass(
+            cls, shape, strides=strides, dtype=local.dtype, device=local.device
+        )
         made.local, made.shard = local, shard
         return made
 

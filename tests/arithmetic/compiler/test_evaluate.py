@@ -28,7 +28,10 @@ FORMULAS: dict[str, Any] = {
     "thirds": (lambda ctx, x, y: x * Fraction(1, 3) - y / 3, lambda x, y: x * Fraction(1, 3) - y / 3),
     "exp": (lambda ctx, x, y: ctx.exp(x - y) - ctx.exp(y), lambda x, y: o.exp(x - y) - o.exp(y)),
     "log": (lambda ctx, x, y: ctx.log(x * x + abs(y) + 1), lambda x, y: o.log(x * x + abs(y) + 1)),
-    "sqrt": (lambda ctx, x, y: ctx.sqrt(x * x + y * y) - abs(x), lambda x, y: o.sqrt(x * x + y * y) - abs(x)),
+    "sqrt": (
+        lambda ctx, x, y: ctx.sqrt(x * x + y * y) - abs(x),
+        lambda x, y: o.sqrt(x * x + y * y) - abs(x),
+    ),
     "log1p": (lambda ctx, x, y: ctx.log1p(ctx.exp(x)) * y, lambda x, y: o.log1p(o.exp(x)) * y),
     "expm1": (lambda ctx, x, y: ctx.expm1(x * y), lambda x, y: o.expm1(x * y)),
     "tanh": (lambda ctx, x, y: ctx.tanh(x) * ctx.sigmoid(y), lambda x, y: o.tanh(x) * o.sigmoid(y)),

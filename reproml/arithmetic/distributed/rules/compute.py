@@ -67,7 +67,8 @@ def _elementwise_strides(args: Any) -> Optional[Sequence[int]]:
         return None
     with natively():
         plain = [torch.empty_strided(x.shape, x.stride(), device="meta") for x in batches]
-        return compute_elementwise_output_strides(*plain)
+        strides: Sequence[int] = compute_elementwise_output_strides(*plain)
+        return strides
 
 
 def row_by_row(func: Any, args: Any, kwargs: Any) -> Any:
