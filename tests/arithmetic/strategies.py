@@ -56,7 +56,7 @@ UNIT = st.one_of(st.floats(0, 1, width=32), st.sampled_from([0.0, 1.0, 0.5, 2.0*
 
 @st.composite
 def tensors(draw: Any, shape: tuple[int, ...], values: Any = ANY) -> torch.Tensor:
-    """float32 tensors of this shape. In half of them all elements are small integers, so that sums cancel."""
+    """float32 of this shape. Half of them contain small integers only, so that sums cancel."""
     n = int(np.prod(shape))
     family = draw(
         st.one_of(st.just(values), st.sampled_from([values, values, values, SMALL_INTEGERS]))
