@@ -1,10 +1,10 @@
-"""All 2^32 float32 inputs of a function of one variable, or every N-th, against other evaluations.
+"""Checks all 2^32 float32 inputs of a function of one variable, or every N-th, against other evaluations.
 
     python -m verification.exhaustive [--function NAME ...] [--stride N]    # default: all, stride 65537
 
-Each result is compared with PyTorch's native float64 function, cast to float32. Where the two differ, and
-where the rounding test failed, and at a random sample, mpmath with 1,200 bits decides. Stride 1 takes
-some minutes a function, but gelu's ties of subnormal numbers take hours.
+Each result is compared with PyTorch's native float64 function, cast to float32. Where the two differ, where
+the rounding test failed, and at random inputs, the result is compared with mpmath's at 1,200 bits. Stride 1
+takes some minutes a function, but the ties of gelu's subnormal results take hours.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Any], Any]]] = 
     ),
 }
 
-# Outside of these, long arithmetic takes every input, a millisecond each: the sample alone is evaluated.
+# Outside these ranges every input takes the exact path, a millisecond each: only the sample is evaluated.
 RANGES = {
     "exp": (-torch.inf, 709.0),
     "expm1": (-torch.inf, 709.0),
@@ -57,7 +57,7 @@ RANGES = {
 
 
 def inputs(start: int, stop: int, stride: int) -> Tensor:
-    """The float32 numbers whose bit patterns are start, start + stride, ... below stop."""
+    """Return the float32 numbers with the bit patterns start, start + stride, ... below stop."""
     return torch.from_numpy(np.arange(start, stop, stride, dtype=np.uint32).view(np.float32))
 
 
@@ -66,7 +66,7 @@ def same(x: Tensor, y: Tensor) -> Tensor:
 
 
 class Failures:
-    """Counts the elements that fail the rounding test, while it lasts."""
+    """Collects the inputs that fail the rounding test while the context is active."""
 
     def __enter__(self) -> Failures:
         self.inputs: list[float] = []
@@ -84,7 +84,7 @@ class Failures:
 
 
 def check(name: str, stride: int) -> int:
-    """How many results are wrong."""
+    """Check a function and print a summary; return the number of wrong results."""
     native, exact = FUNCTIONS[name]
     definition = operator_table.EXACT[name]
     total = failed = differing = decided = wrong = 0
@@ -113,7 +113,7 @@ def check(name: str, stride: int) -> int:
         decided += len(doubtful)
     print(
         f"{name:8} {total:12,} inputs, {failed:8,} failed the rounding test, {differing:8,} differ from "
-        f"native float64, {decided:8,} decided by mpmath, {wrong} wrong; "
+        f"native float64, {decided:8,} compared with mpmath, {wrong} wrong; "
         f"{time.perf_counter() - begun:.0f} s",
         flush=True,
     )
@@ -122,7 +122,7 @@ def check(name: str, stride: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Every float32 input of a function of one variable."
+        description="Check every N-th float32 input of functions of one variable."
     )
     parser.add_argument("--function", choices=sorted(FUNCTIONS), action="append")
     parser.add_argument("--stride", type=int, default=65537)

@@ -1,8 +1,9 @@
-"""An exact oracle, which shares nothing with reproml.arithmetic.
+"""An exact oracle that shares no code with reproml.arithmetic.
 
-`Real` is a real number: a fraction as long as it is rational, 1,200 bits of mpmath where it is not; with
-the infinities, NaN, and IEEE 754's sign of an exact zero, step by step. `bits_of` rounds it once to
-binary32, by integers. `check` compares an operator's result with it bit by bit; any NaN is NaN.
+`Real` is a real number: a fraction as long as it is rational, otherwise an mpmath number of 1,200 bits. It
+also represents the infinities, NaN, and the sign that IEEE 754 gives an exact zero, step by step. `bits_of`
+rounds it once to binary32, with integers. `check` compares an operator's result with it bit by bit; all
+NaNs are equal.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class Real:
     __slots__ = ("v", "minus")
 
     def __init__(self, v: Any, minus: bool = False) -> None:
-        """v: a Python number, a fraction, or mpmath's. minus: the sign of a zero."""
+        """
+        v: a Python number, a fraction or an mpmath number. minus: whether a zero is negative.
+        """
         if isinstance(v, float):
             minus = math.copysign(1, v) < 0
             v = Fraction(v) if math.isfinite(v) else mp.mpf(v)
@@ -110,7 +113,7 @@ def _do(operation: Callable[[Any, Any], Any], a: Real, b: Real) -> Any:
 def _function(
     f: Callable[[Any], Any], at_zero: Any, high: Any, low: Any, odd: bool = False
 ) -> Callable[[Any], Any]:
-    """A real function, its value at 0 (exact), and its limits at the infinities."""
+    """Return a function on `Real` from one on mpmath numbers, its exact value at 0, and its limits."""
 
     def function(x: Any) -> Any:
         x = real(x)
@@ -170,7 +173,7 @@ def erfinv(x: Any) -> Any:
         return x
     if not abs(x) < 1:
         return Real(x.v * INF) if abs(x.v) == 1 else Real(NAN)
-    # Newton's method doubles the digits: mpmath's own start is good to 53 bits
+    # A step of Newton's method doubles the digits, and mpmath's value is precise to 53 bits or more.
     y = mp.erfinv(x.mpf)
     return Real(y - (mp.erf(y) - x.mpf) * mp.sqrt(mp.pi) / 2 * mp.exp(y * y))
 
@@ -181,7 +184,7 @@ def softplus(x: Any) -> Any:
 
 
 def total(terms: Any) -> Real:
-    """A sum; an exact zero is +0."""
+    """Return the sum of the terms; an exact zero is +0."""
     result = Real(0)
     for term in np.asarray(terms, dtype=object).ravel():
         result = result + term
@@ -193,7 +196,7 @@ def dot(a: Any, b: Any) -> Real:
 
 
 def float32_scalar(x: float) -> Real:
-    """A Python number as it meets a float32 tensor."""
+    """Return a Python number as PyTorch rounds it where it meets a float32 tensor."""
     return Real(struct_float32(x))
 
 
@@ -202,7 +205,7 @@ def struct_float32(x: float) -> float:
 
 
 def bits_of(x: Real) -> int:
-    """The bit pattern of the nearest binary32 number, ties to even; -1 for NaN."""
+    """Return the bit pattern of the nearest binary32 number, ties to even; -1 for NaN."""
     v = x.v
     sign = (1 << 31) * x.minus
     if isinstance(v, Fraction):
@@ -233,20 +236,20 @@ def bits_of(x: Real) -> int:
 
 
 def float_of(x: Real) -> float:
-    """The nearest binary32 number, as a Python float."""
+    """Return the nearest binary32 number as a Python float."""
     bits = bits_of(x)
     return math.nan if bits < 0 else float(np.uint32(bits).view(np.float32))
 
 
 def rounded(x: Any) -> Any:
-    """One Real, or an array of them, rounded to binary32."""
+    """Round a `Real`, or an array of them, to binary32."""
     if isinstance(x, Real):
         return Real(float_of(x))
     return np.vectorize(rounded, otypes=[object])(x) if x.size else x
 
 
 def reals(x: torch.Tensor) -> Any:
-    """A tensor as an array of Real."""
+    """Convert a tensor to an array of `Real`."""
     array = x.detach().double().numpy()
     out = np.empty(array.shape, dtype=object)
     for i in np.ndindex(array.shape):
@@ -262,7 +265,7 @@ def bits_of_tensor(x: torch.Tensor) -> list[int]:
 
 
 def check(actual: torch.Tensor, expected: Any, any_zero: bool = False) -> None:
-    """The tensor is the array of Real, rounded once, to the last bit and the sign of zero.
+    """Assert that the tensor is the array of `Real` rounded once, to the last bit and the sign of zero.
 
     any_zero: an exact zero may have either sign.
     """

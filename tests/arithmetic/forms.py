@@ -1,4 +1,4 @@
-"""Numbers that are hard to sum up, and the plain path beside the compiled loops."""
+"""Numbers that are hard to add up, and comparison of the reference path with the compiled paths."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def numbers(shape: tuple[int, ...], kind: str = "normal", seed: int = 0) -> torc
         return x * 1e-3 + 1000
     if kind == "constant":
         return torch.full(shape, 0.1)
-    if kind == "sparse":  # as relu leaves it
+    if kind == "sparse":  # as after relu
         return torch.relu(x - 1) * 1e-20
     return x
 
 
 def reference(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """The function's result without the compiled loops."""
+    """Return the function's result on the reference path, without compiled kernels."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(kernels, "library", None)
         return function(*arguments, **options)
 
 
 def agree(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Assert that both forms give the same bits; return the result."""
+    """Assert that both paths return the same bits; return the result."""
     found, expected = function(*arguments, **options), reference(function, *arguments, **options)
     for x, y in zip(*((r if isinstance(r, tuple) else (r,)) for r in (found, expected))):
         assert (x is None and y is None) or same_bits(x, y), (function, [str(a) for a in arguments])

@@ -34,14 +34,14 @@ FINITE = st.one_of(
 )
 ANY = st.one_of(FINITE, FINITE, FINITE, st.sampled_from(NOT_FINITE))
 SMALL_INTEGERS = st.integers(-3, 3).map(float)
-MODERATE = st.one_of(st.floats(-30, 30, width=32), SMALL_INTEGERS)  # as weights and gradients are
+MODERATE = st.one_of(st.floats(-30, 30, width=32), SMALL_INTEGERS)  # typical weights and gradients
 POSITIVE = FINITE.map(abs)
 
 LAYOUTS = ["plain", "transposed", "strided", "offset"]
 
 
 def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same numbers, otherwise laid out in memory."""
+    """Return the same numbers in another memory layout."""
     if layout == "transposed" and x.dim() > 1:
         return x.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "strided":
@@ -56,7 +56,7 @@ UNIT = st.one_of(st.floats(0, 1, width=32), st.sampled_from([0.0, 1.0, 0.5, 2.0*
 
 @st.composite
 def tensors(draw: Any, shape: tuple[int, ...], values: Any = ANY) -> torch.Tensor:
-    """float32 of this shape. One family for the whole tensor half of the time, so that sums cancel."""
+    """float32 of this shape. Half of them contain small integers only, so that sums cancel."""
     n = int(np.prod(shape))
     family = draw(
         st.one_of(st.just(values), st.sampled_from([values, values, values, SMALL_INTEGERS]))
@@ -75,7 +75,7 @@ SHAPES = [(), (0,), (1,), (6,), (2, 3), (3, 0), (2, 1, 3)]
 
 @st.composite
 def broadcast(draw: Any, n: int, values: Any = ANY) -> tuple[torch.Tensor, ...]:
-    """n tensors that broadcast together."""
+    """Tuples of n tensors that broadcast together."""
     shape = draw(st.sampled_from(SHAPES))
     kinds = [values] * n if not isinstance(values, (list, tuple)) else values
     result = []
@@ -89,7 +89,7 @@ def broadcast(draw: Any, n: int, values: Any = ANY) -> tuple[torch.Tensor, ...]:
 
 
 def grid(n: int, values: Any = None) -> tuple[torch.Tensor, ...]:
-    """All special values against all special values, as columns that broadcast."""
+    """Return all combinations of n special values, as n tensors that broadcast."""
     numbers = values if values is not None else SPECIAL + NOT_FINITE
     if n > 1:
         numbers = numbers[:: max(1, len(numbers) // {2: 22, 3: 8}.get(n, 5))] + [-0.0]

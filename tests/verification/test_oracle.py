@@ -1,4 +1,4 @@
-"""The oracle itself, against IEEE 754 hardware."""
+"""The oracle agrees with IEEE 754 hardware."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from verification.oracle import Real
 
 
 @given(st.one_of(st.floats(), st.integers(-(2**26), 2**26).map(lambda n: n * 2.0**-150)))
-def test_rounds_like_the_hardware(x):
+def test_float_of_rounds_like_the_hardware(x):
     with np.errstate(over="ignore"):
         expected = np.float64(x).astype(np.float32)
     found = oracle.float_of(Real(x))
@@ -24,7 +24,7 @@ def test_rounds_like_the_hardware(x):
 
 
 @given(st.floats(width=32), st.floats(width=32))
-def test_operations_are_ieee_754(x, y):
+def test_operations_follow_ieee_754(x, y):
     a, b = np.float32(x), np.float32(y)
     with np.errstate(all="ignore"):
         for found, expected in [
@@ -38,7 +38,7 @@ def test_operations_are_ieee_754(x, y):
             assert value.tobytes() == expected.tobytes() or (np.isnan(value) and np.isnan(expected))
 
 
-def test_ties_go_to_even_and_underflow_keeps_the_sign():
+def test_ties_and_underflow_follow_ieee_754():
     assert oracle.float_of(Real(Fraction(2**25 + 2))) == 2**25
     assert oracle.float_of(Real(Fraction(2**25 + 6))) == 2**25 + 8
     assert oracle.bits_of(Real(-Fraction(1, 2**150))) == 0x80000000

@@ -1,4 +1,4 @@
-"""Balls hold the exact value, in every field; what they cannot decide is decided exactly."""
+"""Balls enclose the exact value in every context, and each result is the exact value rounded once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.arithmetic.strategies import ANY, MODERATE, tensors
 from verification import oracle as o
 from verification.oracle import Real, check, reals, same_bits
 
-# name -> (formula of a field, the same in real numbers)
+# name -> (formula on a context, the same on real numbers)
 FORMULAS: dict[str, Any] = {
     "polynomial": (lambda ctx, x, y: x * x * y - 3 * x + y, lambda x, y: x * x * y - 3 * x + y),
     "quotient": (lambda ctx, x, y: (x + 1) / (y * y + 2), lambda x, y: (x + 1) / (y * y + 2)),
@@ -44,32 +44,30 @@ small = st.floats(-20, 20, width=32)
 @pytest.mark.parametrize("name", FORMULAS)
 @settings(max_examples=40)
 @given(st.lists(st.tuples(small, small), min_size=1, max_size=8))
-def test_the_exact_value_is_in_the_ball(name, pairs):
+def test_balls_enclose_the_exact_value(name, pairs):
     formula, exact = FORMULAS[name]
     x, y = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs))
     ball = formula(TENSORS, TENSORS.exact(x), TENSORS.exact(y))
     error = torch.as_tensor(ball.error, dtype=torch.float64).expand(x.shape)
-    for c, e, (a, b) in zip(ball.mid.tolist(), error.tolist(), pairs):
-        if math.isfinite(e) and math.isfinite(c):
+    for mid, bound, (a, b) in zip(ball.mid.tolist(), error.tolist(), pairs):
+        if math.isfinite(bound) and math.isfinite(mid):
             value = exact(Real(a), Real(b)).mpf
-            assert (
-                abs(value - o.mp.mpf(c))
-                <= o.mp.mpf(e) * (1 + o.mp.mpf(2) ** -20) + o.mp.mpf(2) ** -1000
-            )
+            largest = o.mp.mpf(bound) * (1 + o.mp.mpf(2) ** -20) + o.mp.mpf(2) ** -1000
+            assert abs(value - o.mp.mpf(mid)) <= largest
     for bits in (80, 300):
-        k = MultiPrecisionContext(bits)
-        p, q = (np.array([k.mp.mpf(v) for v in column], dtype=object) for column in zip(*pairs))
-        ball = formula(k, k.exact(p), k.exact(q))
+        ctx = MultiPrecisionContext(bits)
+        p, q = (np.array([ctx.mp.mpf(v) for v in column], dtype=object) for column in zip(*pairs))
+        ball = formula(ctx, ctx.exact(p), ctx.exact(q))
         errors = np.broadcast_to(ball.error, p.shape)
-        for c, e, pair in zip(ball.mid, errors, pairs):
-            value = exact(Real(pair[0]), Real(pair[1])).mpf
-            assert abs(value - o.mp.mpf(c)) <= o.mp.mpf(e) + o.mp.mpf(2) ** -1000
+        for mid, bound, (a, b) in zip(ball.mid, errors, pairs):
+            value = exact(Real(a), Real(b)).mpf
+            assert abs(value - o.mp.mpf(mid)) <= o.mp.mpf(bound) + o.mp.mpf(2) ** -1000
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 @settings(max_examples=25)
 @given(st.data())
-def test_elementwise_and_exact_values(name, data):
+def test_elementwise_and_exact_values_round_once(name, data):
     formula, exact = FORMULAS[name]
     x, y = data.draw(tensors((5,), small)), data.draw(tensors((5,), small))
     expected = [exact(a, b) for a, b in zip(reals(x), reals(y))]
@@ -79,20 +77,20 @@ def test_elementwise_and_exact_values(name, data):
 
 
 @pytest.mark.parametrize("value", [2.0**-24, 3 * 2.0**-24, -(2.0**-25), 2.0**-150, -(2.0**-150)])
-def test_ties_and_underflow(value):
-    """1 + value and value, both halfway between two binary32 numbers or near it."""
+def test_ties_and_underflow_round_to_even(value):
+    """1 + value and value are halfway between two binary32 numbers, or near it."""
     v = Fraction(value)
     one = torch.ones(3)
     check(elementwise(lambda ctx, x: x + v, one), [Real(1 + v)] * 3)
     check(elementwise(lambda ctx, x: x * v, one), [Real(v)] * 3)
-    # through a square root: undecidable for balls, rational or recognised as the midpoint itself
+    # With a square root no ball can decide: it is rational, or recognized as the midpoint itself.
     four = torch.full((), 4.0)
     check(elementwise(lambda ctx, x: ctx.sqrt(x) - 1 + v, four), Real(1 + v))
     two = torch.full((2,), 2.0)
     check(elementwise(lambda ctx, x: ctx.sqrt(x) * ctx.sqrt(x) - 1 + v, two), [Real(1 + v)] * 2)
 
 
-def test_not_finite_operands_have_ieee_values():
+def test_infinite_and_nan_operands_follow_ieee_754():
     x = torch.tensor([math.inf, -math.inf, math.nan, 0.0])
     found = elementwise(lambda ctx, x: 2 * x + 1, x)
     assert found[:2].tolist() == [math.inf, -math.inf] and found[2].isnan() and found[3] == 1
@@ -101,11 +99,11 @@ def test_not_finite_operands_have_ieee_values():
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 3), (2, 0, 2)])
-def test_shapes(shape):
+def test_shapes_of_results_and_ties(shape):
     x = torch.full(shape, 1.0)
     third = o.float_of(Real(Fraction(1, 3)))
     assert same_bits(elementwise(lambda ctx, x: x / 3, x), torch.full(shape, third))
-    # exactly a tie, so that each element is resolved
+    # a tie, so that each element is resolved
     assert same_bits(elementwise(lambda ctx, x: x + Fraction(1, 2**24), x), x)
     for dim in range(-len(shape), len(shape)):
         found = rowwise(lambda ctx, x: x / ctx.sum(x), dim, x)
@@ -115,7 +113,7 @@ def test_shapes(shape):
 
 @settings(max_examples=20)
 @given(st.data())
-def test_rowwise_does_not_depend_on_the_order(data):
+def test_rowwise_does_not_depend_on_order(data):
     x = data.draw(tensors((3, 6), MODERATE))
     at = torch.tensor(data.draw(st.permutations(range(6))))
     for formula in (
@@ -128,13 +126,13 @@ def test_rowwise_does_not_depend_on_the_order(data):
 
 @settings(max_examples=20)
 @given(tensors((3, 5), ANY))
-def test_rowwise_sum(x):
+def test_rowwise_sum_is_rounded_once(x):
     expected = [[o.total(row)] for row in reals(x)]
     check(rowwise(lambda ctx, x: ctx.sum(x), 1, x), expected)
 
 
-def test_resolving_in_threads():
-    """mpmath's context and caches are shared; the values must not be."""
+def test_exact_values_are_the_same_in_threads():
+    """mpmath's context and caches are shared between threads."""
     x = torch.linspace(-3, 3, 40).double().numpy()
     formula = FORMULAS["exp"][0]
     expected = exact_values(formula, [x, x]).tolist()
@@ -156,7 +154,7 @@ def test_resolving_in_threads():
     assert not wrong
 
 
-def test_finite_extremes():
+def test_finite_extremes_round_once():
     for values in ([3.4028234663852886e38] * 4, [2.0**-149] * 4, [3e38, -3e38, 1e-45, 2.0**-126]):
         x = torch.tensor(values)
         check(elementwise(lambda ctx, x: x * x / x, x), [v * v / v for v in reals(x)])
@@ -164,7 +162,7 @@ def test_finite_extremes():
         check(elementwise(lambda ctx, x, y: x / y, x, x.flip(0)), reals(x) / reals(x.flip(0)))
 
 
-def test_an_unknown_bound_is_not_taken_for_an_infinite_value():
-    """With few bits that of exp(-x^2 / 2) is infinite, and x's, which is 0, times it NaN."""
+def test_nan_bound_does_not_make_value_infinite():
+    """With few bits the bound of exp(-x^2 / 2) is infinite; times that of x, which is 0, it is NaN."""
     x = torch.tensor([3e38, 1.7e38, 1e30])
     assert operator_table.EXACT["gelu_backward"](torch.ones(3), x).tolist() == [1, 1, 1]

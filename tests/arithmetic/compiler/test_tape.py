@@ -1,4 +1,4 @@
-"""Compiled formulas: the same bits as the plain evaluation, for every operator, layout and length."""
+"""Compiled programs return the bits of the reference path, for every operator, layout and length."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are
 def fresh(monkeypatch):
     monkeypatch.setattr(executor, "_plans", {})
     monkeypatch.setattr(executor, "_programs", {})
-    monkeypatch.setattr(executor, "_FAST", {})  # test_direct.py has these
+    monkeypatch.setattr(executor, "_FAST", {})  # test_fast.py tests these
 
 
 def is_compiled() -> bool:
@@ -36,7 +36,7 @@ def is_compiled() -> bool:
 
 
 def both(function: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
-    """The compiled and the plain result."""
+    """Return the results of the compiled path and of the reference path."""
     found = function(*arguments, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "library", None)
@@ -69,13 +69,13 @@ def integers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def ties(*shape: int, seed: int = 0) -> torch.Tensor:
-    """1 and halves of its ulp, and the subnormal numbers."""
+    """Return ties of 1 and half its ulp, and subnormal numbers."""
     x = 1 + integers(*shape, seed=seed) * 2.0**-23
     return torch.where(x > 1, x, integers(*shape, seed=seed + 1) * 2.0**-149)
 
 
 @pytest.mark.parametrize("name", ONE)
-def test_one_operand(name):
+def test_operators_of_one_operand_agree(name):
     f = operator_table.EXACT[name]
     agree(f, torch.tensor(SPECIAL + NOT_FINITE))
     for x in (normal(999), ties(40), integers(300)):
@@ -84,7 +84,7 @@ def test_one_operand(name):
 
 
 @pytest.mark.parametrize("name", TWO)
-def test_two_operands(name):
+def test_operators_of_two_operands_agree(name):
     agree(operator_table.EXACT[name], *torch.broadcast_tensors(*grid(2)))
     for make in (normal, integers, ties):
         agree(operator_table.EXACT[name], make(90, seed=3), make(90, seed=4))
@@ -93,7 +93,7 @@ def test_two_operands(name):
 
 @pytest.mark.parametrize("shape", [(), (1,), (64, 10), (3, 4, 5), (2, 300), (3, 1000), (300, 1)])
 @pytest.mark.parametrize("name", ROWS + ROWS_BACKWARD)
-def test_rows(name, shape):
+def test_operators_on_rows_agree(name, shape):
     f, count = operator_table.EXACT[name], 1 + (name in ROWS_BACKWARD)
     masked = normal(*shape, seed=7)
     masked[masked > 1] = -math.inf
@@ -111,7 +111,7 @@ def test_rows(name, shape):
 @pytest.mark.parametrize("n", [1, 5, 255, 256, 257, 1000, 5000])
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("reduction", [0, 1, 2])
-def test_losses(name, n, reduction):
+def test_losses_agree(name, n, reduction):
     for make in (normal, integers):
         agree(
             operator_table.EXACT[name], make(n, seed=1), make(n, seed=2).abs(), reduction=reduction
@@ -123,7 +123,7 @@ def polynomial(ctx: Any, x: Any, y: Any) -> Any:
     return x * y + x * Fraction(1, 3) - y
 
 
-def weighed(ctx: Any, x: Any, y: Any) -> Any:
+def weighted(ctx: Any, x: Any, y: Any) -> Any:
     return x * ctx.sum(x * y)
 
 
@@ -135,25 +135,25 @@ SHAPES = [
 
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_shapes_and_layouts(shapes, layout):
+def test_shapes_and_layouts_agree(shapes, layout):
     x, y = (lay_out(normal(*shape, seed=i), layout) for i, shape in enumerate(shapes))
     agree(elementwise, polynomial, x, y)
     agree(elementwise, polynomial, x.double(), y)
     agree(elementwise, polynomial, lay_out(ties(*shapes[0]), layout), y)
-    whole = torch.broadcast_shapes(*shapes)
-    for dim in range(len(whole)):
-        if math.prod(whole):
-            agree(rowwise, weighed, dim, x, y)
+    full = torch.broadcast_shapes(*shapes)
+    for dim in range(len(full)):
+        if math.prod(full):
+            agree(rowwise, weighted, dim, x, y)
             agree(rowwise, lambda ctx, x, y: ctx.sum(x * y) / 3, dim, x, y)
 
 
-def test_numbers_and_integers():
+def test_numbers_and_integer_tensors_agree():
     agree(elementwise, polynomial, normal(5), 0.1)
     agree(elementwise, polynomial, normal(5), 3)
     agree(elementwise, polynomial, normal(5), torch.arange(5))
 
 
-def test_the_result_is_laid_out_like_its_operand():
+def test_result_has_the_layout_of_its_operand():
     x = normal(2, 3, 4, 5).to(memory_format=torch.channels_last)
     assert elementwise(polynomial, x, x).stride() == x.stride()
     y = normal(4, 5).t()
@@ -163,7 +163,7 @@ def test_the_result_is_laid_out_like_its_operand():
 @pytest.mark.parametrize(
     "n", [15, 16, 17, 31, 32, 33, 127, 128, 129, 255, 256, 257, 511, 513, 1025]
 )
-def test_lengths_around_a_block(n):
+def test_lengths_around_a_block_agree(n):
     agree(lambda x: elementwise(lambda ctx, x: ctx.exp(x) / 3, x), normal(n))
     for rows in (1, 2, 9):
         agree(lambda x: rowwise(lambda ctx, x: x - ctx.sum(x) / 7, 1, x), normal(rows, n))
@@ -178,8 +178,8 @@ def added(ctx: Any, x: Any, y: Any) -> Any:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads(threads, monkeypatch):
-    """Each thread has its own part of the failures; none is lost."""
+def test_no_failure_is_lost_between_threads(threads, monkeypatch):
+    """Each thread writes its failures to its own section of the buffer."""
     monkeypatch.setattr(executor, "_TASK", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -195,7 +195,7 @@ def test_threads(threads, monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_what_fails_goes_to_the_definition():
+def test_failed_elements_take_the_reference_path():
     seen = []
 
     def reference(x):
@@ -215,7 +215,7 @@ def test_what_fails_goes_to_the_definition():
     assert y.tolist() == [[8], [2], [8]]
 
 
-def test_a_formula_is_known_by_its_code_and_its_cells():
+def test_formulas_are_identified_by_code_and_cells():
     def scaled(factor: Any) -> Any:
         return elementwise(lambda ctx, x: x * factor, torch.ones(2))[0].item()
 
@@ -228,7 +228,7 @@ def test_a_formula_is_known_by_its_code_and_its_cells():
     assert len(executor._plans) == 5
 
 
-def test_what_cannot_be_recorded_is_left_to_the_plain_path():
+def test_unsupported_formulas_take_the_reference_path():
     branching = lambda ctx, x: x if x < 0 else -x  # noqa: E731
     one = torch.ones(1)
     assert elementwise(branching, -one).item() == -1 and elementwise(branching, one).item() == -1
@@ -238,7 +238,7 @@ def test_what_cannot_be_recorded_is_left_to_the_plain_path():
     assert not is_compiled()
 
 
-def test_plans_are_bounded(monkeypatch):
+def test_number_of_plans_is_bounded(monkeypatch):
     monkeypatch.setattr(executor, "_PLANS", 4)
 
     def plus(n: int) -> Any:
@@ -248,16 +248,16 @@ def test_plans_are_bounded(monkeypatch):
     assert len(executor._plans) <= 4
 
 
-# ---- the parts -------------------------------------------------------------------------------------
+# ---- single instructions ---------------------------------------------------------------------------
 
 
-def centre(ctx: Any, y: Any, from_: Any = None) -> Any:
-    """The computed value itself, or its difference from a float64 operand, as if it were exact."""
+def midpoint(ctx: Any, y: Any, from_: Any = None) -> Any:
+    """Return the computed midpoint, or its difference from a float64 operand, as an exact number."""
     return ctx.exact(y.mid if from_ is None else y.mid - from_.mid)
 
 
 def refuse(*operands: Any) -> Any:
-    raise AssertionError("a failure where there is none")
+    raise AssertionError("an element failed the rounding test")
 
 
 RANGES = {
@@ -265,7 +265,7 @@ RANGES = {
     "sin": (-600, 600), "cos": (-600, 600), "sinpi": (0, 2), "cospi": (0, 2), "erf": (-10, 10),
     "erfc": (-10, 26), "sqrt": (0, 1e30),
 }  # fmt: skip
-PLAIN = {
+REFERENCES = {
     "sin": lambda x: elementary.sin_cos(x)[0],
     "cos": lambda x: elementary.sin_cos(x)[1],
     "sinpi": lambda x: elementary.sin_cos_pi(x)[0],
@@ -275,19 +275,19 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("name", RANGES)
-def test_functions_are_those_of_elementary_py_bit_for_bit(name):
-    """So the error that test_elementary.py measures is theirs, too."""
+def test_functions_have_the_bits_of_elementary_py(name):
+    """Therefore the error that test_elementary.py measures is theirs as well."""
     low, high = RANGES[name]
     x = torch.cat([sample(low, high), sample(max(low, -2), min(high, 2))])
-    reference: Any = PLAIN.get(name) or getattr(elementary, name)
+    reference: Any = REFERENCES.get(name) or getattr(elementary, name)
     difference = elementwise(
-        lambda ctx, x, y: centre(ctx, getattr(ctx, name)(x), y), x, reference(x), reference=refuse
+        lambda ctx, x, y: midpoint(ctx, getattr(ctx, name)(x), y), x, reference(x), reference=refuse
     )
     assert not difference.any()
     special = torch.tensor([0.0, -0.0, *NOT_FINITE, -5e-324, 1e308])
     special = special if name not in ("sinpi", "cospi") else special[:2]
     agree_in = elementwise(
-        lambda ctx, x: centre(ctx, getattr(ctx, name)(x)),
+        lambda ctx, x: midpoint(ctx, getattr(ctx, name)(x)),
         special,
         reference=lambda x: reference(x.double()).float(),
     )
@@ -295,20 +295,19 @@ def test_functions_are_those_of_elementary_py_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("n", [1, 3, 16, 33, 256, 257, 3000, 100000])
-def test_a_sum_keeps_its_errors(n):
+def test_sum_keeps_its_rounding_errors(n):
     random = np.random.default_rng(n)
     x = torch.tensor(random.standard_normal(n) * 2.0 ** random.integers(-20, 20, n))
     exact = torch.full((n,), math.fsum(x.tolist()), dtype=torch.float64)
-    difference = rowwise(lambda ctx, x, y: centre(ctx, ctx.sum(x), ctx.max(y)), 0, x, exact)
+    difference = rowwise(lambda ctx, x, y: midpoint(ctx, ctx.sum(x), ctx.max(y)), 0, x, exact)
     assert abs(difference.item()) <= 2 * U * x.abs().sum()
 
 
-def test_program_is_short():
-    """Equal steps once, nothing that is not needed."""
-    k = Tape(["load32"])
-    (x,) = (k.exact(register) for register in k.operands)
-    y = k.exp(-abs(x)) + k.exp(-abs(x))
-    used = [instruction.op for instruction in k.code]
+def test_program_has_no_duplicate_or_unused_instruction():
+    tape = Tape(["load32"])
+    (x,) = (tape.exact(register) for register in tape.operands)
+    y = tape.exp(-abs(x)) + tape.exp(-abs(x))
+    used = [instruction.op for instruction in tape.code]
     assert used.count("exp") == used.count("abs") == 1 and "le" not in used
-    program = Program(k, y, rows=False)
+    program = Program(tape, y, rows=False)
     assert program.instructions <= 8

@@ -1,4 +1,4 @@
-"""The functions in binary64 keep the bound that their rounding test relies on, measured with mpmath."""
+"""The functions in binary64 stay within the error bound that the rounding test relies on (by mpmath)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from verification import oracle as o
 
 
 def sample(low: float, high: float) -> torch.Tensor:
-    """Evenly spaced and random points, points near 0 and the ends, binary32 numbers among them."""
+    """Return even and random points, points near 0 and at the ends; some are binary32 numbers."""
     random = np.random.default_rng(1)
     points = np.concatenate([
         np.linspace(low, high, 301),
@@ -30,9 +30,9 @@ def sample(low: float, high: float) -> torch.Tensor:
 
 
 def worst(function, exact, x: torch.Tensor) -> float:
-    """The largest relative error."""
+    """Return the largest relative error."""
     largest = 0.0
-    with_context = o.mp.prec
+    before = o.mp.prec
     o.mp.prec = 300
     try:
         for a, b in zip(x.tolist(), function(x).tolist()):
@@ -42,7 +42,7 @@ def worst(function, exact, x: torch.Tensor) -> float:
             else:
                 largest = max(largest, float(abs(o.mp.mpf(b) - value) / abs(value)))
     finally:
-        o.mp.prec = with_context
+        o.mp.prec = before
     return largest
 
 
@@ -69,25 +69,25 @@ CASES = [
 @pytest.mark.parametrize("name, function, exact, low, high", CASES)
 def test_relative_error_is_below_the_bound(name, function, exact, low, high):
     x = sample(float(low), float(high))
-    if name in ("sin", "cos"):  # binary32 arguments: that is where the reduction is good enough
+    if name in ("sin", "cos"):  # binary32 arguments, for which the reduction is precise enough
         x = x.float().double().unique()
         x = x[(x >= low) & (x <= high)]
     assert worst(function, exact, x) < elementary.RELATIVE
 
 
-def test_the_measured_error_is_well_below_the_bound():
-    """exp and log err by less than 2 ulp of binary64, as their analysis says."""
+def test_measured_errors_of_exp_and_log_are_small():
+    """exp and log are wrong by less than 2 ulp of binary64, as their analysis states."""
     assert worst(elementary.exp, o.mp.exp, sample(-700, 709)) < 2 * 2.0**-52
     assert worst(elementary.log, o.mp.log, sample(2.0**-149, 1e38)) < 2 * 2.0**-52
 
 
-def test_values_at_the_ends():
+def test_values_at_the_ends_follow_ieee_754():
     inf, nan = torch.inf, torch.nan
     x = torch.tensor([0.0, -0.0, -1.0, inf, nan], dtype=torch.float64)
     log = elementary.log(x)
     assert log[0] == log[1] == -inf and log[2].isnan() and log[3] == inf and log[4].isnan()
     assert elementary.exp(x[4]).isnan() and elementary.exp(x[0]) == 1
-    # what is out of range stays beyond every binary32 number
+    # values out of range are beyond every binary32 number
     ends = elementary.exp(torch.tensor([-1e30, -inf, 1e30, inf], dtype=torch.float64))
     assert (ends[:2] < 2.0**-160).all() and (ends[2:] > 2.0**200).all() and (ends[:2] > 0).all()
 
@@ -95,10 +95,10 @@ def test_values_at_the_ends():
 @pytest.mark.parametrize(
     "function", [elementary.exp, elementary.log, elementary.log1p, elementary.expm1]
 )
-def test_layout_and_length_do_not_matter(function):
+def test_layout_and_length_do_not_change_bits(function):
     x = sample(0.01, 30)
-    whole = function(x)
+    together = function(x)
     strided = torch.stack([x, x], 1)[:, 0]
     one_by_one = torch.stack([function(v) for v in x[:50]])
-    assert torch.equal(whole, function(strided)) and torch.equal(whole[:50], one_by_one)
+    assert torch.equal(together, function(strided)) and torch.equal(together[:50], one_by_one)
     assert function(x[:0]).shape == (0,)
