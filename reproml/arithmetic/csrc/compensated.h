@@ -62,6 +62,8 @@ static inline pair pair_over(pair p, double divisor) { return pair_over_pair(p, 
    zeros, as sums of integers often are. */
 static inline int32_t round_compensated(const compensated *sum, integer n, float *result) {
     pair value = {sum->s, sum->t, sum->size * ((double)n + 4) * U * SLACK};
+    *result = (float)sum->s;
+    if (!(fabs(sum->s) <= DBL_MAX)) return 0; /* infinite or NaN in any order */
     return round_pair(value, result);
 }
 

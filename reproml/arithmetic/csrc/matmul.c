@@ -198,7 +198,7 @@ INLINE int32_t round_rows(const double *restrict sums, int m, int n, double g, c
                           const double *restrict column_bound, const float *restrict row_bias,
                           const float *restrict column_bias, float *restrict out, integer stride,
                           int32_t *restrict differ) {
-    int32_t any[TILE_COLUMNS] = {0}, all = 0;
+    int32_t failed[TILE_COLUMNS] = {0}, any = 0;
     for (int i = 0; i < m; i++) {
         const double *restrict from = sums + i * TILE_COLUMNS;
         float *restrict to = out + i * stride;
@@ -207,11 +207,11 @@ INLINE int32_t round_rows(const double *restrict sums, int m, int n, double g, c
         for (int j = 0; j < n; j++) {
             double bias = column_bias ? (double)column_bias[j] : constant;
             row[j] = round_sum(from[j] + bias, bound * column_bound[j] + g * fabs(bias), to + j);
-            any[j] |= row[j];
+            failed[j] |= row[j];
         }
     }
-    for (int j = 0; j < n; j++) all |= any[j];
-    return all;
+    for (int j = 0; j < n; j++) any |= failed[j];
+    return any;
 }
 
 VECTORISED int reproml_round_tile(const double *restrict sums, int m, int n, double g, const double *restrict row_bound,

@@ -76,11 +76,8 @@ INLINE int32_t numbers_differ(double mid, double rad, float *result) {
     return (low != high) | ((*result == 0) & (fabs(mid) <= rad) & (rad > 2 * TINY));
 }
 
-/* As bit patterns. *result is the rounded upper end. */
-INLINE int32_t patterns_differ(float low, float high, float *result) {
-    *result = high;
-    return bits(low) ^ bits(high);
-}
+/* As bit patterns. */
+INLINE int32_t patterns_differ(float low, float high) { return bits(low) ^ bits(high); }
 
 /* ---- balls: the sign of mid is the sign of a result of zero ---- */
 
@@ -109,12 +106,16 @@ INLINE int32_t round_normal_ball(double mid, double rad, float *result) {
 
 /* rounding.round_sum: for a `rad` that has room for the test. */
 INLINE int32_t round_sum(double mid, double rad, float *result) {
-    return patterns_differ((float)(mid - rad), (float)(mid + rad), result);
+    float low = (float)(mid - rad), high = (float)(mid + rad);
+    *result = high;
+    return patterns_differ(low, high);
 }
 
-/* The same, of which an exact -0 passes as -0: with these signs neither end turns into +0. */
+/* The same, but an exact -0 passes as -0: with these signs neither end turns into +0. */
 INLINE int32_t round_signed_sum(double mid, double minus_rad, float *result) {
-    return patterns_differ((float)(minus_rad + mid), -(float)(minus_rad - mid), result);
+    float low = (float)(minus_rad + mid), high = -(float)(minus_rad - mid);
+    *result = high;
+    return patterns_differ(low, high);
 }
 
 /* Bound of the relative error of a sum whose tree of additions has this height, of which at most one more term was
@@ -159,7 +160,8 @@ static inline pair make_pair(double s, double t, double rad) {
 static inline int32_t round_pair(pair p, float *result) {
     double rad = p.rad * SLACK + fabs(p.t) * (2 * U); /* t - rad and t + rad are rounded */
     float low = (float)(add_to_odd(p.s, p.t - rad) + 0.0), high = (float)(add_to_odd(p.s, p.t + rad) + 0.0);
-    return (patterns_differ(low, high, result) != 0) | !(fabs(p.s) <= DBL_MAX);
+    *result = high;
+    return (patterns_differ(low, high) != 0) | !(fabs(p.s) <= DBL_MAX);
 }
 
 #endif

@@ -92,8 +92,10 @@ typedef double full_8 __attribute__((vector_size(64), aligned(8)));
     ALONG(lanes, 1, 1, target)                                                                                         \
     ALONG(lanes, 1, 2, target)                                                                                         \
     ALONG(lanes, 1, 3, target)                                                                                         \
-    ALONG(lanes, 2, 1, target) ALONG(lanes, 2, 2, target) ALONG(lanes, 2, 3, target) ALONG(lanes, 3, 1, target)        \
-        ALONG(lanes, 3, 2, target) ALONG(lanes, 3, 3, target) ALONG(lanes, 4, 1, target) ALONG(lanes, 4, 2, target)    \
+    ALONG(lanes, 2, 1, target)                                                                                         \
+    ALONG(lanes, 2, 2, target)                                                                                         \
+    ALONG(lanes, 2, 3, target) ALONG(lanes, 3, 1, target) ALONG(lanes, 3, 2, target) ALONG(lanes, 3, 3, target)        \
+        ALONG(lanes, 4, 1, target) ALONG(lanes, 4, 2, target)                                                          \
             ALONG(lanes, 4, 3, target) static const tiling TILING_##lanes = {                                          \
                 lanes,                                                                                                 \
                 4,                                                                                                     \
