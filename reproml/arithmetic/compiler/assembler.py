@@ -1,4 +1,4 @@
-"""From a tape to a program for c/tape.c: what is needed, in which register, in which pass.
+"""From a tape to a program for csrc/program.c: what is needed, in which register, in which pass.
 
 Instructions that nothing needs are left out, and a register is used again after its number's last use.
 """
@@ -14,7 +14,7 @@ import torch
 from reproml.arithmetic.compiler.tape import Register, Tape, Unsupported
 from reproml.arithmetic.numerics.balls import Ball, Formula
 
-# As in c/tape.c.
+# As in csrc/program.c.
 _OPS = {
     name: 4 * i
     for i, name in enumerate(
@@ -152,7 +152,7 @@ def _form(op: str, arguments: tuple[int, ...]) -> int:
 
 
 class Program:
-    """What c/tape.c runs; keeps its arrays alive."""
+    """What csrc/program.c runs; keeps its arrays alive."""
 
     def __init__(self, tape: Tape, y: Ball, rows: bool) -> None:
         if not isinstance(y.mid, Register):

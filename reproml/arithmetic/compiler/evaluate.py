@@ -113,7 +113,7 @@ def elementwise(
     """The formula on each element of operands that broadcast together, rounded once to float32.
 
     plain: the whole definition on tensors, where the formula only stands for it as long as its result
-    passes the rounding test. direct: the name of the formula's own loop in c/direct.c, if it has one.
+    passes the rounding test. direct: the name of the formula's own loop in csrc/fast.c, if it has one.
     """
     definition = reference or partial(_in_chunks, formula)
     exact_path = None if reference else partial(_exactly, formula)

@@ -48,7 +48,7 @@ class _Plan(NamedTuple):
     """A program with the layout of its operands and its result."""
 
     program: Optional[Program]
-    fast: int  # the loop of c/direct.c that takes the program's place; -1 for none
+    fast: int  # the loop of csrc/fast.c that takes the program's place; -1 for none
     dims: int
     sizes: Any
     strides: Any
@@ -71,7 +71,7 @@ _FEW = 16
 
 Exactly = Callable[..., Optional[Tensor]]
 
-# The formulas that have a loop of their own, as in c/direct.c; its rows have _ROOM numbers at most.
+# The formulas that have a loop of their own, as in csrc/fast.c; its rows have _ROOM numbers at most.
 _FAST = {
     name: i
     for i, name in enumerate(

@@ -283,7 +283,7 @@ class Tape(Binary64Context):
         return self._reduce("max", x)
 
     def _gamma(self, x: Value) -> float:
-        """c/tape.c sums with all rounding errors kept: s + t differs from the sum by t's own rounding
+        """csrc/program.c sums with all rounding errors kept: s + t differs from the sum by t's own rounding
         errors, gamma(h)^2 of the absolute values where no term goes through more than h additions (Ogita,
         Rump & Oishi 2005), less than U for h < 2^26; and is rounded once."""
         return 2 * U * SLACK

@@ -89,7 +89,7 @@ def _reference(
 
 
 def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
-    """The product by c/products.c, or None where that does not apply."""
+    """The product by csrc/matmul.c, or None where that does not apply."""
     f32, of_a, of_b = torch.float32, a.stride(), b.stride()
     shape: tuple[int, ...]
     if len(of_a) == len(of_b) == 2:

@@ -136,7 +136,7 @@ def sum_over(
 def _compiled_sum(
     x: Tensor, dims: Sequence[int], keepdim: bool, divisor: int, y: Optional[Tensor]
 ) -> Optional[Tensor]:
-    """sum_over by c/sums.c; None where that cannot settle all."""
+    """sum_over by csrc/reductions.c; None where that cannot settle all."""
     rank, reduced = x.dim(), 0
     for d in dims:
         if not -rank <= d < rank or reduced >> d % rank & 1:

@@ -1,4 +1,4 @@
-"""Sums over any axes: the compiled loops (c/sums.c) and the plain path give the same bits."""
+"""Sums over any axes: the compiled loops (csrc/reductions.c) and the plain path give the same bits."""
 
 from __future__ import annotations
 
