@@ -1,8 +1,9 @@
 /* Sums that keep their rounding errors. Where the rounding test fails on a simple sum, it mostly passes on this one
    (T. Ogita, S. Rump & S. Oishi, Accurate sum and dot product, SIAM J. Sci. Comput. 26(6), 2005).
 
-   The sum is s + t. The additions to t err by at most gamma_k * size if t is a sum of k numbers whose absolute values add
-   up to `size`. Nothing underflows: terms are products of at most four binary32 numbers, so multiples of 2^-596. */
+   The sum is s + t. The additions to t err by at most gamma_k * size if t is a sum of k numbers whose absolute
+   values add up to `size`. Nothing underflows: terms are products of at most four binary32 numbers, so multiples of
+   2^-596. */
 
 #ifndef REPROML_COMPENSATED_H
 #define REPROML_COMPENSATED_H

@@ -243,9 +243,10 @@ static void plan(product *x) {
     x->groups = smaller(reproml_threads(), x->row_panels);
 }
 
-/* out = a @ b + bias. a [batch, m, k] and b [batch, k, n] with any strides; bias null or [n]; out contiguous; no size but k
-   is 0. failed: memory for `capacity` flat indices. Returns the number of elements for which the test failed. If that
-   exceeds `capacity`, or is negative for lack of memory, the caller has to calculate the entire result. */
+/* out = a @ b + bias. a [batch, m, k] and b [batch, k, n] with any strides; bias null or [n]; out contiguous; no
+   size but k is 0. failed: memory for `capacity` flat indices. Returns the number of elements for which the test
+   failed. If that exceeds `capacity`, or is negative for lack of memory, the caller has to calculate the entire
+   result. */
 integer reproml_product(integer batch, integer m, integer n, integer k, const float *a, integer a_batch, integer a_row,
                         integer a_column, const float *b, integer b_batch, integer b_row, integer b_column,
                         const float *bias, float *out, integer *failed, integer capacity) {
