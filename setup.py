@@ -1,4 +1,4 @@
-"""Builds the compiled loops; everything else about the package is in pyproject.toml."""
+"""Build the compiled loops; pyproject.toml has everything else about the package."""
 
 from glob import glob
 
@@ -18,8 +18,8 @@ setup(
                 "-Wno-psabi",  # vectors are passed between inlined functions only
             ],
             libraries=["m", "pthread"],
-            py_limited_api=True,  # one library for every Python: it does not touch its interface
-            optional=True,  # without a compiler the package installs all the same, and is slower
+            py_limited_api=True,  # one library for every Python version, whose interface it does not use
+            optional=True,  # without a compiler the package installs too and is slower
         )
     ]
 )

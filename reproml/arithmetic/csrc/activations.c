@@ -51,11 +51,10 @@ INLINE ball silu_backward_ball(double g, double x) {
     return times(g, s * (1 + a), s * (1 + fabs(a)) * (2 * SIGMOID_ERROR + 8 * U));
 }
 
-/* The normal distribution Phi(x), x exact, and exp(-x^2 / 2), whose argument is exact too.
-   Phi(-t) = exp(-t^2 / 2) w P(q) for 0 <= t <= 8, w = 1 / (t + 6), q = 1 - 12 w, P of degree 15 at the Chebyshev nodes
-   in q, within 2^-48.7. In units of U: q errs by 5, times P' / P < 1.9; Horner's scheme by 4; the products by 4: 18 U and
-   EXP_ERROR. Above 0, 1 - Phi(-x) is no worse; Phi(-8) < 2^-50 replaces smaller values there. Below -8 PHI_LOW makes the
-   test fail. */
+/* The normal distribution Phi(x), x exact, and exp(-x^2 / 2), whose argument is exact too. Phi(-t) = exp(-t^2 / 2) w
+   P(q) for 0 <= t <= 8, w = 1 / (t + 6), q = 1 - 12 w, P of degree 15 at the Chebyshev nodes in q, within 2^-48.7.
+   In units of U: q errs by 5, times P' / P < 1.9; Horner's scheme by 4; the products by 4: 18 U and EXP_ERROR. Above
+   0, 1 - Phi(-x) is no worse; Phi(-8) < 2^-50 replaces smaller values there. Below -8 PHI_LOW makes the test fail. */
 #define PHI_ERROR 0x1.2p-47
 #define PHI_LOW(x, rad) ((x) < -8 ? INFINITY : (rad))
 INLINE double phi(double x, double *bell) {

@@ -1,8 +1,9 @@
 /* Sums that keep their rounding errors. Where the rounding test fails on a simple sum, it mostly passes on this one
    (T. Ogita, S. Rump & S. Oishi, Accurate sum and dot product, SIAM J. Sci. Comput. 26(6), 2005).
 
-   The sum is s + t. The additions to t err by at most gamma_k * size if t is a sum of k numbers whose absolute values add
-   up to `size`. Nothing underflows: terms are products of at most four binary32 numbers, so multiples of 2^-596. */
+   The sum is s + t. The additions to t err by at most gamma_k * size if t is a sum of k numbers whose absolute
+   values add up to `size`. Nothing underflows: terms are products of at most four binary32 numbers, so multiples of
+   2^-596. */
 
 #ifndef REPROML_COMPENSATED_H
 #define REPROML_COMPENSATED_H
@@ -62,6 +63,8 @@ static inline pair pair_over(pair p, double divisor) { return pair_over_pair(p, 
    zeros, as sums of integers often are. */
 static inline int32_t round_compensated(const compensated *sum, integer n, float *result) {
     pair value = {sum->s, sum->t, sum->size * ((double)n + 4) * U * SLACK};
+    *result = (float)sum->s;
+    if (!(fabs(sum->s) <= DBL_MAX)) return 0; /* infinite or NaN in any order */
     return round_pair(value, result);
 }
 

@@ -1,9 +1,9 @@
 /* Convolutions, their transposes and their gradients: each element is one dot product, rounded once.
 
-   No patches are copied. An image is copied once into planes with its padding, split by the stride, so that the numbers
-   which one weight multiplies at successive places are contiguous: they are the rows of a product, each at its own offset
-   (tile.h). Places are counted through the padding at the end of a row; results there are dropped when the tile is
-   stored. */
+   No patches are copied. An image is copied once into planes with its padding, split by the stride, so that the
+   numbers which one weight multiplies at successive places are contiguous: they are the rows of a product, each at
+   its own offset (tile.h). Places are counted through the padding at the end of a row; results there are dropped
+   when the tile is stored. */
 
 #include "tile.h"
 
@@ -32,8 +32,8 @@ static integer margin(const planes *p) { return p->pitch + 2 * TILE_COLUMNS; }
 
 static integer planes_size(const planes *p) { return p->channels * p->step_h * p->step_w * plane_size(p) + margin(p); }
 
-/* Whether the planes take far more memory than the image: a stride much longer than the kernel leaves most of them unused.
-   The reference path is better at that. */
+/* Whether the planes take far more memory than the image: a stride much longer than the kernel leaves most of them
+   unused. The reference path is better at that. */
 static int wasteful(const planes *p) {
     integer image = p->channels * (p->h + 2 * p->pad_h) * (p->w + 2 * p->pad_w);
     return planes_size(p) > 4 * image + (1 << 18);
@@ -171,7 +171,8 @@ static void slide_task(integer task, void *data) {
     }
 }
 
-/* Weights of a pass are gathered into panels: w(output, term) is w[group * group_step + output * output_step + term[k]]. */
+/* Weights of a pass are gathered into panels: w(output, term) is w[group * group_step + output * output_step +
+   term[k]]. */
 typedef struct {
     const slide *s;
     pass *p;
@@ -265,8 +266,8 @@ integer reproml_convolution(const integer *sizes, const float *x, const float *w
     return gather(&s, &p, w, g.o * p.k, p.k, term) ? finish(&s) : -1;
 }
 
-/* One axis of a transposed convolution: at the outputs first + stride * i, i < count, each tap j of `taps` multiplies the
-   source at i + shift[j]. */
+/* One axis of a transposed convolution: at the outputs first + stride * i, i < count, each tap j of `taps`
+   multiplies the source at i + shift[j]. */
 typedef struct {
     integer count, taps, *tap, *shift;
 } phase;
@@ -375,8 +376,8 @@ static void correlate_task(integer task, void *data) {
     const correlation *s = data;
     const geometry *g = s->g;
     integer share = (g->n + s->tasks - 1) / s->tasks, places = plane_size(&s->of_g), k = s->k;
-    /* Rows of x that are shifted past its last plane continue into the planes of the gradient: finite numbers, which are
-       multiplied by zeros. */
+    /* Rows of x that are shifted past its last plane continue into the planes of the gradient: finite numbers, which
+       are multiplied by zeros. */
     float *of_x = s->buffer + task * (planes_size(&s->of_x) + planes_size(&s->of_g)),
           *of_g = of_x + planes_size(&s->of_x);
     double *all = s->sums + task * outputs_of(s) * k, *squares = s->squares + task * squares_of(s);
@@ -451,8 +452,8 @@ static void round_weights(integer output, void *data) {
     }
 }
 
-/* out [groups * o, c, kh, kw] = the gradient of the weights, from x [n, groups * c, h, w] and the gradient of the outputs
-   [n, groups * o, out_h, out_w]. */
+/* out [groups * o, c, kh, kw] = the gradient of the weights, from x [n, groups * c, h, w] and the gradient of the
+   outputs [n, groups * o, out_h, out_w]. */
 integer reproml_weight_gradient(const integer *sizes, const float *x, const float *grad, float *out, integer *failed,
                                 integer capacity) {
     geometry g;

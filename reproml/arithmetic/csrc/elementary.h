@@ -1,5 +1,6 @@
-/* exp, log, sin, erf and related functions in binary64. numerics/elementary.py has the sequences of operations and their
-   error analysis; these are the same, operation by operation, without branches, so that loops over them vectorise. */
+/* exp, log, sin, erf and related functions in binary64. numerics/elementary.py has the sequences of operations and
+   their error analysis; these are the same, operation by operation, without branches, so that loops over them
+   vectorise. */
 
 #ifndef REPROML_ELEMENTARY_H
 #define REPROML_ELEMENTARY_H

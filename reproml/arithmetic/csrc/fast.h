@@ -1,7 +1,7 @@
-/* Fast loops for the formulas that are used most. Each does in one pass what program.c does for any formula, with just as
-   much precision as the rounding test needs (about 2^-47; one element in a million fails) and a bound derived by hand,
-   which leaves room of U |mid| for the test (round_normal_ball). Elements that fail go to program.c and from there to
-   the reference path.
+/* Fast loops for the formulas that are used most. Each does in one pass what program.c does for any formula, with
+   just as much precision as the rounding test needs (about 2^-47; one element in a million fails) and a bound
+   derived by hand, which leaves room of U |mid| for the test (round_normal_ball). Elements that fail go to program.c
+   and from there to the reference path.
 
    Include this file first: the pragma has to precede every inlined function. */
 
@@ -40,9 +40,9 @@ typedef struct {
     double mid, rad;
 } ball;
 
-/* exp(x) = scale (1 + p), for |x| <= 700. x = k ln 2 + r, |r| <= 0.3466, as in elementary.py; p = expm1(r) = r + r^2 Q(r),
-   with Q of degree 8 at the Chebyshev nodes. The error of p is below 2^-48.3 of p and of 1 + p; roundings add 3 U of p.
-   So exp errs by less than EXP_ERROR. */
+/* exp(x) = scale (1 + p), for |x| <= 700. x = k ln 2 + r, |r| <= 0.3466, as in elementary.py; p = expm1(r) = r + r^2
+   Q(r), with Q of degree 8 at the Chebyshev nodes. The error of p is below 2^-48.3 of p and of 1 + p; roundings add
+   3 U of p. So exp errs by less than EXP_ERROR. */
 #define EXP_ERROR 0x1p-48
 INLINE double exp_parts(double x, double *scale) {
     double shifted = x * 1.4426950408889634 + 0x1.8p52, k = shifted - 0x1.8p52; /* the last bits of `shifted` hold k */

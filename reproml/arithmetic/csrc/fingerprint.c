@@ -33,7 +33,8 @@ typedef struct {
     integer bytes, floats;
 } piece;
 
-/* Store the fingerprint of pieces[i] in result[2 i] and the sum of its words in result[2 i + 1], 0 from i = summed on. */
+/* Store the fingerprint of pieces[i] in result[2 i] and the sum of its words in result[2 i + 1], 0 from i = summed
+   on. */
 void reproml_fingerprint(integer count, integer summed, const piece *pieces, const uint32_t *key, uint64_t multiplier,
                          uint64_t *result) {
     for (integer i = 0; i < count; i++) {

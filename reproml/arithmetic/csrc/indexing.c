@@ -1,6 +1,6 @@
 /* Sums of the numbers that have the same index: scatter_add and the gradients of embeddings and max pooling
-   (operators/indexing.py). The errors of all additions are kept: the sum of few numbers is mostly exact in binary64, and
-   so often a midpoint of two binary32 numbers that a test which has to leave room would fail. */
+   (operators/indexing.py). The errors of all additions are kept: the sum of few numbers is mostly exact in binary64,
+   and so often a midpoint of two binary32 numbers that a test which has to leave room would fail. */
 
 #include "compensated.h"
 #include "lanes.h"
@@ -111,9 +111,9 @@ VECTORISED static int32_t add_rows(const scatter *ctx, const int32_t *first, con
     return failed;
 }
 
-/* For each plane, out [rows, width] = start + the sum of the rows of values [sources, width] with the same index, except
-   for the row `padding`. start: null for zeros. `planes` may exceed 1 only if `width` is 1. Returns 0 if all sums were
-   rounded. */
+/* For each plane, out [rows, width] = start + the sum of the rows of values [sources, width] with the same index,
+   except for the row `padding`. start: null for zeros. `planes` may exceed 1 only if `width` is 1. Returns 0 if all
+   sums were rounded. */
 integer reproml_scatter(integer planes, integer sources, integer width, integer rows, const integer *index,
                         const float *values, const float *start, integer padding, float *out) {
     scatter ctx = {sources, width, rows, padding, index, values, start, out, 0, 0};

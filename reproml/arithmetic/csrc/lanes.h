@@ -56,7 +56,8 @@ INLINE const float *padded(const float *x, integer count, float *memory) {
     return memory;
 }
 
-/* Store each sum, followed by the sum of the absolute values of its terms, in `total`. Returns the height of the tree. */
+/* Store each sum, followed by the sum of the absolute values of its terms, in `total`. Returns the height of the
+   tree. */
 INLINE integer sum_runs(const int kind, const runs *ctx, double *total) {
     const int sums = kind < SQUARES ? 2 : kind == SQUARES ? 1 : 4;
     const lanes zero = {0};

@@ -1,11 +1,11 @@
-/* The negative log-likelihood (operators/losses.py). Each function returns 0 if the rounding test fails or a target is not
-   a class; the caller then takes the reference path. */
+/* The negative log-likelihood (operators/losses.py). Each function returns 0 if the rounding test fails or a target
+   is not a class; the caller then takes the reference path. */
 
 #include "compensated.h"
 
-/* loss: -sum w x[target] / sum w (mean) or -sum w x[target]. weight_sum: sum w. x: [rows][classes]; weight: null or one
-   number for each class. A product of two binary32 numbers is exact. The mean of a few numbers is often a midpoint of two
-   binary32 numbers, hence the sums with their errors. */
+/* loss: -sum w x[target] / sum w (mean) or -sum w x[target]. weight_sum: sum w. x: [rows][classes]; weight: null or
+   one number for each class. A product of two binary32 numbers is exact. The mean of a few numbers is often a
+   midpoint of two binary32 numbers, hence the sums with their errors. */
 int reproml_nll(const float *x, const integer *target, const float *weight, integer rows, integer classes,
                 integer ignored, int mean, float *loss, float *weight_sum) {
     compensated products = {0, 0, 0}, weights = {0, 0, 0};

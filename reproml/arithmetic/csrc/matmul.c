@@ -198,7 +198,7 @@ INLINE int32_t round_rows(const double *restrict sums, int m, int n, double g, c
                           const double *restrict column_bound, const float *restrict row_bias,
                           const float *restrict column_bias, float *restrict out, integer stride,
                           int32_t *restrict differ) {
-    int32_t any[TILE_COLUMNS] = {0}, all = 0;
+    int32_t failed[TILE_COLUMNS] = {0}, any = 0;
     for (int i = 0; i < m; i++) {
         const double *restrict from = sums + i * TILE_COLUMNS;
         float *restrict to = out + i * stride;
@@ -207,11 +207,11 @@ INLINE int32_t round_rows(const double *restrict sums, int m, int n, double g, c
         for (int j = 0; j < n; j++) {
             double bias = column_bias ? (double)column_bias[j] : constant;
             row[j] = round_sum(from[j] + bias, bound * column_bound[j] + g * fabs(bias), to + j);
-            any[j] |= row[j];
+            failed[j] |= row[j];
         }
     }
-    for (int j = 0; j < n; j++) all |= any[j];
-    return all;
+    for (int j = 0; j < n; j++) any |= failed[j];
+    return any;
 }
 
 VECTORISED int reproml_round_tile(const double *restrict sums, int m, int n, double g, const double *restrict row_bound,
@@ -243,9 +243,10 @@ static void plan(product *x) {
     x->groups = smaller(reproml_threads(), x->row_panels);
 }
 
-/* out = a @ b + bias. a [batch, m, k] and b [batch, k, n] with any strides; bias null or [n]; out contiguous; no size but k
-   is 0. failed: memory for `capacity` flat indices. Returns the number of elements for which the test failed. If that
-   exceeds `capacity`, or is negative for lack of memory, the caller has to calculate the entire result. */
+/* out = a @ b + bias. a [batch, m, k] and b [batch, k, n] with any strides; bias null or [n]; out contiguous; no
+   size but k is 0. failed: memory for `capacity` flat indices. Returns the number of elements for which the test
+   failed. If that exceeds `capacity`, or is negative for lack of memory, the caller has to calculate the entire
+   result. */
 integer reproml_product(integer batch, integer m, integer n, integer k, const float *a, integer a_batch, integer a_row,
                         integer a_column, const float *b, integer b_batch, integer b_row, integer b_column,
                         const float *bias, float *out, integer *failed, integer capacity) {

@@ -164,8 +164,8 @@ INLINE void normalize_run_of(normal *ctx, integer group, integer run) {
                   ctx->b ? ctx->b + weight : 0);
 }
 
-/* Some groups with their own statistics. All statistics come first, so that those of a group need not wait for the roots
-   of the group before. */
+/* Some groups with their own statistics. All statistics come first, so that those of a group need not wait for the
+   roots of the group before. */
 VECTORISED static void normalize_groups(integer task, void *data) {
     normal *ctx = data;
     integer first = task * ctx->block, last = first + ctx->block < ctx->at.groups ? first + ctx->block : ctx->at.groups;
@@ -204,10 +204,10 @@ static int32_t update_running_stats(integer n, double momentum, float *running, 
     return 0;
 }
 
-/* Write out, and mean and rstd of each group. running_mean and running_var: null, or updated with `momentum`. given_var:
-   null; otherwise `mean` and this replace the statistics of x. w and b: null, or one number for each run; if `along`, both
-   one for each element of a run. Returns the number of elements for which the test failed, or -1 if it failed for a
-   statistic. If it is -1 or exceeds `capacity`, the running statistics are unchanged. */
+/* Write out, and mean and rstd of each group. running_mean and running_var: null, or updated with `momentum`.
+   given_var: null; otherwise `mean` and this replace the statistics of x. w and b: null, or one number for each run;
+   if `along`, both one for each element of a run. Returns the number of elements for which the test failed, or -1 if
+   it failed for a statistic. If it is -1 or exceeds `capacity`, the running statistics are unchanged. */
 integer reproml_normalize(const integer *shape, const float *x, const float *w, const float *b, double eps,
                           const float *given_var, float *running_mean, float *running_var, double momentum, float *mean,
                           float *rstd, float *out, integer *failed, integer capacity) {
@@ -247,8 +247,8 @@ integer reproml_normalize(const integer *shape, const float *x, const float *w, 
 
 /* ---- backward ---- */
 
-/* Sums of q and q (x - m), each followed by the sum of absolute values; q is g w, or g if the entire group has one weight.
-   A term errs by 2 U of itself. Returns the height of the tree. */
+/* Sums of q and q (x - m), each followed by the sum of absolute values; q is g w, or g if the entire group has one
+   weight. A term errs by 2 U of itself. Returns the height of the tree. */
 INLINE integer moments(const normal *ctx, integer group, double *total) {
     runs r = runs_of(ctx, group);
     r.m = ctx->mean[group];
@@ -316,9 +316,9 @@ INLINE int32_t round_sums_of_group(const normal *ctx, integer group) {
     return failed;
 }
 
-/* out = r (w g - (a + (x - m) b)), where a and b / r are the rounded sums over the group, divided by n. Errors in U of the
-   absolute values of the terms: w g is exact, a has one rounding, (x - m) b three; the two sums, the product with r and
-   the test follow. */
+/* out = r (w g - (a + (x - m) b)), where a and b / r are the rounded sums over the group, divided by n. Errors in U
+   of the absolute values of the terms: w g is exact, a has one rounding, (x - m) b three; the two sums, the product
+   with r and the test follow. */
 typedef struct {
     double m, r, a, b, minus_ulp; /* minus_ulp: -U |r| */
 } group_terms;
@@ -482,8 +482,8 @@ static int32_t round_column_with_errors(const column_sums *ctx, integer column, 
            round_scaled_pair(compensated_pair(&d, ctx->rows), 1, weight_sum);
 }
 
-/* The sums over the rows of g and of g (x - mean) rstd with each row's own statistics; either result may be null. Returns
-   0 if all sums passed the test. */
+/* The sums over the rows of g and of g (x - mean) rstd with each row's own statistics; either result may be null.
+   Returns 0 if all sums passed the test. */
 integer reproml_column_moments(integer rows, integer columns, const float *x, const float *g, const float *mean,
                                const float *rstd, float *weight_sum, float *bias_sum) {
     integer chunks = (columns + WIDTH - 1) / WIDTH, work = rows * columns;
@@ -541,8 +541,8 @@ VECTORISED static void channel_task(integer channel, void *data) {
     if (round_channel(ctx, channel)) set_flag(&ctx->failed);
 }
 
-/* The sum of g (x - mean) rstd over each channel, with the statistics of its image and group. Returns 0 if all sums passed
-   the test. */
+/* The sum of g (x - mean) rstd over each channel, with the statistics of its image and group. Returns 0 if all sums
+   passed the test. */
 integer reproml_channel_moments(integer images, integer channels, integer length, integer groups, const float *x,
                                 const float *g, const float *mean, const float *rstd, float *weight_sum) {
     channel_sums ctx = {images, channels, length, groups, x, g, mean, rstd, weight_sum, 0};

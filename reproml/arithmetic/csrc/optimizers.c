@@ -28,12 +28,12 @@ static void write_back(integer at, int n, const rounded *r, float *const *state,
         if (r->failed[i]) add_failure(list, at + i);
 }
 
-/* Adam's step (adam in operators/optimizers.py) without amsgrad. sign: -1 to maximize; decay: weight
-   decay as a penalty; keep: 1 - lr * weight decay when decoupled; scale: 1 / sqrt(1 - beta2^t).
-   Error bounds are in units of U and of the absolute values of the terms. The sum of two terms and the test each round
-   once. Products of two binary32 numbers are exact. With a penalty, the last term of the bounds covers d and d^2; without
-   one, v' has one more rounding. keep and its product have two roundings. In the quotient the scale has three; the root,
-   the product, the sum, the division, the rate and its product have one each. */
+/* Adam's step (adam in operators/optimizers.py) without amsgrad. sign: -1 to maximize; decay: weight decay as a
+   penalty; keep: 1 - lr * weight decay when decoupled; scale: 1 / sqrt(1 - beta2^t). Error bounds are in units of U
+   and of the absolute values of the terms. The sum of two terms and the test each round once. Products of two
+   binary32 numbers are exact. With a penalty, the last term of the bounds covers d and d^2; without one, v' has one
+   more rounding. keep and its product have two roundings. In the quotient the scale has three; the root, the
+   product, the sum, the division, the rate and its product have one each. */
 typedef struct {
     float *p, *m, *v;
     const float *g;
@@ -84,8 +84,8 @@ static void adam_task(integer task, void *data) {
 }
 
 /* One step of `count` parameters. sizes [count]: their elements; pointers [count, 4]: parameter, gradient, both
-   averages. failed: memory for all elements. Returns the number of elements for which the test failed, listed in `failed`
-   as parameter * 2^40 + element; negative if memory is lacking. */
+   averages. failed: memory for all elements. Returns the number of elements for which the test failed, listed in
+   `failed` as parameter * 2^40 + element; negative if memory is lacking. */
 integer reproml_adam(integer count, const integer *sizes, float *const *pointers, double sign, double decay,
                      double keep, double b1, double rest1, double b2, double rest2, double rate, double scale,
                      double eps, integer *failed) {

@@ -1,9 +1,10 @@
-/* Interprets the compiled formulas of compiler/: a program of few, simple instructions on registers of `block` numbers,
-   which stay in the first-level cache. Each instruction is one loop over its registers.
+/* Interprets the compiled formulas of compiler/: a program of few, simple instructions on registers of `block`
+   numbers, which stay in the first-level cache. Each instruction is one loop over its registers.
 
-   An elementwise formula runs block by block. For a formula over rows, several short rows fill a block and the program
-   runs straight through; a row longer than a block takes one pass for each stage of reductions (sum, max), and each pass
-   recalculates what it needs. Numbers that belong to an entire row have registers too, one number for each row. */
+   An elementwise formula runs block by block. For a formula over rows, several short rows fill a block and the
+   program runs straight through; a row longer than a block takes one pass for each stage of reductions (sum, max),
+   and each pass recalculates what it needs. Numbers that belong to an entire row have registers too, one number for
+   each row. */
 
 #include "elementary.h"
 #include "rounding.h"
@@ -11,8 +12,8 @@
 
 enum { SCRATCH = 8192, LONGEST = 256, LANES = 16, REDUCTIONS = 16 };
 
-/* In the order of compiler/assembler.py. An instruction is encoded as 4 * operation + form; the form states which of its
-   operands are constants. */
+/* In the order of compiler/assembler.py. An instruction is encoded as 4 * operation + form; the form states which of
+   its operands are constants. */
 enum {
     LOAD32,
     LOAD64,
@@ -377,9 +378,9 @@ static void run_items(integer task, void *data) {
     c->count[task] = s.count;
 }
 
-/* Run a program on operands of `sizes` with `strides` [operands + 1][dims], in elements; the last of the pointers and of
-   the strides are those of the result. Rows lie along the last dimension. Returns the number of results for which the
-   rounding test failed; their flat indices, counted along the sizes, are in `failed`. */
+/* Run a program on operands of `sizes` with `strides` [operands + 1][dims], in elements; the last of the pointers
+   and of the strides are those of the result. Rows lie along the last dimension. Returns the number of results for
+   which the rounding test failed; their flat indices, counted along the sizes, are in `failed`. */
 integer reproml_program(const program *p, integer dims, const integer *sizes, const integer *strides,
                         void *const *pointers, integer *failed, integer tasks) {
     call c = {.p = p, .dims = dims, .rows = 1, .n = sizes[dims - 1], .sizes = sizes, .strides = strides};

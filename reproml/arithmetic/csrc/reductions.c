@@ -1,7 +1,7 @@
 /* Sums and dot products over any axes of strided arrays, by the method of operators/reductions.py.
 
-   The trees of additions are low (lanes.h), which makes the bound small. A sum that fails the test is added up again with
-   its rounding errors. */
+   The trees of additions are low (lanes.h), which makes the bound small. A sum that fails the test is added up again
+   with its rounding errors. */
 
 #include "compensated.h"
 #include "lanes.h"
@@ -256,9 +256,9 @@ static int arrange(sums *ctx, const integer *axes, int rank, integer reduced) {
     return 1;
 }
 
-/* out = the sum of x, or of x * y, over the axes whose bit is set in `reduced`, divided by `divisor`. axes: the sizes, the
-   strides of x and the strides of y, `rank` numbers each. `out` is contiguous.
-   Returns the number of sums for which it failed, or -1 if there are too many axes. */
+/* out = the sum of x, or of x * y, over the axes whose bit is set in `reduced`, divided by `divisor`. axes: the
+   sizes, the strides of x and the strides of y, `rank` numbers each. `out` is contiguous. Returns the number of sums
+   for which it failed, or -1 if there are too many axes. */
 integer reproml_sum(const float *x, const float *y, const integer *axes, int rank, integer reduced, double divisor,
                     float *out) {
     sums ctx = {.x = x, .y = y, .out = out, .divisor = divisor, .slices = 1};

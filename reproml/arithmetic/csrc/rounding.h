@@ -10,51 +10,52 @@
 
    They differ in what they assume of `rad`:
 
-   function            compares   assumes of rad                       room for the test, sign of a zero
-   ------------------  ---------  -----------------------------------  ---------------------------------------------------
-   round_ball          numbers    bounds |real - mid|, nothing else    adds SLACK, 2 U |mid| and TINY itself; a result that
-                                                                       is 0 by underflow fails if its sign is unknown
-   round_padded_ball   numbers    has room of U |mid|                  adds TINY; a zero as in round_ball
-   round_normal_ball   numbers    has room of U |mid|                  fails on subnormal and infinite results and on zeros
-                                                                       that are not exact, so TINY does not matter
-   round_sum           patterns   has room of U |mid|; nothing under-  adds nothing; -0 and +0 differ, and an exact zero
-                                  flows, as in sums and products of    needs mid = +0 (rad = 0 with mid = -0 fails)
-                                  binary32 numbers
-   round_signed_sum    patterns   as round_sum                         adds nothing; an exact -0 stays -0
-   round_pair          patterns   bounds |real - (s + t)|              adds SLACK and 2 U |t|; the ends are rounded to odd,
-                                                                       so s needs no room; an exact zero is +0
+   function           compares  assumes of rad                     room for the test, sign of a zero
+   -----------------  --------  ---------------------------------  ----------------------------------------------------
+   round_ball         numbers   bounds |real - mid|, no more       adds SLACK, 2 U |mid| and TINY; a result of 0 by
+                                                                   underflow fails if its sign is unknown
+   round_padded_ball  numbers   has room of U |mid|                adds TINY; zeros as in round_ball
+   round_normal_ball  numbers   has room of U |mid|                fails on subnormal and infinite results and on zeros
+                                                                   that are not exact, so TINY does not matter
+   round_sum          patterns  has room of U |mid|; nothing       adds nothing; -0 and +0 differ, so an exact zero has
+                                underflows, as in sums of          to be +0
+                                products of binary32 numbers
+   round_signed_sum   patterns  as round_sum                       adds nothing; an exact -0 stays -0
+   round_pair         patterns  bounds |real - (s + t)|            adds SLACK and 2 U |t|; the ends are rounded to odd,
+                                                                   so s needs no room; an exact zero is +0
 
    Where the callers have their room, one line for each use. Errors are in units of U of the stated quantity; h is the
    height of the tree of additions; "+ 1" is the room that the test needs. It need not be more, not even for terms of
    order U^2: a midpoint M of two binary32 numbers is at least (1 + 2^-24) 2^k where the spacing of binary64 at M is
    2 U 2^k, so U |mid| exceeds the rounding of an end at M by a fraction of 2^-24.
 
-   use                                     function            errors                            in the bound
-   --------------------------------------  ------------------  --------------------------------  -------------------------
-   program.c: any formula                  round_ball          those of numerics/balls.py        nothing more
-   activations.c, softmax.c: second test   round_ball          as in the first test              as in the first test
-   losses.c: gradient of nll_loss          round_ball          1                                 2
-   activations.c: first test               round_normal_ball   stated at each formula; + 1       at least 1 more
-   softmax.c: softmax, log_softmax         round_normal_ball   h + 2; + 1                        h + 4
-   softmax.c: backward                     round_normal_ball   result 2 (log_softmax 1); + 1     3 (2)
-   optimizers.c: averages                  round_padded_ball   2, Adam's second one 3; + 1       3, 4
-   optimizers.c: parameters                round_padded_ball   Adam 3 and 12, SGD 2; + 1         Adam 5 and 20, SGD 6
-   matmul.c, convolution.c (tile.h)        round_sum           h, bias 1; + 1                    h + 8 (relative_bound)
-   reductions.c: sums                      round_sum           h, divisor 1; + 1                 h + 4
-   reductions.c: few terms                 round_sum           divisor 1; + 1                    4; 0 if nothing was rounded
-   normalization.c: mean                   round_signed_sum    h, division by n 2; + 1           h + 5
-   normalization.c: variance               round_signed_sum    h + 3; result 1; + 1              h + 6; result 2
-   normalization.c: 1 / sqrt(v)            round_signed_sum    result 2, half that of v; + 1     4, and 0.6 of that of v
-   normalization.c: output                 round_signed_sum    product 3, bias 1; + 1            6, 4
-   normalization.c: running statistics     round_signed_sum    2; + 1                            5
-   normalization.c: sums of the backward   round_signed_sum    h, terms 2, factor 1; + 1         h + 8
-   normalization.c: gradient               round_signed_sum    w g 2, slope 6, a 4; + 1          5, 9, 9
-   normalization.c: of given statistics    round_signed_sum    1; + 1                            4
-   compensated.h, indexing.c               round_pair          of t: its additions               4 n + 4, n + 4 or n + 2 of
-                                                                                                 the sum of |rounding errors|
+   use                                    function           errors                         in the bound
+   -------------------------------------  -----------------  -----------------------------  ---------------------------
+   program.c: any formula                 round_ball         those of numerics/balls.py     nothing more
+   activations.c, softmax.c: second test  round_ball         as in the first test           as in the first test
+   losses.c: gradient of nll_loss         round_ball         1                              2
+   activations.c: first test              round_normal_ball  stated at each formula; + 1    at least 1 more
+   softmax.c: softmax, log_softmax        round_normal_ball  h + 2; + 1                     h + 4
+   softmax.c: backward                    round_normal_ball  result 2 (log_softmax 1); + 1  3 (2)
+   optimizers.c: averages                 round_padded_ball  2; + 1                         3; Adam's second average 4
+   optimizers.c: parameters               round_padded_ball  Adam 3 and 12, SGD 2; + 1      Adam 5 and 20, SGD 6
+   matmul.c, convolution.c (tile.h)       round_sum          h, bias 1; + 1                 h + 8 (relative_bound)
+   reductions.c: sums                     round_sum          h, divisor 1; + 1              h + 4
+   reductions.c: few terms                round_sum          divisor 1; + 1                 4; 0 if nothing was rounded
+   normalization.c: mean                  round_signed_sum   h, division by n 2; + 1        h + 5
+   normalization.c: variance              round_signed_sum   h + 3; result 1; + 1           h + 6; result 2
+   normalization.c: 1 / sqrt(v)           round_signed_sum   result 2, half of v's; + 1     4, and 0.6 of v's
+   normalization.c: output                round_signed_sum   product 3, bias 1; + 1         6, 4
+   normalization.c: running statistics    round_signed_sum   2; + 1                         5
+   normalization.c: sums of the backward  round_signed_sum   h, terms 2, factor 1; + 1      h + 8
+   normalization.c: gradient              round_signed_sum   w g 2, slope 6, a 4; + 1       5, 9, 9
+   normalization.c: given statistics      round_signed_sum   1; + 1                         4
+   compensated.h, indexing.c              round_pair         of t: its additions            4 n + 4, n + 4 or n + 2 of
+                                                                                            the sum of |errors|
 
-   tests/arithmetic/compiler/test_rounding_bounds.py holds each line to this: with numbers just beside a midpoint, and
-   with the same numbers in a build whose U is too small, which has to go wrong. */
+   tests/arithmetic/compiler/test_rounding_bounds.py checks the functions and the lines from optimizers.c on with numbers
+   just beside a midpoint; in a build whose U is too small, the same numbers have to come out wrong. It also checks the
+   gradients of sigmoid, softmax and log_softmax; test_fast.py compares the other formulas with the reference path. */
 
 #ifndef REPROML_ROUNDING_H
 #define REPROML_ROUNDING_H
@@ -76,11 +77,8 @@ INLINE int32_t numbers_differ(double mid, double rad, float *result) {
     return (low != high) | ((*result == 0) & (fabs(mid) <= rad) & (rad > 2 * TINY));
 }
 
-/* As bit patterns. *result is the rounded upper end. */
-INLINE int32_t patterns_differ(float low, float high, float *result) {
-    *result = high;
-    return bits(low) ^ bits(high);
-}
+/* As bit patterns. */
+INLINE int32_t patterns_differ(float low, float high) { return bits(low) ^ bits(high); }
 
 /* ---- balls: the sign of mid is the sign of a result of zero ---- */
 
@@ -109,12 +107,16 @@ INLINE int32_t round_normal_ball(double mid, double rad, float *result) {
 
 /* rounding.round_sum: for a `rad` that has room for the test. */
 INLINE int32_t round_sum(double mid, double rad, float *result) {
-    return patterns_differ((float)(mid - rad), (float)(mid + rad), result);
+    float low = (float)(mid - rad), high = (float)(mid + rad);
+    *result = high;
+    return patterns_differ(low, high);
 }
 
-/* The same, of which an exact -0 passes as -0: with these signs neither end turns into +0. */
+/* The same, but an exact -0 passes as -0: with these signs neither end turns into +0. */
 INLINE int32_t round_signed_sum(double mid, double minus_rad, float *result) {
-    return patterns_differ((float)(minus_rad + mid), -(float)(minus_rad - mid), result);
+    float low = (float)(minus_rad + mid), high = -(float)(minus_rad - mid);
+    *result = high;
+    return patterns_differ(low, high);
 }
 
 /* Bound of the relative error of a sum whose tree of additions has this height, of which at most one more term was
@@ -159,7 +161,8 @@ static inline pair make_pair(double s, double t, double rad) {
 static inline int32_t round_pair(pair p, float *result) {
     double rad = p.rad * SLACK + fabs(p.t) * (2 * U); /* t - rad and t + rad are rounded */
     float low = (float)(add_to_odd(p.s, p.t - rad) + 0.0), high = (float)(add_to_odd(p.s, p.t + rad) + 0.0);
-    return (patterns_differ(low, high, result) != 0) | !(fabs(p.s) <= DBL_MAX);
+    *result = high;
+    return (patterns_differ(low, high) != 0) | !(fabs(p.s) <= DBL_MAX);
 }
 
 #endif

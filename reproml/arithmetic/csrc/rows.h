@@ -22,7 +22,8 @@ static inline int dense_rows(integer dims, const integer *strides, integer n) {
     return (n == 1 || strides[dims - 1] == 1) && (dims == 1 || (dims == 2 && strides[0] == n));
 }
 
-/* Close the gaps in a list of failures of which each task wrote count[task] from start[task] on. Returns their number. */
+/* Close the gaps in a list of failures of which each task wrote count[task] from start[task] on. Returns their
+   number. */
 static inline integer join_failures(integer *failed, const integer *start, const integer *count, integer tasks) {
     integer total = 0;
     for (integer task = 0; task < tasks; task++) {

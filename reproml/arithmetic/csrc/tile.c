@@ -23,90 +23,81 @@ typedef double full_8 __attribute__((vector_size(64), aligned(8)));
 #define WIDE_8(at) (full_8) _mm512_cvtps_pd(_mm256_loadu_ps(at))
 #define WIDE(lanes, at) WIDE_##lanes(at)
 
+/* The formatter does not converge on these macros. */
+/* clang-format off */
+
 /* m rows by v vectors of columns. */
-#define ACROSS(lanes, m, v, target)                                                                                   \
-    target CONTRACTED static void across_##lanes##_##m##_##v(integer k, const double *restrict a,                     \
-                                                             const float *restrict b, const integer *restrict offset, \
-                                                             double *restrict out) {                                  \
-        full_##lanes sum[m][v] = {{{0}}}, row[v];                                                                     \
-        for (integer p = 0; p < k; p++) {                                                                             \
-            const float *from = b + offset[p];                                                                        \
-            _Pragma("GCC unroll 3") for (int j = 0; j < v; j++) row[j] = WIDE(lanes, from + j * lanes);               \
-            _Pragma("GCC unroll 8") for (int i = 0; i < m; i++) {                                                     \
-                double x = a[p * m + i];                                                                              \
-                _Pragma("GCC unroll 3") for (int j = 0; j < v; j++) sum[i][j] += x * row[j];                          \
-            }                                                                                                         \
-        }                                                                                                             \
-        for (int i = 0; i < m; i++)                                                                                   \
-            for (int j = 0; j < v; j++) memcpy(out + i * TILE_COLUMNS + j * lanes, &sum[i][j], sizeof sum[i][j]);     \
+#define ACROSS(lanes, m, v, target)                                                                        \
+    target CONTRACTED static void across_##lanes##_##m##_##v(                                              \
+        integer k, const double *restrict a, const float *restrict b, const integer *restrict offset,      \
+        double *restrict out) {                                                                            \
+        full_##lanes sum[m][v] = {{{0}}}, row[v];                                                          \
+        for (integer p = 0; p < k; p++) {                                                                  \
+            const float *from = b + offset[p];                                                             \
+            _Pragma("GCC unroll 3") for (int j = 0; j < v; j++) row[j] = WIDE(lanes, from + j * lanes);    \
+            _Pragma("GCC unroll 8") for (int i = 0; i < m; i++) {                                          \
+                double x = a[p * m + i];                                                                   \
+                _Pragma("GCC unroll 3") for (int j = 0; j < v; j++) sum[i][j] += x * row[j];               \
+            }                                                                                              \
+        }                                                                                                  \
+        for (int i = 0; i < m; i++)                                                                        \
+            for (int j = 0; j < v; j++)                                                                    \
+                memcpy(out + i * TILE_COLUMNS + j * lanes, &sum[i][j], sizeof sum[i][j]);                  \
     }
 
 /* m rows by n columns, a vector of terms at a time; the last terms are padded to a vector with zeros. */
-#define ALONG(lanes, m, n, target)                                                                                     \
-    target CONTRACTED static void along_##lanes##_##m##_##n(integer k, const float *restrict a, integer a_row,         \
-                                                            const float *restrict b, const integer *restrict b_offset, \
-                                                            double *restrict sums) {                                   \
-        full_##lanes sum[m][n] = {{{0}}}, left[m];                                                                     \
-        integer p = 0;                                                                                                 \
-        for (; p + lanes <= k; p += lanes) {                                                                           \
-            _Pragma("GCC unroll 4") for (int i = 0; i < m; i++) left[i] = WIDE(lanes, a + i * a_row + p);              \
-            _Pragma("GCC unroll 6") for (int j = 0; j < n; j++) {                                                      \
-                full_##lanes right = WIDE(lanes, b + b_offset[j] + p);                                                 \
-                _Pragma("GCC unroll 4") for (int i = 0; i < m; i++) sum[i][j] += left[i] * right;                      \
-            }                                                                                                          \
-        }                                                                                                              \
-        if (p < k) {                                                                                                   \
-            float rest[m + n][lanes];                                                                                  \
-            memset(rest, 0, sizeof rest);                                                                              \
-            for (int i = 0; i < m; i++) memcpy(rest[i], a + i * a_row + p, (size_t)(k - p) * sizeof(float));           \
-            for (int j = 0; j < n; j++) memcpy(rest[m + j], b + b_offset[j] + p, (size_t)(k - p) * sizeof(float));     \
-            _Pragma("GCC unroll 4") for (int i = 0; i < m; i++) _Pragma("GCC unroll 6") for (int j = 0; j < n; j++)    \
-                sum[i][j] += WIDE(lanes, rest[i]) * WIDE(lanes, rest[m + j]);                                          \
-        }                                                                                                              \
-        memcpy(sums, sum, sizeof sum);                                                                                 \
+#define ALONG(lanes, m, n, target)                                                                         \
+    target CONTRACTED static void along_##lanes##_##m##_##n(                                               \
+        integer k, const float *restrict a, integer a_row, const float *restrict b,                        \
+        const integer *restrict b_offset, double *restrict sums) {                                         \
+        full_##lanes sum[m][n] = {{{0}}}, left[m];                                                         \
+        integer p = 0;                                                                                     \
+        for (; p + lanes <= k; p += lanes) {                                                               \
+            _Pragma("GCC unroll 4") for (int i = 0; i < m; i++) left[i] = WIDE(lanes, a + i * a_row + p);  \
+            _Pragma("GCC unroll 6") for (int j = 0; j < n; j++) {                                          \
+                full_##lanes right = WIDE(lanes, b + b_offset[j] + p);                                     \
+                _Pragma("GCC unroll 4") for (int i = 0; i < m; i++) sum[i][j] += left[i] * right;          \
+            }                                                                                              \
+        }                                                                                                  \
+        if (p < k) {                                                                                       \
+            float rest[m + n][lanes];                                                                      \
+            memset(rest, 0, sizeof rest);                                                                  \
+            for (int i = 0; i < m; i++) memcpy(rest[i], a + i * a_row + p, (size_t)(k - p) * sizeof(float)); \
+            for (int j = 0; j < n; j++)                                                                    \
+                memcpy(rest[m + j], b + b_offset[j] + p, (size_t)(k - p) * sizeof(float));                 \
+            _Pragma("GCC unroll 4") for (int i = 0; i < m; i++)                                            \
+                _Pragma("GCC unroll 6") for (int j = 0; j < n; j++)                                        \
+                    sum[i][j] += WIDE(lanes, rest[i]) * WIDE(lanes, rest[m + j]);                          \
+        }                                                                                                  \
+        memcpy(sums, sum, sizeof sum);                                                                     \
     }
 
-#define ACROSS_ROWS(lanes, m, target) \
+#define ACROSS_ROWS(lanes, m, target)                                                                      \
     ACROSS(lanes, m, 1, target) ACROSS(lanes, m, 2, target) ACROSS(lanes, m, 3, target)
-#define ALONG_ROWS(lanes, m, target) \
-    ALONG(lanes, m, 1, target)       \
-    ALONG(lanes, m, 2, target)       \
-    ALONG(lanes, m, 3, target) ALONG(lanes, m, 4, target) ALONG(lanes, m, 5, target) ALONG(lanes, m, 6, target)
+#define ALONG_ROWS(lanes, m, target)                                                                       \
+    ALONG(lanes, m, 1, target) ALONG(lanes, m, 2, target) ALONG(lanes, m, 3, target)                       \
+    ALONG(lanes, m, 4, target) ALONG(lanes, m, 5, target) ALONG(lanes, m, 6, target)
 
 #define ACROSS_NAMES(lanes, m) {0, across_##lanes##_##m##_1, across_##lanes##_##m##_2, across_##lanes##_##m##_3}
-#define ALONG_NAMES(lanes, m) \
-    {0,                       \
-     along_##lanes##_##m##_1, \
-     along_##lanes##_##m##_2, \
-     along_##lanes##_##m##_3, \
-     along_##lanes##_##m##_4, \
-     along_##lanes##_##m##_5, \
-     along_##lanes##_##m##_6}
+#define ALONG_NAMES(lanes, m)                                                                              \
+    {0, along_##lanes##_##m##_1, along_##lanes##_##m##_2, along_##lanes##_##m##_3,                         \
+     along_##lanes##_##m##_4, along_##lanes##_##m##_5, along_##lanes##_##m##_6}
 
 /* 4 rows of 3 vectors fit into 16 registers, 8 rows into 32. */
-#define NARROW(lanes, target)                                                                                          \
-    ACROSS_ROWS(lanes, 1, target)                                                                                      \
-    ACROSS_ROWS(lanes, 2, target)                                                                                      \
-    ACROSS_ROWS(lanes, 3, target)                                                                                      \
-    ACROSS_ROWS(lanes, 4, target)                                                                                      \
-    ALONG(lanes, 1, 1, target)                                                                                         \
-    ALONG(lanes, 1, 2, target)                                                                                         \
-    ALONG(lanes, 1, 3, target)                                                                                         \
-    ALONG(lanes, 2, 1, target)                                                                                         \
-    ALONG(lanes, 2, 2, target) ALONG(lanes, 2, 3, target) ALONG(lanes, 3, 1, target) ALONG(lanes, 3, 2, target)        \
-        ALONG(lanes, 3, 3, target) ALONG(lanes, 4, 1, target) ALONG(lanes, 4, 2, target)                               \
-            ALONG(lanes, 4, 3, target) static const tiling TILING_##lanes = {                                          \
-                lanes,                                                                                                 \
-                4,                                                                                                     \
-                3 * lanes,                                                                                             \
-                4,                                                                                                     \
-                3,                                                                                                     \
-                {{0}, ACROSS_NAMES(lanes, 1), ACROSS_NAMES(lanes, 2), ACROSS_NAMES(lanes, 3), ACROSS_NAMES(lanes, 4)}, \
-                {{0},                                                                                                  \
-                 {0, along_##lanes##_1_1, along_##lanes##_1_2, along_##lanes##_1_3},                                   \
-                 {0, along_##lanes##_2_1, along_##lanes##_2_2, along_##lanes##_2_3},                                   \
-                 {0, along_##lanes##_3_1, along_##lanes##_3_2, along_##lanes##_3_3},                                   \
-                 {0, along_##lanes##_4_1, along_##lanes##_4_2, along_##lanes##_4_3}}};
+#define NARROW(lanes, target)                                                                              \
+    ACROSS_ROWS(lanes, 1, target) ACROSS_ROWS(lanes, 2, target) ACROSS_ROWS(lanes, 3, target)              \
+    ACROSS_ROWS(lanes, 4, target)                                                                          \
+    ALONG(lanes, 1, 1, target) ALONG(lanes, 1, 2, target) ALONG(lanes, 1, 3, target)                       \
+    ALONG(lanes, 2, 1, target) ALONG(lanes, 2, 2, target) ALONG(lanes, 2, 3, target)                       \
+    ALONG(lanes, 3, 1, target) ALONG(lanes, 3, 2, target) ALONG(lanes, 3, 3, target)                       \
+    ALONG(lanes, 4, 1, target) ALONG(lanes, 4, 2, target) ALONG(lanes, 4, 3, target)                       \
+    static const tiling TILING_##lanes = {                                                                     \
+        lanes, 4, 3 * lanes, 4, 3,                                                                         \
+        {{0}, ACROSS_NAMES(lanes, 1), ACROSS_NAMES(lanes, 2), ACROSS_NAMES(lanes, 3), ACROSS_NAMES(lanes, 4)}, \
+        {{0}, {0, along_##lanes##_1_1, along_##lanes##_1_2, along_##lanes##_1_3},                          \
+         {0, along_##lanes##_2_1, along_##lanes##_2_2, along_##lanes##_2_3},                               \
+         {0, along_##lanes##_3_1, along_##lanes##_3_2, along_##lanes##_3_3},                               \
+         {0, along_##lanes##_4_1, along_##lanes##_4_2, along_##lanes##_4_3}}};
 
 NARROW(2, )
 
@@ -126,22 +117,14 @@ ALONG_ROWS(8, 1, AVX512)
 ALONG_ROWS(8, 2, AVX512)
 ALONG_ROWS(8, 3, AVX512)
 ALONG_ROWS(8, 4, AVX512)
-static const tiling TILING_8 = {8,
-                                8,
-                                24,
-                                4,
-                                6,
-                                {{0},
-                                 ACROSS_NAMES(8, 1),
-                                 ACROSS_NAMES(8, 2),
-                                 ACROSS_NAMES(8, 3),
-                                 ACROSS_NAMES(8, 4),
-                                 ACROSS_NAMES(8, 5),
-                                 ACROSS_NAMES(8, 6),
-                                 ACROSS_NAMES(8, 7),
-                                 ACROSS_NAMES(8, 8)},
-                                {{0}, ALONG_NAMES(8, 1), ALONG_NAMES(8, 2), ALONG_NAMES(8, 3), ALONG_NAMES(8, 4)}};
+static const tiling TILING_8 = {
+    8, 8, 24, 4, 6,
+    {{0}, ACROSS_NAMES(8, 1), ACROSS_NAMES(8, 2), ACROSS_NAMES(8, 3), ACROSS_NAMES(8, 4), ACROSS_NAMES(8, 5),
+     ACROSS_NAMES(8, 6), ACROSS_NAMES(8, 7), ACROSS_NAMES(8, 8)},
+    {{0}, ALONG_NAMES(8, 1), ALONG_NAMES(8, 2), ALONG_NAMES(8, 3), ALONG_NAMES(8, 4)}};
 #endif
+
+/* clang-format on */
 
 static int max_lanes = 8;
 

@@ -1,7 +1,7 @@
 /* The innermost loops of products and convolutions: a tile of sums of products, kept in registers.
 
-   Numbers are widened as they are loaded. A product of two binary32 numbers is exact in binary64, so fused multiply-adds,
-   which the compiler makes by contraction, give the same bits as separate operations. */
+   Numbers are widened as they are loaded. A product of two binary32 numbers is exact in binary64, so fused
+   multiply-adds, which the compiler makes by contraction, give the same bits as separate operations. */
 
 #ifndef REPROML_TILE_H
 #define REPROML_TILE_H
@@ -55,10 +55,10 @@ static inline void fold(const double *restrict sums, int n, int lanes, double *r
 /* Returns the sum of squares of n numbers, `stride` elements apart. */
 double reproml_squares(const float *x, integer n, integer stride);
 
-/* Round a tile of sums to binary32. Each exact sum lies within g * row_bound[i] * column_bound[j] of its element, and the
-   bias of its row or column (either may be null) is one more term; g: the relative bound of a sum (relative_bound). sums:
-   rows of TILE_COLUMNS. out: [m][n] with `stride` elements between rows. Returns the number of elements for which the test
-   failed; their row * TILE_COLUMNS + column is in `failed`. */
+/* Round a tile of sums to binary32. Each exact sum lies within g * row_bound[i] * column_bound[j] of its element,
+   and the bias of its row or column (either may be null) is one more term; g: the relative bound of a sum
+   (relative_bound). sums: rows of TILE_COLUMNS. out: [m][n] with `stride` elements between rows. Returns the number
+   of elements for which the test failed; their row * TILE_COLUMNS + column is in `failed`. */
 int reproml_round_tile(const double *sums, int m, int n, double g, const double *row_bound, const double *column_bound,
                        const float *row_bias, const float *column_bias, float *out, integer stride, int *failed);
 

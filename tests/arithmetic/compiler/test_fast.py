@@ -1,4 +1,4 @@
-"""Formulas with a loop of their own (c/direct.c): the same bits as the plain evaluation and as the tape."""
+"""The fast loops of csrc give the same bits as the reference path and the compiled path."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def fresh(monkeypatch):
 
 
 def agree(name: str, *arguments: Any) -> torch.Tensor:
-    """The result, the same in all three forms."""
+    """Assert that all three paths give the same bits; return the result."""
     f = operator_table.EXACT[name]
     found: torch.Tensor = f(*arguments)
     expected = reference(f, *arguments)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(executor, "_FAST", {})
         patch.setattr(executor, "_plans", {})
-        taped = f(*arguments)
-    for other in (expected, taped):
+        compiled = f(*arguments)
+    for other in (expected, compiled):
         assert same_bits(found, other), (name, bits_of_tensor(found), bits_of_tensor(other))
     return found
 
 
-def is_direct() -> bool:
+def is_fast() -> bool:
     return any(plan is not None and plan.fast >= 0 for plan in executor._plans.values())
 
 
@@ -50,7 +50,7 @@ def normal(*shape: int, seed: int = 0, scale: float = 2) -> torch.Tensor:
 
 
 def any_numbers(n: int, seed: int = 0) -> torch.Tensor:
-    """Of any bits: all exponents, subnormal, infinite and NaN."""
+    """Numbers with random bits: all exponents, subnormal, infinite and NaN."""
     random = torch.Generator().manual_seed(seed)
     patterns = torch.randint(-(2**31), 2**31, (n,), generator=random)
     return patterns.to(torch.int32).view(torch.float32)
@@ -61,17 +61,17 @@ def integers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ONE)
-def test_one_operand(name):
+def test_formulas_of_one_operand(name):
     agree(name, torch.tensor(SPECIAL + NOT_FINITE))
     agree(name, any_numbers(4000))
     for scale in (1e-30, 1e-6, 1, 10, 100):
         agree(name, normal(2000, scale=scale))
     agree(name, integers(300) / 4)
-    assert is_direct()
+    assert is_fast()
 
 
 @pytest.mark.parametrize("name", TWO)
-def test_two_operands(name):
+def test_formulas_of_two_operands(name):
     special = [x.contiguous() for x in torch.broadcast_tensors(*grid(2))]
     agree(name, *special)
     agree(name, *[torch.tensor(SPECIAL + NOT_FINITE), torch.tensor(NOT_FINITE + SPECIAL)])
@@ -80,12 +80,12 @@ def test_two_operands(name):
         agree(name, normal(2000), normal(2000, seed=1, scale=scale))
     agree(name, integers(300), integers(300, seed=1) / 4)
     agree(name, normal(300) * 1e-40, normal(300, seed=1))
-    agree(name, integers(300).clamp(-1, 0), normal(300, seed=1, scale=4))  # zeros, many
-    assert is_direct()
+    agree(name, integers(300).clamp(-1, 0), normal(300, seed=1, scale=4))  # many zeros
+    assert is_fast()
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_backward", "silu_backward"])
-def test_around_the_zero_of_a_slope_and_the_ends(name):
+def test_zeros_of_gradients_and_ends_of_ranges(name):
     at = [-0.7517915964126587, -1.2784645557403564, -8.0, 8.0, -14.0, -27.0, -38.0, 700.0, -745.0]
     ulps = torch.arange(-3, 4, dtype=torch.int32)
     x = torch.cat([(torch.tensor([a]).view(torch.int32) + ulps).view(torch.float32) for a in at])
@@ -122,15 +122,15 @@ SHAPES = [(1, 1), (3, 1), (2, 2), (5, 12), (3, 15), (3, 16), (3, 17), (40, 33), 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ROWS)
-def test_rows(name, shape):
+def test_formulas_of_rows(name, shape):
     for x in rows_of(shape):
         agree(name, x, -1)
-    assert is_direct()
+    assert is_fast()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ROWS_BACKWARD)
-def test_backward_of_rows(name, shape):
+def test_gradients_of_rows(name, shape):
     forward = operator_table.EXACT[name.replace("_backward_data", "")]
     hot = torch.zeros(shape)
     hot[:, 0] = -1 / 3
@@ -138,24 +138,26 @@ def test_backward_of_rows(name, shape):
         y = forward(x, 1)
         for g in (normal(*shape, seed=3), integers(*shape, seed=3), hot, 0 * hot, any_row(shape)):
             agree(name, g, y, 1, torch.float32)
-    assert is_direct()
+    assert is_fast()
 
 
 def any_row(shape: tuple[int, ...]) -> torch.Tensor:
     return any_numbers(math.prod(shape), seed=5).view(shape)
 
 
-def test_longer_rows_are_left_to_the_tape():
+def test_longer_rows_take_the_compiled_path():
     agree("_softmax", normal(2, 2049), 1)
-    assert not is_direct()
+    assert not is_fast()
 
 
-def test_a_row_with_one_entry_passes():
-    """As in causal attention: its gradient is an exact zero, and found to be."""
+def test_row_with_one_entry_passes():
+    """As in causal attention: its gradient is an exact zero and passes the rounding test."""
     x = normal(6, 6).masked_fill(torch.ones(6, 6).tril() == 0, -math.inf)
     y = operator_table.EXACT["_softmax"](x, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor, "_complete", lambda *arguments: pytest.fail("it was not"))
+        patch.setattr(
+            executor, "_complete", lambda *arguments: pytest.fail("an element failed the test")
+        )
         z = operator_table.EXACT["_softmax_backward_data"](
             normal(6, 6, seed=1), y, 1, torch.float32
         )
@@ -178,7 +180,7 @@ def test_layouts(layout):
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads(threads, monkeypatch):
-    """Each thread has its own part of the failures; none is lost."""
+    """Each thread lists its own failures; none is lost."""
     monkeypatch.setattr(executor, "_TASK", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Loading the compiled loops: what is missing is said in one line, and never an error."""
+"""Load and call the compiled loops; a missing or broken library is one warning and never an error."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import reproml
 from reproml.arithmetic.compiler import kernels
 
 
-def test_they_are_built_here():
+def test_library_is_built():
     assert kernels.library is not None
 
 
 @pytest.mark.parametrize("case", ["not built", "not a library", "another version", "lacks a loop"])
-def test_one_line_says_what_is_missing(case, monkeypatch, caplog, tmp_path):
+def test_broken_library_logs_one_warning(case, monkeypatch, caplog, tmp_path):
     broken = tmp_path / "_kernels.so"
     broken.write_text("not a library")
     spec = None if case == "not built" else SimpleNamespace(origin=str(broken))
@@ -33,19 +33,19 @@ def test_one_line_says_what_is_missing(case, monkeypatch, caplog, tmp_path):
     assert "\n" not in record.getMessage()
 
 
-def test_nothing_is_said_where_they_are_switched_off(monkeypatch, caplog):
+def test_switched_off_library_logs_nothing(monkeypatch, caplog):
     monkeypatch.setenv("REPROML_KERNELS", "off")
     assert kernels._load_library() is None and not caplog.records
 
 
-def test_only_tensors_in_memory_of_the_processor_are_usable():
+def test_only_contiguous_cpu_tensors_are_usable():
     x = torch.ones(2, 3)
     assert kernels.usable(x) and not kernels.usable(x, x.t())
     assert not kernels.usable(torch.ones(2, device="meta"))
 
 
-def test_a_forked_process_with_one_thread_waits_for_nobody():
-    """As a worker of a DataLoader: the parent's threads are not there."""
+def test_forked_process_uses_one_thread():
+    """A worker of a DataLoader is forked without the threads of its parent."""
 
     class Products(torch.utils.data.Dataset):
         def __len__(self):
@@ -59,3 +59,18 @@ def test_a_forked_process_with_one_thread_waits_for_nobody():
         loader = torch.utils.data.DataLoader(Products(), num_workers=1, timeout=60)
         found = [x[0] for x in loader]
     assert torch.equal(found[0], first) and torch.equal(found[1], 2 * first)
+
+
+@pytest.mark.parametrize("count", [-1, 0, 3, 256, 257])
+def test_run_kernel_reports_failures(count):
+    def kernel(first, failed, capacity):
+        for i in range(min(max(count, 0), capacity)):
+            failed[i] = first + i
+        return count
+
+    complete, failed = kernels.run_kernel(kernel, 10)
+    assert complete == (0 <= count <= 256)
+    if complete and count:
+        assert torch.equal(failed, torch.arange(10, 10 + count))
+    else:
+        assert failed is None
