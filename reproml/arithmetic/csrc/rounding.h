@@ -53,9 +53,10 @@
    compensated.h, indexing.c              round_pair         of t: its additions            4 n + 4, n + 4 or n + 2 of
                                                                                             the sum of |errors|
 
-   tests/arithmetic/compiler/test_rounding_bounds.py checks the functions and the lines from optimizers.c on with numbers
-   just beside a midpoint; in a build whose U is too small, the same numbers have to come out wrong. It also checks the
-   gradients of sigmoid, softmax and log_softmax; test_fast.py compares the other formulas with the reference path. */
+   tests/arithmetic/compiler/test_rounding_bounds.py checks the functions, and the lines from optimizers.c on, with
+   numbers just beside a midpoint; in a build whose U is too small, the same numbers must be rounded wrongly. It also
+   checks the gradients of sigmoid, softmax and log_softmax; test_fast.py compares the other formulas with the reference
+   path. */
 
 #ifndef REPROML_ROUNDING_H
 #define REPROML_ROUNDING_H

@@ -71,6 +71,6 @@ def test_run_kernel_reports_failures(count):
     complete, failed = kernels.run_kernel(kernel, 10)
     assert complete == (0 <= count <= 256)
     if complete and count:
-        assert torch.equal(failed, torch.arange(10, 10 + count))
+        assert failed is not None and torch.equal(failed, torch.arange(10, 10 + count))
     else:
         assert failed is None

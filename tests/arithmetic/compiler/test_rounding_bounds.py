@@ -1,8 +1,8 @@
 """The table of csrc/rounding.h: each error bound leaves the room that its rounding test needs.
 
-The inputs have exact results just beside the midpoint of two binary32 numbers, which is where binary64
-sums end up. A loop must round them correctly or report them as failed. In a build whose unit roundoff U is
-far too small, so that the bounds have no room, the same inputs have to come out wrong.
+The inputs have exact results just beside the midpoint of two binary32 numbers, and in binary64 they round
+to that midpoint. A loop must round them correctly or report them as failed. In a build whose unit roundoff
+U is far too small, so that the bounds have no room, at least one of them must be rounded wrongly.
 """
 
 from __future__ import annotations
@@ -305,6 +305,7 @@ def normalized(library: Any) -> list[Found]:
 
 
 def tie(m: float) -> float:
+    """The midpoint m rounded to binary32, ties to even."""
     return torch.tensor(m, dtype=torch.float64).float().item()
 
 
