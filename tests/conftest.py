@@ -1,4 +1,4 @@
-"""What all tests share: the MNIST mirror, hypothesis settings, and no silent skips in CI."""
+"""What all tests share: the MNIST mirror, hypothesis settings, the quick selection, no skips in CI."""
 
 from __future__ import annotations
 
@@ -14,6 +14,31 @@ IN_CI = os.environ.get("CI") == "true"
 # No deadline: a test must not fail because the machine is slow.
 settings.register_profile("reproml", deadline=None, derandomize=IN_CI)
 settings.load_profile("reproml")
+
+
+# Each of these files takes more than three seconds. All others are the quick selection: `pytest -m quick`.
+SLOW_FILES = {
+    f"{folder}/test_{name}.py"
+    for folder, names in {
+        "tests": "cli distributed examples matrix package readme report script torch_internals",
+        "tests/arithmetic": "operator_table patches selftest",
+        "tests/arithmetic/compiler": "evaluate fast rounding_bounds",
+        "tests/arithmetic/dispatch": "deferred",
+        "tests/arithmetic/distributed": "sharded",
+        "tests/arithmetic/operators": "matmul normalization optimizers",
+        "tests/diff": "compare",
+        "tests/pipeline": "data faults preprocess",
+        "tests/tracing": "trace",
+        "tests/verification": "op_db",
+    }.items()
+    for name in names.split()
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.partition("::")[0] not in SLOW_FILES:
+            item.add_marker("quick")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import SLOW_FILES
+from tests.test_package import project_files
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 PATH = r"`((?:reproml|tests|docs|verification|benchmarks|tools|nix|examples|golden)/[\w/.-]+\.\w+)`"
@@ -49,3 +52,29 @@ def test_picture_shows_the_golden_hashes():
     picture = (ROOT / "docs/pictures/pipeline.svg").read_text("utf-8")
     for item in ("recipe.canonical_json.sha256", "weights.safetensors.sha256"):
         assert golden[item][:8] in picture
+
+
+# Words that a reader of PyTorch's or NumPy's documentation would stumble over (CONTRIBUTING.md).
+STUMBLING = re.compile(
+    r"\b(tells?|told|says|said|anew|whereof|dealt|unsettled|settle[sd]?|parting|lent|wish)\b"
+    r"|\bcomes? to (it|us|the)\b|\bgo(es)? on\b|\bhas the last word\b|\beach so many\b|\bno sooner\b"
+    r"|^ *# [Oo]f |\"\"\"Of |/\* Of "
+)
+LITERAL = ("file.tell", '"settled"', "['settled']")  # a method, the key of a results file
+
+
+def test_no_file_uses_unusual_english():
+    suffixes = (".py", ".c", ".h", ".md", ".nix", ".html", ".toml")
+    listed = [name(path) for path in project_files() if path.suffix in suffixes]
+    found = [
+        f"{file}:{number}: {line.strip()}"
+        for file in listed
+        if file != "tests/test_documents.py"
+        for number, line in enumerate((ROOT / file).read_text("utf-8").splitlines(), 1)
+        if STUMBLING.search(line) and not any(word in line for word in LITERAL)
+    ]
+    assert found == []
+
+
+def test_list_of_slow_files_names_files():
+    assert SLOW_FILES and all((ROOT / name).exists() for name in SLOW_FILES)

@@ -30,8 +30,8 @@ def import_graph(root: Path, package: str) -> dict[str, set[str]]:
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:
-                whole = [f"{node.module}.{alias.name}" for alias in node.names]
-                names = [name if name in paths else node.module for name in whole]
+                full = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = [name if name in paths else node.module for name in full]
             graph[module] |= {name for name in names if name in paths}
     return graph
 

@@ -130,12 +130,12 @@ def test_op_level_names_operator_and_line(tmp_path):
 def test_truncated_trace_diverges_at_its_end(tmp_path):
     train(tmp_path / "a")
     raw = (tmp_path / "a").read_bytes()
-    whole = raw[: raw.index(b'"step":4') + 3]
-    (tmp_path / "b").write_bytes(whole)
+    complete = raw[: raw.index(b'"step":4') + 3]
+    (tmp_path / "b").write_bytes(complete)
     found = compare(tmp_path / "a", tmp_path / "b")
     assert found is not None and found.part == "length" and found.cause[0] == "length"
     assert found.notes == [
-        f"{tmp_path / 'b'} is truncated after entry {whole.count(bytes([10])) - 1}"
+        f"{tmp_path / 'b'} is truncated after entry {complete.count(bytes([10])) - 1}"
     ]
 
 
@@ -150,7 +150,7 @@ def test_damage_after_first_difference_is_found(tmp_path):
 
 # --- the rerun ------------------------------------------------------------------------------------
 
-# An operator whose result is one ulp off where the variable says so, from the third step on.
+# An operator whose result is one ulp off where the variable is set, from the third step on.
 SCRIPT = """
 import os, sys
 import torch

@@ -39,7 +39,7 @@ def test_entries_are_read_back(path):
 
 
 def test_chain_follows_its_documented_definition(path):
-    """As the module's docstring says, with sha256sum."""
+    """Follow the docstring of the module, with sha256sum."""
     head = hashlib.sha256(b"reproml trace 1").hexdigest()
     for line in path.read_text().splitlines()[1:]:
         text, _, tail = line.rpartition(',"head":')
@@ -77,15 +77,15 @@ def test_truncated_file_yields_its_complete_entries(tmp_path_factory, data):
     raw = path.read_bytes()
     length = data.draw(st.integers(0, len(raw) - 1))
     path.write_bytes(raw[:length])
-    whole = raw[:length].count(b"\n")
-    if whole == 0:
+    complete = raw[:length].count(b"\n")
+    if complete == 0:
         with pytest.raises(
             ReproError, match="is empty|is truncated in its first line|is not a trace"
         ):
             Reader(path)
         return
     reader = Reader(path)
-    assert list(reader) == ENTRIES[: whole - 1]
+    assert list(reader) == ENTRIES[: complete - 1]
     assert reader.cut == (not raw[:length].endswith(b"\n"))
 
 
@@ -137,13 +137,13 @@ def test_only_a_trace_is_replaced(path, tmp_path):
 @pytest.mark.parametrize("at", range(5))
 def test_resume_from_a_head(tmp_path, at, rest):
     heads = written(tmp_path / "trace")
-    whole = (tmp_path / "trace").read_bytes()
-    (tmp_path / "trace").write_bytes(whole + rest)
+    complete = (tmp_path / "trace").read_bytes()
+    (tmp_path / "trace").write_bytes(complete + rest)
     writer = Writer(tmp_path / "trace", {"level": "step"}, heads[at])
     for entry in ENTRIES[at + 1 :]:
         writer.append(entry)
     writer.close()
-    assert (tmp_path / "trace").read_bytes() == whole
+    assert (tmp_path / "trace").read_bytes() == complete
 
 
 def test_resume_from_foreign_head_is_refused(path):

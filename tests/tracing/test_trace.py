@@ -290,12 +290,12 @@ def test_resumed_training_has_uninterrupted_trace(tmp_path, at, level):
                     if stop < 6:
                         raise KeyboardInterrupt
 
-    train(tmp_path / "whole", {}, 6)
+    train(tmp_path / "single", {}, 6)
     checkpoint: dict = {}
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts", checkpoint, at)
     train(tmp_path / "parts", checkpoint, 6)
-    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "single").read_bytes()
 
 
 def test_one_trace_at_a_time(tmp_path):
@@ -375,23 +375,23 @@ def test_resumed_run_has_uninterrupted_trace(tmp_path, monkeypatch, numerics, le
     monkeypatch.chdir(tmp_path)
     asks_for_a_trace(tmp_path, level)
     more = ["--numerics", numerics]
-    assert main(["train", *TINY, *more, "--out", "whole"]) == 0
+    assert main(["train", *TINY, *more, "--out", "single"]) == 0
     tiny.begin(monkeypatch, *TINY, *more, "--out", "parts", until=stops[0])
     for stop in stops[1:]:
         tiny.begin(monkeypatch, "--resume", "parts", *more, until=stop)
     assert Path(".parts.trace.jsonl").exists()
     assert main(["train", "--resume", "parts", *more]) == 0
-    whole, parts = (
-        (tmp_path / name / TRACE).read_bytes().splitlines()[1:] for name in ("whole", "parts")
+    single, parts = (
+        (tmp_path / name / TRACE).read_bytes().splitlines()[1:] for name in ("single", "parts")
     )
-    assert parts == whole and len(whole) > 3
-    assert sorted(os.listdir()) == ["parts", "tiny.toml", "whole"]
+    assert parts == single and len(single) > 3
+    assert sorted(os.listdir()) == ["parts", "single", "tiny.toml"]
 
 
 def test_named_trace_file_is_resumed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny.toml(tmp_path)
-    assert main(["train", *TINY, "--out", "whole", "--trace", "a"]) == 0
+    assert main(["train", *TINY, "--out", "single", "--trace", "a"]) == 0
     tiny.begin(monkeypatch, *TINY, "--trace", "b", until=4)
     with Path("b").open("ab") as file:
         file.write(b'{"entry":"step",')  # killed in the next one

@@ -57,7 +57,7 @@ INLINE void two_sum(double a, double b, double *s, double *t) {
     *s = sum;
 }
 
-/* The elements for which the rounding test failed: `count` flat indices, of which `index` holds the first
+/* The elements for which the rounding test failed: `count` flat indices; `index` holds the first
    `capacity`. */
 typedef struct {
     integer *index, capacity, count;
