@@ -10,7 +10,7 @@ To add an operator, change four files:
 
 1. its family's file in operators/: the definition;
 2. this file: a line in EXACT;
-3. tests/arithmetic/test_operator_table.py: a case with its oracle, without which that test fails;
+3. tests/arithmetic/test_operator_table.py: a case with its oracle, without which test_coverage.py fails;
 4. docs/operators.md: a line in the table of operators.
 
 Its backward operator, if PyTorch has one, needs the same. A change of an existing definition's results

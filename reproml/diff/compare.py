@@ -368,7 +368,7 @@ def _first_operator(a: Rerun, b: Rerun) -> Optional[Operator]:
 
 def _compare_runs(a: Path, b: Path, rerun: bool) -> Optional[Divergence]:
     """Compare two runs by their traces if both have one, else by their items and weights."""
-    difference = ulps.first_difference(_read_weights(a / WEIGHTS), _read_weights(b / WEIGHTS))
+    difference = ulps.largest_difference(_read_weights(a / WEIGHTS), _read_weights(b / WEIGHTS))
     if all((path / TRACE).exists() for path in (a, b)):
         found = compare_traces(Reader(a / TRACE), Reader(b / TRACE), rerun)
         found = found and replace(found, kind="run")
@@ -393,7 +393,7 @@ def _as_header(folder: Path) -> dict[str, Any]:
 
 def _compare_weights(a: Path, b: Path, rerun: bool) -> Optional[Divergence]:
     x, y = _read_weights(a), _read_weights(b)
-    difference = ulps.first_difference(x, y)
+    difference = ulps.largest_difference(x, y)
     if difference is None:
         return None
     differing = sum(n not in x or n not in y or not _same(x[n], y[n]) for n in {*x, *y})

@@ -41,7 +41,7 @@ def distance(a: Tensor, b: Tensor) -> Optional[Distance]:
     return Distance(int(differences.max(initial=0)), elements, x.size)
 
 
-def first_difference(
+def largest_difference(
     a: Mapping[str, Tensor], b: Mapping[str, Tensor]
 ) -> Optional[tuple[str, Optional[Distance]]]:
     """Return the name and the distance of the tensor that differs most, or None if all are equal.

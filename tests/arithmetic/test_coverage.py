@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 import warnings
@@ -21,6 +22,7 @@ from reproml.arithmetic import operator_table
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.dispatcher import Kind
 from reproml.arithmetic.handlers import handler_of
+from tests.arithmetic.test_operator_table import CASES, ELSEWHERE
 from verification import op_db
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -270,3 +272,10 @@ def test_docs_name_every_table_line():
     page = (ROOT / "docs" / "operators.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([a-z0-9_]+)`", page))
     assert sorted(set(operator_table.EXACT) - named) == []
+
+
+def test_every_operator_has_a_case():
+    assert set(CASES) | set(ELSEWHERE) == set(operator_table.EXACT)
+    for test in ELSEWHERE.values():
+        module, function = test.rsplit(".", 1)
+        assert hasattr(importlib.import_module(f"tests.arithmetic.{module}"), function)

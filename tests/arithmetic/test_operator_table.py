@@ -11,7 +11,6 @@ over axes, `drawn` and `Case` any arguments.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -994,13 +993,6 @@ def path(request, monkeypatch):
         monkeypatch.setattr(kernels, "library", None)
     elif kernels.library is None:
         pytest.skip("the kernels are not built")
-
-
-def test_every_operator_has_a_case():
-    assert set(CASES) | set(ELSEWHERE) == set(operator_table.EXACT)
-    for test in ELSEWHERE.values():
-        module, function = test.rsplit(".", 1)
-        assert hasattr(importlib.import_module(f"tests.arithmetic.{module}"), function)
 
 
 # Operators for which the sign of an exact zero depends on how the formula is written.

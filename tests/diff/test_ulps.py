@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reproml.diff.ulps import Distance, distance, first_difference
+from reproml.diff.ulps import Distance, distance, largest_difference
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False), st.integers(0, 50))
@@ -41,11 +41,11 @@ def test_integers_and_other_shapes_have_no_ulps():
 def test_first_difference_is_the_largest():
     x = {"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(2)}
     near, far = torch.tensor([1.0, 1.0 + 2**-23]), torch.tensor([1.0, 1.5])
-    assert first_difference(x, x) is None
-    assert first_difference(x, {**x, "b": near}) == ("b", Distance(1, 1, 2))
-    assert first_difference(x, {**x, "a": near, "b": far}) == ("b", Distance(2**22, 1, 2))
-    assert first_difference(x, {**x, "c": torch.ones(3)}) == ("c", None)
-    assert first_difference(x, {"a": x["a"]}) == ("b", None)
+    assert largest_difference(x, x) is None
+    assert largest_difference(x, {**x, "b": near}) == ("b", Distance(1, 1, 2))
+    assert largest_difference(x, {**x, "a": near, "b": far}) == ("b", Distance(2**22, 1, 2))
+    assert largest_difference(x, {**x, "c": torch.ones(3)}) == ("c", None)
+    assert largest_difference(x, {"a": x["a"]}) == ("b", None)
 
 
 def test_all_nans_are_equal():

@@ -3,9 +3,10 @@
 `elementwise` and `rowwise` evaluate `formula(ctx, x, y, ...)` (see numerics/balls.py). Each element takes
 the first of these paths that can round it:
 
-1. the compiled path (executor.py), where the kernels were built: a fast loop, then a recorded program;
-2. the reference path: balls on float64 tensors, and the rounding test;
-3. the exact path: fractions where the result is rational, otherwise balls of mpmath's long numbers.
+1. the fast path: a loop of its own in C, for the most frequent formulas (executor.py);
+2. the compiled path: a recorded program (executor.py). Both need the C library;
+3. the reference path: balls on float64 tensors, and the rounding test;
+4. the exact path: fractions where the result is rational, otherwise balls of mpmath's long numbers.
 
 All paths return the same bits, as each returns only values that are correctly rounded for certain.
 """

@@ -42,7 +42,8 @@ class FormulaCall:
         """
         dim: the axis of the rows that the formula takes; None for an elementwise formula.
         fast: the name of the formula's own loop, if it has one (see _FAST).
-        reference: the operator's definition, where it is more than the formula.
+        reference: the operator's complete definition, where the formula describes it only as long as the
+            result passes the rounding test.
         """
         self.formula, self.dim, self.fast, self.reference = formula, dim, fast, reference
 
@@ -69,7 +70,7 @@ class _Plan(NamedTuple):
     sizes: Any
     strides: Any
     shape: Sequence[int]  # of the result
-    like: int  # the operand that the result is laid out like; -1 for none: contiguous
+    like: int  # the operand whose layout the result takes; -1: contiguous
     results: int
     order: Sequence[int]  # the axes in the order in which the program counts elements
     full: Sequence[int]  # the shape of the operands, broadcast; at least one axis
@@ -83,13 +84,16 @@ _plans: dict[Any, Optional[_Plan]] = {}
 _programs: dict[Any, Optional[Program]] = {}
 _local = threading.local()
 
-_PLANS = 2048  # plans and programs that are kept
-_TASK = 1 << 16  # instructions on elements, above which several threads are used
-_FAILED, _KEPT = 1 << 14, 1 << 22  # smallest buffer of indices, and the largest that is kept
-_FEW = 16  # failures that the exact path may take
+_MAX_PLANS = 2048  # plans and programs that are kept
+_MIN_WORK_FOR_THREADS = 1 << 16  # instructions times elements, above which several threads are used
+_MIN_BUFFER, _MAX_KEPT_BUFFER = (
+    1 << 14,
+    1 << 22,
+)  # smallest buffer of indices, and the largest that is kept
+_FEW = 16  # fewer failures than this may go to the exact path at once
 
 # The formulas with a loop of their own, in the order of the enum in csrc. The loops on rows take at most
-# _ROOM numbers a row, as in csrc; a loop costs about _FAST_STEPS instructions of a program.
+# _MAX_ROW numbers a row, as in csrc; a loop costs about _FAST_STEPS instructions of a program.
 _FAST = {
     name: i
     for i, name in enumerate(
@@ -97,7 +101,7 @@ _FAST = {
         softmax log_softmax softmax_backward log_softmax_backward""".split()
     )
 }
-_ROOM, _FAST_STEPS = 2048, 16
+_MAX_ROW, _FAST_STEPS = 2048, 16
 
 
 def run(call: FormulaCall, operands: Sequence[Any]) -> Optional[Tensor]:
@@ -113,13 +117,13 @@ def run(call: FormulaCall, operands: Sequence[Any]) -> Optional[Tensor]:
             key += (x.dtype, x.shape, x.stride())
     except (TypeError, AttributeError):  # a formula without a key, or a Python number
         return _run_on_float64(call, operands)
-    hashed = tuple(key)
+    cache_key = tuple(key)
     try:
-        plan = _plans[hashed]
+        plan = _plans[cache_key]
     except KeyError:
-        if len(_plans) >= _PLANS:
+        if len(_plans) >= _MAX_PLANS:
             _plans.clear()
-        plan = _plans[hashed] = _plan(key[0], call, operands)
+        plan = _plans[cache_key] = _plan(key[0], call, operands)
     if plan is None:
         return _run_on_float64(call, operands)
     if plan.like < 0:
@@ -128,7 +132,7 @@ def run(call: FormulaCall, operands: Sequence[Any]) -> Optional[Tensor]:
         out = torch.empty_like(operands[plan.like])
     failed = _failure_buffer(plan.results)
     pointers = plan.pointers(*[x.data_ptr() for x in operands], out.data_ptr())
-    tasks = torch.get_num_threads() if plan.work > _TASK else 1
+    tasks = torch.get_num_threads() if plan.work > _MIN_WORK_FOR_THREADS else 1
     layout = plan.dims, plan.sizes, plan.strides, pointers, failed.data_ptr(), tasks
     if plan.program is None:
         count = library.reproml_fast(plan.fast, *layout)
@@ -180,8 +184,8 @@ def _failure_buffer(count: int) -> Tensor:
             return failed
     except AttributeError:
         pass
-    failed = torch.empty(max(count, _FAILED), dtype=torch.int64, device="cpu")
-    if count <= _KEPT:
+    failed = torch.empty(max(count, _MIN_BUFFER), dtype=torch.int64, device="cpu")
+    if count <= _MAX_KEPT_BUFFER:
         _local.failed = failed
     return failed
 
@@ -271,13 +275,13 @@ def _program(
     key: Any, formula: Formula, dtypes: Sequence[torch.dtype], rows: bool
 ) -> Optional[Program]:
     """Return program_of(...) from the cache: a formula is recorded once for all shapes."""
-    hashed = (key, *dtypes, rows)
+    cache_key = (key, *dtypes, rows)
     try:
-        return _programs[hashed]
+        return _programs[cache_key]
     except KeyError:
-        if len(_programs) >= _PLANS:
+        if len(_programs) >= _MAX_PLANS:
             _programs.clear()
-        program = _programs[hashed] = program_of(formula, dtypes, rows)
+        program = _programs[cache_key] = program_of(formula, dtypes, rows)
         return program
 
 
@@ -322,5 +326,5 @@ def _fast_loop(
         dense = len(sizes) == 1 and all(step == [1] for step in steps)
         fits = dense or sizes[0] == 1
     else:
-        fits = sizes[-1] <= _ROOM
+        fits = sizes[-1] <= _MAX_ROW
     return _FAST[call.fast] if fits else -1

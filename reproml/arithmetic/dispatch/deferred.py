@@ -142,7 +142,7 @@ class ReplayLog:
                 with self.collect_outcomes() as entry.outcomes:
                     result = function(*args, **kwargs)
             except BaseException:
-                if flushes == self.flushes:  # a flush since then has corrected what `before` copied
+                if flushes == self.flushes:  # otherwise a flush has restored newer contents
                     _restore(entry.before)
                 raise
             if self.entries or entry.outcomes:
@@ -186,7 +186,7 @@ class ReplayLog:
                 return
             entries, self.entries, self.bytes = self.entries, [], 0
             self.flushes += 1
-            with _native(), self.immediate_tests():
+            with _native_unseen(), self.immediate_tests():
                 owners = [i for i, entry in enumerate(entries) for _ in entry.outcomes]
                 failed = failed_indices([x for entry in entries for x in entry.outcomes])
                 for i in sorted({owners[j] for j in failed}):
@@ -286,7 +286,7 @@ def _replay(entries: list[Entry]) -> None:
 
 
 @contextmanager
-def _native() -> Iterator[None]:
+def _native_unseen() -> Iterator[None]:
     """Run operators natively and unseen by modes; results may be inference tensors."""
     with key.exclude(), DisableTorchDispatch(), DisableTorchFunction():
         with torch.inference_mode():

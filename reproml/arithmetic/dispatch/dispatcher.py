@@ -99,10 +99,10 @@ class Registration:
         self._make_kernel = make_kernel
         self._library = torch.library.Library("aten", "IMPL")
         self._copy_library = torch.library.Library("aten", "IMPL")
-        self._other_namespaces = torch.library.Library("_", "IMPL")
+        self._other_namespaces = torch.library.Library("_", "IMPL")  # "_": all namespaces
         self._copies: list[str] = []
         self._fallback_kernels: dict[Any, Kernel] = {}
-        # One by one: while a mode is active, PyTorch does not find a fallback for all of aten.
+        # A fallback for all of aten would be shorter, but PyTorch skips it while a mode is active.
         for name in _aten_names():
             functional = name.partition(".")[0]
             if functional.endswith("_") and functional[:-1] in views | copies:

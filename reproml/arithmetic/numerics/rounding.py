@@ -47,18 +47,18 @@ SLACK = 1 + 2.0**-20
 # Absolute error of a binary64 operation that underflows, with a wide margin (see elementary.exp).
 TINY = 2.0**-1000
 
-# Computes the correctly rounded values of the elements that failed the test, on the accurate path. Takes
+# Computes the correctly rounded values of the elements that failed the test, on the exact path. Takes
 # their flat indices, int64 [k]; returns k binary32 numbers.
 Resolve = Callable[[Tensor], Sequence[float]]
 
 
-def _read_now(failed: Tensor, mid: Tensor) -> bool:
+def _never_defer(failed: Tensor, mid: Tensor) -> bool:
     return False
 
 
 # Hook: whether somebody else reads later what failed, so that the host does not wait for a device here. The
-# dispatcher assigns deferred.defer_test; without a dispatcher each outcome is read at once.
-defer_test: Callable[[Tensor, Tensor], bool] = _read_now
+# dispatcher assigns replay_log.defer_test; without a dispatcher each outcome is read at once.
+defer_test: Callable[[Tensor, Tensor], bool] = _never_defer
 
 
 def rounding_test(low: Tensor, high: Tensor, zeros_agree: bool = False) -> tuple[Tensor, Tensor]:

@@ -181,7 +181,7 @@ def test_layouts(layout):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads(threads, monkeypatch):
     """Each thread lists its own failures; none is lost."""
-    monkeypatch.setattr(executor, "_TASK", 0)
+    monkeypatch.setattr(executor, "_MIN_WORK_FOR_THREADS", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -180,7 +180,7 @@ def added(ctx: Any, x: Any, y: Any) -> Any:
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_no_failure_is_lost_between_threads(threads, monkeypatch):
     """Each thread writes its failures to its own section of the buffer."""
-    monkeypatch.setattr(executor, "_TASK", 0)
+    monkeypatch.setattr(executor, "_MIN_WORK_FOR_THREADS", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -239,7 +239,7 @@ def test_unsupported_formulas_take_the_reference_path():
 
 
 def test_number_of_plans_is_bounded(monkeypatch):
-    monkeypatch.setattr(executor, "_PLANS", 4)
+    monkeypatch.setattr(executor, "_MAX_PLANS", 4)
 
     def plus(n: int) -> Any:
         return elementwise(lambda ctx, x: x + n, torch.zeros(1)).item()
