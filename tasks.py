@@ -66,7 +66,7 @@ def test(c: Context) -> None:
 
 @task
 def quick(c: Context) -> None:
-    """Run the tests that take under a minute in all."""
+    """Run the quick selection of the tests, under a minute in total."""
     _run(c, f"{PYTHON} -m pytest -q -m quick")
 
 

@@ -145,12 +145,14 @@ def test_own_recipe_verifies(tmp_path):
 
 
 @pytest.mark.parametrize("script", blocks("python"))
-def test_own_script_has_one_digest(script, tmp_path):
+def test_own_script_has_the_stated_digest(script, tmp_path):
     other = {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
     first = python("-c", script, cwd=tmp_path)
     second = python("-c", script, cwd=tmp_path, setting=other)
     assert re.fullmatch("[0-9a-f]{64}\n", first.stdout), first.stderr
     assert second.stdout == first.stdout
+    (stated,) = re.findall(r"# ([0-9a-f]{16})\.\.\.$", script, flags=re.MULTILINE)
+    assert first.stdout.startswith(stated)
 
 
 def test_files_and_links_exist():
