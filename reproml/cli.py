@@ -1,6 +1,7 @@
 """The command line: `python -m reproml VERB`. tasks.py makes its tasks from the same VERBS and OPTIONS.
 
-Exit status: 0 success; 1 a mismatch; 2 bad input, reported in one sentence; 130 interrupted.
+Exit status: 0 success; 1 a mismatch; 2 bad input, reported in one sentence; 130 interrupted; 141 the
+program that reads a pipe ended before the work was done.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from reproml.errors import NotExactError, ReproError
-from reproml.terminal import Terminal
+from reproml.terminal import Terminal, complain, printable
+from reproml.torchrun import this_worker
 
 if TYPE_CHECKING:
     from reproml.matrix import Row
@@ -231,7 +233,7 @@ def run_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Run a training script, unmodified, and print the digests of what it trained and saved."""
     from reproml import script
 
-    first = _rank() == 0  # all workers that torchrun started have the same results
+    first = this_worker().rank == 0  # all workers that torchrun started have the same results
     digest = args.digest if first else None
     command = args.script, args.arguments
     exit_request, result = script.execute(*command, args.numerics, digest, args.trace)
@@ -239,8 +241,10 @@ def run_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     for line in lines:
         terminal.print(line)
     if first and not lines and exit_request is None:
-        nothing = "no optimizer took a step and no state dict was saved: nothing to digest"
-        print(f"reproml: {nothing}", file=sys.stderr)
+        complain(
+            "nothing to digest: no optimizer of torch.optim took a step and no state dict was "
+            "saved; save one with torch.save(model.state_dict(), FILE), or print reproml.digest(model)"
+        )
     if exit_request is not None:
         raise exit_request  # with the status that the script chose
     return 0, result
@@ -331,7 +335,7 @@ def report_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     folder = args.run or _default_folder(args, recipe)
     named = folder.resolve() if folder.name in ("", "..") else folder  # --run . or / has no name
     out = args.out or named.parent / f"{named.name}.html"
-    page = report.build_page(folder, args.recipe or recipe.name, args.data, args.diff)
+    page = report.build_page(folder, args.recipe, args.data, args.diff)
     report.write_page(page.html, out)
     verdict = {True: "verified", False: "not the golden run", None: "no golden file"}[page.verified]
     terminal.print(f"wrote {out}: {verdict}")
@@ -345,8 +349,12 @@ def report_command(args: argparse.Namespace, terminal: Terminal) -> Result:
 def diff_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Find where two traces, runs, weights or golden files first diverge, by how much, and why."""
     from reproml.diff import compare as differences
+    from reproml.diff.rerun import Again, script_words
 
-    found = differences.compare(args.a, args.b, args.rerun)
+    if args.script is not None and not args.rerun:
+        raise ReproError("--script names the script that --rerun runs; add --rerun")
+    again = Again(script_words(args.script), terminal.print) if args.rerun else None
+    found = differences.compare(args.a, args.b, again)
     for line in differences.lines(found, str(args.a), str(args.b)):
         terminal.print(line)
     return int(found is not None), {"differ": found is not None, **(asdict(found) if found else {})}
@@ -355,19 +363,9 @@ def diff_command(args: argparse.Namespace, terminal: Terminal) -> Result:
 # --- several workers, started by torchrun -----------------------------------------------------------
 
 
-def _rank() -> int:
-    """Return this process's number among those that torchrun started, 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def _has_other_workers() -> bool:
-    """Return whether torchrun started more than one process."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def _refuse_useless_workers(args: argparse.Namespace) -> None:
     """Raise ReproError if torchrun started several workers for the work of one process."""
-    if not _has_other_workers():
+    if this_worker().size == 1:
         return
     if not VERBS[args.verb].trains or (args.verb == "verify" and args.run is not None):
         raise ReproError(
@@ -461,7 +459,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--script": {
         "metavar": "'SCRIPT.py ARGS'",
-        "help": "training script to run instead of a recipe, with its arguments in one string",
+        "help": "training script to run instead of a recipe, with its arguments in one string; for diff, "
+        "the one that --rerun runs",
     },
     "--trace": {
         "type": Path,
@@ -522,8 +521,21 @@ VERBS = {
     "matrix": Verb(matrix_command, "--recipe --script --data --steps --workers --json"),
     "doctor": Verb(doctor_command, "--run --json"),
     "report": Verb(report_command, "--recipe --data --run --out --diff --json"),
-    "diff": Verb(diff_command, "a b --rerun --json"),
+    "diff": Verb(diff_command, "a b --rerun --script --json"),
 }
+
+
+class _ShowVersions(argparse.Action):
+    """Prints the versions on which results depend, without loading PyTorch."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: Any) -> None:
+        from importlib.metadata import version
+
+        from reproml.versions import DEFINITIONS, __version__
+
+        pytorch = version("torch")
+        print(f"reproml {__version__}, definitions {DEFINITIONS}, PyTorch {pytorch}")
+        parser.exit()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -531,6 +543,7 @@ def parser() -> argparse.ArgumentParser:
     main_parser = argparse.ArgumentParser(
         prog="reproml", description="Deep learning that is reproducible to the last bit."
     )
+    main_parser.add_argument("--version", action=_ShowVersions, nargs=0, help="print versions")
     subparsers = main_parser.add_subparsers(metavar="VERB", required=True)
     for name, verb in VERBS.items():
         text = verb.command.__doc__
@@ -547,33 +560,40 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one verb and return the exit status. Raises SystemExit only for an invalid command line."""
     args, unknown = parser().parse_known_args(argv)
     if unknown:
-        args.usage_error(f"unrecognized arguments: {' '.join(unknown)}")  # shows the verb's usage
-    shared = _has_other_workers() and args.verb != "run"  # a script coordinates its own workers
+        args.usage_error(
+            f"unrecognized arguments: {printable(' '.join(unknown))}"
+        )  # shows the verb's usage
     try:
         _refuse_useless_workers(args)
-        if shared and _rank() > 0:
+        worker = this_worker()
+        shared = worker.size > 1 and args.verb != "run"  # a script coordinates its own workers
+        if shared and worker.rank > 0:
             _train_with_first_worker(args)
             return 0
         status, result = VERBS[args.verb].command(args, Terminal(to_stderr=args.json))
         if shared:
             _release_waiting_workers()
         if args.json:
-            print(json.dumps(result, indent=2))
+            print(json.dumps(result, indent=2), flush=True)
         return status
+    except BrokenPipeError:
+        # What is still in the buffers at exit has nowhere to go either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # of a program that SIGPIPE ends
     except (ReproError, NotExactError, OSError) as error:
-        print(f"reproml: {error}", file=sys.stderr)
+        complain(error)
+        return 2
+    except RecursionError:
+        complain("a file is nested too deeply to be read")
         return 2
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         if package not in PIPELINE_MODULES:
             raise
-        print(
-            f"reproml: {args.verb} needs the package {package}; install reproml[pipeline]",
-            file=sys.stderr,
-        )
+        complain(f"{args.verb} needs the package {package}; install reproml[pipeline]")
         return 2
     except KeyboardInterrupt:
-        print("reproml: interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130
 
 

@@ -29,6 +29,7 @@ from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.distributed.sharded import RoundRobinShard, Sharded, shard_batch
 from reproml.errors import NotExactError, ReproError
 from reproml.torch_internals import tree_leaves, tree_map_only
+from reproml.torchrun import this_worker
 
 # How long to wait for a worker that lives but does not answer. One that has ended is noticed at once.
 _TIMEOUT = timedelta(minutes=10)
@@ -207,7 +208,7 @@ def joined(batch_size: int = sys.maxsize, job: Any = None) -> Iterator[Any]:
     Yields the `job` of worker 0, any Python object, on every worker: only worker 0 has to know it before.
     Raises ReproError if there are more workers than rows in a batch.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = this_worker().size
     if size == 1:
         yield job
         return

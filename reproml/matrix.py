@@ -168,6 +168,7 @@ def _reproml(setting: Setting, arguments: list[str], numerics: str) -> str:
         env={**inherited, **setting.variables},
         capture_output=True,
         text=True,
+        errors="backslashreplace",
         check=False,
     )
     if child.returncode == 0:

@@ -36,9 +36,10 @@ from reproml.files import write_atomically
 from reproml.pipeline import golden, run
 from reproml.pipeline.data import Split
 from reproml.pipeline.golden import Comparison
-from reproml.pipeline.recipe import Recipe, load_recipe
+from reproml.pipeline.recipe import Recipe, load_recipe, recipe_names
 from reproml.pipeline.run import Items, Number
 from reproml.pipeline.train import step_count
+from reproml.terminal import printable
 from reproml.tracing.chain import Reader
 
 _WEIGHTS_SHA256 = f"{run.WEIGHTS}.sha256"  # of all hashes the first on the page
@@ -46,6 +47,7 @@ _EPOCH = re.compile(r"epoch\.([0-9]{1,9})\..+")  # metrics.json may have been ed
 _BATCH = 1024  # bounds the memory
 _MOST_WRONG = 12  # images
 _MISTAKES = 8  # pairs of classes
+_HUGE, _TINY = 1e305, 1e-300  # beyond these the arithmetic of the axes overflows or underflows
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,15 @@ class Plot:
 
 def build_page(
     folder: Path,
-    recipe_name: str = "mnist-mlp",
+    recipe_name: Optional[str] = None,
     data_folder: Optional[Path] = None,
     other: Optional[Path] = None,
 ) -> Page:
     """Return the page of a run.
 
-    recipe_name: name or path, as on the command line. other: a run folder or a trace, to show where the
-    two first diverge. Raises ReproError if the folder is not a complete run of the recipe, or if the golden
-    file or the other run or trace cannot be read.
+    recipe_name: name or path, as on the command line; None: the recipe in run.json. other: a run folder or
+    a trace, to show where the two first diverge. Raises ReproError if the folder is not a complete run of
+    the recipe, or if the golden file or the other run or trace cannot be read.
     """
     shown = contents(folder, recipe_name, data_folder, other)
     return Page(render(shown), shown["verdict"].verified, shown["differs"], shown["compared"])
@@ -121,7 +123,7 @@ def build_page(
 
 def render(shown: dict[str, Any]) -> str:
     """Return the HTML of a page. The template escapes every text and fails on a missing name."""
-    return _TEMPLATE.render(shown)
+    return "\n".join(map(printable, _TEMPLATE.render(shown).split("\n")))
 
 
 def write_page(html: str, path: Path) -> None:
@@ -186,10 +188,11 @@ def png(grey: NDArray[np.uint8]) -> bytes:
 
 
 def contents(
-    folder: Path, recipe_name: str, data_folder: Optional[Path], other: Optional[Path]
+    folder: Path, recipe_name: Optional[str], data_folder: Optional[Path], other: Optional[Path]
 ) -> dict[str, Any]:
     """Return everything that the page shows, by the names that the template uses."""
-    recipe = load_recipe(recipe_name)
+    recipe = load_recipe(recipe_name) if recipe_name else run.recorded_recipe(folder)
+    file = recipe_name or _file_of(recipe)
     record = run.read_record(folder)
     numerics = "native" if record.get("numerics") == "native" else "exact"
     divergence = _compare(folder, other) if other else None
@@ -209,9 +212,11 @@ def contents(
     facts = doctor.facts(record)
     times = record["times"] if isinstance(record.get("times"), dict) else {}
     steps = step_count(recipe, len(dataset.train.labels))
+    named = f"--recipe {shlex.quote(file)} " * bool(recipe_name)  # else the one in run.json
+    verify = f"python -m reproml verify {named}--run {shlex.quote(str(folder))}"
     return {
         "name": recipe.name,
-        "recipe_name": recipe_name,
+        "recipe_name": file,
         "folder": folder,
         "native": numerics == "native",
         "started": str(times.get("started", ""))[:16].replace("T", " "),
@@ -233,8 +238,21 @@ def contents(
         "most_wrong": _most_wrong(dataset.test, dataset.levels, probabilities),
         "settings": list(_flat("", record.get("recipe", {}))),
         "environment": _grouped(facts),
-        "hashes": _hashes(found, folder, recipe_name, recipe.train.epochs, steps, numerics),
+        "hashes": _hashes(
+            found,
+            folder,
+            file,
+            recipe.train.epochs,
+            steps,
+            None if numerics == "native" else verify,
+        ),
     }
+
+
+def _file_of(recipe: Recipe) -> str:
+    """Return the name of a recipe of the project; of any other the file that README.md would call it."""
+    known = recipe.name in recipe_names() and load_recipe(recipe.name).sha256 == recipe.sha256
+    return recipe.name if known else f"{recipe.name}.toml"
 
 
 def _verdict(folder: Path, recipe: Recipe, found: Items, recorded: Items) -> Verdict:
@@ -259,7 +277,15 @@ def _step_losses(folder: Path) -> list[float]:
     if not (folder / run.TRACE).is_file():
         return []
     entries = Reader(folder / run.TRACE)
-    return [float(loss) for e in entries if e["entry"] == "step" for loss in e["loss"][:1]]
+    return [_number(loss) for e in entries if e["entry"] == "step" for loss in e["loss"][:1]]
+
+
+def _number(text: str) -> float:
+    """Return a loss of a trace; NaN for one that is not a single real number."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _compare(folder: Path, other: Path) -> Optional[Divergence]:
@@ -311,7 +337,8 @@ def _figures(
         meaning = f"correct in the {name}: {correct:,} of {total:,}"
         figures.append((f"{100 * correct / total:.2f} %", meaning))
     if losses:
-        figures.append((f"{losses[-1]:.4f}", "mean loss in the last epoch"))
+        text = f"{losses[-1]:.4f}" if abs(losses[-1]) < 1e6 else f"{losses[-1]:.4g}"
+        figures.append((text, "mean loss in the last epoch"))
     parameters = sum(p.numel() for p in model.parameters())
     figures.append((f"{parameters:,}", "parameters"))
     figures.append((f"{(folder / run.WEIGHTS).stat().st_size:,}", "bytes of weights"))
@@ -385,16 +412,19 @@ def _grouped(facts: dict[str, str]) -> dict[str, list[tuple[str, str]]]:
 
 
 def _hashes(
-    items: Items, folder: Path, recipe_name: str, epochs: int, steps: int, numerics: str
+    items: Items, folder: Path, recipe_name: str, epochs: int, steps: int, verify: Optional[str]
 ) -> list[tuple[str, str, str]]:
-    """Return name, value and command of every hash that a command can check, the weights first."""
+    """Return name, value and command of every hash that a command can check, the weights first.
+
+    verify: the command that compares the run with its golden file, None for a native run.
+    """
     names = sorted((n for n in items if n.endswith(".sha256")), key=lambda n: n != _WEIGHTS_SHA256)
-    commands = {n: _command(n, folder, recipe_name, epochs, steps, numerics) for n in names}
+    commands = {n: _command(n, folder, recipe_name, epochs, steps, verify) for n in names}
     return [(name, str(items[name]), c) for name, c in commands.items() if c is not None]
 
 
 def _command(
-    name: str, folder: Path, recipe_name: str, epochs: int, steps: int, numerics: str
+    name: str, folder: Path, recipe_name: str, epochs: int, steps: int, verify: Optional[str]
 ) -> Optional[str]:
     """Return a shell command that prints the hash or compares it, None if no command does."""
     weights = shlex.quote(str(folder / run.WEIGHTS))
@@ -405,21 +435,17 @@ def _command(
         return f"python -m reproml data --recipe {recipe}"
     if epoch := _EPOCH.fullmatch(name):
         steps = steps * int(epoch[1]) // epochs
-        native = " --numerics native" * (numerics == "native")
+        native = " --numerics native" * (verify is None)
         return f"python -m reproml train --recipe {recipe} --steps {steps}{native}"
-    if numerics == "native":
-        return None  # verify needs a golden file
-    return f"python -m reproml verify --recipe {recipe} --run {shlex.quote(str(folder))}"
+    return verify
 
 
 # --- plots and the template -------------------------------------------------------------------------
 
 
 def plot(curves: Sequence[Curve], across: str, up: str) -> Optional[Plot]:
-    """Lay out curves over one pair of axes; None if no value is finite. The vertical axis includes 0."""
-    finite = [
-        [(x, y) for x, y in c.points if math.isfinite(x) and math.isfinite(y)] for c in curves
-    ]
+    """Lay out curves over one pair of axes; None if no value is below _HUGE. The vertical has 0."""
+    finite = [[(x, y) for x, y in c.points if abs(x) < _HUGE and abs(y) < _HUGE] for c in curves]
     everything = [point for points in finite for point in points]
     if not everything:
         return None
@@ -454,10 +480,14 @@ def plot(curves: Sequence[Curve], across: str, up: str) -> Optional[Plot]:
 
 def ticks(low: float, high: float) -> list[float]:
     """Return three to six round numbers that enclose both."""
-    raw = (high - low or 1.0) / 4
-    power = 10.0 ** math.floor(math.log10(raw))
+    raw = max((high - low or 1.0) / 4, _TINY)
+    digits = math.floor(math.log10(raw))
+    power = 10.0**digits
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
-    return [round(k * step, 12) for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    return [
+        round(k * step, 12 - digits)
+        for k in range(math.floor(low / step), math.ceil(high / step) + 1)
+    ]
 
 
 _TEMPLATE = Environment(

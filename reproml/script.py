@@ -138,7 +138,8 @@ def execute(
     target = digest_file and _writable(digest_file)  # absolute: the script may change the folder
     observer = Observer()
     # The trace is opened before sys.argv is set: its header records this process's command line.
-    with trace(trace_file) if trace_file else nullcontext():
+    # Its numerics show `diff --rerun` that this verb recorded it and not the script.
+    with trace(trace_file, about={"numerics": numerics}) if trace_file else nullcontext():
         main = _main_module(script, arguments, path)
         with observer.observing():
             exit_request = _execute_source(source, path, main, numerics)

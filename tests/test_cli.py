@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from reproml.errors import NotExactError
 from reproml.pipeline import golden
 from reproml.pipeline import run as runs
 from reproml.pipeline.checkpoint import checkpoint_paths
+from reproml.versions import DEFINITIONS, __version__
 from tests import tiny
 
 
@@ -361,6 +363,58 @@ def test_every_verb_has_help(capsys):
             main([name, "--help"])
         assert caught.value.code == 0
     assert "default: mnist-mlp" in capsys.readouterr().out
+
+
+def test_version_names_package_definitions_pytorch(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    expected = f"reproml {__version__}, definitions {DEFINITIONS}, PyTorch {version('torch')}\n"
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_closed_pipe_has_its_own_status(at_work, more):
+    items = {**tiny.run().items, "test.correct": 1}
+    golden.write_golden(items, golden.golden_path("tiny"), force=False)
+    command = [sys.executable, "-m", "reproml", "verify", *TINY, *more]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()  # as `head -1` does after its line
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 141
+    assert b"Traceback" not in errors and b"Broken" not in errors
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "ascii"])
+def test_names_that_are_not_utf8_are_printed(at_work, coding):
+    """Names of files are bytes; a terminal shows some of them only as escapes."""
+    items = {**tiny.run().items, "zz\x1b[2K\rok": "\u202e"}
+    golden.write_golden(items, golden.golden_path("tiny"), force=False)
+    name = os.fsdecode(b"\xff\x1b[2K\xc3\xa9")
+    with runs.reserve_run_folder(Path(name)) as save:
+        save(tiny.run())
+    setting = {**os.environ, "PYTHONIOENCODING": coding}
+    for verb in (["report"], ["verify"], ["doctor"], ["evaluate", "--json"]):
+        command = [sys.executable, "-m", "reproml", *verb, "--run", name]
+        shown = subprocess.run(command, env=setting, capture_output=True, check=False)
+        assert shown.returncode == (1 if verb[0] in ("report", "verify") else 0), shown.stderr
+        assert b"\x1b" not in shown.stdout + shown.stderr
+    assert b"\x1b" not in Path(name + ".html").read_bytes()
+    assert main(["diff", name, "none\x1b[2K"]) == 2
+
+
+def test_too_deep_file_is_refused(at_work, capsys):
+    with runs.reserve_run_folder(Path("run")) as save:
+        save(tiny.run())
+    record = json.loads(Path("run/run.json").read_text())
+    deep = '{"a":' * 900 + "1" + "}" * 900
+    text = json.dumps({**record, "deep": "DEEP"}).replace('"DEEP"', deep)
+    Path("run/run.json").write_text(text.replace('"seed": 1', f'"seed": 1, "x": {deep}', 1))
+    for verb in (["doctor", "--run", "run"], ["verify", "--run", "run"], ["diff", "run", "run"]):
+        assert main(verb) in (0, 1, 2)
+        assert "Traceback" not in capsys.readouterr().err
 
 
 def test_python_m_reproml_is_the_command():

@@ -28,6 +28,7 @@ from reproml.distributed import DistributedDataParallel, joined
 from reproml.errors import ReproError
 from tests import tiny
 from tests.arithmetic.distributed.together import together
+from tests.test_torchrun import ADDRESS, set_variables
 from verification.subprocesses import ROOT, environment
 
 
@@ -114,7 +115,7 @@ def test_training_resumes_with_another_number_of_workers(tmp_path):
 
 
 def test_more_workers_than_rows_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "65")
+    set_variables(monkeypatch, {"WORLD_SIZE": "65", "RANK": "0", **ADDRESS})
     with pytest.raises(ReproError, match="65 workers are too many for batches of 64 rows"):
         with joined(64):
             pass
@@ -244,7 +245,6 @@ def test_sent_bytes_are_counted(alone):
 )
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_verb_without_training_is_refused_under_torchrun(monkeypatch, capsys, verb, rank):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", rank)
+    set_variables(monkeypatch, {"WORLD_SIZE": "2", "RANK": rank, **ADDRESS})
     assert main(verb) == 2
     assert f"reproml: {verb[0]} does not train" in capsys.readouterr().err

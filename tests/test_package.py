@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -105,6 +106,40 @@ def test_wheel_carries_recipes_and_golden_files(tmp_path):
     modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("reproml/**/*.py")}
     assert recipes and golden
     assert inside >= recipes | golden | modules | {"reproml/report.html"}
+
+
+def test_package_is_found_beside_its_clone(tmp_path):
+    """In the folder that holds a clone named `reproml`, for an editable install."""
+    clone = tmp_path / "reproml"
+    for path in ROOT.glob("reproml/**/*"):
+        if path.is_file() and path.suffix in (".py", ".toml"):
+            target = clone / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, clone / name)
+    install = (
+        "from setuptools.build_meta import build_editable; import sys; build_editable(sys.argv[1])"
+    )
+    (clone / "setup.py").write_text(
+        "from setuptools import setup; setup()"
+    )  # without the C library
+    subprocess.run(
+        [sys.executable, "-c", install, str(tmp_path)], cwd=clone, check=True, capture_output=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        (name,) = [name for name in content.namelist() if name.endswith(".pth")]
+        assert Path(content.read(name).decode().strip()) == clone
+    shown = subprocess.run(
+        [sys.executable, "-m", "reproml", "--version"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(clone)},  # as the .pth file does
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 0 and shown.stdout.startswith("reproml "), shown.stderr
 
 
 def test_the_public_names_are_functions_whatever_was_imported_before() -> None:

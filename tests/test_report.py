@@ -389,7 +389,18 @@ def test_ticks_are_few_and_enclose_range(low, span):
 
 
 @pytest.mark.parametrize(
-    "losses", [[], [math.nan], [math.inf, 1.0], [0.5], [0.0, 0.0], [1e300, 1e-300]]
+    "losses",
+    [
+        [],
+        [math.nan],
+        [math.inf, 1.0],
+        [0.5],
+        [0.0, 0.0],
+        [1e300, 1e-300],
+        [-9e304, 9e304],
+        [1e-13],
+        [5e-324],
+    ],
 )
 def test_only_finite_losses_are_drawn(losses):
     html = report.render(contents(loss_plot=report.loss_plot(losses, ())))
@@ -398,6 +409,19 @@ def test_only_finite_losses_are_drawn(losses):
     assert not any("nan" in n or "inf" in n for n in numbers)
     finite = [loss for loss in losses if math.isfinite(loss)]
     assert ("No value is finite" in html) == (not finite) and html.count("<circle") == len(finite)
+
+
+@pytest.mark.parametrize("loss", [1e308, -1e308, 1.7e308])
+def test_report_on_huge_losses_is_written(loss, capsys):
+    items = {**tiny.run().items, "epoch.1.loss": loss, "epoch.2.loss": -loss}
+    (FOLDER / "metrics.json").write_text(runs.items_json(items))
+    assert main(["report", *TINY]) == 1
+    assert capsys.readouterr().out == "wrote runs/tiny.html: not the golden run\n"
+
+
+def test_step_loss_may_be_a_fingerprint():
+    """A trace has the fingerprint of a loss of several elements."""
+    assert report._number("0.5") == 0.5 and math.isnan(report._number("00ab00ab00ab00ab"))
 
 
 # --- the page is well-formed, safe and readable----------------------------------------------------
@@ -448,6 +472,18 @@ def test_every_text_is_escaped(at_work):
     assert len(Parsed(html).all("script")) == len(plain.all("script")) == 1
 
 
+def test_control_characters_are_shown_as_text(at_work):
+    folder = at_work / os.fsdecode(b"\xff\x1b[2K")
+    save_run(folder)
+    record = json.loads((folder / "run.json").read_text())
+    record["machine"]["cpu"] = "\u202egnp.exe\x9b"
+    (folder / "run.json").write_text(json.dumps(record))
+    html = page(folder).html
+    html.encode()
+    assert r"\udcff\x1b[2K" in html and r"\u202egnp.exe\x9b" in html
+    assert all(c.isprintable() or c == "\n" for c in html)
+
+
 def test_record_without_times_or_machine_has_page():
     """The record that Nix makes has only what an evaluation needs."""
     record = json.loads((FOLDER / "run.json").read_text())
@@ -479,6 +515,16 @@ def test_report_of_dot_is_written_beside_run(capsys, at_work, monkeypatch):
     assert (at_work / "runs/tiny.html").is_file() and len(os.listdir(".")) == 4
     assert main(["report", "--run", "/"]) == 2
     assert "/ is not a complete run" in capsys.readouterr().err
+
+
+def test_report_takes_recipe_of_the_run(capsys, at_work):
+    """Without --recipe the one that run.json records, which has no other file here."""
+    (at_work / "tiny.toml").unlink()
+    assert main(["report", "--run", "runs/tiny"]) == 0
+    assert capsys.readouterr().out == "wrote runs/tiny.html: verified\n"
+    html = Path("runs/tiny.html").read_text(encoding="utf-8")
+    assert "python -m reproml verify --run runs/tiny<" in html
+    assert "python -m reproml data --recipe tiny.toml<" in html
 
 
 def test_exit_status_is_one_for_other_run(capsys):

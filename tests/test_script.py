@@ -225,7 +225,9 @@ def test_bad_input_is_reported_before_the_script_runs(tmp_path, reproml_run, arg
 def test_run_reports_that_nothing_was_digested(reproml_run):
     result = reproml_run("script.py", source="import torch\nprint(torch.ones(2).sum().item())")
     assert result.returncode == 0
-    assert result.stdout == "2.0\n" and result.stderr.endswith("nothing to digest\n")
+    assert result.stdout == "2.0\n" and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("reproml: nothing to digest: ")
+    assert "torch.save(model.state_dict(), FILE)" in result.stderr
 
 
 def test_interrupt_prints_one_line(tmp_path):

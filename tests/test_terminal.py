@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import io
+import sys
+
+import pytest
+
 from reproml.pipeline.golden import Comparison
-from reproml.terminal import Terminal
+from reproml.terminal import Terminal, complain, printable
 
 GOOD, BAD = Comparison("a.sha256", "0" * 64, "0" * 64), Comparison("b.count", "12", "13")
 
@@ -38,3 +43,49 @@ def test_json_moves_lines_to_standard_error(capsys):
     Terminal(to_stderr=True).print("hello")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "hello\n")
+
+
+HOSTILE = "zz\x1b[2K\x1b[1G\rok \x9b1A\u202e\n\u2028\udcff"
+SHOWN = r"zz\x1b[2K\x1b[1G\rok \x9b1A\u202e\n\u2028\udcff"
+
+
+def test_printable_shows_control_characters_as_text():
+    assert printable(HOSTILE) == SHOWN and printable(SHOWN) == SHOWN
+    assert printable("äß 漢 ▁█ é") == "äß 漢 ▁█ é"
+    assert printable("ä▁", "latin-1") == r"ä\u2581"
+
+
+def test_control_characters_are_shown_everywhere(capsys, monkeypatch):
+    Terminal().print(HOSTILE + " :smile:")  # no code of an emoji is replaced either
+    complain(HOSTILE)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == (f"{SHOWN} :smile:\n", f"reproml: {SHOWN}\n")
+    rows = [Comparison(HOSTILE, HOSTILE, "\x1b"), Comparison(HOSTILE, HOSTILE, HOSTILE)]
+    Terminal().table(rows)
+    assert "\x1b" not in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "300")
+    Terminal().table(rows)
+    shown = capsys.readouterr().out
+    assert shown.count(SHOWN) == 4 and "\x1b[2K" not in shown
+
+
+def test_ascii_terminal_gets_escapes(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    Terminal().print("▁ é")
+    Terminal().table([GOOD])
+    complain("é")
+    stream.flush()
+    assert stream.buffer.getvalue().decode("ascii").splitlines()[0] == r"\u2581 \xe9"
+
+
+def test_closed_pipe_raises(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        Terminal().print("x")

@@ -4,8 +4,9 @@
 
 In a folder with a recipe, its golden file, runs, checkpoints, traces and a data set in MNIST's format, one
 or several files are altered, and a verb is called in this process. Allowed are exit status 0, 1, and
-2 with one sentence on standard error. Any other outcome is printed with the seed that reproduces it.
-Half of the damaged checkpoints get the right hash, so that the code after the check is reached as well.
+2 with one sentence on standard error, and no control character is printed. Any other outcome is printed
+with the seed that reproduces it. Half of the damaged checkpoints and traces get the right hashes, so that
+the code after the check is reached as well.
 MNIST's files never do, because nothing decodes them before their hash has been checked.
 """
 
@@ -16,6 +17,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import json
 import os
 import random
 import shutil
@@ -26,7 +28,7 @@ import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 
@@ -34,6 +36,7 @@ import reproml
 from reproml import cli
 from reproml.pipeline import data
 from reproml.pipeline.checkpoint import Checkpoints
+from reproml.tracing import chain
 
 RECIPE = """
 name = "fuzzed"
@@ -72,6 +75,11 @@ COMMANDS = [
     ["diff", "runs/fuzzed", "runs/other"],
     ["diff", "runs/fuzzed/weights.safetensors", "runs/other/weights.safetensors"],
     ["diff", "golden/fuzzed.json", "runs/fuzzed/metrics.json"],
+    ["diff", "golden/fuzzed.json", "runs/other/metrics.json"],
+    ["diff", "one.trace", "three.trace"],
+    ["diff", "three.trace", "one.trace", "--rerun"],
+    ["doctor", "--run", "runs/fuzzed"],
+    ["report", "--run", "runs/other"],
     ["report", "--recipe", "./digits.toml", "--run", "runs/fuzzed"],
     ["report", "--recipe", "./digits.toml", "--run", "runs/fuzzed", "--diff", "runs/other"],
     ["report", "--recipe", "./digits.toml", "--run", "runs/other", "--diff", "one.trace", "--json"],
@@ -81,10 +89,18 @@ COMMANDS = [
 WORDS = [
     "", "-1", "0", "1", "99999999999999999999", "nan", "é", "/", "..", "../..", "/dev/null",
     "runs", "runs/fuzzed", "digits.toml", "mnist", "--json", "--run", "--resume", "--steps", "--",
+    "\x1b[2K\r", "\udcff", "\n", "\u202e", "--script", "--version",
 ]
 SNIPPETS = [
     b"", b"\0", b"\xff", b"-1", b"1e999", b"NaN", b"null", b"[]", b"{}", b'"', b"\n", b"[" * 2000,
     b"9" * 400, b"\xff" * 8, b"\x80\x02c", b'"../../up"', b'{"a":1,"a":2}', b"= [[", b"e308",
+    b"9" * 20_000, b"1e308", b"\x1b[2K\x1b[1G", b"\\u001b[2K", b"\\u202e", b"\\udcff", b"\xef\xbb\xbf",
+]
+# Values for keys of a trace's header and entries, where random bytes would seldom be JSON.
+VALUES: list[Any] = [
+    None, True, -1, 0, 5, 2**53, 10**400, 1e308, "", "x", "-1", "1e999", "0" * 16, "exact", "\x1b[2K\r",
+    "\udcff", [], ["x"], ["\x1b[2K"], [None], [1], [[]], [["0"]], [["0", "0"]], {}, {"x": "\x1b[2K"},
+    "step", "end",
 ]
 # fmt: on
 
@@ -116,7 +132,8 @@ def prepare(folder: Path) -> None:
         with reproml.trace(f"{name}.trace", level):
             few = ["--steps", "2", "--recipe", "./digits.toml"]
             assert call([*TRAIN, *few])[0] == 0
-    assert call([*TRAIN, "--recipe", "./digits.toml", "--out", "runs/other"])[0] == 0
+    other = ["--recipe", "./digits.toml", "--out", "runs/other"]
+    assert call([*TRAIN, *other, "--trace", "three.trace"])[0] == 0
     shutil.copy("one.trace", "runs/other/trace.jsonl")
 
 
@@ -139,12 +156,44 @@ def mutate(content: bytes, chance: random.Random) -> bytes:
 
 def alter_file(folder: Path, chance: random.Random) -> None:
     path = chance.choice(sorted(p for p in folder.rglob("*") if p.is_file()))
-    new = mutate(path.read_bytes(), chance)
+    old = path.read_bytes()
+    forged = old.startswith(chain._BEGINNING) and chance.random() < 0.7
+    try:
+        new = forge(old, chance) if forged else mutate(old, chance)
+    except (ValueError, KeyError):  # a trace that was altered before
+        new = mutate(old, chance)
     path.write_bytes(new)
     if path.name.startswith("step-") and chance.random() < 0.5:
         path.rename(
             path.with_name(f"{path.name[:14]}{hashlib.sha256(new).hexdigest()}.safetensors")
         )
+
+
+def forge(content: bytes, chance: random.Random) -> bytes:
+    """Return a trace with some values replaced and all hashes right, as anybody can write it."""
+    lines = [json.loads(line) for line in content.splitlines()]
+    for _ in range(chance.choice([1, 1, 2, 4])):
+        entry = chance.choice([lines[0], *lines[:4], *lines])
+        while True:
+            key = chance.choice(sorted(entry))
+            if not isinstance(entry[key], dict) or not entry[key] or chance.random() < 0.2:
+                break
+            entry = entry[key]
+        if chance.random() < 0.2:
+            del entry[key]
+        elif isinstance(entry[key], list) and entry[key] and chance.random() < 0.5:
+            entry[key][chance.randrange(len(entry[key]))] = chance.choice(VALUES)
+        else:
+            entry[key] = chance.choice(VALUES)
+        if not all(lines):
+            break
+    lines = [{k: v for k, v in line.items() if k not in ("head", "sha256")} for line in lines]
+    forged, head = chain._sealed(lines[0]), chain._START
+    for entry in lines[1:]:
+        text = json.dumps(entry, separators=(",", ":")).encode()
+        head = hashlib.sha256(head.encode() + text).hexdigest()
+        forged += text[:-1] + chain._tail(head)
+    return forged
 
 
 def alter_words(command: list[str], chance: random.Random) -> list[str]:
@@ -156,14 +205,18 @@ def alter_words(command: list[str], chance: random.Random) -> list[str]:
 
 def call(command: list[str]) -> tuple[object, str]:
     """Run a command; return its exit status and its standard error."""
-    errors = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         try:
-            return cli.main(command), errors.getvalue()
+            status: object = cli.main(command)
         except SystemExit as exit_request:
-            return exit_request.code, errors.getvalue()
+            status = exit_request.code
         except BaseException:
             return "a traceback", traceback.format_exc()
+    output, errors = (stream.buffer.getvalue().decode() for stream in streams)
+    if not all(c.isprintable() or c == "\n" for c in output + errors):
+        return "a control character", repr(output + errors)
+    return status, errors
 
 
 def try_mutant(folder: Path, seed: int, statuses: Counter[object]) -> Optional[str]:

@@ -44,8 +44,8 @@ class Evidence:
             if self.differs("environment", *keys)
         ]
         a, b = self.both("environment", "variables")
-        x: dict[str, str] = a or {}
-        y: dict[str, str] = b or {}
+        x: dict[str, Any] = a if isinstance(a, dict) else {}
+        y: dict[str, Any] = b if isinstance(b, dict) else {}
         for name in sorted(
             {*x, *y} - {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY"}
         ):

@@ -4,6 +4,7 @@ It compares two traces, run folders, weights or golden files:
 
 reproml diff a.trace b.trace           # the first step and tensor that differ
 reproml diff a.trace b.trace --rerun   # and, by running that step again, the first operator and its line
+                                       # (of a script: --rerun --script 'SCRIPT.py ARGS')
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from reproml.diff import causes, ulps
 from reproml.diff.causes import Evidence
-from reproml.diff.rerun import Rerun
+from reproml.diff.rerun import Again, Rerun
 from reproml.diff.ulps import Distance
 from reproml.errors import ReproError
 from reproml.pipeline.golden import compare_items
@@ -83,23 +84,23 @@ class Divergence:
     notes: list[str] = field(default_factory=list)
 
 
-def compare(a: Path, b: Path, rerun: bool = False) -> Optional[Divergence]:
+def compare(a: Path, b: Path, again: Optional[Again] = None) -> Optional[Divergence]:
     """Compare two traces, run folders, .safetensors or golden files; return None if they are equal.
 
-    `rerun` runs the first diverging step again on both sides (see rerun.py), to find the operator. Raises
-    ReproError if the two are not of the same kind or one cannot be read.
+    With `again` the first diverging step is run again on both sides (see rerun.py), to find the operator.
+    Raises ReproError if the two are not of the same kind, or one cannot be read or run again.
     """
     kinds = [_kind(path) for path in (a, b)]
     if kinds[0] != kinds[1]:
         files = [f"{kind} file" if kind != "run" else "run folder" for kind in kinds]
         raise ReproError(f"{a} is a {files[0]} and {b} a {files[1]}: give two of the same kind")
     if kinds[0] == "trace":
-        return compare_traces(Reader(a), Reader(b), rerun)
-    if rerun and not (kinds[0] == "run" and all((p / TRACE).exists() for p in (a, b))):
+        return compare_traces(Reader(a), Reader(b), again)
+    if again and not (kinds[0] == "run" and all((p / TRACE).exists() for p in (a, b))):
         raise ReproError("--rerun needs two traces, or two runs that have traces")
     return {"run": _compare_runs, "weights": _compare_weights, "golden": _compare_goldens}[
         kinds[0]
-    ](a, b, rerun)
+    ](a, b, again)
 
 
 def _kind(path: Path) -> str:
@@ -130,7 +131,7 @@ class _FirstDifference:
     differing: Optional[tuple[int, int]] = None
 
 
-def compare_traces(a: Reader, b: Reader, rerun: bool = False) -> Optional[Divergence]:
+def compare_traces(a: Reader, b: Reader, again: Optional[Again] = None) -> Optional[Divergence]:
     """Compare two traces entry by entry, each read once; see `compare`."""
     if a.header["level"] != b.header["level"]:
         raise ReproError(
@@ -163,8 +164,8 @@ def compare_traces(a: Reader, b: Reader, rerun: bool = False) -> Optional[Diverg
         rest.growth,
         notes=[f"{r.path} is truncated after entry {r.entries}" for r in (a, b) if r.cut],
     )
-    if rerun and difference.part in _RERUN:
-        found = _with_rerun(found, a, b, difference)
+    if again and difference.part in _RERUN:
+        found = _with_rerun(found, a, b, difference, again)
     numerics = optimizers[0] if optimizers else ({}, {})
     evidence = Evidence(
         {"numerics": numerics[0].get("numerics"), **a.header},
@@ -272,8 +273,8 @@ def _loss_distance(difference: _FirstDifference) -> Optional[Distance]:
     assert difference.a and difference.b
     pairs = zip(difference.a["loss"], difference.b["loss"])
     with contextlib.suppress(ValueError):  # losses that are not single numbers
-        x, y = next((float(x), float(y)) for x, y in pairs if x != y)
-        return Distance(_largest_ulps([x], [y]), 1, 1)
+        for x, y in ((float(x), float(y)) for x, y in pairs if x != y):
+            return Distance(_largest_ulps([x], [y]), 1, 1)
     return None
 
 
@@ -285,11 +286,11 @@ def _tensor(
         return None
     if difference.part == "batch":
         return f"tensor {difference.at + 1} of the batch"
-    entry = difference.a if difference.a["entry"] == "optimizer" else None
-    if difference.a["entry"] == "step":
-        entry = optimizers[difference.a["optimizer"]][0]
-    if entry and difference.part in ("initial weights", "gradients", "weights"):
-        return str(entry["tensors"][difference.at])
+    names = difference.a["tensors"] if difference.a["entry"] == "optimizer" else []
+    if difference.a["entry"] == "step" and difference.a["optimizer"] < len(optimizers):
+        names = optimizers[difference.a["optimizer"]][0]["tensors"]
+    if difference.part in ("initial weights", "gradients", "weights"):
+        return str(names[difference.at]) if difference.at < len(names) else None
     return None
 
 
@@ -324,12 +325,12 @@ def _described(
 
 
 def _with_rerun(
-    found: Divergence, a: Reader, b: Reader, difference: _FirstDifference
+    found: Divergence, a: Reader, b: Reader, difference: _FirstDifference, again: Again
 ) -> Divergence:
     """Add the first operator whose results differ in that step, and the distance of the tensors."""
     assert found.step is not None
     with tempfile.TemporaryDirectory() as x, tempfile.TemporaryDirectory() as y:
-        runs = Rerun(a, found.step, Path(x)), Rerun(b, found.step, Path(y))
+        runs = Rerun(a, found.step, Path(x), again), Rerun(b, found.step, Path(y), again)
         notes = [
             f"the rerun of {reader.path} did not reproduce the bits of its trace: another machine, or "
             "something that changes from run to run; the operator is that of the rerun"
@@ -338,8 +339,9 @@ def _with_rerun(
         ]
         distance = found.distance
         if found.part in ("gradients", "weights") and found.tensor:
-            values = [run.tensors(found.part)[found.tensor] for run in runs]
-            distance = ulps.distance(*values)
+            values = [run.tensors(found.part).get(found.tensor) for run in runs]
+            if values[0] is not None and values[1] is not None:
+                distance = ulps.distance(values[0], values[1])
         operator = _first_operator(*runs)
         if found.part == "initial weights" and operator:
             distance = operator.distance
@@ -366,11 +368,11 @@ def _first_operator(a: Rerun, b: Rerun) -> Optional[Operator]:
 # --- runs, weights, golden files --------------------------------------------------------------------------
 
 
-def _compare_runs(a: Path, b: Path, rerun: bool) -> Optional[Divergence]:
+def _compare_runs(a: Path, b: Path, again: Optional[Again]) -> Optional[Divergence]:
     """Compare two runs by their traces if both have one, else by their items and weights."""
     difference = ulps.largest_difference(_read_weights(a / WEIGHTS), _read_weights(b / WEIGHTS))
     if all((path / TRACE).exists() for path in (a, b)):
-        found = compare_traces(Reader(a / TRACE), Reader(b / TRACE), rerun)
+        found = compare_traces(Reader(a / TRACE), Reader(b / TRACE), again)
         found = found and replace(found, kind="run")
     else:
         found = _compare_items(
@@ -391,7 +393,7 @@ def _as_header(folder: Path) -> dict[str, Any]:
     return {**record, "definitions": record.get("definitions.version"), "environment": record}
 
 
-def _compare_weights(a: Path, b: Path, rerun: bool) -> Optional[Divergence]:
+def _compare_weights(a: Path, b: Path, again: Optional[Again]) -> Optional[Divergence]:
     x, y = _read_weights(a), _read_weights(b)
     difference = ulps.largest_difference(x, y)
     if difference is None:
@@ -418,12 +420,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         found: dict[str, Tensor] = safetensors.torch.load(path.read_bytes())
     except OSError as error:
         raise ReproError(f"cannot read {path}: {error.strerror}") from None
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ReproError(f"{path} is truncated or not a safetensors file ({error})") from None
     return found
 
 
-def _compare_goldens(a: Path, b: Path, rerun: bool) -> Optional[Divergence]:
+def _compare_goldens(a: Path, b: Path, again: Optional[Again]) -> Optional[Divergence]:
     return _compare_items(read_items(a), read_items(b), "golden", {}, {})
 
 

@@ -20,11 +20,12 @@ returns a path whose file would be read a second time to decode it, and depends 
 
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
 import os
-import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reproml.errors import ReproError
+from reproml.terminal import complain
 
 
 class Split(NamedTuple):
@@ -99,6 +101,7 @@ MIRRORS = (
 ROUNDS = 3  # how often all mirrors are tried for a file
 PAUSE = 1.0  # seconds between two rounds
 TIMEOUT = 30.0  # seconds without a byte until a download fails
+LIMIT = 600.0  # seconds until the download of a file fails
 
 
 def _mnist(folder: Optional[Path]) -> Dataset:
@@ -170,9 +173,9 @@ def _cached_or_downloaded(name: str) -> bytes:
         try:
             return _read_checked(path)
         except ReproError as error:
-            _report(f"{error}: downloading it again")
+            complain(f"{error}: downloading it again")
     mirror = os.environ.get("REPROML_MIRROR", "")
-    if mirror and not mirror.startswith(("http://", "https://")):
+    if mirror and not mirror.lower().startswith(("http://", "https://")):
         with _naming("REPROML_MIRROR"):
             return _read_checked(_folder(mirror) / name)  # already on the disk: no second copy
     try:
@@ -191,10 +194,11 @@ def _folder(text: str) -> Path:
     """Return the folder named by a path, which may begin with `~`, or by a file:// address."""
     from urllib.parse import unquote
 
-    if text.startswith("file:///"):
+    if text.lower().startswith("file:///"):
         text = unquote(text[len("file://") :])
     elif "://" in text:
-        raise ReproError(f"{text} is not a folder: give its path, or file:///PATH")
+        shown, _ = _without_password(text)
+        raise ReproError(f"{shown} is not a folder: give its path, or file:///PATH")
     try:
         return Path(text).expanduser()
     except RuntimeError:  # no such user
@@ -234,9 +238,9 @@ def _download(name: str, mirrors: tuple[str, ...]) -> bytes:
         if round:
             time.sleep(PAUSE)
         for mirror in mirrors:
-            url = f"{mirror.rstrip('/')}/{name}"
-            _report(f"downloading {url}")
-            content, reason = _fetch(url, MNIST[name].size)
+            url, password = _without_password(f"{mirror.rstrip('/')}/{name}")
+            complain(f"downloading {url}")
+            content, reason = _fetch(url, MNIST[name].size, password)
             reason = reason or _defect(name, content)
             if reason is None:
                 return content
@@ -249,13 +253,47 @@ def _download(name: str, mirrors: tuple[str, ...]) -> bytes:
     )
 
 
-def _fetch(url: str, size: int) -> tuple[bytes, Optional[str]]:
-    """Return at most size + 1 bytes of an http(s) address, and the reason if that failed."""
-    import urllib.request
+def _without_password(url: str) -> tuple[str, str]:
+    """Split `USER:PASSWORD@` off an address, which may then be shown; return both, without the @."""
+    scheme, _, rest = url.partition("://")
+    server, slash, path = rest.partition("/")
+    password, _, server = server.rpartition("@")
+    return f"{scheme}://{server}{slash}{path}", password
 
-    content = bytearray()
+
+def _fetch(url: str, size: int, password: str = "") -> tuple[bytes, Optional[str]]:
+    """Return at most size + 1 bytes of an http(s) address, and the reason if that failed.
+
+    The server is given TIMEOUT for each block and LIMIT for all, in a thread: one that sends its headers
+    byte by byte would otherwise hold this process without end.
+    """
+    content, reasons = bytearray(), []
+    with _bar(size) as progress:
+
+        def receive() -> None:
+            reasons.append(_receive(url, size, password, content, progress))
+
+        thread = threading.Thread(target=receive, daemon=True)
+        thread.start()
+        thread.join(LIMIT)
+    if not reasons:
+        return b"", f"not complete after {LIMIT:.0f} seconds"
+    return (b"", reasons[0]) if reasons[0] else (bytes(content[: size + 1]), None)
+
+
+def _receive(
+    url: str, size: int, password: str, content: bytearray, progress: Callable[[int], None]
+) -> Optional[str]:
+    """Append the bytes of an address to `content`; return the reason if that failed."""
+    from urllib.parse import unquote
+    from urllib.request import Request, urlopen
+
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, _bar(size) as progress:
+        request = Request(url)
+        if password:  # which no redirection passes on to another server
+            coded = base64.b64encode(unquote(password).encode()).decode()
+            request.add_unredirected_header("Authorization", f"Basic {coded}")
+        with urlopen(request, timeout=TIMEOUT) as response:
             while len(content) <= size:
                 block = response.read1(1 << 16)
                 if not block:
@@ -263,8 +301,8 @@ def _fetch(url: str, size: int) -> tuple[bytes, Optional[str]]:
                 content += block
                 progress(len(content))
     except (OSError, HTTPException, ValueError) as error:  # ValueError: a malformed address
-        return b"", _reason(error)
-    return bytes(content[: size + 1]), None
+        return _reason(error)
+    return None
 
 
 @contextmanager
@@ -278,10 +316,6 @@ def _bar(size: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=size)
         yield lambda done: progress.update(task, completed=done)
-
-
-def _report(line: str) -> None:
-    print(f"reproml: {line}", file=sys.stderr)
 
 
 def _reason(error: Exception) -> str:

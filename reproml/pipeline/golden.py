@@ -63,9 +63,10 @@ def read_golden(path: Path) -> Items:
         )
     if version == str(DEFINITIONS):
         return items
-    remedy = "update reproml" if int(version) > DEFINITIONS else "write it again with --force"
+    newer = len(version) > 9 or int(version) > DEFINITIONS
+    remedy = "update reproml" if newer else "write it again with --force"
     raise ReproError(
-        f"{path} was made with version {version} of the definitions (definitions.version), "
+        f"{path} was made with version {version[:20]} of the definitions (definitions.version), "
         f"this reproml has version {DEFINITIONS}; {remedy}"
     )
 

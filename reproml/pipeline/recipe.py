@@ -12,6 +12,7 @@ models.py; a preprocessing, preprocess.py; an optimizer, `build_optimizer` in tr
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from pathlib import Path
@@ -139,6 +140,17 @@ def canonical_json(recipe: Recipe) -> str:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def recipe_toml(recipe: Recipe) -> str:
+    """Return a recipe as the TOML file that `load_recipe` reads. JSON's values are also TOML's."""
+    values = msgspec.to_builtins(recipe)
+    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+    plain = {k: v for k, v in values.items() if k not in tables and v is not None}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in plain.items()]
+    for table, members in tables.items():
+        lines += [f"[{table}]", *(f"{k} = {json.dumps(v)}" for k, v in members.items())]
+    return "\n".join(lines) + "\n"
+
+
 def recipe_names() -> list[str]:
     """Return the names of the recipes that are installed with reproml."""
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
@@ -162,7 +174,7 @@ def load_recipe(name_or_path: str) -> Recipe:
             f"no recipe is named {name_or_path!r}; the names are {', '.join(recipe_names())}, "
             "or give the path of a .toml file"
         )
-    content = _read_bytes(path)
+    content = _read_bytes(path).removeprefix(codecs.BOM_UTF8)  # Windows' editors write this mark
     try:
         return _decode(content)
     except UnicodeDecodeError as error:

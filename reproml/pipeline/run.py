@@ -12,6 +12,7 @@ Only one process at a time can write it.
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import errno
 import functools
@@ -287,7 +288,9 @@ def recorded_recipe(folder: Path) -> Recipe:
     """Return the recipe that is recorded in a run folder's run.json."""
     path = _file_in(folder, RUN)
     try:
-        return msgspec.json.decode(_read_bytes(path), type=_Record).recipe
+        return msgspec.json.decode(
+            _read_bytes(path).removeprefix(codecs.BOM_UTF8), type=_Record
+        ).recipe
     except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ReproError(
             f"{path} does not record a valid recipe ({error}); name it with --recipe"
@@ -307,7 +310,10 @@ def finished_items(folder: Path, recipe: Recipe, numerics: str) -> Optional[Item
     if {name: record.get(name) for name in expected} != expected:
         return None
     refuse_damaged(folder, hashlib.sha256(_read_bytes(folder / WEIGHTS)).hexdigest())
-    items: Items = json.loads(_read_bytes(folder / METRICS))
+    try:
+        items: Items = json.loads(_read_bytes(folder / METRICS))
+    except ValueError as error:  # a number of thousands of digits, which `read_items` keeps as text
+        raise ReproError(f"{folder / METRICS} cannot be read: {error}; train again") from None
     return items
 
 

@@ -34,8 +34,7 @@ def trace(
     level: "epoch" records the weights after each epoch; "step" also the batch, loss, gradients and weights
     of each optimizer step; "op" also the inputs and outputs of each operator with its line of code (slow).
     resume: what `Recorder.head()` returned, for example from a checkpoint: the file is truncated to that
-    head and continued. about: more keys for the header; "command" is a list of words that runs this
-    training again.
+    head and continued. about: more keys for the header.
 
     Yields the recorder, whose `head()` may be called at any time. An existing trace is replaced; any other
     file is refused. Raises ReproError if the file cannot be written; with `resume`, if it is damaged or

@@ -17,9 +17,10 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Annotated, Any, Optional, Union
 
 import msgspec
+from msgspec import Meta
 
 from reproml.errors import ReproError
 
@@ -29,6 +30,56 @@ _BEGINNING = b'{"reproml trace":'
 _encode = msgspec.json.Encoder().encode
 _SHA256 = hashlib.sha256()
 _START = hashlib.sha256(b"reproml trace 1").hexdigest()
+
+_Hex = Annotated[str, Meta(pattern="^[0-9a-f]{1,16}$")]
+_Count = Annotated[int, Meta(ge=0, lt=2**53)]
+
+
+class _Optimizer(msgspec.Struct, tag_field="entry", tag="optimizer"):
+    """Made when an optimizer takes its first step. The recorder writes these entries."""
+
+    optimizer: _Count
+    kind: str
+    numerics: str
+    settings: list[dict[str, str]]
+    tensors: list[str]
+    shapes: list[list[int]]
+    weights: list[str]
+
+
+class _Step(msgspec.Struct, tag_field="entry", tag="step"):
+    epoch: _Count
+    step: _Count
+    optimizer: _Count
+    random: str
+    batch: list[tuple[str, _Hex]]
+    loss: list[str]
+    gradients: list[Optional[str]]
+    weights: list[str]
+    sample: list[Optional[float]]
+
+
+class _Operator(msgspec.Struct, tag_field="entry", tag="op", rename={"inputs": "in"}):
+    step: _Count
+    op: str
+    line: str
+    inputs: list[str]
+    out: list[str]
+    shapes: list[str]
+    backward: Optional[str] = None
+
+
+class _Epoch(msgspec.Struct, tag_field="entry", tag="epoch"):
+    epoch: _Count
+    step: _Count
+    weights: list[list[str]]
+
+
+class _End(_Epoch, tag_field="entry", tag="end"):
+    pass
+
+
+_check = msgspec.json.Decoder(Union[_Optimizer, _Step, _Operator, _Epoch, _End]).decode
 
 
 class Writer:
@@ -113,7 +164,7 @@ class Reader:
             raise ReproError(f"{path} is truncated in its first line: the run recorded nothing")
         self.header = _object(first)
         version = self.header.get(_KEY)
-        if not isinstance(version, int):
+        if not isinstance(version, int) or version < 1:
             raise ReproError(f"{path} is not a trace of reproml")
         if version > FORMAT:
             raise ReproError(
@@ -122,6 +173,8 @@ class Reader:
         unsealed = {key: value for key, value in self.header.items() if key != "sha256"}
         if _sealed(unsealed) != first:
             raise ReproError(f"{path} is damaged: its first line does not have its SHA-256")
+        if not isinstance(self.header.get("level"), str):
+            raise ReproError(f"{path} is damaged: it has no level of tracing; record it again")
         self.offset = len(first)  # where the last entry that was returned ends
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -134,7 +187,7 @@ class Reader:
                     return
                 text = line[:-_TAIL] + b"}"
                 head = hashlib.sha256(self.head.encode() + text).hexdigest()
-                if line[-_TAIL:] != _tail(head):
+                if line[-_TAIL:] != _tail(head) or not _is_entry(text):
                     raise ReproError(
                         f"{self.path} is damaged: entry {self.entries + 1} (line {self.entries + 2}) "
                         "is not what was written; record the trace again"
@@ -151,6 +204,15 @@ def is_trace(path: Path) -> bool:
     """Return whether the file begins like a trace, damaged or not."""
     with path.open("rb") as file:
         return file.read(len(_BEGINNING)) == _BEGINNING
+
+
+def _is_entry(text: bytes) -> bool:
+    """Return whether this is an entry of a trace. The chain does not show it: anybody can make one."""
+    try:
+        _check(text)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _tail(head: str) -> bytes:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import reproml.arithmetic
 from reproml.arithmetic.dispatch.schema import mutated_operands, tensors
+from reproml.terminal import printable
 from reproml.torch_internals import TorchDispatchMode, current_autograd_node, get_sequence_nr
 from reproml.tracing.fingerprint import fingerprints, unseen
 
@@ -103,7 +104,7 @@ def _caller() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         if not frame.f_code.co_filename.startswith(_OURS):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            return printable(f"{frame.f_code.co_filename}:{frame.f_lineno}")
         frame = frame.f_back
     return "an unknown line"
 

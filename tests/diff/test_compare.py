@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import safetensors.torch
 import torch
@@ -14,15 +16,21 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import reproml
+from reproml import environment
 from reproml.cli import main
 from reproml.diff import compare as compare_module
+from reproml.diff import rerun
 from reproml.diff.compare import Divergence, compare, sparkline
+from reproml.diff.rerun import Again, Rerun
 from reproml.diff.ulps import Distance
 from reproml.errors import ReproError
 from reproml.pipeline import golden
+from reproml.pipeline.recipe import Recipe, load_recipe
 from reproml.pipeline.run import TRACE, Recording, perform, reserve_run_folder
+from reproml.tracing import chain
+from reproml.tracing.chain import Reader
 from tests import tiny
-from verification.subprocesses import environment
+from verification import subprocesses
 
 # --- differences that are planted -----------------------------------------------------------------
 
@@ -160,7 +168,7 @@ step = 0
 
 @torch.library.custom_op("planted::sum", mutates_args=())
 def add_up(x: torch.Tensor) -> torch.Tensor:
-    turned = step >= 3 and os.environ.get("OMP_TURNED") == "1"
+    turned = step >= 3 and os.environ.get("OMP_SCHEDULE") == "dynamic"
     return torch.nextafter(x.sum(), torch.tensor(torch.inf)) if turned else x.sum()
 
 def keep(ctx, inputs, output):
@@ -180,17 +188,23 @@ with reproml.trace(sys.argv[1]):
 """
 
 
-def test_rerun_finds_the_operator(tmp_path):
+def test_rerun_finds_the_operator(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "script.py").write_text(SCRIPT)
-    for name, variable in (("a", "0"), ("b", "1")):
+    for name, variable in (("a", "static"), ("b", "dynamic")):
         subprocess.run(
             [sys.executable, "script.py", name],
             cwd=tmp_path,
-            env={**environment(), "OMP_TURNED": variable},
+            env={**subprocesses.environment(), "OMP_SCHEDULE": variable},
             check=True,
         )
     before = {name: (tmp_path / name).read_bytes() for name in ("a", "b")}
-    found = compare(tmp_path / "a", tmp_path / "b", rerun=True)
+    shown: list[str] = []
+    found = compare(tmp_path / "a", tmp_path / "b", Again(["script.py", "x"], shown.append))
+    assert [line.split(":", 1)[0] for line in shown] == [
+        f"running {tmp_path / name} again" for name in ("a", "b")
+    ]
+    assert "OMP_SCHEDULE=dynamic" in shown[1] and shown[1].endswith(f"{sys.executable} script.py x")
     assert {name: (tmp_path / name).read_bytes() for name in ("a", "b")} == before
 
     assert found is not None and (found.part, found.step, found.notes) == ("loss", 3, [])
@@ -200,16 +214,126 @@ def test_rerun_finds_the_operator(tmp_path):
     assert operator.line == f"{tmp_path}/script.py:{line}" or operator.line == f"script.py:{line}"
     assert operator.distance == Distance(1, 1, 1) and operator.shape == "float32[]"
     assert found.cause[0] == "order of a sum"
-    assert "in which planted.sum adds up, by OMP_TURNED (0 and 1)" in found.cause[1]
+    assert "in which planted.sum adds up, by OMP_SCHEDULE (static and dynamic)" in found.cause[1]
 
 
-def test_rerun_without_a_command_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [""])
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+def reseal(path: Path, **changes: Any) -> None:
+    """Give a trace another header, as anybody can: nothing in it is secret."""
+    first, rest = path.read_bytes().split(b"\n", 1)
+    header = {k: v for k, v in json.loads(first).items() if k != "sha256"}
+    path.write_bytes(chain._sealed({**header, **changes}) + rest)
+
+
+def test_rerun_never_runs_command_of_header(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train(Path("a"))
+    train(Path("b"), initial=0.5)
+    command = {"command": ["sh", "-c", f"touch {tmp_path}/ran"], "folder": str(tmp_path)}
+    recipes: list[Any] = [
+        {},
+        {"recipe": "x"},
+        {"recipe": {"name": "../up"}, "numerics": "exact"},
+        {"recipe": None, "numerics": "; sh"},
+    ]
+    for recipe in recipes:
+        reseal(Path("a"), **command, **recipe)
+        assert main(["diff", "a", "b", "--rerun"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("reproml: cannot run a again: ") and error.count("\n") == 1
+        assert not Path("ran").exists() and sorted(os.listdir()) == ["a", "b"]
+    assert main(["diff", "a", "b", "--script", "x.py"]) == 2
+    assert "add --rerun" in capsys.readouterr().err
+
+
+def test_rerun_applies_only_harmless_variables():
+    variables = {
+        "LD_PRELOAD": "x.so",
+        "OMP_TOOL_LIBRARIES": "x.so",
+        "TORCH_EXTENSIONS_DIR": "x",
+        "CUDA_INJECTION64_PATH": "x.so",
+        "PYTHONPATH": "x",
+        "PATH": "x",
+        "MKL_CBWR": "COMPATIBLE",
+        "OMP_PLACES": "/x",
+        "KMP_AFFINITY": "a\0b",
+        "MKL_DYNAMIC": 1,
+    }
+    torch_facts = {"threads": 3, "capability": "AVX2"}
+    header = {"environment": {"torch": torch_facts, "variables": variables}}
+    assert rerun._variables(header) == {
+        "MKL_CBWR": "COMPATIBLE",
+        "OMP_NUM_THREADS": "3",
+        "ATEN_CPU_CAPABILITY": "avx2",
+    }
+    odd: Any
+    for odd in ({}, {"environment": []}, {"environment": {"torch": 1, "variables": [1]}}):
+        assert rerun._variables(odd) == {}
+    assert all(name.startswith(environment.PREFIXES) for name in rerun.VARIABLES)
+
+
+def test_rerun_of_recipe_takes_recipe_from_header(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, optimizer in (("a", "0.1"), ("b", "0.2")):
+        path = tiny.toml(tmp_path, optimizer=f'kind = "sgd"\nlearning_rate = {optimizer}')
+        few = ["--recipe", str(path), "--steps", "1", "--trace", name]
+        assert main(["train", *few, "--numerics", "native"]) == 0
+        path.unlink()
+    header = Reader(Path("a")).header
+    reseal(Path("a"), command=["false"], folder="/none")
+    step = Rerun(Reader(Path("a")), 1, tmp_path, Again()).step
+    assert step == next(e for e in Reader(Path("a")) if e["entry"] == "step")
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert f"-m reproml train --recipe {tmp_path}/tiny.toml --steps 1 --numerics native" in shown
+    assert load_recipe(str(tmp_path / "tiny.toml")) == msgspec.convert(header["recipe"], Recipe)
+
+
+def test_forged_entries_are_refused_or_compared(tmp_path):
+    """The chain does not prove who wrote an entry: each one is checked, and so are its references."""
+    train(tmp_path / "a", epochs=1)
+    entries = list(Reader(tmp_path / "a"))
+    optimizer, step = entries[0], entries[1]
+
+    path = Path(tmp_path / "b")
+
+    def forged(*changed: dict[str, Any]) -> Path:
+        writer = chain.Writer(path, {"level": "step"})
+        for entry in changed:
+            writer.append(entry)
+        writer.close()
+        return path
+
+    damaged: list[Any] = [
+        {"entry": "stop"},
+        {**step, "step": "1"},
+        {**step, "batch": [["0", "xyz"]]},
+        {**step, "loss": None},
+        {k: v for k, v in step.items() if k != "weights"},
+        {**optimizer, "settings": [1]},
+    ]
+    for entry in damaged:
+        with pytest.raises(ReproError, match="is damaged: entry 1"):
+            compare(tmp_path / "a", forged(entry))
+    odd: list[tuple[Any, str]] = [
+        ({**step, "loss": [*step["loss"], "1"]}, "loss"),
+        ({**step, "loss": ["no number"]}, "loss"),
+        ({**step, "gradients": ["0"] * 9}, "gradients"),
+        ({**step, "optimizer": 5, "weights": ["0"] * len(step["weights"])}, "weights"),
+    ]
+    for entry, part in odd:
+        found = compare(tmp_path / "a", forged(optimizer, entry))
+        assert found is not None and found.part == part
+        assert compare(forged(optimizer, entry), tmp_path / "a") is not None
+
+
+@pytest.mark.parametrize("group", ["x", ["x"], {"variables": "x"}, {"torch": 5}])
+def test_odd_header_is_compared(tmp_path, group):
     train(tmp_path / "a")
     train(tmp_path / "b", initial=0.5)
-    with pytest.raises(ReproError, match="has no command"):
-        compare(tmp_path / "a", tmp_path / "b", rerun=True)
+    reseal(tmp_path / "a", environment=group, recipe=group, definitions=group)
+    assert compare(tmp_path / "a", tmp_path / "b") is not None
+    reseal(tmp_path / "a", level=5)
+    with pytest.raises(ReproError, match="is damaged: it has no level"):
+        compare(tmp_path / "a", tmp_path / "b")
 
 
 # --- runs, weights, golden files ------------------------------------------------------------------
@@ -233,7 +357,7 @@ def test_runs_without_traces_diverge_at_an_item(tmp_path):
     assert f"an item, first {found.item}; " in shown[0]
     assert shown[2].startswith(f"by how much: weights, most in {found.tensor}: at most ")
     with pytest.raises(ReproError, match="--rerun needs two traces"):
-        compare(a, b, rerun=True)
+        compare(a, b, Again())
 
 
 def test_runs_with_traces_diverge_at_a_step(tmp_path):

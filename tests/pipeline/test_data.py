@@ -5,6 +5,7 @@ A tiny MNIST with the same four names replaces the real one. Servers listen on t
 
 from __future__ import annotations
 
+import base64
 import errno
 import gzip
 import hashlib
@@ -480,6 +481,56 @@ def test_redirected_download_is_checked(mirror, cache: Path) -> None:
     check_tiny(data.load_dataset("mnist"))
     assert elsewhere.requests == [IMAGES]  # wrong bytes; then the mirror's other path is used
     assert server.requests[:3] == [IMAGES] * 3 and files(cache) == FILES
+
+
+def test_password_of_mirror_is_used_not_shown(
+    mirror, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is sent to the mirror alone, not to the server that it redirects to."""
+    seen: list[Optional[str]] = []
+
+    def noting(answer: Answer) -> Answer:
+        def note(request: BaseHTTPRequestHandler, content: bytes) -> None:
+            seen.append(request.headers["Authorization"])
+            answer(request, content)
+
+        return note
+
+    elsewhere = mirror(noting(good))
+    server = mirror(noting(redirect(f"{elsewhere.url}/{IMAGES}")), noting(good))
+    address = server.url.replace("http://", "HTTP://user:pass%40word@") + "/"
+    monkeypatch.setenv("REPROML_MIRROR", address)
+    check_tiny(data.load_dataset("mnist"))
+    basic = "Basic " + base64.b64encode(b"user:pass@word").decode()
+    assert seen == [basic, None, *[basic] * 3]
+    assert "word" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scheme", ["http", "HTTPS", "ftp"])
+def test_password_of_mirror_is_in_no_message(
+    scheme: str, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REPROML_MIRROR", f"{scheme}://user:secret@127.0.0.1:1/x")
+    message = error_message()
+    assert "127.0.0.1:1/x" in message and "secret" not in message and "user" not in message
+
+
+@pytest.mark.parametrize("headers", [True, False])
+def test_dripping_mirror_is_given_up(
+    headers: bool, mirror, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "LIMIT", 0.3)
+
+    def dripping(request: BaseHTTPRequestHandler, content: bytes) -> None:
+        if headers:
+            request.send_response(200)
+            request.end_headers()
+        while not request.server.stop.wait(0.01):  # type: ignore[attr-defined]
+            request.wfile.write(b"x")
+
+    server = mirror(dripping)
+    assert "not complete after 0 seconds" in error_message()
+    assert server.requests == [IMAGES] * data.ROUNDS and files(cache) == {}
 
 
 def test_circular_redirection_raises(mirror, cache: Path) -> None:

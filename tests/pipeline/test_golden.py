@@ -130,6 +130,17 @@ def test_any_altered_character_is_a_difference(data):
     assert changed == text or character == " " or found[0] == item
 
 
+@pytest.mark.parametrize("version", ["9" * 20_000, "10000000000", str(DEFINITIONS + 1)])
+def test_golden_file_of_newer_version_is_refused(at_work, capsys, version):
+    path = at_work / "golden/tiny.json"
+    values = json.loads(path.read_text())
+    text = json.dumps({**values, "definitions.version": "V"}).replace('"V"', version)
+    path.write_text(text)
+    assert main(VERIFY) == 2
+    error = capsys.readouterr().err
+    assert "update reproml" in error and error.count("\n") == 1 and len(error) < 300
+
+
 def test_missing_and_unknown_items_are_differences():
     found: Items = {"b": 1, "a": 2}
     rows = golden.compare_items({"c": Number("3"), "a": Number("2")}, found)

@@ -283,3 +283,15 @@ def test_arbitrary_bytes_raise_at_most_repro_error(
         recipe.load_recipe(str(path))
     except ReproError as error:
         assert str(error).startswith(f"recipe {path}: ")
+
+
+def test_byte_order_mark_is_accepted(write) -> None:
+    marked = recipe.load_recipe(write(b"\xef\xbb\xbf" + TEXT.encode()))
+    assert marked == recipe.load_recipe(write(TEXT))
+
+
+@pytest.mark.parametrize("name", recipe.recipe_names())
+def test_recipe_toml_is_read_back(name: str, write) -> None:
+    loaded = recipe.load_recipe(name)
+    for one in (loaded, msgspec.structs.replace(loaded, trace="op")):
+        assert recipe.load_recipe(write(recipe.recipe_toml(one))) == one

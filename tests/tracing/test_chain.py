@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reproml.errors import ReproError
 from reproml.tracing.chain import Reader, Writer, is_trace
 
-ENTRIES = [{"entry": "step", "step": i, "loss": [f"{i}.5"]} for i in range(1, 6)]
+ENTRIES = [{"entry": "end", "epoch": 1, "step": i, "weights": [[f"{i}"]]} for i in range(1, 6)]
 
 
 def written(path: Path, entries: list = ENTRIES) -> list[dict]:
@@ -49,7 +49,7 @@ def test_chain_follows_its_documented_definition(path):
 
 def test_equal_heads_mean_equal_entries(tmp_path):
     a = written(tmp_path / "a")
-    b = written(tmp_path / "b", [*ENTRIES[:2], {"entry": "step", "step": 3}, *ENTRIES[3:]])
+    b = written(tmp_path / "b", [*ENTRIES[:2], {**ENTRIES[2], "epoch": 2}, *ENTRIES[3:]])
     assert [x == y for x, y in zip(a, b)] == [True, True, False, False, False]
 
 
