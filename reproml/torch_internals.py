@@ -117,6 +117,21 @@ len_torch_dispatch_stack = internal(
     "determines whether a TorchDispatchMode is active",
     "modes would not see the operators within exact()",
 )
+get_current_dispatch_mode = internal(
+    "torch.utils._python_dispatch._get_current_dispatch_mode",
+    "finds the mode that marks a thread started within exact()",
+    "such a thread would compute natively, or hold exact() without need",
+)
+push_mode = internal(
+    "torch.utils._python_dispatch._push_mode",
+    "marks a thread that was started within exact()",
+    "such a thread would compute natively, or hold exact() without need",
+)
+pop_mode = internal(
+    "torch.utils._python_dispatch._pop_mode",
+    "removes that mode at the thread's first operator",
+    "all operators of such a thread would be slower",
+)
 pop_mode_temporarily = internal(
     "torch.utils._python_dispatch._pop_mode_temporarily",
     "calls the innermost TorchDispatchMode, as PyTorch does",
@@ -262,6 +277,16 @@ internal(
 internal(
     "torch.optim.lr_scheduler.math",
     "is where schedulers take cos from",
+    "learning rates would depend on the C library",
+)
+internal(
+    "torch.optim.swa_utils.math",
+    "is where SWALR takes cos from",
+    "learning rates would depend on the C library",
+)
+internal(
+    "torch.optim.lr_scheduler.CyclicLR._init_scale_fn",
+    "finds the function that takes the power again, for a scheduler made before exact()",
     "learning rates would depend on the C library",
 )
 internal(
