@@ -37,9 +37,12 @@ from reproml.arithmetic.numerics.libm import ExactMath, ExactPower
 from reproml.arithmetic.operators import optimizers, random
 from reproml.errors import NotExactError, ReproError
 from reproml.torch_internals import (
-    OPTIMIZER_STEPS,
+    DECORATORS,
+    OUTPUT_CODE,
+    STANCE,
     UnknownPyTorchError,
     allow_nonbracketed_mutation,
+    init_scale_fn,
     lookup,
     profiler_enabled,
     tensor_str,
@@ -149,8 +152,10 @@ def _scheduler_step(original: Callable[..., Any], scheduler: Any, *args: Any, **
         x = getattr(scheduler, name, None)
         if isinstance(x, (int, float)):
             numbers[name] = x
-    if isinstance(scheduler, CyclicLR):  # if it was made before exact(), it has the original function
-        scheduler._init_scale_fn()
+    if isinstance(
+        scheduler, CyclicLR
+    ):  # if it was made before exact(), it has the original function
+        init_scale_fn(scheduler)
     try:
         for name, x in numbers.items():
             setattr(scheduler, name, ExactPower(x))
@@ -179,9 +184,7 @@ def _refuse_uneven_shards(original: Callable[..., Any], sampler: Any) -> Any:
     return original(sampler)
 
 
-def _calculate_gain(
-    original: Callable[..., float], nonlinearity: Any, param: Any = None
-) -> float:
+def _calculate_gain(original: Callable[..., float], nonlinearity: Any, param: Any = None) -> float:
     """Return the gain of an initializer, which takes a power of a float."""
     return original(nonlinearity, ExactPower(param) if isinstance(param, float) else param)
 
@@ -206,20 +209,21 @@ def _optimizer_steps() -> list[Patch]:
                 if function.__module__ == module_name and re.match(
                     "_(single_tensor|multi_tensor|fused)_", name
                 ):
-                    patches.append((module, name, _within_exact(_step(module_name))))
+                    step = _step(module_name.rpartition(".")[2].lstrip("_"))
+                    patches.append((module, name, _within_exact(step)))
     return patches
 
 
-def _step(module: str) -> Callable[..., None]:
-    step = optimizers.STEPS.get(module.rpartition(".")[2])
+def _step(optimizer: str) -> Callable[..., None]:
+    name, step = f"torch.optim.{optimizer}", optimizers.STEPS.get(optimizer)
 
     def exact_step(original: Callable[..., None], *lists: Any, **options: Any) -> None:
         try:
             if step is None:
-                raise _undefined_optimizer(module)
+                raise _undefined_optimizer(name)
             step(*lists, **options)
         except NotExactError:
-            if not handlers.may_run_natively(module):
+            if not handlers.may_run_natively(name):
                 raise
             with dispatcher.natively():
                 original(*lists, **options)
@@ -231,12 +235,13 @@ def _refuse_undefined_optimizers(optimizer: Optimizer, args: Any, kwargs: Any) -
     """Refuse the step of an optimizer of torch.optim, or of a subclass of it, that has no definition."""
     if state.active.depth:
         for kind in type(optimizer).__mro__:
-            module = kind.__module__
-            if module.startswith("torch.optim.") and kind is not Optimizer:
-                if module.rpartition(".")[2] not in optimizers.DEFINED and (
-                    not handlers.may_run_natively(module)
-                ):
-                    raise _undefined_optimizer(kind.__name__)
+            of_pytorch = (kind.__module__ + ".").startswith(
+                "torch.optim."
+            ) and kind is not Optimizer
+            if of_pytorch and kind.__name__ not in optimizers.DEFINED:
+                name = f"torch.optim.{kind.__name__.lower()}"
+                if not handlers.may_run_natively(name):
+                    raise _undefined_optimizer(name)
 
 
 def _undefined_optimizer(name: str) -> NotExactError:
@@ -314,7 +319,7 @@ def _make_thread_pool(original: Any, *args: Any, **kwargs: Any) -> None:
 
 def _keep_stance(original: Callable[[Any], Any], stance: Any) -> Any:
     """Run functions as they are written, whatever stance is set within `exact()`."""
-    return lookup("torch._dynamo.eval_frame._stance")
+    return lookup(STANCE)
 
 
 def _call_compiled(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -329,14 +334,13 @@ def _call_compiled(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 
 def _compiler_patches() -> list[Patch]:
     """Return the patches of modules that exact() imports when it is entered."""
-    base = lookup("torch._inductor.output_code.OutputCode")
+    base = lookup(OUTPUT_CODE)
     calls = [
         (kind, "__call__", _within_exact(_call_compiled))
         for kind in base.__subclasses__()
         if "__call__" in vars(kind)
     ]
-    decorators = lookup("torch._dynamo.decorators")
-    return [*calls, (decorators, "_set_stance", _within_exact(_keep_stance))]
+    return [*calls, (lookup(DECORATORS), "_set_stance", _within_exact(_keep_stance))]
 
 
 # --- the list ------------------------------------------------------------------------------------

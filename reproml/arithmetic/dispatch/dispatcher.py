@@ -241,8 +241,8 @@ class Inherited(TorchDispatchMode):
     """Marks a thread that was started within `exact()`, until its first operator.
 
     Such a thread does not hold the patches from its start: a thread that never computes, such as one of a
-    progress bar, may run long after `exact()` has ended. The mode sees operators at no cost for other threads.
-    In versions of PyTorch that call modes before our kernels it stays until the thread ends.
+    progress bar, may run long after `exact()` has ended. The mode costs other threads nothing. In versions of
+    PyTorch that call modes before our kernels it stays until the thread ends.
     """
 
     def __init__(self, handler_of: Callable[[Any], Handler], join: Callable[[], bool]) -> None:
@@ -262,7 +262,9 @@ class Inherited(TorchDispatchMode):
                 "which has ended since; use `with reproml.exact():` in the thread."
             )
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.before(function)
         return function(*args, **(kwargs or {}))
 

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, Callable
 
 _WORKING_BITS = 400
-# A value within 2^-150 of a midpoint of two floats counts as the midpoint: an exact tie, such as a power may
+# A value within 2^-150 of a midpoint of two floats counts as the midpoint: an exact tie, which a power may
 # be, is recognized, and no other value of these functions is known to come that close.
 _ROUNDED_BITS = 150
 
@@ -70,7 +70,7 @@ def _dist(p: Any, q: Any) -> float:
     return _nearest(lambda mp: mp.sqrt(sum((mp.mpf(x) - mp.mpf(y)) ** 2 for x, y in pairs)))
 
 
-def _rounded(native: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+def _rounded(native: Callable[..., float], function: Callable[..., Any]) -> Callable[..., float]:
     @wraps(native)
     def rounded(*args: Any) -> Any:
         approximation = native(*args)  # raises its errors
@@ -104,7 +104,7 @@ def _nearest(value: Callable[[Any], Any]) -> float:
     if exponent + bits < -1100:
         return 0.0
     # The quotient of integers is rounded once, to a subnormal number as well.
-    found = int(mantissa) * 2 ** max(exponent, 0) / 2 ** max(-exponent, 0)
+    found: float = int(mantissa) * 2 ** max(exponent, 0) / 2 ** max(-exponent, 0)
     return -found if sign else found
 
 

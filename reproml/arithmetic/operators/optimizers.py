@@ -12,7 +12,7 @@ takes the betas as given.
 To add an optimizer `name`:
 
 1. write its definition here, `name(params, grads, *states, *, hyperparameters)`, which updates in place;
-2. add it to `_DEFINITIONS`, with the options it takes from PyTorch's functions;
+2. add it to `_DEFINITIONS`, with the options it takes from PyTorch's functions, and to `DEFINED`;
 3. add the functions of PyTorch that it replaces to OPTIMIZER_STEPS in reproml/torch_internals.py;
 4. test it against real numbers in tests/arithmetic/operators/test_optimizers.py (test_other_optimizers).
 """
@@ -538,8 +538,8 @@ _DEFINITIONS: dict[str, Step] = {
 }
 # Module of torch.optim -> what replaces each of its OPTIMIZER_STEPS (reproml/torch_internals.py).
 STEPS = {name: _checked(step) for name, step in _DEFINITIONS.items()}
-# The modules of optimizers that have a definition; those of all others are refused.
-DEFINED = frozenset([*STEPS, "adamw"])
+# The optimizers that have a definition; all others of torch.optim are refused.
+DEFINED = frozenset("Adam AdamW SGD RMSprop Adagrad Adadelta".split())
 
 
 # --- the operators of the fused form, when they are called directly (operator_table.py) -----------
