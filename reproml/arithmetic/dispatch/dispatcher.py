@@ -241,8 +241,8 @@ class Inherited(TorchDispatchMode):
     """Marks a thread that was started within `exact()`, until its first operator.
 
     Such a thread does not hold the patches from its start: a thread that never computes, such as one of a
-    progress bar, may run long after `exact()` has ended. The mode costs other threads nothing. In versions of
-    PyTorch that call modes before our kernels it stays until the thread ends.
+    progress bar, may run long after `exact()` has ended. The mode costs other threads nothing. In versions
+    of PyTorch that call modes before our kernels it stays until the thread ends.
     """
 
     def __init__(self, handler_of: Callable[[Any], Handler], join: Callable[[], bool]) -> None:

@@ -10,10 +10,12 @@ from functools import wraps
 from types import ModuleType
 from typing import Any, Callable
 
-_WORKING_BITS = 400
+# Bits to compute with, and to round to before the result.
+_BITS = 400, 150
 # A value within 2^-150 of a midpoint of two floats counts as the midpoint: an exact tie, which a power may
 # be, is recognized, and no other value of these functions is known to come that close.
-_ROUNDED_BITS = 150
+# Squares of floats sum to less than 4,300 bits: a distance is compared with its tie exactly.
+_DISTANCE_BITS = 4500, 4400
 
 
 def _log(mp: Any, x: Any, base: Any = None) -> Any:
@@ -42,7 +44,6 @@ _REAL_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "exp2": lambda mp, x: mp.power(2, x),
     "cbrt": lambda mp, x: mp.sign(x) * mp.cbrt(abs(x)),
     "pow": lambda mp, x, y: _real_power(mp, x, y),
-    "hypot": lambda mp, *x: mp.sqrt(sum(t * t for t in x)),
     "lgamma": _lgamma,
 }
 
@@ -60,6 +61,7 @@ class ExactMath(ModuleType):
             if hasattr(math, name):
                 setattr(self, name, _rounded(getattr(math, name), function))
         self.dist = _dist
+        self.hypot = lambda *x: _dist(x, [0.0] * len(x))
 
 
 def _dist(p: Any, q: Any) -> float:
@@ -67,7 +69,11 @@ def _dist(p: Any, q: Any) -> float:
     pairs = [(float(x), float(y)) for x, y in zip(p, q)]
     if not all(math.isfinite(x) for pair in pairs for x in pair):
         return approximation
-    return _nearest(lambda mp: mp.sqrt(sum((mp.mpf(x) - mp.mpf(y)) ** 2 for x, y in pairs)))
+
+    def distance(mp: Any) -> Any:
+        return mp.sqrt(mp.fsum((mp.mpf(x) - mp.mpf(y)) ** 2 for x, y in pairs))
+
+    return _nearest(distance, _DISTANCE_BITS)
 
 
 def _rounded(native: Callable[..., float], function: Callable[..., Any]) -> Callable[..., float]:
@@ -93,15 +99,15 @@ def _number(x: Any) -> Any:
         return int(x)
 
 
-def _nearest(value: Callable[[Any], Any]) -> float:
+def _nearest(value: Callable[[Any], Any], bits: tuple[int, int] = _BITS) -> float:
     """Return the float nearest to value(mpmath), ties to even. Raises OverflowError, as `math` does."""
     import mpmath
 
-    with mpmath.workprec(_WORKING_BITS):
+    with mpmath.workprec(bits[0]):
         x = value(mpmath.mp)
-        with mpmath.workprec(_ROUNDED_BITS):
-            sign, mantissa, exponent, bits = (+x)._mpf_
-    if exponent + bits < -1100:
+        with mpmath.workprec(bits[1]):
+            sign, mantissa, exponent, length = (+x)._mpf_
+    if exponent + length < -1100:
         return 0.0
     # The quotient of integers is rounded once, to a subnormal number as well.
     found: float = int(mantissa) * 2 ** max(exponent, 0) / 2 ** max(-exponent, 0)

@@ -25,8 +25,8 @@ exact_math = ExactMath()
 # Functions that compute with integers or compare, are exact, or are IEEE 754 operations in a fixed order.
 EXACT = set(
     "ceil comb copysign degrees fabs factorial floor fma fmax fmin fmod frexp fsum gcd isclose isfinite "
-    "isinf isnan isnormal issubnormal isqrt lcm ldexp modf nextafter perm prod radians remainder signbit sqrt sumprod "
-    "trunc ulp".split()
+    "isinf isnan isnormal issubnormal isqrt lcm ldexp modf nextafter perm prod radians remainder signbit "
+    "sqrt sumprod trunc ulp".split()
 )
 REAL: dict[str, Any] = {
     "log2": lambda x: mpmath.log(x) / mpmath.ln2,
@@ -61,7 +61,7 @@ def check(name: str, *args: Any) -> None:
             getattr(exact_math, name)(*args)
         return
     found = getattr(exact_math, name)(*args)
-    with mpmath.workprec(3000):
+    with mpmath.workprec(5000):
         wide = [[mpmath.mpf(t) for t in x] if name == "dist" else mpmath.mpf(x) for x in args]
         function = REAL[name] if name in REAL else getattr(mpmath, name)
         expected = nearest(function(*wide))
@@ -84,7 +84,7 @@ def test_functions_of_one_number(name, x):
 @pytest.mark.parametrize("name", ["atan2", "pow", "log", "hypot"])
 @given(NUMBERS, NUMBERS)
 def test_functions_of_two_numbers(name, x, y):
-    if name == "log" and y == 1:
+    if name == "log" and y == 1 or name == "atan2" and 0 in (x, y):  # signs of zeros: see below
         return
     check(name, x, y)
 
@@ -121,6 +121,9 @@ def test_exact_ties_round_to_even():
         assert tie.bit_length() == 54 and tie % 2
     assert exact_math.pow(x, 2) == float(x**2) == ExactPower(x) ** 2
     assert exact_math.pow(y**4, 1.25) == float(y**5) == ExactPower(y**4) ** 1.25
+    beside = 1e-300  # the distance is not a tie, but nearly
+    assert exact_math.dist((6.0, beside), (1.345813134622254, 0.0)) == 4.6541868653777465
+    assert exact_math.hypot() == 0 and exact_math.hypot(math.inf, math.nan) == math.inf
     assert exact_math.log(8, 2) == 3 and exact_math.log(125.0, 5) == 3
     assert exact_math.log(10**400, 10) == 400
 
