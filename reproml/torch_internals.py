@@ -117,6 +117,21 @@ len_torch_dispatch_stack = internal(
     "determines whether a TorchDispatchMode is active",
     "modes would not see the operators within exact()",
 )
+get_current_dispatch_mode = internal(
+    "torch.utils._python_dispatch._get_current_dispatch_mode",
+    "finds the mode that marks a thread started within exact()",
+    "such a thread would compute natively, or hold exact() without need",
+)
+push_mode = internal(
+    "torch.utils._python_dispatch._push_mode",
+    "marks a thread that was started within exact()",
+    "such a thread would compute natively, or hold exact() without need",
+)
+pop_mode = internal(
+    "torch.utils._python_dispatch._pop_mode",
+    "removes that mode at the thread's first operator",
+    "all operators of such a thread would be slower",
+)
 pop_mode_temporarily = internal(
     "torch.utils._python_dispatch._pop_mode_temporarily",
     "calls the innermost TorchDispatchMode, as PyTorch does",
@@ -265,6 +280,16 @@ internal(
     "learning rates would depend on the C library",
 )
 internal(
+    "torch.optim.swa_utils.math",
+    "is where SWALR takes cos from",
+    "learning rates would depend on the C library",
+)
+init_scale_fn = internal(
+    "torch.optim.lr_scheduler.CyclicLR._init_scale_fn",
+    "finds the function that takes the power again, for a scheduler made before exact()",
+    "learning rates would depend on the C library",
+)
+internal(
     "torch.optim.lr_scheduler.CyclicLR._exp_range_scale_fn",
     "takes a power of gamma",
     "learning rates would depend on the C library",
@@ -276,17 +301,14 @@ BaseDataLoaderIter = internal(
 )
 
 # Each module of torch.optim, and its functions that do a step: "single_tensor" for
-# torch.optim.adam._single_tensor_adam, and so on. AdamW has Adam's.
+# torch.optim.adam._single_tensor_adam, and so on. AdamW has Adam's. Those of the optimizers without a
+# definition are found by their names (arithmetic/patches.py).
 OPTIMIZER_STEPS: dict[str, tuple[str, ...]] = {
     "adam": ("single_tensor", "multi_tensor", "fused"),
     "sgd": ("single_tensor", "multi_tensor", "fused"),
     "adagrad": ("single_tensor", "multi_tensor", "fused"),
     "rmsprop": ("single_tensor", "multi_tensor"),
     "adadelta": ("single_tensor", "multi_tensor"),
-    "nadam": ("single_tensor", "multi_tensor"),
-    "radam": ("single_tensor", "multi_tensor"),
-    "adamax": ("single_tensor", "multi_tensor"),
-    "asgd": ("single_tensor", "multi_tensor"),
 }
 for _name, _forms in OPTIMIZER_STEPS.items():
     for _form in _forms:
@@ -306,3 +328,19 @@ INTERNALS[DYNAMO] = Internal(
 )
 if importlib.util.find_spec(DYNAMO) is None:
     raise UnknownPyTorchError(DYNAMO)
+
+# Not imported here either; exact() looks them up when it is entered.
+OUTPUT_CODE = "torch._inductor.output_code.OutputCode"
+DECORATORS, STANCE = "torch._dynamo.decorators", "torch._dynamo.eval_frame._stance"
+INTERNALS[OUTPUT_CODE] = Internal(
+    "is the class of compiled functions, which exact() refuses to call",
+    "compiled functions would compute natively",
+)
+INTERNALS[f"{DECORATORS}._set_stance"] = Internal(
+    "sets whether functions of torch.compile run as they are written",
+    "compiled functions would compute natively after torch.compiler.set_stance()",
+)
+INTERNALS[STANCE] = Internal(
+    "is the stance that remains while exact() is active",
+    "torch.compiler.set_stance() would raise AttributeError",
+)

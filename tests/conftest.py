@@ -21,7 +21,8 @@ SLOW_FILES = {
     f"{folder}/test_{name}.py"
     for folder, names in {
         "tests": "cli distributed examples matrix package readme report script torch_internals",
-        "tests/arithmetic": "operator_table patches selftest",
+        "tests/arithmetic": "context operator_table patches selftest",
+        "tests/arithmetic/numerics": "libm",
         "tests/arithmetic/compiler": "evaluate fast rounding_bounds",
         "tests/arithmetic/dispatch": "deferred",
         "tests/arithmetic/distributed": "sharded",

@@ -263,8 +263,7 @@ def refuse(error: NotExactError, operator: Any, args: Any, kwargs: Any) -> Any:
     """Raise the error with the operator, its operands and the line of the caller.
 
     Inside `exact(on_unknown="warn")`, record the operator and run it natively instead."""
-    if state.active.ran_natively is not None:
-        state.active.ran_natively.setdefault(str(operator), _caller())
+    if may_run_natively(str(operator)):
         return operator(*args, **kwargs)
     operands = ", ".join(f"{x.dtype}{list(x.shape)}".replace("torch.", "") for x in tensors(args))
     operands = f" for ({operands})" * bool(operands)
@@ -278,6 +277,14 @@ def refuse(error: NotExactError, operator: Any, args: Any, kwargs: Any) -> Any:
         f"{operator} has no exact result{operands}, called at {_caller()}: "
         f"{str(error).rstrip('.')}; {remedy}"
     ) from None
+
+
+def may_run_natively(name: str) -> bool:
+    """Return whether something may run natively, within `exact(on_unknown="warn")`, and record it."""
+    if state.active.ran_natively is None:
+        return False
+    state.active.ran_natively.setdefault(name, _caller())
+    return True
 
 
 def _caller() -> str:

@@ -10,27 +10,40 @@ reproml/tracing/recorder.py. Operators are not replaced but intercepted (dispatc
 
 from __future__ import annotations
 
+import _thread
 import functools
-import importlib
+import inspect
+import math
+import multiprocessing.pool
+import re
+import sys
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from multiprocessing.process import BaseProcess
 from typing import Any, Callable
 
 import torch
 from torch.autograd.profiler import record_function
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data.distributed import DistributedSampler
 
-from reproml.arithmetic import state
+from reproml.arithmetic import handlers, state
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.numerics.libm import ExactMath, ExactPower
 from reproml.arithmetic.operators import optimizers, random
-from reproml.errors import ReproError
+from reproml.errors import NotExactError, ReproError
 from reproml.torch_internals import (
-    OPTIMIZER_STEPS,
+    DECORATORS,
+    OUTPUT_CODE,
+    STANCE,
     UnknownPyTorchError,
     allow_nonbracketed_mutation,
+    init_scale_fn,
+    lookup,
     profiler_enabled,
     tensor_str,
 )
@@ -139,6 +152,10 @@ def _scheduler_step(original: Callable[..., Any], scheduler: Any, *args: Any, **
         x = getattr(scheduler, name, None)
         if isinstance(x, (int, float)):
             numbers[name] = x
+    if isinstance(
+        scheduler, CyclicLR
+    ):  # if it was made before exact(), it has the original function
+        init_scale_fn(scheduler)
     try:
         for name, x in numbers.items():
             setattr(scheduler, name, ExactPower(x))
@@ -167,18 +184,175 @@ def _refuse_uneven_shards(original: Callable[..., Any], sampler: Any) -> Any:
     return original(sampler)
 
 
+def _calculate_gain(original: Callable[..., float], nonlinearity: Any, param: Any = None) -> float:
+    """Return the gain of an initializer, which takes a power of a float."""
+    return original(nonlinearity, ExactPower(param) if isinstance(param, float) else param)
+
+
+def _refuse_flushing(original: Callable[[bool], bool], mode: bool) -> bool:
+    if mode:
+        raise NotExactError(
+            "torch.set_flush_denormal(True) would flush subnormal numbers to zero, so no result would be "
+            "exact; call it outside reproml.exact()."
+        )
+    return original(mode)
+
+
+# Optimizers: the functions that do a step, of any module of torch.optim, and a hook for those without one.
+
+
 def _optimizer_steps() -> list[Patch]:
     patches: list[Patch] = []
-    for name, forms in OPTIMIZER_STEPS.items():
-        module = importlib.import_module(f"torch.optim.{name}")
-        step = _instead(optimizers.STEPS[name])
-        patches += [(module, f"_{form}_{name}", step) for form in forms]
+    for module_name, module in sorted(sys.modules.items()):
+        if module_name.startswith("torch.optim."):
+            for name, function in inspect.getmembers(module, inspect.isfunction):
+                if function.__module__ == module_name and re.match(
+                    "_(single_tensor|multi_tensor|fused)_", name
+                ):
+                    step = _step(module_name.rpartition(".")[2].lstrip("_"))
+                    patches.append((module, name, _within_exact(step)))
     return patches
+
+
+def _step(optimizer: str) -> Callable[..., None]:
+    name, step = f"torch.optim.{optimizer}", optimizers.STEPS.get(optimizer)
+
+    def exact_step(original: Callable[..., None], *lists: Any, **options: Any) -> None:
+        try:
+            if step is None:
+                raise _undefined_optimizer(name)
+            step(*lists, **options)
+        except NotExactError:
+            if not handlers.may_run_natively(name):
+                raise
+            with dispatcher.natively():
+                original(*lists, **options)
+
+    return exact_step
+
+
+def _refuse_undefined_optimizers(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Refuse the step of an optimizer of torch.optim, or of a subclass of it, that has no definition."""
+    if state.active.depth:
+        for kind in type(optimizer).__mro__:
+            of_pytorch = (kind.__module__ + ".").startswith(
+                "torch.optim."
+            ) and kind is not Optimizer
+            if of_pytorch and kind.__name__ not in optimizers.DEFINED:
+                name = f"torch.optim.{kind.__name__.lower()}"
+                if not handlers.may_run_natively(name):
+                    raise _undefined_optimizer(name)
+
+
+def _undefined_optimizer(name: str) -> NotExactError:
+    return NotExactError(
+        f"The optimizer {name} has no exact definition; use Adam, AdamW, SGD, RMSprop, Adagrad or "
+        "Adadelta, or take its step out of reproml.exact()."
+    )
+
+
+# Threads and processes that are started within exact() inherit it.
+
+
+class _Within:
+    """A function that runs within a context of another thread or process. It can be pickled."""
+
+    def __init__(self, context: Any, function: Callable[..., Any]) -> None:
+        self._context, self._function = context, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._context:
+            return self._function(*args, **kwargs)
+
+
+def _start_thread(original: Callable[..., None], thread: threading.Thread) -> None:
+    run, context = thread.run, state.active.context
+    thread.run = lambda: context.run_in_thread(run)  # type: ignore[method-assign]
+    original(thread)
+
+
+def _start_new_thread(original: Any, function: Any, args: Any, kwargs: Any = None) -> Any:
+    context, run = state.active.context, functools.partial(function, *args, **(kwargs or {}))
+    return original(context.run_in_thread, (run,))
+
+
+def _start_process(original: Callable[..., None], process: Any) -> None:
+    process.run = _Within(state.active.context, process.run)
+    try:
+        original(process)
+    finally:
+        del process.run
+
+
+def _submit(original: Any, pool: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+    return original(pool, _Within(state.active.context, function), *args, **kwargs)
+
+
+@contextmanager
+def _threads_inherit_nothing() -> Iterator[None]:
+    depth, state.active.depth = state.active.depth, 0
+    try:
+        yield
+    finally:
+        state.active.depth = depth
+
+
+def _submit_to_thread(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Submit a task, which inherits exact(): the threads of a pool may outlive it."""
+    pool, function, *args = args  # type: ignore[assignment]
+    task = _Within(state.active.context, function)
+    with _threads_inherit_nothing():
+        return original(pool, task, *args, **kwargs)
+
+
+def _make_thread_pool(original: Any, *args: Any, **kwargs: Any) -> None:
+    given = inspect.signature(original).bind(*args, **kwargs)
+    if given.arguments.get("initializer"):
+        function = given.arguments["initializer"]
+        given.arguments["initializer"] = _Within(state.active.context, function)
+    with _threads_inherit_nothing():
+        original(*given.args, **given.kwargs)
+
+
+# torch.compile: a compiled function bypasses the operators.
+
+
+def _keep_stance(original: Callable[[Any], Any], stance: Any) -> Any:
+    """Run functions as they are written, whatever stance is set within `exact()`."""
+    return lookup(STANCE)
+
+
+def _call_compiled(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not handlers.may_run_natively("a function compiled by torch._inductor"):
+        raise NotExactError(
+            "A function that torch._inductor compiled has no exact result; call the function that was "
+            "compiled, or use torch.compile, whose functions run as they are written."
+        )
+    with dispatcher.natively():
+        return original(*args, **kwargs)
+
+
+def _compiler_patches() -> list[Patch]:
+    """Return the patches of modules that exact() imports when it is entered."""
+    base = lookup(OUTPUT_CODE)
+    calls = [
+        (kind, "__call__", _within_exact(_call_compiled))
+        for kind in base.__subclasses__()
+        if "__call__" in vars(kind)
+    ]
+    return [*calls, (lookup(DECORATORS), "_set_stance", _within_exact(_keep_stance))]
 
 
 # --- the list ------------------------------------------------------------------------------------
 
 _exact_math = _always(ExactMath())
+# Initializers, losses, optimizers, schedulers and distributions.
+_math_users = [
+    module
+    for name, module in sorted(sys.modules.items())
+    if re.match(r"torch\.(nn\.init|nn\.functional|optim\.|distributions\.)", name)
+    if vars(module).get("math") is math
+]
 
 PATCHES: list[Patch] = [
     # Kernels that compute a layer as one operator are off, so that it runs as the operators it consists of.
@@ -189,8 +363,8 @@ PATCHES: list[Patch] = [
     (_attention, "cudnn", _always(False)),
     (_attention, "transformer_fast_path", _always(False)),
     # The C library's cos, erf and pow differ between systems: schedulers and initializers round correctly.
-    (torch.nn.init, "math", _exact_math),
-    (torch.optim.lr_scheduler, "math", _exact_math),
+    *[(module, "math", _exact_math) for module in _math_users],
+    (torch.nn.init, "calculate_gain", _within_exact(_calculate_gain)),
     (LRScheduler, "step", _within_exact(_scheduler_step)),
     (CyclicLR, "_exp_range_scale_fn", _exp_range),
     # Its algorithm changed between versions of PyTorch: one of them (operators/random.py).
@@ -202,6 +376,20 @@ PATCHES: list[Patch] = [
     (record_function, "__exit__", _exit_label),
     # To print a tensor PyTorch computes in float64.
     (tensor_str, "_str", _print_natively),
+    # Threads and processes inherit exact(), and so do the tasks of pools.
+    (threading.Thread, "start", _within_exact(_start_thread)),
+    (_thread, "start_new_thread", _within_exact(_start_new_thread)),
+    (BaseProcess, "start", _within_exact(_start_process)),
+    (ThreadPoolExecutor, "__init__", _within_exact(_make_thread_pool)),
+    (ThreadPoolExecutor, "submit", _within_exact(_submit_to_thread)),
+    (ProcessPoolExecutor, "submit", _within_exact(_submit)),
+    (multiprocessing.pool.ThreadPool, "__init__", _within_exact(_make_thread_pool)),
+    *[
+        (multiprocessing.pool.Pool, name, _within_exact(_submit))
+        for name in "apply_async imap imap_unordered map map_async starmap starmap_async".split()
+    ],
+    # A thread that flushes subnormal numbers rounds otherwise.
+    (torch, "set_flush_denormal", _within_exact(_refuse_flushing)),
     # The batches of several processes must not depend on how many they are (reproml/distributed.py).
     (DistributedSampler, "__iter__", _within_exact(_refuse_uneven_shards)),
 ]
@@ -223,12 +411,21 @@ class _Applied:
                     # A compiled function bypasses the operators, so functions run as they are written.
                     # This raises within a compiled function.
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
-                    stack.enter_context(replaced(PATCHES))
+                    stack.enter_context(replaced([*PATCHES, *_compiler_patches()]))
+                    stack.callback(
+                        register_optimizer_step_pre_hook(_refuse_undefined_optimizers).remove
+                    )
                     self._undo = stack.pop_all()
             self._users += 1
 
+    def join(self) -> bool:
+        """Call `apply` if the patches are applied already. Return whether they are."""
+        with self._lock:
+            self._users += self._users > 0
+            return self._users > 0
+
     def restore(self) -> None:
-        """Undo one call of `apply`."""
+        """Undo one call of `apply` or `join`."""
         with self._lock:
             self._users -= 1
             if self._users == 0:
@@ -237,4 +434,4 @@ class _Applied:
 
 
 _applied = _Applied()
-apply, restore = _applied.apply, _applied.restore
+apply, join, restore = _applied.apply, _applied.join, _applied.restore

@@ -13,6 +13,9 @@ class Active(threading.local):
     """The `exact()` contexts that this thread has entered."""
 
     depth = 0  # how many are nested
+    context: Any = None  # the outermost
+    # In a thread that was started within exact(), until its first operator: dispatch.dispatcher.Inherited.
+    inherited: Any = None
     # With on_unknown="warn": operators that ran natively -> the line of their first caller.
     ran_natively: Optional[dict[str, str]] = None
 

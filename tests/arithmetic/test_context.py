@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
+import asyncio
 import math
+import multiprocessing.pool
 import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -14,8 +18,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reproml
+from reproml.arithmetic import patches
 from reproml.arithmetic.numerics import libm
 from reproml.errors import NotExactError
 from tests.arithmetic.test_handlers import exact_path, refused
@@ -87,15 +93,229 @@ def test_context_applies_to_its_thread():
             leave.wait(10)
             seen.append(active())
 
-    thread = threading.Thread(target=work)
-    thread.start()
+    def wait():
+        leave.wait(10)
+        outside.append(active())
+
+    outside: list = []
+    threads = [threading.Thread(target=work), threading.Thread(target=wait)]
+    for thread in threads:
+        thread.start()
     inside.wait(10)
     assert not active()
     with reproml.exact():
         leave.set()
-        thread.join()
-        assert active()
+        for thread in threads:
+            thread.join()
+        assert active() and outside == [False]
     assert seen == [True] and not active()
+
+
+# ---- threads and processes that start within exact() ---------------------------------------------
+
+ROWS = torch.arange(4000.0).reshape(40, 100).sin() * 10
+
+
+def compute():
+    """Operators and a backward pass whose native bits differ from the exact ones."""
+    x = ROWS.clone().requires_grad_()
+    x.softmax(1).exp().sum(0).square().sum().backward()
+    return x.grad
+
+
+def in_thread(function):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def start_raw(function):
+    done, results = threading.Event(), []
+
+    def run():
+        results.append(function())
+        done.set()
+
+    _thread.start_new_thread(run, ())
+    assert done.wait(10)
+    return results[0]
+
+
+def new_pool(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def thread_pool(function):
+    with multiprocessing.pool.ThreadPool(1) as pool:
+        (mapped,) = pool.map(lambda _: function(), [0])
+        assert type(mapped) is type(pool.apply(function))
+        return mapped
+
+
+async def off_the_loop(function):
+    return await asyncio.get_running_loop().run_in_executor(None, function)
+
+
+STARTS = [in_thread, start_raw, new_pool, thread_pool, lambda f: asyncio.run(off_the_loop(f))]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_threads_started_within_exact_inherit_it(start):
+    expected = exact_path(compute)
+    with reproml.exact():
+        assert same_bits(start(compute), expected)
+        assert same_bits(start(lambda: in_thread(compute)), expected)
+    assert not active() and not start(active) and patches._applied._users == 0
+    assert not same_bits(expected, compute())
+
+
+@pytest.mark.parametrize("form", ["thread", "pool"])
+def test_optimizers_in_inherited_threads_are_exact(form):
+    def train():
+        p = torch.nn.Parameter(ROWS.clone())
+        optimizer = torch.optim.Adam([p], lr=0.3)
+        for _ in range(3):
+            p.grad = p.detach().sin()
+            optimizer.step()
+        return p.detach()
+
+    expected = exact_path(train)
+    with reproml.exact():
+        assert same_bits((in_thread if form == "thread" else new_pool)(train), expected)
+
+
+def test_pools_made_before_exact_compute_exactly():
+    expected = exact_path(compute)
+    initialized = []
+    with ThreadPoolExecutor(1) as pool, multiprocessing.pool.ThreadPool(1) as other:
+        assert not pool.submit(active).result() and not other.apply(active)
+        with reproml.exact():
+            assert same_bits(pool.submit(compute).result(), expected)
+            assert same_bits(next(iter(pool.map(lambda _: compute(), [0]))), expected)
+            assert same_bits(other.apply_async(compute).get(), expected)
+            assert same_bits(next(other.imap(lambda _: compute(), [0])), expected)
+            new = ThreadPoolExecutor(1, "name", lambda: initialized.append(active()))
+            assert new.submit(active).result() and initialized == [True]
+        assert not pool.submit(active).result() and not other.apply(active)
+        assert not new.submit(active).result() and patches._applied._users == 0
+        new.shutdown()
+
+
+def test_a_thread_that_never_computes_holds_nothing():
+    """Such as the thread of a progress bar, which outlives exact()."""
+    leave = threading.Event()
+    with reproml.exact():
+        thread = threading.Thread(target=lambda: (ROWS.clone().t(), leave.wait(10)))
+        thread.start()
+    assert patches._applied._users == 0 and torch.backends.mkldnn.enabled
+    leave.set()
+    thread.join()
+
+
+def test_a_thread_that_computes_after_exact_is_refused():
+    computed, leave, results = threading.Event(), threading.Event(), []
+
+    def work(early):
+        if early:
+            compute()
+            computed.set()
+        leave.wait(10)
+        try:
+            results.append(compute())
+        except NotExactError as error:
+            results.append(str(error))
+            with reproml.exact():
+                results.append(compute())
+
+    for early in (True, False):
+        with reproml.exact():
+            expected = compute()
+            thread = threading.Thread(target=work, args=(early,))
+            thread.start()
+            assert not early or computed.wait(10)
+        leave.set()
+        thread.join()
+        leave.clear()
+        assert patches._applied._users == 0
+    assert same_bits(results[0], expected) and same_bits(results[2], expected)
+    assert "started within reproml.exact(), which has ended" in results[1]
+
+
+def test_modes_in_an_inherited_thread_see_operators():
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    names: list = []
+
+    def work():
+        with Names():
+            first = ROWS.exp().sum()
+        return torch.stack([first, ROWS.exp().sum()])
+
+    with reproml.exact():
+        expected = ROWS.exp().sum()
+        assert same_bits(in_thread(work), torch.stack([expected, expected]))
+    assert names == ["aten.exp.default", "aten.sum.default"]
+
+
+def test_inherited_threads_warn_of_native_operators():
+    with pytest.warns(UserWarning, match="bessel_j0"), reproml.exact(on_unknown="warn"):
+        in_thread(lambda: torch.special.bessel_j0(ROWS))
+
+
+def test_scripted_functions_forked_by_jit_are_exact():
+    @torch.jit.script
+    def work(x: torch.Tensor):
+        future = torch.jit.fork(torch.exp, x)
+        return torch.jit.wait(future)
+
+    with reproml.exact():
+        assert same_bits(work(ROWS), ROWS.exp())
+
+
+PROCESSES = """
+import multiprocessing, sys
+from concurrent.futures import ProcessPoolExecutor
+import torch, reproml
+
+def compute(_=None):
+    return reproml.digest({"x": (torch.arange(4000.0).sin() * 10).exp().reshape(40, 100).softmax(1)})
+
+class Data(torch.utils.data.Dataset):
+    __len__ = lambda self: 1
+    __getitem__ = lambda self, i: compute()
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    found = []
+    with ProcessPoolExecutor(1, mp_context=context) as earlier:
+        native = earlier.submit(compute).result()
+        with reproml.exact():
+            exact = compute()
+            loader = torch.utils.data.DataLoader(
+                Data(), num_workers=1, batch_size=None, multiprocessing_context=sys.argv[1])
+            found += loader
+            found.append(earlier.submit(compute).result())
+            with context.Pool(1) as pool:
+                found.append(pool.apply(compute))
+        print(exact != native, all(x == exact for x in found), len(found))
+        print(compute() == native == earlier.submit(compute).result())
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_started_within_exact_inherit_it(method, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(PROCESSES)
+    shown = subprocess.run(
+        [sys.executable, script, method], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.split() == ["True", "True", "3", "True"]
 
 
 def test_concurrent_threads_give_the_same_bits():

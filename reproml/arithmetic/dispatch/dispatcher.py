@@ -31,11 +31,14 @@ from reproml.errors import NotExactError
 from reproml.torch_internals import (
     DispatchKey,
     SetExcludeDispatchKeyGuard,
+    TorchDispatchMode,
     dispatch_get_all_op_names,
     dispatch_tls_is_dispatch_key_excluded,
     dispatch_tls_set_dispatch_key_excluded,
     dispatch_tls_set_dispatch_key_included,
+    get_current_dispatch_mode,
     len_torch_dispatch_stack,
+    pop_mode,
     pop_mode_temporarily,
 )
 
@@ -211,6 +214,12 @@ def call_modes_and_subclasses(operator: Any, args: Any, kwargs: Any) -> Any:
     """
     if dispatch_tls_is_dispatch_key_excluded(DispatchKey.Python):
         return NotImplemented  # a subclass calls the operator natively, past modes and subclasses
+    mode = get_current_dispatch_mode()
+    if isinstance(mode, Inherited):
+        mode.before(operator)
+        if mode.joined:
+            state.active.inherited = None
+            pop_mode()
     types = _subclasses([*args, *kwargs.values()])
     if not types and not _modes():
         return NotImplemented
@@ -226,6 +235,38 @@ def call_modes_and_subclasses(operator: Any, args: Any, kwargs: Any) -> Any:
             return result
     names = ", ".join(t.__name__ for t in types)
     raise TypeError(f"{operator}: no mode and none of the operands' types implements it: [{names}]")
+
+
+class Inherited(TorchDispatchMode):
+    """Marks a thread that was started within `exact()`, until its first operator.
+
+    Such a thread does not hold the patches from its start: a thread that never computes, such as one of a
+    progress bar, may run long after `exact()` has ended. The mode costs other threads nothing. In versions
+    of PyTorch that call modes before our kernels it stays until the thread ends.
+    """
+
+    def __init__(self, handler_of: Callable[[Any], Handler], join: Callable[[], bool]) -> None:
+        super().__init__()
+        self._handler_of, self._join = handler_of, join
+        self.joined = False  # whether the thread holds the patches
+
+    def before(self, operator: Any) -> None:
+        """Hold the patches, before an operator that computes. Raises NotExactError if they are undone."""
+        if self._handler_of(operator).kind in (Kind.NATIVE, Kind.MOVED):
+            return
+        if not self.joined:
+            self.joined = self._join()
+        if not self.joined:
+            raise NotExactError(
+                f"{operator} has no exact result in a thread that was started within reproml.exact(), "
+                "which has ended since; use `with reproml.exact():` in the thread."
+            )
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.before(function)
+        return function(*args, **(kwargs or {}))
 
 
 def _subclasses(operands: Any) -> list[Any]:

@@ -6,26 +6,112 @@ The last bit of the C library's results differs between systems. mpmath is impor
 from __future__ import annotations
 
 import math
-from typing import Any
+from functools import wraps
+from types import ModuleType
+from typing import Any, Callable
+
+# Bits to compute with, and to round to before the result.
+_BITS = 400, 150
+# A value within 2^-150 of a midpoint of two floats counts as the midpoint: an exact tie, which a power may
+# be, is recognized, and no other value of these functions is known to come that close.
+# Squares of floats sum to less than 4,300 bits: a distance is compared with its tie exactly.
+_DISTANCE_BITS = 4500, 4400
 
 
-class ExactMath:
-    """Python's `math`, with transcendental functions that mpmath rounds correctly to binary64."""
+def _log(mp: Any, x: Any, base: Any = None) -> Any:
+    return mp.log(x) if base is None else mp.log(x) / mp.log(base)
 
-    _ROUNDED = frozenset("cos sin tan exp log tanh erf acos asin atan cosh sinh".split())
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in self._ROUNDED:
-            return getattr(math, name)
+def _lgamma(mp: Any, x: Any) -> Any:
+    return mp.loggamma(x) if x > 0 else mp.log(abs(mp.gamma(x)))
 
-        def rounded(x: float) -> float:
-            import mpmath
 
-            # The table maker's dilemma: every known binary64 case is decided by 2^-120.
-            with mpmath.workprec(200):
-                return float(getattr(mpmath, name)(mpmath.mpf(x)))
+def _same(name: str) -> Callable[..., Any]:
+    return lambda mp, *args: getattr(mp, name)(*args)
 
-        return rounded
+
+# Function of `math` -> the real function, given mpmath and arguments in its numbers. All other functions of
+# `math` compute with integers, are exact, or are operations that IEEE 754 rounds (sqrt, fma, degrees).
+_REAL_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{
+        name: _same(name)
+        for name in "cos sin tan exp log1p expm1 log10 tanh cosh sinh acos asin atan acosh asinh atanh "
+        "atan2 erf gamma".split()
+    },
+    "erfc": lambda mp, x: mp.erfc(x) if x < 100 else 0 * x,
+    "log": _log,
+    "log2": lambda mp, x: mp.log(x) / mp.ln2,
+    "exp2": lambda mp, x: mp.power(2, x),
+    "cbrt": lambda mp, x: mp.sign(x) * mp.cbrt(abs(x)),
+    "pow": lambda mp, x, y: _real_power(mp, x, y),
+    "lgamma": _lgamma,
+}
+
+
+class ExactMath(ModuleType):
+    """Python's `math`, whose functions are correctly rounded to binary64.
+
+    They raise the errors of `math`, and infinities and NaN are those of `math`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("math")
+        vars(self).update(vars(math))
+        for name, function in _REAL_FUNCTIONS.items():
+            if hasattr(math, name):
+                setattr(self, name, _rounded(getattr(math, name), function))
+        self.dist = _dist
+        self.hypot = lambda *x: _dist(x, [0.0] * len(x))
+
+
+def _dist(p: Any, q: Any) -> float:
+    approximation = math.dist(p, q)  # raises its errors
+    pairs = [(float(x), float(y)) for x, y in zip(p, q)]
+    if not all(math.isfinite(x) for pair in pairs for x in pair):
+        return approximation
+
+    def distance(mp: Any) -> Any:
+        return mp.sqrt(mp.fsum((mp.mpf(x) - mp.mpf(y)) ** 2 for x, y in pairs))
+
+    return _nearest(distance, _DISTANCE_BITS)
+
+
+def _rounded(native: Callable[..., float], function: Callable[..., Any]) -> Callable[..., float]:
+    @wraps(native)
+    def rounded(*args: Any) -> Any:
+        approximation = native(*args)  # raises its errors
+        numbers = [_number(x) for x in args]
+        if not all(isinstance(x, int) or math.isfinite(x) for x in [approximation, *numbers]):
+            return approximation  # a limit, which needs no rounding
+        if native is math.atan2 and 0 in numbers:
+            return approximation  # 0 or a multiple of pi / 2, by the sign of a zero, which mpmath lacks
+        found = _nearest(lambda mp: function(mp, *map(mp.mpf, numbers)))
+        return found or math.copysign(found, approximation)
+
+    return rounded
+
+
+def _number(x: Any) -> Any:
+    """Return the float that `math` computes with, or the integer, if no float is that large."""
+    try:
+        return float(x)
+    except OverflowError:
+        return int(x)
+
+
+def _nearest(value: Callable[[Any], Any], bits: tuple[int, int] = _BITS) -> float:
+    """Return the float nearest to value(mpmath), ties to even. Raises OverflowError, as `math` does."""
+    import mpmath
+
+    with mpmath.workprec(bits[0]):
+        x = value(mpmath.mp)
+        with mpmath.workprec(bits[1]):
+            sign, mantissa, exponent, length = (+x)._mpf_
+    if exponent + length < -1100:
+        return 0.0
+    # The quotient of integers is rounded once, to a subnormal number as well.
+    found: float = int(mantissa) * 2 ** max(exponent, 0) / 2 ** max(-exponent, 0)
+    return -found if sign else found
 
 
 class ExactPower(float):
@@ -42,14 +128,17 @@ class ExactPower(float):
 
 
 def _power(base: float, exponent: float) -> Any:
-    approximation: Any = float(base) ** float(exponent)  # raises the errors of `**`
-    if isinstance(approximation, complex):
+    base, exponent = float(base), float(exponent)
+    approximation: Any = base**exponent  # raises the errors of `**`
+    if isinstance(approximation, complex) or base == 0:
         return approximation
-    if base == 0 or not (math.isfinite(base) and math.isfinite(exponent)):
+    if not (math.isfinite(base) and math.isfinite(exponent)):
         return approximation  # a limit, which needs no rounding
-    if base < 0:  # then the exponent is an integer, or the power would be complex
-        return -_power(-base, exponent) if exponent % 2 else _power(-base, exponent)
-    import mpmath
+    found = _nearest(lambda mp: _real_power(mp, mp.mpf(base), mp.mpf(exponent)))
+    return found or math.copysign(found, approximation)
 
-    with mpmath.workprec(400):
-        return float(mpmath.power(mpmath.mpf(base), mpmath.mpf(exponent)))
+
+def _real_power(mp: Any, base: Any, exponent: Any) -> Any:
+    """Return a power that is real: if the base is negative, the exponent is an integer."""
+    magnitude = mp.power(abs(base), exponent)
+    return -magnitude if base < 0 and exponent % 2 else magnitude

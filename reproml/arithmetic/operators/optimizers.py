@@ -12,7 +12,7 @@ takes the betas as given.
 To add an optimizer `name`:
 
 1. write its definition here, `name(params, grads, *states, *, hyperparameters)`, which updates in place;
-2. add it to `_DEFINITIONS`, with the options it takes from PyTorch's functions;
+2. add it to `_DEFINITIONS`, with the options it takes from PyTorch's functions, and to `DEFINED`;
 3. add the functions of PyTorch that it replaces to OPTIMIZER_STEPS in reproml/torch_internals.py;
 4. test it against real numbers in tests/arithmetic/operators/test_optimizers.py (test_other_optimizers).
 """
@@ -24,6 +24,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any, Callable, NamedTuple, Optional
 
 import torch
@@ -93,7 +94,6 @@ def adam(
     optimizer = _adam(
         float(lr), float(beta1), float(beta2), weight_decay, decoupled_weight_decay, eps, maximize
     )
-    _check(*params, *grads, *exp_avgs, *exp_avg_sqs)
     compiled: dict[int, list[tuple[Tensor, ...]]] = {}  # by step, which few parameters differ in
     for i, state in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
         if amsgrad:
@@ -264,13 +264,11 @@ def sgd(
 
     numbers = (nesterov, sign, float(decay), float(rate), float(mu), float(fresh))
     for i, (p, g) in enumerate(zip(params, grads)):
-        _check(p, g)
         buffer = buffers[i] if mu else None
         first = bool(mu) and buffer is None
         if first:
             buffer = buffers[i] = torch.zeros_like(p)
         state = (p, g) if buffer is None else (p, g, buffer)
-        _check(*state[2:])
         if not _has_kernel(state):
             reference_step(first, *state)
             continue
@@ -325,7 +323,6 @@ def rmsprop(
         return mu * b + update(ctx, p, g, v, a)
 
     for i, (p, g, v) in enumerate(zip(params, grads, square_avgs)):
-        _check(p, g, v)
         _assign(v, lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), p, g, v)
         a = grad_avgs[i] if centered else v
         if centered:
@@ -357,7 +354,6 @@ def adagrad(
     epsilon = float32_scalar(eps)
     direction = _direction(float32_scalar(weight_decay), -1 if maximize else 1)
     for p, g, s, step in zip(params, grads, state_sums, steps):
-        _check(p, g, s)
         rate = float32_scalar(lr) / (1 + (step - 1) * float32_scalar(lr_decay))
 
         def update(ctx: Any, p: Any, g: Any, s: Any, rate: Fraction = rate) -> Any:
@@ -393,7 +389,6 @@ def adadelta(
         return ctx.sqrt(a + epsilon) / ctx.sqrt(v + epsilon) * direction(p, g)
 
     for p, g, v, a in zip(params, grads, square_avgs, acc_deltas):
-        _check(p, g, v, a)
         _assign(v, lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), p, g, v)
         u = elementwise(update, p, g, v, a)
         _assign(a, lambda ctx, a, u: keep * a + rest * (u * u), a, u)
@@ -445,8 +440,11 @@ def _redo(reference_step: Step, states: Sequence[Sequence[Tensor]], failed: Tens
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def _check(*tensors: Tensor) -> None:
-    for x in tensors:
+def _check(*lists: Sequence[Optional[Tensor]]) -> None:
+    """Raise NotExactError unless all tensors are ones that a definition can update: before it does."""
+    for x in chain.from_iterable(lists):
+        if x is None:  # a buffer of SGD before the first step
+            continue
         if x.dtype is torch.float32 and x.layout is torch.strided and type(x) in _PLAIN_TYPES:
             continue
         refusal = getattr(type(x), "optimizer_refusal", None)
@@ -484,15 +482,22 @@ def _python_step(
     definition takes the counts, as integers.
     """
 
+    names = options.split()
+
     def step(*lists: Any, **given: Any) -> None:
         _refuse_unless(not given.get("has_complex"), "complex parameters")
         if counters:
             *lists, counts = lists  # type: ignore[assignment]
+        _check(*lists)
+        for name in names:
+            if isinstance(given[name], float):
+                float32_scalar(given[name])  # raises, before anything is changed
+        if counters:
             for count in counts:
                 count += 1
             if takes_steps:
                 lists = (*lists, _integers(counts))
-        definition(*lists, **{name: given[name] for name in options.split()})
+        definition(*lists, **{name: given[name] for name in names})
 
     return step
 
@@ -502,16 +507,6 @@ def _integers(counts: Sequence[Tensor]) -> list[int]:
     one_device = len({x.device for x in counts}) == 1
     at_once = one_device and devices.is_on_accelerator(counts[0])
     return [int(x) for x in (torch.stack(list(counts)).tolist() if at_once else counts)]
-
-
-def _undefined_step(name: str) -> Step:
-    def step(*lists: Any, **options: Any) -> None:
-        raise NotExactError(
-            f"torch.optim's {name} has no exact definition; use Adam, AdamW, SGD, RMSprop, Adagrad "
-            "or Adadelta."
-        )
-
-    return step
 
 
 def _checked(step: Step) -> Step:
@@ -541,11 +536,10 @@ _DEFINITIONS: dict[str, Step] = {
     "adagrad": _python_step(adagrad, "lr weight_decay lr_decay eps maximize", takes_steps=True),
     "adadelta": _python_step(adadelta, "lr rho eps weight_decay maximize"),
 }
-# Their steps take powers of Python floats from the C library.
-_UNDEFINED = {name: _undefined_step(name) for name in ("nadam", "radam", "adamax", "asgd")}
-
 # Module of torch.optim -> what replaces each of its OPTIMIZER_STEPS (reproml/torch_internals.py).
-STEPS = {name: _checked(step) for name, step in {**_DEFINITIONS, **_UNDEFINED}.items()}
+STEPS = {name: _checked(step) for name, step in _DEFINITIONS.items()}
+# The optimizers that have a definition; all others of torch.optim are refused.
+DEFINED = frozenset("Adam AdamW SGD RMSprop Adagrad Adadelta".split())
 
 
 # --- the operators of the fused form, when they are called directly (operator_table.py) -----------
@@ -565,6 +559,7 @@ def fused_adam(
     **options: Any,
 ) -> None:
     _refuse_unless(grad_scale is None and found_inf is None, "a gradient scaler")
+    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     adam(
         params,
         grads,
@@ -592,6 +587,7 @@ def fused_sgd(
     **options: Any,
 ) -> None:
     _refuse_unless(grad_scale is None and found_inf is None, "a gradient scaler")
+    _check(params, grads, buffers)
     if is_first_step:
         firsts: list[Optional[Tensor]] = [None] * len(params)
         sgd(params, grads, firsts, **options)

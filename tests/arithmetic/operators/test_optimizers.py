@@ -322,9 +322,11 @@ def test_threads_outside_exact_step_natively():
 
     results: list[torch.Tensor] = []
     step()
+    ready = threading.Event()
+    thread = threading.Thread(target=lambda: (ready.wait(10), step()))
+    thread.start()
     with reproml.exact():
-        thread = threading.Thread(target=step)
-        thread.start()
+        ready.set()
         thread.join()
     assert len(results) == 2 and torch.equal(*results)
 
