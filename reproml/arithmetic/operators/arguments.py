@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -29,6 +29,24 @@ def require_float32(dtype: Any) -> None:
     if dtype not in (None, torch.float32):
         raise NotExactError(
             f"A result of {dtype} has no exact definition; use dtype=torch.float32."
+        )
+
+
+def require_all_float32(*operands: Any) -> None:
+    """Raise NotExactError if one of the operands is a float64 tensor."""
+    for x in operands:
+        if isinstance(x, Tensor) and x.dtype is torch.float64 and x.dim():
+            raise NotExactError(f"it is defined for float32, not for {x.dtype}")
+
+
+def require_shape(name: str, x: Optional[Tensor], shape: Sequence[int]) -> None:
+    """Raise RuntimeError unless an operand, if there is one, is float32 and has this shape.
+
+    The compiled loops read as many numbers as the sizes of other operands say.
+    """
+    if x is not None and (x.shape != tuple(shape) or x.dtype is not torch.float32):
+        raise RuntimeError(
+            f"{name} must be float32 of shape {list(shape)}, not {x.dtype} of shape {list(x.shape)}"
         )
 
 

@@ -58,6 +58,28 @@ def index_put_(
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
+def put(x: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> Tensor:
+    """Return x with `source` written, in order, or added (rounded once) at the flat indices."""
+    flat = index_put(x.reshape(-1), [index], source.reshape(index.shape), accumulate)
+    return flat.reshape(x.shape)
+
+
+def unfold_backward(g: Tensor, sizes: Sequence[int], dim: int, size: int, step: int) -> Tensor:
+    """Return the sum of the gradients of all windows that contain an element."""
+    x = g.new_zeros(sizes)
+    return _add_at(x, _flat_indices(x).unfold(dim, size, step), g)
+
+
+def padding_backward(pad: Any) -> Any:
+    """Return the gradient of a padding that copies elements: the sum of those of all copies."""
+
+    def backward(g: Tensor, x: Tensor, padding: Sequence[int]) -> Tensor:
+        copied = pad(_flat_indices(x).double(), padding)  # not defined for integers
+        return _add_at(torch.zeros_like(x), copied.long(), g)
+
+    return backward
+
+
 def embedding_backward(
     g: Tensor, indices: Tensor, rows: int, padding: int, scale_by_freq: bool
 ) -> Tensor:
@@ -88,7 +110,13 @@ def _flat_indices(x: Tensor) -> Tensor:
 
 
 def _add_at(x: Tensor, index: Tensor, source: Tensor) -> Tensor:
-    """Return x + the sum of the elements of `source` (broadcast to index) at each flat index."""
+    """Return x + the sum of the elements of `source` (broadcast to index) at each flat index.
+
+    Raises RuntimeError unless x and source are float32.
+    """
+    for t in (x, source):
+        if t.dtype is not torch.float32:
+            raise RuntimeError(f"sums at indices take float32 tensors, not {t.dtype}")
     values = source.expand(index.shape).reshape(-1)
     return segment_sum(index.reshape(-1), values, x.numel(), x.reshape(-1)).reshape(x.shape)
 
