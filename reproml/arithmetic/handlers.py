@@ -180,7 +180,9 @@ def _copy_into(out: Tensor, result: Tensor) -> Tensor:
             f"result type {result.dtype} can't be cast to the output type {out.dtype}"
         )
     if result.dtype is torch.float64 and out.dtype is not torch.float64:
-        raise NotExactError(f"its result would be rounded to {result.dtype} and then to {out.dtype}")
+        raise NotExactError(
+            f"its result would be rounded to {result.dtype} and then to {out.dtype}"
+        )
     return out if out is result else out.copy_(result)
 
 

@@ -50,7 +50,9 @@ def mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
     return reduce_sum(x.float(), dims, keepdim, divisor=divisor)
 
 
-def _float64_sum(x: Tensor, dims: Sequence[int], keepdim: bool, dtype: Any, divisor: int = 1) -> Tensor:
+def _float64_sum(
+    x: Tensor, dims: Sequence[int], keepdim: bool, dtype: Any, divisor: int = 1
+) -> Tensor:
     """Return the sum over `dims`, divided by `divisor`, rounded once to binary64, by exact fractions."""
     if dtype not in (None, torch.float64):
         raise NotExactError(f"A sum of float64 numbers as {dtype} has no exact definition.")
