@@ -91,6 +91,7 @@ index_put index_put_ max min amax amin maximum minimum clamp clamp_min clamp_max
 # what evaluation and comparisons of results take.
 FLOAT64 = frozenset("""
 add sub rsub mul div sum mean max min amax amin maximum minimum allclose
+index_put index_put_ _index_put_impl_
 """.split())
 # fmt: on
 

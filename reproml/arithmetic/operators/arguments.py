@@ -32,13 +32,6 @@ def require_float32(dtype: Any) -> None:
         )
 
 
-def require_all_float32(*operands: Any) -> None:
-    """Raise NotExactError if one of the operands is a float64 tensor."""
-    for x in operands:
-        if isinstance(x, Tensor) and x.dtype is torch.float64 and x.dim():
-            raise NotExactError(f"it is defined for float32, not for {x.dtype}")
-
-
 def require_shape(name: str, x: Optional[Tensor], shape: Sequence[int]) -> None:
     """Raise RuntimeError unless an operand, if there is one, is float32 and has this shape.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.devices import to_device
 from reproml.arithmetic.numerics.scalars import float32_scalar
-from reproml.arithmetic.operators.arguments import float32_operands, require_all_float32
+from reproml.arithmetic.operators.arguments import float32_operands
 from reproml.errors import NotExactError
 
 # ---- one IEEE 754 operation --------------------------------------------------------------------------
@@ -23,7 +23,8 @@ def add(x: Any, y: Any, alpha: float = 1) -> Tensor:
     """Return x + alpha y."""
     if alpha == 1:
         return torch.add(x, y)  # one IEEE 754 operation
-    require_all_float32(x, y)
+    if _is_float64(x, y):
+        raise NotExactError(f"with alpha={alpha} it is defined for float32, not for torch.float64")
     a = float32_scalar(alpha)
     return elementwise(lambda ctx, x, y: x + a * y, *float32_operands(x, y))
 
@@ -46,8 +47,9 @@ def mul(x: Any, y: Any) -> Tensor:
 def div(x: Any, y: Any, *, rounding_mode: Optional[str] = None) -> Tensor:
     """Return x / y, never x times the reciprocal of a scalar y: on the CPU one IEEE 754 operation.
 
-    float64 operands are divided in float64. On an accelerator the quotient is rounded to binary64 and then to binary32, which gives the correctly
-    rounded quotient, because 53 >= 2 * 24 + 2 (Figueroa, ACM SIGNUM Newsletter 30(3), 1995).
+    float64 operands are divided in float64. On an accelerator the quotient is rounded to binary64 and
+    then to binary32, which gives the correctly rounded quotient, because 53 >= 2 * 24 + 2 (Figueroa, ACM
+    SIGNUM Newsletter 30(3), 1995).
 
     With a rounding_mode, PyTorch divides integers. Raises NotExactError for other numbers.
     """
@@ -55,7 +57,7 @@ def div(x: Any, y: Any, *, rounding_mode: Optional[str] = None) -> Tensor:
         if not any(_is_float(t) for t in (x, y)):
             return torch.div(x, y, rounding_mode=rounding_mode)
         raise NotExactError(
-            f"A division with rounding_mode={rounding_mode!r} is defined for integers only; divide without it."
+            f"A division with rounding_mode={rounding_mode!r} is defined for integers only."
         )
     if _is_float64(x, y):
         return torch.div(x, y)
@@ -70,7 +72,7 @@ def _is_float(x: Any) -> bool:
 
 
 def _is_float64(x: Any, y: Any) -> bool:
-    """Return whether PyTorch's type of x / y is float64."""
+    """Return whether PyTorch's dtype of x / y is float64."""
     if not any(isinstance(t, Tensor) and t.dtype is not torch.float32 for t in (x, y)):
         return False
     dtype = torch.result_type(x, y)
@@ -100,7 +102,7 @@ def signbit(x: Tensor) -> Tensor:
 def allclose(
     x: Tensor, y: Tensor, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
 ) -> bool:
-    """Return whether x - y, atol + rtol |y| and its product, each rounded, fit for all elements."""
+    """Return whether |x - y| <= atol + rtol |y| for all elements, where each operation rounds."""
     return bool(torch.isclose(x, y, rtol, atol, equal_nan).all())
 
 

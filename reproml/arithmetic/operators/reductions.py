@@ -58,10 +58,16 @@ def _float64_sum(
         raise NotExactError(f"A sum of float64 numbers as {dtype} has no exact definition.")
 
     def rounded(row: list[Any]) -> float:
+        if not divisor:
+            return math.nan
         try:
-            return float(exact_sum(row) / divisor)
-        except (OverflowError, ValueError, ZeroDivisionError):  # too large; inf or NaN; no elements
-            return math.fsum(row) / divisor if divisor else math.nan
+            total = exact_sum(row) if x.is_floating_point() else Fraction(sum(row))
+        except OverflowError:  # on the way
+            total = sum(map(Fraction, row), Fraction(0))
+        try:
+            return float(total / divisor)
+        except OverflowError:
+            return math.inf if total > 0 else -math.inf
 
     def of_rows(rows: Tensor) -> Tensor:
         native = rows.double().sum(1)  # right where an element is infinite or NaN
