@@ -152,24 +152,36 @@ def _runs_natively(name: str, args: list[Any]) -> bool:
     if any(isinstance(x, complex) for x in args):
         raise NotExactError("it is not defined for complex numbers")
     beside_float32 = any(x.dtype is torch.float32 and x.dim() for x in operands)
+    in_float64 = name in table.FLOAT64
     for x in operands:
         if x.layout is not torch.strided:
             raise NotExactError(f"it is not defined for layout {x.layout}")
         if x.dtype is torch.float64 and not x.dim() and beside_float32:
             continue  # beside a float32 tensor it counts like a Python number
+        if x.dtype is torch.float64 and in_float64:
+            continue
         if _is_inexact(x) and x.dtype is not torch.float32:
             raise NotExactError(f"it is defined for float32, not for {x.dtype}")
-    if name not in table.INTEGER or any(map(_is_inexact, operands)):
+    if any(map(_is_inexact, operands)):
         return False
-    return not any(
-        isinstance(x, float) or (isinstance(x, torch.dtype) and x.is_floating_point) for x in args
-    )
+    result = next((x for x in args if isinstance(x, torch.dtype)), None)
+    if name in table.INTEGER and not any(isinstance(x, float) for x in args):
+        return result is None or not result.is_floating_point
+    result = result or torch.get_default_dtype()  # to which PyTorch converts the integers
+    if result.is_floating_point and result is not torch.float32:
+        if result is not torch.float64 or not in_float64:
+            raise NotExactError(f"it is defined for float32, not for {result}")
+    return False
 
 
 def _copy_into(out: Tensor, result: Tensor) -> Tensor:
     if not torch.can_cast(result.dtype, out.dtype):
         raise RuntimeError(
             f"result type {result.dtype} can't be cast to the output type {out.dtype}"
+        )
+    if result.dtype is torch.float64 and out.dtype is not torch.float64:
+        raise NotExactError(
+            f"its result would be rounded to {result.dtype} and then to {out.dtype}"
         )
     return out if out is result else out.copy_(result)
 
@@ -228,9 +240,11 @@ def _decompose(operator: Any) -> Function:
 def _refuse_floats(operator: Any) -> Function:
     """Run it natively, but only if no floating-point number goes in or comes out."""
     takes_float = any(str(x.type) == "float" for x in operator._schema.arguments)
+    name = operator._schema.name.partition("::")[2]
+    rounds = name.startswith(table.ROUNDING_INTEGERS)
 
     def integers_only(*args: Any, **kwargs: Any) -> Any:
-        if takes_float or any(isinstance(x, (float, complex)) for x in args):
+        if rounds or takes_float or any(isinstance(x, (float, complex)) for x in args):
             raise _not_in_table()
         if any(_is_inexact(x) for x in tensors([*args, *kwargs.values()])):
             raise _not_in_table()

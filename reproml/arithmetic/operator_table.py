@@ -56,22 +56,23 @@ alias as_strided detach diagonal expand permute select slice split split_with_si
 unbind unfold unsqueeze view _reshape_alias _unsafe_view
 flatten reshape narrow chunk contiguous
 empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like
-new_ones full full_like new_full lift_fresh
+new_ones lift_fresh
 """.split())
 # COPIES: operators that write some of their operands' numbers to a new tensor, and have no overload that
 # computes.
 COPIES = frozenset("""
-cat stack index index_select embedding threshold_backward fill zero _local_scalar_dense argmax argmin
+cat stack index index_select embedding threshold_backward zero _local_scalar_dense argmax argmin
 clone max_pool2d_with_indices where masked_fill
 """.split())
 DATA_MOVEMENT = VIEWS | COPIES | frozenset("""
 constant_pad_nd diagonal_copy flip lift pixel_shuffle pixel_unshuffle repeat resize_ roll tril triu
 unsafe_split set select_backward slice_backward reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d _pack_padded_sequence
-scalar_tensor eye item eq ne lt le gt ge isnan isinf isfinite equal is_nonzero sign sgn
-logical_not logical_and logical_or
+eye item eq ne lt le gt ge isnan isinf isfinite equal is_nonzero sign sgn
+logical_not logical_and logical_or logical_xor any count_nonzero isposinf isneginf isin searchsorted
+bucketize
 masked_select gather _unsafe_index index_fill take nonzero
-scatter
+scatter masked_scatter diag_embed
 hardtanh sort topk
 abs neg relu threshold adaptive_max_pool2d
 floor ceil round trunc
@@ -85,15 +86,35 @@ INTEGER = frozenset("""
 add sub rsub mul sum cumsum mm bmm mv dot addmm baddbmm addmv trace pow addcmul scatter_add index_add
 index_put index_put_ max min amax amin maximum minimum clamp clamp_min clamp_max signbit
 """.split())
+
+# FLOAT64: operators in EXACT that are also defined for float64 tensors, rounded once to binary64. They are
+# what evaluation and comparisons of results take.
+FLOAT64 = frozenset("""
+add sub rsub mul div sum mean max min amax amin maximum minimum allclose
+index_put index_put_ _index_put_impl_
+""".split())
 # fmt: on
+
+# ROUNDING_INTEGERS: beginnings of the names of operators outside this table that compute with real numbers
+# even if they take and return integers.
+ROUNDING_INTEGERS = ("upsample_", "_upsample_", "logspace", "range")
 
 Definition = Callable[..., Any]
 
 # IN_PLACE: in-place forms that are one IEEE 754 operation too, for float32 operands and numbers.
 IN_PLACE: dict[str, Definition] = {"add": Tensor.add_, "sub": Tensor.sub_, "mul": Tensor.mul_}
 
-# CASTS: casts between dtypes, and copies that may cast.
-CASTS: dict[str, Definition] = {"_to_copy": casts.to_copy, "copy_": casts.copy_}
+# CASTS: casts between dtypes, copies that may cast, and tensors filled with a number.
+CASTS: dict[str, Definition] = {
+    "_to_copy": casts.to_copy,
+    "copy_": casts.copy_,
+    "full": casts.full,
+    "full_like": casts.full_like,
+    "new_full": casts.new_full,
+    "fill": casts.fill,
+    "fill_": casts.fill_,
+    "scalar_tensor": casts.scalar_tensor,
+}
 
 # EXACT: the operators that compute, each with its definition. A definition takes the operator's
 # arguments, with tensors of float32, and returns values that are rounded once, or a short expression of
@@ -117,6 +138,7 @@ EXACT: dict[str, Definition] = {
     "clamp_min": pointwise.clamp_min,
     "clamp_max": pointwise.clamp_max,
     "signbit": pointwise.signbit,
+    "allclose": pointwise.allclose,
     # ---- short expressions -----------------------------------------------------------------------
     "addcmul": pointwise.addcmul,
     "addcdiv": pointwise.addcdiv,
@@ -138,6 +160,13 @@ EXACT: dict[str, Definition] = {
     "index_add": indexing.index_add,
     "index_put": indexing.index_put,
     "index_put_": indexing.index_put_,
+    "_index_put_impl_": indexing.index_put_,
+    "put": indexing.put,
+    "unfold_backward": indexing.unfold_backward,
+    "reflection_pad1d_backward": indexing.padding_backward(torch.ops.aten.reflection_pad1d),
+    "reflection_pad2d_backward": indexing.padding_backward(torch.ops.aten.reflection_pad2d),
+    "replication_pad1d_backward": indexing.padding_backward(torch.ops.aten.replication_pad1d),
+    "replication_pad2d_backward": indexing.padding_backward(torch.ops.aten.replication_pad2d),
     "embedding_dense_backward": indexing.embedding_backward,
     "upsample_nearest2d_backward": upsampling.upsample_nearest2d_backward,
     # ---- matrix products -------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from contextlib import nullcontext
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -123,8 +125,9 @@ def test_casts_to_integers_stay_in_range(dtype, low, high, source):
 
 def test_casts_that_round_twice_are_refused():
     x = torch.tensor([1 + 2.0**-11 + 2.0**-40], dtype=torch.float64)
-    for dtype in (torch.float16, torch.bfloat16):
-        refused(x.to, dtype)
+    for dtype in (torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn):
+        assert str(dtype) in refused(x.to, dtype)
+        assert str(dtype) in refused(torch.tensor([2**24 + 1]).to, dtype)
         refused(torch.zeros(1, dtype=dtype).copy_, x)
     y = x.float()
     assert exact_path(y.to, torch.float16).item() == 1
@@ -158,8 +161,8 @@ WIDE = [torch.float64, torch.float16, torch.bfloat16, torch.complex64]
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("shape", [(3,), ()])
 @pytest.mark.parametrize("function", [
-    lambda x: x + x, lambda x: x.exp(), lambda x: x.sum(), lambda x: x / 3, lambda x: x.sqrt(),
-    lambda x: x.mean(), lambda x: x.add(x, alpha=2), lambda x: x.uniform_(), lambda x: x * 2,
+    lambda x: x.exp(), lambda x: x.sqrt(), lambda x: x.add(x, alpha=2), lambda x: x.uniform_(),
+    lambda x: x.cumsum(-1), lambda x: x.var(), lambda x: x ** 3,
 ], ids=str)  # fmt: skip
 def test_other_dtypes_are_refused(dtype, shape, function):
     x = torch.ones(shape, dtype=dtype)
@@ -168,6 +171,172 @@ def test_other_dtypes_are_refused(dtype, shape, function):
             function(x)
     else:
         assert str(dtype).replace("torch.", "") in refused(function, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("function", [
+    lambda x: x + x, lambda x: x.sum(), lambda x: x / 3, lambda x: x.mean(), lambda x: x * 2,
+], ids=str)  # fmt: skip
+def test_arithmetic_of_16_bits_is_refused(dtype, function):
+    assert str(dtype).replace("torch.", "") in refused(function, torch.ones(3, dtype=dtype))
+
+
+FRACTIONS = st.lists(st.floats(-1e300, 1e300), min_size=3, max_size=3)
+
+
+@few
+@given(FRACTIONS, FRACTIONS)
+def test_float64_is_rounded_once_to_binary64(a, b):
+    x, y = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    p, q = [Fraction(v) for v in a], [Fraction(v) for v in b]
+
+    def nearest(v: Fraction) -> float:
+        try:
+            return float(v)
+        except OverflowError:
+            return math.inf if v > 0 else -math.inf
+
+    with reproml.exact():
+        assert x.sum().item() == nearest(sum(p)) and x.mean().item() == nearest(sum(p) / 3)
+        assert (x + y).tolist() == [nearest(v + w) for v, w in zip(p, q)]
+        assert (x * y).tolist() == [nearest(v * w) for v, w in zip(p, q)]
+        assert (x / 3).tolist() == [nearest(v / 3) for v in p]
+        assert (x.float() - y).dtype is torch.float64
+
+
+def test_float64_sums_keep_pytorchs_shapes_and_limits():
+    x = torch.tensor([[1e16, 1.0, -1e16], [torch.inf, 1.0, -torch.inf]], dtype=torch.float64)
+    with reproml.exact():
+        assert (
+            x[0].sum().item() == 1
+            and x[1].sum().isnan()
+            and x[:, :2].sum(1).tolist()[1] == torch.inf
+        )
+        assert x.sum(1, keepdim=True).shape == (2, 1) and x.mean((0, 1)).shape == ()
+        assert torch.tensor([2**53 + 1, 1]).sum(dtype=torch.float64).item() == 2**53 + 2
+        assert (x[0] * 1e292).sum().item() == 1e292 and (x[0] * 1e300).sum().isnan()
+        assert torch.tensor([1e308, 1e308, -1e308], dtype=torch.float64).sum().item() == 1e308
+        assert torch.tensor([1e308, 1e308], dtype=torch.float64).sum().item() == torch.inf
+        assert torch.tensor([1e308, 1e308], dtype=torch.float64).mean().item() == 1e308
+        assert x[:, :0].sum(1).tolist() == [0, 0] and x[:, :0].mean(1).isnan().all()
+    refused(lambda: x.sum(dtype=torch.float32))
+    refused(lambda: x.add(x, alpha=0.3))
+    refused(lambda: torch.ones(3).add_(x[0]))
+
+
+def test_evaluation_code_works():
+    x, y = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1, 0, 1])
+    with reproml.exact():
+        assert (x > 0).double().mean().item() == 2 / 3
+        assert torch.allclose(x, x + 1e-7) and not torch.allclose(x, x + 1e-3)
+        assert torch.allclose(x.double(), x.double() * (1 + 1e-7))
+        torch.testing.assert_close(x.double(), x.double())
+        with pytest.raises(AssertionError, match="0.25"):
+            torch.testing.assert_close(x.double(), x.double() + 0.25)
+        assert (
+            x.count_nonzero() == 3
+            and x.any()
+            and torch.isin(x, x[:1]).tolist() == [True, False, False]
+        )
+        assert torch.bucketize(x, torch.tensor([0.0, 1.0])).tolist() == [1, 0, 2]
+        assert ((x > 0) == y.bool()).double().sum().item() == 3
+        torch.jit.trace(torch.nn.Linear(3, 2), x)
+
+
+def test_integer_division_takes_a_rounding_mode():
+    x = torch.arange(-3, 4)
+    with reproml.exact():
+        assert torch.div(x, 2, rounding_mode="floor").tolist() == [-2, -1, -1, 0, 0, 1, 1]
+        assert torch.div(x, torch.tensor(2), rounding_mode="trunc").tolist() == [
+            -1,
+            -1,
+            0,
+            0,
+            0,
+            1,
+            1,
+        ]
+        assert x.clone().div_(2, rounding_mode="floor").dtype is torch.int64
+    for y in (x.float(), 2.5):
+        refused(lambda y=y: torch.div(x, y, rounding_mode="floor"))
+
+
+def test_vmap_takes_python_numbers():
+    x = torch.randn(4, 3)
+    functions: Any = [lambda r: r.sum() / 2.0, lambda r: 2.0 - r * 3 + 1, lambda r: 1 / r]
+    for function in functions:
+        expected = [exact_path(function, row) for row in x]
+        assert same_bits(exact_path(torch.func.vmap(function), x), torch.stack(expected))
+
+
+def test_per_sample_gradients_equal_those_of_samples():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GELU(), torch.nn.Linear(4, 2))
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    names, weights = zip(*[(name, p.detach()) for name, p in model.named_parameters()])
+
+    def loss(weights: Any, x: Any, y: Any) -> Any:
+        out = torch.func.functional_call(model, dict(zip(names, weights)), (x,))
+        return torch.nn.functional.cross_entropy(out[None], y[None]) / 2.0
+
+    gradient = torch.func.grad(loss)
+    with reproml.exact():
+        together = torch.func.vmap(gradient, in_dims=(None, 0, 0))(weights, x, y)
+        for i in range(5):
+            for a, b in zip(together, gradient(weights, x[i], y[i])):
+                assert same_bits(a[i], b)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_interpolation_of_integers_is_refused(mode, antialias):
+    x = torch.randint(0, 255, (1, 3, 8, 8), dtype=torch.uint8)
+    interpolate = torch.nn.functional.interpolate
+    assert "uint8" in refused(interpolate, x, size=(5, 5), mode=mode, antialias=antialias)
+
+
+def test_pooling_of_integers_is_refused():
+    x = torch.randint(0, 255, (1, 3, 8, 8))
+    assert "int64" in refused(torch.nn.functional.avg_pool2d, x, 2)
+    assert "int64" in refused(torch.nn.functional.adaptive_avg_pool2d, x, 2)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: torch.randn(3), lambda: torch.rand(3), lambda: torch.normal(0.0, 1.0, (3,)),
+    lambda: torch.arange(0, 1, 0.1), lambda: torch.linspace(0, 1, 5), lambda: torch.arange(3).sqrt(),
+    lambda: torch.nn.Linear(2, 2),
+], ids=str)  # fmt: skip
+def test_refusal_names_the_default_dtype(make):
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert "torch.float64" in refused(make)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@few
+@given(st.floats(-1e30, 1e30), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_filling_rounds_a_number_once(value, dtype):
+    x = torch.ones(1, dtype=dtype)
+    candidates = torch.tensor([value], dtype=torch.float32).to(dtype).view(torch.int16)
+    near = [(candidates + d).view(dtype).double().item() for d in (-1, 0, 1)]
+    with reproml.exact():
+        results = [
+            torch.full((1,), value, dtype=dtype), torch.full_like(x, value), x.new_full((1,), value),
+            torch.scalar_tensor(value, dtype=dtype), x.fill_(value),
+        ]  # fmt: skip
+    if abs(value) < torch.finfo(dtype).max / 2:
+        distance = min(abs(Fraction(n) - Fraction(value)) for n in near if math.isfinite(n))
+        for result in results:
+            assert abs(Fraction(result.double().item()) - Fraction(value)) == distance
+
+
+def test_filling_beside_a_tie_rounds_once():
+    value = 1 + 2.0**-8 + 2.0**-40
+    with reproml.exact():
+        assert torch.full((1,), value, dtype=torch.bfloat16).item() == 1.0078125
+        assert torch.full((1,), -(2 - value), dtype=torch.bfloat16).item() == -0.99609375
+        assert torch.full((1,), 2**24 + 2**16 + 1, dtype=torch.bfloat16).item() == 2**24 + 2**17
+        assert torch.full((1,), 0.1, dtype=torch.float64).item() == 0.1
 
 
 def test_complex_numbers_are_refused():
@@ -318,8 +487,8 @@ UNKNOWN = [
     lambda: torch.fmin(ones, ones),
     lambda: torch.tensor([1, 2]).float_power(0.5),
     lambda: torch.bincount(torch.tensor([0, 0, 1]), weights=ones),
-    lambda: torch.sum(ones, dtype=torch.float64),
-    lambda: torch.tensor([1, 2]).sum(dtype=torch.float64),
+    lambda: torch.sum(ones, dtype=torch.bfloat16),
+    lambda: torch.tensor([1, 2]).sum(dtype=torch.float16),
     lambda: torch.rand(3, dtype=torch.float64),
     lambda: torch.ones(2, dtype=torch.int64).to(torch.float16) + 1,
 ]
@@ -335,8 +504,8 @@ def test_error_names_operator_operands_caller_and_remedy():
     message = refused(lambda: torch.linalg.svd(torch.ones(2, 3)))
     for part in ("_linalg_svd", "float32", "[2, 3]", f"{__file__}:{line}", "reproml.exact()"):
         assert part in message, message
-    message = refused(lambda: torch.ones(2, dtype=torch.float64) + 1)
-    assert "aten.add" in message and "float64" in message and "[2]" in message
+    message = refused(lambda: torch.ones(2, dtype=torch.float64).exp())
+    assert "aten.exp" in message and "float64" in message and "[2]" in message
 
 
 def test_decomposed_operator_error_names_the_inner_operator():

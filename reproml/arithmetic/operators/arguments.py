@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -29,6 +29,17 @@ def require_float32(dtype: Any) -> None:
     if dtype not in (None, torch.float32):
         raise NotExactError(
             f"A result of {dtype} has no exact definition; use dtype=torch.float32."
+        )
+
+
+def require_shape(name: str, x: Optional[Tensor], shape: Sequence[int]) -> None:
+    """Raise RuntimeError unless an operand, if there is one, is float32 and has this shape.
+
+    The compiled loops read as many numbers as the sizes of other operands say.
+    """
+    if x is not None and (x.shape != tuple(shape) or x.dtype is not torch.float32):
+        raise RuntimeError(
+            f"{name} must be float32 of shape {list(shape)}, not {x.dtype} of shape {list(x.shape)}"
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad, unfold
 
 from reproml.arithmetic.compiler import kernels
-from reproml.arithmetic.operators.arguments import pair
+from reproml.arithmetic.operators.arguments import pair, require_shape
 from reproml.arithmetic.operators.matmul import matmul
 from reproml.arithmetic.operators.reductions import reduce_sum
 from reproml.errors import NotExactError
@@ -65,7 +65,15 @@ def convolution(
         return flat.squeeze(2)
     _require_two_dimensions(x)
     geometry = Geometry(pair(stride), pair(padding), pair(dilation), groups)
-    output_padding = pair(output_padding)
+    size = _output_size(x, w, geometry, transposed, pair(output_padding))
+    correlate = _correlate_transposed if transposed else _correlate
+    return correlate(x, w, bias, geometry, size)
+
+
+def _output_size(
+    x: Tensor, w: Tensor, geometry: Geometry, transposed: bool, output_padding: Sequence[int]
+) -> list[int]:
+    """Return height and width of the output. Raises RuntimeError if there is none."""
     reach = [d * (k - 1) for d, k in zip(geometry.dilation, w.shape[2:])]
     sides = list(zip(x.shape[2:], geometry.stride, geometry.padding, reach, output_padding))
     if not transposed:
@@ -73,7 +81,7 @@ def convolution(
         if min(size) < 1:
             kernel, padded = [r + 1 for r in reach], [i + 2 * p for i, _, p, *_ in sides]
             raise RuntimeError(f"kernel size {kernel} is larger than the padded input {padded}")
-        return _correlate(x, w, bias, geometry, size)
+        return size
     size = [(i - 1) * s - 2 * p + r + o + 1 for i, s, p, r, o in sides]
     if min(size) < 1:
         raise RuntimeError(f"a transposed convolution of {list(x.shape)} has output size {size}")
@@ -82,7 +90,7 @@ def convolution(
             f"output_padding {output_padding} must be smaller than stride {geometry.stride} or "
             f"dilation {geometry.dilation}"
         )
-    return _correlate_transposed(x, w, bias, geometry, size)
+    return size
 
 
 def convolution_backward(
@@ -105,13 +113,17 @@ def convolution_backward(
     """
     _check(x, w, None, stride, padding, dilation, transposed, groups)
     _require_float32(g)
-    grad_bias = reduce_sum(g, [0, *range(2, g.dim())]) if mask[2] else None
     one_dimension = x.dim() == 3
     if one_dimension:
         g, x, w = g.unsqueeze(2), x.unsqueeze(2), w.unsqueeze(2)
         stride, dilation, padding = [1, *stride], [1, *dilation], [0, *padding]
+        output_padding = [0, *output_padding]
     _require_two_dimensions(x)
     geometry = Geometry(pair(stride), pair(padding), pair(dilation), groups)
+    outputs = groups * w.shape[1] if transposed else len(w)
+    size = _output_size(x, w, geometry, transposed, pair(output_padding))
+    require_shape("the gradient", g, (len(x), outputs, *size))
+    grad_bias = reduce_sum(g, (0, 2, 3)) if mask[2] else None
     grad_x = grad_w = None
     if mask[0]:
         backward = _correlate if transposed else _correlate_transposed
@@ -153,7 +165,7 @@ def _check(
     outputs = groups * w.shape[1] if transposed else len(w)
     if bias is not None and bias.shape != (outputs,):
         raise RuntimeError(f"bias must have shape [{outputs}], not {list(bias.shape)}")
-    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+    if min(*stride, *dilation, 1) < 1 or min(*padding, 0) < 0:
         raise RuntimeError(
             f"stride {stride} and dilation {dilation} must be positive, padding {padding} not negative"
         )

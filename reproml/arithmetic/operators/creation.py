@@ -18,11 +18,12 @@ def arange(*bounds: float, dtype: Any = None, device: Any = None, **_: Any) -> T
 
     bounds: (end), (start, end) or (start, end, step).
     """
-    if (
-        dtype not in (None, torch.float32)
-        or all(isinstance(b, int) for b in bounds)
-        and dtype is None
-    ):
+    integers = all(isinstance(b, int) for b in bounds)
+    if dtype is None and not integers:
+        dtype = torch.get_default_dtype()
+    if dtype is not torch.float32:
+        if dtype is not None and dtype.is_floating_point and not integers:
+            require_float32(dtype)
         return torch.arange(*bounds, dtype=dtype, device=device)
     start, end, step = (
         (0, bounds[0], 1) if len(bounds) == 1 else (*bounds, 1) if len(bounds) == 2 else bounds
@@ -39,7 +40,7 @@ def linspace(
 
     Raises NotExactError unless dtype is float32.
     """
-    require_float32(dtype)
+    require_float32(dtype or torch.get_default_dtype())
     a, b = Fraction(float(start)), Fraction(float(end))
     i = torch.arange(steps, dtype=torch.int64)
     return elementwise(lambda ctx, i: a + i * ((b - a) / max(steps - 1, 1)), i).to(device or "cpu")

@@ -15,6 +15,7 @@ from torch import Tensor
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.numerics.exact_sums import nearest_of_rows
 from reproml.arithmetic.numerics.rounding import gamma, round_sum
+from reproml.arithmetic.operators.arguments import require_shape
 from reproml.errors import NotExactError
 
 
@@ -24,6 +25,16 @@ def scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
         return x + 0.0  # -0 becomes +0, as in any other sum
     if not x.dim():
         return _add_at(x, index * 0, source)
+    fits = index.dim() == x.dim() == source.dim()
+    if fits:
+        sizes = list(x.shape)
+        sizes[dim] = index.shape[dim]
+        fits = all(i <= min(s, n) for i, s, n in zip(index.shape, source.shape, sizes))
+    if not fits:
+        raise RuntimeError(
+            f"an index of shape {list(index.shape)} does not fit {list(x.shape)} and a source of shape "
+            f"{list(source.shape)}"
+        )
     used = [slice(0, n) for n in index.shape]
     in_x = list(used)
     in_x[dim] = slice(None)
@@ -33,6 +44,10 @@ def scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
 def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
     """Return x + the sum of alpha * source at each index along `dim`; the products are rounded first."""
     source = source if alpha == 1 else source * alpha
+    if x.dim():
+        sizes = list(x.shape)
+        sizes[dim] = index.numel()
+        require_shape("the source", source, sizes)
     return _add_at(x, _flat_indices(x).index_select(dim, index), source)
 
 
@@ -58,6 +73,31 @@ def index_put_(
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
+def put(x: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> Tensor:
+    """Return x with `source` written, in order, or added (rounded once) at the flat indices."""
+    flat = index_put(x.reshape(-1), [index], source.reshape(index.shape), accumulate)
+    return flat.reshape(x.shape)
+
+
+def unfold_backward(g: Tensor, sizes: Sequence[int], dim: int, size: int, step: int) -> Tensor:
+    """Return the sum of the gradients of all windows that contain an element."""
+    x = g.new_zeros(sizes)
+    index = _flat_indices(x).unfold(dim, size, step)
+    require_shape("the gradient", g, index.shape)
+    return _add_at(x, index, g)
+
+
+def padding_backward(pad: Any) -> Any:
+    """Return the gradient of a padding that copies elements: the sum of those of all copies."""
+
+    def backward(g: Tensor, x: Tensor, padding: Sequence[int]) -> Tensor:
+        copied = pad(_flat_indices(x).double(), padding)  # not defined for integers
+        require_shape("the gradient", g, copied.shape)
+        return _add_at(torch.zeros_like(x), copied.long(), g)
+
+    return backward
+
+
 def embedding_backward(
     g: Tensor, indices: Tensor, rows: int, padding: int, scale_by_freq: bool
 ) -> Tensor:
@@ -70,6 +110,9 @@ def embedding_backward(
         raise NotExactError(
             "An embedding with scale_grad_by_freq=True has no exact definition; leave it out."
         )
+    require_shape("the gradient", g, (*indices.shape, *g.shape[-1:]))
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise RuntimeError(f"the indices must be int64 or int32, not {indices.dtype}")
     compiled = compiled_segment_sums(1, rows, indices.long(), g, padding=padding)
     if compiled is not None:
         return compiled.squeeze(0)
@@ -88,7 +131,13 @@ def _flat_indices(x: Tensor) -> Tensor:
 
 
 def _add_at(x: Tensor, index: Tensor, source: Tensor) -> Tensor:
-    """Return x + the sum of the elements of `source` (broadcast to index) at each flat index."""
+    """Return x + the sum of the elements of `source` (broadcast to index) at each flat index.
+
+    Raises RuntimeError unless x and source are float32.
+    """
+    for t in (x, source):
+        if t.dtype is not torch.float32:
+            raise RuntimeError(f"sums at indices take float32 tensors, not {t.dtype}")
     values = source.expand(index.shape).reshape(-1)
     return segment_sum(index.reshape(-1), values, x.numel(), x.reshape(-1)).reshape(x.shape)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
 from reproml.arithmetic.operators.activations import HALF, softplus_formula
-from reproml.arithmetic.operators.arguments import require
+from reproml.arithmetic.operators.arguments import require, require_shape
 from reproml.arithmetic.operators.reductions import reduce_sum
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -171,6 +171,7 @@ def nll_loss(
     w the weight of a sample's class, the loss is -w x[target] for NONE, -sum(w x[target]) for SUM and
     that divided by sum(w) for MEAN. Raises IndexError for a target that is no class.
     """
+    _check_nll(x, target, weight)
     if x.dim() == 1:  # one sample: a batch of one
         loss, total = nll_loss(x.unsqueeze(0), target.reshape(1), weight, reduction, ignore_index)
         return (loss.squeeze(0) if reduction == NONE else loss), total
@@ -190,15 +191,24 @@ def nll_loss(
     return _reference_nll(x, target, weight, reduction, ignore_index)
 
 
+def _check_nll(x: Tensor, target: Tensor, weight: Optional[Tensor]) -> None:
+    """Raise RuntimeError for operands whose shapes do not fit."""
+    fits = target.shape == x.shape[:-1] or (x.dim() == 1 and target.shape == (1,))
+    if x.dim() not in (1, 2) or not fits:
+        raise RuntimeError(
+            f"an input of shape {list(x.shape)} takes one target a row, not {list(target.shape)}"
+        )
+    require_shape("the input", x, x.shape)
+    require_shape("the weight", weight, x.shape[-1:])
+
+
 def _compiled_nll_applies(x: Tensor, target: Tensor, weight: Optional[Tensor]) -> bool:
     """Return whether csrc/losses.c can take these tensors."""
-    if x.dim() != 2 or not x.numel() or x.dtype is not torch.float32:
+    if x.dim() != 2 or not x.numel() or target.dtype is not torch.int64:
         return False
-    if target.dtype is not torch.int64:
+    if not kernels.usable(x, target):
         return False
-    if len(target) != len(x) or target.dim() != 1 or not kernels.usable(x, target):
-        return False
-    return weight is None or (kernels.usable(weight) and weight.shape == x.shape[1:])
+    return weight is None or kernels.usable(weight)
 
 
 def _reference_nll(
@@ -230,9 +240,11 @@ def nll_loss_backward(
     total: Tensor,
 ) -> Tensor:
     """Return -g w / total (MEAN) or -g w at the target, 0 elsewhere: float32 of x's shape."""
-    each = g.dim() > 0
-    fits = g.shape == target.shape or not each
-    if fits and _compiled_nll_applies(x, target, weight) and kernels.usable(g):
+    _check_nll(x, target, weight)
+    each = reduction == NONE and g.dim() > 0
+    require_shape("the gradient", g, target.shape if each else ())
+    require_shape("the total weight", total, ())
+    if _compiled_nll_applies(x, target, weight) and kernels.usable(g):
         out = torch.empty_like(x)
         divisor = float(total) if reduction == MEAN else 1.0
         if kernels.library.reproml_nll_backward(
@@ -263,6 +275,7 @@ def nll_loss2d(
     x: Tensor, target: Tensor, weight: Optional[Tensor], reduction: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """Compute aten.nll_loss2d_forward: nll_loss of each pixel. x [n, classes, h, w], target [n, h, w]."""
+    _check_pixels(x, target)
     pixels = _pixels_as_rows(x)
     loss, total = nll_loss(pixels, target.reshape(-1), weight, reduction, ignore_index)
     return loss.reshape(target.shape) if reduction == NONE else loss, total
@@ -270,10 +283,18 @@ def nll_loss2d(
 
 def nll_loss2d_backward(g: Tensor, x: Tensor, target: Tensor, *rest: Any) -> Tensor:
     """Compute aten.nll_loss2d_backward: nll_loss_backward of each pixel."""
+    _check_pixels(x, target)
     n, c, h, w = x.shape
     g = g.reshape(-1) if g.dim() else g
     flat = nll_loss_backward(g, _pixels_as_rows(x), target.reshape(-1), *rest)
     return flat.reshape(n, h, w, c).permute(0, 3, 1, 2).contiguous()
+
+
+def _check_pixels(x: Tensor, target: Tensor) -> None:
+    if x.dim() != 4 or target.shape != (len(x), *x.shape[2:]):
+        raise RuntimeError(
+            f"an input of shape {list(x.shape)} takes one target a pixel, not {list(target.shape)}"
+        )
 
 
 def _pixels_as_rows(x: Tensor) -> Tensor:

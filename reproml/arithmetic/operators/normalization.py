@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.operators.arguments import require_shape
 from reproml.arithmetic.operators.normalization_compiled import (
     compiled_batch_norm,
     compiled_batch_norm_backward,
@@ -49,6 +50,9 @@ def batch_norm(
     Running statistics become (1 - momentum) * old + momentum * new, rounded once, where the new ones are
     the rounded mean and the rounded unbiased variance.
     """
+    _check_channels(x, weight, bias, running_mean, running_var)
+    if not training:
+        _require_statistics(running_mean, running_var)
     arguments = (x, weight, bias, running_mean, running_var, training, momentum, eps)
     compiled = compiled_batch_norm(*arguments)
     if compiled is not None:
@@ -97,10 +101,15 @@ def batch_norm_backward(
     mask: list[bool],
 ) -> tuple[Optional[Tensor], ...]:
     """Return the gradients of x, weight and bias, each None unless `mask` asks for it."""
+    _check_channels(x, weight, None, running_mean, running_var)
+    require_shape("the gradient", g, x.shape)
     if not train:
+        _require_statistics(running_mean, running_var)
         assert running_mean is not None and running_var is not None
         mean, rstd = running_mean, _rstd(running_var, eps)
+    _require_statistics(mean, rstd)
     assert mean is not None and rstd is not None
+    _check_channels(x, None, None, mean, rstd)
     compiled = compiled_batch_norm_backward(g, x, weight, mean, rstd, not train, mask)
     if compiled is not None:
         return compiled
@@ -114,6 +123,28 @@ def batch_norm_backward(
         grad_x = _from_channel_rows(elementwise(lambda ctx, g, w, r: g * w * r, g_rows, w, rstd), x)
     grad_weight = weight_gradient(g_rows, rows, mean, rstd) if mask[1] else None
     return grad_x, grad_weight, reduce_sum(g_rows, (1,)) if mask[2] else None
+
+
+def _check_channels(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    mean: Optional[Tensor],
+    variance: Optional[Tensor],
+) -> None:
+    if x.dim() < 2:
+        raise RuntimeError(f"batch normalization expects an input [n, c, ...], not {list(x.shape)}")
+    channels = x.shape[1:2]
+    require_shape("the input", x, x.shape)
+    require_shape("the weight", weight, channels)
+    require_shape("the bias", bias, channels)
+    require_shape("the mean", mean, channels)
+    require_shape("the variance", variance, channels)
+
+
+def _require_statistics(mean: Optional[Tensor], variance: Optional[Tensor]) -> None:
+    if mean is None or variance is None:
+        raise RuntimeError("batch normalization without statistics of its own needs those given")
 
 
 def update_running_stat(running: Tensor, new: Tensor, momentum: float) -> None:
@@ -180,11 +211,11 @@ def layer_norm_backward(
 ) -> tuple[Optional[Tensor], ...]:
     """Return the gradients of x, weight and bias, each None unless `mask` asks for it."""
     _check_layer(x, shape, weight, bias)
-    rows = math.prod(x.shape[: x.dim() - len(shape)])
-    if g.shape != x.shape or not mean.numel() == rstd.numel() == rows:
-        raise RuntimeError(
-            f"a gradient of shape {list(g.shape)} does not match an input of shape {list(x.shape)}"
-        )
+    outer = x.shape[: x.dim() - len(shape)]
+    rows = math.prod(outer)
+    require_shape("the gradient", g, x.shape)
+    for name, t in (("the mean", mean), ("rstd", rstd)):
+        require_shape(name, t.reshape(-1), (rows,))
     compiled = compiled_layer_norm_backward(g, x, shape, mean, rstd, weight, mask)
     if compiled is not None:
         return compiled
@@ -201,17 +232,14 @@ def _check_layer(
     x: Tensor, shape: list[int], weight: Optional[Tensor], bias: Optional[Tensor]
 ) -> None:
     """Check what PyTorch checks only in its own kernel."""
+    require_shape("the input", x, x.shape)
     if not len(shape) or list(x.shape[-len(shape) :]) != list(shape):
         raise RuntimeError(
             f"layer normalization with normalized_shape {list(shape)} expects an input of shape [*, "
             f"{', '.join(map(str, shape))}], not {list(x.shape)}"
         )
-    for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None and list(p.shape) != list(shape):
-            raise RuntimeError(
-                f"layer normalization with normalized_shape {list(shape)} expects a {name} of that shape, "
-                f"not {list(p.shape)}"
-            )
+    require_shape("the weight", weight, shape)
+    require_shape("the bias", bias, shape)
 
 
 # ---- group normalization -----------------------------------------------------------------------------
@@ -227,7 +255,11 @@ def group_norm(
     groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, and mean and rstd, float32 [n, groups]."""
+    """Return the output, and mean and rstd, float32 [n, groups].
+
+    Raises RuntimeError for an input, weight or bias of another shape.
+    """
+    _check_groups(x, weight, bias, n, c, hw, groups)
     compiled = compiled_group_norm(x, weight, bias, n, c, hw, groups, eps)
     if compiled is not None:
         return compiled
@@ -253,6 +285,10 @@ def group_norm_backward(
     mask: list[bool],
 ) -> tuple[Optional[Tensor], ...]:
     """Return the gradients of x, weight and bias, each None unless `mask` asks for it."""
+    _check_groups(x, weight, None, n, c, hw, groups)
+    require_shape("the gradient", g, x.shape)
+    require_shape("the mean", mean, (n, groups))
+    require_shape("rstd", rstd, (n, groups))
     compiled = compiled_group_norm_backward(g, x, mean, rstd, weight, n, c, hw, groups, mask)
     if compiled is not None:
         return compiled
@@ -272,3 +308,22 @@ def group_norm_backward(
     m4, r4 = (t.reshape(n, groups, 1, 1) for t in (mean, rstd))
     grad_weight = weight_gradient(*map(by_channel, (g4, x4, m4, r4))) if mask[1] else None
     return grad_x, grad_weight, reduce_sum(by_channel(g4), (1,)) if mask[2] else None
+
+
+def _check_groups(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    n: int,
+    c: int,
+    hw: int,
+    groups: int,
+) -> None:
+    if min(n, c, hw) < 0 or groups < 1 or c % groups or x.numel() != n * c * hw:
+        raise RuntimeError(
+            f"an input of shape {list(x.shape)} is not {n} times {c} channels of {hw} numbers in {groups} "
+            "equal groups"
+        )
+    require_shape("the input", x, x.shape)
+    require_shape("the weight", weight, (c,))
+    require_shape("the bias", bias, (c,))

@@ -96,9 +96,10 @@ def adam(
     )
     compiled: dict[int, list[tuple[Tensor, ...]]] = {}  # by step, which few parameters differ in
     for i, state in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+        compiles = _has_kernel(state)
         if amsgrad:
             optimizer.reference_step(steps[i], *state, max_exp_avg_sqs[i])
-        elif eps >= 0 and _has_kernel(state):
+        elif eps >= 0 and compiles:
             compiled.setdefault(steps[i], []).append(state)
         else:
             optimizer.reference_step(steps[i], *state)
@@ -418,8 +419,17 @@ def _assign(target: Tensor, formula: Callable[..., Any], *operands: Tensor) -> N
 
 
 def _has_kernel(state: Sequence[Tensor]) -> bool:
-    """Return whether a compiled loop can update one parameter, given its gradient and its states."""
-    return kernels.usable(*state) and all(x.shape == state[0].shape for x in state[1:])
+    """Return whether a compiled loop can update one parameter, given its gradient and its states.
+
+    Raises RuntimeError if their shapes differ.
+    """
+    shape = state[0].shape
+    for x in state:
+        if x.shape != shape:
+            raise RuntimeError(
+                f"a parameter of shape {list(shape)} has a gradient or a state of shape {list(x.shape)}"
+            )
+    return kernels.usable(*state)
 
 
 def _redo(reference_step: Step, states: Sequence[Sequence[Tensor]], failed: Tensor) -> None:

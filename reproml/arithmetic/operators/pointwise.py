@@ -23,6 +23,8 @@ def add(x: Any, y: Any, alpha: float = 1) -> Tensor:
     """Return x + alpha y."""
     if alpha == 1:
         return torch.add(x, y)  # one IEEE 754 operation
+    if _is_float64(x, y):
+        raise NotExactError(f"with alpha={alpha} it is defined for float32, not for torch.float64")
     a = float32_scalar(alpha)
     return elementwise(lambda ctx, x, y: x + a * y, *float32_operands(x, y))
 
@@ -45,19 +47,36 @@ def mul(x: Any, y: Any) -> Tensor:
 def div(x: Any, y: Any, *, rounding_mode: Optional[str] = None) -> Tensor:
     """Return x / y, never x times the reciprocal of a scalar y: on the CPU one IEEE 754 operation.
 
-    On an accelerator the quotient is rounded to binary64 and then to binary32, which gives the correctly
-    rounded quotient, because 53 >= 2 * 24 + 2 (Figueroa, ACM SIGNUM Newsletter 30(3), 1995).
+    float64 operands are divided in float64. On an accelerator the quotient is rounded to binary64 and
+    then to binary32, which gives the correctly rounded quotient, because 53 >= 2 * 24 + 2 (Figueroa, ACM
+    SIGNUM Newsletter 30(3), 1995).
 
-    Raises NotExactError for a rounding_mode.
+    With a rounding_mode, PyTorch divides integers. Raises NotExactError for other numbers.
     """
     if rounding_mode is not None:
+        if not any(_is_float(t) for t in (x, y)):
+            return torch.div(x, y, rounding_mode=rounding_mode)
         raise NotExactError(
-            f"A division with rounding_mode={rounding_mode!r} has no exact definition; divide without it."
+            f"A division with rounding_mode={rounding_mode!r} is defined for integers only."
         )
+    if _is_float64(x, y):
+        return torch.div(x, y)
     a, b = float32_operands(x, y)
     if a.is_cpu and b.is_cpu:
         return torch.div(a, b)
     return (a.double() / b.double()).float()
+
+
+def _is_float(x: Any) -> bool:
+    return x.is_floating_point() if isinstance(x, Tensor) else isinstance(x, float)
+
+
+def _is_float64(x: Any, y: Any) -> bool:
+    """Return whether PyTorch's dtype of x / y is float64."""
+    if not any(isinstance(t, Tensor) and t.dtype is not torch.float32 for t in (x, y)):
+        return False
+    dtype = torch.result_type(x, y)
+    return (dtype if dtype.is_floating_point else torch.get_default_dtype()) is torch.float64
 
 
 def reciprocal(x: Tensor) -> Tensor:
@@ -78,6 +97,13 @@ def sqrt(x: Tensor) -> Tensor:
 def signbit(x: Tensor) -> Tensor:
     """Return whether the sign is negative; False for NaN, whose sign depends on the machine."""
     return torch.signbit(x) & ~x.isnan()
+
+
+def allclose(
+    x: Tensor, y: Tensor, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
+) -> bool:
+    """Return whether |x - y| <= atol + rtol |y| for all elements, where each operation rounds."""
+    return bool(torch.isclose(x, y, rtol, atol, equal_nan).all())
 
 
 # ---- comparisons -------------------------------------------------------------------------------------
@@ -164,7 +190,7 @@ def lerp(x: Tensor, y: Tensor, weight: Any) -> Tensor:
 def power(x: Any, exponent: Any) -> Tensor:
     """Compute aten.pow for a tensor and a number.
 
-    An integer exponent up to 64 is a product, any other exp(exponent log x).
+    A power with an integer exponent up to 64 is a product, any other is exp(exponent log x).
 
     Raises NotExactError if the exponent is a tensor.
     """
@@ -179,6 +205,8 @@ def power(x: Any, exponent: Any) -> Tensor:
         return torch.ones_like(x)
     if p.denominator == 1 and abs(p) <= 64:
         return elementwise(lambda ctx, x: _integer_power(x, int(p)), x)
+    if p.denominator == 1:
+        return _large_integer_power(x.float(), int(p))
     y = elementwise(lambda ctx, x: ctx.exp(p * ctx.log(x)), torch.where(x > 0, x, 1.0))
     at_zero = torch.where(x == 0, 0.0 if p > 0 else torch.inf, torch.nan)
     return torch.where(x > 0, y, at_zero)
@@ -191,6 +219,29 @@ def _integer_power(x: Any, n: int) -> Any:
     for _ in range(n - 1):
         y = y * x
     return y
+
+
+def _large_integer_power(x: Tensor, p: int) -> Tensor:
+    """Return x^p for |p| > 64, as exp(p log |x|) with the sign of the power.
+
+    A power of a power of two is one as well. No other power is a binary32 number or halfway between two,
+    as its odd factor has over 100 bits, so that the rounding test decides it.
+    """
+    # An exponent beyond 2^32 is even, and its powers of all numbers but 1 overflow or underflow.
+    p = max(-(2**32), min(p, 2**32))
+    size = x.abs()
+    fraction, exponent = torch.frexp(size)
+    is_power_of_two = fraction == 0.5
+    places = ((exponent.long() - 1) * p).clamp(-1000, 1000)
+    power_of_two = (places + 1023 << 52).view(torch.float64).float()
+    # The powers of numbers beyond these bounds overflow or underflow, like those of the bounds.
+    largest = max(1 + 2.0**-23, 2.0 ** (256 / abs(p)))
+    smallest = min(1 - 2.0**-24, 2.0 ** (-256 / abs(p)))
+    other = torch.where(is_power_of_two | size.isnan(), 3.0, size).clamp(smallest, largest)
+    y = elementwise(lambda ctx, x: ctx.exp(p * ctx.log(x)), other)
+    y = torch.where(is_power_of_two, power_of_two, y)
+    y = torch.where(size == 0, 0.0 if p > 0 else torch.inf, torch.where(x.isnan(), x, y))
+    return torch.where(torch.signbit(x), -y, y) if p % 2 else y
 
 
 def xlogy(x: Any, y: Any) -> Tensor:

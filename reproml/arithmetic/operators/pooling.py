@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from reproml.arithmetic.compiler.evaluate import rowwise
-from reproml.arithmetic.operators.arguments import pair
+from reproml.arithmetic.operators.arguments import pair, require, require_shape
 from reproml.arithmetic.operators.convolution import dilate_and_pad
 from reproml.arithmetic.operators.indexing import compiled_segment_sums, segment_sum
 from reproml.arithmetic.operators.reductions import reduce_sum
@@ -69,6 +69,9 @@ def avg_pool2d_backward(
     kernel, stride, padding, divisor = _pooling_sizes(
         x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
     )
+    sides = zip(x.shape[2:], kernel, stride, padding)
+    size = [(i + 2 * p - k) // s + 1 for i, k, s, p in sides]
+    require_shape("the gradient", g, (*x.shape[:2], *size))
     covered = [m * k for m, k in zip(g.shape[2:], kernel)]
     if kernel == stride and not any(padding) and covered == list(x.shape[2:]) and divisor > 0:
         return _divide_among_windows(g, kernel, divisor)
@@ -121,6 +124,8 @@ def _divide_among_windows(g: Tensor, kernel: Sequence[int], divisor: int) -> Ten
 
 def adaptive_avg_pool2d(x: Tensor, size: Any) -> Tensor:
     """Return the mean of each window, rounded once. [..., h, w] -> [..., *size]."""
+    if x.dim() < 2:
+        raise RuntimeError(f"pooling expects an input [..., h, w], not {list(x.shape)}")
     equal = _equal_windows(x.shape[-2:], pair(size))
     if equal:
         (m, a), (n, b) = equal
@@ -141,6 +146,7 @@ def adaptive_avg_pool2d_backward(g: Tensor, x: Tensor) -> Tensor:
 
     g: float32 [..., rows, columns]. Returns float32 of x's shape, each element rounded once.
     """
+    _check_windows(g, x)
     equal = _equal_windows(x.shape[-2:], g.shape[-2:])
     if equal:
         (_, a), (_, b) = equal
@@ -158,6 +164,14 @@ def adaptive_avg_pool2d_backward(g: Tensor, x: Tensor) -> Tensor:
 
     grads = [gradient_at(y, z) for y in range(x.shape[-2]) for z in range(x.shape[-1])]
     return torch.cat(grads, -1).reshape(x.shape)
+
+
+def _check_windows(g: Tensor, x: Tensor) -> None:
+    if x.dim() < 2 or g.dim() != x.dim():
+        raise RuntimeError(
+            f"a gradient of shape {list(g.shape)} does not fit an input of shape {list(x.shape)}"
+        )
+    require_shape("the gradient", g, (*x.shape[:-2], *g.shape[-2:]))
 
 
 def _adaptive_windows(n: int, count: int) -> list[tuple[int, int]]:
@@ -182,10 +196,17 @@ def max_pool_backward(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
     the flat index of each window's largest element in its plane [h, w]. Returns float32 of x's shape.
     """
     indices = rest[-1]
+    _check_windows(g, x)
+    if indices.shape != g.shape or indices.dtype is not torch.int64:
+        raise RuntimeError(
+            f"the indices must be int64 of shape {list(g.shape)}, not {indices.dtype} of shape "
+            f"{list(indices.shape)}"
+        )
     planes, area = g.shape[:-2].numel(), x.shape[-2] * x.shape[-1]
     compiled = compiled_segment_sums(planes, area, indices, g)
     if compiled is not None:
         return compiled.reshape(x.shape)
+    require((indices >= 0) & (indices < area), f"an index is not in a plane of {area} elements")
     first = torch.arange(planes, device=g.device).unsqueeze(1) * area
     index = indices.reshape(planes, math.prod(indices.shape[-2:])) + first
     return segment_sum(index.reshape(-1), g.reshape(-1), x.numel()).reshape(x.shape)

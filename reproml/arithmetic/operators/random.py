@@ -57,13 +57,20 @@ def randn(
 
 
 def normal(
-    mean: Any, std: Any = 1.0, size: Any = None, *, generator: Any = None, **_: Any
+    mean: Any,
+    std: Any = 1.0,
+    size: Any = None,
+    *,
+    generator: Any = None,
+    dtype: Any = None,
+    **_: Any,
 ) -> Tensor:
     """Draw numbers with a mean and a std that are numbers, or tensors: std z + mean, rounded once.
 
     Raises RuntimeError for std < 0.
     """
     if size is not None:
+        _require_float32(dtype)
         return normal_(
             torch.empty(size, dtype=torch.float32, device="cpu"), mean, std, generator=generator
         )
@@ -249,7 +256,8 @@ def _uniform_like(x: Tensor, dtype: torch.dtype, generator: Any) -> Tensor:
 
 def _require_float32(dtype: Any) -> None:
     """Raise NotExactError unless a new tensor of this dtype (None: the default dtype) is float32."""
-    if (dtype or torch.get_default_dtype()) is not torch.float32:
+    dtype = dtype or torch.get_default_dtype()
+    if dtype is not torch.float32:
         raise NotExactError(f"Random numbers of {dtype} have no exact definition; use float32.")
 
 

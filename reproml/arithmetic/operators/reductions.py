@@ -10,6 +10,7 @@ several, or None for all), and return float32; a `dtype` other than float32 rais
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Callable, Optional
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import rowwise
-from reproml.arithmetic.numerics.exact_sums import nearest_of_rows
+from reproml.arithmetic.numerics.exact_sums import exact_sum, nearest_of_rows
 from reproml.arithmetic.numerics.rounding import gamma, round_sum
 from reproml.arithmetic.operators.arguments import dims_tuple, require_float32
 from reproml.errors import NotExactError
@@ -30,18 +31,52 @@ from reproml.torch_internals import canonicalize_dims
 
 def sum_dims(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     """Compute aten.sum."""
+    if torch.float64 in (x.dtype, dtype):
+        return _float64_sum(x, dims_tuple(dim), keepdim, dtype)
     require_float32(dtype)
     return reduce_sum(x.float(), dims_tuple(dim), keepdim)
 
 
 def mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     """Compute aten.mean: the exact sum divided by the number of elements."""
-    require_float32(dtype)
     dims = dims_tuple(dim)
     count = 1
     for d in dims if x.dim() else ():
         count *= x.shape[d]
-    return reduce_sum(x.float(), dims, keepdim, divisor=count if dims else x.numel())
+    divisor = count if dims else x.numel()
+    if torch.float64 in (x.dtype, dtype):
+        return _float64_sum(x, dims, keepdim, dtype, divisor)
+    require_float32(dtype)
+    return reduce_sum(x.float(), dims, keepdim, divisor=divisor)
+
+
+def _float64_sum(
+    x: Tensor, dims: Sequence[int], keepdim: bool, dtype: Any, divisor: int = 1
+) -> Tensor:
+    """Return the sum over `dims`, divided by `divisor`, rounded once to binary64, by exact fractions."""
+    if dtype not in (None, torch.float64):
+        raise NotExactError(f"A sum of float64 numbers as {dtype} has no exact definition.")
+
+    def rounded(row: list[Any]) -> float:
+        if not divisor:
+            return math.nan
+        try:
+            total = exact_sum(row) if x.is_floating_point() else Fraction(sum(row))
+        except OverflowError:  # on the way
+            total = sum(map(Fraction, row), Fraction(0))
+        try:
+            return float(total / divisor)
+        except OverflowError:
+            return math.inf if total > 0 else -math.inf
+
+    def of_rows(rows: Tensor) -> Tensor:
+        native = rows.double().sum(1)  # right where an element is infinite or NaN
+        finite = rows.isfinite().all(1).tolist()
+        pairs = zip(rows.tolist(), native.tolist(), finite)
+        sums = [rounded(row) if ok else limit for row, limit, ok in pairs]
+        return torch.tensor(sums, dtype=torch.float64, device=x.device)
+
+    return _apply_to_rows(of_rows, x, dims, keepdim)
 
 
 def trace(x: Tensor) -> Tensor:
@@ -80,14 +115,18 @@ def reduce_sum(
 ) -> Tensor:
     """Return the sum of x, or of the products x * y, over `dims`, divided by `divisor`, rounded once.
 
-    x, y: float32 of one shape; dims: empty for all axes. Returns float32. Raises RuntimeError for
-    operands of different shapes, and PyTorch's error for an axis out of range or named twice.
+    x, y: float32 of one shape; dims: empty for all axes. Returns float32. Raises NotExactError for another
+    dtype, RuntimeError for operands of different shapes, and PyTorch's error for an axis out of range or
+    named twice.
     """
+    for t in (x,) if y is None else (x, y):
+        if t.dtype is not torch.float32:
+            raise NotExactError(f"it is defined for float32, not for {t.dtype}")
     if y is not None and y.shape != x.shape:
         raise RuntimeError(
             f"operands of shapes {list(x.shape)} and {list(y.shape)} cannot be multiplied elementwise"
         )
-    if kernels.library and x.is_cpu:
+    if kernels.library and x.is_cpu and (y is None or y.is_cpu):
         total = _compiled_sum(x, dims or range(x.dim()), keepdim, divisor, y)
         if total is not None:
             return total

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import rowwise
+from reproml.arithmetic.operators.arguments import require_shape
 from reproml.errors import NotExactError
 
 # ---- softmax -----------------------------------------------------------------------------------------
@@ -63,6 +64,9 @@ def _reference_safe_softmax(x: Tensor) -> Tensor:
 
 def softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: Any = None) -> Tensor:
     """Compute aten._softmax_backward_data: y (g - sum(g y)), where y is the result of softmax."""
+    _check_dim(g, dim)
+    require_shape("the gradient", g, g.shape)
+    require_shape("the result", y, g.shape)
     return rowwise(_softmax_backward, dim, g, y, fast="softmax_backward")
 
 
@@ -106,6 +110,9 @@ def _reference_log_softmax(x: Tensor) -> Tensor:
 
 def log_softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: Any = None) -> Tensor:
     """Compute aten._log_softmax_backward_data: g - exp(y) sum(g), where y is the result of log_softmax."""
+    _check_dim(g, dim)
+    require_shape("the gradient", g, g.shape)
+    require_shape("the result", y, g.shape)
     return rowwise(
         _compiled_log_softmax_backward,
         dim,

@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 from torch import Tensor
 
+from reproml.arithmetic.operators.arguments import require_shape
 from reproml.arithmetic.operators.reductions import reduce_sum
 from reproml.errors import NotExactError
 
@@ -23,6 +24,7 @@ def upsample_nearest2d_backward(
     NotExactError unless the output's height and width are multiples of the input's.
     """
     n, c, h, w = input_size
+    require_shape("the gradient", g, (n, c, *output_size))
     if g.shape[2] % h or g.shape[3] % w:
         raise NotExactError(
             f"Upsampling from {[h, w]} to {list(g.shape[2:])} has no exact gradient; use an integer factor."
