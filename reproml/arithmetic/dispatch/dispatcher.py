@@ -214,7 +214,7 @@ def call_modes_and_subclasses(operator: Any, args: Any, kwargs: Any) -> Any:
     """
     if dispatch_tls_is_dispatch_key_excluded(DispatchKey.Python):
         return NotImplemented  # a subclass calls the operator natively, past modes and subclasses
-    mode = get_current_dispatch_mode()
+    mode = get_current_dispatch_mode() if _modes() else None
     if isinstance(mode, Inherited):
         mode.before(operator)
         if mode.joined:
