@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Optional
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from reproml.digest import canonical_array
+from reproml.errors import ReproError
 
 _WIDTHS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -24,14 +26,19 @@ class Distance:
 
 
 def distance(a: Tensor, b: Tensor) -> Optional[Distance]:
-    """Return the distance of two real tensors, or None if their shapes or dtypes differ.
+    """Return the distance of two tensors, or None if their shapes or dtypes differ.
+
+    The elements of complex tensors are their real and imaginary parts. Raises ReproError for a dtype that
+    has no digest.
 
     The floating-point numbers of a format are numbered in their order, with -0 just below +0; the distance
     of two is the difference of their numbers. The numbers of infinity and NaN follow those of finite
     values.
     """
-    if (a.shape, a.dtype) != (b.shape, b.dtype) or a.is_complex():
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
         return None
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
     x, y = (_bits(t) for t in (a, b))
     elements = int((x != y).sum())
     if not a.is_floating_point():
@@ -60,7 +67,10 @@ def largest_difference(
 
 def _bits(x: Tensor) -> np.ndarray:  # type: ignore[type-arg]
     """Return the bits of the elements, with one canonical NaN, as in a digest."""
-    array = canonical_array(x)
+    try:
+        array = canonical_array(x)
+    except TypeError:
+        raise ReproError(f"tensors of {x.dtype} cannot be compared; convert them") from None
     return array.view(_WIDTHS[array.itemsize])
 
 

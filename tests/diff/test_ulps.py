@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reproml.diff.ulps import Distance, distance, largest_difference
+from reproml.errors import ReproError
 
 
-@given(st.floats(width=32, allow_nan=False, allow_infinity=False), st.integers(0, 50))
+@given(st.floats(-(2.0**127), 2.0**127, width=32), st.integers(0, 50))  # short of infinity
 def test_neighbour_is_one_ulp_away(x, steps):
     """np.nextafter goes from -0 to the smallest positive number: the two zeros are one place to it."""
     y = np.float32(x)
@@ -29,6 +30,18 @@ def test_every_format(dtype):
     d = distance(one, other)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     assert d == Distance(2 * int(one[:1].view(bits)) + 1, 2, 3)  # down to +0, -0, and as far again
+
+
+def test_complex_parts_are_compared():
+    x = torch.tensor([1 + 2j, 3j])
+    assert distance(x, x) == Distance(0, 0, 4)
+    assert distance(x, x + torch.tensor([1, 0])) == Distance(2**23, 1, 4)
+
+
+def test_dtype_without_digest_is_refused():
+    x = torch.ones(2).to(torch.float8_e4m3fn)
+    with pytest.raises(ReproError, match="float8_e4m3fn cannot be compared"):
+        distance(x, x)
 
 
 def test_integers_and_other_shapes_have_no_ulps():
