@@ -145,7 +145,7 @@ def _holds_tensors(x: list[Any]) -> bool:
 def _runs_natively(name: str, args: list[Any]) -> bool:
     """Return whether the operands are integers alone, for which the definition `name` is not needed.
 
-    Raises NotExactError where the definition would not be exact either."""
+    Raises NotExactError for complex, sparse and other operands that the definition does not cover."""
     operands = list(tensors(args))
     if not operands:
         return False
@@ -161,7 +161,9 @@ def _runs_natively(name: str, args: list[Any]) -> bool:
         if x.dtype is torch.float64 and in_float64:
             continue
         if _is_inexact(x) and x.dtype is not torch.float32:
-            raise NotExactError(f"it is defined for float32, not for {x.dtype}")
+            raise NotExactError(
+                f"it is defined for float32, not for {x.dtype}; convert its operands to float32"
+            )
     if any(map(_is_inexact, operands)):
         return False
     result = next((x for x in args if isinstance(x, torch.dtype)), None)
@@ -262,7 +264,8 @@ def _is_inexact(x: Tensor) -> bool:
 
 # ---- errors --------------------------------------------------------------------------------------
 
-# A handler or a definition raises a NotExactError with the reason alone, and `refuse` completes it.
+# A handler or a definition raises a NotExactError with the reason, perhaps with a remedy after a semicolon;
+# `refuse` completes it.
 
 
 def _not_in_table() -> NotExactError:
@@ -281,15 +284,16 @@ def refuse(error: NotExactError, operator: Any, args: Any, kwargs: Any) -> Any:
         return operator(*args, **kwargs)
     operands = ", ".join(f"{x.dtype}{list(x.shape)}".replace("torch.", "") for x in tensors(args))
     operands = f" for ({operands})" * bool(operands)
-    remedy = (
-        "write it with operators that have a definition (docs/operators.md), "
-        "or move this code out of reproml.exact()."
-    )
+    reason = str(error).rstrip(".")
     if operator.namespace == "c10d":
-        remedy = "on several workers, use reproml.distributed.DistributedDataParallel."
+        reason += "; on several workers, use reproml.distributed.DistributedDataParallel"
+    elif ";" not in reason:  # otherwise it has a remedy of its own
+        reason += (
+            "; write it with operators that have a definition (docs/operators.md), or move this code "
+            "out of reproml.exact()"
+        )
     raise NotExactError(
-        f"{operator} has no exact result{operands}, called at {_caller()}: "
-        f"{str(error).rstrip('.')}; {remedy}"
+        f"{operator} has no exact result{operands}, called at {_caller()}: {reason}."
     ) from None
 
 

@@ -42,7 +42,7 @@ def find_golden(recipe_name: str) -> Path:
             return path
     raise ReproError(
         f"{recipe_name} has no golden file {candidates[0]}; write one with: "
-        f"python -m reproml golden --recipe {recipe_name}"
+        "python -m reproml golden, and the same --recipe"
     )
 
 
