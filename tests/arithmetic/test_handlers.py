@@ -190,7 +190,7 @@ def test_float64_is_rounded_once_to_binary64(a, b):
     x, y = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
     p, q = [Fraction(v) for v in a], [Fraction(v) for v in b]
 
-    def nearest(v: Fraction) -> float:
+    def nearest(v: Any) -> float:
         try:
             return float(v)
         except OverflowError:
