@@ -97,7 +97,7 @@ index_put index_put_ _index_put_impl_
 
 # ROUNDING_INTEGERS: beginnings of the names of operators outside this table that compute with real numbers
 # even if they take and return integers.
-ROUNDING_INTEGERS = ("upsample_", "_upsample_", "logspace", "range")
+ROUNDING_INTEGERS = ("upsample_", "_upsample_", "avg_pool3d", "logspace")
 
 Definition = Callable[..., Any]
 

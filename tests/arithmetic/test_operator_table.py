@@ -460,11 +460,16 @@ def index_put(x: Any, indices: Any, values: Any, accumulate: bool) -> Any:
     return index_add(x, 0, indices[0], values)
 
 
+def put(x: Any, index: Any, source: Any, accumulate: bool) -> Any:
+    a, i, s = (t.reshape(-1, 1) for t in (x, index, source))
+    return scatter_add(a, 0, i, s).reshape(x.shape)
+
+
 def sum_of_copies(g: Any, shape: Any, copy: Callable[[Any], Any]) -> Any:
     """Return the gradient of `copy`: for each element the sum of the gradients of its copies."""
     n = math.prod(shape)
     copied = copy(torch.arange(n, dtype=torch.float64).reshape(shape)).long()
-    return scatter_add(torch.zeros(n), 0, copied.reshape(-1), g.reshape(-1)).reshape(shape)
+    return put(torch.zeros(shape), copied, g, True)
 
 
 def padded_backward(mode: str, outer: Any, inner: Any, padding: Any) -> Case:
@@ -861,8 +866,7 @@ CASES: dict[str, list[Case]] = {
     "index_put": [Case(indexed(True), index_put)],
     "index_put_": [Case(indexed(True), index_put)],
     "_index_put_impl_": [Case(indexed(True), index_put)],
-    "put": [Case(indexed(True).map(lambda t: (t[0], t[1][0], t[2][:, 0].contiguous(), True)),
-                 lambda x, i, v, _: scatter_add(x.reshape(-1), 0, i, v).reshape(x.shape))],
+    "put": [Case(indexed(True).map(lambda t: (t[0], t[1][0], t[2][:, 0].contiguous(), True)), put)],
     "unfold_backward": [
         drawn(tensors((3, 2, 2), FINITE), [4, 2], 0, 2, 1, oracle=lambda g, shape, *window: sum_of_copies(
             g, shape, lambda x: x.unfold(*window)))],
