@@ -15,6 +15,12 @@ def module_name(path: Path, root: Path) -> str:
     return ".".join(path.relative_to(root).with_suffix("").parts).replace(".__init__", "")
 
 
+def module_parents(module: str) -> set[str]:
+    """Return the packages that contain the module; they were run before it."""
+    parts = module.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))}
+
+
 def import_graph(root: Path, package: str) -> dict[str, set[str]]:
     """Module -> the modules of the package that it imports, also within functions, but not for types."""
     paths = {module_name(path, root): path for path in root.glob(f"{package}/**/*.py")}
@@ -32,7 +38,11 @@ def import_graph(root: Path, package: str) -> dict[str, set[str]]:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 full = [f"{node.module}.{alias.name}" for alias in node.names]
                 names = [name if name in paths else node.module for name in full]
-            graph[module] |= {name for name in names if name in paths}
+            parents = {
+                name.rpartition(".")[0] for name in names
+            }  # Python runs their __init__ first
+            parents -= {module, *module_parents(module)}
+            graph[module] |= {name for name in {*names, *parents} if name in paths}
     return graph
 
 

@@ -81,6 +81,7 @@ def test_generators_and_coroutines_cannot_be_decorated():
     for function in (generator, coroutine):
         with pytest.raises(TypeError, match=function.__name__):
             reproml.exact()(function)
+    assert not active()
 
 
 def test_context_applies_to_its_thread():

@@ -13,6 +13,7 @@ definition consists of.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from enum import Enum
 from functools import partial
@@ -70,6 +71,9 @@ class Handler(NamedTuple):
     run: Kernel
 
 
+_install_lock = threading.Lock()  # two threads may enter their first exact() at once
+
+
 def install(
     handler_of: Callable[[Any], Handler],
     refuse: Callable[..., Any],
@@ -84,7 +88,9 @@ def install(
     views, copies: names of operators that are not intercepted; copies only while no device but the CPU is
         in use, as later they have to be logged.
     """
-    if state.registration is None:
+    with _install_lock:
+        if state.registration is not None:
+            return
         rounding.defer_test = replay_log.defer_test
         os.register_at_fork(after_in_child=replay_log.reset_after_fork)
         state.registration = Registration(partial(make_kernel, handler_of, refuse), views, copies)

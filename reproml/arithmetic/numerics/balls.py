@@ -458,6 +458,10 @@ class RationalContext:
         self.sqrt = np.frompyfunc(_square_root, 1, 1)
         self.sinpi, self.cospi = _sinpi_shifted(0), _sinpi_shifted(1)
 
+    @property
+    def pi(self) -> Any:
+        raise Irrational
+
     choose = staticmethod(np.where)
     constant = Fraction
     where = staticmethod(np.where)

@@ -151,8 +151,9 @@ class _Adam(NamedTuple):
             denominator = ctx.sqrt(v / correction2) + self.exact.eps
             return self.exact.shrinkage * p - rate * (m / denominator)
 
-        _assign(m, average, p, g, m)
-        _assign(v, average_square, p, g, v)
+        decayed = _decayed(self.floats.penalty, p, g)
+        _assign(m, average, decayed, g, m)
+        _assign(v, average_square, decayed, g, v)
         if v_max:
             v = torch.maximum(v_max[0], v, out=v_max[0])
         _assign(p, update, p, m, v)
@@ -254,10 +255,12 @@ def sgd(
         if buffer is None:
             _assign(p, lambda ctx, p, g: p - rate * direction(p, g), p, g)
             return
+        decayed = _decayed(weight_decay, p, g)
         if first:
-            _assign(buffer, lambda ctx, p, g: direction(p, g), p, g)
+            _assign(buffer, lambda ctx, p, g: direction(p, g), decayed, g)
         else:
-            _assign(buffer, lambda ctx, p, g, b: mu * b + fresh * direction(p, g), p, g, buffer)
+            average = lambda ctx, p, g, b: mu * b + fresh * direction(p, g)  # noqa: E731
+            _assign(buffer, average, decayed, g, buffer)
         if nesterov:
             _assign(p, lambda ctx, p, g, b: p - rate * (direction(p, g) + mu * b), p, g, buffer)
         else:
@@ -324,12 +327,13 @@ def rmsprop(
         return mu * b + update(ctx, p, g, v, a)
 
     for i, (p, g, v) in enumerate(zip(params, grads, square_avgs)):
-        _assign(v, lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), p, g, v)
+        decayed = _decayed(weight_decay, p, g)
+        _assign(v, lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), decayed, g, v)
         a = grad_avgs[i] if centered else v
         if centered:
-            _assign(a, lambda ctx, p, g, a: keep * a + rest * direction(p, g), p, g, a)
+            _assign(a, lambda ctx, p, g, a: keep * a + rest * direction(p, g), decayed, g, a)
         if mu:
-            _assign(buffers[i], accumulated_update, p, g, v, a, buffers[i])
+            _assign(buffers[i], accumulated_update, decayed, g, v, a, buffers[i])
             _assign(p, lambda ctx, p, b: p - rate * b, p, buffers[i])
         else:
             _assign(p, lambda ctx, p, g, v, a: p - rate * update(ctx, p, g, v, a), p, g, v, a)
@@ -360,7 +364,9 @@ def adagrad(
         def update(ctx: Any, p: Any, g: Any, s: Any, rate: Fraction = rate) -> Any:
             return p - rate * (direction(p, g) / (ctx.sqrt(s) + epsilon))
 
-        _assign(s, lambda ctx, p, g, s: s + square(direction(p, g)), p, g, s)
+        _assign(
+            s, lambda ctx, p, g, s: s + square(direction(p, g)), _decayed(weight_decay, p, g), g, s
+        )
         _assign(p, update, p, g, s)
 
 
@@ -390,8 +396,9 @@ def adadelta(
         return ctx.sqrt(a + epsilon) / ctx.sqrt(v + epsilon) * direction(p, g)
 
     for p, g, v, a in zip(params, grads, square_avgs, acc_deltas):
-        _assign(v, lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), p, g, v)
-        u = elementwise(update, p, g, v, a)
+        decayed = _decayed(weight_decay, p, g)
+        _assign(v, lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), decayed, g, v)
+        u = elementwise(update, decayed, g, v, a)
         _assign(a, lambda ctx, a, u: keep * a + rest * (u * u), a, u)
         _assign(p, lambda ctx, p, u: p - rate * u, p, u)
 
@@ -411,6 +418,11 @@ def _direction(decay: Fraction, sign: int) -> Callable[[Any, Any], Any]:
         return g + decay * p if decay else g
 
     return direction
+
+
+def _decayed(decay: float, p: Tensor, g: Tensor) -> Tensor:
+    """Return the operand `p` of a direction: without weight decay `g`, so that p's NaN does not count."""
+    return p if decay else g
 
 
 def _assign(target: Tensor, formula: Callable[..., Any], *operands: Tensor) -> None:

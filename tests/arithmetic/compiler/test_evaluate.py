@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import reproml
 from reproml.arithmetic import operator_table
 from reproml.arithmetic.compiler.evaluate import TENSORS, elementwise, exact_values, rowwise
 from reproml.arithmetic.numerics.balls import MultiPrecisionContext
@@ -166,3 +167,23 @@ def test_nan_bound_does_not_make_value_infinite():
     """With few bits the bound of exp(-x^2 / 2) is infinite; times that of x, which is 0, it is NaN."""
     x = torch.tensor([3e38, 1.7e38, 1e30])
     assert operator_table.EXACT["gelu_backward"](torch.ones(3), x).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "x, value, slope",
+    [
+        (3e38, 3e38, 1),
+        (-3e38, 0, 0),
+        (1e20, 1e20, 1),
+        (-1e20, 0, 0),
+        (2.0**-149, 2.0**-149, 0.5),  # just above the tie at half of it
+        (-(2.0**-149), 0, 0.5),  # just below
+    ],
+)
+def test_tanh_gelu_is_exact_at_extreme_values(x, value, slope):
+    """These reach the exact path, where pi is irrational."""
+    x = torch.tensor([x], requires_grad=True)
+    with reproml.exact():
+        y = torch.nn.functional.gelu(x, approximate="tanh")
+        y.backward(torch.ones(1))
+    assert y.item() == torch.tensor(value).item() and x.grad.item() == slope

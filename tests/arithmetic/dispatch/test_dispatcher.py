@@ -230,3 +230,24 @@ assert len(aten) > 2500 and aten <= operators_with_kernel()
 def test_only_the_first_context_registers_kernels():
     """Importing all modules registers nothing; `exact()` registers a kernel for every aten operator."""
     subprocess.run([sys.executable, "-c", IMPORT_ALL_MODULES], check=True)
+
+
+def test_threads_may_enter_the_first_context_together():
+    code = """
+import threading, torch, reproml
+barrier, errors = threading.Barrier(4), []
+def enter():
+    barrier.wait()
+    try:
+        with reproml.exact():
+            torch.ones(3).exp()
+    except BaseException as error:
+        errors.append(error)
+threads = [threading.Thread(target=enter) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not errors, errors
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import reproml
 from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.numerics.rounding import nearest
 from reproml.arithmetic.operators import optimizers
 from tests.arithmetic.strategies import FINITE, MODERATE, NOT_FINITE, SPECIAL, tensors
 from verification import oracle as o
@@ -457,3 +458,20 @@ def test_negative_epsilon_takes_the_reference_path(form):
         torch._fused_adam_([p], [g], [m], [v], [], [torch.ones(())], **options)
     expected = [1 - 2.0**-24 * (x / (o.sqrt(rounded(x * x)) - 1)) for x in reals(g[1:])]
     check(p[1:], expected)
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_state_is_rounded_beside_a_nan_parameter(library, monkeypatch):
+    """Without weight decay the parameter is no operand: 3/4 v + 1/4 is just above a tie."""
+    if not library:
+        monkeypatch.setattr(kernels, "library", None)
+    p = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.AdamW([p], betas=(0.5, 0.75), eps=0.0, weight_decay=0.0)
+    with reproml.exact():
+        for g in (0.0, 212109920.0, 1.0):  # 0 / 0 makes the parameter NaN
+            p.grad = torch.tensor([g])
+            optimizer.step()
+    v = nearest(Fraction(212109920) ** 2 / 4)
+    assert p.isnan() and optimizer.state[p]["exp_avg_sq"].item() == nearest(
+        Fraction(v) * 3 / 4 + Fraction(1, 4)
+    )
