@@ -233,15 +233,19 @@ def _step(optimizer: str) -> Callable[..., None]:
 
 def _refuse_undefined_optimizers(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Refuse the step of an optimizer of torch.optim, or of a subclass of it, that has no definition."""
-    if state.active.depth:
-        for kind in type(optimizer).__mro__:
-            of_pytorch = (kind.__module__ + ".").startswith(
-                "torch.optim."
-            ) and kind is not Optimizer
-            if of_pytorch and kind.__name__ not in optimizers.DEFINED:
-                name = f"torch.optim.{kind.__name__.lower()}"
-                if not handlers.may_run_natively(name):
-                    raise _undefined_optimizer(name)
+    name = _undefined_name(type(optimizer))  # type: ignore[arg-type]
+    if name and state.active.depth and not handlers.may_run_natively(name):
+        raise _undefined_optimizer(name)
+
+
+@functools.cache
+def _undefined_name(kind: type) -> str:
+    """Return the name of the class of torch.optim without a definition that `kind` is, or derives from."""
+    for base in kind.__mro__:
+        of_pytorch = (base.__module__ + ".").startswith("torch.optim.") and base is not Optimizer
+        if of_pytorch and base.__name__ not in optimizers.DEFINED:
+            return f"torch.optim.{base.__name__.lower()}"
+    return ""
 
 
 def _undefined_optimizer(name: str) -> NotExactError:

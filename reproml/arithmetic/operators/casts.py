@@ -70,7 +70,7 @@ def _as_tensor(x: Any) -> Tensor:
 def full(size: Any, value: Any, *, dtype: Any = None, **options: Any) -> Tensor:
     """Return a tensor that is filled with a number, which is rounded once."""
     value = _for_dtype(value, dtype or torch.get_default_dtype())
-    return torch.ops.aten.full(size, value, dtype=dtype, **options)  # type: ignore[no-any-return]
+    return torch.full(size, value, dtype=dtype, **options)
 
 
 def scalar_tensor(value: Any, *, dtype: Any = None, **options: Any) -> Tensor:

@@ -462,6 +462,10 @@ def _redo(reference_step: Step, states: Sequence[Sequence[Tensor]], failed: Tens
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
+# Raises for a number that is not finite in float32; it is called with the same few at every step.
+_check_number = lru_cache(maxsize=64)(float32_scalar)
+
+
 def _check(*lists: Sequence[Optional[Tensor]]) -> None:
     """Raise NotExactError unless all tensors are ones that a definition can update: before it does."""
     for x in chain.from_iterable(lists):
@@ -513,7 +517,7 @@ def _python_step(
         _check(*lists)
         for name in names:
             if isinstance(given[name], float):
-                float32_scalar(given[name])  # raises, before anything is changed
+                _check_number(given[name])  # before anything is changed
         if counters:
             for count in counts:
                 count += 1
