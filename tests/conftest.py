@@ -20,11 +20,11 @@ settings.load_profile("reproml")
 SLOW_FILES = {
     f"{folder}/test_{name}.py"
     for folder, names in {
-        "tests": "cli distributed examples matrix package readme report script torch_internals",
+        "tests": "cli distributed examples layout matrix package readme report script torch_internals",
         "tests/arithmetic": "context operator_table patches selftest",
         "tests/arithmetic/numerics": "libm",
         "tests/arithmetic/compiler": "evaluate fast rounding_bounds",
-        "tests/arithmetic/dispatch": "deferred",
+        "tests/arithmetic/dispatch": "deferred dispatcher",
         "tests/arithmetic/distributed": "sharded",
         "tests/arithmetic/operators": "matmul normalization optimizers",
         "tests/diff": "compare",
