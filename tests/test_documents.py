@@ -60,7 +60,7 @@ STUMBLING = re.compile(
     r"|\bcomes? to (it|us|the)\b|\bgo(es)? on\b|\bhas the last word\b|\beach so many\b|\bno sooner\b"
     r"|^ *# [Oo]f |\"\"\"Of |/\* Of "
 )
-LITERAL = ("file.tell", '"settled"', "['settled']")  # a method, the key of a results file
+LITERAL = ('"settled"', "['settled']")  # the key of a results file
 
 
 def test_no_file_uses_unusual_english():

@@ -37,6 +37,7 @@ from torch.optim.optimizer import (
 from reproml import environment
 from reproml.arithmetic import state
 from reproml.arithmetic.dispatch.schema import tensors
+from reproml.arithmetic.patches import replaced
 from reproml.digest import digest
 from reproml.torch_internals import BaseDataLoaderIter
 from reproml.tracing.chain import Writer
@@ -144,10 +145,13 @@ class Recorder:
     # --- recording ------------------------------------------------------------------------------------
 
     def _listen(self, stack: ExitStack) -> None:
-        _replace(stack, nn.Module, "__call__", self._call)
+        observed = [
+            (nn.Module, "__call__", self._call),
+            (BaseDataLoaderIter, "__next__", self._next),
+        ]
         if self._level != "epoch":
-            _replace(stack, torch.autograd, "backward", self._backward)
-        _replace(stack, BaseDataLoaderIter, "__next__", self._next)
+            observed.append((torch.autograd, "backward", self._backward))
+        stack.enter_context(replaced(observed))
         stack.callback(register_optimizer_step_pre_hook(self._before_step).remove)
         stack.callback(register_optimizer_step_post_hook(self._after_step).remove)
         if self._level == "op":
@@ -361,14 +365,6 @@ def _command_line() -> dict[str, Any]:
     elif sys.argv and os.path.isfile(sys.argv[0]):
         command = [sys.executable, *sys.argv]
     return {"command": command, "folder": os.getcwd(), "definitions": DEFINITIONS}
-
-
-def _replace(
-    stack: ExitStack, owner: Any, name: str, made: Callable[[Callable[..., Any]], Any]
-) -> None:
-    original = getattr(owner, name)
-    setattr(owner, name, made(original))
-    stack.callback(setattr, owner, name, original)
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

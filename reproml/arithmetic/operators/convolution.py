@@ -1,9 +1,8 @@
 """Convolutions and their gradients: each output element is one dot product, rounded once.
 
 One and two dimensions with a batch; a one-dimensional convolution is computed as a two-dimensional one of
-height
-1. The compiled path (csrc/convolution.c) slides the kernel over the image. The reference path copies the
-patches under the kernel into a matrix (im2col, `_patches`) and multiplies matrices.
+height 1. The compiled path (csrc/convolution.c) slides the kernel over the image. The reference path copies
+the patches under the kernel into a matrix (im2col, `_patches`) and multiplies matrices.
 """
 
 from __future__ import annotations
@@ -271,7 +270,7 @@ def _kernel_sizes(x: Sequence[int], w: Tensor, geometry: Geometry, size: Sequenc
 
 def _compiled(
     kernel: str,
-    geometry: Any,
+    sizes: Any,
     operands: Sequence[Optional[Tensor]],
     shape: Sequence[int],
     reference: Callable[[], Tensor],
@@ -279,7 +278,7 @@ def _compiled(
     """Return the result of a kernel of csrc/convolution.c, float32 of this shape.
 
     Elements that the kernel could not round are taken from the reference path, and so is the entire
-    result where the kernel does not apply. geometry: the kernel's sizes, from `_kernel_sizes`.
+    result where the kernel does not apply. sizes: those that the kernel takes, from `_kernel_sizes`.
     """
     given = [None if x is None else x.contiguous() for x in operands]
     if not all(x is None or x.numel() for x in given):
@@ -290,7 +289,7 @@ def _compiled(
     if not out.numel():
         return reference()
     pointers = [None if x is None else x.data_ptr() for x in (*given, out)]
-    result = kernels.run_kernel(getattr(kernels.library, kernel), geometry, *pointers)
+    result = kernels.run_kernel(getattr(kernels.library, kernel), sizes, *pointers)
     if not result.complete:
         return reference()
     if result.failed is not None:
