@@ -50,7 +50,6 @@ CONSTANTS = {
     "ln 2": split(mp.log(2), 37),
     "pi / 2": split(mp.pi / 2, 33, 33),
     "pi": [float(mp.pi)],
-    "2 / sqrt(pi)": [float(2 / mp.sqrt(mp.pi))],
     "1 / sqrt(2 pi)": [float(1 / mp.sqrt(2 * mp.pi))],
 }
 
@@ -167,6 +166,23 @@ def scaled_phi(q: Any) -> Any:
     return mp.erfc(t / mp.sqrt(2)) / 2 * mp.exp(t * t / 2) / w
 
 
+def scaled_erfinv(q: Any) -> Any:
+    """erfinv(x) / (x v) with v = 8 - log(1 - x^2) and q = 23/16 - 19.5 / v.
+
+    y = erfinv(x) is the root of log(1 - erf(y)^2) + v - 8, which Newton's method descends to from above.
+    """
+    v = 19.5 / (mp.mpf(23) / 16 - q)
+    if v == 8:
+        return mp.sqrt(mp.pi) / 16  # at x = 0
+    y = step = mp.sqrt(v - 7)
+    while abs(step) > mp.ldexp(1, -380):
+        c = mp.erfc(y)
+        slope = 4 * (1 - c) / (c * (2 - c)) * mp.exp(-y * y) / mp.sqrt(mp.pi)
+        step = (mp.log(c * (2 - c)) + v - 8) / slope
+        y += step
+    return y / (mp.sqrt(-mp.expm1(8 - v)) * v)
+
+
 POLYNOMIALS = [
     Polynomial(
         name="Q of exp: expm1(r) = r + r^2 Q(r), |r| <= ln(2) / 2",
@@ -198,6 +214,16 @@ POLYNOMIALS = [
         domain=("-1", "22.4/30.4"),
         error=lambda q, d: d / scaled_erfc(q),
         bound="-53.8",
+    ),
+    Polynomial(
+        name="R of erfinv: erfinv(x) = x v R(q), v = 8 - log(1 - x^2), q = 23/16 - 19.5 / v, |x| < 1",
+        f=scaled_erfinv,
+        low="-1",
+        high="1",
+        degree=37,
+        domain=("-1", "0.995"),  # up to x = 1 - 2^-53
+        error=lambda q, d: d / scaled_erfinv(q),
+        bound="-53.9",
     ),
 ]
 

@@ -37,6 +37,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Any], Any]]] = 
     "tanh": (torch.tanh, oracle.tanh),
     "sigmoid": (torch.sigmoid, oracle.sigmoid),
     "erf": (torch.erf, oracle.erf),
+    "erfinv": (torch.erfinv, oracle.erfinv),
     "sqrt": (torch.sqrt, oracle.sqrt),
     "rsqrt": (torch.rsqrt, lambda x: 1 / oracle.sqrt(x)),
     "gelu": (
@@ -52,6 +53,7 @@ RANGES = {
     "sin": (-(2.0**19), 2.0**19),
     "cos": (-(2.0**19), 2.0**19),
     "tanh": (-(2.0**23), 2.0**23),
+    "erfinv": (-1.0, 1.0),
     "gelu": (-14.0, torch.inf),
 }
 

@@ -71,8 +71,9 @@ def test_python_constants_are_bit_equal():
     assert [elementary._LN2_HIGH, elementary._LN2_LOW] == CONSTANTS["ln 2"]
     assert elementary._PIO2 == CONSTANTS["pi / 2"]
     assert elementary._SQRT_HALF_BITS == coefficients.sqrt_half_bits()
-    (erfc,) = (values for name, values in INTERPOLATED.items() if "erfc" in name)
-    assert bits(elementary._ERFC) == bits(erfc)
+    for name, found in [("erfc", elementary._ERFC), ("erfinv", elementary._ERFINV)]:
+        (values,) = (values for of, values in INTERPOLATED.items() if f" of {name}:" in of)
+        assert bits(found) == bits(values), name
 
 
 def test_long_literals_in_python_are_known():
@@ -80,7 +81,7 @@ def test_long_literals_in_python_are_known():
     tree = ast.parse(Path(elementary.__file__).read_text("utf-8"))
     literals = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
     long = {x for x in literals if isinstance(x, float) and len(repr(x)) > 12 and x > 2.0**-40}
-    assert len(long) >= 3 and long <= {x for values in CONSTANTS.values() for x in values}
+    assert len(long) >= 2 and long <= {x for values in CONSTANTS.values() for x in values}
 
 
 def test_polynomials_in_c_are_bit_equal():

@@ -20,7 +20,7 @@ _OPS = {
     for i, name in enumerate(
         """load32 load64 expand sum max round
         add sub mul div lt le eq and or
-        neg abs not sqrt exp log expm1 log1p sin cos sinpi cospi erf erfc
+        neg abs not sqrt exp log expm1 log1p sin cos sinpi cospi erf erfc erfinv
         select muladd absmuladd lost plus plus_error""".split()
     )
 }

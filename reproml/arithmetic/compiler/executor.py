@@ -97,7 +97,8 @@ _FEW = 16  # fewer failures than this may go to the exact path at once
 _FAST = {
     name: i
     for i, name in enumerate(
-        """exp expm1 tanh sigmoid silu gelu tanh_backward sigmoid_backward silu_backward gelu_backward
+        """exp expm1 erfinv tanh sigmoid silu gelu
+        tanh_backward sigmoid_backward silu_backward gelu_backward
         softmax log_softmax softmax_backward log_softmax_backward""".split()
     )
 }

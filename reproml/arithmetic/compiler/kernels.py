@@ -17,7 +17,7 @@ from torch import Tensor
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
-_VERSION = 9  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
+_VERSION = 10  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
 
 # Function name -> (result type, argument types), as in csrc/*.c.
 _SIGNATURES = {

@@ -254,7 +254,7 @@ class Tape(Binary64Context):
     # ---- the context -------------------------------------------------------------------------------
 
     _exp, _log, _expm1, _log1p = (_function(f) for f in ("exp", "log", "expm1", "log1p"))
-    _erf, _erfc = _function("erf"), _function("erfc")
+    _erf, _erfc, _erfinv = (_function(f) for f in ("erf", "erfc", "erfinv"))
     _sin, _cos, _sinpi, _cospi = (_function(f) for f in ("sin", "cos", "sinpi", "cospi"))
 
     def _sqrt(self, x: Value) -> Any:

@@ -205,4 +205,47 @@ INLINE double erf_(double x) {
     return fabs(x) < 0.5 ? s * y : x < 0 ? -elsewhere : elsewhere;
 }
 
+INLINE double erfinv_(double x) {
+    double v = 8 - log_((1 - x) * (1 + x)), q = 1.4375 - 19.5 / v, y = -0x1.9d4ceca247833p-23;
+    y = y * q - 0x1.0d8d941795ea8p-25;
+    y = y * q + 0x1.f32b900b0f1b9p-20;
+    y = y * q - 0x1.805ba420a7f54p-23;
+    y = y * q - 0x1.370871491342bp-17;
+    y = y * q + 0x1.3a125df50cdd1p-19;
+    y = y * q + 0x1.02b1746505d95p-15;
+    y = y * q - 0x1.4f9fc760eca78p-17;
+    y = y * q - 0x1.3b1c73b940e81p-14;
+    y = y * q + 0x1.d0ddcb91bb0bcp-16;
+    y = y * q + 0x1.27bf83f008482p-13;
+    y = y * q - 0x1.1a62bd9a9a209p-14;
+    y = y * q - 0x1.cee21fcb840ebp-13;
+    y = y * q + 0x1.478c38710c4eep-13;
+    y = y * q + 0x1.567ede47627f4p-12;
+    y = y * q - 0x1.4c4f30e3880d0p-12;
+    y = y * q - 0x1.05354bb1b8e9ap-11;
+    y = y * q + 0x1.12b843600355bp-11;
+    y = y * q + 0x1.793e523e6e8bcp-11;
+    y = y * q - 0x1.92075d9def448p-11;
+    y = y * q - 0x1.ccc05ceeb5762p-11;
+    y = y * q + 0x1.3833cfafc9660p-10;
+    y = y * q + 0x1.d130045ef694dp-11;
+    y = y * q - 0x1.1b9256091c7c5p-9;
+    y = y * q - 0x1.02ef9539300d5p-10;
+    y = y * q + 0x1.f71ca09b20523p-9;
+    y = y * q + 0x1.74afce0d52c66p-10;
+    y = y * q - 0x1.98d17182b4e14p-8;
+    y = y * q - 0x1.439bae46ebd4ep-9;
+    y = y * q + 0x1.185aa8ef0fafbp-7;
+    y = y * q + 0x1.3afa08000da1dp-9;
+    y = y * q - 0x1.991dbfff50645p-7;
+    y = y * q - 0x1.0fe5f5d7ca97ep-9;
+    y = y * q + 0x1.ab88dfec0062ap-7;
+    y = y * q - 0x1.2989e9538b735p-6;
+    y = y * q - 0x1.764447cecce86p-5;
+    y = y * q + 0x1.f0dcaf8089916p-6;
+    y = y * q + 0x1.4be363d1a1814p-3;
+    y = x * (v * y);
+    return fabs(x) == 1 ? x * INFINITY : y;
+}
+
 #endif

@@ -19,6 +19,7 @@
 enum {
     EXP,
     EXPM1,
+    ERFINV,
     TANH,
     SIGMOID,
     SILU,

@@ -44,6 +44,7 @@ enum {
     COSPI,
     ERF,
     ERFC,
+    ERFINV,
     SELECT,
     MULADD,
     ABSMULADD,
@@ -315,6 +316,7 @@ VECTORISED void reproml_program_run(state *restrict s, const instruction *in, co
             UNARY(COSPI, cospi_(x))
             UNARY(ERF, erf_(x))
             UNARY(ERFC, erfc_(x))
+            UNARY(ERFINV, erfinv_(x))
             TERNARY(SELECT, x != 0 ? y : z)
             TERNARY(MULADD, x * y + z)
             TERNARY(ABSMULADD, fabs(x) * y + z)

@@ -277,5 +277,5 @@ def elementary_function(name: str) -> Callable[..., Any]:
         y = elementwise(lambda ctx, x: getattr(ctx, name)(x), x)
         return torch.where(x == 0, x, y) if odd else y
 
-    fast = name if name in ("exp", "expm1", "tanh", "sigmoid") else None
+    fast = name if name in ("exp", "expm1", "erfinv", "tanh", "sigmoid") else None
     return lambda x: elementwise(formula, *float32_operands(x), reference=reference, fast=fast)

@@ -63,6 +63,8 @@ CASES = [
     ("erf", elementary.erf, o.mp.erf, -6, 6),
     ("erfc", elementary.erfc, o.mp.erfc, -6, 11),
     ("erfc", elementary.erfc, o.mp.erfc, 10, 26),
+    ("erfinv", elementary.erfinv, o.mp.erfinv, -1 + 2.0**-53, 1 - 2.0**-53),
+    ("erfinv", lambda x: elementary.erfinv(1 - x), lambda x: o.mp.erfinv(1 - float(x)), 2.0**-53, 0.01),
 ]  # fmt: skip
 
 
