@@ -586,6 +586,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except RecursionError:
         complain("a file is nested too deeply to be read")
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        complain(
+            f"{args.verb} needs more memory than there is; use a smaller model or file, "
+            "or a machine with more memory"
+        )
+        return 2
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         if package not in PIPELINE_MODULES:
@@ -595,6 +603,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         complain("interrupted")
         return 130
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Return whether Python or PyTorch, which has no class of error for the CPU, found no memory."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 # --- what several verbs need ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Write files that appear complete or not at all, and hold locks that end with their process.
+"""Read files, write files that appear complete or not at all, and hold locks that end with their process.
 
 The package filelock does not replace `locked`: its version for Python 3.9 leaves the lock file behind, and
 deleting that file here would not be safe, because filelock does not check that the file it has locked still
@@ -7,12 +7,29 @@ exists under its name. Two processes could then hold the lock.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file for reading. Raises OSError, also for a pipe or a device, which may have no end."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder has an error of its own
+        raise OSError(errno.EINVAL, "it is a pipe or a device and not a file", str(path))
+    return path.open("rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a file that `open_regular` opens."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def write_and_sync(path: Path, data: bytes) -> None:

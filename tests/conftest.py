@@ -30,7 +30,7 @@ SLOW_FILES = {
         "tests/diff": "compare",
         "tests/pipeline": "data faults preprocess",
         "tests/tracing": "trace",
-        "tests/verification": "op_db",
+        "tests/verification": "op_db sandbox",
     }.items()
     for name in names.split()
 }

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 from reproml import cli
 from reproml.cli import main
@@ -425,3 +426,14 @@ def test_python_m_reproml_is_the_command():
         check=False,
     )
     assert shown.returncode == 2 and shown.stderr.startswith("reproml: no recipe")
+
+
+def test_lack_of_memory_is_reported_in_one_sentence(monkeypatch, capsys):
+    def fail(recipe, shape, classes):
+        return bytes(2**62) if recipe.seed else torch.empty(2**60)
+
+    monkeypatch.setattr("reproml.pipeline.models.build_model", fail)
+    command = ["train", *TINY, "--steps", "1"]
+    assert "needs more memory than there is" in refused(command, capsys)
+    tiny.toml(Path(), seed=0)
+    assert "needs more memory than there is" in refused(command, capsys)

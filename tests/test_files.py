@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import resource
 import signal
 import subprocess
@@ -9,8 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from reproml.files import locked, write_atomically
+from reproml.files import locked, read_regular, write_atomically
 from verification.subprocesses import environment
+
+
+def test_pipe_and_device_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    (tmp_path / "device").symlink_to("/dev/zero")  # which has no end
+    for name in ("pipe", "device"):
+        with pytest.raises(OSError, match="is a pipe or a device"):
+            read_regular(tmp_path / name)
+    with pytest.raises(IsADirectoryError):
+        read_regular(tmp_path)
 
 
 @pytest.mark.parametrize("before", [None, b"old"])

@@ -2,41 +2,47 @@
 
     python -m verification.fuzz [--minutes 60] [--seed 0]
 
-In a folder with a recipe, its golden file, runs, checkpoints, traces and a data set in MNIST's format, one
-or several files are altered, and a verb is called in this process. Allowed are exit status 0, 1, and
-2 with one sentence on standard error, and no control character is printed. Any other outcome is printed
-with the seed that reproduces it. Half of the damaged checkpoints and traces get the right hashes, so that
-the code after the check is reached as well.
-MNIST's files never do, because nothing decodes them before their hash has been checked.
+In a folder with recipes, golden files, runs, checkpoints, traces, weights and a data set in MNIST's format,
+one or several files are altered (mutants.py), and a verb is called in another process (sandbox.py). Allowed
+are exit status 0, 1, and 2 with one sentence on standard error. Forbidden, and printed with the seed that
+reproduces it, are
+
+- a traceback, a crash, another exit status, no end;
+- a control character in the output, JSON that is not JSON, markup from a file in a page;
+- a program that is executed, code from a file, and a write outside the folders that the verb may write.
+
+A training is limited, because a recipe may ask for any: "a long training" in the statistics. MNIST's files
+never get the right hashes, because nothing decodes them before their hash has been checked.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import gc
 import gzip
-import hashlib
-import io
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
+import safetensors.torch
+import torch
 
 import reproml
-from reproml import cli
 from reproml.pipeline import data
 from reproml.pipeline.checkpoint import Checkpoints
-from reproml.tracing import chain
+from verification import mutants
+from verification.mutants import CODE, MARKUP
+from verification.sandbox import Outcome, Worker, call
 
 RECIPE = """
 name = "fuzzed"
@@ -55,187 +61,190 @@ batch_size = {batch_size}
 kind = "adamw"
 learning_rate = 0.001
 """
-TRAIN = ["train", "--numerics", "native"]
-RESUME = [*TRAIN, "--resume", "runs/begun"]
-COMMANDS = [
-    ["data", "--recipe", "mnist.toml", "--data", "mnist"],
-    [*TRAIN, "--recipe", "mnist.toml", "--data", "mnist", "--steps", "1"],
-    [*TRAIN, "--recipe", "./digits.toml", "--steps", "1"],
-    [*TRAIN, "--recipe", "./digits.toml", "--out", "runs/fuzzed"],
-    [*RESUME],
-    [*RESUME, "--checkpoint-every", "2"],
-    [*RESUME, "--recipe", "./digits.toml"],
-    ["evaluate", "--run", "runs/fuzzed"],
-    ["evaluate", "--recipe", "./digits.toml", "--run", "runs/fuzzed"],
-    ["verify", "--run", "runs/fuzzed"],
-    ["verify", "--recipe", "./digits.toml", "--run", "runs/fuzzed", "--json"],
-    ["golden", "--recipe", "./digits.toml"],
-    ["diff", "one.trace", "two.trace"],
-    ["diff", "two.trace", "one.trace", "--json"],
-    ["diff", "runs/fuzzed", "runs/other"],
-    ["diff", "runs/fuzzed/weights.safetensors", "runs/other/weights.safetensors"],
-    ["diff", "golden/fuzzed.json", "runs/fuzzed/metrics.json"],
-    ["diff", "golden/fuzzed.json", "runs/other/metrics.json"],
-    ["diff", "one.trace", "three.trace"],
-    ["diff", "three.trace", "one.trace", "--rerun"],
-    ["doctor", "--run", "runs/fuzzed"],
-    ["report", "--run", "runs/other"],
-    ["report", "--recipe", "./digits.toml", "--run", "runs/fuzzed"],
-    ["report", "--recipe", "./digits.toml", "--run", "runs/fuzzed", "--diff", "runs/other"],
-    ["report", "--recipe", "./digits.toml", "--run", "runs/other", "--diff", "one.trace", "--json"],
-    [*TRAIN, "--recipe", "./digits.toml", "--steps", "1", "--trace", "one.trace"],
-]
+ODD = "runs/new\nline\x1b[77m"  # a run folder whose name a terminal must not receive
+NATIVE = "train --numerics native"
+DIGITS = "--recipe ./digits.toml"
+# Each command, then after the bar the files that it reads. ODD is a word of its own.
+COMMANDS = """
+data --recipe mnist.toml --data mnist | mnist.toml mnist/*
+data DIGITS | digits.toml
+NATIVE --recipe mnist.toml --data mnist --steps 1 | mnist.toml mnist/*
+NATIVE DIGITS --steps 1 | digits.toml
+NATIVE DIGITS --steps 1 --trace one.trace | digits.toml one.trace
+NATIVE DIGITS --out runs/fuzzed | digits.toml runs/fuzzed/*
+NATIVE --resume runs/begun | runs/begun.checkpoints/*
+NATIVE --resume runs/begun --checkpoint-every 2 --json | runs/begun.checkpoints/*
+NATIVE --resume runs/begun DIGITS | digits.toml runs/begun.checkpoints/*
+NATIVE --resume runs/traced --trace begun.trace | begun.trace runs/traced.checkpoints/*
+train --resume runs/fuzzed | runs/fuzzed/*
+train --resume ODD | runs/new*/*
+evaluate --run runs/fuzzed | runs/fuzzed/*
+evaluate DIGITS --run runs/fuzzed --json | digits.toml runs/fuzzed/*
+verify DIGITS | digits.toml golden/*
+verify --run runs/fuzzed | runs/fuzzed/* golden/*
+verify DIGITS --run runs/fuzzed --json | digits.toml runs/fuzzed/* golden/*
+verify --run ODD | runs/new*/* golden/*
+pipeline DIGITS --json | digits.toml golden/*
+golden DIGITS --force | digits.toml golden/*
+matrix DIGITS | digits.toml
+doctor --run runs/fuzzed | runs/fuzzed/run.json
+diff one.trace two.trace | *.trace
+diff two.trace one.trace --json | *.trace
+diff one.trace three.trace | *.trace
+diff three.trace one.trace --rerun | three.trace one.trace
+diff one.trace one.again --rerun --json | one.trace one.again
+diff runs/fuzzed runs/other | runs/fuzzed/* runs/other/*
+diff ODD runs/other --json | runs/new*/* runs/other/*
+diff runs/fuzzed/weights.safetensors runs/other/weights.safetensors | runs/*/weights.safetensors
+diff odd.safetensors odd.again.safetensors --json | odd*
+diff golden/fuzzed.json runs/fuzzed/metrics.json | golden/* runs/fuzzed/metrics.json
+diff golden/fuzzed.json runs/other/metrics.json --json | golden/* runs/other/metrics.json
+report --run runs/other | runs/other/* golden/*
+report DIGITS --run runs/fuzzed | digits.toml runs/fuzzed/* golden/*
+report --run runs/fuzzed --diff runs/other | runs/fuzzed/* runs/other/* golden/*
+report --run runs/other --diff one.trace --json | runs/other/* one.trace golden/*
+report --run ODD --diff runs/other | runs/new*/* runs/other/* golden/*
+""".replace("NATIVE", NATIVE).replace("DIGITS", DIGITS)
+WRITES = {"train": ("runs", "one.trace", "begun.trace"), "pipeline": ("runs",)}
+WRITES |= {"golden": ("golden",), "report": ("runs",)}  # all other verbs write nothing
 # fmt: off
 WORDS = [
-    "", "-1", "0", "1", "99999999999999999999", "nan", "é", "/", "..", "../..", "/dev/null",
-    "runs", "runs/fuzzed", "digits.toml", "mnist", "--json", "--run", "--resume", "--steps", "--",
-    "\x1b[2K\r", "\udcff", "\n", "\u202e", "--script", "--version",
-]
-SNIPPETS = [
-    b"", b"\0", b"\xff", b"-1", b"1e999", b"NaN", b"null", b"[]", b"{}", b'"', b"\n", b"[" * 2000,
-    b"9" * 400, b"\xff" * 8, b"\x80\x02c", b'"../../up"', b'{"a":1,"a":2}', b"= [[", b"e308",
-    b"9" * 20_000, b"1e308", b"\x1b[2K\x1b[1G", b"\\u001b[2K", b"\\u202e", b"\\udcff", b"\xef\xbb\xbf",
-]
-# Values for keys of a trace's header and entries, where random bytes would seldom be JSON.
-VALUES: list[Any] = [
-    None, True, -1, 0, 5, 2**53, 10**400, 1e308, "", "x", "-1", "1e999", "0" * 16, "exact", "\x1b[2K\r",
-    "\udcff", [], ["x"], ["\x1b[2K"], [None], [1], [[]], [["0"]], [["0", "0"]], {}, {"x": "\x1b[2K"},
-    "step", "end",
+    "", "-1", "0", "1", "9" * 20, "nan", "é", "/", "..", "../..", "/dev/null", "runs", "runs/fuzzed",
+    "mnist", "digits.toml", "--json", "--run", "--resume", "--steps", "--", "\x1b[77m\r", "\udcff", "\n",
+    "\u202e", "--script", "--version", "x" * 300, *CODE[:3],
 ]
 # fmt: on
+KEPT: list[str] = []  # temporary files of this process
 
 
-def idx(array: np.ndarray) -> bytes:  # type: ignore[type-arg]
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-    return gzip.compress(header + array.tobytes(), mtime=0)
+# --- files --------------------------------------------------------------------------------------------
 
 
 def prepare(folder: Path) -> None:
-    """Write a complete set of valid files."""
+    """Write a complete set of valid files into the working directory."""
+    torch.set_num_threads(1)  # no threads, so that forking is safe
     (folder / "digits.toml").write_text(RECIPE.format(data="digits", batch_size=500))
     (folder / "mnist.toml").write_text(RECIPE.format(data="mnist", batch_size=5))
     (folder / "mnist").mkdir()
     chance = np.random.default_rng(0)
     for name in data.MNIST:
         shape = (10, 28, 28) if "images" in name else (10,)
-        top = 256 if "images" in name else 10
-        (folder / "mnist" / name).write_bytes(idx(chance.integers(0, top, shape, np.uint8)))
-    assert call(["golden", "--recipe", "./digits.toml"])[0] == 0
-    assert call(["train", "--recipe", "./digits.toml"])[0] == 0
+        content = chance.integers(0, 256 if "images" in name else 10, shape, np.uint8).tobytes()
+        header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+        (folder / "mnist" / name).write_bytes(gzip.compress(header + content, mtime=0))
+
+    def succeed(command: str) -> None:
+        outcome = call(command.split())
+        assert outcome.status == 0, outcome
+
+    succeed(f"golden {DIGITS}")
+    succeed(f"train {DIGITS}")
     delete = Checkpoints.delete
     Checkpoints.delete = lambda self: None  # type: ignore[method-assign]
-    begin = [*TRAIN, "--recipe", "./digits.toml", "--out", "runs/begun", "--checkpoint-every", "2"]
-    assert call(begin)[0] == 0
+    for out, more in (("begun", ""), ("traced", "--trace begun.trace")):
+        succeed(f"{NATIVE} {DIGITS} --out runs/{out} --checkpoint-every 2 {more}")
+        shutil.rmtree(folder / "runs" / out)
     Checkpoints.delete = delete  # type: ignore[method-assign]
-    shutil.rmtree(folder / "runs/begun")
-    for name, level in (("one", "step"), ("two", "op")):
-        with reproml.trace(f"{name}.trace", level):
-            few = ["--steps", "2", "--recipe", "./digits.toml"]
-            assert call([*TRAIN, *few])[0] == 0
-    other = ["--recipe", "./digits.toml", "--out", "runs/other"]
-    assert call([*TRAIN, *other, "--trace", "three.trace"])[0] == 0
+    for name, level in (("one.trace", "step"), ("two.trace", "op")):
+        with reproml.trace(name, level):
+            succeed(f"{NATIVE} {DIGITS} --steps 2")
+    succeed(f"{NATIVE} {DIGITS} --out runs/other --trace three.trace")
     shutil.copy("one.trace", "runs/other/trace.jsonl")
+    (folder / "one.again").write_bytes(
+        mutants.forge((folder / "one.trace").read_bytes(), _other_loss)
+    )
+    shutil.copytree("runs/fuzzed", ODD)
+    shutil.copy("runs/other/trace.jsonl", ODD)
+    dtypes = "float64 float16 bfloat16 int64 uint8 bool complex64 float8_e4m3fn".split()
+    tensors = {f"{d}\n": torch.arange(6).reshape(2, 3).to(getattr(torch, d)) for d in dtypes}
+    for name in ("odd.safetensors", "odd.again.safetensors"):
+        safetensors.torch.save_file(tensors, name, {"note": name})
 
 
-def mutate(content: bytes, chance: random.Random) -> bytes:
-    """Return the bytes altered in one to four places."""
-    for _ in range(chance.choice([1, 1, 1, 2, 4])):
-        at = chance.randrange(len(content) + 1)
-        if chance.random() < 0.5:
-            at = min(at, chance.randrange(400))  # headers of binary files more often
-        end = min(len(content), at + chance.choice([0, 1, 1, 2, 8, 100, 100_000]))
-        new = chance.choice(SNIPPETS)
-        if chance.random() < 0.3 and at < len(content):
-            end, new = at + 1, bytes([content[at] ^ 1 << chance.randrange(8)])
-        if chance.random() < 0.1:
-            start = chance.randrange(len(content) + 1)
-            new = content[start : start + chance.randrange(200)]
-        content = content[:at] + new + content[end:]
-    return content
+def warm_up(good: Path, work: Path) -> None:
+    """Call each command once, so that a forked process has nothing left to import."""
+    for line in COMMANDS.strip().splitlines():
+        shutil.copytree(good, work)
+        os.chdir(work)
+        words, _ = parsed(line)
+        if words[0] not in ("matrix", "doctor"):  # which take seconds
+            call([word for word in words if word != "--rerun"])
+        os.chdir(good)
+        shutil.rmtree(work)
+    gc.freeze()  # so that the processes share the memory
 
 
-def alter_file(folder: Path, chance: random.Random) -> None:
-    path = chance.choice(sorted(p for p in folder.rglob("*") if p.is_file()))
-    old = path.read_bytes()
-    forged = old.startswith(chain._BEGINNING) and chance.random() < 0.7
-    try:
-        new = forge(old, chance) if forged else mutate(old, chance)
-    except (ValueError, KeyError):  # a trace that was altered before
-        new = mutate(old, chance)
-    path.write_bytes(new)
-    if path.name.startswith("step-") and chance.random() < 0.5:
-        path.rename(
-            path.with_name(f"{path.name[:14]}{hashlib.sha256(new).hexdigest()}.safetensors")
-        )
+def _other_loss(lines: list[Any]) -> None:
+    next(line for line in lines if line.get("entry") == "step")["loss"][0] = "1.5"
 
 
-def forge(content: bytes, chance: random.Random) -> bytes:
-    """Return a trace with some values replaced and all hashes right, as anybody can write it."""
-    lines = [json.loads(line) for line in content.splitlines()]
-    for _ in range(chance.choice([1, 1, 2, 4])):
-        entry = chance.choice([lines[0], *lines[:4], *lines])
-        while True:
-            key = chance.choice(sorted(entry))
-            if not isinstance(entry[key], dict) or not entry[key] or chance.random() < 0.2:
-                break
-            entry = entry[key]
-        if chance.random() < 0.2:
-            del entry[key]
-        elif isinstance(entry[key], list) and entry[key] and chance.random() < 0.5:
-            entry[key][chance.randrange(len(entry[key]))] = chance.choice(VALUES)
-        else:
-            entry[key] = chance.choice(VALUES)
-        if not all(lines):
-            break
-    lines = [{k: v for k, v in line.items() if k not in ("head", "sha256")} for line in lines]
-    forged, head = chain._sealed(lines[0]), chain._START
-    for entry in lines[1:]:
-        text = json.dumps(entry, separators=(",", ":")).encode()
-        head = hashlib.sha256(head.encode() + text).hexdigest()
-        forged += text[:-1] + chain._tail(head)
-    return forged
+# --- commands -----------------------------------------------------------------------------------------
 
 
-def alter_words(command: list[str], chance: random.Random) -> list[str]:
-    command = list(command)
-    at = chance.randrange(1, len(command) + 1)
-    command[at : at + chance.randrange(2)] = [chance.choice(WORDS)]
-    return command
+def parsed(line: str) -> tuple[list[str], list[str]]:
+    """Return the words of a line of COMMANDS, and the patterns of the files that it reads."""
+    words, patterns = line.split(" | ")
+    return [ODD if word == "ODD" else word for word in words.split()], patterns.split()
 
 
-def call(command: list[str]) -> tuple[object, str]:
-    """Run a command; return its exit status and its standard error."""
-    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
-    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+def faults(command: list[str], outcome: Outcome) -> list[str]:
+    """Return what is forbidden in the outcome of a command and in the files that it wrote."""
+    found, status = list(outcome.forbidden), outcome.status
+    messages = [line for line in outcome.errors.splitlines() if line.startswith("reproml: ")]
+    one = len(messages) == 1 or outcome.errors.startswith("usage: ")
+    if status not in (0, 1, "a long training") and not (status == 2 and one):
+        found.append(f"status {status:.2000}" if isinstance(status, str) else f"status {status}")
+    shown = re.sub(r"\x1b\[(?!77)[0-9;?]*[A-Za-z]|\r", "", outcome.output)  # of rich's table
+    if not all(c.isprintable() or c == "\n" for c in (shown + outcome.errors)):
+        found.append(f"a control character: {shown + outcome.errors!r:.500}")
+    if "--json" in command and status in (0, 1):
         try:
-            status: object = cli.main(command)
-        except SystemExit as exit_request:
-            status = exit_request.code
-        except BaseException:
-            return "a traceback", traceback.format_exc()
-    output, errors = (stream.buffer.getvalue().decode() for stream in streams)
-    if not all(c.isprintable() or c == "\n" for c in output + errors):
-        return "a control character", repr(output + errors)
-    return status, errors
+            json.loads(outcome.output, parse_constant=lambda name: float(f"{name} in JSON"))
+        except ValueError as error:
+            found.append(f"not JSON: {error}")
+    pages = [path.read_text() for path in Path("runs").rglob("*.html") if path.is_file()]
+    found += [f"{markup} in a page" for markup in MARKUP for page in pages if markup in page]
+    found += ["executed: CANARY"] * bool(list(Path().rglob("CANARY")))
+    left = sorted({*os.listdir(tempfile.gettempdir())} - {*KEPT})
+    return found + [f"left {name} in the folder of temporary files" for name in left]
 
 
-def try_mutant(folder: Path, seed: int, statuses: Counter[object]) -> Optional[str]:
-    """Make one mutant and call a verb; return a description of a forbidden outcome, None if allowed."""
+def try_mutant(seed: int, worker: Worker, counts: Counter[str]) -> list[str]:
+    """Make one mutant and call a verb; return what is forbidden in the outcome."""
     chance = random.Random(seed)
-    command = chance.choice(COMMANDS)
+    command, patterns = parsed(chance.choice(COMMANDS.strip().splitlines()))
     for _ in range(chance.choice([1, 1, 1, 2, 3])):
-        alter_file(folder, chance)
-    if chance.random() < 0.2:
-        command = alter_words(command, chance)
-    status, errors = call(command)
-    messages = errors.splitlines()
-    if "--json" in command:  # then progress is on standard error as well
-        messages = [line for line in messages if line.startswith("reproml: ")]
-    usage = errors.startswith("usage: ")
-    statuses[status] += 1
-    if status in (0, 1) or (status == 2 and (usage or len(messages) == 1)):
-        return None
-    return f"seed {seed}: {' '.join(command)!r} gives {status}\n{errors}"
+        paths = {p for pattern in patterns for p in Path().glob(pattern) if p.is_file()}
+        if not paths:
+            break  # the only one has become something else
+        path = chance.choice(sorted(paths))
+        counts[f"{mutants.alter_file(path, chance)} > {command[0]}"] += 1
+    writable: tuple[str, ...] = (*WRITES.get(command[0], ()), "../tmp")
+    if chance.random() < 0.15:
+        at = chance.randrange(1, len(command) + 1)
+        command[at : at + chance.randrange(2)] = [chance.choice(WORDS)]
+        writable = ("../..",)  # as the words say
+    outcome = worker.run(command, writable, seed)
+    found = faults(command, outcome)
+    counts[f"status {str(outcome.status).splitlines()[0]}"] += 1
+    if found:
+        print(
+            f"seed {seed}: {' '.join(command)!r}",
+            *found,
+            outcome.errors[-500:],
+            sep="\n",
+            flush=True,
+        )
+    return found
+
+
+def clean(folder: Path, before: set[Path]) -> None:
+    """Delete everything in a folder that was not there before."""
+    for path in sorted({*folder.rglob("*")} - before, reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink()
 
 
 def main() -> int:
@@ -246,27 +255,39 @@ def main() -> int:
     )
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    os.environ["REPROML_MIRROR"] = "mnist"  # no downloads
-    statuses: Counter[object] = Counter()
+    counts: Counter[str] = Counter()
     bad, seed, end = 0, args.seed, time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as name:
-        good, work = Path(name) / "good", Path(name) / "work"
+        good, work = Path(name) / "good", Path(name) / "a/b/work"
         good.mkdir()
+        (work.parent / "tmp").mkdir(parents=True)
+        os.environ.update(REPROML_MIRROR="mnist", TMPDIR=str(work.parent / "tmp"))  # no downloads
+        tempfile.tempdir = None  # so that TMPDIR is read
         os.chdir(good)
         prepare(good)
-        while time.monotonic() < end:
+        warm_up(good, work)
+        KEPT.extend(os.listdir(tempfile.gettempdir()))
+        before = {*Path(name).rglob("*")}
+        worker = Worker(work)
+        try:
+            while time.monotonic() < end or seed == args.seed:
+                os.chdir("/")
+                shutil.copytree(good, work)
+                os.chdir(work)
+                found = try_mutant(seed, worker, counts)
+                bad += bool(found)
+                seed += 1
+                if found or seed % 500 == 0:
+                    worker.end()
+                    worker = Worker(work)
+                if seed % 1000 == 0:
+                    print(f"{seed - args.seed} mutants, {bad} with a forbidden outcome", flush=True)
+                clean(Path(name), before)
+        finally:
             os.chdir("/")
-            shutil.rmtree(work, ignore_errors=True)
-            shutil.copytree(good, work)
-            os.chdir(work)
-            failure = try_mutant(work, seed, statuses)
-            if failure:
-                bad += 1
-                print(failure, flush=True)
-            seed += 1
-            if seed % 1000 == 0:
-                print(f"{seed - args.seed} mutants, exit status: {dict(statuses)}", flush=True)
-        os.chdir("/")
+            worker.end()
+    for count in sorted(counts):
+        print(f"{count:<32} {counts[count]}")
     print(f"{seed - args.seed} mutants in {args.minutes} minutes, {bad} with a forbidden outcome")
     return int(bad > 0)
 

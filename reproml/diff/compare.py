@@ -29,6 +29,7 @@ from reproml.diff.causes import Evidence
 from reproml.diff.rerun import Again, Rerun
 from reproml.diff.ulps import Distance
 from reproml.errors import ReproError
+from reproml.files import read_regular
 from reproml.pipeline.golden import compare_items
 from reproml.pipeline.run import METRICS, TRACE, WEIGHTS, Items, read_items, read_record
 from reproml.tracing.chain import Reader, is_trace
@@ -417,7 +418,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
-        found: dict[str, Tensor] = safetensors.torch.load(path.read_bytes())
+        found: dict[str, Tensor] = safetensors.torch.load(read_regular(path))
     except OSError as error:
         raise ReproError(f"cannot read {path}: {error.strerror}") from None
     except (SafetensorError, KeyError, ValueError) as error:

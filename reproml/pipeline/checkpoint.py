@@ -23,7 +23,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from reproml.errors import ReproError
-from reproml.files import sync_folder, write_atomically
+from reproml.files import read_regular, sync_folder, write_atomically
 from reproml.pipeline.recipe import Recipe
 from reproml.pipeline.train import Epoch, State, Training
 from reproml.versions import DEFINITIONS
@@ -125,7 +125,7 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint, after checking the SHA-256 of the file."""
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path)
     except OSError as error:
         raise _DamagedError(f"it cannot be read: {error.strerror}") from None
     if hashlib.sha256(raw).hexdigest() not in path.name:

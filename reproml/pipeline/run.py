@@ -35,7 +35,7 @@ from torch import nn
 from reproml import distributed, environment
 from reproml.digest import digest
 from reproml.errors import ReproError
-from reproml.files import locked, partial_path, sync_folder, write_and_sync
+from reproml.files import locked, partial_path, read_regular, sync_folder, write_and_sync
 from reproml.pipeline.checkpoint import Checkpoint, Checkpoints, TraceHead
 from reproml.pipeline.data import Dataset, load_dataset
 from reproml.pipeline.evaluate import evaluate
@@ -448,7 +448,7 @@ def _delete_copies(part: Path, out: Path, run: Run) -> None:
         for path in _partial_folders(out):
             if path == part or not _is_complete(path):
                 continue
-            if all((path / name).read_bytes() == content[name] for name in content):
+            if all(read_regular(path / name) == content[name] for name in content):
                 shutil.rmtree(path)
 
 
@@ -492,7 +492,7 @@ def _file_in(folder: Path, name: str) -> Path:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise ReproError(f"cannot read {path}: {error.strerror}") from None
 

@@ -23,6 +23,7 @@ import msgspec
 from msgspec import Meta
 
 from reproml.errors import ReproError
+from reproml.files import open_regular
 
 FORMAT = 1
 _KEY = "reproml trace"
@@ -95,7 +96,7 @@ class Writer:
             if head is not None:
                 self._resume(path, header["level"], head)
                 return
-            if path.exists() and path.stat().st_size and not is_trace(path):
+            if path.is_fifo() or (path.exists() and path.stat().st_size and not is_trace(path)):
                 raise ReproError(
                     f"{path} exists and is not a trace of reproml; choose another file"
                 )
@@ -154,7 +155,7 @@ class Reader:
         self.path, self.entries, self.head = path, 0, _START
         self.cut = False  # whether the last line is truncated
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 first = file.readline(1 << 24)
         except OSError as error:
             raise ReproError(f"cannot read the trace {path}: {error.strerror}") from None
@@ -179,7 +180,7 @@ class Reader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield the entries, without their heads. Raises ReproError at the first that is damaged."""
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             file.seek(self.offset)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -187,7 +188,8 @@ class Reader:
                     return
                 text = line[:-_TAIL] + b"}"
                 head = hashlib.sha256(self.head.encode() + text).hexdigest()
-                if line[-_TAIL:] != _tail(head) or not _is_entry(text):
+                entry = _entry(text)
+                if line[-_TAIL:] != _tail(head) or entry is None:
                     raise ReproError(
                         f"{self.path} is damaged: entry {self.entries + 1} (line {self.entries + 2}) "
                         "is not what was written; record the trace again"
@@ -197,22 +199,23 @@ class Reader:
                     head,
                     self.offset + len(line),
                 )
-                yield json.loads(text)
+                yield entry
 
 
 def is_trace(path: Path) -> bool:
     """Return whether the file begins like a trace, damaged or not."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(len(_BEGINNING)) == _BEGINNING
 
 
-def _is_entry(text: bytes) -> bool:
-    """Return whether this is an entry of a trace. The chain does not show it: anybody can make one."""
+def _entry(text: bytes) -> Optional[dict[str, Any]]:
+    """Return an entry, None if it is not one. The chain does not show it: anybody can make one."""
     try:
         _check(text)
+        entry: dict[str, Any] = json.loads(text)  # fails for a number of thousands of digits
     except (msgspec.MsgspecError, ValueError, RecursionError):
-        return False
-    return True
+        return None
+    return entry
 
 
 def _tail(head: str) -> bytes:

@@ -409,6 +409,13 @@ def test_golden_files_diverge_in_pipeline_order(tmp_path):
     assert found.cause[0] == "preprocessing"
 
 
+@pytest.mark.parametrize("name", ["a.trace", "a.json", "a.safetensors"])
+def test_pipe_or_device_is_refused(tmp_path, name):
+    (tmp_path / name).symlink_to("/dev/null")
+    with pytest.raises(ReproError, match="is a pipe or a device"):
+        compare(tmp_path / name, tmp_path / name)
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 

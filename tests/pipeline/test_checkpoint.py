@@ -233,6 +233,10 @@ def test_unreadable_checkpoint_is_skipped(folder):
     lines: list[str] = []
     assert step(latest_checkpoint(folder, lines.append)) == 3
     assert "it cannot be read: Is a directory" in lines[0]
+    newest.rmdir()
+    newest.symlink_to("/dev/null")
+    assert step(latest_checkpoint(folder, lines.append)) == 3
+    assert "it cannot be read: it is a pipe or a device" in lines[1]
 
 
 class Trap:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reproml.errors import ReproError
+from reproml.tracing import chain
 from reproml.tracing.chain import Reader, Writer, is_trace
 
 ENTRIES = [{"entry": "end", "epoch": 1, "step": i, "weights": [[f"{i}"]]} for i in range(1, 6)]
@@ -95,6 +97,16 @@ def test_damaged_entry_is_named(path):
         list(Reader(path))
 
 
+def test_number_of_many_digits_is_damage(path):
+    """Of a key that no entry has: anybody can write it, with the right head."""
+    text = b'{"entry":"end","epoch":1,"step":1,"weights":[],"more":%s}' % (b"9" * 20_000)
+    head = hashlib.sha256(chain._START.encode() + text).hexdigest()
+    header = path.read_bytes().splitlines(keepends=True)[0]
+    path.write_bytes(header + text[:-1] + chain._tail(head))
+    with pytest.raises(ReproError, match="entry 1"):
+        list(Reader(path))
+
+
 def test_removed_entry_is_found(path):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:2] + lines[3:]))
@@ -129,6 +141,9 @@ def test_only_a_trace_is_replaced(path, tmp_path):
     with pytest.raises(ReproError, match="is not a trace"):
         Writer(tmp_path / "notes.txt", {"level": "step"})
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ReproError, match="is not a trace"):
+        Writer(tmp_path / "pipe", {"level": "step"})
     with pytest.raises(ReproError, match="cannot write the trace .*No such file"):
         Writer(tmp_path / "none" / "trace", {"level": "step"})
 
