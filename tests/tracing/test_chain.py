@@ -98,7 +98,7 @@ def test_damaged_entry_is_named(path):
 
 
 def test_number_of_many_digits_is_damage(path):
-    """Of a key that no entry has: anybody can write it, with the right head."""
+    """Anyone can write a key that no entry has, with the right header."""
     text = b'{"entry":"end","epoch":1,"step":1,"weights":[],"more":%s}' % (b"9" * 20_000)
     head = hashlib.sha256(chain._START.encode() + text).hexdigest()
     header = path.read_bytes().splitlines(keepends=True)[0]
