@@ -263,7 +263,8 @@ _ODD = ("sin", "tanh", "erf", "erfinv", "expm1", "log1p")
 def elementary_function(name: str) -> Callable[..., Any]:
     """Return an operator that is one elementary function, which every context has under this name.
 
-    An odd function returns a zero with the sign of its argument.
+    An odd function returns a zero with the sign of its argument. The loop in csrc, if the function has one
+    (executor.py), has its name too.
     """
     odd = name in _ODD
 
@@ -277,5 +278,4 @@ def elementary_function(name: str) -> Callable[..., Any]:
         y = elementwise(lambda ctx, x: getattr(ctx, name)(x), x)
         return torch.where(x == 0, x, y) if odd else y
 
-    fast = name if name in ("exp", "expm1", "erfinv", "tanh", "sigmoid") else None
-    return lambda x: elementwise(formula, *float32_operands(x), reference=reference, fast=fast)
+    return lambda x: elementwise(formula, *float32_operands(x), reference=reference, fast=name)
