@@ -72,14 +72,8 @@ def alter_file(path: Path, chance: random.Random) -> str:
         return kind
     try:
         new = alter_bytes(old, chance) if chance.random() < 0.4 else STRUCTURED[kind](old, chance)
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ):  # damaged before, or no structure
-        new = alter_bytes(old, chance)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        new = alter_bytes(old, chance)  # it was damaged before, or has no structure
     path.write_bytes(new)
     if kind == "checkpoint" and chance.random() < 0.8:
         step = path.name[:14] if chance.random() < 0.9 else "step-00000004-"

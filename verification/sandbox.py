@@ -32,12 +32,8 @@ from reproml.tracing.recorder import RERUN
 SECONDS = 30  # until a command counts as one that does not end
 STEPS, WIDTH = 30, 20_000  # of the largest training and the largest network
 MEMORY = 12 << 30
-RERUN_WORDS = [
-    sys.executable,
-    "-m",
-    "reproml",
-    "train",
-]  # the only program that a command may execute
+# The only program that a command may execute.
+RERUN_WORDS = [sys.executable, "-m", "reproml", "train"]
 
 _FORK = multiprocessing.get_context("fork")
 _PACKAGE = os.path.dirname(reproml.__file__)
@@ -102,15 +98,14 @@ class Watch:
 
 def call(command: list[str], terminal: bool = False, encoding: str = "utf-8") -> Outcome:
     """Run a command in this process."""
-    strict, lenient = (
+    out, err = (
         io.TextIOWrapper(io.BytesIO(), encoding, errors, write_through=True)
         for errors in ("strict", "backslashreplace")  # as Python opens its own
     )
-    streams = strict, lenient
     if terminal:
-        streams[0].isatty = lambda: True  # type: ignore[method-assign]
+        out.isatty = lambda: True  # type: ignore[method-assign]
     status: Any
-    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = cli.main(command)
         except SystemExit as exit_request:
@@ -119,7 +114,7 @@ def call(command: list[str], terminal: bool = False, encoding: str = "utf-8") ->
             status = "a long training"
         except BaseException:
             status = f"a traceback\n{traceback.format_exc()}"
-    output, errors = (stream.buffer.getvalue().decode(encoding) for stream in streams)
+    output, errors = (stream.buffer.getvalue().decode(encoding) for stream in (out, err))
     return Outcome(status, output, errors, [])
 
 
