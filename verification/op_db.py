@@ -103,11 +103,13 @@ def _double(x: Any) -> Any:
     return tree_map(convert, x)
 
 
-def _copy(x: Any) -> Any:
-    def copy(x: Any) -> Any:
+def copy(tree: Any) -> Any:
+    """Copy a tree of operands; the tensors become leaves."""
+
+    def leaf(x: Any) -> Any:
         return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
 
-    return tree_map(copy, x)
+    return tree_map(leaf, tree)
 
 
 def _as_operands(x: Any) -> Any:
@@ -235,7 +237,7 @@ def _wrong_outputs(
             yield i, message
 
 
-def _gradients(outputs: Any, inputs: Any, seed: int) -> list[Optional[Tensor]]:
+def gradients(outputs: Any, inputs: Any, seed: int) -> list[Optional[Tensor]]:
     """Return the gradients of all inputs, for incoming gradients of a fixed pattern."""
     outs = [t for t in _tensors(outputs) if t.requires_grad and t.is_floating_point()]
     leaves = [t for t in _tensors(inputs) if t.requires_grad]
@@ -253,7 +255,7 @@ def _run(op: Any, sample: Any, tree: Any, backward: bool) -> tuple[Any, list[Opt
     input, args, kwargs = tree
     result = op(input, *args, **kwargs)
     kept = sample.output_process_fn_grad(result) if sample.output_process_fn_grad else result
-    return result, _gradients(kept, tree, 1) if backward else []
+    return result, gradients(kept, tree, 1) if backward else []
 
 
 def check(op: Any, sample: Any, backward: bool) -> tuple[Outcome, Counter[str]]:
@@ -262,13 +264,13 @@ def check(op: Any, sample: Any, backward: bool) -> tuple[Outcome, Counter[str]]:
     checker = Checker()
 
     try:
-        native, native_grads = _run(op, sample, _copy(tree), backward)
+        native, native_grads = _run(op, sample, copy(tree), backward)
         wide, wide_grads = _run(op, sample, _double(tree), backward)
     except Exception as error:  # PyTorch itself does not run this sample in these dtypes
         return Outcome("refused", f"natively: {type(error).__name__}"), checker.calls
     try:
         with reproml.exact(), checker:
-            result, grads = _run(op, sample, _copy(tree), backward)
+            result, grads = _run(op, sample, copy(tree), backward)
     except reproml.NotExactError as error:
         return Outcome("refused", str(error)), checker.calls
     except Exception as error:

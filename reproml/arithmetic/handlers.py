@@ -27,11 +27,12 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
+from reproml.arithmetic import layouts, state
 from reproml.arithmetic import operator_table as table
-from reproml.arithmetic import state
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.dispatcher import Handler, Kind
 from reproml.arithmetic.dispatch.schema import tensors
+from reproml.arithmetic.operators import casts
 from reproml.errors import NotExactError
 from reproml.torch_internals import DispatchKey
 
@@ -51,7 +52,7 @@ def handler_of(operator: Any) -> Handler:
         outputs = [x.name for x in operator._schema.arguments if x.is_out]
         return Handler(Kind.DEFINED, _run_definition(name, operator, outputs))
     if name in table.CASTS:
-        return Handler(Kind.MOVED, _require_strided(table.CASTS[name]))
+        return Handler(Kind.MOVED, _require_strided(table.CASTS[name], rounds_once=True))
     if name in table.DATA_MOVEMENT or name.rstrip("_") in table.DATA_MOVEMENT:
         return Handler(Kind.MOVED, _require_strided(operator))
     if name.endswith("_") and name[:-1] in table.EXACT:
@@ -72,8 +73,11 @@ def _computes_despite_its_name(name: str, operator: Any) -> bool:
 # ---- moved ---------------------------------------------------------------------------------------
 
 
-def _require_strided(function: Function) -> Function:
-    """Run it natively, unless a tensor is complex or sparse: of these even a copy may compute."""
+def _require_strided(function: Function, rounds_once: bool = False) -> Function:
+    """Run it natively, unless a tensor is complex or sparse: of these even a copy may compute.
+
+    rounds_once: whether the function itself rounds the numbers that it takes.
+    """
     run = getattr(function, "_op", function)  # saves a Python frame
 
     def strided(*args: Any, **kwargs: Any) -> Any:
@@ -81,6 +85,8 @@ def _require_strided(function: Function) -> Function:
             if isinstance(x, Tensor):
                 if x.layout is not torch.strided or x.is_complex():
                     raise _undefined_for(x)
+                if not rounds_once and x.dtype in casts.NARROW:
+                    _check_numbers_beside(x.dtype, args)
             elif isinstance(x, (list, tuple)):
                 for y in tensors(x):
                     if y.layout is not torch.strided or y.is_complex():
@@ -88,6 +94,18 @@ def _require_strided(function: Function) -> Function:
         return run(*args, **kwargs)
 
     return strided
+
+
+def _check_numbers_beside(dtype: torch.dtype, args: Any) -> None:
+    """Raise NotExactError for a Python number, or a tensor that stands for one, that PyTorch would round to
+    float32 and then to the 16 or 8 bits of a tensor beside it."""
+    for x in args:
+        number = x.dtype is torch.float64 and not x.dim() if isinstance(x, Tensor) else True
+        if number and isinstance(x, (float, Tensor)) and casts.rounds_twice(float(x)):
+            raise NotExactError(
+                f"the number {float(x)} would be rounded to float32 and then to {dtype}; give it as a "
+                f"tensor, torch.tensor({float(x)}, dtype={dtype})"
+            )
 
 
 # ---- defined -------------------------------------------------------------------------------------
@@ -100,21 +118,26 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
     """
     definitions = table.EXACT
     in_place = tuple(outputs) == ("self",)
+    arrange = layouts.arrangement(name)
+    indices = (torch.float32, torch.int64)
+    usual = (torch.float32,) if name in table.PROMOTING else indices
 
     def exact(*args: Any, **kwargs: Any) -> Any:
-        if not kwargs and _all_float32(args):
+        if not kwargs and _all_of(usual, args):
             if not outputs:
-                return definitions[name](*args)
+                return arrange(definitions[name](*args), args)
             if in_place and name in table.IN_PLACE:
                 return table.IN_PLACE[name](*args)
         elif _runs_natively(name, [*args, *kwargs.values()]):
             return operator(*args, **kwargs)
+        if name in table.PROMOTING:
+            args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
         if in_place:
             return _copy_into(args[0], definitions[name](*args, **kwargs))
         outs = [kwargs.pop(output) for output in outputs]
         results = definitions[name](*args, **kwargs)
         if not outs:
-            return results
+            return arrange(results, args)
         for out, result in zip(outs, results if len(outs) > 1 else [results]):
             _copy_into(out.resize_(result.shape), result)
         return outs[0] if len(outs) == 1 else tuple(outs)
@@ -122,13 +145,13 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
     return exact
 
 
-def _all_float32(args: Any) -> bool:
-    """Return whether the first operand is a float32 tensor, and no other is of another dtype than float32
-    and int64: the usual case, which needs no further check."""
+def _all_of(dtypes: tuple[torch.dtype, ...], args: Any) -> bool:
+    """Return whether the first operand is a float32 tensor, and all others are of these dtypes: the usual
+    case, which needs no further check."""
     first = True
     for x in args:
         if isinstance(x, Tensor):
-            if x.dtype is not torch.float32 and (first or x.dtype is not torch.int64):
+            if x.dtype is not torch.float32 and (first or x.dtype not in dtypes):
                 return False
             if x.layout is not torch.strided:
                 return False
@@ -229,9 +252,13 @@ def _element(x: Any, i: int) -> Any:
 
 
 def _decompose(operator: Any) -> Function:
+    """Run the operator as the table's COMPOSITES write it or, for others, as PyTorch does."""
+    name = str(operator)[len("aten.") :]
+    composite = table.COMPOSITES.get(name.replace(".default", ""), operator.decompose)
+
     def decomposed(*args: Any, **kwargs: Any) -> Any:
         with dispatcher.intercept_again():
-            return operator.decompose(*args, **kwargs)
+            return composite(*args, **kwargs)
 
     return decomposed
 

@@ -24,9 +24,11 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
+from reproml.arithmetic import layouts
 from reproml.arithmetic.operators import (
     activations,
     casts,
+    composites,
     convolution,
     creation,
     indexing,
@@ -38,6 +40,7 @@ from reproml.arithmetic.operators import (
     pointwise,
     pooling,
     random,
+    recurrent,
     reductions,
     softmax,
     upsampling,
@@ -62,13 +65,13 @@ new_ones lift_fresh
 # computes.
 COPIES = frozenset("""
 cat stack index index_select embedding threshold_backward zero _local_scalar_dense argmax argmin
-clone max_pool2d_with_indices where masked_fill
+clone max_pool2d_with_indices where
 """.split())
 DATA_MOVEMENT = VIEWS | COPIES | frozenset("""
 constant_pad_nd diagonal_copy flip lift pixel_shuffle pixel_unshuffle repeat resize_ roll tril triu
 unsafe_split set select_backward slice_backward reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d _pack_padded_sequence
-eye item eq ne lt le gt ge isnan isinf isfinite equal is_nonzero sign sgn
+masked_fill eye item eq ne lt le gt ge isnan isinf isfinite equal is_nonzero sign sgn
 logical_not logical_and logical_or logical_xor any count_nonzero isposinf isneginf isin searchsorted
 bucketize
 masked_select gather _unsafe_index index_fill take nonzero
@@ -94,6 +97,10 @@ add sub rsub mul div sum mean max min amax amin maximum minimum allclose
 index_put index_put_ _index_put_impl_
 """.split())
 # fmt: on
+
+# PROMOTING: operators whose operands of other dtypes are rounded to float32 first, as PyTorch promotes
+# them. The lines of FLOAT64 do so themselves, by their own result's dtype.
+PROMOTING = (layouts.ELEMENTWISE | {"cumsum"}) - FLOAT64
 
 # ROUNDING_INTEGERS: beginnings of the names of operators outside this table that compute with real numbers
 # even if they take and return integers.
@@ -275,4 +282,22 @@ EXACT: dict[str, Definition] = {
     "_fused_adam_": optimizers.fused_adam,
     "_fused_adamw_": optimizers.fused_adamw,
     "_fused_sgd_": optimizers.fused_sgd,
+}
+
+# COMPOSITES: operators that PyTorch writes in terms of others, written by us, as "name" or "name.overload".
+# They run above autograd, which differentiates the operators that they consist of.
+COMPOSITES: dict[str, Definition] = {
+    "linear": composites.linear,
+    "matmul": composites.matmul,
+    "einsum": composites.einsum,
+    "scaled_dot_product_attention": composites.scaled_dot_product_attention,
+    "cross_entropy_loss": composites.cross_entropy_loss,
+    "cosine_similarity": composites.cosine_similarity,
+    "pairwise_distance": composites.pairwise_distance,
+    "lstm_cell": recurrent.lstm_cell,
+    "gru_cell": recurrent.gru_cell,
+    "rnn_tanh_cell": recurrent.rnn_tanh_cell,
+    "rnn_relu_cell": recurrent.rnn_relu_cell,
+    **{f"{name}.input": recurrent.layers_of(cell) for name, cell in recurrent.CELLS.items()},
+    **{f"{name}.data": recurrent.packed_layers_of(cell) for name, cell in recurrent.CELLS.items()},
 }

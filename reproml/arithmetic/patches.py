@@ -25,16 +25,18 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Callable
 
 import torch
+from torch import Tensor
 from torch.autograd.profiler import record_function
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data.distributed import DistributedSampler
 
-from reproml.arithmetic import handlers, state
+from reproml.arithmetic import handlers, operator_table, state
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.numerics.libm import ExactMath, ExactPower
 from reproml.arithmetic.operators import optimizers, random
+from reproml.arithmetic.operators.casts import NARROW
 from reproml.errors import NotExactError, ReproError
 from reproml.torch_internals import (
     DECORATORS,
@@ -57,12 +59,17 @@ def replaced(patches: Iterable[Patch]) -> Iterator[None]:
     """Replace attributes until the end of the block. Raises UnknownPyTorchError if one is missing."""
     with ExitStack() as stack:
         for owner, name, make in patches:
+            inherited = isinstance(owner, type) and name not in vars(owner)
             try:  # vars() keeps a static method, for which getattr() returns its function
-                original = vars(owner)[name] if isinstance(owner, type) else getattr(owner, name)
-            except (AttributeError, KeyError):
+                own = isinstance(owner, type) and not inherited
+                original = vars(owner)[name] if own else getattr(owner, name)
+            except AttributeError:
                 raise UnknownPyTorchError(f"{_dotted_name(owner)}.{name}") from None
             setattr(owner, name, make(original))
-            stack.callback(setattr, owner, name, original)
+            if inherited:
+                stack.callback(delattr, owner, name)
+            else:
+                stack.callback(setattr, owner, name, original)
         yield
 
 
@@ -187,6 +194,27 @@ def _refuse_uneven_shards(original: Callable[..., Any], sampler: Any) -> Any:
 def _calculate_gain(original: Callable[..., float], nonlinearity: Any, param: Any = None) -> float:
     """Return the gain of an initializer, which takes a power of a float."""
     return original(nonlinearity, ExactPower(param) if isinstance(param, float) else param)
+
+
+def _round_once(original: Callable[..., Tensor], data: Any, *args: Any, **options: Any) -> Tensor:
+    """Make a tensor of Python numbers; to 16 and 8 bits PyTorch would round them twice."""
+    result = original(data, *args, **options)
+    return result if isinstance(data, Tensor) else _written_once(result, data)
+
+
+def _new_tensor(
+    original: Callable[..., Tensor], x: Tensor, data: Any, *args: Any, **options: Any
+) -> Tensor:
+    result = original(x, data, *args, **options)
+    return result if isinstance(data, Tensor) else _written_once(result, data)
+
+
+def _written_once(x: Tensor, data: Any) -> Tensor:
+    if x.dtype in NARROW:
+        with torch.no_grad():
+            given = torch.tensor(data)
+            x.copy_(torch.tensor(data, dtype=torch.float64) if given.is_floating_point() else given)
+    return x
 
 
 def _refuse_flushing(original: Callable[[bool], bool], mode: bool) -> bool:
@@ -378,6 +406,9 @@ PATCHES: list[Patch] = [
     # Labels for a profiler, which are six operators of an optimizer's step, are left out while none runs.
     (record_function, "__enter__", _within_exact(_enter_label)),
     (record_function, "__exit__", _exit_label),
+    # Numbers become tensors of 16 and 8 bits by one rounding.
+    *[(torch, name, _within_exact(_round_once)) for name in ("tensor", "as_tensor", "asarray")],
+    (Tensor, "new_tensor", _within_exact(_new_tensor)),
     # To print a tensor PyTorch computes in float64.
     (tensor_str, "_str", _print_natively),
     # Threads and processes inherit exact(), and so do the tasks of pools.
@@ -416,6 +447,7 @@ class _Applied:
                     # This raises within a compiled function.
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
                     stack.enter_context(replaced([*PATCHES, *_compiler_patches()]))
+                    stack.enter_context(dispatcher.composites(operator_table.COMPOSITES))
                     stack.callback(
                         register_optimizer_step_pre_hook(_refuse_undefined_optimizers).remove
                     )

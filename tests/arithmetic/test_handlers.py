@@ -123,15 +123,92 @@ def test_casts_to_integers_stay_in_range(dtype, low, high, source):
         refused(torch.zeros(2, dtype=dtype).copy_, x)
 
 
-def test_casts_that_round_twice_are_refused():
-    x = torch.tensor([1 + 2.0**-11 + 2.0**-40], dtype=torch.float64)
-    for dtype in (torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn):
-        assert str(dtype) in refused(x.to, dtype)
-        assert str(dtype) in refused(torch.tensor([2**24 + 1]).to, dtype)
-        refused(torch.zeros(1, dtype=dtype).copy_, x)
-    y = x.float()
-    assert exact_path(y.to, torch.float16).item() == 1
-    assert exact_path(x.to, torch.float32).item() == 1 + 2.0**-11
+# Significant bits and least exponent of the narrow formats; numbers here stay below their largest.
+NARROW = {torch.bfloat16: (8, -133), torch.float16: (11, -24), torch.float8_e5m2: (3, -16)}
+
+
+def nearest_narrow(value: Fraction, dtype: torch.dtype) -> float:
+    bits, least = NARROW[dtype]
+    exponent = math.frexp(value)[1] if value else 0
+    unit = Fraction(2) ** max(exponent - bits, least)
+    return float(round(value / unit) * unit)  # round() rounds ties to even
+
+
+NEAR_TIES = st.builds(
+    lambda n, e, sign, tiny: sign * (n * 2.0 ** (e - 5) + tiny * 2.0 ** (e - 42)),
+    st.integers(1, 4095),
+    st.integers(-15, 2),
+    st.sampled_from([1, -1]),
+    st.integers(-2, 2),
+)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@given(st.lists(st.one_of(NEAR_TIES, st.floats(-1e4, 1e4)), min_size=1, max_size=20))
+@few
+def test_narrow_casts_round_once(dtype, values):
+    """Of float64 tensors and of Python numbers, which PyTorch rounds to float32 first."""
+    expected = [nearest_narrow(Fraction(v), dtype) for v in values]
+    wide = torch.tensor(values, dtype=torch.float64)
+
+    def copied() -> torch.Tensor:
+        return torch.zeros(len(values), dtype=dtype).copy_(wide)
+
+    for make in (
+        lambda: wide.to(dtype),
+        copied,
+        lambda: torch.tensor(values, dtype=dtype),
+        lambda: torch.as_tensor(values, dtype=dtype),
+        lambda: torch.asarray(values, dtype=dtype),
+        lambda: torch.zeros((), dtype=dtype).new_tensor(values),
+        lambda: torch.stack([torch.full((), v, dtype=dtype) for v in values]),
+    ):
+        assert exact_path(make).double().tolist() == expected
+    assert "new_tensor" not in vars(torch.Tensor)
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=20))
+@few
+def test_narrow_casts_of_integers_round_once(values):
+    values = [*values, 2**62 + 2**54, 2**62 + 2**54 + 1, -(2**62) - 2**54 - 1, 2**24 + 2**16 + 1]
+    expected = [nearest_narrow(Fraction(v), torch.bfloat16) for v in values]
+    assert exact_path(torch.tensor(values).to, torch.bfloat16).double().tolist() == expected
+    made = exact_path(lambda: torch.tensor(values, dtype=torch.bfloat16))
+    assert made.double().tolist() == expected
+
+
+def test_numbers_beside_narrow_tensors_are_refused():
+    """Where PyTorch would round them twice: 0.1 in float32 is another number."""
+    x = torch.ones(2, dtype=torch.bfloat16)
+    mask = torch.tensor([True, False])
+    for function in (lambda v: x.masked_fill(mask, v), lambda v: x > v, lambda v: x.eq(v)):
+        assert "0.1" in refused(function, 0.1)
+        exact_path(function, -0.5)
+    assert exact_path(torch.where, mask, x, -torch.inf)[1] == -torch.inf
+    value = 1 + 2**-8 + 2**-40
+    assert exact_path(torch.where, mask, 0 * x, value).tolist() == [0, 1.0078125]
+
+
+def test_integers_beside_floats_are_rounded_first():
+    """To float32, as PyTorch promotes them, in every operator."""
+    n, odd = torch.tensor([2**24 + 1, 3]), 2.0**24
+    x = torch.tensor([1.5, 2.0])
+    for function, expected in (
+        (lambda: n * x, [odd * 1.5, 6]),
+        (lambda: n / torch.tensor([1, 2]), [odd, 1.5]),
+        (lambda: n.sqrt(), [4096, 1.7320508075688772]),
+        (lambda: torch.xlogy(x, n), [1.5 * math.log(odd), 2 * math.log(3)]),
+        (lambda: n.sum(dtype=torch.float32), odd + 4),
+        (lambda: n.cumsum(0, dtype=torch.float32), [odd, odd + 4]),
+        (lambda: n**2.0, [odd**2, 9]),
+        (lambda: n**0.0, [1, 1]),
+        (lambda: n**0.5, [4096, 1.7320508075688772]),
+        (lambda: torch.tensor([2**32]) ** 2.0, [2.0**64]),
+    ):
+        found = exact_path(function)
+        assert found.dtype is torch.float32
+        assert torch.equal(found, torch.tensor(expected))
+    assert exact_path(lambda: n**2).dtype is torch.int64
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=20))

@@ -35,7 +35,7 @@ SWITCHES = [(owner, name) for owner, name, _ in patches.PATCHES[:6]]
 
 def current() -> list[Any]:
     return [
-        vars(owner)[name] if isinstance(owner, type) else getattr(owner, name)
+        vars(owner).get(name) if isinstance(owner, type) else getattr(owner, name)
         for owner, name, _ in patches.PATCHES
     ]
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from functools import partial
 from typing import Any, Callable, NamedTuple
@@ -187,6 +188,35 @@ def _aten_names() -> Iterator[str]:
 def _overload(name: str) -> Any:
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+
+# ---- composites ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def composites(table: dict[str, Kernel]) -> Iterator[None]:
+    """Run these composite operators of aten above autograd, until the end of the block.
+
+    PyTorch takes a composite operator apart where autograd would record it. Its kernel for that key runs
+    ours in a thread whose operators are intercepted, and PyTorch's in others.
+    """
+    library = torch.library.Library("aten", "IMPL")
+    for name, composite in table.items():
+        for backend in ("AutogradCPU", "AutogradCUDA"):
+            library.impl(name, _composite_kernel(_overload(name), composite), backend)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def _composite_kernel(operator: Any, composite: Kernel) -> Kernel:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        if state.active.depth and not dispatch_tls_is_dispatch_key_excluded(_KEY):
+            return composite(*args, **kwargs)
+        return operator.decompose(*args, **kwargs)
+
+    return kernel
 
 
 # ---- which operators are intercepted -------------------------------------------------------------

@@ -114,6 +114,24 @@ def _nearest(value: Callable[[Any], Any], bits: tuple[int, int] = _BITS) -> floa
     return -found if sign else found
 
 
+def rounded_to_odd(value: Callable[[Any], Any]) -> float:
+    """Return the float next to value(mpmath) towards zero if it is odd or exact, else its neighbour.
+
+    Rounding that to a format of fewer than 52 bits gives what rounding the value gives: S. Boldo and
+    G. Melquiond, IEEE Transactions on Computers 57(4), 2008. The result must not be subnormal.
+    """
+    import mpmath
+
+    with mpmath.workprec(_BITS[0]):
+        x = value(mpmath.mp)
+        with mpmath.workprec(_BITS[1]):
+            sign, mantissa, exponent, length = (+x)._mpf_
+    left = max(length - 53, 0)
+    odd = mantissa >> left | bool(mantissa & (1 << left) - 1)
+    found = math.ldexp(int(odd), exponent + left)
+    return -found if sign else found
+
+
 class ExactPower(float):
     """A float whose `**` with another number is correctly rounded, as either operand."""
 

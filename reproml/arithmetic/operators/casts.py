@@ -1,7 +1,8 @@
-"""Casts between dtypes: a cast rounds once, and one that would round twice is refused."""
+"""Casts between dtypes, each of which rounds once."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,34 +13,37 @@ from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics import devices
 from reproml.errors import NotExactError
 
+# Floats of 16 and 8 bits, to which PyTorch rounds wide numbers by way of float32.
+NARROW = frozenset(
+    x
+    for x in vars(torch).values()
+    if isinstance(x, torch.dtype) and x.is_floating_point and x.itemsize < 4
+)
+
 
 def to_copy(x: Any, *, dtype: Any = None, **options: Any) -> Tensor:
     """Compute aten._to_copy of a tensor or, as `vmap` calls it, a Python number.
 
-    Raises NotExactError as `_check_cast` does.
+    Raises NotExactError as `_prepared` does.
     """
     x = _as_tensor(x)
-    _check_cast(x, dtype or x.dtype)
+    x = _prepared(x, dtype or x.dtype)
     return torch.ops.aten._to_copy(x, dtype=dtype, **options)  # type: ignore[no-any-return]
 
 
 def copy_(x: Tensor, source: Any, non_blocking: bool = False) -> Tensor:
-    """Compute aten.copy_. Raises NotExactError as `_check_cast` does."""
-    source = _as_tensor(source)
-    _check_cast(source, x.dtype)
-    return x.copy_(source, non_blocking)
+    """Compute aten.copy_. Raises NotExactError as `_prepared` does."""
+    return x.copy_(_prepared(_as_tensor(source), x.dtype), non_blocking)
 
 
-def _check_cast(x: Tensor, dtype: torch.dtype) -> None:
-    """Raise NotExactError if the cast of x to `dtype` rounds twice or depends on the machine.
+def _prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor that PyTorch casts to `dtype` with one rounding of x.
 
-    PyTorch casts wide numbers to floats of 16 and 8 bits by way of float32. A float outside an integer
-    dtype's range becomes whatever integer the processor returns.
+    Raises NotExactError if the result depends on the machine: a float outside an integer dtype's range
+    becomes whatever integer the processor returns.
     """
-    if _is_narrow(dtype) and x.dtype.itemsize >= 4 and x.dtype is not torch.float32:
-        raise NotExactError(
-            f"A cast from {x.dtype} to {dtype} rounds twice; cast to float32 first."
-        )
+    if dtype in NARROW and x.dtype.itemsize >= 4 and x.dtype is not torch.float32:
+        return _float32_to_odd(x)
     if x.is_floating_point() and not (
         dtype.is_floating_point or dtype.is_complex or dtype is torch.bool
     ):
@@ -51,10 +55,34 @@ def _check_cast(x: Tensor, dtype: torch.dtype) -> None:
                 f"A cast of NaN, infinity or an out-of-range number to {dtype} depends on the machine; "
                 "replace these numbers before it, for example by clamp."
             )
+    return x
 
 
-def _is_narrow(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize < 4
+def _float32_to_odd(x: Tensor) -> Tensor:
+    """Return a float32 tensor, whose cast to a narrow dtype rounds x once.
+
+    Of the two float32 numbers around a number of x it has the odd one, which lies on the same side of the
+    halfway points of narrower formats (S. Boldo & G. Melquiond, IEEE Transactions on Computers 57(4),
+    2008). Raises NotExactError for unsigned integers of 32 and more bits.
+    """
+    if x.dtype in (torch.int32, torch.int64):
+        # The last 12 bits of an integer that binary64 cannot hold only tell where it is not a tie.
+        sticky = x & ~4095 | torch.where((x & 4095) == 0, 0, 2048)
+        x = torch.where((x >= -(2**53)) & (x <= 2**53), x, sticky.to(x.dtype))
+    elif x.dtype is not torch.float64:
+        raise NotExactError(
+            f"A cast from {x.dtype} to fewer bits is not defined; cast to int64 first."
+        )
+    wide = x.double()
+    near = wide.float()
+    even = near.view(torch.int32) & 1 == 0
+    other = torch.nextafter(near, torch.where(wide > near, torch.inf, -torch.inf).float())
+    return torch.where((near.double() != wide) & even, other, near)
+
+
+def rounds_twice(value: float) -> bool:
+    """Return whether PyTorch rounds a number twice where it takes it to 16 or 8 bits."""
+    return not math.isnan(value) and float(np.float32(value)) != value
 
 
 def _as_tensor(x: Any) -> Tensor:
@@ -97,20 +125,13 @@ def fill(x: Tensor, value: Any) -> Tensor:
 def fill_(x: Tensor, value: Any) -> Tensor:
     """Fill x with a number, which is rounded once."""
     if isinstance(value, Tensor):
-        _check_cast(value, x.dtype)
-        return x.fill_(value)
+        return x.fill_(_prepared(value, x.dtype))
     return x.fill_(_for_dtype(value, x.dtype))
 
 
 def _for_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """Return a number that PyTorch, by way of float32, rounds to the number of `dtype` nearest to `value`.
-
-    Of the two float32 numbers around `value` it is the odd one, which lies on the same side of the halfway
-    points of narrower formats (S. Boldo & G. Melquiond, IEEE Transactions on Computers 57(4), 2008).
-    """
-    if not _is_narrow(dtype) or isinstance(value, complex) or not abs(value) < 2.0**127:
+    """Return a number that PyTorch rounds to the nearest number of `dtype`, by way of float32."""
+    if dtype not in NARROW or isinstance(value, complex):
         return value
-    near = np.float32(value)
-    if float(near) == value or near.view(np.int32) & 1:
-        return float(near)
-    return float(np.nextafter(near, np.float32(np.inf if value > float(near) else -np.inf)))
+    wide = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+    return _float32_to_odd(wide).item()

@@ -2,8 +2,9 @@
 
 A float32 from `rand` is a multiple of 2^-24 and a float64 one of 2^-53, both made of integers, so they
 are the same on every machine. All numbers are drawn on the CPU, from a CPU generator, whatever the
-tensor's device. Each function then follows PyTorch's CPU algorithm, with its elementary functions
-replaced by exact ones.
+tensor's device. Each function then follows PyTorch's CPU algorithm for contiguous tensors, with its
+elementary functions replaced by exact ones. A tensor receives its numbers in logical order, that of its
+indices, however it lies in memory.
 
 Functions are named like PyTorch's operators and return float32 unless stated otherwise. Those that create
 a tensor raise NotExactError for another dtype, and all of them for a generator that is not on the CPU.
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.devices import to_device
-from reproml.arithmetic.numerics.libm import ExactMath
+from reproml.arithmetic.numerics.libm import ExactMath, rounded_to_odd
 from reproml.arithmetic.numerics.rounding import nearest
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import require
 from reproml.errors import NotExactError
+from reproml.torch_internals import UnknownPyTorchError
 
 # ---- uniform and normal numbers ----------------------------------------------------------------------
 
@@ -83,10 +85,11 @@ def normal(
 def normal_(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None) -> Tensor:
     """Write std sqrt(-2 log(1 - u)) cos(2 pi v) + mean, and the same with sin, to x (Box & Muller 1958).
 
-    Each number is rounded once. If x is contiguous and has at least 16 elements, PyTorch draws as many
-    numbers of `rand`; of each 16 the first 8 are u and the others v. If 16 does not divide the number of
-    elements, it draws 16 new numbers for the last 16 elements. Otherwise it draws pairs (v, u) of float64
-    numbers, and drops the last result if there is one too many.
+    Each number is rounded once. If x has at least 16 elements, PyTorch draws as many numbers of `rand`; of
+    each 16 the first 8 are u and the others v. If 16 does not divide the number of elements, it draws 16
+    new numbers for the last 16 elements. If x has fewer, it draws pairs (v, u) of float64 numbers; if the
+    last result is one too many, its value for mean 0 and std 1 stays in the generator, rounded to binary64
+    to odd, and is the first number of the next such call.
 
     Raises RuntimeError for std < 0.
     """
@@ -104,19 +107,59 @@ def normal_(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None
         return torch.stack(box_muller(u[:, 0], u[:, 1]), 1).reshape(-1)
 
     n = x.numel()
-    if n >= 16 and x.is_contiguous():
+    if n >= 16:
         u = torch.rand(n, generator=generator, dtype=torch.float32, device="cpu")
         flat = torch.cat([blocks_of_16(u[: n - n % 16]), u[n - n % 16 :]])
         if n % 16:
             flat[-16:] = blocks_of_16(
                 torch.rand(16, generator=generator, dtype=torch.float32, device="cpu")
             )
+    elif n:
+        spare = _take_spare(generator)
+        count = n - len(spare)
+        draws = torch.rand(
+            (count + 1) // 2, 2, generator=generator, dtype=torch.float64, device="cpu"
+        )
+        pairs = torch.stack(box_muller(draws[:, 1], draws[:, 0]), 1).reshape(-1)
+        flat = torch.cat([elementwise(lambda ctx, z: z * s + m, spare), pairs[:count]])
+        if count % 2:
+            _keep_spare(generator, *draws[-1].tolist())
     else:
-        draws = torch.rand((n + 1) // 2, 2, generator=generator, dtype=torch.float64, device="cpu")
-        flat = torch.stack(box_muller(draws[:, 1], draws[:, 0]), 1).reshape(-1)[:n]
-    in_memory_order = torch.empty_like(x, device="cpu")
-    in_memory_order.as_strided((n,), (1,)).copy_(flat)
-    return x.copy_(_to(in_memory_order, x.device))
+        return x
+    return x.copy_(_to(flat.reshape(x.shape), x.device))
+
+
+# Where the state of a CPU generator keeps a normal number, and whether it holds one: CPUGeneratorImpl.cpp.
+_STATE, _SPARE, _HAS_SPARE = 5056, slice(5024, 5032), slice(5040, 5044)
+
+
+def _take_spare(generator: Optional[torch.Generator]) -> Tensor:
+    """Remove the normal number that a generator keeps. Returns float64 [1], or [0] if there is none."""
+    generator = generator or torch.default_generator
+    state = _state_of(generator)
+    if not int(state[_HAS_SPARE].view(torch.int32)):
+        return torch.empty(0, dtype=torch.float64, device="cpu")
+    spare = state[_SPARE].view(torch.float64).clone()
+    state[_HAS_SPARE] = 0
+    generator.set_state(state)
+    return spare
+
+
+def _keep_spare(generator: Optional[torch.Generator], v: float, u: float) -> None:
+    """Let a generator keep sqrt(-2 log(1 - u)) sin(2 pi v), rounded to odd."""
+    generator = generator or torch.default_generator
+    state = _state_of(generator)
+    spare = rounded_to_odd(lambda mp: mp.sqrt(-2 * mp.log1p(-mp.mpf(u))) * mp.sinpi(2 * mp.mpf(v)))
+    state[_SPARE].view(torch.float64).fill_(spare)
+    state[_HAS_SPARE].view(torch.int32).fill_(1)
+    generator.set_state(state)
+
+
+def _state_of(generator: torch.Generator) -> Tensor:
+    state = generator.get_state()
+    if state.numel() != _STATE:
+        raise UnknownPyTorchError(f"torch.Generator.get_state() of {_STATE} bytes")
+    return state
 
 
 def trunc_normal_(
@@ -238,9 +281,7 @@ def drawn_on_cpu(draw: Any) -> Any:
 def random_(x: Tensor, *bounds: int, generator: Any = None) -> Tensor:
     """Write random integers within the bounds to x."""
     _require_cpu(generator)
-    draws = torch.empty_like(
-        x, device="cpu"
-    )  # with x's strides, because PyTorch draws in the order of memory
+    draws = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     return x.copy_(_to(draws.random_(*bounds, generator=generator), x.device))
 
 
@@ -248,9 +289,9 @@ def random_(x: Tensor, *bounds: int, generator: Any = None) -> Tensor:
 
 
 def _uniform_like(x: Tensor, dtype: torch.dtype, generator: Any) -> Tensor:
-    """Draw numbers of `rand` in the shape of x, in the order of its memory, as PyTorch does."""
+    """Draw numbers of `rand` in the shape of x."""
     _require_cpu(generator)
-    u = torch.empty_like(x, dtype=dtype, device="cpu").uniform_(generator=generator)
+    u = torch.rand(x.shape, generator=generator, dtype=dtype, device="cpu")
     return _to(u, x.device)
 
 

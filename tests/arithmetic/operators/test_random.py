@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reproml
+from reproml.arithmetic.operators import random
+from reproml.torch_internals import UnknownPyTorchError
 from tests.arithmetic.strategies import LAYOUTS, lay_out
 from verification import oracle as o
 from verification.oracle import Real, check, float32_scalar, reals, same_bits
@@ -27,16 +30,19 @@ def empty(shape, layout):
     return lay_out(x, layout)
 
 
-def both(draw, seed=5):
-    """Return `draw()` natively and under exact(), and check that both consume the same stream."""
+def both(draw, *layout, seed=5):
+    """Return `draw()` natively and under exact(), and check that both consume the same stream.
+
+    With a layout: `draw("plain")` natively, and draw(layout) under exact(), which has the same numbers.
+    """
     results = []
     for inside in (False, True):
         torch.manual_seed(seed)
         if inside:
             with reproml.exact():
-                results.append(draw())
+                results.append(draw(*layout))
         else:
-            results.append(draw())
+            results.append(draw("plain") if layout else draw())
         results.append(torch.rand(1))
     native, after, exact, after_exact = results
     assert torch.equal(after, after_exact), "the next random numbers differ"
@@ -55,7 +61,7 @@ def test_rand_matches_pytorch(shape):
 @few
 @given(shapes, layouts)
 def test_uniform_consumes_stream_like_pytorch(shape, layout):
-    assert same_bits(*both(lambda: empty(shape, layout).uniform_()))
+    assert same_bits(*both(lambda layout: empty(shape, layout).uniform_(), layout))
 
 
 @few
@@ -68,18 +74,33 @@ def test_uniform_is_rounded_once(low, width):
     assert torch.allclose(native, exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("mean, std, low, high", [(0, 0.02, -2, 2), (0.5, 2, -1, 3), (0, 1, -9, 9)])
+def test_trunc_normal_rounds_each_step_once(mean, std, low, high):
+    def bound(x):
+        return 2 * ((1 + float(o.mp.erf((x - mean) / std / math.sqrt(2)))) / 2) - 1
+
+    _, u = both(lambda: torch.empty(300).uniform_(bound(low), bound(high)))
+    native, exact = both(
+        lambda: torch.nn.init.trunc_normal_(torch.empty(300), mean, std, low, high)
+    )
+    scale, shift = float32_scalar(std * math.sqrt(2)), float32_scalar(mean)
+    expected = [o.rounded(o.rounded(o.rounded(o.erfinv(v)) * scale) + shift) for v in reals(u)]
+    assert same_bits(exact, torch.tensor([o.float_of(v) for v in expected]).clamp(low, high))
+    assert torch.allclose(native, exact, rtol=1e-4, atol=1e-5)
+
+
 @few
 @given(shapes, layouts)
 def test_normal_is_close_to_pytorch(shape, layout):
     """The results differ from PyTorch's by rounding errors only."""
     for draw in (
-        lambda: torch.randn(shape),
-        lambda: torch.randn_like(torch.zeros(shape)),
-        lambda: empty(shape, layout).normal_(3, 0.5),
-        lambda: torch.normal(torch.full(shape, 2.0), torch.full(shape, 0.1)),
-        lambda: torch.normal(1.0, 2.0, shape),
+        lambda layout: torch.randn(shape),
+        lambda layout: torch.randn_like(empty(shape, layout)),
+        lambda layout: empty(shape, layout).normal_(3, 0.5),
+        lambda layout: torch.normal(torch.full(shape, 2.0), torch.full(shape, 0.1)),
+        lambda layout: torch.normal(1.0, 2.0, shape),
     ):
-        native, exact = both(draw)
+        native, exact = both(draw, layout)
         assert torch.allclose(native, exact, rtol=2e-5, atol=2e-6)
 
 
@@ -96,6 +117,64 @@ def test_normal_is_rounded_once():
         expected[i, 0, j] = radius * Real(o.mp.cospi(turn)) * 3 + Fraction(1, 4)
         expected[i, 1, j] = radius * Real(o.mp.sinpi(turn)) * 3 + Fraction(1, 4)
     check(x, expected.reshape(32))
+
+
+def box_muller(v: float, u: float) -> tuple[Real, Real]:
+    radius, turn = o.sqrt(-2 * o.log1p(-Real(Fraction(u)))), 2 * Real(Fraction(v)).mpf
+    return radius * Real(o.mp.cospi(turn)), radius * Real(o.mp.sinpi(turn))
+
+
+@few
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.integers(0, 2**20))
+def test_spare_normal_number_is_kept(counts, seed):
+    """In the generator, as PyTorch does, until the next call; all numbers are rounded once."""
+
+    def draw() -> list[torch.Tensor]:
+        return [torch.randn(n) for n in counts]
+
+    torch.manual_seed(seed)
+    native, state = draw(), torch.get_rng_state()
+    torch.manual_seed(seed)
+    with reproml.exact():
+        exact = draw()
+    left = torch.get_rng_state()
+    for x, y in zip(native, exact):
+        assert torch.allclose(x, y, rtol=2e-5, atol=2e-6)
+    spare = slice(5024, 5032)  # a float64, whose last bits may differ
+    x, y = (s[spare].view(torch.float64) for s in (state, left))
+    assert torch.allclose(x, y, rtol=1e-14)
+    state[spare] = left[spare]
+    assert torch.equal(state, left)
+
+    torch.manual_seed(seed)
+    kept: list[Real] = []
+    for x in exact:
+        if len(x) >= 16:
+            torch.randn(len(x))
+            continue
+        while len(kept) < len(x):
+            kept += box_muller(*torch.rand(2, dtype=torch.float64).tolist())
+        check(x, np.array(kept[: len(x)], dtype=object))
+        kept = kept[len(x) :]
+
+
+def test_spare_normal_number_survives_state():
+    with reproml.exact():
+        generator = torch.Generator().manual_seed(3)
+        torch.randn(3, generator=generator)
+        state = generator.get_state()
+        first = torch.empty(2).normal_(1, 2, generator=generator)
+        generator.set_state(state)
+        assert same_bits(torch.empty(2).normal_(1, 2, generator=generator), first)
+        generator.manual_seed(3)  # forgets it
+        again = torch.randn(3, generator=generator)
+        assert same_bits(again, torch.randn(3, generator=torch.Generator().manual_seed(3)))
+
+
+def test_unknown_generator_state_is_an_error(monkeypatch):
+    monkeypatch.setattr(random, "_STATE", 5057)
+    with pytest.raises(UnknownPyTorchError, match="get_state"), reproml.exact():
+        torch.randn(3)
 
 
 @few
@@ -129,13 +208,11 @@ def test_native_dropout_matches_cpu_dropout(shape, layout, p, train):
 @few
 @given(shapes, layouts, st.floats(0, 1))
 def test_bernoulli_matches_pytorch(shape, layout, p):
-    native, exact = both(lambda: empty(shape, layout).bernoulli_(p))
-    assert native.shape == exact.shape
+    native, exact = both(lambda layout: empty(shape, layout).bernoulli_(p), layout)
     torch.manual_seed(5)
     expected = (torch.rand(shape, dtype=torch.float64) < p).float()
     assert same_bits(native, exact)
-    if layout == "plain":
-        assert same_bits(exact, expected)
+    assert same_bits(exact, expected)
     probabilities = torch.full(shape, p)
     assert same_bits(*both(lambda: torch.bernoulli(probabilities)))
 
@@ -143,10 +220,8 @@ def test_bernoulli_matches_pytorch(shape, layout, p):
 @few
 @given(shapes, layouts, st.sampled_from([1.0, 0.3, 7.0]))
 def test_exponential_is_rounded_once(shape, layout, rate):
-    native, exact = both(lambda: empty(shape, layout).exponential_(rate))
+    native, exact = both(lambda layout: empty(shape, layout).exponential_(rate), layout)
     assert torch.allclose(native, exact, rtol=2e-5, atol=2e-6)
-    if layout != "plain":
-        return
     torch.manual_seed(5)
     u = torch.rand(shape, dtype=torch.float64)
     check(exact, -np.vectorize(o.log1p, otypes=[object])(-reals(u)) / float32_scalar(rate)
@@ -158,15 +233,15 @@ def test_exponential_is_rounded_once(shape, layout, rate):
 def test_integers_match_pytorch(shape, layout):
     """The bits equal PyTorch's on the CPU."""
     for draw in (
-        lambda: torch.randint(0, 10, shape),
-        lambda: torch.randint(-5, 2**40, shape),
-        lambda: torch.randint(0, 7, shape, dtype=torch.float32),
-        lambda: empty(shape, layout).random_(),
-        lambda: empty(shape, layout).random_(3, 17),
-        lambda: empty(shape, layout).to(torch.int64).random_(9),
-        lambda: torch.randperm(len(shape) * 10),
+        lambda layout: torch.randint(0, 10, shape),
+        lambda layout: torch.randint(-5, 2**40, shape),
+        lambda layout: torch.randint(0, 7, shape, dtype=torch.float32),
+        lambda layout: empty(shape, layout).random_(),
+        lambda layout: empty(shape, layout).random_(3, 17),
+        lambda layout: empty(shape, layout).to(torch.int64).random_(9),
+        lambda layout: torch.randperm(len(shape) * 10),
     ):
-        assert same_bits(*both(draw))
+        assert same_bits(*both(draw, layout))
 
 
 def test_multinomial_matches_pytorch():

@@ -1,0 +1,280 @@
+"""Operators that PyTorch writes in terms of others, and that models consist of: how exact() writes them.
+
+PyTorch takes them apart by the layout of the operands, by `requires_grad` and by its version, which changes
+where results are rounded. Here each is one expression of operators of the table, which determines the
+gradients as well: autograd differentiates these operators, from the last to the first.
+
+The functions are named like PyTorch's operators and take their arguments; they run above autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+# ---- products ----------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """Return x @ weight.T + bias, rounded once: one addmm, or mm, of all rows of x.
+
+    x: [..., k]; weight: [n, k] or [k]; bias: [n] or a scalar. Returns [..., n], or [...] for a vector.
+    """
+    if weight.dim() != 2 or (bias is not None and bias.dim() > 1 and x.dim() != 2):
+        y = matmul(x, weight.t())
+        return y if bias is None else torch.add(y, bias)
+    rows = x if x.dim() == 2 else _rows(x)
+    y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+    return y if x.dim() == 2 else y.view([*x.shape[:-1], y.shape[-1]])
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return the product of matrices or vectors, rounded once.
+
+    A matrix beside a batch of matrices, [..., m, k] @ [k, n] or [m, k] @ [..., k, n], is one mm of all
+    their rows or columns, so that its gradient is one sum. Two batches are broadcast, then one bmm.
+    """
+    if not a.dim() or not b.dim():
+        raise RuntimeError(
+            "both arguments to matmul need to be at least 1D, but they are "
+            f"{a.dim()}D and {b.dim()}D"
+        )
+    if b.dim() == 1:
+        if a.dim() == 1:
+            return torch.dot(a, b)
+        return torch.mv(a, b) if a.dim() == 2 else torch.mv(_rows(a), b).view(a.shape[:-1])
+    if a.dim() == 1:
+        return torch.mm(a.unsqueeze(0), b).squeeze(0) if b.dim() == 2 else matmul(b.mT, a)
+    if b.dim() == 2:
+        if a.dim() == 2:
+            return torch.mm(a, b)
+        return torch.mm(_rows(a), b).view([*a.shape[:-1], b.shape[-1]])
+    if a.dim() == 2:
+        return matmul(b.mT, a.t()).mT.contiguous()
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    (m, k), (inner, n) = a.shape[-2:], b.shape[-2:]
+    count = math.prod(batch)
+    x = a.expand([*batch, m, k]).reshape(count, m, k)
+    y = b.expand([*batch, inner, n]).reshape(count, inner, n)
+    return torch.bmm(x, y).view([*batch, m, n])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., k] -> [n, k]"""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def einsum(equation: str, operands: Sequence[Tensor], path: Any = None) -> Tensor:
+    """Contract the operands from left to right: each step is one bmm, rounded once.
+
+    An axis that only one of the two operands has, and nothing after them, is summed first. `path`, which
+    depends on whether opt_einsum is installed, is not used. Raises RuntimeError for an invalid equation.
+    """
+    inputs, output = _parse(equation, [x.dim() for x in operands])
+    x, labels = _diagonals(operands[0], inputs[0])
+    for i, (y, own) in enumerate(zip(operands[1:], inputs[1:]), 1):
+        y, own = _diagonals(y, own)
+        later = {*output, *(label for more in inputs[i + 1 :] for label in more)}
+        x, labels = _contract(x, labels, y, own, later)
+    x, labels = _sum_out(x, labels, set(output))
+    return x.permute([labels.index(label) for label in output])
+
+
+def _parse(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
+    """Return the labels of each operand and of the result. "..." stands for ".1", ".0" and so on."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if len(terms) != len(ranks):
+        raise RuntimeError(f"einsum(): {equation!r} has {len(terms)} operands, not {len(ranks)}")
+
+    def labels(term: str, rank: int) -> list[str]:
+        before, dots, after = term.partition("...")
+        if not all(c.isascii() and c.isalpha() for c in before + after):
+            raise RuntimeError(f"einsum(): {equation!r} has a subscript that is not a letter")
+        hidden = rank - len(before + after)
+        if hidden < 0 or (hidden and not dots):
+            raise RuntimeError(f"einsum(): {term!r} of {equation!r} does not fit {rank} axes")
+        return [*before, *(f".{i}" for i in reversed(range(hidden))), *after]
+
+    inputs = [labels(term, rank) for term, rank in zip(terms, ranks)]
+    everything = [label for term in inputs for label in term]
+    dots = max((term for term in inputs), key=lambda term: sum(x[0] == "." for x in term))
+    hidden = [label for label in dots if label[0] == "."]
+    if not arrow:
+        once = sorted({x for x in everything if x[0] != "." and everything.count(x) == 1})
+        return inputs, hidden + once
+    output = labels(right, len(right.replace("...", "")) + len(hidden) * ("..." in right))
+    if len(set(output)) != len(output) or not set(output) <= set(everything):
+        raise RuntimeError(f"einsum(): the result of {equation!r} repeats or invents a subscript")
+    return inputs, output
+
+
+def _diagonals(x: Tensor, labels: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """Take the diagonal of axes that have the same label."""
+    found: list[str] = []
+    for label in labels:
+        if label in found:
+            first = found.index(label)
+            x = x.diagonal(0, first, len(found)).movedim(-1, first)
+        else:
+            found.append(label)
+    return x, found
+
+
+def _sum_out(x: Tensor, labels: list[str], kept: set[str]) -> tuple[Tensor, list[str]]:
+    dims = [d for d, label in enumerate(labels) if label not in kept]
+    if dims:
+        x, labels = x.sum(dims), [label for label in labels if label in kept]
+    return x, labels
+
+
+def _contract(
+    x: Tensor, of_x: list[str], y: Tensor, of_y: list[str], later: set[str]
+) -> tuple[Tensor, list[str]]:
+    """Return the product, summed over the labels that both have and nothing later needs."""
+    x, of_x = _sum_out(x, of_x, later | set(of_y))
+    y, of_y = _sum_out(y, of_y, later | set(of_x))
+    both = [label for label in of_x if label in of_y]
+    batch, summed = [s for s in both if s in later], [s for s in both if s not in later]
+    only_x, only_y = [s for s in of_x if s not in both], [s for s in of_y if s not in both]
+    sizes = dict(zip(of_x, x.shape))
+    for label, n in zip(of_y, y.shape):
+        if sizes.get(label, 1) not in (1, n) and n != 1:
+            raise RuntimeError(
+                f"einsum(): the operands have {sizes[label]} and {n} elements along {label!r}"
+            )
+        sizes[label] = n if sizes.get(label, 1) == 1 else sizes[label]
+    shape = [sizes[label] for label in batch]
+
+    def matrices(t: Tensor, labels: list[str], rows: list[str], columns: list[str]) -> Tensor:
+        order = batch + rows + columns
+        t = t.permute([labels.index(label) for label in order])
+        t = t.expand([sizes[label] for label in order])
+        return t.reshape(
+            [math.prod(shape), *(math.prod(sizes[s] for s in g) for g in (rows, columns))]
+        )
+
+    if not (summed or only_x or only_y):
+        flat = [
+            t.permute([labels.index(label) for label in batch])
+            for t, labels in ((x, of_x), (y, of_y))
+        ]
+        return torch.mul(*flat), batch
+    product = torch.bmm(matrices(x, of_x, only_x, summed), matrices(y, of_y, summed, only_y))
+    labels = batch + only_x + only_y
+    return product.view([sizes[label] for label in labels]), labels
+
+
+# ---- attention ---------------------------------------------------------------------------------------
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor] = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: Optional[float] = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Return dropout(softmax((query r) @ (key.mT r) + mask)) @ value, with r the root of the scale.
+
+    query: [..., l, e]; key: [..., s, e]; value: [..., s, v]. A bool mask is 0 where true and -inf
+    elsewhere; is_causal masks what lies above the diagonal. Each step is rounded.
+    """
+    if is_causal:
+        if attn_mask is not None:
+            raise RuntimeError("scaled_dot_product_attention: is_causal is set beside an attn_mask")
+        shape = (query.shape[-2], key.shape[-2])
+        attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(query.dtype)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    root = math.sqrt(abs(scale))
+    query = query * (-root if scale < 0 else root)
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    scores = matmul(query, key.mT * root)
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    weights = torch.ops.aten._safe_softmax(scores, -1)
+    if dropout_p > 0:
+        weights = torch.dropout(weights, dropout_p, True)
+    return matmul(weights, value)
+
+
+# ---- losses and distances ----------------------------------------------------------------------------
+
+_NONE, _MEAN, _SUM = range(3)
+
+
+def cross_entropy_loss(
+    x: Tensor,
+    target: Tensor,
+    weight: Optional[Tensor] = None,
+    reduction: int = _MEAN,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Return the cross entropy of logits x [n, c, ...] or [c]; the targets are classes or probabilities.
+
+    log_softmax is rounded, then the loss. With label smoothing s, the loss times fl(1 - s) is added to
+    fl(s / c) times the negative sum of the logarithms, which is weighted and reduced like the loss.
+    """
+    axis = 1 if x.dim() > 1 else 0
+    classes = x.shape[axis]
+    logs = x.log_softmax(axis)
+    shape = [1] * axis + [classes] + [1] * (x.dim() - axis - 1)
+    weights = None if weight is None else weight.view(shape)
+    if target.shape == x.shape and target.is_floating_point():
+        if label_smoothing:
+            target = target * (1 - label_smoothing) + label_smoothing / classes
+        terms = logs * target if weights is None else logs * target * weights
+        if reduction == _NONE:
+            return -terms.sum(axis)
+        total = -terms.sum()
+        return total if reduction == _SUM else total / (x.numel() // classes)
+    loss = torch.nn.functional.nll_loss(
+        logs, target, weight, None, ignore_index, None, ("none", "mean", "sum")[reduction]
+    )
+    if not label_smoothing:
+        return loss
+    ignored = target == ignore_index
+    smooth = -(logs if weights is None else logs * weights).sum(axis)
+    smooth = smooth.masked_fill(ignored, 0.0)
+    if reduction == _MEAN:
+        if weight is None:
+            smooth = smooth.sum() / (~ignored).sum()
+        else:
+            used = weight.gather(0, target.masked_fill(ignored, 0).flatten())
+            smooth = smooth.sum() / used.masked_fill(ignored.flatten(), 0).sum()
+    elif reduction == _SUM:
+        smooth = smooth.sum()
+    return loss * (1 - label_smoothing) + smooth * (label_smoothing / classes)
+
+
+def cosine_similarity(x: Tensor, y: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """Return sum(x / max(|x|, eps) * y / max(|y|, eps)) along `dim`, each step rounded.
+
+    The gradient of a norm is that of the norm, also where it is smaller than eps.
+    """
+    x, y = torch.broadcast_tensors(x, y)
+    norm_x, norm_y = (torch.linalg.vector_norm(t, 2, dim, keepdim=True).clone() for t in (x, y))
+    with torch.no_grad():
+        norm_x.clamp_min_(eps)
+        norm_y.clamp_min_(eps)
+    return torch.sum(x / norm_x * (y / norm_y), dim)
+
+
+def pairwise_distance(
+    x: Tensor, y: Tensor, p: float = 2, eps: float = 1e-6, keepdim: bool = False
+) -> Tensor:
+    """Return the p-norm of x - y + eps along the last axis, each step rounded."""
+    distance: Tensor = torch.norm(x - y + eps, p, -1, keepdim)
+    return distance

@@ -1,0 +1,188 @@
+"""Recurrent layers and cells: LSTM, GRU and RNN as expressions of operators of the table.
+
+A layer multiplies its whole input by the weights of the input first, by one `linear`; each step then adds
+the product of the hidden state. The other steps are those of a cell. All are rounded. The same holds for
+packed sequences, whose batches differ in size, and on every device.
+
+The functions are named like PyTorch's operators, whose overloads are called `input` and `data` (packed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Callable, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic.operators.composites import linear, matmul
+
+
+class Weights(NamedTuple):
+    """The parameters of one layer in one direction."""
+
+    of_input: Tensor
+    of_hidden: Tensor
+    input_bias: Optional[Tensor] = None
+    hidden_bias: Optional[Tensor] = None
+    projection: Optional[Tensor] = None  # of an LSTM's output
+
+
+# A hidden state is a tuple of tensors [batch, n]: (h,), or (h, c) of an LSTM.
+Hidden = tuple[Tensor, ...]
+# The product of a step's input and its weights, which a cell takes when it needs it: the order of the
+# products determines that of the gradients' sums.
+OfInput = Callable[[], Tensor]
+Cell = Callable[[OfInput, Hidden, Weights], Hidden]
+
+# ---- cells -------------------------------------------------------------------------------------------
+
+
+def _of_hidden(hidden: Hidden, w: Weights) -> Tensor:
+    return linear(hidden[0], w.of_hidden, w.hidden_bias)
+
+
+def _lstm(of_input: OfInput, hidden: Hidden, w: Weights) -> Hidden:
+    """i, f, o: sigmoid; g: tanh of the sums; c' = f c + i g; h' = o tanh(c')."""
+    gates = _of_hidden(hidden, w).add_(of_input()).unsafe_chunk(4, 1)
+    i, f, g, o = gates[0].sigmoid_(), gates[1].sigmoid_(), gates[2].tanh_(), gates[3].sigmoid_()
+    c = (f * hidden[1]).add_(i * g)
+    h = o * c.tanh()
+    return (h if w.projection is None else matmul(h, w.projection.t())), c
+
+
+def _gru(of_input: OfInput, hidden: Hidden, w: Weights) -> Hidden:
+    """r, z: sigmoid of the sums; n = tanh(x_n + r h_n); h' = (h - n) z + n."""
+    of_x, of_h = of_input().unsafe_chunk(3, 1), _of_hidden(hidden, w).unsafe_chunk(3, 1)
+    r = of_h[0].add_(of_x[0]).sigmoid_()
+    z = of_h[1].add_(of_x[1]).sigmoid_()
+    n = of_x[2].add(of_h[2].mul_(r)).tanh_()
+    return ((hidden[0] - n).mul_(z).add_(n),)
+
+
+def _rnn_tanh(of_input: OfInput, hidden: Hidden, w: Weights) -> Hidden:
+    return (_of_hidden(hidden, w).add_(of_input()).tanh(),)
+
+
+def _rnn_relu(of_input: OfInput, hidden: Hidden, w: Weights) -> Hidden:
+    return (_of_hidden(hidden, w).add_(of_input()).relu(),)
+
+
+def _cell(cell: Cell) -> Callable[..., Any]:
+    """Return the operator that does one step: (input, hidden state, weights and biases) -> hidden state."""
+
+    def operator(x: Tensor, hidden: Any, *weights: Optional[Tensor]) -> Any:
+        w = Weights(*weights)  # type: ignore[arg-type]
+        state = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
+        new = cell(lambda: linear(x, w.of_input, w.input_bias), state, w)
+        return new[0] if isinstance(hidden, Tensor) else new
+
+    return operator
+
+
+lstm_cell, gru_cell = _cell(_lstm), _cell(_gru)
+rnn_tanh_cell, rnn_relu_cell = _cell(_rnn_tanh), _cell(_rnn_relu)
+
+# ---- layers ------------------------------------------------------------------------------------------
+
+
+def _over_steps(
+    cell: Cell, x: Tensor, hidden: Hidden, w: Weights, reverse: bool
+) -> tuple[Tensor, Hidden]:
+    """Run a layer over x [steps, batch, n]. Returns its outputs [steps, batch, m] and the last state."""
+    steps = linear(x, w.of_input, w.input_bias).unbind(0)
+    if not steps:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    outputs = []
+    for step in reversed(steps) if reverse else steps:
+        hidden = cell(lambda step=step: step, hidden, w)  # type: ignore[misc]
+        outputs.append(hidden[0])
+    return torch.stack(outputs[::-1] if reverse else outputs, 0), hidden
+
+
+def _over_packed_steps(sizes: Sequence[int]) -> Callable[..., tuple[Tensor, Hidden]]:
+    """Return `_over_steps` for packed sequences x [sum of sizes, n], with the size of each step's batch."""
+
+    def over_steps(
+        cell: Cell, x: Tensor, hidden: Hidden, w: Weights, reverse: bool
+    ) -> tuple[Tensor, Hidden]:
+        steps = linear(x, w.of_input, w.input_bias).split(list(sizes))
+        outputs, finished, start = [], [], hidden
+        hidden = tuple(h[: sizes[-1 if reverse else 0]] for h in start)
+        for step in reversed(steps) if reverse else steps:
+            size, before = len(step), len(hidden[0])
+            if size > before:  # sequences begin, from their ends
+                pairs = zip(hidden, start)
+                hidden = tuple(torch.cat([h, s[before:size]]) for h, s in pairs)
+            if size < before:  # sequences end
+                finished.append(tuple(h[size:] for h in hidden))
+                hidden = tuple(h[:size] for h in hidden)
+            hidden = cell(lambda step=step: step, hidden, w)  # type: ignore[misc]
+            outputs.append(hidden[0])
+        last = [hidden, *reversed(finished)]
+        return torch.cat(outputs[::-1] if reverse else outputs), tuple(map(torch.cat, zip(*last)))
+
+    return over_steps
+
+
+def _stack(
+    cell: Cell,
+    over_steps: Callable[..., tuple[Tensor, Hidden]],
+    x: Tensor,
+    start: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, ...]:
+    """Run all layers. start: the states [layers * directions, batch, n].
+
+    Returns the outputs of the last layer, then the last states.
+    """
+    directions = 2 if bidirectional else 1
+    count = len(parameters) // (layers * directions)
+    states = list(zip(*[s.unbind(0) for s in start]))
+    last = []
+    for layer in range(layers):
+        outputs = []
+        for direction in range(directions):
+            i = layer * directions + direction
+            given: list[Any] = list(parameters[count * i : count * (i + 1)])
+            w = Weights(*(given if has_biases else [*given[:2], None, None, *given[2:]]))
+            y, hidden = over_steps(cell, x, states[i], w, direction == 1)
+            outputs.append(y)
+            last.append(hidden)
+        x = torch.cat(outputs, -1) if bidirectional else outputs[0]
+        if dropout and train and layer < layers - 1:
+            x = torch.dropout(x, dropout, True)
+    return (x, *[torch.stack(s, 0) for s in zip(*last)])
+
+
+def layers_of(cell: Cell) -> Callable[..., tuple[Tensor, ...]]:
+    """Return the operator `input` of a cell: (x, states, parameters, *options, batch_first)."""
+
+    def operator(x: Tensor, start: Any, parameters: Any, *options: Any) -> tuple[Tensor, ...]:
+        *rest, batch_first = options
+        start = [start] if isinstance(start, Tensor) else start
+        x = x.transpose(0, 1) if batch_first else x
+        y, *last = _stack(cell, _over_steps, x, start, parameters, *rest)
+        return (y.transpose(0, 1) if batch_first else y, *last)
+
+    return operator
+
+
+def packed_layers_of(cell: Cell) -> Callable[..., tuple[Tensor, ...]]:
+    """Return the operator `data` of a cell: (x, sizes of the batches, states, parameters, *options)."""
+
+    def operator(
+        x: Tensor, sizes: Tensor, start: Any, parameters: Any, *options: Any
+    ) -> tuple[Tensor, ...]:
+        start = [start] if isinstance(start, Tensor) else start
+        return _stack(cell, _over_packed_steps(sizes.tolist()), x, start, parameters, *options)
+
+    return operator
+
+
+CELLS: dict[str, Cell] = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _rnn_tanh, "rnn_relu": _rnn_relu}

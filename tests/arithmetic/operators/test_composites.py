@@ -1,0 +1,345 @@
+"""Tests of operators/composites.py and operators/recurrent.py: one definition, whatever the layout.
+
+The oracle of a product is a sum of fractions. The other composites are compared with PyTorch's own way to
+take them apart on contiguous operands, whose operators are tested one by one (test_decompositions.py
+records it), and must return the same bits for all other layouts, with and without gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+import reproml
+from reproml.arithmetic import operator_table
+from reproml.arithmetic.operators import composites
+from verification.oracle import Real, check, real, reals, same_bits
+
+LAYOUTS = ["contiguous", "transposed", "inner", "sliced", "offset"]
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """Return a leaf with the same numbers in another layout."""
+    x = x.detach()
+    if layout == "transposed":
+        x = x.transpose(0, -1).contiguous().transpose(0, -1) if x.dim() else x
+    if layout == "inner" and x.dim() > 2:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "sliced":
+        x = torch.stack([x, x], -1)[..., 0]
+    if layout == "offset":
+        x = torch.cat([x.new_ones(1), x.flatten()])[1:].view(x.shape)
+    return x
+
+
+def outcome(
+    call: Callable[..., Any], operands: list[Tensor], gradients: bool = True
+) -> list[Tensor]:
+    """Return the results of a call and, in this order, the gradients of its operands."""
+    operands = [x.requires_grad_(gradients) for x in operands]
+    with reproml.exact():
+        torch.manual_seed(3)
+        results = [t for t in tree_flatten(call(*operands))[0] if isinstance(t, Tensor)]
+        if not gradients:
+            return results
+        loss: Any = sum(
+            (t * torch.linspace(0.5, 1.5, t.numel()).view(t.shape)).sum() for t in results
+        )
+        found = torch.autograd.grad(loss, operands, allow_unused=True)
+    return [*(t.detach() for t in results), *(t for t in found if t is not None)]
+
+
+def normal(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def layer(module: nn.Module, *shapes: tuple[int, ...], packed: Any = None) -> Any:
+    """Return (call, shapes): a module as a function of its operands and its parameters."""
+    names = list(dict(module.named_parameters()))
+    shapes = (*shapes, *(p.shape for p in module.parameters()))
+
+    def call(*operands: Tensor) -> Any:
+        given, parameters = operands[: -len(names)], operands[-len(names) :]
+        x: Any = given[0]
+        if packed:
+            x = torch.nn.utils.rnn.pack_padded_sequence(x, packed)
+        cell = isinstance(module, nn.LSTMCell)
+        rest = (given[1:],) if cell else given[1:]
+        return torch.func.functional_call(module, dict(zip(names, parameters)), (x, *rest))
+
+    return call, shapes
+
+
+QKV = ((2, 3, 4, 16), (2, 3, 6, 16), (2, 3, 6, 8))
+CLASSES = torch.tensor([0, 1, 2, 4])
+MASK = torch.ones(4, 6, dtype=torch.bool).tril()
+
+# Name of the composite -> calls and the shapes of their operands.
+CALLS: dict[str, Any] = {
+    "linear": [
+        (F.linear, (x, (5, 300), *bias))
+        for x in ((300,), (7, 300), (4, 6, 300), (2, 3, 4, 300))
+        for bias in ([], [(5,)])
+    ]
+    + [(F.linear, ((3, 4, 9), (9,)))],
+    "matmul": [
+        (torch.matmul, shapes)
+        for shapes in [
+            ((64,), (64,)), ((64,), (64, 5)), ((7, 64), (64,)), ((3, 7, 64), (64,)),
+            ((64,), (3, 64, 5)), ((7, 64), (64, 5)), ((3, 7, 64), (64, 5)), ((7, 64), (3, 64, 5)),
+            ((3, 7, 64), (3, 64, 5)), ((2, 3, 7, 64), (3, 64, 5)), ((2, 3, 7, 64), (2, 1, 64, 5)),
+        ]
+    ],
+    "einsum": [
+        (lambda *x, equation=equation: torch.einsum(equation, *x), shapes)
+        for equation, *shapes in [
+            ("bqhd,bkhd->bqkh", (2, 5, 3, 8), (2, 6, 3, 8)), ("ij,jk", (4, 50), (50, 3)),
+            ("i,j->ij", (4,), (5,)), ("...ij,jk->...ik", (2, 3, 4, 30), (30, 5)),
+            ("bij,bkj->bik", (2, 4, 30), (2, 5, 30)), ("ij,ij->ij", (3, 4), (3, 4)),
+            ("ij,jk,kl->il", (3, 20), (20, 21), (21, 4)), ("ij->ji", (3, 4)), ("ij->", (3, 40)),
+        ]
+    ],
+    "scaled_dot_product_attention": [
+        (F.scaled_dot_product_attention, QKV),
+        (partial(F.scaled_dot_product_attention, is_causal=True, dropout_p=0.3), QKV),
+        (partial(F.scaled_dot_product_attention, attn_mask=MASK), QKV),
+        (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m, scale=-0.3), (*QKV, (4, 6))),
+        (partial(F.scaled_dot_product_attention, enable_gqa=True),
+         ((2, 6, 4, 16), (2, 3, 5, 16), (2, 3, 5, 16))),
+        layer(nn.MultiheadAttention(16, 4, dropout=0.2), (5, 3, 16), (6, 3, 16), (6, 3, 16)),
+    ],
+    "cross_entropy_loss": [
+        (lambda x, w, kw=kw: F.cross_entropy(x, CLASSES, w.detach(), ignore_index=1, **kw), ((4, 5), (5,)))
+        for kw in [{}, {"label_smoothing": 0.1}, {"label_smoothing": 0.1, "reduction": "none"}]
+    ]
+    + [
+        (lambda x: F.cross_entropy(x, CLASSES, label_smoothing=0.2), ((4, 5),)),
+        (lambda x: F.cross_entropy(x, CLASSES[:, None] % 4, reduction="sum"), ((4, 5, 1),)),
+        (lambda x: F.cross_entropy(x, CLASSES[2]), ((5,),)),
+        (lambda x, p, w: F.cross_entropy(x, p.softmax(1), w.detach(), label_smoothing=0.1),
+         ((4, 5), (4, 5), (5,))),
+        (lambda x, p: F.cross_entropy(x, p.softmax(1), reduction="none"), ((4, 5), (4, 5))),
+    ],
+    "cosine_similarity": [
+        (F.cosine_similarity, ((4, 30), (4, 30))),
+        (lambda x, y: F.cosine_similarity(x[:, None], y[None], dim=-1), ((4, 30), (3, 30))),
+    ],
+    "pairwise_distance": [
+        (F.pairwise_distance, ((4, 30), (4, 30))),
+        (lambda x, y: F.pairwise_distance(x, y, 1.0, keepdim=True), ((4, 30), (4, 30))),
+    ],
+    "lstm.input": [
+        layer(nn.LSTM(20, 7), (4, 3, 20)),
+        layer(nn.LSTM(20, 7, batch_first=True, bias=False), (4, 3, 20)),
+        layer(nn.LSTM(20, 7, 2, dropout=0.4, bidirectional=True, proj_size=3), (4, 3, 20)),
+    ],
+    "lstm.data": [
+        layer(nn.LSTM(20, 7), (4, 4, 20), packed=[4, 2, 2, 1]),
+        layer(nn.LSTM(20, 7, 2, dropout=0.4, bidirectional=True, proj_size=3), (4, 4, 20),
+              packed=[4, 2, 2, 1]),
+    ],
+    "gru.input": [layer(nn.GRU(20, 7), (4, 3, 20), (1, 3, 7)),
+                  layer(nn.GRU(20, 7, 2, bidirectional=True, batch_first=True), (4, 3, 20))],
+    "gru.data": [layer(nn.GRU(20, 7, bidirectional=True), (4, 4, 20), packed=[4, 2, 2, 1])],
+    "rnn_tanh.input": [layer(nn.RNN(20, 7, 2, bias=False), (4, 3, 20))],
+    "rnn_tanh.data": [layer(nn.RNN(20, 7), (4, 4, 20), packed=[4, 2, 2, 1])],
+    "rnn_relu.input": [layer(nn.RNN(20, 7, nonlinearity="relu"), (4, 3, 20))],
+    "rnn_relu.data": [layer(nn.RNN(20, 7, nonlinearity="relu"), (4, 4, 20), packed=[4, 4, 1, 1])],
+    "lstm_cell": [layer(nn.LSTMCell(20, 7), (3, 20), (3, 7), (3, 7))],
+    "gru_cell": [layer(nn.GRUCell(20, 7), (3, 20), (3, 7))],
+    "rnn_tanh_cell": [layer(nn.RNNCell(20, 7, bias=False), (3, 20))],
+    "rnn_relu_cell": [layer(nn.RNNCell(20, 7, nonlinearity="relu"), (3, 20), (3, 7))],
+}  # fmt: skip
+
+# Rounded once here, and twice where PyTorch takes the composite apart: the gradient of an outer product,
+# and a layer whose batch comes first.
+ROUNDED_ONCE_ONLY_HERE = {("einsum", 2), ("gru.input", 1)}
+
+
+def test_every_composite_is_tested():
+    assert set(CALLS) == set(operator_table.COMPOSITES)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_composite_does_not_depend_on_layout(name):
+    """Nor on whether gradients are wanted, or on inference mode."""
+    for call, shapes in CALLS[name]:
+        operands = normal(*shapes)
+        expected = outcome(call, [x.clone() for x in operands])
+        for layout in LAYOUTS:
+            for chosen in (range(len(operands)), [0]):
+                given = [
+                    laid_out(x, layout if i in chosen else "contiguous").clone(
+                        memory_format=torch.preserve_format
+                    )
+                    if layout == "contiguous"
+                    else laid_out(x, layout if i in chosen else "contiguous")
+                    for i, x in enumerate(operands)
+                ]
+                found = outcome(call, given)
+                assert len(found) == len(expected) and all(map(same_bits, found, expected)), layout
+                for context in (torch.no_grad, torch.inference_mode):
+                    with context():
+                        results = outcome(call, given, gradients=False)
+                    assert all(map(same_bits, results, expected))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_composite_is_what_pytorch_takes_apart(name, monkeypatch):
+    """On contiguous operands, so that nobody's model changes where PyTorch has one way."""
+    for i, (call, shapes) in enumerate(CALLS[name]):
+        operands = normal(*shapes)
+        found = outcome(call, [x.clone() for x in operands])
+        with monkeypatch.context() as m:
+            m.setattr(operator_table, "COMPOSITES", {})
+            apart = outcome(call, [x.clone() for x in operands])
+        same = list(map(same_bits, found, apart))
+        assert all(same) or (name, i) in ROUNDED_ONCE_ONLY_HERE, (i, same)
+
+
+def test_linear_on_strided_input_is_rounded_once():
+    """31 of these 120 elements were rounded twice."""
+    x, weight, bias = normal((4, 6, 300), (5, 300), (5,))
+    strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+    with reproml.exact():
+        found = F.linear(strided, weight, bias)
+    a, w, b = (t.double().numpy() for t in (x, weight, bias))
+    expected = np.empty((4, 6, 5), dtype=object)
+    for i in np.ndindex(*expected.shape):
+        terms = [Fraction(p) * Fraction(q) for p, q in zip(a[i[:2]], w[i[2]])]
+        expected[i] = Real(sum(terms, Fraction(b[i[2]])))
+    check(found, expected)
+
+
+@pytest.mark.parametrize(
+    "shapes", [((2, 1, 3, 4), (5, 4, 2)), ((3, 4), (5, 4, 2)), ((5, 3, 4), (4, 2))]
+)
+def test_matmul_is_rounded_once(shapes):
+    a, b = normal(*shapes)
+    with reproml.exact():
+        found = torch.matmul(a, b)
+    check(found, np.vectorize(real)(np.matmul(reals(a), reals(b))))
+
+
+@pytest.mark.parametrize("equation, shapes", [
+    ("ab,bc->ac", ((3, 4), (4, 5))), ("abc,cd->dab", ((2, 3, 4), (4, 5))),
+    ("a,b->ab", ((3,), (4,))), ("ab,ab->a", ((3, 4), (3, 4))), ("aab,b->a", ((3, 3, 4), (4,))),
+    ("...a,...a->...", ((2, 3, 4), (2, 3, 4))), ("...a,a...", ((2, 3), (3, 2))),
+    ("a...b,b->...a", ((2, 3, 1, 4), (4,))), ("aa->a", ((3, 3),)),
+    ("ba", ((2, 3),)), ("...ab->...", ((2, 3, 4),)), ("ab,cb->ca", ((2, 1), (3, 4))),
+])  # fmt: skip
+def test_einsum_is_rounded_once(equation, shapes):
+    operands = normal(*shapes)
+    with reproml.exact():
+        found = torch.einsum(equation, *operands)
+    wide = [x.double() for x in operands]
+    assert found.shape == torch.einsum(equation, *wide).shape
+    letters = iter("zyxw")
+    hidden = (
+        max(
+            x.dim() - len(term.strip().replace("...", ""))
+            for x, term in zip(operands, equation.partition("->")[0].split(","))
+            if "..." in term
+        )
+        if "..." in equation
+        else 0
+    )
+    dots = "".join(next(letters) for _ in range(hidden))
+    spelled = equation.replace("...", dots)
+    if "->" not in spelled:  # NumPy sorts by letter, PyTorch puts what "..." stands for first
+        once = sorted(c for c in set(spelled) - {","} if spelled.count(c) == 1 and c not in dots)
+        spelled += "->" + dots + "".join(once)
+    check(found, np.asarray(by_fractions(spelled, operands), dtype=object))
+
+
+def by_fractions(equation: str, operands: list[Tensor]) -> Any:
+    """Evaluate an einsum by its definition: a sum of products over all indices."""
+    terms, _, output = equation.partition("->")
+    sizes: dict[str, int] = {}
+    for term, x in zip(terms.split(","), operands):
+        for letter, n in zip(term, x.shape):
+            sizes[letter] = max(n, sizes.get(letter, 1))
+    out = np.zeros([sizes[c] for c in output], dtype=object)
+    arrays = [x.double().numpy() for x in operands]
+    for index in np.ndindex(*sizes.values()):
+        at = dict(zip(sizes, index))
+        product = math.prod(
+            Fraction(a[tuple(at[c] if n > 1 else 0 for c, n in zip(term, a.shape))])
+            for term, a in zip(terms.split(","), arrays)
+        )
+        out[tuple(at[c] for c in output)] += product
+    return np.vectorize(Real, otypes=[object])(out)
+
+
+def test_einsum_sums_what_one_operand_has_first():
+    a, b = normal((30, 40), (40,))
+    with reproml.exact():
+        found = torch.einsum("ab,b->", a, b)
+        assert same_bits(found, torch.dot(a.sum(0), b))
+
+
+@pytest.mark.parametrize("equation, shapes", [
+    ("ab,bc", ((2, 3), (4, 5))), ("a1", ((2, 3),)), ("ab", ((2,),)), ("a,b", ((2,),)),
+    ("ab->aa", ((2, 3),)), ("ab->c", ((2, 3),)), ("a...", ((),)),
+])  # fmt: skip
+def test_invalid_einsum_is_an_error(equation, shapes):
+    with pytest.raises(RuntimeError, match=r"einsum\(\)"), reproml.exact():
+        torch.einsum(equation, *normal(*shapes))
+
+
+def test_einsum_does_not_use_a_path():
+    """PyTorch chooses one if opt_einsum is installed."""
+    operands = normal((3, 40), (40, 50), (50, 2))
+    with reproml.exact():
+        expected = composites.einsum("ab,bc,cd->ad", operands)
+        for path in ([0, 1, 0, 1], [1, 2, 0, 1]):
+            assert same_bits(torch.ops.aten.einsum("ab,bc,cd->ad", operands, path=path), expected)
+
+
+def test_gradient_of_shared_weight_is_one_sum():
+    """Of all rows, for a weight beside a batch of matrices, in each layout."""
+    x, weight = normal((4, 6, 30), (30, 5))
+    for given in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        weight = weight.detach().requires_grad_()
+        with reproml.exact():
+            torch.matmul(given, weight).backward(torch.ones(4, 6, 5))
+        columns = x.double().sum(
+            (0, 1)
+        )  # of fewer than 30 numbers, so a tie is out of the question
+        gradient: Any = weight.grad
+        assert same_bits(gradient, columns.float()[:, None].expand(30, 5).contiguous())
+
+
+def test_other_threads_run_pytorchs_own_composites():
+    """Those that are not within exact(), and code that runs natively within it."""
+    x, weight = normal((3, 40), (5, 40))
+    expected = F.linear(x.double(), weight.double())
+    with reproml.exact(), reproml.arithmetic.dispatch.dispatcher.natively():
+        assert torch.equal(F.linear(x.double(), weight.double()), expected)
+
+
+def test_shapes_that_do_not_fit_are_errors():
+    for call, shapes in (
+        (torch.matmul, ((), (3,))),
+        (torch.matmul, ((2, 3), (4, 5))),
+        (torch.matmul, ((2, 3, 4), (3, 4, 5))),
+        (F.linear, ((2, 3), (5, 4))),
+    ):
+        with pytest.raises(RuntimeError), reproml.exact():
+            call(*normal(*shapes))
+    q = torch.ones(1, 2, 4)
+    with pytest.raises(RuntimeError), reproml.exact():
+        F.scaled_dot_product_attention(q, q, q, torch.ones(2, 2), is_causal=True)
+    with pytest.raises(RuntimeError), reproml.exact():
+        torch.nn.LSTM(3, 4)(torch.ones(0, 2, 3))
