@@ -57,6 +57,8 @@ def arrangement(name: str) -> Callable[[Any, Sequence[Any]], Any]:
     if name.endswith("_"):  # the result is the first operand
         return lambda result, operands: result
 
+    known: set[Any] = set()  # layouts of results and operands that are as they should be
+
     def arrange(result: Any, operands: Sequence[Any]) -> Any:
         for x in operands:
             if isinstance(x, Tensor) and not x.is_contiguous():
@@ -66,7 +68,14 @@ def arrangement(name: str) -> Callable[[Any, Sequence[Any]], Any]:
                 return result
         if isinstance(result, (tuple, list)):
             return type(result)(_arranged(name, x, operands) for x in result)
-        return _arranged(name, result, operands)
+        layout = tuple((x.shape, x.stride()) for x in (result, *operands) if isinstance(x, Tensor))
+        if layout not in known:
+            arranged = _arranged(name, result, operands)
+            if arranged is not result:
+                return arranged
+            if len(known) < 10_000:
+                known.add(layout)
+        return result
 
     return arrange
 
