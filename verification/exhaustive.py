@@ -72,17 +72,17 @@ class Failures:
 
     def __enter__(self) -> Failures:
         self.inputs: list[float] = []
-        self._before = evaluate.exact_values
+        self._before = evaluate.exact_elements
 
-        def counted(formula: Any, operands: Any) -> Any:
-            self.inputs += [float(operands[0])]
-            return self._before(formula, operands)
+        def counted(formula: Any, rows: Any) -> Any:
+            self.inputs += rows[:, 0].tolist()
+            return self._before(formula, rows)
 
-        evaluate.exact_values = counted  # type: ignore[assignment]
+        evaluate.exact_elements = counted
         return self
 
     def __exit__(self, *_: Any) -> None:
-        evaluate.exact_values = self._before
+        evaluate.exact_elements = self._before
 
 
 def check(name: str, stride: int) -> int:

@@ -6,7 +6,7 @@ the first of these paths that can round it:
 1. the fast path: a loop of its own in C, for the most frequent formulas (executor.py);
 2. the compiled path: a recorded program (executor.py). Both need the C library;
 3. the reference path: balls on float64 tensors, and the rounding test;
-4. the exact path: fractions where the result is rational, otherwise balls of mpmath's long numbers.
+4. the exact path: rational numbers where the result is one, otherwise balls of mpmath's long numbers.
 
 All paths return the same bits, as each returns only values that are correctly rounded for certain.
 """
@@ -33,6 +33,7 @@ from reproml.arithmetic.numerics.balls import (
     TensorContext,
 )
 from reproml.arithmetic.numerics.devices import to_device
+from reproml.arithmetic.numerics.rationals import Rationals
 from reproml.arithmetic.numerics.rounding import nearest, round_ball, rounding_test
 
 TENSORS = TensorContext()
@@ -94,8 +95,8 @@ class _Elementwise(executor.FormulaCall):
         Returns None if a value is zero, whose sign the reference path determines.
         """
         rows = torch.stack(torch.broadcast_tensors(*operands), 1).double().numpy()
-        values = [float(exact_values(self.formula, list(row))[0]) for row in rows]
-        return torch.tensor(values, dtype=torch.float64).float() if all(values) else None
+        values = torch.from_numpy(exact_elements(self.formula, rows))
+        return values.float() if values.all() else None
 
     def _in_chunks(self, *operands: Union[Tensor, float, int]) -> Tensor:
         shape = torch.broadcast_shapes(*[x.shape for x in operands if isinstance(x, Tensor)])
@@ -136,17 +137,16 @@ def _elements_by_balls(formula: Formula, *operands: Union[Tensor, float, int]) -
     if not shape:
         return _elements_by_balls(formula, *[x.reshape(1) for x in wide]).reshape(())
 
-    def value(row: NDArray[Any], mid: float) -> float:
-        if not np.isfinite(row).all():
-            return mid  # a limit: nothing to round
-        exact = float(exact_values(formula, list(row))[0])
-        # An exact zero has the sign that IEEE arithmetic gives it step by step, where that gives 0.
-        return mid if mid == 0 and exact == 0 and not np.signbit(exact) else exact
-
-    def resolve(index: Tensor) -> list[float]:
+    def resolve(index: Tensor) -> Any:
         where = torch.unravel_index(index, shape)
         rows = torch.stack([x.expand(shape)[where] for x in wide], 1).cpu().numpy()
-        return [value(row, mid) for row, mid in zip(rows, y.mid.expand(shape)[where].tolist())]
+        values = y.mid.expand(shape)[where].cpu().numpy().copy()
+        finite = np.isfinite(rows).all(1)  # the others are limits: nothing to round
+        exact = exact_elements(formula, rows[finite])
+        # An exact zero has the sign that IEEE arithmetic gives it step by step, where that gives 0.
+        signed = (values[finite] == 0) & (exact == 0) & ~np.signbit(exact)
+        values[finite] = np.where(signed, values[finite], exact)
+        return values
 
     return round_ball(y.mid.expand(shape), _wide(y.error, device).expand(shape), resolve)
 
@@ -184,6 +184,23 @@ _BITS = (120, 240, 480, 1100)
 _lock = threading.Lock()  # mpmath's caches are not thread-safe
 
 
+def exact_elements(formula: Formula, rows: NDArray[Any]) -> NDArray[Any]:
+    """Return the correctly rounded values of a formula on rows of finite numbers, float64 [k, operands]."""
+    if not len(rows):
+        return np.empty(0)
+    try:
+        operands = [Rationals.of_floats(x) for x in rows.T]
+        return _rounded(formula(RationalContext(), *operands), len(rows))
+    except (Irrational, ZeroDivisionError):  # of some element
+        return np.array([float(exact_values(formula, list(row))[0]) for row in rows])
+
+
+def _rounded(y: Any, length: int) -> NDArray[Any]:
+    """Return rational numbers, or one for all, rounded to binary32."""
+    y = y if isinstance(y, Rationals) else Rationals(y.numerator, y.denominator)
+    return np.broadcast_to(y.nearest(), length).copy()
+
+
 def exact_values(
     formula: Formula, operands: Sequence[NDArray[Any]], at: Any = slice(None)
 ) -> NDArray[Any]:
@@ -193,13 +210,13 @@ def exact_values(
     Returns a float64 array of binary32 numbers.
     Raises ZeroDivisionError where the formula divides by zero.
     """
-    rationals = [_to_fraction(np.atleast_1d(x)) for x in operands]
     try:
-        return np.asarray(_nearest(formula(RationalContext(), *rationals)[at]))
+        y: Rationals = formula(RationalContext(), *[Rationals.of_floats(x) for x in operands])
+        return y[at].nearest()  # type: ignore[no-any-return]
     except Irrational:
         pass
     with _lock:
-        return _multi_precision(formula, rationals, at)
+        return _multi_precision(formula, [_to_fraction(np.atleast_1d(x)) for x in operands], at)
 
 
 _multi_precision_context = lru_cache(maxsize=None)(MultiPrecisionContext)  # used under the lock

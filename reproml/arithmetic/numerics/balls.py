@@ -5,7 +5,7 @@ the functions of the context ctx (`ctx.exp(x)`, `ctx.sum(x)` over the last axis,
 contexts:
 
 - `TensorContext` computes with balls on float64 tensors (the reference path);
-- `RationalContext` computes exactly on fractions, as long as no value is transcendental (the exact path);
+- `RationalContext` computes on rational numbers, as long as no value is transcendental (the exact path);
 - `MultiPrecisionContext` computes with balls on mpmath's numbers of any length (the exact path, too).
 
 A fourth, `compiler.tape.Tape`, records the operations of `Binary64Context` for the compiled path.
@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from reproml.arithmetic.numerics import elementary
+from reproml.arithmetic.numerics.rationals import Number, Rationals
 from reproml.arithmetic.numerics.rounding import U, gamma, two_sum
 
-Number = Union[int, Fraction]
 Formula = Callable[..., Any]
 
 
@@ -450,25 +450,33 @@ def _sinpi_shifted(quarter: int) -> Any:
 
 
 class RationalContext:
-    """Exact arithmetic on numpy arrays of fractions. Raises `Irrational` for a value that has none."""
+    """Exact arithmetic on `Rationals`. Raises `Irrational` for a value that has none."""
 
     def __init__(self) -> None:
         for name, (at, value) in _TRANSCENDENTAL.items():
-            setattr(self, name, _only_at(at, value))
-        self.sqrt = np.frompyfunc(_square_root, 1, 1)
-        self.sinpi, self.cospi = _sinpi_shifted(0), _sinpi_shifted(1)
+            setattr(self, name, _on_fractions(_only_at(at, value)))
+        self.sqrt = _on_fractions(np.frompyfunc(_square_root, 1, 1))
+        self.sinpi, self.cospi = (_on_fractions(_sinpi_shifted(n)) for n in (0, 1))
 
     @property
     def pi(self) -> Any:
         raise Irrational
 
-    choose = staticmethod(np.where)
     constant = Fraction
-    where = staticmethod(np.where)
+
+    @staticmethod
+    def choose(condition: Any, x: Any, y: Any) -> Any:
+        x = x if isinstance(x, Rationals) else Rationals(x.numerator, x.denominator)
+        n, m, d, exponent = x._aligned(y)
+        return Rationals(np.where(condition, np.asarray(n, object), m), d, exponent)
+
+    where = choose
 
     @staticmethod
     def sum(x: Any) -> Any:
-        return np.sum(x, -1, keepdims=True)
+        if isinstance(x.d, int):
+            return Rationals(np.sum(x.n, -1, keepdims=True), x.d, x.exponent)
+        return Rationals.of_fractions(np.sum(x.fractions(), -1, keepdims=True))
 
     @staticmethod
     def difference(x: Any, y: Any) -> Any:
@@ -480,4 +488,11 @@ class RationalContext:
 
     @staticmethod
     def max(x: Any) -> Any:
-        return np.max(x, -1, keepdims=True)
+        return Rationals.of_fractions(np.max(x.fractions(), -1, keepdims=True))
+
+
+def _on_fractions(function: Any) -> Any:
+    def on_rationals(x: Any) -> Rationals:
+        return Rationals.of_fractions(function(x.fractions() if isinstance(x, Rationals) else x))
+
+    return on_rationals

@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Callable, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import rowwise
 from reproml.arithmetic.numerics.exact_sums import exact_sum, nearest_of_rows
+from reproml.arithmetic.numerics.rationals import Rationals
 from reproml.arithmetic.numerics.rounding import gamma, round_sum
 from reproml.arithmetic.operators.arguments import dims_tuple, require_float32
 from reproml.errors import NotExactError
@@ -99,8 +101,14 @@ def cumsum(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
     flat = rows.reshape(-1, n)
 
     def resolve(index: Tensor) -> Sequence[float]:
-        pairs = zip((index // n).tolist(), (index % n).tolist())
-        return [nearest_of_rows(flat[i : i + 1, : j + 1])[0] for i, j in pairs]
+        values: list[float] = []
+        failed, counts = torch.unique_consecutive(index // n, return_counts=True)
+        finite = torch.where(flat.isfinite(), flat, 0.0)  # a sum that is infinite does not fail
+        for row, at in zip(finite[failed].cpu().numpy(), (index % n).split(counts.tolist())):
+            terms = Rationals.of_floats(row)
+            sums = Rationals(np.cumsum(terms.n), 1, terms.exponent)
+            values += sums[at.cpu().numpy()].nearest().tolist()
+        return values
 
     mid, error = rows.cumsum(-1), rows.abs().cumsum(-1) * gamma(n)
     return round_sum(mid, error, resolve).movedim(-1, dim).reshape(x.shape)
