@@ -170,6 +170,21 @@ make_wrapper_subclass = internal(
     "makes a sharded tensor and a gradient that is not exchanged yet",
     "no distributed training",
 )
+is_batchedtensor = internal(
+    "torch._C._functorch.is_batchedtensor",
+    "recognizes a condition of torch.cond within torch.vmap, for which reproml has no rule",
+    "torch.cond would fail there with an error of PyTorch",
+)
+higher_order = internal(
+    "torch._ops",
+    "the module of higher-order operators, which call functions and compute nothing themselves",
+    "torch.cond and torch.while_loop would fail within exact()",
+)
+internal(
+    "torch._ops._compute_keyset",
+    "returns the keys for which a higher-order operator needs a rule; reproml's needs none",
+    "torch.cond and torch.while_loop would fail within exact()",
+)
 tree_map_only = internal(
     "torch.utils._pytree.tree_map_only",
     "applies a function to the tensors in nested arguments",
@@ -318,6 +333,58 @@ for _name, _forms in OPTIMIZER_STEPS.items():
             "weights would depend on the form of the step and on the C library",
         )
 
+# --- TorchScript ---------------------------------------------------------------------------------
+
+torch_c = torch._C
+ScriptFunction = internal(
+    "torch._C.ScriptFunction",
+    "is the class of scripted functions, whose optimized forms exact() drops before they are called",
+    "functions that were called before exact() would compute natively",
+)
+ScriptMethod = internal("torch._C.ScriptMethod", "see ScriptFunction", "see ScriptFunction")
+internal(
+    "torch._C.ScriptFunction._debug_flush_compilation_cache",
+    "drops the optimized form of a scripted function",
+    "functions that were called before exact() would compute natively",
+)
+
+
+def flush_compilation_cache(script: Any) -> None:
+    """Drop the optimized form of a scripted function or method."""
+    script._debug_flush_compilation_cache()
+
+
+jit_pass_inline_fork_wait = internal(
+    "torch._C._jit_pass_inline_fork_wait",
+    "runs what a script forks in the same thread",
+    "torch.jit.fork would run in threads that do not inherit exact()",
+)
+jit_pass_inline = internal(
+    "torch._C._jit_pass_inline",
+    "writes out what a forked function calls, which may fork in turn",
+    "torch.jit.fork of a module would be refused",
+)
+create_function_from_graph = internal(
+    "torch._C._create_function_from_graph",
+    "makes a function of a script whose forks are inlined",
+    "torch.jit.fork would run in threads that do not inherit exact()",
+)
+jit_set_profiling_mode = internal(
+    "torch._C._jit_set_profiling_mode",
+    "keeps scripted functions from being optimized after some calls",
+    "scripted functions would compute other gradients after some calls, on a GPU natively",
+)
+get_graph_executor_optimize = internal(
+    "torch._C._get_graph_executor_optimize",
+    "restores torch.jit.optimized_execution after a scripted function",
+    "scripted functions would be slower after exact()",
+)
+set_graph_executor_optimize = internal(
+    "torch._C._set_graph_executor_optimize",
+    "runs a scripted function as written",
+    "functions scripted with PyTorch's old executor would compute natively",
+)
+
 # --- torch.compile -------------------------------------------------------------------------------
 
 # Not imported here, as it takes seconds; exact() imports it.
@@ -330,6 +397,26 @@ if importlib.util.find_spec(DYNAMO) is None:
     raise UnknownPyTorchError(DYNAMO)
 
 # Not imported here either; exact() looks them up when it is entered.
+TRANSFORMS = [
+    "torch._functorch.eager_transforms._grad_increment_nesting",
+    "torch._functorch.eager_transforms._jvp_increment_nesting",
+    "torch._functorch.eager_transforms._func_increment_nesting",
+    "torch._functorch.vmap._vmap_increment_nesting",
+]
+for _name in TRANSFORMS:
+    INTERNALS[_name] = Internal(
+        "enters a transform of torch.func, before which the mode of a thread is removed",
+        "torch.func.grad and torch.vmap would fail in a thread that was started within exact()",
+    )
+EXPORTS = {
+    "torch.export._trace._export_for_training": "torch.export.export",
+    "torch.export.exported_program._decompose_exported_program": "ExportedProgram.run_decompositions",
+}
+for _name in EXPORTS:
+    INTERNALS[_name] = Internal(
+        "traces or rewrites a program, which exact() refuses",
+        "torch.export would fail within exact(), with an error of PyTorch",
+    )
 OUTPUT_CODE = "torch._inductor.output_code.OutputCode"
 DECORATORS, STANCE = "torch._dynamo.decorators", "torch._dynamo.eval_frame._stance"
 INTERNALS[OUTPUT_CODE] = Internal(

@@ -22,7 +22,7 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Sequence
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
@@ -84,24 +84,59 @@ def _require_strided(function: Function, rounds_once: bool = False) -> Function:
         for x in args:  # every operator takes this path: no generator for what is not a list
             if isinstance(x, Tensor):
                 if x.layout is not torch.strided or x.is_complex():
-                    raise _undefined_for(x)
+                    _refuse_layout(x)
                 if not rounds_once and x.dtype in casts.NARROW:
                     _check_numbers_beside(x.dtype, args)
             elif isinstance(x, (list, tuple)):
                 for y in tensors(x):
                     if y.layout is not torch.strided or y.is_complex():
-                        raise _undefined_for(y)
-        return run(*args, **kwargs)
+                        _refuse_layout(y)
+        try:
+            return run(*args, **kwargs)
+        except RuntimeError:
+            given = _numbers_as_tensors(function, args)
+            if given is None:
+                raise
+            return run(*given, **kwargs)
 
     return strided
+
+
+def _numbers_as_tensors(operator: Any, args: Any) -> Optional[list[Any]]:
+    """Return the operands with each Python number in the place of a tensor as one; None if there is none.
+
+    A 0-dim tensor that PyTorch made of a Python number, as a trace does, becomes that number again on its
+    way to a kernel, and not every operator accepts one there.
+    """
+    schema = getattr(operator, "_schema", None)
+    types = [str(x.type) for x in schema.arguments] if schema else []
+    places = [i for i, (x, t) in enumerate(zip(args, types)) if t == "Tensor" and _is_number(x)]
+    if not places:
+        return None
+    beside = next((x for x in args if isinstance(x, Tensor)), None)
+    given = list(args)
+    for i in places:  # in the dtype in which PyTorch computes
+        dtype = None if beside is None else torch.result_type(args[i], beside)
+        given[i] = torch.tensor(args[i], dtype=dtype)
+    return given
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (bool, int, float))
+
+
+def _refuse_layout(x: Tensor) -> None:
+    if not x.is_meta:
+        raise NotExactError(f"it is not defined for {x.dtype} of layout {x.layout}")
 
 
 def _check_numbers_beside(dtype: torch.dtype, args: Any) -> None:
     """Raise NotExactError for a Python number, or a tensor that stands for one, that PyTorch would round to
     float32 and then to the 16 or 8 bits of a tensor beside it."""
     for x in args:
-        number = x.dtype is torch.float64 and not x.dim() if isinstance(x, Tensor) else True
-        if number and isinstance(x, (float, Tensor)) and casts.rounds_twice(float(x)):
+        if isinstance(x, Tensor) and (x.dtype is not torch.float64 or x.dim() or x.is_meta):
+            continue
+        if isinstance(x, (float, Tensor)) and casts.rounds_twice(float(x)):
             raise NotExactError(
                 f"the number {float(x)} would be rounded to float32 and then to {dtype}; give it as a "
                 f"tensor, torch.tensor({float(x)}, dtype={dtype})"
@@ -128,7 +163,7 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
                 return arrange(definitions[name](*args), args)
             if in_place and name in table.IN_PLACE:
                 return table.IN_PLACE[name](*args)
-        elif _runs_natively(name, [*args, *kwargs.values()]):
+        elif _is_on_meta(args, kwargs) or _runs_natively(name, [*args, *kwargs.values()]):
             return operator(*args, **kwargs)
         if name in table.PROMOTING:
             args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
@@ -153,12 +188,20 @@ def _all_of(dtypes: tuple[torch.dtype, ...], args: Any) -> bool:
         if isinstance(x, Tensor):
             if x.dtype is not torch.float32 and (first or x.dtype not in dtypes):
                 return False
-            if x.layout is not torch.strided:
+            if x.layout is not torch.strided or x.is_meta:
                 return False
         elif first or isinstance(x, (complex, tuple)) or (type(x) is list and _holds_tensors(x)):
             return False
         first = False
     return not first
+
+
+def _is_on_meta(args: Any, kwargs: Any) -> bool:
+    """Return whether an operand, or the result of a factory, has no numbers: nothing is to be computed."""
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type == "meta":
+        return True
+    return any(x.is_meta for x in tensors([args, kwargs]))
 
 
 def _holds_tensors(x: list[Any]) -> bool:
@@ -219,26 +262,33 @@ def _foreach_handler(name: str, operator: Any) -> Handler:
     in_place = name.endswith("_")
     name = name.rstrip("_")
     name = "linalg_vector_norm" if name == "norm" else name
+    if name in ("maximum", "minimum") and operator._overloadname.startswith("Scalar"):
+        name = {"maximum": "clamp_min", "minimum": "clamp_max"}[name]  # which take numbers
     if name in table.EXACT:
         function = _run_definition(name, getattr(torch.ops.aten, name))
     elif name in table.DATA_MOVEMENT:
         function = _require_strided(getattr(torch.ops.aten, name))
+    elif name == "copy" and in_place:
+        function = _require_strided(casts.copy_, rounds_once=True)
     else:
         return Handler(Kind.REFUSED, _refuse_floats(operator))
 
     def foreach(*args: Any, **kwargs: Any) -> Any:
+        outs = args[0] if in_place else kwargs.pop("out", None)
         if "scalars" in kwargs:
             kwargs["value"] = kwargs.pop("scalars")
+        if name in ("addcdiv", "addcmul"):  # a tensor may hold the numbers
+            args = tuple(x.tolist() if isinstance(x, Tensor) else x for x in args)
         results = [
             function(
                 *[_element(x, i) for x in args], **{k: _element(x, i) for k, x in kwargs.items()}
             )
-            for i in range(len(args[0]))
+            for i in range(next(len(x) for x in args if isinstance(x, (list, tuple))))
         ]
-        if not in_place:
+        if outs is None:
             return results
-        for x, result in zip(args[0], results):
-            x.copy_(result)
+        for x, result in zip(outs, results):
+            _copy_into(x if in_place else x.resize_(result.shape), result)
         return None
 
     return Handler(Kind.FOREACH, foreach)
@@ -254,10 +304,12 @@ def _element(x: Any, i: int) -> Any:
 def _decompose(operator: Any) -> Function:
     """Run the operator as the table's COMPOSITES write it or, for others, as PyTorch does."""
     name = str(operator)[len("aten.") :]
-    composite = table.COMPOSITES.get(name.replace(".default", ""), operator.decompose)
+    composite = table.COMPOSITES.get(name.replace(".default", ""))
 
     def decomposed(*args: Any, **kwargs: Any) -> Any:
         with dispatcher.intercept_again():
+            if composite is None or _is_on_meta(args, kwargs):
+                return operator.decompose(*args, **kwargs)
             return composite(*args, **kwargs)
 
     return decomposed
@@ -273,6 +325,8 @@ def _refuse_floats(operator: Any) -> Function:
     rounds = name.startswith(table.ROUNDING_INTEGERS)
 
     def integers_only(*args: Any, **kwargs: Any) -> Any:
+        if _is_on_meta(args, kwargs):
+            return operator(*args, **kwargs)
         if rounds or takes_float or any(isinstance(x, (float, complex)) for x in args):
             raise _not_in_table()
         if any(_is_inexact(x) for x in tensors([*args, *kwargs.values()])):
@@ -299,10 +353,6 @@ def _not_in_table() -> NotExactError:
     return NotExactError("it is not in the table of exact operators")
 
 
-def _undefined_for(x: Tensor) -> NotExactError:
-    return NotExactError(f"it is not defined for {x.dtype} of layout {x.layout}")
-
-
 def refuse(error: NotExactError, operator: Any, args: Any, kwargs: Any) -> Any:
     """Raise the error with the operator, its operands and the line of the caller.
 
@@ -320,7 +370,7 @@ def refuse(error: NotExactError, operator: Any, args: Any, kwargs: Any) -> Any:
             "out of reproml.exact()"
         )
     raise NotExactError(
-        f"{operator} has no exact result{operands}, called at {_caller()}: {reason}."
+        f"{operator} has no exact result{operands}, called at {caller()}: {reason}."
     ) from None
 
 
@@ -328,11 +378,11 @@ def may_run_natively(name: str) -> bool:
     """Return whether something may run natively, within `exact(on_unknown="warn")`, and record it."""
     if state.active.ran_natively is None:
         return False
-    state.active.ran_natively.setdefault(name, _caller())
+    state.active.ran_natively.setdefault(name, caller())
     return True
 
 
-def _caller() -> str:
+def caller() -> str:
     """Return file and line of the innermost frame that is neither PyTorch's nor this folder's."""
     ours = (__file__.rsplit("/", 1)[0], torch.__file__.rsplit("/", 1)[0], threading.__file__)
     for frame in reversed(traceback.extract_stack()):

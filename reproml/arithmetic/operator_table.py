@@ -59,7 +59,7 @@ alias as_strided detach diagonal expand permute select slice split split_with_si
 unbind unfold unsqueeze view _reshape_alias _unsafe_view
 flatten reshape narrow chunk contiguous
 empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like
-new_ones lift_fresh
+new_ones lift_fresh empty_permuted
 """.split())
 # COPIES: operators that write some of their operands' numbers to a new tensor, and have no overload that
 # computes.
@@ -69,7 +69,8 @@ clone max_pool2d_with_indices where
 """.split())
 DATA_MOVEMENT = VIEWS | COPIES | frozenset("""
 constant_pad_nd diagonal_copy flip lift pixel_shuffle pixel_unshuffle repeat resize_ roll tril triu
-unsafe_split set select_backward slice_backward reflection_pad1d reflection_pad2d
+unsafe_split set select_copy select_backward slice_backward diagonal_backward
+reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d _pack_padded_sequence
 masked_fill eye item eq ne lt le gt ge isnan isinf isfinite equal is_nonzero sign sgn
 logical_not logical_and logical_or logical_xor any count_nonzero isposinf isneginf isin searchsorted

@@ -20,7 +20,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from typing import Any, Callable
 
@@ -40,14 +40,28 @@ from reproml.arithmetic.operators.casts import NARROW
 from reproml.errors import NotExactError, ReproError
 from reproml.torch_internals import (
     DECORATORS,
+    EXPORTS,
     OUTPUT_CODE,
     STANCE,
+    TRANSFORMS,
+    ScriptFunction,
+    ScriptMethod,
     UnknownPyTorchError,
     allow_nonbracketed_mutation,
+    create_function_from_graph,
+    flush_compilation_cache,
+    get_graph_executor_optimize,
+    higher_order,
     init_scale_fn,
+    is_batchedtensor,
+    jit_pass_inline,
+    jit_pass_inline_fork_wait,
+    jit_set_profiling_mode,
     lookup,
     profiler_enabled,
+    set_graph_executor_optimize,
     tensor_str,
+    torch_c,
 )
 
 # Owner, name of the attribute, and the function that makes the replacement of the original.
@@ -129,6 +143,23 @@ class _AttentionSwitches:
 
 
 _attention = _AttentionSwitches()
+
+
+class _ScriptSwitch:
+    """PyTorch's switch that lets TorchScript optimize functions, which has no getter, as an attribute."""
+
+    @property
+    def profiling(self) -> bool:
+        on = jit_set_profiling_mode(False)  # returns what it was
+        jit_set_profiling_mode(on)
+        return bool(on)
+
+    @profiling.setter
+    def profiling(self, on: bool) -> None:
+        jit_set_profiling_mode(on)
+
+
+_script_switch = _ScriptSwitch()
 
 
 def _print_natively(original: Callable[..., str]) -> Callable[..., str]:
@@ -278,8 +309,8 @@ def _undefined_name(kind: type) -> str:
 
 def _undefined_optimizer(name: str) -> NotExactError:
     return NotExactError(
-        f"The optimizer {name} has no exact definition; use Adam, AdamW, SGD, RMSprop, Adagrad or "
-        "Adadelta, or take its step out of reproml.exact()."
+        f"The optimizer {name} has no exact definition, called at {handlers.caller()}; use Adam, AdamW, "
+        "SGD, RMSprop, Adagrad or Adadelta, or take its step out of reproml.exact()."
     )
 
 
@@ -364,15 +395,120 @@ def _call_compiled(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
         return original(*args, **kwargs)
 
 
-def _compiler_patches() -> list[Patch]:
+# TorchScript: after some calls its executor differentiates and fuses a function, past the operators. With
+# profiling off it runs the operators as written. A function that was optimized before is reset.
+
+
+def _call_script(original: Callable[..., Any], script: Any, *args: Any, **kwargs: Any) -> Any:
+    if script not in state.scripts:
+        with suppress(RuntimeError):  # raised by executors that never optimize
+            flush_compilation_cache(script)
+        state.scripts[script] = _exact_script(original, script)
+    optimize = get_graph_executor_optimize()
+    set_graph_executor_optimize(False)  # for PyTorch's older executor
+    try:
+        return state.scripts[script](script, *args, **kwargs)
+    finally:
+        set_graph_executor_optimize(optimize)
+
+
+def _exact_script(original: Callable[..., Any], script: Any) -> Callable[..., Any]:
+    """Return what calls a script. Raises NotExactError for what would run past `exact()`."""
+    graph = script.inlined_graph
+    forks = bool(graph.findAllNodes("prim::fork"))
+    while graph.findAllNodes("prim::fork"):
+        jit_pass_inline_fork_wait(graph)
+        jit_pass_inline(graph)  # the functions that were forked call others
+    refused = [what for kind, what in _REFUSED_IN_SCRIPTS.items() if graph.findAllNodes(kind)]
+    if forks and "Future" in str(script.schema):
+        refused.append("torch.jit.fork, whose future is returned,")
+    for what in refused:
+        if handlers.may_run_natively(what):
+            return original
+        raise NotExactError(
+            f"{what} has no exact result in the TorchScript function {script.name}, called at "
+            f"{handlers.caller()}; call the Python function or module that was scripted."
+        )
+    return _in_sequence(script, graph) if forks else original
+
+
+def _in_sequence(script: Any, graph: Any) -> Callable[..., Any]:
+    """Return a function that runs a script without other threads, given its graph without forks."""
+    function = create_function_from_graph(script.name, graph)
+    takes = script.schema.arguments  # the function has their names, but no defaults
+
+    def call(script: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(script, ScriptMethod):
+            args = (script.owner, *args)
+        defaults = {x.name: x.default_value for x in takes[len(args) :] if x.has_default_value()}
+        return function(*args, **{**defaults, **kwargs})
+
+    return call
+
+
+_REFUSED_IN_SCRIPTS = {
+    "aten::wait": "torch.jit.wait of one of several futures",
+    "prim::rpc_async": "torch.distributed.rpc.rpc_async",
+    "prim::rpc_sync": "torch.distributed.rpc.rpc_sync",
+    "prim::rpc_remote": "torch.distributed.rpc.remote",
+    "prim::CallMethod": "A method of a torch.jit.interface",  # of a function that may be optimized
+}
+
+
+def _cond(
+    original: Callable[..., Any],
+    operator: Any,
+    pred: Any,
+    true_fn: Any,
+    false_fn: Any,
+    operands: Any,
+) -> Any:
+    """Call the function that the predicate selects, as written; PyTorch's own rule is for compiled ones."""
+    if dispatcher.has_modes():
+        return original(operator, pred, true_fn, false_fn, operands)
+    if isinstance(pred, Tensor) and is_batchedtensor(pred):
+        raise NotExactError(
+            f"torch.cond has no exact result within torch.vmap, called at {handlers.caller()}; use "
+            "torch.where."
+        )
+    return (true_fn if pred else false_fn)(*operands)
+
+
+# torch.export runs a program on tensors without numbers.
+
+
+def _refuse_export(name: str) -> Callable[[Any], Any]:
+    def refuse(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not handlers.may_run_natively(name):
+            raise NotExactError(
+                f"{name} does not work within reproml.exact(), called at {handlers.caller()}; call it "
+                "before, and run the exported program within reproml.exact()."
+            )
+        with dispatcher.natively():
+            return original(*args, **kwargs)
+
+    return _within_exact(refuse)
+
+
+def _lazy_patches() -> list[Patch]:
     """Return the patches of modules that exact() imports when it is entered."""
+
+    def patch(name: str, make: Callable[[Any], Any]) -> Patch:
+        owner, _, attribute = name.rpartition(".")
+        return lookup(owner), attribute, make
+
     base = lookup(OUTPUT_CODE)
     calls = [
         (kind, "__call__", _within_exact(_call_compiled))
         for kind in base.__subclasses__()
         if "__call__" in vars(kind)
     ]
-    return [*calls, (lookup(DECORATORS), "_set_stance", _within_exact(_keep_stance))]
+    return [
+        *calls,
+        (lookup(DECORATORS), "_set_stance", _within_exact(_keep_stance)),
+        *[patch(name, _within_exact(dispatcher.before_transform)) for name in TRANSFORMS],
+        *[patch(name, _refuse_export(public)) for name, public in EXPORTS.items()],
+    ]
 
 
 # --- the list ------------------------------------------------------------------------------------
@@ -425,6 +561,15 @@ PATCHES: list[Patch] = [
     ],
     # A thread that flushes subnormal numbers rounds otherwise.
     (torch, "set_flush_denormal", _within_exact(_refuse_flushing)),
+    # TorchScript runs the operators as written, also after several calls.
+    (_script_switch, "profiling", _always(False)),
+    (torch_c, "_jit_set_profiling_mode", _always(lambda on: False)),
+    (ScriptFunction, "__call__", _within_exact(_call_script)),
+    (ScriptMethod, "__call__", _within_exact(_call_script)),
+    # Higher-order operators, such as torch.cond, run the functions that they are given, by torch.compile.
+    (type(torch.ops.higher_order.cond), "__call__", _within_exact(_cond)),
+    (torch, "compile", _within_exact(dispatcher.before_transform)),
+    (higher_order, "_compute_keyset", _within_exact(dispatcher.keys_of_higher_order)),
     # The batches of several processes must not depend on how many they are (reproml/distributed.py).
     (DistributedSampler, "__iter__", _within_exact(_refuse_uneven_shards)),
 ]
@@ -446,8 +591,9 @@ class _Applied:
                     # A compiled function bypasses the operators, so functions run as they are written.
                     # This raises within a compiled function.
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
-                    stack.enter_context(replaced([*PATCHES, *_compiler_patches()]))
+                    stack.enter_context(replaced([*PATCHES, *_lazy_patches()]))
                     stack.enter_context(dispatcher.composites(operator_table.COMPOSITES))
+                    stack.callback(state.scripts.clear)
                     stack.callback(
                         register_optimizer_step_pre_hook(_refuse_undefined_optimizers).remove
                     )

@@ -6,7 +6,8 @@ The log of deferred rounding tests is an object of its own, `dispatch.deferred.r
 from __future__ import annotations
 
 import threading
-from typing import Any, Optional
+from typing import Any, Callable, Optional
+from weakref import WeakKeyDictionary
 
 
 class Active(threading.local):
@@ -24,3 +25,6 @@ active = Active()
 
 # The kernels registered with PyTorch (dispatch.dispatcher.Registration); None until the first `exact()`.
 registration: Any = None
+
+# Functions of TorchScript that were called since the patches were applied -> what runs in place of each.
+scripts: WeakKeyDictionary[Any, Callable[..., Any]] = WeakKeyDictionary()

@@ -12,6 +12,7 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -269,14 +270,73 @@ def test_inherited_threads_warn_of_native_operators():
         in_thread(lambda: torch.special.bessel_j0(ROWS))
 
 
-def test_scripted_functions_forked_by_jit_are_exact():
-    @torch.jit.script
-    def work(x: torch.Tensor):
-        future = torch.jit.fork(torch.exp, x)
-        return torch.jit.wait(future)
+class Forking(torch.nn.Module):
+    """Forks a module, a function and a function that forks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Softmax(1)
+
+    def forward(self, x: torch.Tensor, scale: float = 2.0):
+        first = torch.jit.fork(self.inner, x)
+        second = torch.jit.fork(forked_twice, x)
+        return torch.jit.wait(first) * scale + torch.jit.wait(second)
+
+
+def forked_twice(x: torch.Tensor):
+    future = torch.jit.fork(dropped, x)
+    return torch.jit.wait(future).exp()
+
+
+def dropped(x: torch.Tensor):
+    return torch.dropout(torch.nn.functional.linear(x, x), 0.5, True)[:, :1]
+
+
+def forked_in_a_list(x: torch.Tensor):
+    futures = [torch.jit.fork(dropped, x) for i in range(2)]
+    return torch.jit.wait(futures[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("start", [lambda f: f(), in_thread])
+def test_scripted_functions_forked_by_jit_are_exact(start):
+    module = Forking()
+    script = torch.jit.script(module)
+
+    def run(function, **options):
+        torch.manual_seed(0)
+        return function(ROWS, **options)
 
     with reproml.exact():
-        assert same_bits(work(ROWS), ROWS.exp())
+        for options in ({}, {"scale": 3.0}):
+            for _ in range(3):
+                found = start(lambda options=options: run(script, **options))
+                assert same_bits(found, run(module, **options))
+        with pytest.raises(NotExactError, match=r"called at .*test_context.py:\d+; call the"):
+            torch.jit.script(forked_in_a_list)(ROWS)
+
+
+TRANSFORMED: dict[str, Any] = {
+    "grad": lambda x: torch.func.grad(lambda x: x.exp().sum())(x),
+    "jacrev": lambda x: torch.func.jacrev(lambda x: x.exp().sum(1))(x),
+    "vjp": lambda x: torch.func.vjp(torch.exp, x)[1](x)[0],
+    "vmap": lambda x: torch.vmap(torch.func.grad(lambda x: x.softmax(0)[0]))(x),
+    "functionalize": lambda x: torch.func.functionalize(lambda x: x.clone().exp_())(x),
+    "cond": lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)),
+    "gradient of cond": lambda x: torch.func.grad(lambda x: TRANSFORMED["cond"](x).sum())(x),
+    "while_loop": lambda x: torch.while_loop(lambda x: x.sum() > 1, lambda x: (x.sin() / 2,), (x,))[
+        0
+    ],
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transforms_and_control_flow_are_the_same_in_threads(name):
+    with reproml.exact():
+        expected = TRANSFORMED[name](ROWS)
+        found, after = in_thread(lambda: (TRANSFORMED[name](ROWS), ROWS.exp().softmax(1)))
+        assert same_bits(found, expected)
+        assert same_bits(after, ROWS.exp().softmax(1))
 
 
 PROCESSES = """

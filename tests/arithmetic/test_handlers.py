@@ -757,6 +757,36 @@ def test_torchscript_is_exact(warm):
         assert same_bits(exact_path(script, x), expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("warm", [False, True])
+def test_gradients_of_torchscript_are_those_of_the_function(warm):
+    """After two calls TorchScript differentiates a function itself, by other formulas."""
+    script = torch.jit.script(averaged)
+    x = torch.linspace(-3, 3, 1000).reshape(25, 40).requires_grad_()
+
+    def gradient(function):
+        return torch.autograd.grad(function(x).sum(), x)[0]
+
+    for _ in range(4 if warm else 0):
+        gradient(script)
+    with reproml.exact():
+        expected = gradient(averaged)
+        assert all(same_bits(gradient(script), expected) for _ in range(4))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*Python boolean")
+def test_traces_are_checked_and_exact():
+    x = torch.linspace(-3, 3, 100)
+    with reproml.exact():
+        traced = torch.jit.trace(lambda x: (x * 3 + 0.1).exp(), x)
+        assert same_bits(traced(x), (x * 3 + 0.1).exp())
+
+
+def averaged(x: torch.Tensor) -> torch.Tensor:
+    return (x.tanh() * x).exp().mean(-1)
+
+
 def softened(x: torch.Tensor) -> torch.Tensor:
     return (x.exp() * x.sigmoid()).tanh()
 
@@ -841,3 +871,104 @@ def test_moved_operators_accept_other_dtypes(dtype):
     ]  # fmt: skip
     for operator in operators:
         assert torch.equal(exact_path(operator, x), operator(x))
+
+
+# ---- lists of tensors, and tensors without numbers -----------------------------------------------
+
+
+def foreach_operators():
+    for name in sorted(torch._C._dispatch_get_all_op_names()):
+        if name.startswith("aten::_foreach_"):
+            packet, _, overload = name[len("aten::") :].partition(".")
+            yield getattr(getattr(aten, packet), overload or "default")
+
+
+def foreach_result(operator):
+    """Call it with operands of the types that its schema lists; return the results and changed operands."""
+    first = [torch.linspace(-2, 3, 21).reshape(7, 3), torch.linspace(0.2, 1.7, 4)]
+    lists = iter([first, [x * 0.7 + 0.1 for x in first], [x * x + 0.5 for x in first]])
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for operand in operator._schema.arguments:
+        value: Any = {
+            "number": 2 if operand.name == "ord" else 1.5,
+            "List[number]": [1.5, 0.25],
+            "Tensor": torch.tensor([0.5, 1.5] if operand.name == "scalars" else 0.75),
+            "bool": False,
+        }.get(str(operand.type))
+        if operand.is_out:
+            value = [torch.empty(0), torch.empty(0)]
+        elif str(operand.type) == "List[Tensor]":
+            value = [x.clone() for x in next(lists)]
+        if operand.kwarg_only:
+            kwargs[operand.name] = value
+        else:
+            args.append(value)
+    result = operator(*args, **kwargs)
+    return [*(result or []), *kwargs.get("out", []), *(args[0] if type(args[0]) is list else [])]
+
+
+@pytest.mark.parametrize("operator", list(foreach_operators()), ids=str)
+def test_foreach_operators_are_refused_or_near_native(operator):
+    try:
+        expected = foreach_result(operator)
+    except RuntimeError as error:
+        pytest.xfail(str(error))  # the operands do not fit
+    try:
+        with reproml.exact():
+            found = foreach_result(operator)
+    except NotExactError:
+        return
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_foreach_operators_with_numbers_and_integers():
+    for operator in (torch._foreach_maximum, torch._foreach_clamp_min):
+        for number in (1.5, [1.5, math.nan]):
+            x = [torch.tensor([1.0, -0.0, math.nan]), torch.tensor([2.0])]
+            assert all(map(same_bits, exact_path(operator, x, number), operator(x, number)))
+    assert exact_path(torch.clamp, ones, max=math.nan).isnan().all()
+    integers = [torch.arange(3)]
+    assert exact_path(torch._foreach_minimum, integers, 1)[0].tolist() == [0, 1, 1]
+    with pytest.raises(RuntimeError, match="can't be cast"), reproml.exact():
+        torch._foreach_mul_(integers, 0.5)
+
+
+METAS = {
+    "defined": lambda x: x.exp_().softmax(0) @ x,
+    "refused": lambda x: x.digamma(),
+    "random": lambda x: x.normal_(),
+    "factory": lambda x: torch.rand(3, device="meta"),
+    "narrow": lambda x: x.bfloat16() * torch.tensor(0.1, dtype=torch.float64, device="meta"),
+    "moved": lambda x: x.to(torch.complex64).clone(),
+    "composite": lambda x: torch.nn.functional.linear(x, x, x[0]),
+    "foreach": lambda x: torch._foreach_mul([x], 0.5)[0],
+    "functionalized": lambda x: torch.func.functionalize(lambda y: y.clone().exp_())(ones).to(
+        "meta"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METAS)
+def test_meta_tensors_need_no_arithmetic(name):
+    def run():
+        y = METAS[name](torch.empty(4, 4, device="meta"))
+        return y.shape, y.dtype, y.stride(), y.device
+
+    with reproml.exact():
+        found = run()
+    assert found == run()
+
+
+def test_modules_without_initialization():
+    with reproml.exact():
+        assert torch.nn.utils.skip_init(torch.nn.Linear, 3, 4).weight.shape == (4, 3)
+        torch.optim.Adam([torch.nn.Parameter(torch.empty(3, device="meta"))]).step()
+
+
+def test_indexing_with_all_of_a_dimension_writes_in_order():
+    x, mask = torch.zeros(2, 3), torch.tensor([True, False, True])
+    values = torch.tensor([1.0, 2.0])
+    with reproml.exact():
+        x[..., mask] = values
+    assert x.tolist() == [[1.0, 0.0, 2.0]] * 2

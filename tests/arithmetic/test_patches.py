@@ -379,3 +379,86 @@ def test_flushing_that_was_not_seen_raises_at_the_end():
 def test_no_attribute_is_patched_twice():
     names = [(patches._dotted_name(owner), name) for owner, name, _ in patches.PATCHES]
     assert len(set(names)) == len(names)
+
+
+# ---- TorchScript, torch.export, torch.cond -------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_cannot_be_made_to_optimize():
+    before = torch._C._jit_set_profiling_mode(True)
+    torch._C._jit_set_profiling_mode(before)
+    with reproml.exact(), lookup("torch.jit.fuser")("fuser1"):
+        assert torch._C._jit_set_profiling_mode(True) is False
+    assert torch._C._jit_set_profiling_mode(before) is before
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_methods_of_interfaces_are_refused():
+    """Their functions are not part of the script that calls them, and may have been optimized before."""
+
+    @torch.jit.interface
+    class Unary(torch.nn.Module):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[empty-body]
+            pass
+
+    class Calls(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.jit.script(torch.nn.Tanh())
+
+        def forward(self, x: torch.Tensor):
+            return self.inner.forward(x)
+
+    Calls.__annotations__ = {"inner": Unary}
+    script = torch.jit.script(Calls())
+    with (
+        reproml.exact(),
+        pytest.raises(NotExactError, match=r"called at .*test_patches.py:\d+; call"),
+    ):
+        script(ones)
+    with pytest.warns(UserWarning, match="interface"), reproml.exact(on_unknown="warn"):
+        script(ones)
+
+
+class Exported(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.exp().softmax(0).tanh()
+
+
+def test_programs_are_exported_outside_and_run_within_exact():
+    x, module = torch.linspace(-3, 3, 100), Exported()
+    program = torch.export.export(module, (x,))
+    with reproml.exact():
+        for run in (program.module(), torch.export.unflatten(program)):
+            assert torch.equal(run(x), module(x))
+        for refused in (
+            lambda: torch.export.export(module, (x,)),
+            lambda: torch.export.draft_export(module, (x,)),
+            program.run_decompositions,
+        ):
+            with pytest.raises(
+                NotExactError, match=r"called at .*test_patches.py:\d+; call it before"
+            ):
+                refused()
+    with pytest.warns(UserWarning, match="torch.export"), reproml.exact(on_unknown="warn"):
+        torch.export.export(module, (x,))
+
+
+def test_conditions_within_vmap_are_refused():
+    def branch(x):
+        return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+    with reproml.exact(), pytest.raises(NotExactError, match=r"called at .*; use torch.where"):
+        torch.vmap(branch)(torch.ones(2, 3))
+
+
+def test_optimizer_refusal_names_the_line():
+    optimizer = torch.optim.ASGD([torch.nn.Parameter(torch.ones(2))])
+    with (
+        reproml.exact(),
+        pytest.raises(
+            NotExactError, match=r"torch.optim.asgd .*, called at \S*test_patches.py:\d+; use Adam"
+        ),
+    ):
+        optimizer.step()

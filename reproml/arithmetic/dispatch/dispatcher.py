@@ -254,8 +254,7 @@ def call_modes_and_subclasses(operator: Any, args: Any, kwargs: Any) -> Any:
     if isinstance(mode, Inherited):
         mode.before(operator)
         if mode.joined:
-            state.active.inherited = None
-            pop_mode()
+            _drop_inherited()
     types = _subclasses([*args, *kwargs.values()])
     if not types and not _modes():
         return NotImplemented
@@ -288,13 +287,15 @@ class Inherited(TorchDispatchMode):
 
     def before(self, operator: Any) -> None:
         """Hold the patches, before an operator that computes. Raises NotExactError if they are undone."""
-        if self._handler_of(operator).kind in (Kind.NATIVE, Kind.MOVED):
-            return
-        if not self.joined:
-            self.joined = self._join()
+        if not self.joined and self._handler_of(operator).kind not in (Kind.NATIVE, Kind.MOVED):
+            self.hold(operator)
+
+    def hold(self, name: Any) -> None:
+        """Hold the patches. Raises NotExactError if they are undone."""
+        self.joined = self.joined or self._join()
         if not self.joined:
             raise NotExactError(
-                f"{operator} has no exact result in a thread that was started within reproml.exact(), "
+                f"{name} has no exact result in a thread that was started within reproml.exact(), "
                 "which has ended since; use `with reproml.exact():` in the thread."
             )
 
@@ -303,6 +304,37 @@ class Inherited(TorchDispatchMode):
     ) -> Any:
         self.before(function)
         return function(*args, **(kwargs or {}))
+
+
+def _drop_inherited() -> None:
+    """Remove the innermost mode, that of a thread which now holds the patches."""
+    state.active.inherited = None
+    pop_mode()
+
+
+def before_transform(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Enter a transform of torch.func, or compile a function, without the mode of an inherited thread.
+
+    Both restore the keys of their thread, but not its modes: no mode may be removed within them.
+    """
+    mode = get_current_dispatch_mode() if _modes() else None
+    if isinstance(mode, Inherited):
+        mode.hold("torch.func or torch.compile")
+        _drop_inherited()
+    return original(*args, **kwargs)
+
+
+def has_modes() -> bool:
+    """Return whether a mode is active, except that of an inherited thread."""
+    return _modes() > 0 and not isinstance(get_current_dispatch_mode(), Inherited)
+
+
+def keys_of_higher_order(original: Callable[..., Any], args: Any, kwargs: Any, keys: Any) -> Any:
+    """Return the keys for which a higher-order operator, such as `torch.cond`, needs a rule.
+
+    It computes nothing itself and needs no rule of ours: the operators of its functions are intercepted.
+    """
+    return original(args, kwargs, keys.remove(_KEY))
 
 
 def _subclasses(operands: Any) -> list[Any]:

@@ -68,7 +68,8 @@ def index_put_(
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)  # one thread writes the values in order
     try:
-        return x.index_put_(indices, values)
+        # Tensor.index_put_ takes no None, which stands for all of a dimension.
+        return torch.ops.aten.index_put_(x, indices, values)  # type: ignore[no-any-return]
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
 

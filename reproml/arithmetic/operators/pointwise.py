@@ -137,11 +137,11 @@ def minimum(x: Tensor, y: Tensor) -> Tensor:
 
 
 def clamp(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
-    """Return min(max(x, low), high)."""
+    """Return min(max(x, low), high); NaN for a bound that is NaN, which PyTorch 2.8's clamp ignores."""
     if low is not None:
-        x = maximum(x, low) if isinstance(low, Tensor) else torch.clamp(x, min=low)
+        x = maximum(x, low) if isinstance(low, Tensor) else torch.clamp_min(x, low)
     if high is not None:
-        x = minimum(x, high) if isinstance(high, Tensor) else torch.clamp(x, max=high)
+        x = minimum(x, high) if isinstance(high, Tensor) else torch.clamp_max(x, high)
     return x
 
 

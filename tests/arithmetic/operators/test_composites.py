@@ -282,6 +282,14 @@ def by_fractions(equation: str, operands: list[Tensor]) -> Any:
     return np.vectorize(Real, otypes=[object])(out)
 
 
+def test_gradient_of_einsum_diagonal_is_written_to_the_diagonal():
+    x = torch.randn(3, 3, requires_grad=True)
+    g = torch.randn(3)
+    with reproml.exact():
+        torch.einsum("ii->i", x).backward(g)
+    assert torch.equal(x.grad, torch.diag(g))
+
+
 def test_einsum_sums_what_one_operand_has_first():
     a, b = normal((30, 40), (40,))
     with reproml.exact():
