@@ -2,24 +2,27 @@
 
     python -m verification.walk [NAMESPACE or NAME ...]      # default: all of walk_cases.NAMESPACES
 
-Each callable gets arguments for which it works natively (walk_cases.py). Within exact() it is then called in
-four places: in the main thread, in a threading.Thread, and in forked and spawned workers of a DataLoader;
-and all of this in two processes whose native numerics differ as much as possible (SETTINGS). One call is
+Each callable gets arguments for which it works natively (walk_cases.py). Within exact() it is then called
+in four places: in the main thread, in a threading.Thread, and in forked and spawned workers of a
+DataLoader; and all of this in two settings whose native numerics differ as much as possible (SETTINGS).
+One call is
 
 - "refused": it raises NotExactError, and the message names the operator, the line and a way out;
-- "moved": each floating-point number of the result is an operand's, its negative or a constant;
+- "moved": the result is the native one, and each floating-point number in it is an operand's or a constant;
 - "exact": each number is the native float64 result rounded once;
-- "composite": it is within TOLERANCE of the float64 result or of the native float32 result;
+- "composite": it is near the float64 result or the native float32 result (TOLERANCE, CANCELLED);
 - "failing": it raises something else, or the form of the result is not that of the native one;
 - "SILENT": anything else. Results that differ between the places or the settings are silent, and so is a
   call in which an operator that computes was not intercepted.
 
-Results are the returned values, the operands after the call, and the gradients. A callable is what the worst
-of its calls is. The exit status is 1 if one is silent or failing, or if the message of a refusal is lacking.
+Results are the returned values, the operands after the call, and the gradients. A callable is what the
+worst of its calls is. The exit status is 1 if one is silent or failing, or if a refusal's message lacks
+something.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import importlib
 import json
@@ -27,7 +30,6 @@ import math
 import os
 import pickle
 import re
-import struct
 import subprocess
 import sys
 import tempfile
@@ -42,6 +44,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader, Dataset
@@ -61,14 +64,22 @@ SETTINGS: dict[str, dict[str, str]] = {
         "MKL_CBWR": "COMPATIBLE",
         "OMP_NUM_THREADS": "1",
         "REPROML_KERNELS": "off",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
     },
-    "usual": {"OMP_NUM_THREADS": "2"},
+    "usual": {
+        "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "PASSIVE",  # both settings run at the same time
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    },
 }
 PLACES = ("main", "thread", "fork", "spawn")
-# Allowed distance of a composite from its reference, relative to the largest element: a few hundred ulps.
+# Allowed distance of a composite from its reference: relative to the largest element of the result, a few
+# hundred ulps; or relative to the largest number of the call, a few ulps, as terms of that size may cancel.
 TOLERANCE = 2.0**-15
+CANCELLED = 2.0**-21
 # Relative distance from a tie within which the float64 reference does not decide the rounding.
 NEAR_TIE = 2.0**-45
+SECONDS = 200  # after which the calls of one callable are given up
 # What a callable is, the worst first.
 VERDICTS = ("SILENT", "failing", "composite", "exact", "moved", "refused", "no arguments")
 
@@ -158,6 +169,9 @@ def call(case: Case, wide: bool = False) -> list[Any]:
         function = find(case.function)
         args, kwargs = tree_map(operand, [list(case.args), case.kwargs])
         torch.manual_seed(0)
+        torch.distributions.Distribution.set_default_validate_args(
+            True
+        )  # torch.compile sets it to False
     with torch.set_grad_enabled(case.grad):
         result = function(*args, **kwargs)
         values = list(flatten(result))
@@ -179,6 +193,10 @@ def flatten(x: Any) -> Iterator[Any]:
     if isinstance(x, (list, dict)):
         for y in x.values() if isinstance(x, dict) else x:
             yield from flatten(y)
+    elif is_lazy(x):
+        yield type(x).__name__
+    elif isinstance(x, Tensor) and x.is_meta:
+        yield f"{x.dtype}{list(x.shape)} without elements"
     elif x is None or isinstance(x, (Tensor, int, float, complex, str)):
         yield x
     else:
@@ -189,37 +207,51 @@ def flatten(x: Any) -> Iterator[Any]:
             yield from flatten(children)
 
 
-def content(x: Any) -> Any:
+def names(x: Tensor) -> tuple[Any, ...]:
+    """Return the names of a tensor's dimensions, which PyTorch 2.13 no longer has."""
+    return getattr(x, "names", ())
+
+
+def parts(x: Any) -> list[Any]:
+    """Return the dense real tensors that a tensor consists of; a number as a tensor; others unchanged."""
+    if isinstance(x, (float, complex)):
+        x = torch.tensor(x, dtype=torch.complex128 if isinstance(x, complex) else torch.float64)
+    if not isinstance(x, Tensor):
+        return [repr(x)]
+    x = x.detach().rename(None) if any(names(x)) else x.detach()
+    if x.layout is torch.sparse_coo:
+        found = [x._indices(), x._values()]
+    elif x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        found = [x.crow_indices(), x.col_indices(), x.values()]
+    elif x.layout in (torch.sparse_csc, torch.sparse_bsc):
+        found = [x.ccol_indices(), x.row_indices(), x.values()]
+    else:
+        found = [x.int_repr() if x.is_quantized else x]
+    return [
+        torch.view_as_real(y.resolve_conj()) if y.is_complex() else y.resolve_neg() for y in found
+    ]
+
+
+def form(x: Any) -> Any:
+    """Return the type of a value, and what describes a tensor besides its elements."""
+    if not isinstance(x, Tensor):
+        return type(x)
+    return str(x.dtype), list(x.shape), str(x.layout), names(x)
+
+
+def content(x: Any) -> bytes:
     """Return the bytes of a value; all NaNs are one."""
-    if isinstance(x, float):
-        return struct.pack("d", math.nan if math.isnan(x) else x)
     if not isinstance(x, Tensor):
         return repr(x).encode()
-    x = x.detach()
-    head = f"{x.dtype} {list(x.shape)} {x.layout}".encode()
-    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
-        parts = [x.crow_indices(), x.col_indices(), x.values()]
-    elif x.layout in (torch.sparse_csc, torch.sparse_bsc):
-        parts = [x.ccol_indices(), x.row_indices(), x.values()]
-    elif x.layout is torch.sparse_coo:
-        parts = [x._indices(), x._values()]
-    elif x.is_quantized:
-        parts = [x.int_repr()]
-    elif x.is_complex():
-        parts = [torch.view_as_real(x.resolve_conj())]
-    elif x.layout is not torch.strided or x.device.type != "cpu":
-        return head
-    else:
-        x = x.resolve_neg().contiguous()
-        if x.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            x = torch.where(x.isnan(), torch.nan, x)
-        return head + x.reshape(-1).view(torch.uint8).numpy().tobytes()
-    return head + b"".join(map(content, parts))
+    if x.is_floating_point():
+        x = torch.where(x.isnan(), torch.nan, x)
+    return bytes(x.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def digest(results: list[Any]) -> str:
-    with dispatcher.natively():
-        return hashlib.sha256(b"|".join(map(content, results))).hexdigest()[:16]
+    with unseen():
+        each = [b"|".join([repr(form(x)).encode(), *map(content, parts(x))]) for x in results]
+        return hashlib.sha256(b"|".join(each)).hexdigest()[:16]
 
 
 # --- the comparison with native results ----------------------------------------------------------
@@ -227,22 +259,23 @@ def digest(results: list[Any]) -> str:
 
 def classify(case: Case, results: list[Any], native: list[Any], wide: list[Any]) -> tuple[str, str]:
     """Return "moved", "exact", "composite", "failing" or "SILENT" for results, and why."""
-    forms = [
-        [(type(x), getattr(x, "dtype", None), getattr(x, "shape", None)) for x in y]
-        for y in (results, native)
-    ]
+    forms = [[form(x) for x in y] for y in (results, native)]
     if forms[0] != forms[1]:
         return "failing", f"the result is {forms[0]}, natively {forms[1]}"
-    operands = [x for x in tree_flatten([list(case.args), case.kwargs])[0]]
-    wide = wide if len(wide) == len(results) else native
     weights = [pattern(x) for x in results if isinstance(x, Tensor) and x.is_floating_point()]
-    known = numbers([*operands, *weights, 0.0, 1.0, math.inf, math.nan])
+    operands = tree_flatten([list(case.args), case.kwargs])[0]
+    given = numbers([*operands, *weights, 0.0, 1.0, math.inf, math.nan])
+    known = torch.cat([given, given.float().double()])
+    largest = _size(torch.cat([given, numbers(results)]))
     kinds = {"moved"}
-    for x, y, z in zip(results, native, wide):
-        kind = _kind(x, y, z, known)
-        if kind == "SILENT":
-            return kind, f"{_short(x)}, natively {_short(y)}, in float64 {_short(z)}"
-        kinds.add(kind)
+    for x, y, z in zip(results, native, wide if len(wide) == len(results) else native):
+        for few in zip(parts(x), parts(y), parts(z)):
+            kind = _kind(*few, known, largest)
+            if kind == "SILENT":
+                return kind, ", ".join(
+                    f"{where} {_short(v)}" for where, v in zip(("", "natively", "in float64"), few)
+                )
+            kinds.add(kind)
     return next(x for x in VERDICTS if x in kinds), ""
 
 
@@ -250,29 +283,28 @@ def _short(x: Any) -> str:
     return f"{x.flatten()[:3].tolist()}..." if isinstance(x, Tensor) else str(x)[:80]
 
 
-def _kind(x: Any, native: Any, wide: Any, known: Tensor) -> str:
-    own = numbers([x])
-    if not own.numel():
-        return "moved" if content(x) in (content(native), content(wide)) else "SILENT"
-    if bool(torch.isin(own.abs(), known.abs()).all()):
+def _size(x: Tensor) -> float:
+    x = x[x.isfinite()].abs()
+    return float(x.max()) if x.numel() else 0.0
+
+
+def _kind(x: Any, native: Any, wide: Any, known: Tensor, largest: float) -> str:
+    same = content(x) in (content(native), content(wide))
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return "moved" if same else "SILENT"
+    if same and bool(torch.isin(numbers([x]).abs(), known.abs()).all()):
         return "moved"
-    if not isinstance(x, Tensor):
-        x, native, wide = map(torch.tensor, (x, native, wide))
-    if x.dtype is torch.float32 and isinstance(wide, Tensor) and _rounded_once(x, wide):
+    if x.dtype is torch.float32 and _rounded_once(x, wide):
         return "exact"
-    for reference in (wide, native):
-        reference = torch.view_as_real(reference) if reference.is_complex() else reference
-        value = torch.view_as_real(x) if x.is_complex() else x
-        value, reference = value.to_dense().double(), reference.to_dense().double()
-        finite = reference[reference.isfinite()].abs()
-        size = float(finite.max()) if finite.numel() else 0.0
-        if not difference(value, reference, torch.full_like(reference, size * TOLERANCE)):
+    for reference in (wide.double(), native.double()):
+        allowed = max(TOLERANCE * _size(reference), CANCELLED * largest)
+        if not difference(x, reference, torch.full_like(reference, allowed)):
             return "composite"
     return "SILENT"
 
 
 def _rounded_once(x: Tensor, wide: Tensor) -> bool:
-    if x.layout is not torch.strided or x.shape != wide.shape or wide.dtype is not torch.float64:
+    if x.shape != wide.shape or wide.dtype is not torch.float64:
         return False
     nearest = wide.float()
     same = (x == nearest) | (x.isnan() & nearest.isnan())
@@ -282,22 +314,9 @@ def _rounded_once(x: Tensor, wide: Tensor) -> bool:
 
 def numbers(values: list[Any]) -> Tensor:
     """Return all floating-point numbers among the values, as float64; NaN becomes 0."""
-    found = []
-    for x in values:
-        if isinstance(x, Tensor) and x.device.type == "cpu" and not x.is_quantized:
-            x = x.detach()
-            x = x.values() if "_cs" in str(x.layout) or "_bs" in str(x.layout) else x
-            x = x._values() if x.layout is torch.sparse_coo else x
-            x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-            if x.is_floating_point():
-                found.append(x.double().flatten())
-        elif isinstance(x, float):
-            found += [torch.tensor([x, struct_float32(x)], dtype=torch.float64)]
+    found = [x for value in values for x in parts(value) if isinstance(x, Tensor)]
+    found = [x.double().flatten() for x in found if x.is_floating_point()]
     return torch.cat(found).nan_to_num(0.0, math.inf, -math.inf) if found else torch.empty(0)
-
-
-def struct_float32(x: float) -> float:
-    return float(torch.tensor(x, dtype=torch.float64).float())
 
 
 class Watch(TorchDispatchMode):
@@ -335,7 +354,7 @@ def record(case: Case) -> Record:
     """Call it, within exact(), and return what happened."""
     try:
         results = call(case)
-        return {"status": "ran", "digest": digest(results), "results": results}
+        return {"status": "ran", "results": results}
     except reproml.NotExactError as error:
         return {"status": "refused", "why": str(error)}
     except Exception as error:
@@ -344,17 +363,15 @@ def record(case: Case) -> Record:
 
 def compared(case: Case) -> Record:
     """Call it natively, in float64, within exact(), and with a watch; return what happened."""
-    references = native(case), native(case, wide=True)
+    narrow, wide = native(case), native(case, wide=True)
     with reproml.exact():
         found = record(case)
-    if references[0] is None:
-        return {"status": "failing", "why": "it works only sometimes natively"}
-    found["native"] = digest(references[0])
+    if narrow is None:  # torch.compile makes no code for the "plain" setting
+        return with_digest(found)
+    found["native"] = digest(narrow)
     if found["status"] == "ran":
-        kind, why = classify(
-            case, found.pop("results"), references[0], references[1] or references[0]
-        )
-        found.update(kind=kind, why=why)
+        kind, why = classify(case, found["results"], narrow, wide or narrow)
+        found = with_digest({**found, "kind": kind, "why": why})
         if not case.function.startswith(NOT_WATCHED):
             with reproml.exact(), Watch() as watch:
                 record(case)
@@ -362,26 +379,31 @@ def compared(case: Case) -> Record:
     return found
 
 
+def with_digest(found: Record) -> Record:
+    """Return a record with the digest of the results in place of the results."""
+    results = found.pop("results", None)
+    return found if results is None else {**found, "digest": digest(results)}
+
+
 def records(cases: list[Case]) -> list[Record]:
     """Return what each call does, for use within exact()."""
-    found = [record(case) for case in cases]
-    for x in found:
-        x.pop("results", None)
-    return found
+    return [with_digest(record(case)) for case in cases]
 
 
 class InWorker(Dataset[str]):
-    """Each element is the record of one callable, made by the worker that fetches it."""
+    """Each element is the records of one callable, made by the worker that fetches it."""
 
     def __init__(self, cases: list[list[Case]]) -> None:
-        self._cases = cases
+        self._pickled = [pickle.dumps(few) for few in cases]  # natively
 
     def __len__(self) -> int:
-        return len(self._cases)
+        return len(self._pickled)
 
     def __getitem__(self, index: int) -> str:
         warnings.simplefilter("ignore")
-        return json.dumps(records(self._cases[index]))
+        with unseen():
+            cases = pickle.loads(self._pickled[index])
+        return json.dumps(records(cases))
 
 
 def visit(cases: list[list[Case]], place: str) -> Iterator[list[Record]]:
@@ -390,6 +412,7 @@ def visit(cases: list[list[Case]], place: str) -> Iterator[list[Record]]:
         for few in cases:
             yield [compared(case) for case in few]
         return
+    dataset = InWorker(cases)
     with reproml.exact():
         if place == "thread":
             for few in cases:
@@ -400,11 +423,11 @@ def visit(cases: list[list[Case]], place: str) -> Iterator[list[Record]]:
                 yield found
         else:
             loader = DataLoader(
-                InWorker(cases),
+                dataset,
                 batch_size=None,
                 num_workers=1,
                 multiprocessing_context=place,
-                timeout=120,
+                timeout=SECONDS - 20,
             )
             yield from map(json.loads, loader)
 
@@ -413,13 +436,15 @@ def visit(cases: list[list[Case]], place: str) -> Iterator[list[Record]]:
 
 
 def lacking(message: str) -> str:
-    """Return what the message of a refusal lacks: the operator, the caller's line or a way out."""
+    """Return what the message of a refusal lacks: the operator, the caller's line or a way out.
+
+    An optimizer's message needs no line, as the caller's own call of step() raises it."""
     has = {
-        "operator": re.search(
-            r"\b(aten|prims|prim|c10d|quantized|mkldnn\w*|torch)\.\w+|torch\.\w+", message
+        "operator": re.search(r"\b(aten|prims|prim|c10d|quantized|mkldnn\w*|torch)\.\w+", message),
+        "line": re.search(r"called at \S+\.py:\d+|^The optimizer", message),
+        "way out": re.search(
+            r"; .*\b(use|write|convert|call|move|take|set|pass|draw|leave)\b", message
         ),
-        "line": re.search(r"called at \S+\.py:\d+", message),
-        "way out": re.search(r"; .*\b(use|write|convert|call|move|take|set|pass)\b", message),
     }
     return ", ".join(what for what, found in has.items() if not found)
 
@@ -513,9 +538,12 @@ def child(file: str, out: str, place: str, first: str) -> None:
     """Write the records of the callables from number `first` on, a line each."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     cases = list(pickle.loads(Path(file).read_bytes()).values())[int(first) :]
+    Path(f"{out}.started").touch()
     with open(out, "a") as lines:
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
         for found in visit(cases, place):
             print(json.dumps(found), file=lines, flush=True)
+            faulthandler.dump_traceback_later(SECONDS, exit=True)
 
 
 def walk(cases: Cases, folder: Path) -> list[list[dict[str, Record]]]:
@@ -528,7 +556,12 @@ def walk(cases: Cases, folder: Path) -> list[list[dict[str, Record]]]:
         for name, process in running.items():
             while process.wait() or len(_lines(outs[name])) < len(cases):
                 lost = len(_lines(outs[name]))
-                why = f"the process ended with {process.returncode}"
+                log = outs[name].with_suffix(".log").read_text()[-2000:]
+                if not outs[name].with_suffix(".started").exists():
+                    sys.exit(f"the process for {name}, {place} does not start: {log}")
+                if lost == len(cases):
+                    break
+                why = f"the process ended with {process.returncode}: {log[-200:]}"
                 row = [{"status": "failing", "why": why} for _ in merged[lost]]
                 with outs[name].open("a") as lines:
                     print(json.dumps(row), file=lines)
@@ -546,12 +579,13 @@ def _lines(path: Path) -> list[str]:
 def _start(
     folder: Path, out: Path, setting: str, place: str, first: int
 ) -> subprocess.Popen[bytes]:
+    out.with_suffix(".started").unlink(missing_ok=True)
     command = [sys.executable, "-W", "ignore", "-m", "verification.walk", "--child"]
     return subprocess.Popen(
         [*command, str(folder / "cases"), str(out), place, str(first)],
         env=environment(SETTINGS[setting]),
         stdout=subprocess.DEVNULL,
-        stderr=(folder / f"{setting}-{place}.log").open("ab"),
+        stderr=out.with_suffix(".log").open("ab"),
         cwd=ROOT,
     )
 
@@ -560,6 +594,7 @@ def main(names: Iterable[str]) -> int:
     from verification import walk_cases
 
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     report = Report()
     cases, namespaces = walk_cases.make(list(names))
     with tempfile.TemporaryDirectory() as folder:
