@@ -1043,7 +1043,10 @@ RECIPES: dict[str, dict[str, Callable[[Tensor], Any]]] = {
     "torch.jit": JIT,
     "torch.export": EXPORT,
     "torch": {
-        "compile": lambda x: _often(torch.compile(_mean_of_wave), x),
+        # It then draws the random numbers of eager mode.
+        "compile": lambda x: _often(
+            torch.compile(_mean_of_wave, options={"fallback_random": True}), x
+        ),
         "vmap": lambda x: torch.vmap(f)(x),
         "fork": lambda x: torch._C.fork(f, x).wait(),
         "wait": lambda x: torch._C.wait(torch._C.fork(f, x)),

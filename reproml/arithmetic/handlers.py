@@ -79,6 +79,9 @@ def _require_strided(function: Function, rounds_once: bool = False) -> Function:
     rounds_once: whether the function itself rounds the numbers that it takes.
     """
     run = getattr(function, "_op", function)  # saves a Python frame
+    schema = getattr(function, "_schema", None)
+    types = [str(x.type) for x in schema.arguments] if schema else []
+    values = frozenset(i for i, kind in enumerate(types) if kind in ("number", "Tensor"))
 
     def strided(*args: Any, **kwargs: Any) -> Any:
         for x in args:  # every operator takes this path: no generator for what is not a list
@@ -86,7 +89,7 @@ def _require_strided(function: Function, rounds_once: bool = False) -> Function:
                 if x.layout is not torch.strided or x.is_complex():
                     _refuse_layout(x)
                 if not rounds_once and x.dtype in casts.NARROW:
-                    _check_numbers_beside(x.dtype, args)
+                    _check_numbers_beside(x.dtype, args, values)
             elif isinstance(x, (list, tuple)):
                 for y in tensors(x):
                     if y.layout is not torch.strided or y.is_complex():
@@ -130,17 +133,23 @@ def _refuse_layout(x: Tensor) -> None:
         raise NotExactError(f"it is not defined for {x.dtype} of layout {x.layout}")
 
 
-def _check_numbers_beside(dtype: torch.dtype, args: Any) -> None:
-    """Raise NotExactError for a Python number, or a tensor that stands for one, that PyTorch would round to
-    float32 and then to the 16 or 8 bits of a tensor beside it."""
-    for x in args:
-        if isinstance(x, Tensor) and (x.dtype is not torch.float64 or x.dim() or x.is_meta):
-            continue
-        if isinstance(x, (float, Tensor)) and casts.rounds_twice(float(x)):
+def _check_numbers_beside(dtype: torch.dtype, args: Any, values: frozenset[int]) -> None:
+    """Raise NotExactError for a number that PyTorch would round to float32 and then to a tensor's 16 or 8 bits.
+
+    values: the places of operands that are such numbers; elsewhere an integer is a size or an index. A tensor
+    without axes stands for a number.
+    """
+    for i, x in enumerate(args):
+        if isinstance(x, Tensor) and x.dtype in _WIDE and not x.dim() and not x.is_meta:
+            x = x.item()
+        if (type(x) is float or (type(x) is int and i in values)) and not casts.is_float32(x):
             raise NotExactError(
-                f"the number {float(x)} would be rounded to float32 and then to {dtype}; give it as a "
-                f"tensor, torch.tensor({float(x)}, dtype={dtype})"
+                f"the number {x} would be rounded to float32 and then to {dtype}; give it as a "
+                f"tensor, torch.tensor({x}, dtype={dtype})"
             )
+
+
+_WIDE = (torch.float64, torch.int64, torch.int32)
 
 
 # ---- defined -------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from typing import Any, Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.profiler import record_function
@@ -36,7 +37,7 @@ from reproml.arithmetic import handlers, operator_table, state
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.numerics.libm import ExactMath, ExactPower
 from reproml.arithmetic.operators import optimizers, random
-from reproml.arithmetic.operators.casts import NARROW
+from reproml.arithmetic.operators.casts import NARROW, is_float32, wide_numbers
 from reproml.errors import NotExactError, ReproError
 from reproml.torch_internals import (
     DECORATORS,
@@ -227,25 +228,30 @@ def _calculate_gain(original: Callable[..., float], nonlinearity: Any, param: An
     return original(nonlinearity, ExactPower(param) if isinstance(param, float) else param)
 
 
-def _round_once(original: Callable[..., Tensor], data: Any, *args: Any, **options: Any) -> Tensor:
-    """Make a tensor of Python numbers; to 16 and 8 bits PyTorch would round them twice."""
-    result = original(data, *args, **options)
-    return result if isinstance(data, Tensor) else _written_once(result, data)
+def _round_once(original: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+    """Make a tensor of Python numbers.
+
+    PyTorch would round them twice to 16 and 8 bits. Other data, such as arrays, it casts like a tensor.
+    """
+    result = original(*args, **options)
+    if result.dtype in NARROW:
+        data = args[0] if args else options.get("data", options.get("obj"))
+        wide = wide_numbers(data)
+        if wide is not None:
+            with torch.no_grad():
+                result.copy_(torch.from_numpy(np.array(wide, np.float64)))
+    return result
 
 
-def _new_tensor(
-    original: Callable[..., Tensor], x: Tensor, data: Any, *args: Any, **options: Any
-) -> Tensor:
-    result = original(x, data, *args, **options)
-    return result if isinstance(data, Tensor) else _written_once(result, data)
+def _new_tensor(original: Callable[..., Tensor], x: Tensor, *args: Any, **options: Any) -> Tensor:
+    return _round_once(functools.partial(original, x), *args, **options)
 
 
-def _written_once(x: Tensor, data: Any) -> Tensor:
-    if x.dtype in NARROW:
-        with torch.no_grad():
-            given = torch.tensor(data)
-            x.copy_(torch.tensor(data, dtype=torch.float64) if given.is_floating_point() else given)
-    return x
+def _set_item(original: Callable[..., None], x: Tensor, index: Any, value: Any) -> None:
+    """Write a number to elements; PyTorch would round it twice to 16 and 8 bits."""
+    if isinstance(value, (int, float)) and x.dtype in NARROW and not is_float32(value):
+        value = torch.tensor(value, dtype=x.dtype, device=x.device)
+    original(x, index, value)
 
 
 def _refuse_flushing(original: Callable[[bool], bool], mode: bool) -> bool:
@@ -545,6 +551,7 @@ PATCHES: list[Patch] = [
     # Numbers become tensors of 16 and 8 bits by one rounding.
     *[(torch, name, _within_exact(_round_once)) for name in ("tensor", "as_tensor", "asarray")],
     (Tensor, "new_tensor", _within_exact(_new_tensor)),
+    (Tensor, "__setitem__", _within_exact(_set_item)),
     # To print a tensor PyTorch computes in float64.
     (tensor_str, "_str", _print_natively),
     # Threads and processes inherit exact(), and so do the tasks of pools.

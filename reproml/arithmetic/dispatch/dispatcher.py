@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -195,15 +196,19 @@ def _overload(name: str) -> Any:
 
 @contextmanager
 def composites(table: dict[str, Kernel]) -> Iterator[None]:
-    """Run these composite operators of aten above autograd, until the end of the block.
+    """Run these composite operators of aten above autograd and torch.func, until the end of the block.
 
-    PyTorch takes a composite operator apart where autograd would record it. Its kernel for that key runs
-    ours in a thread whose operators are intercepted, and PyTorch's in others.
+    PyTorch takes a composite operator apart where autograd would record it, or a transform of torch.func
+    sees it. Kernels for these keys run ours in a thread whose operators are intercepted, and PyTorch's in
+    others.
     """
     library = torch.library.Library("aten", "IMPL")
     for name, composite in table.items():
-        for backend in ("AutogradCPU", "AutogradCUDA"):
-            library.impl(name, _composite_kernel(_overload(name), composite), backend)
+        kernel = _composite_kernel(_overload(name), composite)
+        with warnings.catch_warnings():  # that the kernel of torch.func for `linear` is replaced
+            warnings.simplefilter("ignore")
+            for key in ("AutogradCPU", "AutogradCUDA", "FuncTorchDynamicLayerFrontMode"):
+                library.impl(name, kernel, key)
     try:
         yield
     finally:

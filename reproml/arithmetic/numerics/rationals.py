@@ -55,7 +55,7 @@ class Rationals:
 
     def nearest(self) -> Any:
         """Return the nearest binary32 numbers, as float64; infinity on overflow."""
-        odd = _to_53_bits(np.atleast_1d(self.n), self.d, self.exponent).astype(np.float64)
+        odd = _odd(np.atleast_1d(self.n), self.d, self.exponent).astype(np.float64)
         with np.errstate(over="ignore"):
             return odd.astype(np.float32).astype(np.float64)
 
@@ -118,7 +118,7 @@ class Rationals:
         return self._lift(other) / self
 
 
-def _odd(n: int, d: int, exponent: int) -> float:
+def to_53_bits(n: int, d: int, exponent: int) -> float:
     """Return n * 2**exponent / d rounded to odd, to 53 bits, so that rounding it further rounds it once."""
     q, r = abs(n), 0
     if d != 1:
@@ -140,7 +140,7 @@ def _odd(n: int, d: int, exponent: int) -> float:
 
 
 _sign: Any = np.frompyfunc(lambda n: -1 if n < 0 else 1, 1, 1)
-_to_53_bits: Any = np.frompyfunc(_odd, 3, 1)
+_odd: Any = np.frompyfunc(to_53_bits, 3, 1)
 _fraction: Any = np.frompyfunc(Fraction, 2, 1)
 _numerator: Any = np.frompyfunc(lambda x: x.numerator, 1, 1)
 _denominator: Any = np.frompyfunc(lambda x: x.denominator, 1, 1)

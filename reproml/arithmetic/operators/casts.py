@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics import devices
+from reproml.arithmetic.numerics.rationals import to_53_bits
 from reproml.errors import NotExactError
 
 # Floats of 16 and 8 bits, to which PyTorch rounds wide numbers by way of float32.
@@ -65,11 +66,11 @@ def _float32_to_odd(x: Tensor) -> Tensor:
     halfway points of narrower formats (S. Boldo & G. Melquiond, IEEE Transactions on Computers 57(4),
     2008). Raises NotExactError for unsigned integers of 32 and more bits.
     """
-    if x.dtype in (torch.int32, torch.int64):
+    if x.dtype is torch.int64:
         # The last 12 bits of an integer that binary64 cannot hold only tell where it is not a tie.
         sticky = x & ~4095 | torch.where((x & 4095) == 0, 0, 2048)
         x = torch.where((x >= -(2**53)) & (x <= 2**53), x, sticky.to(x.dtype))
-    elif x.dtype is not torch.float64:
+    elif x.dtype not in (torch.float64, torch.int32):
         raise NotExactError(
             f"A cast from {x.dtype} to fewer bits is not defined; cast to int64 first."
         )
@@ -80,9 +81,25 @@ def _float32_to_odd(x: Tensor) -> Tensor:
     return torch.where((near.double() != wide) & even, other, near)
 
 
-def rounds_twice(value: float) -> bool:
-    """Return whether PyTorch rounds a number twice where it takes it to 16 or 8 bits."""
-    return not math.isnan(value) and float(np.float32(value)) != value
+def is_float32(value: Union[int, float]) -> bool:
+    """Return whether a number is a float32 number or NaN, so that PyTorch rounds it once to fewer bits."""
+    wide = to_53_bits(value, 1, 0) if isinstance(value, int) else value
+    return math.isnan(wide) or (float(np.float32(wide)) == wide and wide == value)
+
+
+def wide_numbers(data: Any) -> Any:
+    """Return nested Python numbers as floats whose rounding to 16 or 8 bits rounds the numbers once.
+
+    Returns None if there is something else in the lists and tuples.
+    """
+    if isinstance(data, (list, tuple)):
+        inner = [wide_numbers(x) for x in data]
+        return None if any(x is None for x in inner) else inner
+    if isinstance(data, Tensor) and not data.dim() and not data.is_complex():
+        data = data.item()
+    if isinstance(data, (int, np.integer)):
+        return to_53_bits(int(data), 1, 0)
+    return float(data) if isinstance(data, (float, np.floating)) else None
 
 
 def _as_tensor(x: Any) -> Tensor:
