@@ -7,8 +7,8 @@ An operator (an OpOverload, such as aten.add.Tensor) below autograd, forward or 
 - DEFINED: a name of the table's EXACT. Its definition runs for float32 operands. With integers alone it
   runs natively if the table's INTEGER names it. Other dtypes are refused.
 - FOREACH: `_foreach_add` and the like run the functional operator on each element of their lists.
-- DECOMPOSED: PyTorch writes the operator in terms of others (CompositeImplicitAutograd); these run instead,
-  and each is intercepted.
+- DECOMPOSED: the operator is written in terms of others, by the table's COMPOSITES or, for other names, by
+  PyTorch (CompositeImplicitAutograd); these run instead, and each is intercepted.
 - REFUSED: any other. It runs natively if no floating-point number goes in or comes out.
 
 The table names functional operators, such as `add`. The other forms of each follow from it here: the
@@ -134,10 +134,10 @@ def _refuse_layout(x: Tensor) -> None:
 
 
 def _check_numbers_beside(dtype: torch.dtype, args: Any, values: frozenset[int]) -> None:
-    """Raise NotExactError for a number that PyTorch would round to float32 and then to a tensor's 16 or 8 bits.
+    """Raise NotExactError for a number that PyTorch would round to float32 and then to 16 or 8 bits.
 
-    values: the places of operands that are such numbers; elsewhere an integer is a size or an index. A tensor
-    without axes stands for a number.
+    values: the places of operands that are such numbers; elsewhere an integer is a size or an index. A
+    tensor without axes stands for a number.
     """
     for i, x in enumerate(args):
         if isinstance(x, Tensor) and x.dtype in _WIDE and not x.dim() and not x.is_meta:

@@ -2,7 +2,8 @@
 
 A result lies in memory as PyTorch's own kernel for the CPU lays it out, by one of the rules below. It
 depends on the shapes and strides of the operands, never on their values, on the path that computed it or on
-the version of PyTorch. If all operands are contiguous, so is the result. Axes of one element do not count.
+the version of PyTorch. If all operands are contiguous, so is the result. Axes of one element have defined
+strides as well, because PyTorch derives the memory format of later results from them.
 """
 
 from __future__ import annotations
@@ -60,15 +61,9 @@ def arrangement(name: str) -> Callable[[Any, Sequence[Any]], Any]:
     known: set[Any] = set()  # layouts of results and operands that are as they should be
 
     def arrange(result: Any, operands: Sequence[Any]) -> Any:
-        for x in operands:
-            if isinstance(x, Tensor) and not x.is_contiguous():
-                break
-        else:
-            if isinstance(result, Tensor) and result.is_contiguous():
-                return result
         if isinstance(result, (tuple, list)):
             return type(result)(_arranged(name, x, operands) for x in result)
-        layout = tuple((x.shape, x.stride()) for x in (result, *operands) if isinstance(x, Tensor))
+        layout = (*[(x.shape, x.stride()) for x in (result, *operands) if isinstance(x, Tensor)],)
         if layout not in known:
             arranged = _arranged(name, result, operands)
             if arranged is not result:
@@ -100,8 +95,10 @@ def _arranged(name: str, x: Any, operands: Sequence[Any]) -> Any:
 
 
 def _with_strides(x: Tensor, strides: Sequence[int]) -> Tensor:
-    if all(a == b for a, b, n in zip(x.stride(), strides, x.shape) if n > 1) or not x.numel():
+    if x.stride() == tuple(strides) or not x.numel():
         return x
+    if all(a == b for a, b, n in zip(x.stride(), strides, x.shape) if n > 1):
+        return x.as_strided(x.shape, strides)  # later operators look at axes of one element, too
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 

@@ -147,12 +147,18 @@ NEAR_TIES = st.builds(
 @given(st.lists(st.one_of(NEAR_TIES, st.floats(-1e4, 1e4)), min_size=1, max_size=20))
 @few
 def test_narrow_casts_round_once(dtype, values):
-    """Of float64 tensors and of Python numbers, which PyTorch rounds to float32 first."""
+    """PyTorch rounds float64 tensors and Python numbers to float32 first."""
     expected = [nearest_narrow(Fraction(v), dtype) for v in values]
     wide = torch.tensor(values, dtype=torch.float64)
 
     def copied() -> torch.Tensor:
         return torch.zeros(len(values), dtype=dtype).copy_(wide)
+
+    def assigned() -> torch.Tensor:
+        x = torch.zeros(len(values), 2, dtype=dtype)
+        for i, value in enumerate(values):
+            x[i] = value
+        return x[:, 0]
 
     for make in (
         lambda: wide.to(dtype),
@@ -160,6 +166,10 @@ def test_narrow_casts_round_once(dtype, values):
         lambda: torch.tensor(values, dtype=dtype),
         lambda: torch.as_tensor(values, dtype=dtype),
         lambda: torch.asarray(values, dtype=dtype),
+        lambda: torch.asarray(obj=values, dtype=dtype),
+        lambda: torch.as_tensor(np.array(values), dtype=dtype),
+        lambda: torch.tensor([torch.tensor(v, dtype=torch.float64) for v in values], dtype=dtype),
+        assigned,
         lambda: torch.zeros((), dtype=dtype).new_tensor(values),
         lambda: torch.stack([torch.full((), v, dtype=dtype) for v in values]),
     ):
@@ -173,8 +183,28 @@ def test_narrow_casts_of_integers_round_once(values):
     values = [*values, 2**62 + 2**54, 2**62 + 2**54 + 1, -(2**62) - 2**54 - 1, 2**24 + 2**16 + 1]
     expected = [nearest_narrow(Fraction(v), torch.bfloat16) for v in values]
     assert exact_path(torch.tensor(values).to, torch.bfloat16).double().tolist() == expected
-    made = exact_path(lambda: torch.tensor(values, dtype=torch.bfloat16))
-    assert made.double().tolist() == expected
+    made = exact_path(lambda: torch.tensor([*values, 2**70 + 2**62 + 1], dtype=torch.bfloat16))
+    assert made.double().tolist() == [*expected, 2**70 + 2**63]
+    fewer = torch.tensor([v % 2**31 for v in values], dtype=torch.int32)
+    expected = [nearest_narrow(Fraction(v), torch.bfloat16) for v in fewer.tolist()]
+    assert exact_path(fewer.to, torch.bfloat16).double().tolist() == expected
+
+
+def test_data_that_is_narrow_already_is_taken_as_it_is():
+    """These recursed without end, or wrote to the caller's memory."""
+    array = np.array([1.5, 0.1], np.float16)
+    for make in (torch.tensor, torch.as_tensor, torch.asarray):
+        found = exact_path(make, array)
+        assert found.dtype is torch.float16 and found.tolist() == array.tolist()
+    assert exact_path(torch.tensor, np.float16(0.1)).item() == float(np.float16(0.1))
+    buffer = bytearray(b"\x00\x3c\x00\x40")
+    assert exact_path(lambda: torch.asarray(buffer, dtype=torch.float16)).tolist() == [1, 2]
+    assert buffer == b"\x00\x3c\x00\x40"
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert exact_path(torch.tensor, [0.1]).tolist() == [0.10009765625]
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_numbers_beside_narrow_tensors_are_refused():
@@ -184,6 +214,19 @@ def test_numbers_beside_narrow_tensors_are_refused():
     for function in (lambda v: x.masked_fill(mask, v), lambda v: x > v, lambda v: x.eq(v)):
         assert "0.1" in refused(function, 0.1)
         exact_path(function, -0.5)
+    large = 2**24 + 2**16 + 1
+    for function in (
+        lambda v: x.masked_fill(mask, v),
+        lambda v: x.masked_fill(mask, torch.tensor(v)),
+        lambda v: x.index_fill(0, torch.tensor([0]), v),
+        lambda v: torch.nn.functional.pad(x, (1, 1), value=v),
+    ):
+        assert str(large) in refused(function, large)
+        exact_path(function, 2**24)
+    empty = torch.empty(0, large, dtype=torch.bfloat16)
+    assert (
+        exact_path(lambda: empty.narrow(1, 0, large)).shape == empty.shape
+    )  # a size, not a number
     assert exact_path(torch.where, mask, x, -torch.inf)[1] == -torch.inf
     value = 1 + 2**-8 + 2**-40
     assert exact_path(torch.where, mask, 0 * x, value).tolist() == [0, 1.0078125]

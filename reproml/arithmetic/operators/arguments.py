@@ -18,9 +18,9 @@ def require(condition: Any, message: str) -> None:
     condition: a bool, or a bool tensor whose elements must all be true. A tensor on an accelerator is not
     checked, because reading it would make the host wait.
     """
-    if not isinstance(condition, Tensor):
-        condition = torch.tensor(condition, device="cpu")
-    if condition.is_cpu and not bool(condition.all()):
+    if isinstance(condition, Tensor):
+        condition = not condition.is_cpu or bool(condition.all())
+    if not condition:
         raise RuntimeError(message)
 
 

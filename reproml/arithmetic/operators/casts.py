@@ -67,7 +67,7 @@ def _float32_to_odd(x: Tensor) -> Tensor:
     2008). Raises NotExactError for unsigned integers of 32 and more bits.
     """
     if x.dtype is torch.int64:
-        # The last 12 bits of an integer that binary64 cannot hold only tell where it is not a tie.
+        # The last 12 bits of an integer that binary64 cannot hold only show that it is not a tie.
         sticky = x & ~4095 | torch.where((x & 4095) == 0, 0, 2048)
         x = torch.where((x >= -(2**53)) & (x <= 2**53), x, sticky.to(x.dtype))
     elif x.dtype not in (torch.float64, torch.int32):

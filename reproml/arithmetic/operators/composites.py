@@ -16,14 +16,20 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.operators.arguments import require
+
 # ---- products ----------------------------------------------------------------------------------------
 
 
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """Return x @ weight.T + bias, rounded once: one addmm, or mm, of all rows of x.
 
-    x: [..., k]; weight: [n, k] or [k]; bias: [n] or a scalar. Returns [..., n], or [...] for a vector.
+    x: [..., k]; weight: [n, k], or [k] without a bias; bias: [n] or a scalar. Returns [..., n], or [...]
+    for a vector. A bias of two axes beside an x of other than two is added to the rounded product, as
+    PyTorch does. Raises RuntimeError for other shapes.
     """
+    require(x.dim() > 0 and weight.dim() > 0, "linear: the input and the weight need an axis")
+    require(weight.dim() == 2 or bias is None, "linear: a bias needs a weight of two axes")
     if weight.dim() != 2 or (bias is not None and bias.dim() > 1 and x.dim() != 2):
         y = matmul(x, weight.t())
         return y if bias is None else torch.add(y, bias)
@@ -38,11 +44,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     A matrix beside a batch of matrices, [..., m, k] @ [k, n] or [m, k] @ [..., k, n], is one mm of all
     their rows or columns, so that its gradient is one sum. Two batches are broadcast, then one bmm.
     """
-    if not a.dim() or not b.dim():
-        raise RuntimeError(
-            "both arguments to matmul need to be at least 1D, but they are "
-            f"{a.dim()}D and {b.dim()}D"
-        )
+    require(a.dim() > 0 and b.dim() > 0, "matmul: each operand needs an axis")
     if b.dim() == 1:
         if a.dim() == 1:
             return torch.dot(a, b)
@@ -69,10 +71,11 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def einsum(equation: str, operands: Sequence[Tensor], path: Any = None) -> Tensor:
-    """Contract the operands from left to right: each step is one bmm, rounded once.
+    """Contract the operands from left to right: each step is one bmm, or mul if it sums nothing.
 
-    An axis that only one of the two operands has, and nothing after them, is summed first. `path`, which
-    depends on whether opt_einsum is installed, is not used. Raises RuntimeError for an invalid equation.
+    Each step is rounded once. An axis that only one of the two operands has, and nothing after them, is
+    summed first. `path`, which depends on whether opt_einsum is installed, is not used. Raises RuntimeError
+    for an invalid equation.
     """
     inputs, output = _parse(equation, [x.dim() for x in operands])
     x, labels = _diagonals(operands[0], inputs[0])
@@ -102,7 +105,7 @@ def _parse(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[s
 
     inputs = [labels(term, rank) for term, rank in zip(terms, ranks)]
     everything = [label for term in inputs for label in term]
-    dots = max((term for term in inputs), key=lambda term: sum(x[0] == "." for x in term))
+    dots = max(inputs, key=lambda term: sum(x[0] == "." for x in term))
     hidden = [label for label in dots if label[0] == "."]
     if not arrow:
         once = sorted({x for x in everything if x[0] != "." and everything.count(x) == 1})
@@ -119,6 +122,10 @@ def _diagonals(x: Tensor, labels: Sequence[str]) -> tuple[Tensor, list[str]]:
     for label in labels:
         if label in found:
             first = found.index(label)
+            require(
+                x.shape[first] == x.shape[len(found)],
+                f"einsum(): {label!r} is repeated for axes of different sizes",
+            )
             x = x.diagonal(0, first, len(found)).movedim(-1, first)
         else:
             found.append(label)
@@ -158,14 +165,14 @@ def _contract(
             [math.prod(shape), *(math.prod(sizes[s] for s in g) for g in (rows, columns))]
         )
 
-    if not (summed or only_x or only_y):
-        flat = [
-            t.permute([labels.index(label) for label in batch])
-            for t, labels in ((x, of_x), (y, of_y))
-        ]
-        return torch.mul(*flat), batch
-    product = torch.bmm(matrices(x, of_x, only_x, summed), matrices(y, of_y, summed, only_y))
     labels = batch + only_x + only_y
+    if not summed:
+        x = x.permute([of_x.index(label) for label in batch + only_x])
+        y = y.permute([of_y.index(label) for label in batch + only_y])
+        ones = [1] * len(only_x)
+        y = y.reshape([*y.shape[: len(batch)], *ones, *y.shape[len(batch) :]])
+        return torch.mul(x.reshape([*x.shape, *[1] * len(only_y)]), y), labels
+    product = torch.bmm(matrices(x, of_x, only_x, summed), matrices(y, of_y, summed, only_y))
     return product.view([sizes[label] for label in labels]), labels
 
 
@@ -188,18 +195,34 @@ def scaled_dot_product_attention(
     query: [..., l, e]; key: [..., s, e]; value: [..., s, v]. A bool mask is 0 where true and -inf
     elsewhere; is_causal masks what lies above the diagonal. Each step is rounded.
     """
+    name = "scaled_dot_product_attention"
+    require(
+        min(query.dim(), key.dim(), value.dim()) >= 2,
+        f"{name}: each operand needs two axes or more",
+    )
+    if attn_mask is not None:
+        require(not is_causal, f"{name}: is_causal is set beside an attn_mask")
+        require(
+            attn_mask.dtype in (torch.bool, query.dtype),
+            f"{name}: the mask is {attn_mask.dtype}, not bool or {query.dtype}",
+        )
     if is_causal:
-        if attn_mask is not None:
-            raise RuntimeError("scaled_dot_product_attention: is_causal is set beside an attn_mask")
         shape = (query.shape[-2], key.shape[-2])
         attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(query.dtype)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if scale is None:
+        scale = 1 / math.sqrt(max(query.shape[-1], 1))
     root = math.sqrt(abs(scale))
     query = query * (-root if scale < 0 else root)
     if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+        heads = query.shape[-3]
+        for x in (key, value):
+            require(
+                x.shape[-3] > 0 and heads % x.shape[-3] == 0,
+                f"{name}: {heads} heads of the query are not a multiple of {x.shape[-3]}",
+            )
+        key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
     scores = matmul(query, key.mT * root)
     if attn_mask is not None:
         scores = scores + attn_mask
@@ -227,24 +250,30 @@ def cross_entropy_loss(
     log_softmax is rounded, then the loss. With label smoothing s, the loss times fl(1 - s) is added to
     fl(s / c) times the negative sum of the logarithms, which is weighted and reduced like the loss.
     """
+    require(x.dim() > 0, "cross_entropy: the input needs an axis of classes")
+    require(label_smoothing <= 1.0, f"cross_entropy: label_smoothing is {label_smoothing}, above 1")
+    label_smoothing = max(label_smoothing, 0.0)  # PyTorch does not smooth by negative numbers
     axis = 1 if x.dim() > 1 else 0
     classes = x.shape[axis]
     logs = x.log_softmax(axis)
     shape = [1] * axis + [classes] + [1] * (x.dim() - axis - 1)
     weights = None if weight is None else weight.view(shape)
     if target.shape == x.shape and target.is_floating_point():
+        require(ignore_index < 0, "cross_entropy: ignore_index has no meaning for probabilities")
+        require(weight is None or weight.dim() == 1, "cross_entropy: the weight needs one axis")
         if label_smoothing:
             target = target * (1 - label_smoothing) + label_smoothing / classes
         terms = logs * target if weights is None else logs * target * weights
         if reduction == _NONE:
             return -terms.sum(axis)
         total = -terms.sum()
-        return total if reduction == _SUM else total / (x.numel() // classes)
+        return total if reduction == _SUM else total / (x.numel() // max(classes, 1))
     loss = torch.nn.functional.nll_loss(
         logs, target, weight, None, ignore_index, None, ("none", "mean", "sum")[reduction]
     )
     if not label_smoothing:
         return loss
+    target = target.long()
     ignored = target == ignore_index
     smooth = -(logs if weights is None else logs * weights).sum(axis)
     smooth = smooth.masked_fill(ignored, 0.0)
@@ -264,7 +293,9 @@ def cosine_similarity(x: Tensor, y: Tensor, dim: int = 1, eps: float = 1e-8) -> 
 
     The gradient of a norm is that of the norm, also where it is smaller than eps.
     """
-    x, y = torch.broadcast_tensors(x, y)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    require(dtype.is_floating_point, f"cosine_similarity: the operands are {dtype}")
+    x, y = torch.broadcast_tensors(x.to(dtype), y.to(dtype))
     norm_x, norm_y = (torch.linalg.vector_norm(t, 2, dim, keepdim=True).clone() for t in (x, y))
     with torch.no_grad():
         norm_x.clamp_min_(eps)

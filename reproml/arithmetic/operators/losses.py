@@ -171,7 +171,7 @@ def nll_loss(
     w the weight of a sample's class, the loss is -w x[target] for NONE, -sum(w x[target]) for SUM and
     that divided by sum(w) for MEAN. Raises IndexError for a target that is no class.
     """
-    _check_nll(x, target, weight)
+    target = _checked_targets(x, target, weight)
     if x.dim() == 1:  # one sample: a batch of one
         loss, total = nll_loss(x.unsqueeze(0), target.reshape(1), weight, reduction, ignore_index)
         return (loss.squeeze(0) if reduction == NONE else loss), total
@@ -191,8 +191,8 @@ def nll_loss(
     return _reference_nll(x, target, weight, reduction, ignore_index)
 
 
-def _check_nll(x: Tensor, target: Tensor, weight: Optional[Tensor]) -> None:
-    """Raise RuntimeError for operands whose shapes do not fit."""
+def _checked_targets(x: Tensor, target: Tensor, weight: Optional[Tensor]) -> Tensor:
+    """Return the targets as int64. Raises RuntimeError for operands whose shapes or dtypes do not fit."""
     fits = target.shape == x.shape[:-1] or (x.dim() == 1 and target.shape == (1,))
     if x.dim() not in (1, 2) or not fits:
         raise RuntimeError(
@@ -200,6 +200,9 @@ def _check_nll(x: Tensor, target: Tensor, weight: Optional[Tensor]) -> None:
         )
     require_shape("the input", x, x.shape)
     require_shape("the weight", weight, x.shape[-1:])
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"the targets must be int64 or uint8, not {target.dtype}")
+    return target.long()
 
 
 def _compiled_nll_applies(x: Tensor, target: Tensor, weight: Optional[Tensor]) -> bool:
@@ -240,7 +243,7 @@ def nll_loss_backward(
     total: Tensor,
 ) -> Tensor:
     """Return -g w / total (MEAN) or -g w at the target, 0 elsewhere: float32 of x's shape."""
-    _check_nll(x, target, weight)
+    target = _checked_targets(x, target, weight)
     each = reduction == NONE and g.dim() > 0
     require_shape("the gradient", g, target.shape if each else ())
     require_shape("the total weight", total, ())

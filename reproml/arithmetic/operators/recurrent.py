@@ -15,6 +15,7 @@ from typing import Any, Callable, NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.operators.arguments import require
 from reproml.arithmetic.operators.composites import linear, matmul
 
 
@@ -74,6 +75,8 @@ def _cell(cell: Cell) -> Callable[..., Any]:
     def operator(x: Tensor, hidden: Any, *weights: Optional[Tensor]) -> Any:
         w = Weights(*weights)  # type: ignore[arg-type]
         state = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
+        for h in state:
+            require(len(h) == len(x), f"a batch of {len(x)} has hidden states for {len(h)}")
         new = cell(lambda: linear(x, w.of_input, w.input_bias), state, w)
         return new[0] if isinstance(hidden, Tensor) else new
 
@@ -143,6 +146,17 @@ def _stack(
     """
     directions = 2 if bidirectional else 1
     count = len(parameters) // (layers * directions)
+    sizes = [4 if has_biases else 2]  # numbers of parameters of a layer in a direction
+    sizes += [sizes[0] + 1] * (cell is _lstm)
+    require(
+        any(len(parameters) == size * layers * directions for size in sizes),
+        f"{len(parameters)} parameters do not fit {layers} layers in {directions} directions",
+    )
+    for s in start:
+        require(
+            len(s) == layers * directions,
+            f"{layers} layers in {directions} directions take as many hidden states, not {len(s)}",
+        )
     states = list(zip(*[s.unbind(0) for s in start]))
     last = []
     for layer in range(layers):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -162,9 +163,8 @@ CALLS: dict[str, Any] = {
     "rnn_relu_cell": [layer(nn.RNNCell(20, 7, nonlinearity="relu"), (3, 20), (3, 7))],
 }  # fmt: skip
 
-# Rounded once here, and twice where PyTorch takes the composite apart: the gradient of an outer product,
-# and a layer whose batch comes first.
-ROUNDED_ONCE_ONLY_HERE = {("einsum", 2), ("gru.input", 1)}
+# Rounded once here, and twice where PyTorch takes the composite apart: a layer whose batch comes first.
+ROUNDED_ONCE_ONLY_HERE = {("gru.input", 1)}
 
 
 def test_every_composite_is_tested():
@@ -287,7 +287,7 @@ def test_gradient_of_einsum_diagonal_is_written_to_the_diagonal():
     g = torch.randn(3)
     with reproml.exact():
         torch.einsum("ii->i", x).backward(g)
-    assert torch.equal(x.grad, torch.diag(g))
+    assert x.grad is not None and torch.equal(x.grad, torch.diag(g))
 
 
 def test_einsum_sums_what_one_operand_has_first():
@@ -299,7 +299,7 @@ def test_einsum_sums_what_one_operand_has_first():
 
 @pytest.mark.parametrize("equation, shapes", [
     ("ab,bc", ((2, 3), (4, 5))), ("a1", ((2, 3),)), ("ab", ((2,),)), ("a,b", ((2,),)),
-    ("ab->aa", ((2, 3),)), ("ab->c", ((2, 3),)), ("a...", ((),)),
+    ("ab->aa", ((2, 3),)), ("ab->c", ((2, 3),)), ("a...", ((),)), ("aa->a", ((1, 3),)),
 ])  # fmt: skip
 def test_invalid_einsum_is_an_error(equation, shapes):
     with pytest.raises(RuntimeError, match=r"einsum\(\)"), reproml.exact():
@@ -316,7 +316,7 @@ def test_einsum_does_not_use_a_path():
 
 
 def test_gradient_of_shared_weight_is_one_sum():
-    """Of all rows, for a weight beside a batch of matrices, in each layout."""
+    """The gradient of a weight beside a batch of matrices sums over all rows, in each layout."""
     x, weight = normal((4, 6, 30), (30, 5))
     for given in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
         weight = weight.detach().requires_grad_()
@@ -351,3 +351,65 @@ def test_shapes_that_do_not_fit_are_errors():
         F.scaled_dot_product_attention(q, q, q, torch.ones(2, 2), is_causal=True)
     with pytest.raises(RuntimeError), reproml.exact():
         torch.nn.LSTM(3, 4)(torch.ones(0, 2, 3))
+
+
+X, HEADS = torch.ones(3, 4), torch.ones(2, 2, 5, 8)
+GRU = [torch.ones(15, 4), torch.ones(15, 5), torch.ones(15), torch.ones(15)]
+
+
+@pytest.mark.parametrize("call", [
+    lambda: F.linear(X, torch.ones(4), torch.tensor(1.0)),
+    lambda: F.linear(torch.tensor(1.0), torch.ones(3, 4)),
+    lambda: F.scaled_dot_product_attention(HEADS, HEADS, HEADS, torch.ones(5, 5).long()),
+    lambda: F.scaled_dot_product_attention(HEADS[:, :1], HEADS, HEADS, enable_gqa=True),
+    lambda: F.scaled_dot_product_attention(X[0], X[0], X[0]),
+    lambda: F.cross_entropy(X, torch.zeros(3).int()),
+    lambda: F.cross_entropy(X, X, ignore_index=1),
+    lambda: F.cross_entropy(X, torch.zeros(3).long(), label_smoothing=2.0),
+    lambda: F.cross_entropy(torch.tensor(1.0), torch.tensor(0)),
+    lambda: F.cosine_similarity(X.long(), X.long()),
+    lambda: nn.GRUCell(4, 3)(torch.ones(1, 4), torch.ones(3, 3)),
+    lambda: nn.LSTMCell(4, 3)(torch.ones(2, 4), (torch.ones(2, 3), torch.ones(3, 3))),
+    lambda: torch.gru(HEADS[0, :, :3, :4], torch.ones(1, 3, 5), GRU[:2], True, 1, 0.0, False, False, False),
+    lambda: torch.gru(HEADS[0, :, :3, :4], torch.ones(2, 3, 5), GRU, True, 1, 0.0, False, False, False),
+])  # fmt: skip
+def test_what_pytorch_refuses_is_refused(call):
+    for context in (nullcontext, reproml.exact):
+        with context(), pytest.raises(RuntimeError):
+            call()
+
+
+@pytest.mark.parametrize("call", [
+    lambda: F.scaled_dot_product_attention(X[:, :0], X[:, :0], X),
+    lambda: F.cross_entropy(X, torch.zeros(3, dtype=torch.uint8)),
+    lambda: F.cross_entropy(X[:, :0], X[:, :0]),
+    lambda: torch.einsum("i,j->ij", torch.tensor([True, False]), torch.tensor([True])),
+    lambda: torch.einsum("i,j->ij", torch.tensor([-1.0]), torch.tensor([0.0])),  # -0.0
+    lambda: torch.einsum("ij,jk->ik", X.long(), X.long().t()),
+    lambda: F.cross_entropy(X, torch.zeros(3).long(), label_smoothing=-0.5),
+])  # fmt: skip
+def test_what_pytorch_takes_is_taken(call):
+    native = call()
+    with reproml.exact():
+        found = call()
+    assert found.dtype == native.dtype and found.shape == native.shape
+    assert torch.equal(found.isnan(), native.isnan())
+    torch.testing.assert_close(found.nan_to_num(), native.nan_to_num())
+    if native.is_floating_point():
+        assert torch.equal(found.signbit(), native.signbit()) or native.isnan().any()
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.endswith(".data")])
+def test_composite_is_ours_within_torch_func(name):
+    """PyTorch's transforms see an operator before autograd does; they take no packed sequences."""
+
+    def vjp(function: Any) -> Any:
+        return lambda *x: torch.func.vjp(function, *x)[0]
+
+    for call, shapes in CALLS[name]:
+        operands = normal(*shapes)
+        given = [laid_out(x, "transposed") for x in operands]
+        for transform in (vjp, torch.func.functionalize):
+            expected = outcome(call, [x.clone() for x in operands], gradients=False)
+            found = outcome(transform(call), [x.detach() for x in given], gradients=False)
+            assert all(map(same_bits, found, expected))
