@@ -175,6 +175,14 @@ is_batchedtensor = internal(
     "recognizes a condition of torch.cond within torch.vmap, for which reproml has no rule",
     "torch.cond would fail there with an error of PyTorch",
 )
+get_interpreter_stack = internal(
+    "torch._C._functorch.get_interpreter_stack",
+    "determines whether torch.vmap is active, whose rule for addmm rounds twice",
+    "a linear layer within torch.vmap would round twice",
+)
+TransformType = internal(
+    "torch._C._functorch.TransformType", "see get_interpreter_stack", "see get_interpreter_stack"
+)
 higher_order = internal(
     "torch._ops",
     "the module of higher-order operators, which call functions and compute nothing themselves",

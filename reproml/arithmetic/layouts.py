@@ -81,7 +81,8 @@ def _arranged(name: str, x: Any, operands: Sequence[Any]) -> Any:
     if name == "linalg_qr":
         return _with_strides(x, _dense(x.shape, [x.dim() - 2, x.dim() - 1, *range(x.dim() - 2)]))
     shaped = [y for y in operands if isinstance(y, Tensor)]
-    if any(y.dim() > x.dim() for y in shaped) and name in ELEMENTWISE:  # a loss that is reduced
+    if name in ELEMENTWISE and (not shaped or any(y.dim() > x.dim() for y in shaped)):
+        # all operands are Python numbers, as a trace passes them, or a loss is reduced
         return _with_strides(x, _dense(x.shape))
     if name in ELEMENTWISE or (name in ("max", "min") and len(shaped) > 1):
         if name in SECOND_FIRST:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.operators.arguments import require
+from reproml.torch_internals import TransformType, get_interpreter_stack
 
 # ---- products ----------------------------------------------------------------------------------------
 
@@ -34,6 +35,10 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         y = matmul(x, weight.t())
         return y if bias is None else torch.add(y, bias)
     rows = x if x.dim() == 2 else _rows(x)
+    if bias is not None and _within_vmap():  # whose rule for addmm rounds twice
+        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
+        weight = torch.cat([weight, bias.expand(weight.shape[:1]).unsqueeze(1)], 1)
+        bias = None
     y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
     return y if x.dim() == 2 else y.view([*x.shape[:-1], y.shape[-1]])
 
@@ -63,6 +68,11 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     x = a.expand([*batch, m, k]).reshape(count, m, k)
     y = b.expand([*batch, inner, n]).reshape(count, inner, n)
     return torch.bmm(x, y).view([*batch, m, n])
+
+
+def _within_vmap() -> bool:
+    stack = get_interpreter_stack()
+    return stack is not None and any(x.key() == TransformType.Vmap for x in stack)
 
 
 def _rows(x: Tensor) -> Tensor:

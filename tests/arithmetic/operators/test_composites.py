@@ -353,6 +353,18 @@ def test_shapes_that_do_not_fit_are_errors():
         torch.nn.LSTM(3, 4)(torch.ones(0, 2, 3))
 
 
+def test_linear_within_vmap_is_rounded_once():
+    x, weight, bias = normal((6, 4, 30), (5, 30), (5,))
+    with reproml.exact():
+        expected = F.linear(x, weight, bias)
+        assert same_bits(torch.vmap(F.linear, (0, None, None))(x, weight, bias), expected)
+        assert same_bits(
+            torch.vmap(lambda v: F.linear(v, weight, bias[0]))(x), F.linear(x, weight, bias[0])
+        )
+        each = torch.vmap(F.linear)(x, weight.expand(6, 5, 30), bias.expand(6, 5))
+        assert same_bits(each, expected)
+
+
 X, HEADS = torch.ones(3, 4), torch.ones(2, 2, 5, 8)
 GRU = [torch.ones(15, 4), torch.ones(15, 5), torch.ones(15), torch.ones(15)]
 
