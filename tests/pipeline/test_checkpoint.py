@@ -26,6 +26,7 @@ from reproml.pipeline.checkpoint import (
 )
 from reproml.pipeline.run import Recording, perform
 from reproml.pipeline.train import Training, train
+from reproml.versions import DEFINITIONS
 from tests import tiny
 
 
@@ -278,7 +279,10 @@ def test_other_recipe_or_numerics_raises(folder):
     [
         ({"format": 2}, "version 2 of the format, this reproml has version 1; update reproml"),
         ({"format": 0}, "version 0 of the format.*; delete the folder to train from scratch"),
-        ({"definitions": 2}, "version 2 of the definitions, this reproml has version 1; update"),
+        (
+            {"definitions": DEFINITIONS + 1},
+            f"version {DEFINITIONS + 1} of the definitions, this reproml has version {DEFINITIONS}; update",
+        ),
         ({"format": 2, "step": None, "new": []}, "version 2 of the format"),
     ],
 )
