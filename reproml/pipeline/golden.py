@@ -64,7 +64,8 @@ def read_golden(path: Path) -> Items:
     if version == str(DEFINITIONS):
         return items
     newer = len(version) > 9 or int(version) > DEFINITIONS
-    remedy = "update reproml" if newer else "write it again with --force"
+    older = "check it with a reproml that has that version, or make it again (docs/definitions.md)"
+    remedy = "update reproml" if newer else older
     raise ReproError(
         f"{path} was made with version {version[:20]} of the definitions (definitions.version), "
         f"this reproml has version {DEFINITIONS}; {remedy}"

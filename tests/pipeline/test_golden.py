@@ -168,7 +168,7 @@ def test_string_differs_from_number(expected, found, shown):
     [
         (DEFINITIONS + 1, "update reproml"),
         (10**30, "update reproml"),
-        (DEFINITIONS - 1, "write it again with --force"),
+        (DEFINITIONS - 1, "check it with a reproml that has that version"),
         ("none: native numerics", "must be an integer"),
         (1.5, "must be an integer"),
         (str(DEFINITIONS), f'must be an integer, not "{DEFINITIONS}"'),

@@ -45,7 +45,7 @@ def _of_hidden(hidden: Hidden, w: Weights) -> Tensor:
 
 def _lstm(of_input: OfInput, hidden: Hidden, w: Weights) -> Hidden:
     """i, f, o: sigmoid; g: tanh of the sums; c' = f c + i g; h' = o tanh(c')."""
-    gates = _of_hidden(hidden, w).add_(of_input()).unsafe_chunk(4, 1)
+    gates = (_of_hidden(hidden, w) + of_input()).unsafe_chunk(4, 1)
     i, f, g, o = gates[0].sigmoid_(), gates[1].sigmoid_(), gates[2].tanh_(), gates[3].sigmoid_()
     c = (f * hidden[1]).add_(i * g)
     h = o * c.tanh()
@@ -55,18 +55,18 @@ def _lstm(of_input: OfInput, hidden: Hidden, w: Weights) -> Hidden:
 def _gru(of_input: OfInput, hidden: Hidden, w: Weights) -> Hidden:
     """r, z: sigmoid of the sums; n = tanh(x_n + r h_n); h' = (h - n) z + n."""
     of_x, of_h = of_input().unsafe_chunk(3, 1), _of_hidden(hidden, w).unsafe_chunk(3, 1)
-    r = of_h[0].add_(of_x[0]).sigmoid_()
-    z = of_h[1].add_(of_x[1]).sigmoid_()
-    n = of_x[2].add(of_h[2].mul_(r)).tanh_()
+    r = (of_h[0] + of_x[0]).sigmoid_()
+    z = (of_h[1] + of_x[1]).sigmoid_()
+    n = (of_x[2] + of_h[2] * r).tanh_()
     return ((hidden[0] - n).mul_(z).add_(n),)
 
 
 def _rnn_tanh(of_input: OfInput, hidden: Hidden, w: Weights) -> Hidden:
-    return (_of_hidden(hidden, w).add_(of_input()).tanh(),)
+    return ((_of_hidden(hidden, w) + of_input()).tanh(),)
 
 
 def _rnn_relu(of_input: OfInput, hidden: Hidden, w: Weights) -> Hidden:
-    return (_of_hidden(hidden, w).add_(of_input()).relu(),)
+    return ((_of_hidden(hidden, w) + of_input()).relu(),)
 
 
 def _cell(cell: Cell) -> Callable[..., Any]:

@@ -353,6 +353,15 @@ def test_shapes_that_do_not_fit_are_errors():
         torch.nn.LSTM(3, 4)(torch.ones(0, 2, 3))
 
 
+@pytest.mark.parametrize("cell", [nn.RNNCell(4, 3), nn.GRUCell(4, 3)])
+def test_cells_run_within_vmap(cell):
+    (x,) = normal((6, 2, 4))
+    with reproml.exact():
+        found = torch.vmap(cell)(x)
+        expected = torch.stack([cell(v) for v in x])
+    torch.testing.assert_close(found, expected)
+
+
 def test_linear_within_vmap_is_rounded_once():
     x, weight, bias = normal((6, 4, 30), (5, 30), (5,))
     with reproml.exact():
