@@ -41,7 +41,7 @@ def _prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor that PyTorch casts to `dtype` with one rounding of x.
 
     Raises NotExactError if the result depends on the machine: a float outside an integer dtype's range
-    becomes whatever integer the processor returns.
+    becomes whatever integer the processor returns. Below the range of int64 that is its lowest number.
     """
     if dtype in NARROW and x.dtype.itemsize >= 4 and x.dtype is not torch.float32:
         return _float32_to_odd(x)
@@ -50,6 +50,10 @@ def _prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
     ):
         if devices.is_on_accelerator(x):
             replay_log.flush()
+        if (
+            dtype is torch.int64
+        ):  # -inf and numbers below the range become its lowest number everywhere
+            x = torch.where(x < -(2.0**63), -(2.0**63), x)
         integer, bounds = x.double().trunc(), torch.iinfo(dtype)
         if not bool(((integer >= bounds.min) & (integer < bounds.max + 1.0)).all()):
             raise NotExactError(
