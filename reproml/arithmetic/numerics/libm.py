@@ -10,6 +10,8 @@ from functools import wraps
 from types import ModuleType
 from typing import Any, Callable
 
+from reproml.arithmetic.numerics.rationals import to_53_bits
+
 # Bits to compute with, and to round to before the result.
 _BITS = 400, 150
 # A value within 2^-150 of a midpoint of two floats counts as the midpoint: an exact tie, which a power may
@@ -125,11 +127,8 @@ def rounded_to_odd(value: Callable[[Any], Any]) -> float:
     with mpmath.workprec(_BITS[0]):
         x = value(mpmath.mp)
         with mpmath.workprec(_BITS[1]):
-            sign, mantissa, exponent, length = (+x)._mpf_
-    left = max(length - 53, 0)
-    odd = mantissa >> left | bool(mantissa & (1 << left) - 1)
-    found = math.ldexp(int(odd), exponent + left)
-    return -found if sign else found
+            sign, mantissa, exponent, _ = (+x)._mpf_
+    return to_53_bits(-int(mantissa) if sign else int(mantissa), 1, exponent)
 
 
 class ExactPower(float):

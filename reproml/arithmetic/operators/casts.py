@@ -50,9 +50,8 @@ def _prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
     ):
         if devices.is_on_accelerator(x):
             replay_log.flush()
-        if (
-            dtype is torch.int64
-        ):  # -inf and numbers below the range become its lowest number everywhere
+        if dtype is torch.int64:
+            # -inf and numbers below the range become its lowest number on every machine.
             x = torch.where(x < -(2.0**63), -(2.0**63), x)
         integer, bounds = x.double().trunc(), torch.iinfo(dtype)
         if not bool(((integer >= bounds.min) & (integer < bounds.max + 1.0)).all()):
@@ -154,5 +153,4 @@ def _for_dtype(value: Any, dtype: torch.dtype) -> Any:
     """Return a number that PyTorch rounds to the nearest number of `dtype`, by way of float32."""
     if dtype not in NARROW or isinstance(value, complex):
         return value
-    wide = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
-    return _float32_to_odd(wide).item()
+    return _float32_to_odd(_as_tensor(value)).item()
