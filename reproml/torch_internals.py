@@ -20,10 +20,10 @@ from reproml.errors import ReproError
 
 
 class UnknownPyTorchError(ReproError, ImportError):
-    """This version of PyTorch lacks a private name that reproml uses."""
+    """PyTorch lacks a private name that reproml uses, or an operator has other arguments."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"reproml does not know PyTorch {torch.__version__}: {name} is missing")
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"reproml does not know PyTorch {torch.__version__} yet: {problem}")
 
 
 class Internal(NamedTuple):
@@ -49,12 +49,12 @@ def lookup(name: str) -> Any:
     for end, part in enumerate(parts[1:], 2):
         prefix = ".".join(parts[:end])
         try:  # torch.optim deletes the attributes `adam`, `sgd`, ...: the modules are in sys.modules
-            found = sys.modules[prefix] if prefix in sys.modules else getattr(found, part)
+            found = sys.modules.get(prefix) or getattr(found, part)
         except AttributeError:
             try:
                 found = importlib.import_module(prefix)
             except ImportError:
-                raise UnknownPyTorchError(name) from None
+                raise UnknownPyTorchError(f"{name} is missing") from None
     return found
 
 
@@ -62,7 +62,7 @@ def attribute(example: Any, kind: str, name: str, purpose: str, without: str) ->
     """Record a private attribute of every object of a kind, and check that an example has it."""
     INTERNALS[f"{kind}.{name}"] = Internal(purpose, without)
     if not hasattr(example, name):
-        raise UnknownPyTorchError(f"{kind}.{name}")
+        raise UnknownPyTorchError(f"{kind}.{name} is missing")
 
 
 # --- the dispatcher: how operators reach reproml (arithmetic/dispatch/) ---------------------------
@@ -76,6 +76,21 @@ parse_dispatch_key = internal(
     "torch._C._parse_dispatch_key",
     "returns the key Fake, under which reproml registers its kernels",
     "no operator could be intercepted",
+)
+DispatchKeySet = internal(
+    "torch._C.DispatchKeySet",
+    "determines whether the key Fake lies between autograd and the backends",
+    "operators might be intercepted too late or too early, and gradients would be lost",
+)
+dispatch_get_registrations_for_dispatch_key = internal(
+    "torch._C._dispatch_get_registrations_for_dispatch_key",
+    "determines whether the key Fake is in use",
+    "the kernels of two programs would replace each other",
+)
+dispatch_has_backend_fallback = internal(
+    "torch._C._dispatch_has_backend_fallback",
+    "determines whether the key Fake is in use",
+    "the kernels of two programs would replace each other",
 )
 dispatch_get_all_op_names = internal(
     "torch._C._dispatch_get_all_op_names",
@@ -91,6 +106,11 @@ dispatch_tls_set_dispatch_key_excluded = internal(
     "torch._C._dispatch_tls_set_dispatch_key_excluded",
     "runs what a kernel calls natively",
     "kernels would call themselves without end",
+)
+dispatch_tls_is_dispatch_key_included = internal(
+    "torch._C._dispatch_tls_is_dispatch_key_included",
+    "determines whether the operators of a thread are intercepted",
+    "composite operators would run exactly outside of exact(), too",
 )
 dispatch_tls_is_dispatch_key_excluded = internal(
     "torch._C._dispatch_tls_is_dispatch_key_excluded",
@@ -122,14 +142,19 @@ get_current_dispatch_mode = internal(
     "finds the mode that marks a thread started within exact()",
     "such a thread would compute natively, or hold exact() without need",
 )
+get_current_dispatch_mode_stack = internal(
+    "torch.utils._python_dispatch._get_current_dispatch_mode_stack",
+    "determines whether the mode that intercepts operators, where no key is free, is active",
+    "the operators of a definition would be intercepted without end",
+)
 push_mode = internal(
     "torch.utils._python_dispatch._push_mode",
-    "marks a thread that was started within exact()",
+    "marks a thread that was started within exact(), and intercepts operators where no key is free",
     "such a thread would compute natively, or hold exact() without need",
 )
 pop_mode = internal(
     "torch.utils._python_dispatch._pop_mode",
-    "removes that mode at the thread's first operator",
+    "removes such a mode",
     "all operators of such a thread would be slower",
 )
 pop_mode_temporarily = internal(
@@ -402,7 +427,7 @@ INTERNALS[DYNAMO] = Internal(
     "its import would fail within a mode or a default device",
 )
 if importlib.util.find_spec(DYNAMO) is None:
-    raise UnknownPyTorchError(DYNAMO)
+    raise UnknownPyTorchError(f"{DYNAMO} is missing")
 
 # Not imported here either; exact() looks them up when it is entered.
 TRANSFORMS = [

@@ -52,8 +52,9 @@ from torch.utils.data import DataLoader, Dataset
 import reproml
 from reproml import torch_internals
 from reproml.arithmetic import handlers
-from reproml.arithmetic.dispatch import dispatcher, key
+from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.dispatcher import Kind
+from reproml.arithmetic.dispatch.interception import interception
 from verification.op_db import difference
 from verification.subprocesses import ROOT, environment
 
@@ -328,10 +329,10 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        intercepted = torch._C._dispatch_tls_is_dispatch_key_included(
-            key.KEY
-        ) and not torch._C._dispatch_tls_is_dispatch_key_excluded(key.KEY)
-        if not intercepted and handlers.handler_of(func).kind not in (Kind.NATIVE, Kind.MOVED):
+        if not interception.is_active() and handlers.handler_of(func).kind not in (
+            Kind.NATIVE,
+            Kind.MOVED,
+        ):
             if any(
                 x.is_floating_point() or x.is_complex() for x in tensors([args, kwargs, result])
             ):

@@ -19,6 +19,7 @@ its schema marks (`_run_definition`).
 
 from __future__ import annotations
 
+import inspect
 import threading
 import traceback
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from reproml.arithmetic.dispatch.dispatcher import Handler, Kind
 from reproml.arithmetic.dispatch.schema import tensors
 from reproml.arithmetic.operators import casts
 from reproml.errors import NotExactError
-from reproml.torch_internals import DispatchKey
+from reproml.torch_internals import DispatchKey, UnknownPyTorchError
 
 _COMPOSITE = DispatchKey.CompositeImplicitAutograd
 
@@ -46,16 +47,16 @@ def handler_of(operator: Any) -> Handler:
     namespace, _, name = operator._schema.name.partition("::")
     if namespace in ("profiler", "prim"):
         return Handler(Kind.NATIVE, operator)
-    if namespace != "aten" or _computes_despite_its_name(name, operator):
+    if namespace != "aten" or _is_undefined_overload(name, operator):
         return Handler(Kind.REFUSED, _refuse_floats(operator))
-    if name in table.EXACT:
+    if name in table.EXACT and _takes_arguments(table.EXACT[name], operator):
         outputs = [x.name for x in operator._schema.arguments if x.is_out]
         return Handler(Kind.DEFINED, _run_definition(name, operator, outputs))
     if name in table.CASTS:
         return Handler(Kind.MOVED, _require_strided(table.CASTS[name], rounds_once=True))
     if name in table.DATA_MOVEMENT or name.rstrip("_") in table.DATA_MOVEMENT:
         return Handler(Kind.MOVED, _require_strided(operator))
-    if name.endswith("_") and name[:-1] in table.EXACT:
+    if name.endswith("_") and _takes_arguments(table.EXACT.get(name[:-1]), operator):
         return Handler(Kind.DEFINED, _run_definition(name[:-1], operator, ["self"]))
     if name.startswith("_foreach_"):
         return _foreach_handler(name[len("_foreach_") :], operator)
@@ -64,10 +65,30 @@ def handler_of(operator: Any) -> Handler:
     return Handler(Kind.REFUSED, _refuse_floats(operator))
 
 
-def _computes_despite_its_name(name: str, operator: Any) -> bool:
-    """Return whether the operator is one of the overloads of DATA_MOVEMENT that do arithmetic."""
+def _is_undefined_overload(name: str, operator: Any) -> bool:
     overload = operator._overloadname.replace("_out", "")
-    return f"{name.rstrip('_')}.{overload}" in table.COMPUTING_OVERLOADS
+    return f"{name.rstrip('_')}.{overload}" in table.UNDEFINED_OVERLOADS
+
+
+def _takes_arguments(definition: Optional[Function], operator: Any) -> bool:
+    """Return whether a definition can be called with the arguments of an operator.
+
+    False for an overload that PyTorch writes in terms of others. Raises UnknownPyTorchError for any other,
+    as PyTorch has given it arguments since that the definition would drop."""
+    if definition is None:
+        return False
+    arguments = [x for x in operator._schema.arguments if not x.is_out]
+    in_order = [x.name for x in arguments if not x.kwarg_only]
+    by_name = {x.name: None for x in arguments if x.kwarg_only}
+    try:
+        inspect.signature(definition).bind(*in_order, **by_name)
+    except TypeError:
+        if operator.has_kernel_for_dispatch_key(_COMPOSITE):
+            return False
+        raise UnknownPyTorchError(
+            f"the arguments of {operator} are not those of its definition"
+        ) from None
+    return True
 
 
 # ---- moved ---------------------------------------------------------------------------------------

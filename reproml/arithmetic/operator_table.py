@@ -82,8 +82,11 @@ abs neg relu threshold adaptive_max_pool2d
 floor ceil round trunc
 """.split())
 
-# COMPUTING_OVERLOADS: overloads of operators in DATA_MOVEMENT that do compute, and are refused.
-COMPUTING_OVERLOADS = frozenset(["round.decimals", "scatter.reduce", "scatter.value_reduce"])
+# UNDEFINED_OVERLOADS: overloads that are refused although their operator is in DATA_MOVEMENT or EXACT.
+UNDEFINED_OVERLOADS = frozenset("""
+round.decimals scatter.reduce scatter.value_reduce
+mm.dtype bmm.dtype addmm.dtype baddbmm.dtype
+""".split())
 
 # INTEGER: operators in EXACT whose result is an integer if all operands are; PyTorch computes that.
 INTEGER = frozenset("""

@@ -15,6 +15,7 @@ import functools
 import inspect
 import math
 import multiprocessing.pool
+import os
 import re
 import sys
 import threading
@@ -35,6 +36,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from reproml.arithmetic import handlers, operator_table, state
 from reproml.arithmetic.dispatch import dispatcher
+from reproml.arithmetic.dispatch.interception import ByMode, interception
 from reproml.arithmetic.numerics.libm import ExactMath, ExactPower
 from reproml.arithmetic.operators import optimizers, random
 from reproml.arithmetic.operators.casts import NARROW, is_float32, wide_numbers
@@ -79,7 +81,7 @@ def replaced(patches: Iterable[Patch]) -> Iterator[None]:
                 own = isinstance(owner, type) and not inherited
                 original = vars(owner)[name] if own else getattr(owner, name)
             except AttributeError:
-                raise UnknownPyTorchError(f"{_dotted_name(owner)}.{name}") from None
+                raise UnknownPyTorchError(f"{_dotted_name(owner)}.{name} is missing") from None
             setattr(owner, name, make(original))
             if inherited:
                 stack.callback(delattr, owner, name)
@@ -261,6 +263,20 @@ def _refuse_flushing(original: Callable[[bool], bool], mode: bool) -> bool:
             "exact; call it outside reproml.exact()."
         )
     return original(mode)
+
+
+def _refuse_hidden_block(original: Callable[[], Any]) -> Any:
+    # PyTorch's own such blocks run kernels of tensors without numbers.
+    if sys._getframe(2).f_code.co_filename.startswith(_TORCH_FOLDER):
+        return original()
+    raise NotExactError(
+        "torch._C._DisableTorchDispatch() would hide operators from reproml, which intercepts them by a "
+        "mode, as the dispatch key that it uses otherwise is taken or missing; move the block out of "
+        "reproml.exact()."
+    )
+
+
+_TORCH_FOLDER = os.path.dirname(torch.__file__)
 
 
 # Optimizers: the functions that do a step, of any module of torch.optim, and a hook for those without one.
@@ -503,6 +519,8 @@ def _lazy_patches() -> list[Patch]:
         owner, _, attribute = name.rpartition(".")
         return lookup(owner), attribute, make
 
+    for name in (STANCE, f"{DECORATORS}._set_stance"):  # which PyTorch itself uses in `apply`
+        lookup(name)
     base = lookup(OUTPUT_CODE)
     calls = [
         (kind, "__call__", _within_exact(_call_compiled))
@@ -577,6 +595,11 @@ PATCHES: list[Patch] = [
     (type(torch.ops.higher_order.cond), "__call__", _within_exact(_cond)),
     (torch, "compile", _within_exact(dispatcher.before_transform)),
     (higher_order, "_compute_keyset", _within_exact(dispatcher.keys_of_higher_order)),
+    # A mode does not see what is hidden from modes.
+    *[
+        (torch_c, "_DisableTorchDispatch", _within_exact(_refuse_hidden_block))
+        for _ in range(isinstance(interception, ByMode))
+    ],
     # The batches of several processes must not depend on how many they are (reproml/distributed.py).
     (DistributedSampler, "__iter__", _within_exact(_refuse_uneven_shards)),
 ]
@@ -594,11 +617,14 @@ class _Applied:
         """Apply the patches, until as many calls of `restore`."""
         with self._lock:
             if self._users == 0:
+                lazy = (
+                    _lazy_patches()
+                )  # raises where PyTorch lacks one, before anything is replaced
                 with ExitStack() as stack, allow_nonbracketed_mutation():
                     # A compiled function bypasses the operators, so functions run as they are written.
                     # This raises within a compiled function.
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
-                    stack.enter_context(replaced([*PATCHES, *_lazy_patches()]))
+                    stack.enter_context(replaced([*PATCHES, *lazy]))
                     stack.enter_context(dispatcher.composites(operator_table.COMPOSITES))
                     stack.callback(state.scripts.clear)
                     stack.callback(

@@ -27,7 +27,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.dispatch import key
+from reproml.arithmetic.dispatch.interception import interception
 from reproml.arithmetic.dispatch.schema import mutated_arguments, mutated_operands, tensors
 from reproml.arithmetic.numerics import devices
 from reproml.errors import NotExactError
@@ -288,7 +288,7 @@ def _replay(entries: list[Entry]) -> None:
 @contextmanager
 def _native_unseen() -> Iterator[None]:
     """Run operators natively and unseen by modes; results may be inference tensors."""
-    with key.exclude(), DisableTorchDispatch(), DisableTorchFunction():
+    with interception.natively(), DisableTorchDispatch(), DisableTorchFunction():
         with torch.inference_mode():
             yield
 

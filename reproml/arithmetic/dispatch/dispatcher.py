@@ -2,12 +2,11 @@
 
 PyTorch's dispatcher calls the kernel of the highest key in an operator's key set: autocast and autograd
 first, then `Python`, the key of modes and tensor subclasses, then the backends. We register a kernel for
-each operator at the key just above `Python` (key.py). A thread that has included that key runs our kernels,
-in the backward pass as well.
+each operator at a spare key beside `Python`. A thread that has included that key runs our kernels, in the
+backward pass as well. Where no key is free, a mode runs the same kernels (interception.py).
 
-A `TorchDispatchMode` intercepts the same operators, but costs four times as much: about 3 microseconds for
-each. Our kernels call modes and subclasses first, so these see the operators and not those that a
-definition consists of.
+Our kernels call modes and subclasses first, so these see the operators and not those that a definition
+consists of.
 """
 
 from __future__ import annotations
@@ -26,27 +25,23 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from reproml.arithmetic import state
-from reproml.arithmetic.dispatch import key
 from reproml.arithmetic.dispatch.deferred import replay_log
+from reproml.arithmetic.dispatch.interception import KEY_NAME, ByMode, interception
 from reproml.arithmetic.dispatch.schema import tensors
 from reproml.arithmetic.numerics import rounding
 from reproml.errors import NotExactError
 from reproml.torch_internals import (
     DispatchKey,
-    SetExcludeDispatchKeyGuard,
     TorchDispatchMode,
     dispatch_get_all_op_names,
     dispatch_tls_is_dispatch_key_excluded,
-    dispatch_tls_set_dispatch_key_excluded,
-    dispatch_tls_set_dispatch_key_included,
     get_current_dispatch_mode,
     len_torch_dispatch_stack,
     pop_mode,
     pop_mode_temporarily,
 )
 
-_KEY = key.KEY
-_exclude = dispatch_tls_set_dispatch_key_excluded
+_set_in_kernel = interception.set_in_kernel
 _modes = len_torch_dispatch_stack
 
 # Types of operands among which no tensor subclass can be.
@@ -108,11 +103,14 @@ class Registration:
         copies: frozenset[str],
     ) -> None:
         self._make_kernel = make_kernel
+        self._kernels: dict[Any, Kernel] = {}  # those that `_run` has called
+        if isinstance(interception, ByMode):
+            interception.run = self._run
+            return
         self._library = torch.library.Library("aten", "IMPL")
         self._copy_library = torch.library.Library("aten", "IMPL")
         self._other_namespaces = torch.library.Library("_", "IMPL")  # "_": all namespaces
         self._copies: list[str] = []
-        self._fallback_kernels: dict[Any, Kernel] = {}
         # A fallback for all of aten would be shorter, but PyTorch skips it while a mode is active.
         for name in _aten_names():
             functional = name.partition(".")[0]
@@ -120,27 +118,27 @@ class Registration:
                 functional = functional[:-1]
             if functional in copies:
                 self._copies.append(name)
-                self._copy_library.impl(name, torch.library.fallthrough_kernel, key.NAME)
+                self._copy_library.impl(name, torch.library.fallthrough_kernel, KEY_NAME)
             elif functional in views:
-                self._library.impl(name, torch.library.fallthrough_kernel, key.NAME)
+                self._library.impl(name, torch.library.fallthrough_kernel, KEY_NAME)
             else:
                 self._intercept(name)
-        self._other_namespaces.fallback(self._fallback, key.NAME)
+        self._other_namespaces.fallback(self._run, KEY_NAME)
         replay_log.on_first_device(self._intercept_copies)
 
     def _intercept(self, name: str) -> None:
-        self._library.impl(name, self._make_kernel(partial(_overload, name)), key.NAME)
+        self._library.impl(name, self._make_kernel(partial(_overload, name)), KEY_NAME)
 
     def _intercept_copies(self) -> None:
         self._copy_library._destroy()
         for name in self._copies:
             self._intercept(name)
 
-    def _fallback(self, operator: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run an operator of another namespace than aten."""
-        kernel = self._fallback_kernels.get(operator)
+    def _run(self, operator: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the kernel of an operator for which none is registered."""
+        kernel = self._kernels.get(operator)
         if kernel is None:
-            kernel = self._fallback_kernels[operator] = self._make_kernel(lambda: operator)
+            kernel = self._kernels[operator] = self._make_kernel(lambda: operator)
         return kernel(*args, **kwargs)
 
 
@@ -162,7 +160,7 @@ def make_kernel(
             result = call_modes_and_subclasses(operator, args, kwargs)
             if result is not NotImplemented:
                 return result
-        _exclude(_KEY, True)
+        _set_in_kernel(True)
         try:
             if replay_log.active and not decomposed:
                 return replay_log.run(operator, run, args, kwargs)
@@ -173,7 +171,7 @@ def make_kernel(
             replay_log.flush()
             return refuse(error, operator, args, kwargs)
         finally:
-            _exclude(_KEY, False)
+            _set_in_kernel(False)
 
     return intercept
 
@@ -217,7 +215,7 @@ def composites(table: dict[str, Kernel]) -> Iterator[None]:
 
 def _composite_kernel(operator: Any, composite: Kernel) -> Kernel:
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        if state.active.depth and not dispatch_tls_is_dispatch_key_excluded(_KEY):
+        if interception.is_active():
             return composite(*args, **kwargs)
         return operator.decompose(*args, **kwargs)
 
@@ -229,18 +227,18 @@ def _composite_kernel(operator: Any, composite: Kernel) -> Kernel:
 
 def set_thread_intercepted(on: bool) -> None:
     """Intercept the operators that this thread runs, or no longer."""
-    dispatch_tls_set_dispatch_key_included(_KEY, on)
+    interception.set_included(on)
 
 
 def natively() -> Any:
     """Return a context in which operators are not intercepted."""
     replay_log.flush()
-    return key.exclude()
+    return interception.natively()
 
 
 def intercept_again() -> Any:
     """Return a context, for use inside a handler or `natively`, in which operators are intercepted."""
-    return SetExcludeDispatchKeyGuard(_KEY, False)
+    return interception.again()
 
 
 # ---- modes and tensor subclasses -----------------------------------------------------------------
@@ -265,12 +263,13 @@ def call_modes_and_subclasses(operator: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     replay_log.flush()
     if _modes():
-        with pop_mode_temporarily() as mode:
+        with pop_mode_temporarily() as mode, interception.again():
             result = mode.__torch_dispatch__(operator, types, args, kwargs)
         if result is not NotImplemented:
             return result
     for t in types:
-        result = t.__torch_dispatch__(operator, types, args, kwargs)
+        with interception.again():
+            result = t.__torch_dispatch__(operator, types, args, kwargs)
         if result is not NotImplemented:
             return result
     names = ", ".join(t.__name__ for t in types)
@@ -331,7 +330,8 @@ def before_transform(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
 def has_modes() -> bool:
     """Return whether a mode is active, except that of an inherited thread."""
-    return _modes() > 0 and not isinstance(get_current_dispatch_mode(), Inherited)
+    count = interception.count_other_modes()
+    return count > 0 and not isinstance(get_current_dispatch_mode(), Inherited)
 
 
 def keys_of_higher_order(original: Callable[..., Any], args: Any, kwargs: Any, keys: Any) -> Any:
@@ -339,7 +339,7 @@ def keys_of_higher_order(original: Callable[..., Any], args: Any, kwargs: Any, k
 
     It computes nothing itself and needs no rule of ours: the operators of its functions are intercepted.
     """
-    return original(args, kwargs, keys.remove(_KEY))
+    return original(args, kwargs, keys if has_modes() else keys.remove(interception.key))
 
 
 def _subclasses(operands: Any) -> list[Any]:
