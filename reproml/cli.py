@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,8 @@ from reproml.terminal import Terminal, complain, printable
 from reproml.torchrun import this_worker
 
 if TYPE_CHECKING:
+    import torch
+
     from reproml.matrix import Row
     from reproml.pipeline.checkpoint import Checkpoint
     from reproml.pipeline.recipe import Recipe
@@ -44,8 +47,9 @@ def train_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Train and evaluate the recipe and write a run folder."""
     from reproml.pipeline import run
 
+    device = _device(args)
     if args.steps is not None:
-        return _train_steps(args, _recipe(args), terminal)
+        return _train_steps(args, _recipe(args), device, terminal)
     out, recipe, start = _starting_point(args, terminal)
     items = None
     if args.resume is not None and start is None:
@@ -58,7 +62,7 @@ def train_command(args: argparse.Namespace, terminal: Terminal) -> Result:
                 "add --checkpoint-every N to start a training that can be resumed"
             )
     if items is None:
-        items = _train_run(args, out, recipe, start, terminal)
+        items = _train_run(args, out, recipe, start, device, terminal)
     sha256 = items["weights.safetensors.sha256"]
     terminal.print(f"SHA-256 of the file {out / run.WEIGHTS}: {sha256}")
     return 0, {"run": str(out), "items": items}
@@ -93,6 +97,7 @@ def _train_run(
     out: Path,
     recipe: Recipe,
     start: Optional[Checkpoint],
+    device: torch.device,
     terminal: Terminal,
 ) -> dict[str, Any]:
     """Train into the run folder; save checkpoints if requested now or when the training was started."""
@@ -114,6 +119,7 @@ def _train_run(
             args.numerics,
             Output(terminal.print, progress),
             run.Recording(checkpoints, args.trace or recipe_trace),
+            device,
         )
         save(replace(result, trace=recipe_trace))
         if checkpoints:
@@ -123,7 +129,9 @@ def _train_run(
     return result.items
 
 
-def _train_steps(args: argparse.Namespace, recipe: Recipe, terminal: Terminal) -> Result:
+def _train_steps(
+    args: argparse.Namespace, recipe: Recipe, device: torch.device, terminal: Terminal
+) -> Result:
     """Train a number of steps to compare digests; write no run folder."""
     from reproml.digest import digest
     from reproml.distributed import joined
@@ -133,12 +141,11 @@ def _train_steps(args: argparse.Namespace, recipe: Recipe, terminal: Terminal) -
     if args.checkpoint_every or args.resume:
         raise ReproError("--steps writes no run folder; leave out --checkpoint-every and --resume")
     dataset, prepared, _ = prepare(recipe, args.data, args.numerics)
-    traced = trace_training(args.trace, recipe, args.numerics, dataset)
+    traced = trace_training(args.trace, recipe, args.numerics, dataset, device)
     job = recipe, args.numerics, args.steps, None
-    with joined(recipe.train.batch_size, job), traced, terminal.bar("train") as progress:
-        trained = train(
-            recipe, prepared, args.numerics, args.steps, Output(terminal.print, progress)
-        )
+    with joined(recipe.train.batch_size, job, device), traced, terminal.bar("train") as progress:
+        output = Output(terminal.print, progress)
+        trained = train(recipe, prepared, args.numerics, args.steps, output, device=device)
     sha256 = digest(trained.model)
     terminal.print(f"digest of the state dict after at most {args.steps} steps: {sha256}")
     return 0, {"weights.state_dict.sha256": sha256}
@@ -148,10 +155,10 @@ def evaluate_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Evaluate the weights of a run folder on the training set and the test set."""
     from reproml.pipeline import run
 
-    recipe = _recipe(args, args.run)
+    device, recipe = _device(args), _recipe(args, args.run)
     folder = args.run or _default_folder(args, recipe)
     _, prepared, _ = run.prepare(recipe, args.data, args.numerics)
-    model, _, sha256 = run.load_run_model(folder, recipe, prepared, args.numerics)
+    model, _, sha256 = run.load_run_model(folder, recipe, prepared, args.numerics, device)
     run.refuse_damaged(folder, sha256)
     return 0, {
         "run": str(folder),
@@ -165,15 +172,16 @@ def verify_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     from reproml.pipeline.train import Output
 
     _refuse_native(args)
-    recipe = _recipe(args, args.run)
+    device, recipe = _device(args), _recipe(args, args.run)
     path = golden.find_golden(recipe.name)
     expected = golden.read_golden(path)
     if args.run is None:
         with terminal.bar("train") as progress:
-            found = run.perform(recipe, args.data, "exact", Output(terminal.print, progress)).items
+            output = Output(terminal.print, progress)
+            found = run.perform(recipe, args.data, "exact", output, device=device).items
         comparisons = golden.compare_items(expected, found)
     else:
-        found, recorded = run.recompute(args.run, recipe, args.data)
+        found, recorded = run.recompute(args.run, recipe, args.data, device)
         comparisons = golden.compare_run(expected, found, recorded, args.run)
     comparisons.sort(key=lambda c: c.match)  # mismatches first, in the order of the pipeline
     differing = [c for c in comparisons if not c.match]
@@ -201,6 +209,7 @@ def pipeline_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     from reproml.pipeline import golden
 
     _refuse_native(args)
+    _device(args)
     recipe = _recipe(args)
     golden.read_golden(golden.find_golden(recipe.name))  # fails now, not after the training
     args.run = args.out or _default_folder(args, recipe)
@@ -219,11 +228,12 @@ def golden_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     from reproml.pipeline.train import Output
 
     _refuse_native(args)
-    recipe = _recipe(args)
+    device, recipe = _device(args), _recipe(args)
     path = goldens.golden_path(recipe.name)
     goldens.refuse_overwrite(path, args.force)
     with terminal.bar("train") as progress:
-        items = run.perform(recipe, args.data, "exact", Output(terminal.print, progress)).items
+        output = Output(terminal.print, progress)
+        items = run.perform(recipe, args.data, "exact", output, device=device).items
     goldens.write_golden(items, path, args.force)
     terminal.print(f"wrote {path}")
     return 0, {"golden": str(path), "items": items}
@@ -260,7 +270,7 @@ def matrix_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     def print_row(row: Row) -> None:
         print_line(row.setting, row.native, row.exact)
 
-    settings = matrix.offered(args.workers)
+    settings = matrix.offered(args.workers, _device(args).type)
     subject: dict[str, Any]
     if args.script:
         if args.steps is not None:
@@ -268,6 +278,8 @@ def matrix_command(args: argparse.Namespace, terminal: Terminal) -> Result:
                 "--steps is for recipes; give a script its own option, "
                 "for example --script 'train.py --steps 5'"
             )
+        if args.device != "cpu":
+            raise ReproError("--device is for recipes; a script chooses its device itself")
         subject = {"script": args.script}
         hashed = f"{args.script}: SHA-256 of all it trained and saved"
     else:
@@ -382,12 +394,13 @@ def _train_with_first_worker(args: argparse.Namespace) -> None:
     from reproml.pipeline import run
     from reproml.pipeline.train import train
 
-    with distributed.joined() as job:
+    device = _device(args)
+    with distributed.joined(device=device) as job:
         if job is None:
             return
         recipe, numerics, steps, start = job
         _, prepared, _ = run.prepare(recipe, args.data, numerics)
-        train(recipe, prepared, numerics, steps, start=start)
+        train(recipe, prepared, numerics, steps, start=start, device=device)
 
 
 def _release_waiting_workers() -> None:
@@ -412,6 +425,12 @@ def _positive_integers(text: str) -> list[int]:
     return [_positive_integer(count) for count in text.split(",")]
 
 
+def _device_name(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
+    return text
+
+
 DEFAULT_RECIPE = "mnist-mlp"
 # The arguments of argparse's add_argument, by option. invoke shows the help too, without the metavar.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -434,6 +453,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "choices": ["exact", "native"],
         "default": "exact",
         "help": "exact (default), or native: PyTorch with its determinism switches, for comparison",
+    },
+    "--device": {
+        "type": _device_name,
+        "default": "cpu",
+        "metavar": "cpu|cuda",
+        "help": "where to compute, default: cpu; cuda:N names one of several GPUs; for matrix, cuda "
+        "adds rows",
     },
     "--steps": {
         "type": _positive_integer,
@@ -510,15 +536,19 @@ VERBS = {
     "data": Verb(data_command, "--recipe --data --json"),
     "train": Verb(
         train_command,
-        "--recipe --data --out --numerics --steps --trace --checkpoint-every --resume --json",
+        "--recipe --data --out --numerics --device --steps --trace --checkpoint-every --resume --json",
         trains=True,
     ),
-    "evaluate": Verb(evaluate_command, "--recipe --data --run --numerics --json"),
-    "verify": Verb(verify_command, "--recipe --data --run --numerics --json", trains=True),
-    "pipeline": Verb(pipeline_command, "--recipe --data --out --numerics --json", trains=True),
-    "golden": Verb(golden_command, "--recipe --data --numerics --force --json", trains=True),
+    "evaluate": Verb(evaluate_command, "--recipe --data --run --numerics --device --json"),
+    "verify": Verb(verify_command, "--recipe --data --run --numerics --device --json", trains=True),
+    "pipeline": Verb(
+        pipeline_command, "--recipe --data --out --numerics --device --json", trains=True
+    ),
+    "golden": Verb(
+        golden_command, "--recipe --data --numerics --device --force --json", trains=True
+    ),
     "run": Verb(run_command, "--numerics --digest --trace script arguments", trains=True),
-    "matrix": Verb(matrix_command, "--recipe --script --data --steps --workers --json"),
+    "matrix": Verb(matrix_command, "--recipe --script --data --device --steps --workers --json"),
     "doctor": Verb(doctor_command, "--run --json"),
     "report": Verb(report_command, "--recipe --data --run --out --diff --json"),
     "diff": Verb(diff_command, "a b --rerun --script --json"),
@@ -607,7 +637,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _out_of_memory(error: Exception) -> bool:
     """Return whether Python or PyTorch, which has no class of error for the CPU, found no memory."""
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    return (
+        isinstance(error, MemoryError)
+        or "DefaultCPUAllocator" in str(error)
+        or type(error).__name__ == "OutOfMemoryError"  # of a GPU
+    )
 
 
 # --- what several verbs need ------------------------------------------------------------------------
@@ -632,6 +666,13 @@ def _recipe(args: argparse.Namespace, folder: Optional[Path] = None) -> Recipe:
 
         return run.recorded_recipe(folder)
     return load_recipe(args.recipe or DEFAULT_RECIPE)
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    """Return the device that --device names. Raises ReproError if this machine lacks it."""
+    from reproml.pipeline.device import choose_device
+
+    return choose_device(args.device)
 
 
 def _default_folder(args: argparse.Namespace, recipe: Recipe) -> Path:

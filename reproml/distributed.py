@@ -202,10 +202,13 @@ def _has_rows(x: Any) -> bool:
 
 
 @contextmanager
-def joined(batch_size: int = sys.maxsize, job: Any = None) -> Iterator[Any]:
+def joined(
+    batch_size: int = sys.maxsize, job: Any = None, device: Optional[torch.device] = None
+) -> Iterator[Any]:
     """Initialize the process group of the workers that torchrun started; without torchrun do nothing.
 
     Yields the `job` of worker 0, any Python object, on every worker: only worker 0 has to know it before.
+    Tensors on the CPU are exchanged by gloo, those on `device`, if it is a GPU, by NCCL.
     Raises ReproError if there are more workers than rows in a batch.
     """
     size = this_worker().size
@@ -218,7 +221,9 @@ def joined(batch_size: int = sys.maxsize, job: Any = None) -> Iterator[Any]:
             f"start at most {batch_size}"
         )
     with _collective(), _stdout_to_stderr():
-        dist.init_process_group("gloo", timeout=_TIMEOUT)
+        on_gpu = device is not None and device.type == "cuda"
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, timeout=_TIMEOUT)
     _process.has_joined = True
     try:
         jobs = [job]

@@ -76,6 +76,7 @@ def describe() -> dict[str, Any]:
             "mkl": torch.backends.mkl.is_available(),
             "commit": torch.version.git_version,
             "cuda": torch.version.cuda or "none",
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
             **{name: _found(pattern, build) for name, pattern in _LIBRARIES.items()},
             "default_dtype": str(torch.get_default_dtype()),
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),

@@ -29,6 +29,7 @@ class Setting:
     capabilities: tuple[str, ...] = ()  # values of torch.backends.cpu.get_cpu_capability(); (): any
     mkl: bool = False
     workers: int = 0  # processes started by torchrun; 0: one process without torchrun
+    device: str = "cpu"
 
 
 def _workers(count: int) -> Setting:
@@ -58,6 +59,13 @@ SETTINGS = [
 ]
 
 
+# TF32 rounds the operands of products to 10 bits, which native PyTorch does only if asked.
+GPU_SETTINGS = [
+    Setting("cuda", {}, device="cuda"),
+    Setting("cuda, TF32", {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}, device="cuda"),
+]
+
+
 @dataclass(frozen=True)
 class Row:
     """The SHA-256 digests of the weights after training under one setting."""
@@ -67,8 +75,9 @@ class Row:
     exact: str
 
 
-def offered(workers: Sequence[int] = ()) -> list[Setting]:
-    """Return the settings that have an effect on this machine, and one for each number of workers."""
+def offered(workers: Sequence[int] = (), device: str = "cpu") -> list[Setting]:
+    """Return the settings that have an effect on this machine, one for each number of workers, and those of
+    a GPU if `device` is "cuda"."""
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
@@ -77,7 +86,7 @@ def offered(workers: Sequence[int] = ()) -> list[Setting]:
         for setting in SETTINGS
         if capability in (setting.capabilities or (capability,))
         and (torch.backends.mkl.is_available() or not setting.mkl)
-    ] + [_workers(count) for count in workers]
+    ] + [*map(_workers, workers), *(GPU_SETTINGS if device == "cuda" else [])]
 
 
 def run_recipe(
@@ -138,7 +147,7 @@ def _train(
 ) -> str:
     """Return the digest of the weights that a fresh process trains."""
     arguments = ["train", "--json", "--recipe", recipe, "--steps", str(steps)]
-    arguments += ["--numerics", numerics]
+    arguments += ["--numerics", numerics, "--device", setting.device]
     arguments += ["--data", str(data_folder)] if data_folder else []
     return str(json.loads(_reproml(setting, arguments, numerics))["weights.state_dict.sha256"])
 
@@ -159,7 +168,7 @@ def _run_script(setting: Setting, words: list[str], numerics: str) -> str:
 
 def _reproml(setting: Setting, arguments: list[str], numerics: str) -> str:
     """Return the standard output of a fresh `python -m reproml` under the setting."""
-    varied = {name for other in SETTINGS for name in other.variables}
+    varied = {name for other in [*SETTINGS, *GPU_SETTINGS] for name in other.variables}
     inherited = {name: value for name, value in os.environ.items() if name not in varied}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     launcher = [*torchrun, str(setting.workers)] if setting.workers else []

@@ -40,6 +40,11 @@ def this_worker() -> Worker:
     return Worker(rank, size)
 
 
+def local_rank() -> int:
+    """Return this process's number among the workers on the same machine, from 0."""
+    return _number("LOCAL_RANK", 0)
+
+
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and len(text) < 10):

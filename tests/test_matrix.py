@@ -80,6 +80,12 @@ def test_every_process_has_same_exact_hash(tmp_path):
     assert all(len(row.native) == 64 and row.native != expected for row in rows)
 
 
+def test_gpu_adds_rows_that_train_on_it():
+    on_gpu = [s for s in matrix.offered(device="cuda") if s.device == "cuda"]
+    assert [s.name for s in on_gpu] == ["cuda", "cuda, TF32"]
+    assert not [s for s in matrix.offered() if s.device != "cpu"]
+
+
 def test_process_gets_only_its_own_setting(monkeypatch):
     calls = []
 
@@ -92,7 +98,9 @@ def test_process_gets_only_its_own_setting(monkeypatch):
     monkeypatch.setattr(subprocess, "run", fake)
     matrix.run_recipe("tiny", 5, Path("folder"), [matrix._threads(7)])
     commands = [command[1:] for command, _ in calls]
-    common = "-m reproml train --json --recipe tiny --steps 5 --numerics {} --data folder"
+    common = (
+        "-m reproml train --json --recipe tiny --steps 5 --numerics {} --device cpu --data folder"
+    )
     assert commands == [common.format(n).split() for n in ("native", "exact")]
     for _, env in calls:
         assert env["OMP_NUM_THREADS"] == "7" and "MKL_CBWR" not in env
@@ -144,7 +152,7 @@ def test_exit_status_requires_one_exact_hash(monkeypatch, capsys, tmp_path, hash
         return numerics + setting.name if numerics == "native" else hashes[setting.name[0] == "7"]
 
     monkeypatch.setattr(matrix, "_train", fake)
-    monkeypatch.setattr(matrix, "offered", lambda workers: [matrix._threads(1), matrix._threads(7)])
+    monkeypatch.setattr(matrix, "offered", lambda *asked: [matrix._threads(1), matrix._threads(7)])
     recipe = str(tiny.toml(tmp_path))
     assert main(["matrix", "--recipe", recipe]) == status
     shown = capsys.readouterr().out
@@ -197,7 +205,7 @@ def test_matrix_runs_a_script(monkeypatch, capsys):
         return numerics
 
     monkeypatch.setattr(matrix, "_run_script", fake)
-    monkeypatch.setattr(matrix, "offered", lambda workers: [matrix._threads(1), matrix._threads(7)])
+    monkeypatch.setattr(matrix, "offered", lambda *asked: [matrix._threads(1), matrix._threads(7)])
     command = "train.py --steps 5"
     assert main(["matrix", "--script", command, "--json"]) == 0
     captured = capsys.readouterr()

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 import msgspec
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -38,6 +39,7 @@ from reproml.errors import ReproError
 from reproml.files import locked, partial_path, read_regular, sync_folder, write_and_sync
 from reproml.pipeline.checkpoint import Checkpoint, Checkpoints, TraceHead
 from reproml.pipeline.data import Dataset, load_dataset
+from reproml.pipeline.device import CPU
 from reproml.pipeline.evaluate import evaluate
 from reproml.pipeline.preprocess import Prepared, preprocess
 from reproml.pipeline.recipe import Recipe
@@ -119,34 +121,37 @@ def perform(
     numerics: str = "exact",
     output: Output = SILENT,
     recording: Recording = NOTHING_RECORDED,
+    device: torch.device = CPU,
 ) -> Run:
     """Run the complete recipe in memory: data, preprocessing, training, evaluation.
 
     With checkpoints in `recording`, the training resumes from their `start` and saves new ones. Its trace
-    covers the training from the beginning, so a resumed training continues the same file.
+    covers the training from the beginning, so a resumed training continues the same file. The model is
+    trained and evaluated on `device`.
     """
     start = recording.start
     times = {"started": _now()}
     log = _Log(output, start)
     resumed = f", from the checkpoint of step {start.head.step} on" if start else ""
-    log(f"{recipe.name}: {numerics} numerics{resumed}")
+    on_device = "" if device == CPU else f" on {device}"
+    log(f"{recipe.name}: {numerics} numerics{on_device}{resumed}")
     dataset, prepared, items = prepare(recipe, data_folder, numerics)
     times["resumed" if start else "data_ready"] = _now()  # what follows is only the rest if resumed
 
     head = _trace_head(recording, log)
     state = start.state if start else None
     job = recipe, numerics, None, state  # what the other workers of torchrun need to know
-    traced = trace_training(recording.trace, recipe, numerics, dataset, head)
-    with distributed.joined(recipe.train.batch_size, job), traced as recorder:
-        save = recording.saving(log.lines, recorder)
-        trained = train(recipe, prepared, numerics, None, output._replace(log=log), state, save)
+    traced = trace_training(recording.trace, recipe, numerics, dataset, device, head)
+    with distributed.joined(recipe.train.batch_size, job, device), traced as recorder:
+        save, output = recording.saving(log.lines, recorder), output._replace(log=log)
+        trained = train(recipe, prepared, numerics, None, output, state, save, device)
     times["trained"] = _now()
     weights: bytes = safetensors.torch.save(trained.model.state_dict())
 
     items.update(_training_items(trained, weights))
     items.update(score(trained.model, prepared, numerics, log))
     times["finished"] = _now()
-    return Run(items, weights, _record(recipe, numerics, dataset, times), log.lines)
+    return Run(items, weights, _record(recipe, numerics, dataset, device, times), log.lines)
 
 
 def _trace_head(recording: Recording, log: Callable[[str], None]) -> Optional[TraceHead]:
@@ -173,23 +178,28 @@ def _training_items(trained: Trained, weights: bytes) -> Items:
 
 
 def _record(
-    recipe: Recipe, numerics: str, dataset: Dataset, times: dict[str, str]
+    recipe: Recipe,
+    numerics: str,
+    dataset: Dataset,
+    device: torch.device,
+    times: dict[str, str],
 ) -> dict[str, Any]:
     """Return the content of run.json."""
     return {
-        **_about(recipe, numerics, dataset),
+        **_about(recipe, numerics, dataset, device),
         "definitions.version": DEFINITIONS,
         "times": times,
         **environment.describe(),
     }
 
 
-def _about(recipe: Recipe, numerics: str, dataset: Dataset) -> dict[str, Any]:
+def _about(recipe: Recipe, numerics: str, dataset: Dataset, device: torch.device) -> dict[str, Any]:
     """Return what run.json and the header of a trace both record about a training."""
     return {
         "recipe": msgspec.to_builtins(recipe),
         "recipe.sha256": recipe.sha256,
         "numerics": numerics,
+        "device": str(device),
         "data.sha256": dataset.hashes,
     }
 
@@ -199,6 +209,7 @@ def trace_training(
     recipe: Recipe,
     numerics: str,
     dataset: Dataset,
+    device: torch.device = CPU,
     head: Optional[TraceHead] = None,
 ) -> AbstractContextManager[Optional[Recorder]]:
     """Return a context in which a training is recorded at the recipe's level, or not without a path.
@@ -208,7 +219,9 @@ def trace_training(
     if path is None:
         return nullcontext()
     resume = msgspec.to_builtins(head) if head else None
-    return start_trace(path, recipe.trace or "step", resume, _about(recipe, numerics, dataset))
+    return start_trace(
+        path, recipe.trace or "step", resume, _about(recipe, numerics, dataset, device)
+    )
 
 
 def prepare(
@@ -245,7 +258,7 @@ def score(
 
 
 def load_run_model(
-    folder: Path, recipe: Recipe, prepared: Prepared, numerics: str
+    folder: Path, recipe: Recipe, prepared: Prepared, numerics: str, device: torch.device = CPU
 ) -> tuple[nn.Module, str, str]:
     """Return a run's model, the digest of its initial weights, and the SHA-256 of its weights file.
 
@@ -267,7 +280,7 @@ def load_run_model(
         raise ReproError(
             f"{path} is truncated or not a safetensors file ({error}); train again"
         ) from None
-    untrained = train(recipe, prepared, numerics, steps=0)
+    untrained = train(recipe, prepared, numerics, steps=0, device=device)
     if dtypes_and_shapes(tensors) != dtypes_and_shapes(untrained.model.state_dict()):
         raise ReproError(f"{path} has other tensors than a model of {recipe.name}; train again")
     untrained.model.load_state_dict(tensors)
@@ -318,7 +331,10 @@ def finished_items(folder: Path, recipe: Recipe, numerics: str) -> Optional[Item
 
 
 def recompute(
-    folder: Path, recipe: Recipe, data_folder: Optional[Path] = None
+    folder: Path,
+    recipe: Recipe,
+    data_folder: Optional[Path] = None,
+    device: torch.device = CPU,
 ) -> tuple[Items, Items]:
     """Return the items of an exact run on disk: (computed again, recorded in its metrics.json).
 
@@ -327,7 +343,7 @@ def recompute(
     """
     recorded = read_items(_file_in(folder, METRICS))
     _, prepared, items = prepare(recipe, data_folder, "exact")
-    model, initial_sha256, file_sha256 = load_run_model(folder, recipe, prepared, "exact")
+    model, initial_sha256, file_sha256 = load_run_model(folder, recipe, prepared, "exact", device)
     items["initial.state_dict.sha256"] = initial_sha256
     items.update({name: value for name, value in recorded.items() if name.startswith("epoch.")})
     items[f"epoch.{recipe.train.epochs}.state_dict.sha256"] = digest(model)

@@ -8,6 +8,7 @@ A script that takes the same steps under `reproml.exact()` reaches the same weig
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from reproml.arithmetic.context import exact
 from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.pipeline import models
+from reproml.pipeline.device import CPU
 from reproml.pipeline.preprocess import Prepared
 from reproml.pipeline.recipe import SGD, Adam, AdamW, Optimizer, Recipe
 from reproml.tracing import batch as record_batch
@@ -86,23 +88,25 @@ def train(
     output: Output = SILENT,
     start: Optional[State] = None,
     after_step: Callable[[Training], None] = _discard,
+    device: torch.device = CPU,
 ) -> Trained:
     """Train on `prepared.train`: x float32 [n, h, w], y int64 [n].
 
     `numerics` is "exact" or "native"; `steps` ends the training early, also within an epoch. `output`
     receives a line for each epoch and the progress after each step. With `start` the training resumes
-    from that state, to the same bits. `after_step` is called with the training after each step.
+    from that state, to the same bits. `after_step` is called with the training after each step. The
+    trained model stays on `device`.
     Raises NotExactError if the model needs an operator that has no exact definition, ReproError if
     `start` is not a state of this training.
     """
     with ExitStack() as stack:
         if start is None:
             stack.enter_context(numerics_mode(numerics))
-            training = Training(recipe, prepared)
+            training = Training(recipe, prepared, device)
         else:
             with restoring() as record_restored:  # not steps that a trace should record
                 stack.enter_context(numerics_mode(numerics))
-                training = Training(recipe, prepared)
+                training = Training(recipe, prepared, device)
                 training.restore(start)
                 record_restored(training.model, training.optimizer)
         total = step_count(recipe, len(prepared.train.y))
@@ -121,11 +125,13 @@ def train(
 class Training:
     """A training in progress, between two steps. To be used within `numerics_mode`."""
 
-    def __init__(self, recipe: Recipe, prepared: Prepared) -> None:
-        self._x, self._y = (torch.from_numpy(array) for array in prepared.train)
+    def __init__(self, recipe: Recipe, prepared: Prepared, device: torch.device = CPU) -> None:
+        self._x, self._y = (torch.from_numpy(array).to(device) for array in prepared.train)
         self._recipe = recipe
         torch.manual_seed(recipe.seed)
-        self.model = models.build_model(recipe, tuple(self._x.shape[1:]), prepared.classes)
+        # Made on the CPU: its initial weights are then the same natively, too.
+        model = models.build_model(recipe, tuple(self._x.shape[1:]), prepared.classes)
+        self.model = model.to(device)
         self.optimizer = build_optimizer(recipe.optimizer, self.model)
         self._wrapped = distributed.wrap(self.model)  # the model itself in a single process
         self.initial_state_dict_sha256 = digest(self.model)
@@ -181,7 +187,7 @@ class Training:
         self.epochs = list(state.epochs)
         losses = state.tensors.get("losses", torch.empty(0))
         if losses.dtype is torch.float32 and losses.dim() == 1:
-            self._losses = list(losses.clone().unbind())
+            self._losses = list(losses.to(self._x.device, copy=True).unbind())
         if (
             dtypes_and_shapes(self.state().tensors) != dtypes_and_shapes(state.tensors)
             or self.initial_state_dict_sha256 != state.initial_state_dict_sha256
@@ -206,7 +212,7 @@ class Training:
         self._batches, self._losses = [], []
 
     def _rows(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        index = torch.tensor(rows)
+        index = torch.tensor(rows, device=self._x.device)
         return self._x[index], self._y[index]
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -262,6 +268,7 @@ def numerics_mode(numerics: str) -> AbstractContextManager[Any]:
 def _native() -> Iterator[None]:
     """Set PyTorch's own switches for reproducibility, and restore them at the end."""
     cudnn: Any = torch.backends.cudnn
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused
     saved = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
