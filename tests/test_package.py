@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import reproml
+from reproml.cli import parser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -152,6 +153,15 @@ def test_package_for_windows_has_no_loops(sdist, tmp_path):
     setup.write_text(setup.read_text().replace("sys.platform", "'win32'"))
     wheel = build("wheel", source, tmp_path / "wheel", CC="false")
     assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_commands_of_the_workflows_are_valid():
+    files = [ROOT / "pyproject.toml", *ROOT.glob(".github/workflows/*.yml")]
+    lines = "\n".join(path.read_text() for path in files)
+    commands = re.findall(r'(?:run: |")reproml ([^"\n]+)', lines)
+    assert len(commands) == 3
+    for command in commands:
+        assert parser().parse_args(command.split()).recipe == "digits-mlp"
 
 
 def test_package_is_found_beside_its_clone(tmp_path):
