@@ -54,6 +54,7 @@ def test_script_has_the_same_digest(tmp_path):
 COMMANDS = """
 from reproml.cli import main
 assert main(["verify", "--run", "run"]) == 0
+assert main(["report", "--run", "run"]) == 0
 for folder in ("run", "empty", "new/run"):
     arguments = ["--recipe", "./tiny.toml", "--out", folder, "--trace", "run.trace"]
     assert main(["train", *arguments, "--checkpoint-every", "2"]) == 0
@@ -72,7 +73,7 @@ def test_run_verifies_and_another_is_published(tmp_path):
     for out in ("run", "empty", "new/run"):
         assert (tmp_path / out / "weights.safetensors").read_bytes() == tiny.run().weights
         assert (tmp_path / out / "log.txt").read_text() != "old"
-    left = {"empty", "golden", "new", "run", "run.trace", "script.py", "tiny.toml"}
+    left = {"empty", "golden", "new", "run", "run.html", "run.trace", "script.py", "tiny.toml"}
     assert set(os.listdir(tmp_path)) == left and os.listdir(tmp_path / "new") == ["run"]
 
 
