@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import sysconfig
 from glob import glob
 from pathlib import Path
 
@@ -36,9 +37,12 @@ LOOPS = Extension(
     optional=True,  # without a compiler the package installs too and is slower
 )
 
+# One wheel for every Python since 3.9, except those without the global lock: they have no stable interface.
+ONE_WHEEL = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp39"}
+
 setup(
     cmdclass={"build_py": BuildWithGoldenFiles},
     # The loops are written in GNU C, which Microsoft's compiler does not read.
     ext_modules=[] if sys.platform == "win32" else [LOOPS],
-    options={"bdist_wheel": {"py_limited_api": "cp39"}},  # one wheel for every Python since 3.9
+    options={"bdist_wheel": ONE_WHEEL},
 )

@@ -146,13 +146,22 @@ def test_sdist_has_the_sources_of_the_loops(sdist):
     assert len(sources) > 20 and inside >= sources | {"setup.py", "pyproject.toml", "README.md"}
 
 
-def test_package_for_windows_has_no_loops(sdist, tmp_path):
+@pytest.mark.parametrize(
+    ("asked", "answer", "tag"),
+    [
+        ("sys.platform", "'win32'", "py3-none-any"),
+        ('sysconfig.get_config_var("Py_GIL_DISABLED")', "1", r"cp(\d+)-cp\1-[a-z0-9_]+"),
+    ],
+)
+def test_wheel_of_another_python_has_its_tag(sdist, tmp_path, asked, answer, tag):
+    """On Windows it has no loops; without the global lock it is for that Python alone."""
     shutil.unpack_archive(sdist, tmp_path)
     (source,) = tmp_path.iterdir()
     setup = source / "setup.py"
-    setup.write_text(setup.read_text().replace("sys.platform", "'win32'"))
+    assert setup.read_text().count(asked) == 1
+    setup.write_text(setup.read_text().replace(asked, answer))
     wheel = build("wheel", source, tmp_path / "wheel", CC="false")
-    assert wheel.name.endswith("-py3-none-any.whl")
+    assert re.fullmatch(rf"reproml-[\d.]+-{tag}\.whl", wheel.name)
 
 
 def test_commands_of_the_workflows_are_valid():
