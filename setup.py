@@ -1,25 +1,48 @@
-"""Build the compiled loops; pyproject.toml has everything else about the package."""
+"""Build the compiled loops and copy the golden files; pyproject.toml has all else about the package."""
 
+import shutil
+import sys
+import sysconfig
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithGoldenFiles(build_py):
+    """Copies golden/ into the package that is built: an installed copy has the golden files too."""
+
+    def run(self) -> None:
+        super().run()
+        folder = Path(self.build_lib, "reproml/pipeline/golden_files")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in glob("golden/*.json"):
+            shutil.copy(file, folder)
+
+
+LOOPS = Extension(
+    "reproml.arithmetic._kernels",
+    sorted(glob("reproml/arithmetic/csrc/*.c")),
+    depends=sorted(glob("reproml/arithmetic/csrc/*.h")),
+    extra_compile_args=[
+        "-O3",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-Wno-psabi",  # vectors are passed between inlined functions only
+    ],
+    libraries=["m", "pthread"],
+    py_limited_api=True,  # one library for every Python version, whose interface it does not use
+    optional=True,  # without a compiler the package installs too and is slower
+)
+
+# One wheel for every Python since 3.9, except those without the global lock: they have no stable interface.
+ONE_WHEEL = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp39"}
 
 setup(
-    ext_modules=[
-        Extension(
-            "reproml.arithmetic._kernels",
-            sorted(glob("reproml/arithmetic/csrc/*.c")),
-            depends=sorted(glob("reproml/arithmetic/csrc/*.h")),
-            extra_compile_args=[
-                "-O3",
-                "-ffp-contract=off",
-                "-fno-math-errno",
-                "-fno-trapping-math",
-                "-Wno-psabi",  # vectors are passed between inlined functions only
-            ],
-            libraries=["m", "pthread"],
-            py_limited_api=True,  # one library for every Python version, whose interface it does not use
-            optional=True,  # without a compiler the package installs too and is slower
-        )
-    ]
+    cmdclass={"build_py": BuildWithGoldenFiles},
+    # The loops are written in GNU C, which Microsoft's compiler does not read.
+    ext_modules=[] if sys.platform == "win32" else [LOOPS],
+    options={"bdist_wheel": ONE_WHEEL},
 )

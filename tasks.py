@@ -26,6 +26,7 @@ LINTERS = (
     f"{PYTHON} -m ruff check .",
     f"{PYTHON} -m ruff format --check .",
     f"{PYTHON} -m mypy",
+    f"{PYTHON} -m mypy --platform win32 --cache-dir .mypy_cache/win32 reproml",
     f"{BIN}/clang-format --dry-run --Werror {C_FILES} reproml/arithmetic/csrc/*.h",
     f"{BIN}/clang-tidy --quiet {C_FILES} -- -O0 -std=gnu11",
 )

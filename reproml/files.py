@@ -1,21 +1,26 @@
 """Read files, write files that appear complete or not at all, and hold locks that end with their process.
 
-The package filelock does not replace `locked`: its version for Python 3.9 leaves the lock file behind, and
-deleting that file here would not be safe, because filelock does not check that the file it has locked still
-exists under its name. Two processes could then hold the lock.
+The package filelock does not replace `locked`: its version for Python 3.9 leaves the lock file behind on
+other systems than Windows, and deleting that file here would not be safe, because filelock does not check
+that the file it has locked still exists under its name. Two processes could then hold the lock.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 
 def open_regular(path: Path) -> IO[bytes]:
@@ -57,7 +62,9 @@ def partial_path(path: Path) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk."""
+    """Flush a folder's list of names to the disk; not on Windows, where folders cannot be opened."""
+    if sys.platform == "win32":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -75,22 +82,42 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(
-            missing_ok=True
-        )  # before the lock is released: a waiting process sees it deleted
-        os.close(descriptor)
+        _unlock(path, descriptor)
 
 
-def _lock(path: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+if sys.platform == "win32":  # where a file is not deleted while it is open
+
+    def _lock(path: Path) -> int:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
-        except FileNotFoundError:
-            pass  # its holder deleted it between our two calls: create it again
-        except BaseException:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
             os.close(descriptor)
-            raise
+            raise BlockingIOError(error.errno, "another process holds the lock") from None
+        return descriptor
+
+    def _unlock(path: Path, descriptor: int) -> None:
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+        os.close(descriptor)
+        with suppress(FileNotFoundError, PermissionError):  # another process deleted or opened it
+            path.unlink()
+
+else:
+
+    def _lock(path: Path) -> int:
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+            except FileNotFoundError:
+                pass  # its holder deleted it between our two calls: create it again
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+    def _unlock(path: Path, descriptor: int) -> None:
+        path.unlink(missing_ok=True)  # while it is locked: a waiting process sees it deleted
         os.close(descriptor)

@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 import reproml
+from reproml.cli import parser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,28 +86,91 @@ def test_citation_has_the_version():
     assert f"\nversion: {reproml.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_wheel_carries_recipes_and_golden_files(tmp_path):
-    """Built from a copy: setuptools leaves its folders in the tree that it builds."""
-    source = tmp_path / "source"
+def build(kind: str, source: Path, target: Path, **variables: str) -> Path:
+    """Build an sdist or a wheel of the folder `source` without fetching anything; return its file."""
+    call = "import setuptools.build_meta as b, sys; getattr(b, sys.argv[1])(sys.argv[2])"
+    subprocess.run(
+        [sys.executable, "-c", call, f"build_{kind}", str(target)],
+        cwd=source,
+        env={**os.environ, **variables},
+        check=True,
+        capture_output=True,
+    )
+    (file,) = [*target.glob("*.whl"), *target.glob("*.tar.gz")]
+    return file
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the sdist from a copy, because setuptools leaves folders in the tree that it builds."""
+    source = tmp_path_factory.mktemp("source")
     for path in project_files():
         target = source / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
-    (source / "reproml/pipeline/golden_files").symlink_to("../../golden")
-    build = "from setuptools.build_meta import build_wheel; import sys; build_wheel(sys.argv[1])"
-    subprocess.run(
-        [sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True
-    )
-    (wheel,) = tmp_path.glob("*.whl")
+    return build("sdist", source, tmp_path_factory.mktemp("sdist"))
+
+
+# Writes an empty file where a compiler would write its result, which takes ten seconds.
+NO_COMPILER = """#!/bin/sh
+while [ "$1" != -o ]; do shift; done
+: > "$2"
+"""
+
+
+def test_wheel_of_the_sdist_is_complete(sdist, tmp_path):
+    """It has a tag for every Python since 3.9, and all files that the installed package reads."""
+    shutil.unpack_archive(sdist, tmp_path)
+    (source,) = tmp_path.iterdir()
+    compiler = tmp_path / "cc"
+    compiler.write_text(NO_COMPILER)
+    compiler.chmod(0o755)
+    wheel = build("wheel", source, tmp_path / "wheel", CC=str(compiler))
+    assert re.fullmatch(r"reproml-[\d.]+-cp39-abi3-[a-z0-9_]+\.whl", wheel.name)
     inside = set(zipfile.ZipFile(wheel).namelist())
-    recipes = {
-        f"reproml/pipeline/recipes/{path.name}"
-        for path in ROOT.glob("reproml/pipeline/recipes/*.toml")
+    package = {
+        path.relative_to(ROOT).as_posix()
+        for path in project_files()
+        if path.is_relative_to(ROOT / "reproml") and path.suffix not in (".c", ".h")
     }
     golden = {f"reproml/pipeline/golden_files/{path.name}" for path in ROOT.glob("golden/*.json")}
-    modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("reproml/**/*.py")}
-    assert recipes and golden
-    assert inside >= recipes | golden | modules | {"reproml/report.html"}
+    licence = f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/licenses/LICENSE"
+    assert golden and {"reproml/py.typed", "reproml/report.html"} <= package
+    assert inside >= package | golden | {licence, "reproml/arithmetic/_kernels.abi3.so"}
+
+
+def test_sdist_has_the_sources_of_the_loops(sdist):
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("reproml/arithmetic/csrc/*")}
+    assert len(sources) > 20 and inside >= sources | {"setup.py", "pyproject.toml", "README.md"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer", "tag"),
+    [
+        ("sys.platform", "'win32'", "py3-none-any"),
+        ('sysconfig.get_config_var("Py_GIL_DISABLED")', "1", r"cp(\d+)-cp\1-[a-z0-9_]+"),
+    ],
+)
+def test_wheel_of_another_python_has_its_tag(sdist, tmp_path, asked, answer, tag):
+    """On Windows it has no loops; without the global lock it is for that Python alone."""
+    shutil.unpack_archive(sdist, tmp_path)
+    (source,) = tmp_path.iterdir()
+    setup = source / "setup.py"
+    assert setup.read_text().count(asked) == 1
+    setup.write_text(setup.read_text().replace(asked, answer))
+    wheel = build("wheel", source, tmp_path / "wheel", CC="false")
+    assert re.fullmatch(rf"reproml-[\d.]+-{tag}\.whl", wheel.name)
+
+
+def test_commands_of_the_workflows_are_valid():
+    files = [ROOT / "pyproject.toml", *ROOT.glob(".github/workflows/*.yml")]
+    lines = "\n".join(path.read_text() for path in files)
+    commands = re.findall(r'(?:run: |")reproml ([^"\n]+)', lines)
+    assert len(commands) == 3
+    for command in commands:
+        assert parser().parse_args(command.split()).recipe == "digits-mlp"
 
 
 def test_package_is_found_beside_its_clone(tmp_path):

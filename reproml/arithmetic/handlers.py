@@ -20,6 +20,7 @@ its schema marks (`_run_definition`).
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 import traceback
 from collections.abc import Sequence
@@ -414,7 +415,7 @@ def may_run_natively(name: str) -> bool:
 
 def caller() -> str:
     """Return file and line of the innermost frame that is neither PyTorch's nor this folder's."""
-    ours = (__file__.rsplit("/", 1)[0], torch.__file__.rsplit("/", 1)[0], threading.__file__)
+    ours = (os.path.dirname(__file__), os.path.dirname(torch.__file__), threading.__file__)
     for frame in reversed(traceback.extract_stack()):
         if not frame.filename.startswith(ours):
             return f"{frame.filename}:{frame.lineno}"

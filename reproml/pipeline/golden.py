@@ -17,7 +17,8 @@ from reproml.files import write_atomically
 from reproml.pipeline.run import METRICS, Items, Number, items_json, read_items
 from reproml.versions import DEFINITIONS
 
-_INSTALLED = Path(__file__).parent / "golden_files"
+_COPY = Path(__file__).parent / "golden_files"  # made by setup.py; a checkout has golden/ instead
+_INSTALLED = _COPY if _COPY.is_dir() else Path(__file__).parents[2] / "golden"
 _MISSING = Number("missing")  # differs from every value that an item can have
 
 

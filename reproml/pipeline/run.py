@@ -470,7 +470,7 @@ def _delete_copies(part: Path, out: Path, run: Run) -> None:
 
 def _publish(part: Path, out: Path) -> None:
     try:
-        os.rename(part, out)  # POSIX: also over an empty folder
+        os.rename(part, out)  # also over an empty folder, but not on Windows
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
@@ -485,7 +485,7 @@ def _exchange(a: Path, b: Path) -> None:
         at_fdcwd, rename_exchange = -100, 2
         if renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0:
             return
-    except AttributeError:
+    except (AttributeError, TypeError):  # TypeError on Windows, where CDLL needs the name of a file
         pass
     aside = a.with_name(a.name + "-old")
     os.rename(b, aside)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import ntpath
+import os
+import traceback
 import warnings
 from contextlib import nullcontext
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reproml
-from reproml.arithmetic import operator_table
+from reproml.arithmetic import handlers, operator_table
 from reproml.errors import NotExactError
 from tests.arithmetic.strategies import ANY, LAYOUTS, MODERATE, lay_out, tensors
 from verification import oracle as o
@@ -626,6 +630,19 @@ UNKNOWN = [
 @pytest.mark.parametrize("function", UNKNOWN)
 def test_unknown_operator_is_refused(function):
     refused(function)
+
+
+def test_caller_is_found_in_paths_of_windows(monkeypatch):
+    site = r"C:\site"
+    names = [r"C:\train.py", rf"{site}\torch\nn\a.py", rf"{site}\reproml\arithmetic\context.py"]
+    stack = [SimpleNamespace(filename=name, lineno=3) for name in names]
+    with monkeypatch.context() as patch:
+        patch.setattr(handlers, "__file__", rf"{site}\reproml\arithmetic\handlers.py")
+        patch.setattr(torch, "__file__", rf"{site}\torch\__init__.py")
+        patch.setattr(traceback, "extract_stack", lambda: stack)
+        patch.setattr(os, "path", ntpath)
+        found = handlers.caller()
+    assert found == r"C:\train.py:3"
 
 
 def test_error_names_operator_operands_caller_and_remedy():

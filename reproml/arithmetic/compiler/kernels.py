@@ -10,6 +10,7 @@ import ctypes
 import importlib.util
 import logging
 import os
+import sys
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -59,6 +60,8 @@ def _load_library() -> Any:
         return None
     spec = importlib.util.find_spec("reproml.arithmetic._kernels")
     if spec is None or spec.origin is None:
+        if sys.platform == "win32":
+            return _warn("are not built for Windows")
         return _warn("were not built; install reproml again where there is a C compiler")
     try:
         loaded = ctypes.CDLL(spec.origin)

@@ -89,7 +89,8 @@ def install(
         if state.registration is not None:
             return
         rounding.defer_test = replay_log.defer_test
-        os.register_at_fork(after_in_child=replay_log.reset_after_fork)
+        if hasattr(os, "register_at_fork"):  # Windows has no fork
+            os.register_at_fork(after_in_child=replay_log.reset_after_fork)
         state.registration = Registration(partial(make_kernel, handler_of, refuse), views, copies)
 
 

@@ -33,6 +33,15 @@ def test_broken_library_logs_one_warning(case, monkeypatch, caplog, tmp_path):
     assert "\n" not in record.getMessage()
 
 
+def test_warning_on_windows_advises_no_compiler(monkeypatch, caplog):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("sys.platform", "win32")
+    assert kernels._load_library() is None
+    assert caplog.messages == [
+        "reproml: same bits, but slower: the compiled loops are not built for Windows"
+    ]
+
+
 def test_switched_off_library_logs_nothing(monkeypatch, caplog):
     monkeypatch.setenv("REPROML_KERNELS", "off")
     assert kernels._load_library() is None and not caplog.records
