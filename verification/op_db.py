@@ -125,7 +125,7 @@ def _as_operands(x: Any) -> Any:
     return tree_map(convert, x)
 
 
-def _tensors(x: Any) -> list[Tensor]:
+def all_tensors(x: Any) -> list[Tensor]:
     return [t for t in tree_flatten(x)[0] if isinstance(t, Tensor)]
 
 
@@ -179,7 +179,7 @@ class Checker(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Optional[dict[str, Any]] = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not _is_compared(func, _tensors([args, kwargs])):
+        if not _is_compared(func, all_tensors([args, kwargs])):
             return func(*args, **kwargs)
         name = name_of(func)
         with dispatcher.natively():  # before the call, which may mutate its operands
@@ -192,7 +192,7 @@ class Checker(TorchDispatchMode):
             return result
         with dispatcher.natively():
             self.calls[name] += 1
-            shapes = [list(t.shape) for t in _tensors([args, kwargs])]
+            shapes = [list(t.shape) for t in all_tensors([args, kwargs])]
             for i, message in _wrong_outputs(func, result, wide_args, wide_kwargs):
                 self.wrong.append(f"{func} output {i} of {shapes}: {message}")
         return result
@@ -219,8 +219,8 @@ def _wrong_outputs(
     if name == "log_sigmoid_backward":  # its buffer is the forward's second output
         args[2] = torch.ops.aten.log_sigmoid_forward(args[1])[1]
     reference = func(*args, **_with_defaults(func, args, kwargs))
-    size = max([1.0, *map(_largest, _tensors([args, kwargs]))])
-    for i, (x, y) in enumerate(zip(_tensors(result), _tensors(reference))):
+    size = max([1.0, *map(_largest, all_tensors([args, kwargs]))])
+    for i, (x, y) in enumerate(zip(all_tensors(result), all_tensors(reference))):
         if (name, i) in UNUSED:
             continue
         if x.dtype is not torch.float32:
@@ -239,8 +239,8 @@ def _wrong_outputs(
 
 def gradients(outputs: Any, inputs: Any, seed: int) -> list[Optional[Tensor]]:
     """Return the gradients of all inputs, for incoming gradients of a fixed pattern."""
-    outs = [t for t in _tensors(outputs) if t.requires_grad and t.is_floating_point()]
-    leaves = [t for t in _tensors(inputs) if t.requires_grad]
+    outs = [t for t in all_tensors(outputs) if t.requires_grad and t.is_floating_point()]
+    leaves = [t for t in all_tensors(inputs) if t.requires_grad]
     if not outs or not leaves:
         return []
     incoming = []
@@ -282,7 +282,7 @@ def check(op: Any, sample: Any, backward: bool) -> tuple[Outcome, Counter[str]]:
         ("result", result, native, wide),
         ("gradient", grads, native_grads, wide_grads),
     ):
-        message = _compare(_tensors(ours), _tensors(theirs), _tensors(references), random)
+        message = _compare(all_tensors(ours), all_tensors(theirs), all_tensors(references), random)
         if message:
             return Outcome("failed", f"{kind} {message}"), checker.calls
     return Outcome("passed"), checker.calls
