@@ -155,6 +155,12 @@ def compare_traces(a: Reader, b: Reader, again: Optional[Again] = None) -> Optio
         if difference:
             break
         draws.compare(x, y)
+    for reader, side in zip((a, b), sides):
+        if difference is None and not side.stepped:
+            raise ReproError(
+                f"{reader.path} has no step to compare: no optimizer of torch.optim took one while it "
+                "was recorded"
+            )
     if difference is None:
         return None
     for side, last in zip(sides, (difference.a, difference.b)):
@@ -207,12 +213,14 @@ class _Side:
         self.reader = reader
         self.facts: dict[str, Any] = {}
         self.step = 0  # the last
+        self.stepped = False  # whether an optimizer has taken a step
         self.ended = False  # whether the training ended, and was not interrupted
         self._diverged = self._complete = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for entry in self.reader:
             self.ended = entry["entry"] == "end"
+            self.stepped = self.stepped or entry["entry"] in ("optimizer", "step")
             if entry["entry"] == "step":
                 self.step = entry["step"]
             if not self._complete:
@@ -466,8 +474,12 @@ def _model(difference: _FirstDifference) -> str:
     """Describe how the tensors of the two models differ."""
     if difference.part != "model" or not difference.a or not difference.b:
         return ""
+    if difference.a["entry"] != difference.b["entry"]:
+        return "one side has one optimizer more"
     names = [_unwrapped(entry.get("tensors", [])) for entry in (difference.a, difference.b)]
-    if any(all(name.isdecimal() for name in side) for side in names):  # of no module that was called
+    if any(
+        all(name.isdecimal() for name in side) for side in names
+    ):  # of no module that was called
         names = [[str(i) for i in range(len(side))] for side in names]
     kinds = [
         dict(zip(side, _kinds(entry))) for side, entry in zip(names, (difference.a, difference.b))

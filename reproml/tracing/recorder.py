@@ -124,6 +124,11 @@ class Recorder:
             yield recorder
             recorder._write_weights("end")
 
+    @property
+    def steps(self) -> int:
+        """The number of steps that optimizers have taken."""
+        return self._step
+
     def head(self) -> dict[str, Any]:
         """Return the current end of the trace, as JSON, to be kept in a checkpoint and passed as `resume`.
 
