@@ -1,4 +1,7 @@
-"""Explain why two trainings differ: a table of known causes, from which the first that fits is reported."""
+"""Explain why two trainings differ: a table of known causes, from which the first that fits is reported.
+
+tests/diff/test_pairs.py judges the table as a whole, on pairs of trainings that are one edit apart.
+"""
 
 from __future__ import annotations
 

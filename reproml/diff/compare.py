@@ -579,7 +579,7 @@ def _with_rerun(
             f"the rerun of {reader.path} did not reproduce the bits of its trace: another machine, or "
             "something that changes from run to run; the operator is that of the rerun"
             for reader, run, entry in zip((a, b), runs, (difference.a, difference.b))
-            if entry and entry["entry"] == "step" and entry != run.step
+            if entry and entry["entry"] == "step" and _numbers_differ(entry, run.step)
         ]
         distance = found.distance
         if found.part in ("gradients", "weights") and found.tensor:
@@ -590,6 +590,11 @@ def _with_rerun(
         if found.part == "initial weights" and operator:
             distance = operator.distance
         return replace(found, operator=operator, distance=distance, notes=found.notes + notes)
+
+
+def _numbers_differ(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Return whether two steps differ in more than the facts about them, which older traces lack."""
+    return any(a[key] != b[key] for key in ("random", "batch", "loss", "gradients", "weights"))
 
 
 def _first_operator(a: Rerun, b: Rerun) -> Optional[Operator]:

@@ -6,7 +6,7 @@ Nothing here runs an operator or draws a random number.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -37,39 +37,35 @@ def loader(of: DataLoader[Any]) -> dict[str, Any]:
     }
 
 
-def process() -> dict[str, Any]:
-    """Return settings of the process. Those on which exact results do not depend are left out there."""
-    found: dict[str, Any] = {"seed": str(torch.initial_seed())}
-    if not state.active.depth:
-        found["threads"] = torch.get_num_threads()
-        found["precision"] = torch.get_float32_matmul_precision()
-    return found
+def process() -> tuple[Any, ...]:
+    """Return the seed, the threads and the precision; of these exact results depend on the seed only."""
+    if state.active.depth:
+        return (torch.initial_seed(),)
+    return torch.initial_seed(), torch.get_num_threads(), torch.get_float32_matmul_precision()
 
 
 class Call(NamedTuple):
     """How a module is called."""
 
     training: bool
-    autocast: str  # a dtype, or "off"
-    compiled: bool
+    on_cpu: bool  # whether autocast is on
+    on_cuda: bool
 
 
 def call(module: nn.Module) -> Call:
     """Describe a call of a module that happens now."""
-    for device in ("cuda", "cpu"):
-        if torch.is_autocast_enabled(device):
-            dtype = str(torch.get_autocast_dtype(device))
-            return Call(module.training, dtype, is_compiled(module))
-    return Call(module.training, "off", is_compiled(module))
+    autocast = torch.is_autocast_enabled
+    return Call(module.training, autocast("cpu"), autocast("cuda"))
 
 
-def calls(of: Iterable[Call]) -> dict[str, Any]:
-    """Describe the calls of several modules in a step: the model and the loss, for example."""
-    found = list(of)
+def calls(of: Mapping[nn.Module, Call]) -> dict[str, Any]:
+    """Describe the calls of several modules in a step, such as the model and the loss."""
+    found = list(of.values())
+    devices = ["cuda"] * any(c.on_cuda for c in found) + ["cpu"] * any(c.on_cpu for c in found)
     return {
         "training": all(c.training for c in found),
-        "autocast": next((c.autocast for c in found if c.autocast != "off"), "off"),
-        "compiled": any(c.compiled for c in found),
+        "autocast": str(torch.get_autocast_dtype(devices[0])) if devices else "off",
+        "compiled": any(is_compiled(module) for module in of),
     }
 
 

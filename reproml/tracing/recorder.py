@@ -87,6 +87,8 @@ class Recorder:
         # The modules that were called directly, and how they were called last.
         self._roots: weakref.WeakKeyDictionary[nn.Module, facts.Call] = weakref.WeakKeyDictionary()
         self._inside_module = False
+        self._calls: dict[str, Any] = {}  # what they have in common
+        self._made_of: Any = None  # what the facts of the step before were made of
         self._about: dict[str, Any] = {**resume.get("about", {})} if resume else {}  # in the file
         self._loaders: list[dict[str, Any]] = []  # of the batches since the last step
         self._kinds: list[Any] = []  # of the tensors of the batch
@@ -157,6 +159,7 @@ class Recorder:
 
     def _restored(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._roots[model] = facts.call(model)
+        self._calls = facts.calls(self._roots)
         self._optimizers.append(_Stepped(weakref.ref(optimizer), self._named(optimizer)))
 
     # --- recording ------------------------------------------------------------------------------------
@@ -224,7 +227,10 @@ class Recorder:
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if self._inside_module or not torch.is_grad_enabled():
                 return original(module, *args, **kwargs)
-            self._roots[module] = facts.call(module)
+            called = facts.call(module)
+            if self._roots.get(module) != called:
+                self._roots[module] = called
+                self._calls = facts.calls(self._roots)
             if self._level != "epoch" and module.training:
                 self._inputs += [x for x in tensors([args, kwargs]) if not x.requires_grad]
             self._inside_module = True
@@ -295,17 +301,21 @@ class Recorder:
 
     def _new_facts(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return how this step was computed, as far as it differs from what the file has already."""
+        process, loaders, self._loaders = facts.process(), self._loaders, []
+        rates = [facts.number(group.get("lr")) for group in optimizer.param_groups]
+        made_of = process, rates, self._calls, self._batch_kinds, loaders
+        if made_of == self._made_of:  # ten times as fast as what follows
+            return {}
+        self._made_of = made_of
         found = {
-            **facts.process(),
-            **facts.calls(self._roots.values()),
-            "lr": [facts.number(group.get("lr")) for group in optimizer.param_groups],
+            **dict(zip(("seed", "threads", "precision"), (str(process[0]), *process[1:]))),
+            **self._calls,
+            "lr": rates,
             "batch": self._batch_kinds,
+            **({"loaders": loaders} if loaders else {}),
         }
-        if self._loaders:
-            found["loaders"] = self._loaders
         new = {key: value for key, value in found.items() if self._about.get(key) != value}
         self._about.update(new)
-        self._loaders = []
         return {"about": new} if new else {}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
