@@ -137,7 +137,7 @@ class _FirstDifference:
 
 
 def compare_traces(a: Reader, b: Reader, again: Optional[Again] = None) -> Optional[Divergence]:
-    """Compare two traces entry by entry, each read once; see `compare`."""
+    """Compare two traces entry by entry; see `compare`. Operators count where nothing else differs."""
     if a.header["level"] != b.header["level"]:
         raise ReproError(
             f"{a.path} was traced at level {a.header['level']} and {b.path} at {b.header['level']}: "
@@ -161,6 +161,8 @@ def compare_traces(a: Reader, b: Reader, again: Optional[Again] = None) -> Optio
                 f"{reader.path} has no step to compare: no optimizer of torch.optim took one while it "
                 "was recorded"
             )
+    operators = _first_operators(a, b) if a.header["level"] == "op" else None
+    difference = difference or operators
     if difference is None:
         return None
     for side, last in zip(sides, (difference.a, difference.b)):
@@ -176,18 +178,19 @@ def compare_traces(a: Reader, b: Reader, again: Optional[Again] = None) -> Optio
         _tensor(difference, optimizers),
         difference.differing,
         _loss_distance(difference),
-        _operator(difference),
+        _operator(operators),
         rest.growth,
         notes=[f"{r.path} is truncated after entry {r.entries}" for r in (a, b) if r.cut],
     )
     if again and difference.part in _RERUN:
         found = _with_rerun(found, a, b, difference, again)
+    operator = found.operator if found.operator and " and " not in found.operator.name else None
     evidence = Evidence(
         sides[0].header(),
         sides[1].header(),
         difference.part,
-        found.operator.name if found.operator else None,
-        found.operator.same_inputs if found.operator else None,
+        operator.name if operator else None,
+        operator.same_inputs if operator else None,
         rest.same_random,
         rest.same_samples,
         difference.part == "batch" and bool(difference.at),
@@ -207,7 +210,10 @@ def compare_traces(a: Reader, b: Reader, again: Optional[Again] = None) -> Optio
 
 
 class _Side:
-    """One of two traces: yields its entries and collects the facts up to the step that diverges."""
+    """One of two traces: yields its entries, without operators, and collects facts for the cause.
+
+    It collects the facts of all steps up to the first that diverges.
+    """
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -220,6 +226,8 @@ class _Side:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for entry in self.reader:
             self.ended = entry["entry"] == "end"
+            if entry["entry"] == "op":
+                continue
             self.stepped = self.stepped or entry["entry"] in ("optimizer", "step")
             if entry["entry"] == "step":
                 self.step = entry["step"]
@@ -552,10 +560,14 @@ def _one_gradient(difference: _FirstDifference) -> bool:
     return None in (entry["gradients"][difference.at] for entry in (difference.a, difference.b))
 
 
-def _operator(difference: _FirstDifference) -> Optional[Operator]:
-    if not (
-        difference.a and difference.b and difference.a["entry"] == difference.b["entry"] == "op"
-    ):
+def _first_operators(a: Reader, b: Reader) -> Optional[_FirstDifference]:
+    """Return the first two operators of the traces that differ, None if all that both have are equal."""
+    left, right = ((e for e in Reader(r.path) if e["entry"] == "op") for r in (a, b))
+    return next((d for d in map(_first_difference, left, right) if d), None)
+
+
+def _operator(difference: Optional[_FirstDifference]) -> Optional[Operator]:
+    if difference is None or not difference.a or not difference.b:
         return None
     return _described(difference.a, difference.b, None, difference.at or 0)
 

@@ -106,6 +106,7 @@ class Recorder:
         self._places = ExitStack()  # restores what `_listen` replaced
         self._rerun: Optional[tuple[int, Path]] = None
         self._operators: Optional[Operators] = None
+        self._process = os.getpid()
 
     @classmethod
     @contextmanager
@@ -355,6 +356,8 @@ class Recorder:
 
     def _write_operator(self, found: dict[str, Any], outputs: list[Tensor]) -> None:
         """Write an operator; in a rerun, only those of the last step, together with their results."""
+        if os.getpid() != self._process:  # a worker of a data loader, which has inherited the file
+            return
         if self._rerun:
             step, folder = self._rerun
             if self._step + 1 != step:

@@ -129,7 +129,7 @@ def test_growth_of_the_difference(tmp_path):
 
 def test_op_level_names_operator_and_line(tmp_path):
     found = planted(tmp_path, level="op", initial=2**-20)
-    assert found.part == "operator" and found.operator is not None and found.step == 1
+    assert found.part == "initial weights" and found.operator is not None and found.step == 1
     assert found.operator.name == "aten.add_" and found.operator.line.startswith(__file__)
     lines = Path(__file__).read_text().splitlines()
     assert "+= initial" in lines[int(found.operator.line.rsplit(":", 1)[1]) - 1]

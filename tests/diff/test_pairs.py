@@ -451,11 +451,11 @@ def edited(source: str, edits: dict[str, str]) -> str:
     return source
 
 
-def run(path: Path, source: str) -> None:
+def run(path: Path, source: str, level: str = "step") -> None:
     lines = [line for line in source.splitlines() if line.strip()[:1] != "@"]
     threads = torch.get_num_threads()
     try:
-        with reproml.trace(path):
+        with reproml.trace(path, level):
             exec(compile("\n".join(lines), "script.py", "exec"), {"__name__": "script"})
     except KeyboardInterrupt:
         pass
@@ -491,3 +491,18 @@ def test_pair_has_its_cause(traced, name):
     assert found is not None
     assert (found.cause[0], row.words in found.cause[1]) == (row.cause, True), found.cause
     assert row.where in headline(found, "a", "b")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["batch size", "workers with augmentation", "validation that shuffles", "seed", "dropout"]
+    + ["clipped gradients", "learning rate", "drop_last"],
+)
+def test_level_op_has_the_same_cause(tmp_path, name):
+    row = PAIRS[name]
+    before = edited(SCRIPT, row.both)
+    run(tmp_path / "a", before, "op")
+    run(tmp_path / "b", edited(before, row.edit), "op")
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert found is not None and found.cause[0] == row.cause and row.words in found.cause[1]
+    assert found.operator is not None
