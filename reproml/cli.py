@@ -252,8 +252,9 @@ def run_command(args: argparse.Namespace, terminal: Terminal) -> Result:
         terminal.print(line)
     if first and not lines and exit_request is None:
         complain(
-            "nothing to digest: no optimizer of torch.optim took a step and no state dict was "
-            "saved; save one with torch.save(model.state_dict(), FILE), or print reproml.digest(model)"
+            "nothing to digest: no optimizer of torch.optim took a step, no state dict was saved and no "
+            "global variable of the script holds a model; save one with "
+            "torch.save(model.state_dict(), FILE), or print reproml.digest(model)"
         )
     if exit_request is not None:
         raise exit_request  # with the status that the script chose

@@ -159,9 +159,12 @@ def _run_script(setting: Setting, words: list[str], numerics: str) -> str:
         _reproml(setting, ["run", "--numerics", numerics, "--digest", str(file), *words], numerics)
         result = json.loads(file.read_text())
     found = [o["parameters.sha256"] for o in result["optimizers"]]
-    found += [s["state_dict.sha256"] for s in result["saved"]]
+    found += [s["state_dict.sha256"] for s in (*result["saved"], *result.get("variables", []))]
     if not found:
-        raise ReproError(f"{words[0]} neither stepped an optimizer nor saved a state dict")
+        raise ReproError(
+            f"{words[0]} neither stepped an optimizer nor saved a state dict, and no global variable "
+            "holds a model"
+        )
     lines = "".join(f"{sha256}\n" for sha256 in found)
     return found[0] if len(found) == 1 else hashlib.sha256(lines.encode()).hexdigest()
 

@@ -9,6 +9,9 @@ working directory, its exit status and tracebacks. Two things are observed while
   optimizers were created, as `reproml.digest({"0": first parameter, "1": second, ...})`;
 - every state dict that torch.save or safetensors.torch.save_file writes, also inside a checkpoint: it is
   digested when it is saved.
+
+If there is neither, as with a library that has optimizers of its own and no saved file, the modules among
+the script's global variables are digested at the end, also those that an object has as its `model`.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.files import write_atomically
 from reproml.pipeline.train import numerics_mode
+from reproml.terminal import complain
 from reproml.tracing import trace
 from reproml.versions import DEFINITIONS
 
@@ -48,6 +52,7 @@ class Observer:
     # In order of creation. The parameters are kept, not the optimizer: its state may be freed.
     stepped: list[tuple[str, list[torch.Tensor]]] = field(default_factory=list)
     saved: list[dict[str, str]] = field(default_factory=list)
+    variables: list[dict[str, str]] = field(default_factory=list)
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -97,6 +102,23 @@ class Observer:
 
         return save
 
+    def find_models(self, variables: dict[str, Any]) -> None:
+        """Digest the modules among the variables, each once, if nothing was stepped or saved."""
+        if self.saved or any(parameters for _, parameters in self.stepped):
+            return
+        known: set[int] = set()
+        for name, value in variables.items():
+            inside = (
+                None if isinstance(value, type) else getattr(value, "__dict__", {}).get("model")
+            )
+            for place, model in ((name, value), (f"{name}.model", inside)):
+                if isinstance(model, torch.nn.Module) and id(model) not in known:
+                    known.add(id(model))
+                    for found, state in _state_dicts(place, model):
+                        self.variables.append(
+                            {"variable": found, "state_dict.sha256": digest(state)}
+                        )
+
     def result(self) -> dict[str, Any]:
         """Return the digests, as JSON: the option --digest writes them."""
         return {
@@ -110,6 +132,7 @@ class Observer:
                 if parameters
             ],
             "saved": self.saved,
+            **({"variables": self.variables} if self.variables else {}),
         }
 
 
@@ -139,10 +162,14 @@ def execute(
     observer = Observer()
     # The trace is opened before sys.argv is set: its header records this process's command line.
     # Its numerics show `diff --rerun` that this verb recorded it and not the script.
-    with trace(trace_file, about={"numerics": numerics}) if trace_file else nullcontext():
+    traced = trace(trace_file, about={"numerics": numerics}) if trace_file else nullcontext()
+    with traced as recorder:
         main = _main_module(script, arguments, path)
         with observer.observing():
             exit_request = _execute_source(source, path, main, numerics)
+        if recorder and not recorder.steps:
+            complain(f"{trace_file} has no step: no optimizer of torch.optim took one")
+        observer.find_models(main.__dict__)
         result = {"definitions": DEFINITIONS, "numerics": numerics, **observer.result()}
         if target:
             _write_json(target, result)
@@ -165,7 +192,13 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"{o['parameters.sha256']}  parameters of optimizer {i}: {o['optimizer']}, "
         f"{o['tensors']} tensor{'s' * (o['tensors'] != 1)}"
         for i, o in enumerate(result["optimizers"], 1)
-    ] + [f"{s['state_dict.sha256']}  state dict saved: {s['file']}" for s in result["saved"]]
+    ] + [
+        *(f"{s['state_dict.sha256']}  state dict saved: {s['file']}" for s in result["saved"]),
+        *(
+            f"{v['state_dict.sha256']}  state dict at the end: {v['variable']}"
+            for v in result.get("variables", [])
+        ),
+    ]
 
 
 def _execute_source(

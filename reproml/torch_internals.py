@@ -348,6 +348,20 @@ BaseDataLoaderIter = internal(
     "traces would have no batches and no epochs",
 )
 
+attribute(
+    torch.nn.Identity(),
+    "torch.nn.Module",
+    "_compiled_call_impl",
+    "is set by Module.compile()",
+    "diff could not name compilation as a cause",
+)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Return whether torch.compile(module) made the module, or module.compile() has compiled it."""
+    return type(module).__name__ == "OptimizedModule" or bool(module._compiled_call_impl)
+
+
 # Each module of torch.optim, and its functions that do a step: "single_tensor" for
 # torch.optim.adam._single_tensor_adam, and so on. AdamW has Adam's. Those of the optimizers without a
 # definition are found by their names (arithmetic/patches.py).

@@ -28,7 +28,7 @@ SLOW_FILES = {
         "tests/arithmetic/dispatch": "deferred dispatcher",
         "tests/arithmetic/distributed": "sharded",
         "tests/arithmetic/operators": "matmul normalization optimizers",
-        "tests/diff": "compare",
+        "tests/diff": "compare pairs",
         "tests/pipeline": "data faults preprocess",
         "tests/tracing": "trace",
         "tests/verification": "op_db sandbox",

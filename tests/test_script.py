@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import reproml
+from reproml.diff.compare import compare
 from reproml.script import Observer, _state_dicts
 from verification.subprocesses import Completed, Reproml, environment
 
@@ -228,6 +229,48 @@ def test_run_reports_that_nothing_was_digested(reproml_run):
     assert result.stdout == "2.0\n" and result.stderr.count("\n") == 1
     assert result.stderr.startswith("reproml: nothing to digest: ")
     assert "torch.save(model.state_dict(), FILE)" in result.stderr
+
+
+OWN_OPTIMIZER = """
+import torch
+
+class Learner:  # as of a library that has optimizers of its own
+    def __init__(self, model):
+        self.model = model
+
+    def fit(self):
+        self.model(torch.ones(4, 3)).sum().backward()
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p -= 0.5 * p.grad
+
+torch.manual_seed(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rest", "found"),
+    [
+        ("network = torch.nn.Linear(3, 2)\nLearner(network).fit()\n", ["network"]),
+        ("learn = Learner(torch.nn.Linear(3, 2))\nlearn.fit()\n", ["learn.model"]),
+        ("net = torch.nn.Linear(3, 2)\nlearn = Learner(net)\nlearn.fit()\nagain = net\n", ["net"]),
+        ("def main():\n    Learner(torch.nn.Linear(3, 2)).fit()\nmain()\n", []),
+    ],
+)
+def test_model_of_other_optimizer_is_found(tmp_path, reproml_run, rest, found):
+    shown = reproml_run("--trace", "t", "script.py", source=OWN_OPTIMIZER + rest)
+    names: dict[str, Any] = {}
+    with reproml.exact():
+        exec(OWN_OPTIMIZER + "learn = Learner(torch.nn.Linear(3, 2))\nlearn.fit()\n", names)
+    digest = reproml.digest(names["learn"].model)
+    assert shown.stdout.splitlines() == [f"{digest}  state dict at the end: {x}" for x in found]
+    errors = shown.stderr.splitlines()
+    assert errors[0].startswith("reproml: t has no step: no optimizer of torch.optim")
+    assert [line.startswith("reproml: nothing to digest: ") for line in errors[1:]] == [True] * (
+        not found
+    )
+    with pytest.raises(reproml.errors.ReproError, match="t has no step to compare"):
+        compare(tmp_path / "t", tmp_path / "t")
 
 
 def test_interrupt_prints_one_line(tmp_path):

@@ -1,4 +1,7 @@
-"""Explain why two trainings differ: a table of known causes, from which the first that fits is reported."""
+"""Explain why two trainings differ: a table of known causes, from which the first that fits is reported.
+
+tests/diff/test_pairs.py judges the table as a whole, on pairs of trainings that are one edit apart.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,19 @@ class Evidence:
     same_samples: Optional[bool] = None  # whether the epoch has the same samples, in any order
     beside_same: bool = False  # whether an earlier tensor of the batch is the same on both sides
     settings: list[str] = field(default_factory=list)  # the optimizer's settings that differ
+    # The facts about the diverging step (tracing/facts.py) that both sides have and that differ.
+    facts: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    drawn: str = ""  # between which epochs or steps the random numbers have begun to differ
+    model: str = ""  # how the tensors of the models differ
+    size: Optional[float] = None  # the relative difference of the loss or of the gradients
+    factor: str = ""  # between all gradients
+    module_input: bool = (
+        False  # whether the tensor of the batch is a module's input and no loader's
+    )
+    one_gradient: bool = False  # whether the first gradient that differs exists on one side only
+    outside_step: bool = False  # whether the weights differ where no optimizer takes a step
+    steps: tuple[int, ...] = (0, 0)  # how many both sides have
+    interrupted: bool = False  # whether one side did not reach the end of its training
 
     def both(self, *keys: str) -> tuple[Any, Any]:
         """Return the values of a and b under these keys, None where one is missing."""
@@ -53,6 +69,10 @@ class Evidence:
                 found.append(f"{name} ({x.get(name, 'unset')} and {y.get(name, 'unset')})")
         return found
 
+    def known(self, table: list[tuple[str, str]]) -> list[str]:
+        """Describe the facts of a table that differ."""
+        return [words.format(*self.facts[key]) for words, key in table if key in self.facts]
+
     def recipe(self) -> list[str]:
         """Return the keys of the recipes that differ, such as "optimizer.learning_rate"."""
         found = _keys(*self.both("recipe"))
@@ -70,6 +90,34 @@ _ENVIRONMENT = [
     ("another BLAS (MKL: {} and {})", ("torch", "mkl")),
 ]
 
+# Facts that explain another batch, another computation of the step, and only another rounding.
+_BATCHES = [
+    ("the number of backward passes in a step ({} and {}), as gradients are accumulated", "passes"),
+    ("the batch size ({} and {})", "batch_size"),
+    ("drop_last ({} and {})", "drop_last"),
+    ("the number of samples ({} and {})", "samples"),
+    ("the sampler ({} and {})", "sampler"),
+    ("whether the data loader has a generator of its own ({} and {})", "generator"),
+    ("collate_fn ({} and {})", "collate_fn"),
+    ("the class of the dataset ({} and {})", "dataset"),
+]
+_WORKERS = [
+    ("num_workers ({} and {})", "num_workers"),
+    ("persistent_workers ({} and {})", "persistent_workers"),
+    ("worker_init_fn ({} and {})", "worker_init_fn"),
+]
+_MODEL = [
+    ("a module ({} and {})", "modules"),
+    ("whether the model is in training mode ({} and {})", "training"),
+    ("autocast ({} and {})", "autocast"),
+    ("the precision of matrix products ({} and {})", "precision"),
+]
+_KERNELS = [
+    ("torch.compile ({} and {})", "compiled"),
+    ("the memory layout of the weights ({} and {})", "kinds"),
+    ("the memory layout of the batch ({} and {})", "layout"),
+]
+
 # Operators that add up many numbers, in an order that depends on threads, vector width and library.
 _SUMS = re.compile(
     "sum|mean|mm|dot|conv|norm|softmax|loss|var|linear|matmul|index_add|addmv|scatter_add|dense_backward"
@@ -77,11 +125,21 @@ _SUMS = re.compile(
 )
 _RANDOM = re.compile("dropout|bernoulli|normal_|rand|uniform|multinomial|exponential")
 
+_FROM_LOADER = ("batch", "epoch", "operator")
 _FROM_ARITHMETIC = ("loss", "gradients", "weights", "operator", "initial weights", "item")
 
 
 def _sums(e: Evidence) -> bool:
     return bool(_SUMS.search(e.operator or ""))
+
+
+def _computed(e: Evidence) -> bool:
+    return e.part in ("loss", "gradients", "operator")
+
+
+def _large(e: Evidence) -> bool:
+    """Return whether the loss or the gradients differ by more than rounding does."""
+    return e.size is not None and e.size > (1e-4 if e.part == "loss" else 1e-3)
 
 
 def _arithmetic(e: Evidence) -> bool:
@@ -107,6 +165,11 @@ CAUSES: list[Row] = [
         "different recipes: {recipe}",
     ),
     (
+        "scheduler",
+        lambda e: e.part == "settings" and any(x.startswith("initial_lr (") for x in e.settings),
+        "a learning rate scheduler on one side only, or two that differ: {settings}",
+    ),
+    (
         "optimizer",
         lambda e: e.part == "settings",
         "different settings of the optimizer: {settings}",
@@ -114,12 +177,23 @@ CAUSES: list[Row] = [
     (
         "model",
         lambda e: e.part == "model",
-        "different models or optimizers: the names or shapes of the tensors differ",
+        "different models or optimizers: {model}",
     ),
     (
         "seed",
+        lambda e: (
+            "seed" in e.facts
+            and e.same_random is False
+            and e.part in ("initial weights", *_FROM_LOADER, "loss", "gradients")
+        ),
+        "different seeds ({seed}); without a seed PyTorch takes another in each run",
+    ),
+    (
+        "draws before the weights",
         lambda e: e.part == "initial weights" and e.same_random is False,
-        "a different seed, or a different order of random draws, before the weights were initialised",
+        "different random numbers before the weights were initialised: another initialisation, modules "
+        "made in another order, or a model that was made before its seed was set; in the last case two "
+        "traces of one side differ too",
     ),
     (
         "numerics",
@@ -139,13 +213,66 @@ CAUSES: list[Row] = [
     (
         "initial weights",
         lambda e: e.part == "initial weights",
-        "different initial weights from the same random numbers: a different initialisation or checkpoint",
+        "different initial weights from the same random numbers: another initialisation or checkpoint, "
+        "modules made in another order, or a model that was made before the seed was set; in the last "
+        "case two traces of one side differ too",
+    ),
+    (
+        "loader",
+        lambda e: (
+            bool(e.known(_BATCHES))
+            and (e.part in _FROM_LOADER or "passes" in e.facts and _computed(e))
+        ),
+        "other batches, by {batches}",
+    ),
+    (
+        "draws between steps",
+        lambda e: bool(e.drawn) and (e.part == "batch" or _computed(e)) and not _model(e),
+        "one side drew random numbers {drawn} that the other did not, as an evaluation does with "
+        "dropout, noise or a DataLoader, which draws one number for each pass even without shuffling; "
+        "or one side set a seed there",
+    ),
+    (
+        "workers",
+        lambda e: e.part in _FROM_LOADER and e.same_samples is not True and bool(e.known(_WORKERS)),
+        "{workers}: each worker draws from a generator of its own, so a dataset with random augmentation "
+        "gives other samples; if the batches still differ with equal settings, the data differ",
+    ),
+    (
+        "module's input",
+        lambda e: e.module_input,
+        "what happens between the batch and the model: the batch is the same, but the input of a module "
+        "is computed from it (noise, augmentation, normalisation) on one side only or differently",
+    ),
+    (
+        "kinds of batch",
+        lambda e: e.part in ("batch", "operator") and "batch" in e.facts,
+        "other batches, by dtype or shape ({batch}): another batch size, padding or preprocessing",
+    ),
+    (
+        "epoch",
+        lambda e: e.part == "epoch",
+        "the epochs have different numbers of steps: another batch size or drop_last, more data, or a "
+        "loop that leaves the epoch early",
     ),
     (
         "part of the batch",
         lambda e: e.part == "batch" and e.beside_same,
         "different data: one tensor of the batch differs while another is the same, as when labels do not "
         "match their inputs",
+    ),
+    (
+        "draws before the batch",
+        lambda e: e.part == "batch" and e.same_random is False and e.same_samples is True,
+        "a different shuffle: the epoch has the same samples in another order, from other random numbers, "
+        "although the weights before it are the same: one side drew more numbers after its model was made",
+    ),
+    (
+        "augmentation",
+        lambda e: e.part == "batch" and e.same_random is False,
+        "random augmentation of the data on one side, or a different shuffle: the weights before this "
+        "batch are the same, but the random numbers are not; without the augmentation on both sides "
+        "only the second would remain",
     ),
     (
         "shuffle",
@@ -155,12 +282,29 @@ CAUSES: list[Row] = [
     (
         "other data",
         lambda e: e.part == "batch" and e.same_samples is False,
-        "different data: the samples of the epoch differ",
+        "different data: the samples of the epoch differ, by their files, their preprocessing or an "
+        "augmentation that draws from Python or NumPy; in the last case two traces of one side differ too",
     ),
     (
         "data or shuffle",
         lambda e: e.part == "batch",
         "different data or a different shuffle; a complete epoch in both traces would show which",
+    ),
+    (
+        "one gradient",
+        lambda e: e.one_gradient,
+        "a gradient exists on one side only: the tensor is frozen (requires_grad=False) or unused there, "
+        "or zero_grad(set_to_none=False) keeps a gradient of zeros",
+    ),
+    (
+        "kernels",
+        lambda e: _computed(e) and not _large(e) and bool(e.known(_KERNELS)),
+        "other kernels, which round in another order, by {kernels}",
+    ),
+    (
+        "model settings",
+        lambda e: _computed(e) and _model(e),
+        "another computation of the loss, by {computation}",
     ),
     (
         "random numbers",
@@ -169,6 +313,19 @@ CAUSES: list[Row] = [
             and (e.same_random is False or bool(_RANDOM.search(e.operator or "")))
         ),
         "different random numbers (dropout, noise): a different seed, or one side drew more of them before",
+    ),
+    (
+        "factor of the gradients",
+        lambda e: e.part == "gradients" and bool(e.factor),
+        "gradients that differ by a factor of {factor} from the same loss: clipped, averaged or scaled "
+        "after the backward pass",
+    ),
+    (
+        "computation",
+        lambda e: _computed(e) and _large(e),
+        "another computation from the same batch: the loss or the gradients differ by {size}, more than "
+        "rounding explains; compare the forward pass, the loss function, what happens to gradients, and "
+        "what changes weights outside of an optimizer's step",
     ),
     (
         "order of a sum",
@@ -181,9 +338,30 @@ CAUSES: list[Row] = [
         "native arithmetic rounds differently by {environment}",
     ),
     (
+        "interrupted",
+        lambda e: e.part == "length" and e.interrupted,
+        "one side ended earlier ({steps} steps): a training was interrupted, still runs, or its trace was "
+        "truncated",
+    ),
+    (
         "length",
         lambda e: e.part == "length",
-        "one side ended earlier: it has fewer steps or was truncated",
+        "one side ended earlier ({steps} steps): it trained for fewer epochs or steps",
+    ),
+    (
+        "outside a step",
+        lambda e: e.outside_step and e.both("level") != ("epoch", "epoch"),
+        "the weights were changed on one side after the last step of an optimizer",
+    ),
+    (
+        "level of the trace",
+        lambda e: e.outside_step,
+        "unknown: the weights differ after this epoch; trace both at level step to see where it begins",
+    ),
+    (
+        "learning rate",
+        lambda e: e.part == "weights" and "lr" in e.facts,
+        "the learning rate ({lr}), as a scheduler sets it",
     ),
     (
         "optimizer's schedule",
@@ -195,8 +373,18 @@ CAUSES: list[Row] = [
         lambda e: _arithmetic(e) and _sums(e),
         "the order in which {operator} adds up, which differs from run to run on one machine",
     ),
+    (
+        "rounding",
+        lambda e: _computed(e) and e.size is not None and not e.operator,
+        "only rounding: the loss or the gradients differ by {size}. The operators differ from run to run, "
+        "or one side uses others, for example by torch.compile of a function; --rerun names the operator",
+    ),
 ]
 _UNKNOWN = "unknown: the recorded facts do not explain it"
+
+
+def _model(e: Evidence) -> bool:
+    return bool(e.known(_MODEL))
 
 
 def likely_cause(e: Evidence) -> tuple[str, str]:
@@ -209,6 +397,18 @@ def likely_cause(e: Evidence) -> tuple[str, str]:
                 settings=", ".join(e.settings),
                 definitions="{} and {}".format(*e.both("definitions")),
                 operator=e.operator,
+                batches=" and ".join(e.known(_BATCHES)),
+                workers=" and ".join(e.known(_WORKERS)),
+                computation=" and ".join(e.known(_MODEL)),
+                kernels=" and ".join(e.known(_KERNELS)),
+                drawn=e.drawn,
+                model=e.model or "the names or shapes of the tensors differ",
+                size=f"{100 * (e.size or 0):.2g} %",
+                factor=e.factor,
+                steps="{:,} and {:,}".format(*e.steps),
+                seed="{} and {}".format(*e.facts.get("seed", ("", ""))),
+                batch="{} and {}".format(*e.facts.get("batch", ("", ""))),
+                lr="{} and {}".format(*e.facts.get("lr", ("", ""))),
             )
     return "unknown", _UNKNOWN
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -33,6 +35,7 @@ from reproml.files import read_regular
 from reproml.pipeline.golden import compare_items
 from reproml.pipeline.run import METRICS, TRACE, WEIGHTS, Items, read_items, read_record
 from reproml.tracing.chain import Reader, is_trace
+from reproml.tracing.facts import INPUT
 
 PARTS = {
     "settings": "the settings of the optimizer",
@@ -44,6 +47,7 @@ PARTS = {
     "weights": "the weights after the optimizer's step",
     "operator": "an operator",
     "item": "an item",
+    "epoch": "the number of steps in the epoch",
     "length": "the number of steps",
 }
 
@@ -133,14 +137,16 @@ class _FirstDifference:
 
 
 def compare_traces(a: Reader, b: Reader, again: Optional[Again] = None) -> Optional[Divergence]:
-    """Compare two traces entry by entry, each read once; see `compare`."""
+    """Compare two traces entry by entry; see `compare`. Operators count where nothing else differs."""
     if a.header["level"] != b.header["level"]:
         raise ReproError(
             f"{a.path} was traced at level {a.header['level']} and {b.path} at {b.header['level']}: "
             "trace both at the same level"
         )
     optimizers: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    left, right = iter(a), iter(b)
+    sides = _Side(a), _Side(b)
+    left, right = (iter(side) for side in sides)
+    draws = _Draws()
     difference = None
     for x, y in zip_longest(left, right):
         if x and y and x["entry"] == y["entry"] == "optimizer":
@@ -148,9 +154,20 @@ def compare_traces(a: Reader, b: Reader, again: Optional[Again] = None) -> Optio
         difference = None if x == y else _first_difference(x, y)
         if difference:
             break
+        draws.compare(x, y)
+    for reader, side in zip((a, b), sides):
+        if difference is None and not side.stepped:
+            raise ReproError(
+                f"{reader.path} has no step to compare: no optimizer of torch.optim took one while it "
+                "was recorded"
+            )
+    operators = _first_operators(a, b) if a.header["level"] == "op" else None
+    difference = difference or operators
     if difference is None:
         return None
-    rest = _Remainder(difference, left, right)
+    for side, last in zip(sides, (difference.a, difference.b)):
+        side.diverged_at(last)
+    rest = _Remainder(difference, left, right, draws)
     entry = difference.a or difference.b or {}
     step = 1 if entry["entry"] == "optimizer" else entry["step"]
     found = Divergence(
@@ -161,31 +178,110 @@ def compare_traces(a: Reader, b: Reader, again: Optional[Again] = None) -> Optio
         _tensor(difference, optimizers),
         difference.differing,
         _loss_distance(difference),
-        _operator(difference),
+        _operator(operators),
         rest.growth,
         notes=[f"{r.path} is truncated after entry {r.entries}" for r in (a, b) if r.cut],
     )
     if again and difference.part in _RERUN:
         found = _with_rerun(found, a, b, difference, again)
-    numerics = optimizers[0] if optimizers else ({}, {})
+    operator = found.operator if found.operator and " and " not in found.operator.name else None
     evidence = Evidence(
-        {"numerics": numerics[0].get("numerics"), **a.header},
-        {"numerics": numerics[1].get("numerics"), **b.header},
+        sides[0].header(),
+        sides[1].header(),
         difference.part,
-        found.operator.name if found.operator else None,
-        found.operator.same_inputs if found.operator else None,
+        operator.name if operator else None,
+        operator.same_inputs if operator else None,
         rest.same_random,
         rest.same_samples,
         difference.part == "batch" and bool(difference.at),
         _settings(difference),
+        facts=_differing_facts(*(side.facts for side in sides)),
+        drawn=draws.where,
+        model=_model(difference),
+        size=_size(difference),
+        factor=_factor(difference),
+        module_input=_is_module_input(difference, sides[0], sides[1]),
+        one_gradient=_one_gradient(difference),
+        outside_step=difference.part == "weights" and entry["entry"] != "step",
+        steps=tuple(side.step for side in sides),
+        interrupted=not min(sides, key=lambda side: side.step).ended,
     )
     return replace(found, cause=causes.likely_cause(evidence))
 
 
+class _Side:
+    """One of two traces: yields its entries, without operators, and collects facts for the cause.
+
+    It collects the facts of all steps up to the first that diverges.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.facts: dict[str, Any] = {}
+        self.step = 0  # the last
+        self.stepped = False  # whether an optimizer has taken a step
+        self.ended = False  # whether the training ended, and was not interrupted
+        self._diverged = self._complete = False
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for entry in self.reader:
+            self.ended = entry["entry"] == "end"
+            if entry["entry"] == "op":
+                continue
+            self.stepped = self.stepped or entry["entry"] in ("optimizer", "step")
+            if entry["entry"] == "step":
+                self.step = entry["step"]
+            if not self._complete:
+                self._learn(entry)
+            yield entry
+
+    def diverged_at(self, entry: Optional[dict[str, Any]]) -> None:
+        """Collect facts only up to this entry, or up to the next step if it is none."""
+        self._diverged = True
+        self._complete = entry is not None and entry["entry"] == "step"
+
+    def _learn(self, entry: dict[str, Any]) -> None:
+        self.facts.update(entry.get("about", {}))
+        if entry["entry"] == "step":
+            self.facts["passes"] = len(entry["loss"])
+            self._complete = self._diverged
+        if entry["entry"] == "optimizer":
+            self.facts.setdefault("numerics", entry["numerics"])
+            for key in ("kinds", "modules"):
+                self.facts[key] = [*self.facts.get(key, []), *entry.get(key, [])]
+
+    def header(self) -> dict[str, Any]:
+        """Return the header; the script may have changed the number of threads since it was written."""
+        header = {"numerics": self.facts.get("numerics"), **self.reader.header}
+        threads, environment = self.facts.get("threads"), header.get("environment")
+        if threads and isinstance(environment, dict) and isinstance(environment.get("torch"), dict):
+            torch_facts = {**environment["torch"], "threads": threads}
+            header["environment"] = {**environment, "torch": torch_facts}
+        return header
+
+
+class _Draws:
+    """Finds where the state of the random numbers differs first, in steps whose numbers are the same."""
+
+    def __init__(self) -> None:
+        self.where = ""  # "between epoch 1 and epoch 2"; empty if it is the same or never was
+        self._before: Optional[dict[str, Any]] = None  # the step before
+        self._found = False
+
+    def compare(self, a: Optional[dict[str, Any]], b: Optional[dict[str, Any]]) -> None:
+        if self._found or not (a and b and a["entry"] == b["entry"] == "step"):
+            return
+        self._found = a["random"] != b["random"]
+        if self._found and self._before:
+            unit = "epoch" if a["epoch"] != self._before["epoch"] else "step"
+            self.where = f"between {unit} {self._before[unit]} and {unit} {a[unit]}"
+        self._before = a
+
+
 # (key of an entry, what differs if it does), in the order in which a training computes them
 _ORDER = {
-    "optimizer": [("tensors", "model"), ("shapes", "model"), ("kind", "settings")]
-    + [("settings", "settings"), ("weights", "initial weights")],
+    "optimizer": [("tensors", "model"), ("shapes", "model"), ("kinds", "model")]
+    + [("kind", "settings"), ("settings", "settings"), ("weights", "initial weights")],
     "step": [
         ("batch", "batch"),
         ("loss", "loss"),
@@ -204,17 +300,44 @@ def _first_difference(
 ) -> Optional[_FirstDifference]:
     """Return what differs first in two entries that are not the same; None if nothing that matters."""
     if a is None or b is None or a["entry"] != b["entry"]:
-        ended = a is None or b is None or "end" in (a["entry"], b["entry"])
-        return _FirstDifference(a, b, "length" if ended else "operator")
+        kinds = {entry["entry"] if entry else "end" for entry in (a, b)}
+        parts = {"end": "length", "epoch": "epoch", "optimizer": "model"}
+        return _FirstDifference(a, b, next((parts[k] for k in parts if k in kinds), "operator"))
     for key, part in _ORDER[a["entry"]]:
-        x, y = a[key], b[key]
-        if x == y:
+        x, y = a.get(key, []), b.get(key, [])
+        if x == y or _same_effect(key, a, b):
             continue
+        if part == "batch" and a["epoch"] != b["epoch"]:
+            return _FirstDifference(a, b, "epoch")
         if not isinstance(x, list) or len(x) != len(y):
-            return _FirstDifference(a, b, part)
+            common = len(os.path.commonprefix([x, y])) if isinstance(x, list) else 0
+            return _FirstDifference(a, b, part, common if part == "batch" and common else None)
         at = [i for i, (one, other) in enumerate(zip(x, y)) if one != other]
         return _FirstDifference(a, b, part, at[0], (len(at), len(x)))
     return None  # only the state of the random numbers or the length of an epoch differs
+
+
+# How torch.compile, DataParallel and others change the names of a model that they wrap.
+_WRAPPERS = re.compile(
+    r"(?:^module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|(?=:))"
+)
+_WRAPPER_CLASSES = ("OptimizedModule", "GraphModule", "DataParallel", "DistributedDataParallel")
+
+
+def _same_effect(key: str, a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Return whether two values of an optimizer's entry differ, but not in what they do."""
+    if key == "tensors":  # a name alone changes no number
+        return bool(a["shapes"] == b["shapes"] and a["weights"] == b["weights"]) or (
+            _unwrapped(a["tensors"]) == _unwrapped(b["tensors"])
+        )
+    if key == "kinds":  # strides alone change no element; older traces do not have them
+        x, y = ([_without_strides(kind) for kind in entry.get(key, [])] for entry in (a, b))
+        return not x or not y or x == y
+    return key == "settings" and a["kind"] == b["kind"] and not _differing_settings(a, b)
+
+
+def _unwrapped(names: list[str]) -> list[str]:
+    return [_WRAPPERS.sub("", name) for name in names]
 
 
 class _Remainder:
@@ -225,6 +348,7 @@ class _Remainder:
         difference: _FirstDifference,
         left: Iterator[dict[str, Any]],
         right: Iterator[dict[str, Any]],
+        draws: _Draws,
     ) -> None:
         self.growth: list[tuple[int, int]] = []
         self.same_random: Optional[bool] = None
@@ -232,6 +356,8 @@ class _Remainder:
         sums: tuple[dict[int, int], dict[int, int]] = ({}, {})
         epoch = None
         for x, y in zip(_steps(difference.a, left), _steps(difference.b, right)):
+            if x["entry"] == y["entry"] == "step" and self.same_random is None:
+                draws.compare(x, y)
             if x["entry"] != y["entry"]:
                 break
             if x["entry"] == "epoch":
@@ -287,6 +413,8 @@ def _tensor(
         return None
     if difference.part == "batch":
         return f"tensor {difference.at + 1} of the batch"
+    if difference.part == "model":
+        return None
     names = difference.a["tensors"] if difference.a["entry"] == "optimizer" else []
     if difference.a["entry"] == "step" and difference.a["optimizer"] < len(optimizers):
         names = optimizers[difference.a["optimizer"]][0]["tensors"]
@@ -301,18 +429,145 @@ def _settings(difference: _FirstDifference) -> list[str]:
         return []
     if difference.a["kind"] != difference.b["kind"]:
         return [f"{difference.a['kind']} and {difference.b['kind']}"]
+    return _differing_settings(difference.a, difference.b)
+
+
+def _differing_settings(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Describe the settings that differ; a version of PyTorch may have more, which are off."""
+    if len(a["settings"]) != len(b["settings"]):
+        return [f"parameter groups ({len(a['settings'])} and {len(b['settings'])})"]
     return [
-        f"{key} ({x.get(key)} and {y.get(key)})"
-        for x, y in zip(difference.a["settings"], difference.b["settings"])
+        f"{key} ({x.get(key, 'unset')} and {y.get(key, 'unset')})"
+        for x, y in zip(a["settings"], b["settings"])
         for key in sorted({*x, *y})
         if x.get(key) != y.get(key)
+        and not (None in (x.get(key), y.get(key)) and {x.get(key), y.get(key)} & {"None", "False"})
     ]
 
 
-def _operator(difference: _FirstDifference) -> Optional[Operator]:
-    if not (
-        difference.a and difference.b and difference.a["entry"] == difference.b["entry"] == "op"
-    ):
+def _differing_facts(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the facts that both sides have with different values, by name; see tracing/facts.py."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in a.keys() & b.keys():
+        x, y = a[key], b[key]
+        if key == "loaders":
+            for pair in zip(x, y):
+                found.update(_differing_facts(*pair))
+        elif key in ("kinds", "modules"):
+            x, y = _modules(x), _modules(y)
+            pairs = [pair for pair in zip(x, y) if pair[0] != pair[1]]
+            found.update({key: pairs[0]} if pairs else {})
+        elif key == "batch" and x != y:
+            same = [_without_strides(kind) for kind in x] == [_without_strides(kind) for kind in y]
+            found["layout" if same else key] = ", ".join(x), ", ".join(y)
+        elif x != y:
+            one, other = (", ".join(map(str, v)) if isinstance(v, list) else v for v in (x, y))
+            found[key] = one, other
+    return found
+
+
+def _modules(described: list[str]) -> list[str]:
+    """Return the descriptions of modules without those that only wrap another."""
+    inside = [
+        line for line in described if line.partition(": ")[2].split("(")[0] not in _WRAPPER_CLASSES
+    ]
+    return _unwrapped(inside)
+
+
+def _without_strides(kind: str) -> str:
+    return kind.partition(" with strides")[0]
+
+
+def _model(difference: _FirstDifference) -> str:
+    """Describe how the tensors of the two models differ."""
+    if difference.part != "model" or not difference.a or not difference.b:
+        return ""
+    if difference.a["entry"] != difference.b["entry"]:
+        return "one side has one optimizer more"
+    names = [_unwrapped(entry.get("tensors", [])) for entry in (difference.a, difference.b)]
+    if any(
+        all(name.isdecimal() for name in side) for side in names
+    ):  # of no module that was called
+        names = [[str(i) for i in range(len(side))] for side in names]
+    kinds = [
+        dict(zip(side, _kinds(entry))) for side, entry in zip(names, (difference.a, difference.b))
+    ]
+    alone = [[name for name in x if name not in y] for x, y in (kinds, kinds[::-1])]
+    if any(alone):
+        return " and ".join(
+            f"only the {side} has {', '.join(names[:3])}"
+            + f" and {len(names) - 3} more" * (len(names) > 3)
+            for side, names in zip(("first", "second"), alone)
+            if names
+        )
+    for name, kind in kinds[0].items():
+        if kind != kinds[1][name]:
+            return f"{name} is {kind} and {kinds[1][name]}"
+    return "they have the same tensors in another order"
+
+
+def _kinds(entry: dict[str, Any]) -> list[str]:
+    """Return dtype and shape of each tensor; older traces have the shapes only."""
+    return entry.get("kinds") or [str(shape) for shape in entry.get("shapes", [])]
+
+
+def _numbers(difference: _FirstDifference) -> tuple[list[float], list[float]]:
+    """Return some numbers of both sides of which the first differ: losses or gradients."""
+    key = {"loss": "loss", "gradients": "gradient"}.get(difference.part, "")
+    if not difference.a or not difference.b:
+        return [], []
+    with contextlib.suppress(ValueError, TypeError):  # no single numbers, or NaN
+        x, y = ([float(v) for v in entry.get(key, [])] for entry in (difference.a, difference.b))
+        if len(x) == len(y) and all(math.isfinite(v) for v in (*x, *y)):
+            return x, y
+    return [], []
+
+
+def _size(difference: _FirstDifference) -> Optional[float]:
+    """Return the largest difference of some numbers, relative to the largest of them."""
+    x, y = _numbers(difference)
+    largest = max(map(abs, (*x, *y)), default=0.0)
+    return max(abs(v - w) for v, w in zip(x, y)) / largest if largest else None
+
+
+def _factor(difference: _FirstDifference) -> str:
+    """Return the factor between all gradients that were recorded, as text; empty if there is none."""
+    x, y = _numbers(difference)
+    if difference.part != "gradients" or len(x) < 2:
+        return ""
+    first = max(range(len(x)), key=lambda i: abs(x[i]))
+    factor = y[first] / x[first] if x[first] else 1.0
+    largest = abs(y[first])
+    same = all(abs(w - factor * v) <= 1e-4 * largest for v, w in zip(x, y))
+    return f"{factor:.6g}" if same and abs(factor - 1) > 1e-3 else ""
+
+
+def _is_module_input(difference: _FirstDifference, *sides: _Side) -> bool:
+    """Return whether the first tensor of the batch that differs is no loader's, but a module's input."""
+    found = [
+        side.facts.get("batch", [])[difference.at : (difference.at or 0) + 1] for side in sides
+    ]
+    return bool(difference.part == "batch" and difference.at) and any(
+        kinds and kinds[0].startswith(INPUT) for kinds in found
+    )
+
+
+def _one_gradient(difference: _FirstDifference) -> bool:
+    """Return whether the first gradient that differs exists on one side only."""
+    if difference.part != "gradients" or difference.at is None:
+        return False
+    assert difference.a and difference.b
+    return None in (entry["gradients"][difference.at] for entry in (difference.a, difference.b))
+
+
+def _first_operators(a: Reader, b: Reader) -> Optional[_FirstDifference]:
+    """Return the first two operators of the traces that differ, None if all that both have are equal."""
+    left, right = ((e for e in Reader(r.path) if e["entry"] == "op") for r in (a, b))
+    return next((d for d in map(_first_difference, left, right) if d), None)
+
+
+def _operator(difference: Optional[_FirstDifference]) -> Optional[Operator]:
+    if difference is None or not difference.a or not difference.b:
         return None
     return _described(difference.a, difference.b, None, difference.at or 0)
 
@@ -336,7 +591,7 @@ def _with_rerun(
             f"the rerun of {reader.path} did not reproduce the bits of its trace: another machine, or "
             "something that changes from run to run; the operator is that of the rerun"
             for reader, run, entry in zip((a, b), runs, (difference.a, difference.b))
-            if entry and entry["entry"] == "step" and entry != run.step
+            if entry and entry["entry"] == "step" and _numbers_differ(entry, run.step)
         ]
         distance = found.distance
         if found.part in ("gradients", "weights") and found.tensor:
@@ -347,6 +602,11 @@ def _with_rerun(
         if found.part == "initial weights" and operator:
             distance = operator.distance
         return replace(found, operator=operator, distance=distance, notes=found.notes + notes)
+
+
+def _numbers_differ(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Return whether two steps differ in more than the facts about them, which older traces lack."""
+    return any(a[key] != b[key] for key in ("random", "batch", "loss", "gradients", "weights"))
 
 
 def _first_operator(a: Rerun, b: Rerun) -> Optional[Operator]:

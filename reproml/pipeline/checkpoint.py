@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 import msgspec
 import safetensors.torch
@@ -48,6 +48,7 @@ class TraceHead(msgspec.Struct, frozen=True):
     step: int
     epoch: int
     optimizers: int
+    about: dict[str, Any] = {}
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):

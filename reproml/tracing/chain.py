@@ -46,6 +46,22 @@ class _Optimizer(msgspec.Struct, tag_field="entry", tag="optimizer"):
     tensors: list[str]
     shapes: list[list[int]]
     weights: list[str]
+    kinds: list[str] = []
+    modules: list[str] = []
+
+
+class _About(msgspec.Struct):
+    """How a step was computed; only what has changed since the step before."""
+
+    loaders: list[dict[str, Union[str, int, bool, None]]] = []
+    batch: list[str] = []
+    lr: list[Optional[float]] = []
+    seed: str = ""
+    threads: _Count = 0
+    precision: str = ""
+    training: bool = True
+    autocast: str = ""
+    compiled: bool = False
 
 
 class _Step(msgspec.Struct, tag_field="entry", tag="step"):
@@ -58,6 +74,8 @@ class _Step(msgspec.Struct, tag_field="entry", tag="step"):
     gradients: list[Optional[str]]
     weights: list[str]
     sample: list[Optional[float]]
+    gradient: list[Optional[float]] = []
+    about: _About = msgspec.field(default_factory=_About)
 
 
 class _Operator(msgspec.Struct, tag_field="entry", tag="op", rename={"inputs": "in"}):

@@ -1,8 +1,8 @@
 """Record a training at PyTorch's own functions, so that no training loop changes.
 
-    where                          what is recorded a DataLoader's next batch      its tensors: the batch,
-    if a backward pass follows; a new iterator begins a
-                                   new epoch
+    where                          what is recorded
+    a DataLoader's iterator        the loader's settings; a new iterator begins a new epoch
+    a DataLoader's next batch      its tensors: the batch, if a backward pass follows
     a module called directly       its input tensors that need no gradient, unless they are the loader's
     torch.autograd.backward        the loss; the batch is complete
     an optimizer, before a step    the gradients and the state of the random number generator
@@ -33,6 +33,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.data import DataLoader
 
 from reproml import environment
 from reproml.arithmetic import state
@@ -40,6 +41,7 @@ from reproml.arithmetic.dispatch.schema import tensors
 from reproml.arithmetic.patches import replaced
 from reproml.digest import digest
 from reproml.torch_internals import BaseDataLoaderIter
+from reproml.tracing import facts
 from reproml.tracing.chain import Writer
 from reproml.tracing.fingerprint import fingerprints, first, measure, unseen
 from reproml.tracing.operators import Operators
@@ -50,7 +52,8 @@ RERUN = "REPROML_TRACE_RERUN"  # see rerun.py
 _SAMPLE = 8
 
 
-_PASS = "_reproml_pass"
+# Attributes of a data loader's iterator: the number of its pass, and the settings of its loader.
+_PASS, _LOADER = "_reproml_pass", "_reproml_loader"
 
 
 class StepReached(BaseException):
@@ -81,18 +84,29 @@ class Recorder:
         self._pass: Optional[int] = None  # the pass of a data loader that is the current epoch
         self._last: Optional[int] = None  # the pass that the last batch came from
         self._passes = 0
-        self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        # The modules that were called directly, and how they were called last.
+        self._roots: weakref.WeakKeyDictionary[nn.Module, facts.Call] = weakref.WeakKeyDictionary()
         self._inside_module = False
-        self._fetched: dict[int, list[Tensor]] = {}  # by source; not yet used by a backward pass
+        self._calls: dict[str, Any] = {}  # what they have in common
+        self._made_of: Any = None  # what the facts of the step before were made of
+        self._about: dict[str, Any] = {**resume.get("about", {})} if resume else {}  # in the file
+        self._loaders: list[dict[str, Any]] = []  # of the batches since the last step
+        self._kinds: list[Any] = []  # of the tensors of the batch
+        self._batch_kinds: list[str] = []  # the same in words
+        # By source, with the settings of its loader; not yet used by a backward pass.
+        self._fetched: dict[int, tuple[list[Tensor], Any]] = {}
         self._inputs: list[Tensor] = []
         self._batch: list[Tensor] = []
+        self._origins: list[bool] = []  # whether a tensor of the batch is only a module's input
         self._batch_found: list[tuple[int, int]] = []  # fingerprint, sum
         self._loss: list[str] = []
         self._gradients: list[Optional[str]] = []
+        self._gradient: list[Any] = []
         self._random = ""
         self._places = ExitStack()  # restores what `_listen` replaced
         self._rerun: Optional[tuple[int, Path]] = None
         self._operators: Optional[Operators] = None
+        self._process = os.getpid()
 
     @classmethod
     @contextmanager
@@ -113,6 +127,11 @@ class Recorder:
             yield recorder
             recorder._write_weights("end")
 
+    @property
+    def steps(self) -> int:
+        """The number of steps that optimizers have taken."""
+        return self._step
+
     def head(self) -> dict[str, Any]:
         """Return the current end of the trace, as JSON, to be kept in a checkpoint and passed as `resume`.
 
@@ -127,6 +146,7 @@ class Recorder:
             "step": self._step,
             "epoch": self._epoch - (self._pass is not None),
             "optimizers": max(self._known, len(self._optimizers)),
+            "about": dict(self._about),
         }
 
     @contextmanager
@@ -139,7 +159,8 @@ class Recorder:
             self._listen(self._places)
 
     def _restored(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self._roots.add(model)
+        self._roots[model] = facts.call(model)
+        self._calls = facts.calls(self._roots)
         self._optimizers.append(_Stepped(weakref.ref(optimizer), self._named(optimizer)))
 
     # --- recording ------------------------------------------------------------------------------------
@@ -147,6 +168,7 @@ class Recorder:
     def _listen(self, stack: ExitStack) -> None:
         observed = [
             (nn.Module, "__call__", self._call),
+            (DataLoader, "__iter__", self._iterate),
             (BaseDataLoaderIter, "__next__", self._next),
         ]
         if self._level != "epoch":
@@ -158,6 +180,14 @@ class Recorder:
             self._operators = Operators(self._write_operator)
             stack.enter_context(self._operators)
 
+    def _iterate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def iterate(loader: Any) -> Any:
+            iterator = original(loader)
+            iterator.__dict__[_LOADER] = facts.loader(loader)
+            return iterator
+
+        return iterate
+
     def _next(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def next_batch(iterator: Any) -> Any:
             attributes = iterator.__dict__  # holds the number of its pass until the pass ends
@@ -166,6 +196,8 @@ class Recorder:
             except StopIteration:
                 if self._pass is not None and attributes.get(_PASS) == self._pass:
                     self.end_epoch()
+                else:  # a validation with gradients enabled: its last batch belongs to no step
+                    self._fetched.pop(id(iterator), None)
                 attributes.pop(_PASS, None)
                 raise
             if torch.is_grad_enabled():
@@ -173,7 +205,7 @@ class Recorder:
                     self._passes += 1
                     attributes[_PASS] = self._passes
                 self._last = attributes[_PASS]
-                self._fetch(id(iterator), data)
+                self._fetch(id(iterator), data, attributes.get(_LOADER))
             return data
 
         return next_batch
@@ -188,16 +220,19 @@ class Recorder:
         self._write_weights("epoch")
         self._pass = None
 
-    def _fetch(self, source: int, data: Any) -> None:
+    def _fetch(self, source: int, data: Any, settings: Any = None) -> None:
         if self._level != "epoch":
-            self._fetched[source] = list(tensors(data))
+            self._fetched[source] = list(tensors(data)), settings
 
     def _call(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self._inside_module or not (torch.is_grad_enabled() and module.training):
+            if self._inside_module or not torch.is_grad_enabled():
                 return original(module, *args, **kwargs)
-            self._roots.add(module)
-            if self._level != "epoch":
+            called = facts.call(module)
+            if self._roots.get(module) != called:
+                self._roots[module] = called
+                self._calls = facts.calls(self._roots)
+            if self._level != "epoch" and module.training:
                 self._inputs += [x for x in tensors([args, kwargs]) if not x.requires_grad]
             self._inside_module = True
             try:
@@ -218,10 +253,14 @@ class Recorder:
         return backward
 
     def _take_batch(self) -> None:
-        batch = [x for fetched in self._fetched.values() for x in fetched]
+        batch = [x for fetched, _ in self._fetched.values() for x in fetched]
         known = {id(x) for x in batch}
-        batch += [x for x in self._inputs if id(x) not in known]
-        self._batch += batch  # measured before the optimizer's step, all at once
+        inputs = [x for x in self._inputs if id(x) not in known]
+        self._batch += batch + inputs  # measured before the optimizer's step, all at once
+        self._origins += [False] * len(batch) + [True] * len(inputs)
+        for _, settings in self._fetched.values():
+            if settings and settings not in self._loaders:
+                self._loaders.append(settings)
         self._fetched.clear()
         self._inputs.clear()
 
@@ -243,12 +282,42 @@ class Recorder:
             gradients = [p.grad for p in _parameters(optimizer)]
             present = [g for g in gradients if g is not None]
             size = len(self._batch)
+            self._describe_batch()
             found = measure([*self._batch, torch.get_rng_state(), *present], size)
             self._batch_found = found[:size]
             prints = iter([f"{fingerprint:016x}" for fingerprint, _ in found[size:]])
             self._random = next(prints)
             self._gradients = [None if g is None else next(prints) for g in gradients]
-            self._batch = []
+            self._gradient = first(present[-1], _SAMPLE) if present else []
+            self._batch, self._origins = [], []
+
+    def _describe_batch(self) -> None:
+        kinds = [(x.dtype, x.shape, x.stride(), o) for x, o in zip(self._batch, self._origins)]
+        if kinds != self._kinds:
+            self._kinds = kinds
+            self._batch_kinds = [
+                facts.INPUT * only_input + facts.tensor(x)
+                for x, only_input in zip(self._batch, self._origins)
+            ]
+
+    def _new_facts(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return how this step was computed, as far as it differs from what the file has already."""
+        process, loaders, self._loaders = facts.process(), self._loaders, []
+        rates = [facts.number(group.get("lr")) for group in optimizer.param_groups]
+        made_of = process, rates, self._calls, self._batch_kinds, loaders
+        if made_of == self._made_of:  # ten times as fast as what follows
+            return {}
+        self._made_of = made_of
+        found = {
+            **dict(zip(("seed", "threads", "precision"), (str(process[0]), *process[1:]))),
+            **self._calls,
+            "lr": rates,
+            "batch": self._batch_kinds,
+            **({"loaders": loaders} if loaders else {}),
+        }
+        new = {key: value for key, value in found.items() if self._about.get(key) != value}
+        self._about.update(new)
+        return {"about": new} if new else {}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._step += 1
@@ -266,6 +335,8 @@ class Recorder:
                     "gradients": self._gradients,
                     "weights": fingerprints(weights),
                     "sample": first(weights[-1], _SAMPLE),
+                    "gradient": self._gradient,
+                    **self._new_facts(optimizer),
                 }
             )
             self._loss = []
@@ -285,6 +356,8 @@ class Recorder:
 
     def _write_operator(self, found: dict[str, Any], outputs: list[Tensor]) -> None:
         """Write an operator; in a rerun, only those of the last step, together with their results."""
+        if os.getpid() != self._process:  # a worker of a data loader, which has inherited the file
+            return
         if self._rerun:
             step, folder = self._rerun
             if self._step + 1 != step:
@@ -308,6 +381,8 @@ class Recorder:
                 ],
                 "tensors": list(self._named(optimizer)),
                 "shapes": [list(p.shape) for p in _parameters(optimizer)],
+                "kinds": [facts.tensor(p) for p in _parameters(optimizer)],
+                "modules": [line for root in self._roots for line in facts.modules(root)],
                 "weights": fingerprints(_parameters(optimizer)),
                 "weights.sha256": digest(self._named(optimizer)),
             }

@@ -35,9 +35,23 @@ PLANTED: dict[str, tuple[dict, dict, str]] = {
         {"part": "weights"},
         "different recipes: optimizer.learning_rate (0.1 and 0.2)",
     ),
+    "scheduler": (
+        {},
+        {"part": "settings", "settings": ["initial_lr (unset and 0.1)"]},
+        "a learning rate scheduler",
+    ),
     "optimizer": ({}, {"part": "settings", "settings": ["lr (1 and 2)"]}, "lr (1 and 2)"),
     "model": ({}, {"part": "model"}, "different models"),
-    "seed": ({}, {"part": "initial weights", "same_random": False}, "a different seed"),
+    "seed": (
+        {},
+        {"part": "initial weights", "same_random": False, "facts": {"seed": ("1", "2")}},
+        "different seeds (1 and 2)",
+    ),
+    "draws before the weights": (
+        {},
+        {"part": "initial weights", "same_random": False},
+        "before its seed was set",
+    ),
     "numerics": (
         {"numerics": "exact"},
         {"part": "gradients"},
@@ -51,17 +65,62 @@ PLANTED: dict[str, tuple[dict, dict, str]] = {
     "initial weights": (
         {},
         {"part": "initial weights", "same_random": True},
-        "a different initialisation",
+        "another initialisation or checkpoint",
     ),
+    "loader": (
+        {},
+        {"part": "batch", "facts": {"batch_size": (20, 40), "drop_last": (False, True)}},
+        "by the batch size (20 and 40) and drop_last (False and True)",
+    ),
+    "draws between steps": (
+        {},
+        {"part": "batch", "same_random": False, "drawn": "between epoch 1 and epoch 2"},
+        "random numbers between epoch 1 and epoch 2",
+    ),
+    "workers": (
+        {},
+        {"part": "batch", "same_samples": False, "facts": {"num_workers": (0, 2)}},
+        "num_workers (0 and 2)",
+    ),
+    "module's input": ({}, {"part": "batch", "module_input": True}, "computed from it"),
+    "kinds of batch": (
+        {},
+        {"part": "batch", "facts": {"batch": ("float32[4]", "float32[8]")}},
+        "(float32[4] and float32[8])",
+    ),
+    "epoch": ({}, {"part": "epoch"}, "different numbers of steps"),
     "part of the batch": (
         {},
         {"part": "batch", "same_samples": True, "beside_same": True},
         "labels do not match their inputs",
     ),
+    "draws before the batch": (
+        {},
+        {"part": "batch", "same_samples": True, "same_random": False},
+        "after its model was made",
+    ),
+    "augmentation": (
+        {},
+        {"part": "batch", "same_samples": False, "same_random": False},
+        "random augmentation",
+    ),
     "shuffle": ({}, {"part": "batch", "same_samples": True}, "a different shuffle"),
     "other data": ({}, {"part": "batch", "same_samples": False}, "different data"),
     "data or shuffle": ({}, {"part": "batch"}, "would show which"),
+    "one gradient": ({}, {"part": "gradients", "one_gradient": True}, "on one side only"),
+    "kernels": (
+        {},
+        {"part": "loss", "size": 1e-7, "facts": {"compiled": (False, True)}},
+        "torch.compile (False and True)",
+    ),
+    "model settings": (
+        {},
+        {"part": "loss", "facts": {"training": (True, False)}},
+        "training mode (True and False)",
+    ),
     "random numbers": ({}, {"part": "loss", "same_random": False}, "different random numbers"),
+    "factor of the gradients": ({}, {"part": "gradients", "factor": "0.5"}, "a factor of 0.5"),
+    "computation": ({}, {"part": "loss", "size": 0.5}, "differ by 50 %"),
     "order of a sum": (
         THREADS,
         {"part": "gradients", "same_random": True, "operator": "aten.mm", "same_inputs": True},
@@ -72,7 +131,19 @@ PLANTED: dict[str, tuple[dict, dict, str]] = {
         {"part": "loss", "same_random": True, "operator": "aten.exp", "same_inputs": True},
         "the version of PyTorch (2.8.0 and 2.9) and MKL_CBWR (unset and COMPATIBLE)",
     ),
-    "length": ({}, {"part": "length"}, "ended earlier"),
+    "interrupted": ({}, {"part": "length", "interrupted": True}, "was interrupted"),
+    "length": ({}, {"part": "length", "steps": (1200, 600)}, "(1,200 and 600 steps)"),
+    "outside a step": ({}, {"part": "weights", "outside_step": True}, "after the last step"),
+    "level of the trace": (
+        {"level": "epoch"},
+        {"part": "weights", "outside_step": True},
+        "trace both at level step",
+    ),
+    "learning rate": (
+        {},
+        {"part": "weights", "facts": {"lr": ("0.1", "0.05")}},
+        "the learning rate (0.1 and 0.05)",
+    ),
     "optimizer's schedule": (
         {},
         {"part": "weights", "same_random": True},
@@ -83,6 +154,7 @@ PLANTED: dict[str, tuple[dict, dict, str]] = {
         {"part": "gradients", "same_random": True, "operator": "aten.index_add"},
         "from run to run",
     ),
+    "rounding": ({}, {"part": "loss", "size": 1e-7}, "only rounding"),
 }
 
 
@@ -90,7 +162,10 @@ PLANTED: dict[str, tuple[dict, dict, str]] = {
 def test_planted_cause_is_found(name):
     changes, evidence, words = PLANTED[name]
     numerics = "exact" if name == "definitions" else "native"
-    a = header(**{"recipe": RECIPE, "data.sha256": {"x": "0"}, "numerics": numerics})
+    a = header(
+        **{"recipe": RECIPE, "data.sha256": {"x": "0"}, "numerics": numerics},
+        **{"level": "epoch"} if name == "level of the trace" else {},
+    )
     b = header(**{"recipe": RECIPE, "data.sha256": {"x": "0"}, "numerics": numerics, **changes})
     found, sentence = likely_cause(Evidence(a, b, **evidence))
     assert found == name and words in sentence

@@ -102,8 +102,8 @@ def test_equal_traces_have_no_difference(tmp_path):
         ({"initial": 2**-20}, "initial weights", 1, "3.bias", "initial weights"),
         ({"width": 6}, "model", 1, None, "model"),
         ({"lr": 0.2}, "settings", 1, None, "optimizer"),
-        ({"later_lr": 0.2}, "weights", 4, "0.weight", "optimizer's schedule"),
-        ({"dropout": 50}, "loss", 4, None, "random numbers"),
+        ({"later_lr": 0.2}, "weights", 4, "0.weight", "learning rate"),
+        ({"dropout": 50}, "loss", 4, None, "draws between steps"),
         ({"epochs": 1}, "length", 4, None, "length"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
@@ -129,7 +129,7 @@ def test_growth_of_the_difference(tmp_path):
 
 def test_op_level_names_operator_and_line(tmp_path):
     found = planted(tmp_path, level="op", initial=2**-20)
-    assert found.part == "operator" and found.operator is not None and found.step == 1
+    assert found.part == "initial weights" and found.operator is not None and found.step == 1
     assert found.operator.name == "aten.add_" and found.operator.line.startswith(__file__)
     lines = Path(__file__).read_text().splitlines()
     assert "+= initial" in lines[int(found.operator.line.rsplit(":", 1)[1]) - 1]
@@ -141,7 +141,7 @@ def test_truncated_trace_diverges_at_its_end(tmp_path):
     complete = raw[: raw.index(b'"step":4') + 3]
     (tmp_path / "b").write_bytes(complete)
     found = compare(tmp_path / "a", tmp_path / "b")
-    assert found is not None and found.part == "length" and found.cause[0] == "length"
+    assert found is not None and found.part == "length" and found.cause[0] == "interrupted"
     assert found.notes == [
         f"{tmp_path / 'b'} is truncated after entry {complete.count(bytes([10])) - 1}"
     ]
@@ -445,7 +445,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 
 def test_every_part_is_described():
     parts = {part for order in compare_module._ORDER.values() for _, part in order}
-    assert parts | {"item", "length"} == set(compare_module.PARTS)
+    assert parts | {"item", "length", "epoch"} == set(compare_module.PARTS)
 
 
 def test_sparkline():

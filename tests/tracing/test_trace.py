@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 import reproml
@@ -244,6 +244,24 @@ def test_op_level_names_operator_and_lines(tmp_path, numerics):
     assert ("aten.mm", "AddmmBackward0", "script.py:4") in backward
     (addmm,) = [e for e in found if e["op"] == "aten.addmm"]
     assert addmm["shapes"] == ["float32[3, 2]"] and len(addmm["in"]) >= 3
+
+
+class Computing(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return torch.full((4,), float(i)) * 2, i % 3
+
+
+def test_workers_do_not_write_to_the_trace(tmp_path):
+    for workers in (0, 2):
+        with reproml.trace(tmp_path / "trace", "op"):
+            model, _ = small()
+            loader: DataLoader = DataLoader(Computing(), 4, num_workers=workers)
+            steps(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), 1)
+        names = {e["op"] for e in entries(tmp_path / "trace", "op")}
+        assert ("aten.mul" in names) == (workers == 0) and "aten.addmm" in names
 
 
 def test_uninitialised_memory_is_no_difference(tmp_path):

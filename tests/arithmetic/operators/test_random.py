@@ -286,8 +286,21 @@ def test_default_dtype_float64_raises_not_exact_error():
         torch.manual_seed(0)
         with reproml.exact():
             assert torch.equal(torch.empty(3, dtype=torch.float32).uniform_(), expected)
-            with pytest.raises(reproml.NotExactError):
-                torch.rand(3)
+            for draw in (
+                lambda: torch.rand(3),
+                lambda: torch.randn(3),
+                lambda: torch.normal(0.0, 1.0, (3,)),
+                lambda: torch.randn_like(torch.ones(3)),
+                lambda: torch.empty(3).normal_(),
+                lambda: torch.empty(3).uniform_(),
+                lambda: torch.bernoulli(torch.ones(3)),
+                lambda: torch.arange(0, 1, 0.1),
+                lambda: torch.linspace(0, 1, 3),
+                lambda: torch.nn.Linear(2, 2),
+            ):
+                with pytest.raises(reproml.NotExactError, match="torch.float64") as caught:
+                    draw()
+                assert "None" not in str(caught.value)
     finally:
         torch.set_default_dtype(torch.float32)
 
