@@ -84,10 +84,10 @@ def bench(c: Context) -> None:
     _run(c, f"{PYTHON} -m benchmarks.bench")
 
 
-@task
-def second(c: Context) -> None:
-    """Verify the golden files in a second environment: another Python, another PyTorch."""
-    _run(c, ".ci/second")
+@task(help={"environment": "oldest, middle or newest; default: all three"})
+def second(c: Context, environment: str = "") -> None:
+    """Verify golden files, examples and arithmetic with other versions of Python and PyTorch."""
+    _run(c, f".ci/second {shlex.quote(environment)}" if environment else ".ci/second")
 
 
 @task

@@ -55,9 +55,7 @@ class Evidence:
     def environment(self) -> list[str]:
         """Describe what differs between the machines and can change native results."""
         found = [
-            words.format(*self.both("environment", *keys))
-            for words, keys in _ENVIRONMENT
-            if self.differs("environment", *keys)
+            words.format(*self.both(*keys)) for words, keys in _ENVIRONMENT if self.differs(*keys)
         ]
         a, b = self.both("environment", "variables")
         x: dict[str, Any] = a if isinstance(a, dict) else {}
@@ -82,12 +80,13 @@ class Evidence:
 
 
 _ENVIRONMENT = [
-    ("the number of threads ({} and {})", ("torch", "threads")),
-    ("the CPU capability ({} and {})", ("torch", "capability")),
-    ("the version of PyTorch ({} and {})", ("versions", "torch")),
-    ("the processor ({} and {})", ("machine", "cpu")),
-    ("the architecture ({} and {})", ("machine", "architecture")),
-    ("another BLAS (MKL: {} and {})", ("torch", "mkl")),
+    ("the device ({} and {})", ("device",)),
+    ("the number of threads ({} and {})", ("environment", "torch", "threads")),
+    ("the CPU capability ({} and {})", ("environment", "torch", "capability")),
+    ("the version of PyTorch ({} and {})", ("environment", "versions", "torch")),
+    ("the processor ({} and {})", ("environment", "machine", "cpu")),
+    ("the architecture ({} and {})", ("environment", "machine", "architecture")),
+    ("another BLAS (MKL: {} and {})", ("environment", "torch", "mkl")),
 ]
 
 # Facts that explain another batch, another computation of the step, and only another rounding.

@@ -180,6 +180,12 @@ def test_no_known_cause_is_unknown():
     assert likely_cause(Evidence({}, {}, "item"))[0] == "unknown"
 
 
+def test_device_is_a_cause():
+    a, b = header(device="cpu"), header(device="cuda:0")
+    name, sentence = likely_cause(Evidence(a, b, "loss", "aten.mm", same_random=True))
+    assert name == "order of a sum" and sentence.endswith("by the device (cpu and cuda:0)")
+
+
 def test_machine_is_no_cause_of_different_inputs():
     evidence = Evidence(header(), header(**THREADS), "operator", "aten.mm", same_inputs=False)
     assert likely_cause(evidence)[0] == "unknown"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from fractions import Fraction
 
@@ -80,13 +81,21 @@ def test_trunc_normal_rounds_each_step_once(mean, std, low, high):
         return 2 * ((1 + float(o.mp.erf((x - mean) / std / math.sqrt(2)))) / 2) - 1
 
     _, u = both(lambda: torch.empty(300).uniform_(bound(low), bound(high)))
-    native, exact = both(
-        lambda: torch.nn.init.trunc_normal_(torch.empty(300), mean, std, low, high)
-    )
+
+    def draw():
+        return torch.nn.init.trunc_normal_(torch.empty(300), mean, std, low, high)
+
+    native = None
+    if "erfinv_" in inspect.getsource(torch.nn.init._no_grad_trunc_normal_):
+        native, exact = both(draw)
+    else:  # a version of PyTorch with another algorithm
+        torch.manual_seed(5)
+        with reproml.exact():
+            exact = draw()
     scale, shift = float32_scalar(std * math.sqrt(2)), float32_scalar(mean)
     expected = [o.rounded(o.rounded(o.rounded(o.erfinv(v)) * scale) + shift) for v in reals(u)]
     assert same_bits(exact, torch.tensor([o.float_of(v) for v in expected]).clamp(low, high))
-    assert torch.allclose(native, exact, rtol=1e-4, atol=1e-5)
+    assert native is None or torch.allclose(native, exact, rtol=1e-4, atol=1e-5)
 
 
 @few
