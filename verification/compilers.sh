@@ -34,6 +34,10 @@ export UBSAN_OPTIONS="print_stacktrace=1:log_path=$work/reports/undefined"
 
 [ $# -gt 0 ] || set -- gcc clang gcc-O0 clang-O0 gcc-sanitized clang-sanitized
 for name in "$@"; do
+    if [ -z "${builds[$name]:-}" ]; then
+        echo "compilers: no build is named $name; choose from ${!builds[*]}" >&2
+        exit 2
+    fi
     read -r compiler flags <<< "${builds[$name]}"
     printf '\n=== %s: %s\n' "$name" "$("$compiler" --version | head -n 1) $flags"
     printf '#!/bin/sh\n' > bin/cc
@@ -41,6 +45,13 @@ for name in "$@"; do
     chmod +x bin/cc
     rm -rf build reproml/arithmetic/_kernels*
     "$python" setup.py --quiet build_ext --inplace
+    if [ "$(uname -m)" = x86_64 ]; then # the loader finds a choice for each of these functions
+        loops="$(cat reproml/arithmetic/csrc/*.c | grep -c '^VECTORISED')"
+        if [ "$(nm reproml/arithmetic/_kernels* | grep -c ' i ')" != "$loops" ]; then
+            echo "compilers: $compiler did not compile all $loops loops for several instruction sets" >&2
+            exit 1
+        fi
+    fi
     preload="" # the sanitizer, and what it needs to intercept the exceptions of PyTorch
     case "$name" in
         gcc-sanitized) preload="$(gcc -print-file-name=libasan.so)" ;;

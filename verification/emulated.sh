@@ -32,7 +32,8 @@ case "$machine" in
         "$python" setup.py --quiet build_ext --inplace
         python="$folder/debian/usr/bin/python3"
         if [ ! -d "$folder/packages" ]; then
-            sources="$(ls /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list 2> /dev/null | head -n 1)"
+            sources=/etc/apt/sources.list.d/debian.sources
+            [ -e "$sources" ] || sources=/etc/apt/sources.list
             release="$(. /etc/os-release && echo "$VERSION_CODENAME")"
             mmdebstrap --quiet --variant=extract --architectures=arm64 \
                 --include=python3-pip,libgomp1,libstdc++6 \
