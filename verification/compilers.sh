@@ -59,7 +59,7 @@ for name in "$@"; do
     esac
     preload="${preload:+$preload $(gcc -print-file-name=libstdc++.so.6)}"
     failed=""
-    LD_PRELOAD="$preload" "$python" -m pytest -q -p no:cacheprovider $tests || failed=yes
+    LD_PRELOAD="$preload" "$python" -m pytest -q -p no:cacheprovider --capture=sys $tests || failed=yes
     if [ -n "$failed$(ls reports)" ]; then
         find reports -type f -exec head -n 30 {} + >&2
         echo "compilers: the tests fail, or a sanitizer reports an error, with the build $name" >&2
