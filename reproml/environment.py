@@ -107,5 +107,8 @@ def _cpu(cpuinfo: Path) -> str:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:  # not Linux
         return platform.processor() or "unknown"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown"
+    fields = [[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]
+    first = dict(reversed(fields))  # that of the first processor
+    if "CPU part" in first and "model name" not in first:  # Arm gives codes in place of a name
+        return f"Arm, implementer {first.get('CPU implementer')}, part {first['CPU part']}"
+    return first.get("model name", "unknown")

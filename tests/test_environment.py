@@ -38,6 +38,11 @@ def test_cpu_is_read_from_cpuinfo(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor : 0\nmodel name\t: A CPU @ 3 GHz: fast\nmodel name\t: other\n")
     assert environment._cpu(cpuinfo) == "A CPU @ 3 GHz: fast"
+    arm = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n\nCPU part\t: 0xd05\n"
+    cpuinfo.write_text(arm)
+    assert environment._cpu(cpuinfo) == "Arm, implementer 0x41, part 0xd0c"
+    cpuinfo.write_text(arm + "model name\t: ARMv8 Processor rev 4\n")
+    assert environment._cpu(cpuinfo) == "ARMv8 Processor rev 4"
     cpuinfo.write_text("")
     assert environment._cpu(cpuinfo) == "unknown"
     assert environment._cpu(tmp_path / "none")

@@ -111,8 +111,8 @@ INLINE ball gelu_backward_ball(double g, double x) {
         }                                                         \
         break;
 
-VECTORISED int32_t reproml_activation_block(int which, const float *restrict a, const float *restrict b,
-                                            float *restrict out, int32_t *restrict failed, integer count) {
+VECTORISED static int32_t activation_block(int which, const float *restrict a, const float *restrict b,
+                                           float *restrict out, int32_t *restrict failed, integer count) {
     int32_t failures = 0;
     switch (which) {
         FORMULA(EXP, relative(fast_exp(x), EXP_HIGH(x, EXP_ERROR)))
@@ -128,4 +128,9 @@ VECTORISED int32_t reproml_activation_block(int which, const float *restrict a, 
         FORMULA(GELU_BACKWARD, gelu_backward_ball(x, y))
     }
     return failures;
+}
+
+int32_t reproml_activation_block(int which, const float *restrict a, const float *restrict b, float *restrict out,
+                                 int32_t *restrict failed, integer count) {
+    return activation_block(which, a, b, out, failed, count);
 }

@@ -19,8 +19,14 @@
 #error "The rounding test needs each operation rounded to its own type (on x86: -msse2 -mfpmath=sse)."
 #endif
 
-/* A loop is compiled for several instruction sets, and the loader chooses the best that the processor has. */
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && defined(__x86_64__) && defined(__GLIBC__)
+/* A loop is compiled for several instruction sets, and the loader chooses the best that the processor has. All such
+   functions are static: Clang 14 gives the others a name that no other file finds. It also accepts the names of
+   GCC's levels but never chooses one, so it gets features; avx512dq implies fma. */
+#if !defined(__x86_64__) || !defined(__GLIBC__)
+#define VECTORISED
+#elif defined(__clang__) && __clang_major__ >= 14
+#define VECTORISED __attribute__((target_clones("avx512dq", "fma", "default")))
+#elif !defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 12
 #define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define VECTORISED

@@ -8,8 +8,11 @@
 #ifndef REPROML_FAST_H
 #define REPROML_FAST_H
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("fp-contract=fast") /* within every bound; two_sum takes no product, or an exact one */
+/* Contraction is within every bound: two_sum takes no product, or an exact one. */
+#ifdef __clang__
+#pragma clang fp contract(fast)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=fast")
 #endif
 
 #include "elementary.h"

@@ -12,11 +12,13 @@ static inline uint32_t canonical(uint32_t word) {
     return x != x ? 0x7fc00000 : word;
 }
 
+typedef uint32_t word __attribute__((may_alias, aligned(1))); /* of the memory of a tensor of any type */
+
 typedef struct {
     uint64_t hash, sum;
 } pairs;
 
-VECTORISED static pairs block(const uint32_t *words, const uint32_t *key, int floats, int summed) {
+VECTORISED static pairs block(const word *words, const uint32_t *key, int floats, int summed) {
     pairs p = {0, 0};
     for (int j = 0; j < HALF; j++) {
         uint32_t a = words[j], b = words[j + HALF];
@@ -42,7 +44,7 @@ void reproml_fingerprint(integer count, integer summed, const piece *pieces, con
         uint64_t hash = (uint64_t)pieces[i].bytes, sum = 0;
         for (integer left = pieces[i].bytes; left > 0; left -= 4 * WORDS, from += 4 * WORDS) {
             uint32_t last[WORDS];
-            const uint32_t *words = (const uint32_t *)from;
+            const word *words = (const word *)from;
             if (left < 4 * WORDS) {
                 memset(last, 0, sizeof last);
                 words = memcpy(last, from, (size_t)left);

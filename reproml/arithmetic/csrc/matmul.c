@@ -36,7 +36,7 @@ static inline int smaller(integer a, integer b) { return (int)(a < b ? a : b); }
 
 static integer panel_count(integer n, int width) { return (n + width - 1) / width; }
 
-VECTORISED double reproml_squares(const float *restrict x, integer n, integer stride) {
+VECTORISED static double squares(const float *restrict x, integer n, integer stride) {
     double part[16] = {0}, sum = 0;
     integer i = 0;
     if (stride == 1)
@@ -46,6 +46,8 @@ VECTORISED double reproml_squares(const float *restrict x, integer n, integer st
     for (int t = 0; t < 16; t++) sum += part[t];
     return sum;
 }
+
+double reproml_squares(const float *x, integer n, integer stride) { return squares(x, n, stride); }
 
 VECTORISED static void add_squares(const float *restrict x, int n, integer rows, integer stride,
                                    double *restrict norm) {
@@ -214,15 +216,20 @@ INLINE int32_t round_rows(const double *restrict sums, int m, int n, double g, c
     return any;
 }
 
-VECTORISED int reproml_round_tile(const double *restrict sums, int m, int n, double g, const double *restrict row_bound,
-                                  const double *restrict column_bound, const float *restrict row_bias,
-                                  const float *restrict column_bias, float *restrict out, integer stride,
-                                  int *restrict failed) {
-    int32_t differ[TILE_ROWS * TILE_COLUMNS], any;
+VECTORISED static int32_t round_tile(const double *restrict sums, int m, int n, double g,
+                                     const double *restrict row_bound, const double *restrict column_bound,
+                                     const float *restrict row_bias, const float *restrict column_bias,
+                                     float *restrict out, integer stride, int32_t *restrict differ) {
     if (n == TILE_COLUMNS) /* most tiles; with a constant number of columns the loop has no remainder */
-        any = round_rows(sums, m, TILE_COLUMNS, g, row_bound, column_bound, row_bias, column_bias, out, stride, differ);
-    else
-        any = round_rows(sums, m, n, g, row_bound, column_bound, row_bias, column_bias, out, stride, differ);
+        return round_rows(sums, m, TILE_COLUMNS, g, row_bound, column_bound, row_bias, column_bias, out, stride,
+                          differ);
+    return round_rows(sums, m, n, g, row_bound, column_bound, row_bias, column_bias, out, stride, differ);
+}
+
+int reproml_round_tile(const double *sums, int m, int n, double g, const double *row_bound, const double *column_bound,
+                       const float *row_bias, const float *column_bias, float *out, integer stride, int *failed) {
+    int32_t differ[TILE_ROWS * TILE_COLUMNS];
+    int32_t any = round_tile(sums, m, n, g, row_bound, column_bound, row_bias, column_bias, out, stride, differ);
     int count = 0;
     for (int i = 0; any && i < m; i++)
         for (int j = 0; j < n; j++)

@@ -126,7 +126,7 @@ INLINE double sum_of(const double *x, integer length, double *t) {
     return part[0];
 }
 
-INLINE double larger(double x, double y) { return (x > y) | (x != x) ? x : y; } /* NaN if either is */
+INLINE double larger(double x, double y) { return ((x > y) | (x != x)) ? x : y; } /* NaN if either is */
 
 INLINE double largest_of(const double *x, integer length) {
     double part[8];
@@ -249,7 +249,7 @@ INLINE int may_leave_midpoint(double s, double t, double e) {
 /* The binary64 number beside s in the direction of t. */
 INLINE double next_toward(double s, double t) { return from_pattern(pattern(s) + ((t > 0) == (s > 0) ? 1 : -1)); }
 
-VECTORISED void reproml_program_run(state *restrict s, const instruction *in, const instruction *end) {
+VECTORISED static void run_instructions(state *restrict s, const instruction *in, const instruction *end) {
     const integer block = s->c->p->block;
     double *const registers = s->registers;
     const double *const constants = s->c->p->constants;
@@ -333,14 +333,14 @@ static void run_straight(state *s, integer row) {
     s->row = row, s->at = 0, s->partials = 0;
     s->rows = c->rows - row < c->per_block ? c->rows - row : c->per_block;
     s->length = s->rows * c->n;
-    reproml_program_run(s, p->straight, p->straight + p->straight_length);
+    run_instructions(s, p->straight, p->straight + p->straight_length);
 }
 
 static void run_block(state *s, const stage *t, integer row, integer block) {
     const call *c = s->c;
     s->row = row, s->rows = 1, s->at = block * c->p->block;
     s->length = c->n - s->at < c->p->block ? c->n - s->at : c->p->block;
-    reproml_program_run(s, c->p->code + t->begin, c->p->code + t->body);
+    run_instructions(s, c->p->code + t->begin, c->p->code + t->body);
 }
 
 static void run_stages(state *s, integer row) {
@@ -355,7 +355,7 @@ static void run_stages(state *s, integer row) {
                 s->registers[in->to * p->block] =
                     in->op == 4 * SUM ? partials[in->b].sum + partials[in->b].lost : partials[in->b].largest;
         s->partials = 0, s->row = row, s->rows = s->length = 1;
-        reproml_program_run(s, p->code + t->body, p->code + t->end);
+        run_instructions(s, p->code + t->body, p->code + t->end);
     }
 }
 

@@ -169,7 +169,7 @@ INLINE void finish_rows(row_table *t, int which) {
         finish_rows(t, NAME); \
         break;
 
-VECTORISED void reproml_softmax_rows(int which, row_table *t) {
+VECTORISED static void softmax_rows(int which, row_table *t) {
     switch (which) {
         FORMULA(SOFTMAX, softmax(t))
         FORMULA(LOG_SOFTMAX, log_softmax(t))
@@ -177,3 +177,5 @@ VECTORISED void reproml_softmax_rows(int which, row_table *t) {
         FORMULA(LOG_SOFTMAX_BACKWARD, (sums(t, 0), exponentials(t)))
     }
 }
+
+void reproml_softmax_rows(int which, row_table *t) { softmax_rows(which, t); }
