@@ -16,21 +16,28 @@ from reproml.cli import main as reproml
 ROOT = Path(__file__).resolve().parent.parent
 
 
+EXPECTED: dict[str, list[str]] = json.loads((ROOT / "tests/examples.json").read_text())
+
+
+def digests(name: str, *options: str) -> list[str]:
+    """Return the digests of an example's parameters after two steps. Raises RuntimeError if it fails."""
+    with TemporaryDirectory() as folder:
+        to = Path(folder, "digest.json")
+        script = str(ROOT / f"examples/{name}.py")
+        if reproml(["run", "--digest", str(to), script, "--steps", "2", *options]):
+            raise RuntimeError(f"examples/{name}.py failed")
+        return [each["parameters.sha256"] for each in json.loads(to.read_text())["optimizers"]]
+
+
 def main(names: list[str]) -> int:
     """Run the named examples; return 1 if a digest differs, otherwise 0."""
-    expected = json.loads((ROOT / "tests/examples.json").read_text())
-    if unknown := set(names) - set(expected):
+    if unknown := set(names) - set(EXPECTED):
         print(f"examples: tests/examples.json has no {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
     status = 0
-    for name in names or expected:
-        with TemporaryDirectory() as folder:
-            to = Path(folder, "digest.json")
-            script = str(ROOT / f"examples/{name}.py")
-            if reproml(["run", "--digest", str(to), script, "--steps", "2"]):
-                return 1
-            found = [each["parameters.sha256"] for each in json.loads(to.read_text())["optimizers"]]
-        same = found == expected[name]
+    for name in names or EXPECTED:
+        found = digests(name)
+        same = found == EXPECTED[name]
         status |= not same
         print("ok  " if same else "FAIL", f"{name}: {' '.join(found)}", flush=True)
     return status
