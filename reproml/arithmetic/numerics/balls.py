@@ -210,8 +210,11 @@ class BallContext:
     def _periodic(self, mid: Any, x: Ball) -> Ball:
         rad = x.error  # no derivative exceeds 1
         if self.sin_max:
-            rad = rad + self.where(abs(x.mid) <= self.sin_max, 0.0, self.infinity)
+            rad = rad + self.where(self._has_sin(x.mid), 0.0, self.infinity)
         return Ball(mid, self.relative, rad, self)
+
+    def _has_sin(self, x: Any) -> Any:
+        return abs(x) <= self.sin_max
 
     def sinpi(self, x: Ball) -> Ball:
         return Ball(self._sinpi(x.mid), self.relative, 4 * x.error, self)
@@ -322,6 +325,9 @@ class TensorContext(Binary64Context):
     _two_sum = staticmethod(two_sum)
     _gamma = staticmethod(lambda x: gamma(x.shape[-1]))
     _largest = staticmethod(lambda x: x.amax(-1, keepdim=True))
+
+    def _has_sin(self, x: Any) -> Any:
+        return (abs(x) <= self.sin_max) | (x.float() == x)
 
     @staticmethod
     def _total(x: Any, like: Any) -> Any:

@@ -10,10 +10,13 @@ csrc; tests/tools/test_coefficients.py compares them bit for bit. csrc/elementar
 
 from __future__ import annotations
 
-from math import factorial
+from functools import cache
+from math import factorial, ldexp
 
 import torch
 from torch import Tensor
+
+from reproml.arithmetic.numerics.devices import is_on_accelerator
 
 # Bound of the relative error of every function in this file: 8 ulp of binary64. The analysis is in each
 # function's docstring; tests/arithmetic/numerics/test_elementary.py measures less than 3 ulp.
@@ -105,7 +108,7 @@ def log1p(x: Tensor) -> Tensor:
 _PIO2 = [float.fromhex(h) for h in ("0x1.921fb544p+0", "0x1.0b4611a6p-34", "0x1.3198a2e037073p-69")]
 _SIN = [(-1) ** n / factorial(2 * n + 1) for n in range(8, 0, -1)]
 _COS = [(-1) ** n / factorial(2 * n) for n in range(9, 0, -1)]
-SIN_MAX = 2.0**19  # beyond this the reduction is not precise enough
+SIN_MAX = 2.0**19  # beyond this the reduction by these numbers is not precise enough
 
 
 def _sin_cos(r: Tensor, quadrant: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,11 +122,56 @@ def _sin_cos(r: Tensor, quadrant: Tensor) -> tuple[Tensor, Tensor]:
     return sine, cosine
 
 
+# 2 / pi, times 2^224 and truncated.
+_TWO_OVER_PI = int("a2f9836e4e441529fc2757d1f534ddc0db6295993c439041fe5163ab", 16)
+_PARTS, _PART_BITS = 4, 29
+
+
+@cache
+def _two_over_pi(device: torch.device) -> Tensor:
+    """Return 2^e 2 / pi modulo 4 for e = -4, ..., 104, in parts of 29 bits: float64 [109, 4].
+
+    The last bit of the parts is 2^-27, 2^-56, 2^-85 and 2^-114.
+    """
+    rows = []
+    for e in range(-4, 105):
+        scaled = (_TWO_OVER_PI << (e + 4)) >> (4 + 224 - 114)  # 2^e 2 / pi in units of 2^-114
+        parts = [scaled >> _PART_BITS * i & (1 << _PART_BITS) - 1 for i in range(_PARTS)]
+        rows.append([ldexp(part, _PART_BITS * i - 114) for i, part in enumerate(parts)][::-1])
+    return torch.tensor(rows, dtype=torch.float64, device=device)
+
+
+def _reduced(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return r and k with x = r + k pi / 2 modulo 2 pi, |r| <= 0.79, for a binary32 number |x| > 2^19.
+
+    Payne & Hanek's reduction. x = m 2^e with an integer m of 24 bits, so that its product with a part of
+    2^e 2 / pi is exact. The parts that are left out add less than 2^-90. k is an integer near the sum of
+    the first two products, and the first minus k is exact. The sum with the second product is exact below
+    1/8, from where the third, which is below 2^-32, could cancel; the fourth is below 2^-61, and the sum
+    is at least 2^-31: the binary32 number nearest to a multiple of pi / 2 is 16367173 x 2^72, at 1.6e-9
+    (Muller, Elementary Functions, 3rd ed., section 11.2). So three roundings, and two of the product with
+    pi / 2, give an error below 5 x 2^-53.
+    """
+    m, e = torch.frexp(x)
+    m = m * 2.0**24
+    parts = _two_over_pi(x.device)[(e - 20).clamp(0, 108)]
+    first, second, third, fourth = (m * parts[..., i] for i in range(_PARTS))
+    k = torch.round(first + second)
+    return (((first - k) + second) + third + fourth) * (3.141592653589793 * 0.5), k
+
+
 def sin_cos(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute sin(x) and cos(x), float64 in and out, for |x| <= 2^19 (Cody & Waite reduction)."""
+    """Compute sin(x) and cos(x), float64 in and out, for |x| <= 2^19 and for binary32 numbers beyond.
+
+    Cody & Waite's reduction, beyond 2^19 that of Payne & Hanek.
+    """
     k = torch.round(x.clamp(-SIN_MAX, SIN_MAX) * (1 / _PIO2[0]))
     r = ((x - k * _PIO2[0]) - k * _PIO2[1]) - k * _PIO2[2]
-    return _sin_cos(torch.where(x.abs() <= SIN_MAX, r, x * 0), k)
+    far = (x.abs() > SIN_MAX) & x.isfinite()
+    if is_on_accelerator(x) or bool(far.any()):  # not to make the host wait for a device
+        large = torch.where(far, x, 2 * SIN_MAX)
+        r, k = (torch.where(far, a, b) for a, b in zip(_reduced(large), (r, k)))
+    return _sin_cos(torch.where(x.isfinite(), r, x * 0), k)
 
 
 def sin_cos_pi(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,13 @@ branch that is one IEEE 754 operation is computed by PyTorch.
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.numerics.balls import Formula
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.pointwise import formula_operator
 
@@ -26,6 +27,26 @@ tanh_backward = formula_operator(lambda ctx, g, y: g * (1 - y * y), "tanh_backwa
 sigmoid_backward = formula_operator(lambda ctx, g, y: g * y * (1 - y), "sigmoid_backward")
 
 
+# ---- functions that are x / 2 near zero -------------------------------------------------------------
+
+
+def half_near_zero(formula: Formula) -> Callable[[Tensor], Tensor]:
+    """Return the definition on tensors of a formula that is x / 2 + c x^2 + O(x^3), with c from 1/4 to 1.
+
+    Where |x| < 2^-64 its value lies between x / 2 and the next binary64 number above. Half of a subnormal
+    number may be a midpoint of binary32, so the latter is what rounds correctly.
+    """
+
+    def definition(x: Tensor) -> Tensor:
+        tiny = (x.abs() < 2.0**-64) & (x != 0)
+        above_half = torch.nextafter(x.double() * 0.5, x.new_tensor(torch.inf, dtype=torch.float64))
+        return torch.where(
+            tiny, above_half.float(), elementwise(formula, torch.where(tiny, 1.0, x))
+        )
+
+    return definition
+
+
 # ---- gelu --------------------------------------------------------------------------------------------
 
 
@@ -34,7 +55,8 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     if approximate == "none":
         return elementwise(_gelu, x, reference=_reference_gelu, fast="gelu")
     # 1 + tanh(a) = 2 sigmoid(2 a)
-    return elementwise(lambda ctx, x: x * ctx.sigmoid(2 * _gelu_inner(ctx, x)), x)
+    formula = lambda ctx, x: x * ctx.sigmoid(2 * _gelu_inner(ctx, x))  # noqa: E731
+    return elementwise(formula, x, reference=half_near_zero(formula))
 
 
 def gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
@@ -59,7 +81,7 @@ def _gelu_backward(ctx: Any, g: Any, x: Any) -> Any:
 
 
 def _reference_gelu(x: Tensor) -> Tensor:
-    y = elementwise(_gelu, x.clamp(min=-15))
+    y = half_near_zero(_gelu)(x.clamp(min=-15))
     # 15 Phi(-15) < 2^-150, so every number below -15 has a result that rounds to -0.
     return torch.where(
         (x < -15) & (x > -torch.inf), -0.0, torch.where(x == -torch.inf, torch.nan, y)
@@ -82,7 +104,14 @@ def _gelu_inner(ctx: Any, x: Any) -> Any:
 
 # ---- silu, softplus, mish, log_sigmoid ---------------------------------------------------------------
 
-silu = formula_operator(lambda ctx, x: x * ctx.sigmoid(x), "silu")
+
+def silu(x: Tensor) -> Tensor:
+    """Return x sigmoid(x)."""
+    return elementwise(_silu, x, reference=half_near_zero(_silu), fast="silu")
+
+
+def _silu(ctx: Any, x: Any) -> Any:
+    return x * ctx.sigmoid(x)
 
 
 def silu_backward(g: Tensor, x: Tensor) -> Tensor:

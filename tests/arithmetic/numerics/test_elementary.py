@@ -68,6 +68,37 @@ CASES = [
 ]  # fmt: skip
 
 
+# The binary32 number nearest to a multiple of pi / 2, and random ones, of every exponent beyond SIN_MAX.
+generator = torch.Generator().manual_seed(1)
+FAR = torch.cat(
+    [
+        torch.tensor([16367173.0 * 2.0**72, 2.0**128 - 2.0**104, elementary.SIN_MAX + 0.0625]),
+        torch.randint(2**23, 2**24, (9, 109), generator=generator)
+        .mul(2.0 ** torch.arange(-4, 105.0))
+        .ravel(),
+    ]
+).double()
+
+
+@pytest.mark.parametrize("which, exact", [(0, o.mp.sin), (1, o.mp.cos)])
+def test_sin_and_cos_of_large_binary32_numbers(which, exact):
+    before, o.mp.prec = o.mp.prec, 300
+    try:
+        for sign in (1, -1):
+            found = worst(lambda x: elementary.sin_cos(x)[which], exact, sign * FAR)
+            assert found < 8 * 2.0**-53 < elementary.RELATIVE
+    finally:
+        o.mp.prec = before
+
+
+def test_two_over_pi_is_truncated():
+    before, o.mp.prec = o.mp.prec, 300
+    try:
+        assert elementary._TWO_OVER_PI == int(o.mp.floor(o.mp.ldexp(2 / o.mp.pi, 224)))
+    finally:
+        o.mp.prec = before
+
+
 @pytest.mark.parametrize("name, function, exact, low, high", CASES)
 def test_relative_error_is_below_the_bound(name, function, exact, low, high):
     x = sample(float(low), float(high))
