@@ -16,8 +16,12 @@ class BuildWithGoldenFiles(build_py):
     def run(self) -> None:
         super().run()
         folder = Path(self.build_lib, "reproml/pipeline/golden_files")
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in glob("golden/*.json"):
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier build
+        folder.mkdir(parents=True)
+        files = glob("golden/*.json")
+        if not files:
+            raise SystemExit("there are no golden files to copy: build in the project's folder")
+        for file in files:
             shutil.copy(file, folder)
 
 

@@ -193,6 +193,8 @@ def verify_command(args: argparse.Namespace, terminal: Terminal) -> Result:
         )
     else:
         terminal.print(f"{recipe.name}: verified, all {len(comparisons)} items match {path}")
+    if golden.differs_from_installed(path):
+        terminal.print(f"{path} is not the golden file that reproml has for {recipe.name}")
     return int(bool(differing)), {
         "recipe": recipe.name,
         "golden": str(path),
@@ -271,7 +273,10 @@ def matrix_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     def print_row(row: Row) -> None:
         print_line(row.setting, row.native, row.exact)
 
-    settings = matrix.offered(args.workers, _device(args).type)
+    if args.script and args.device != "cpu":
+        raise ReproError("--device is for recipes; a script chooses its device itself")
+    _device(args)
+    settings = matrix.offered(args.workers, args.device)
     subject: dict[str, Any]
     if args.script:
         if args.steps is not None:
@@ -279,8 +284,6 @@ def matrix_command(args: argparse.Namespace, terminal: Terminal) -> Result:
                 "--steps is for recipes; give a script its own option, "
                 "for example --script 'train.py --steps 5'"
             )
-        if args.device != "cpu":
-            raise ReproError("--device is for recipes; a script chooses its device itself")
         subject = {"script": args.script}
         hashed = f"{args.script}: SHA-256 of all it trained and saved"
     else:
@@ -427,7 +430,7 @@ def _positive_integers(text: str) -> list[int]:
 
 
 def _device_name(text: str) -> str:
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", text, re.ASCII):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d{0,2}))?", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
     return text
 
@@ -511,7 +514,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "N,N,...",
         "help": "also train with these numbers of workers, such as 1,2,4, started by torchrun",
     },
-    "script": {"metavar": "SCRIPT.py", "help": "training script"},
+    "script": {
+        "metavar": "SCRIPT.py",
+        "help": "training script; what stands behind it are its own arguments, not options of run",
+    },
     "arguments": {
         "metavar": "ARGS",
         "nargs": argparse.REMAINDER,

@@ -31,6 +31,9 @@ from reproml.errors import NotExactError, ReproError
 from reproml.torch_internals import tree_leaves, tree_map_only
 from reproml.torchrun import this_worker
 
+# Newer versions of PyTorch have another name for it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 # How long to wait for a worker that lives but does not answer. One that has ended is noticed at once.
 _TIMEOUT = timedelta(minutes=10)
 
@@ -68,7 +71,7 @@ class Workers:
         self.bytes_sent += x.nbytes * (self.size - 1)
         out = x.new_empty(self.size * x.numel())
         with _collective():
-            dist.all_gather_into_tensor(out, x.contiguous().view(-1), group=self.group)
+            _all_gather(out, x.contiguous().view(-1), group=self.group)
         return out.view(self.size, *x.shape)
 
     def broadcast(self, x: Tensor) -> None:

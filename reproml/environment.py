@@ -76,7 +76,7 @@ def describe() -> dict[str, Any]:
             "mkl": torch.backends.mkl.is_available(),
             "commit": torch.version.git_version,
             "cuda": torch.version.cuda or "none",
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+            "gpu": _gpu(),
             **{name: _found(pattern, build) for name, pattern in _LIBRARIES.items()},
             "default_dtype": str(torch.get_default_dtype()),
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
@@ -88,6 +88,15 @@ def describe() -> dict[str, Any]:
         "arithmetic": {"compiled_loops": kernels.library is not None},
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIXES)},
     }
+
+
+def _gpu() -> str:
+    """Return the name of the GPU, if this process has used one: to ask for it would occupy the GPU."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return "not used"
+    return str(torch.cuda.get_device_name())
 
 
 def _found(pattern: str, text: str) -> str:

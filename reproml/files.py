@@ -88,11 +88,15 @@ def locked(path: Path) -> Iterator[None]:
 if sys.platform == "win32":  # where a file is not deleted while it is open
 
     def _lock(path: Path) -> int:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-        try:
+        descriptor = None
+        try:  # the file of a process that deletes it now cannot be opened
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except PermissionError as error:
-            os.close(descriptor)
+        except OSError as error:
+            if descriptor is not None:
+                os.close(descriptor)
+            if not isinstance(error, PermissionError) or not path.exists():
+                raise
             raise BlockingIOError(error.errno, "another process holds the lock") from None
         return descriptor
 

@@ -59,11 +59,12 @@ SETTINGS = [
 ]
 
 
-# TF32 rounds the operands of products to 10 bits, which native PyTorch does only if asked.
-GPU_SETTINGS = [
-    Setting("cuda", {}, device="cuda"),
-    Setting("cuda, TF32", {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}, device="cuda"),
-]
+# TF32 rounds the operands of a product to 11 bits. PyTorch uses it for products of matrices only if asked.
+_TF32 = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+
+
+def _on_gpu(device: str) -> list[Setting]:
+    return [Setting(device, {}, device=device), Setting(f"{device}, TF32", _TF32, device=device)]
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Row:
 
 
 def offered(workers: Sequence[int] = (), device: str = "cpu") -> list[Setting]:
-    """Return the settings that have an effect on this machine, one for each number of workers, and those of
-    a GPU if `device` is "cuda"."""
+    """Return the settings that have an effect on this machine, and one for each number of workers, all on
+    the CPU; with another device two more on that."""
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
@@ -86,7 +87,7 @@ def offered(workers: Sequence[int] = (), device: str = "cpu") -> list[Setting]:
         for setting in SETTINGS
         if capability in (setting.capabilities or (capability,))
         and (torch.backends.mkl.is_available() or not setting.mkl)
-    ] + [*map(_workers, workers), *(GPU_SETTINGS if device == "cuda" else [])]
+    ] + [*map(_workers, workers), *(_on_gpu(device) if device != "cpu" else [])]
 
 
 def run_recipe(
@@ -171,7 +172,7 @@ def _run_script(setting: Setting, words: list[str], numerics: str) -> str:
 
 def _reproml(setting: Setting, arguments: list[str], numerics: str) -> str:
     """Return the standard output of a fresh `python -m reproml` under the setting."""
-    varied = {name for other in [*SETTINGS, *GPU_SETTINGS] for name in other.variables}
+    varied = {name for other in SETTINGS for name in other.variables} | set(_TF32)
     inherited = {name: value for name, value in os.environ.items() if name not in varied}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     launcher = [*torchrun, str(setting.workers)] if setting.workers else []

@@ -107,17 +107,19 @@ class Observer:
         if self.saved or any(parameters for _, parameters in self.stepped):
             return
         known: set[int] = set()
-        for name, value in variables.items():
-            inside = (
-                None if isinstance(value, type) else getattr(value, "__dict__", {}).get("model")
-            )
-            for place, model in ((name, value), (f"{name}.model", inside)):
-                if isinstance(model, torch.nn.Module) and id(model) not in known:
-                    known.add(id(model))
-                    for found, state in _state_dicts(place, model):
-                        self.variables.append(
-                            {"variable": found, "state_dict.sha256": digest(state)}
-                        )
+        for name, value in list(variables.items()):  # a digest may run code that adds a variable
+            for place, model in _models(name, value):
+                if id(model) in known:
+                    continue
+                known.add(id(model))
+                try:
+                    found = [(p, digest(state)) for p, state in _state_dicts(place, model)]
+                except Exception as error:  # the script has succeeded, with whatever it made
+                    complain(f"no digest of the variable {place}: {error}")
+                    continue
+                self.variables += [
+                    {"variable": p, "state_dict.sha256": sha256} for p, sha256 in found
+                ]
 
     def result(self) -> dict[str, Any]:
         """Return the digests, as JSON: the option --digest writes them."""
@@ -218,6 +220,17 @@ def _execute_source(
         sys.excepthook(type(error), error.with_traceback(inner), inner)
         raise SystemExit(1) from None
     return None
+
+
+def _models(name: str, value: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield a variable that is a module, and the module in its attribute `model`."""
+    try:
+        inside = object.__getattribute__(value, "__dict__").get("model")
+    except Exception:  # it has no attributes, or only computed ones
+        inside = None
+    for place, model in ((name, value), (f"{name}.model", inside)):
+        if issubclass(type(model), torch.nn.Module):
+            yield place, model
 
 
 def _state_dicts(place: str, content: Any) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:

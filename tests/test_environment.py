@@ -48,5 +48,17 @@ def test_cpu_is_read_from_cpuinfo(tmp_path):
     assert environment._cpu(tmp_path / "none")
 
 
+def test_gpu_is_named_if_this_process_uses_it(monkeypatch):
+    def busy() -> str:
+        raise RuntimeError("all CUDA-capable devices are busy or unavailable")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", busy)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert environment.describe()["torch"]["gpu"] == "not used"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert environment.describe()["torch"]["gpu"] == "NVIDIA H200"
+
+
 def test_missing_package_is_reported():
     assert environment._version("no-such-package-here") == "not installed"

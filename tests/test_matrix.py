@@ -81,8 +81,8 @@ def test_every_process_has_same_exact_hash(tmp_path):
 
 
 def test_gpu_adds_rows_that_train_on_it():
-    on_gpu = [s for s in matrix.offered(device="cuda") if s.device == "cuda"]
-    assert [s.name for s in on_gpu] == ["cuda", "cuda, TF32"]
+    on_gpu = [s for s in matrix.offered(device="cuda:1") if s.device == "cuda:1"]
+    assert [s.name for s in on_gpu] == ["cuda:1", "cuda:1, TF32"]
     assert not [s for s in matrix.offered() if s.device != "cpu"]
 
 

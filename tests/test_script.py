@@ -273,6 +273,18 @@ def test_model_of_other_optimizer_is_found(tmp_path, reproml_run, rest, found):
         compare(tmp_path / "t", tmp_path / "t")
 
 
+@pytest.mark.parametrize(
+    "model", ["torch.nn.LazyLinear(3)", "torch.nn.Linear(3, 2).to(torch.float8_e4m3fn)"]
+)
+def test_model_without_digest_is_reported(reproml_run, model):
+    """The script has succeeded, and so does the command."""
+    shown = reproml_run("script.py", source=f"import torch\nmodel = {model}\n")
+    assert shown.returncode == 0 and not shown.stdout
+    first, second = shown.stderr.splitlines()
+    assert first.startswith("reproml: no digest of the variable model: ")
+    assert second.startswith("reproml: nothing to digest")
+
+
 def test_interrupt_prints_one_line(tmp_path):
     (tmp_path / "script.py").write_text("import time; print('on', flush=True); time.sleep(60)")
     child = subprocess.Popen(

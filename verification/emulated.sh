@@ -19,7 +19,7 @@ python="$(realpath -s "${PYTHON:-.venv/bin/python}")"
 
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
-folder="${FOLDER:-$work/machine}"
+folder="$(realpath -m "${FOLDER:-$work/machine}")"
 mkdir -p "$folder" "$work/checkout"
 git ls-files -z --cached --others --exclude-standard | xargs -0 cp -P --parents -t "$work/checkout"
 cd "$work/checkout"
@@ -35,6 +35,7 @@ case "$machine" in
             sources=/etc/apt/sources.list.d/debian.sources
             [ -e "$sources" ] || sources=/etc/apt/sources.list
             release="$(. /etc/os-release && echo "$VERSION_CODENAME")"
+            rm -rf "$folder/debian" "$folder/partial" # of an interrupted run
             mmdebstrap --quiet --variant=extract --architectures=arm64 \
                 --include=python3-pip,libgomp1,libstdc++6 \
                 --hook-dir=/usr/share/mmdebstrap/hooks/merged-usr "$release" "$folder/debian" "$sources"

@@ -41,6 +41,7 @@ from reproml.torch_internals import DispatchKey, UnknownPyTorchError
 _COMPOSITE = DispatchKey.CompositeImplicitAutograd
 
 Function = Callable[..., Any]
+TORCH_FOLDER = os.path.join(os.path.dirname(torch.__file__), "")
 
 
 def handler_of(operator: Any) -> Handler:
@@ -71,18 +72,31 @@ def _is_undefined_overload(name: str, operator: Any) -> bool:
     return f"{name.rstrip('_')}.{overload}" in table.UNDEFINED_OVERLOADS
 
 
+# What a definition with **kwargs passes on by name, or has no use for.
+_WITHOUT_PARAMETER = frozenset(
+    """
+amsgrad beta1 beta2 dampening device dtype eps found_inf generator grad_scale layout lr maximize
+memory_format momentum names nesterov pin_memory weight_decay
+""".split()
+)
+
+
 def _takes_arguments(definition: Optional[Function], operator: Any) -> bool:
     """Return whether a definition can be called with the arguments of an operator.
 
     False for an overload that PyTorch writes in terms of others. Raises UnknownPyTorchError for any other,
-    as PyTorch has given it arguments since that the definition would drop."""
+    as PyTorch has given it arguments since that the definition would drop. Only a definition with *args,
+    which passes them on, takes any number."""
     if definition is None:
         return False
     arguments = [x for x in operator._schema.arguments if not x.is_out]
     in_order = [x.name for x in arguments if not x.kwarg_only]
     by_name = {x.name: None for x in arguments if x.kwarg_only}
     try:
-        inspect.signature(definition).bind(*in_order, **by_name)
+        bound = inspect.signature(definition).bind(*in_order, **by_name)
+        known = set(bound.arguments) | _WITHOUT_PARAMETER
+        if not known.issuperset(by_name):
+            raise TypeError
     except TypeError:
         if operator.has_kernel_for_dispatch_key(_COMPOSITE):
             return False
@@ -415,7 +429,7 @@ def may_run_natively(name: str) -> bool:
 
 def caller() -> str:
     """Return file and line of the innermost frame that is neither PyTorch's nor this folder's."""
-    ours = (os.path.dirname(__file__), os.path.dirname(torch.__file__), threading.__file__)
+    ours = (os.path.join(os.path.dirname(__file__), ""), TORCH_FOLDER, threading.__file__)
     for frame in reversed(traceback.extract_stack()):
         if not frame.filename.startswith(ours):
             return f"{frame.filename}:{frame.lineno}"

@@ -15,7 +15,6 @@ import functools
 import inspect
 import math
 import multiprocessing.pool
-import os
 import re
 import sys
 import threading
@@ -265,18 +264,39 @@ def _refuse_flushing(original: Callable[[bool], bool], mode: bool) -> bool:
     return original(mode)
 
 
-def _refuse_hidden_block(original: Callable[[], Any]) -> Any:
-    # PyTorch's own such blocks run kernels of tensors without numbers.
-    if sys._getframe(2).f_code.co_filename.startswith(_TORCH_FOLDER):
+def _hide_block(original: Callable[[], Any]) -> Any:
+    """Hide a block of PyTorch's own, of tensors without numbers. Raises NotExactError for others."""
+    frame: Any = sys._getframe(2)
+    while frame.f_code.co_filename.endswith(("_mode_utils.py", "contextlib.py")):  # no_dispatch()
+        frame = frame.f_back
+    if frame.f_code.co_filename.startswith(handlers.TORCH_FOLDER):
         return original()
-    raise NotExactError(
-        "torch._C._DisableTorchDispatch() would hide operators from reproml, which intercepts them by a "
-        "mode, as the dispatch key that it uses otherwise is taken or missing; move the block out of "
+    raise _hidden("torch._C._DisableTorchDispatch()")
+
+
+def _hidden(what: str) -> NotExactError:
+    return NotExactError(
+        f"{what} would hide operators from reproml, which intercepts them by a mode, as the dispatch key "
+        f"that it uses otherwise is taken or missing, called at {handlers.caller()}; move this code out of "
         "reproml.exact()."
     )
 
 
-_TORCH_FOLDER = os.path.dirname(torch.__file__)
+def _call_operator(
+    original: Callable[..., Any], operator: Any, /, *args: Any, **kwargs: Any
+) -> Any:
+    """Intercept the operator that a subclass passes on by `super().__torch_dispatch__`.
+
+    That excludes all dispatch keys down to `Python`, in some versions of PyTorch with the one that reproml
+    uses. The kernel then runs the definition, past modes and subclasses.
+    """
+    if operator is not state.active.offered or interception.is_active():
+        return original(operator, *args, **kwargs)
+    state.active.offered = None
+    if isinstance(interception, ByMode):
+        raise _hidden("super().__torch_dispatch__()")
+    with dispatcher.intercept_again():
+        return original(operator, *args, **kwargs)
 
 
 # Optimizers: the functions that do a step, of any module of torch.optim, and a hook for those without one.
@@ -586,6 +606,7 @@ PATCHES: list[Patch] = [
     ],
     # A thread that flushes subnormal numbers rounds otherwise.
     (torch, "set_flush_denormal", _within_exact(_refuse_flushing)),
+    (type(torch.ops.aten.add.Tensor), "__call__", _within_exact(_call_operator)),
     # TorchScript runs the operators as written, also after several calls.
     (_script_switch, "profiling", _always(False)),
     (torch_c, "_jit_set_profiling_mode", _always(lambda on: False)),
@@ -595,14 +616,11 @@ PATCHES: list[Patch] = [
     (type(torch.ops.higher_order.cond), "__call__", _within_exact(_cond)),
     (torch, "compile", _within_exact(dispatcher.before_transform)),
     (higher_order, "_compute_keyset", _within_exact(dispatcher.keys_of_higher_order)),
-    # A mode does not see what is hidden from modes.
-    *[
-        (torch_c, "_DisableTorchDispatch", _within_exact(_refuse_hidden_block))
-        for _ in range(isinstance(interception, ByMode))
-    ],
     # The batches of several processes must not depend on how many they are (reproml/distributed.py).
     (DistributedSampler, "__iter__", _within_exact(_refuse_uneven_shards)),
 ]
+if isinstance(interception, ByMode):  # which does not see what is hidden from modes
+    PATCHES.append((torch_c, "_DisableTorchDispatch", _within_exact(_hide_block)))
 
 
 class _Applied:

@@ -17,6 +17,7 @@ class Active(threading.local):
     context: Any = None  # the outermost
     # In a thread that was started within exact(), until its first operator: dispatch.dispatcher.Inherited.
     inherited: Any = None
+    offered: Any = None  # the operator that is being offered to a tensor subclass
     # With on_unknown="warn": operators that ran natively -> the line of their first caller.
     ran_natively: Optional[dict[str, str]] = None
 

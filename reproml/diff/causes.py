@@ -29,7 +29,7 @@ class Evidence:
     drawn: str = ""  # between which epochs or steps the random numbers have begun to differ
     model: str = ""  # how the tensors of the models differ
     size: Optional[float] = None  # the relative difference of the loss or of the gradients
-    factor: str = ""  # between all gradients
+    factor: str = ""  # between the last gradients, where all differ
     module_input: bool = (
         False  # whether the tensor of the batch is a module's input and no loader's
     )
@@ -55,7 +55,9 @@ class Evidence:
     def environment(self) -> list[str]:
         """Describe what differs between the machines and can change native results."""
         found = [
-            words.format(*self.both(*keys)) for words, keys in _ENVIRONMENT if self.differs(*keys)
+            words.format(*(str(x)[:80] for x in self.both(*keys)))
+            for words, keys in _ENVIRONMENT
+            if self.differs(*keys)
         ]
         a, b = self.both("environment", "variables")
         x: dict[str, Any] = a if isinstance(a, dict) else {}
@@ -69,7 +71,11 @@ class Evidence:
 
     def known(self, table: list[tuple[str, str]]) -> list[str]:
         """Describe the facts of a table that differ."""
-        return [words.format(*self.facts[key]) for words, key in table if key in self.facts]
+        return [
+            words.format(*(str(x)[:300] for x in self.facts[key]))
+            for words, key in table
+            if key in self.facts
+        ]
 
     def recipe(self) -> list[str]:
         """Return the keys of the recipes that differ, such as "optimizer.learning_rate"."""
@@ -87,6 +93,8 @@ _ENVIRONMENT = [
     ("the processor ({} and {})", ("environment", "machine", "cpu")),
     ("the architecture ({} and {})", ("environment", "machine", "architecture")),
     ("another BLAS (MKL: {} and {})", ("environment", "torch", "mkl")),
+    ("the GPU ({} and {})", ("environment", "torch", "gpu")),
+    ("the version of CUDA ({} and {})", ("environment", "torch", "cuda")),
 ]
 
 # Facts that explain another batch, another computation of the step, and only another rounding.
@@ -112,7 +120,6 @@ _MODEL = [
     ("the precision of matrix products ({} and {})", "precision"),
 ]
 _KERNELS = [
-    ("torch.compile ({} and {})", "compiled"),
     ("the memory layout of the weights ({} and {})", "kinds"),
     ("the memory layout of the batch ({} and {})", "layout"),
 ]
@@ -142,7 +149,7 @@ def _large(e: Evidence) -> bool:
 
 
 def _arithmetic(e: Evidence) -> bool:
-    return e.part in _FROM_ARITHMETIC and e.same_inputs is not False
+    return e.part in _FROM_ARITHMETIC and e.same_inputs is not False and not _exact(e)
 
 
 # name, whether it fits, the sentence, with fields to fill in
@@ -203,6 +210,7 @@ CAUSES: list[Row] = [
         "contracted uniform_",
         lambda e: (
             e.part == "initial weights"
+            and not _exact(e)
             and "uniform" in (e.operator or "uniform")
             and bool(e.environment())
         ),
@@ -306,6 +314,12 @@ CAUSES: list[Row] = [
         "another computation of the loss, by {computation}",
     ),
     (
+        "compiled",
+        lambda e: _computed(e) and "compiled" in e.facts,
+        "torch.compile ({compiled}): its kernels round in another order, and draw the random numbers of "
+        "dropout from a generator of their own unless torch._inductor.config.fallback_random is set",
+    ),
+    (
         "random numbers",
         lambda e: (
             e.part in _FROM_ARITHMETIC
@@ -316,15 +330,15 @@ CAUSES: list[Row] = [
     (
         "factor of the gradients",
         lambda e: e.part == "gradients" and bool(e.factor),
-        "gradients that differ by a factor of {factor} from the same loss: clipped, averaged or scaled "
-        "after the backward pass",
+        "gradients from the same loss that all differ, the last by a factor of {factor}: clipped, averaged "
+        "or scaled after the backward pass",
     ),
     (
         "computation",
         lambda e: _computed(e) and _large(e),
         "another computation from the same batch: the loss or the gradients differ by {size}, more than "
         "rounding explains; compare the forward pass, the loss function, what happens to gradients, and "
-        "what changes weights outside of an optimizer's step",
+        "what changes weights outside of an optimizer's step{machines}",
     ),
     (
         "order of a sum",
@@ -402,7 +416,9 @@ def likely_cause(e: Evidence) -> tuple[str, str]:
                 kernels=" and ".join(e.known(_KERNELS)),
                 drawn=e.drawn,
                 model=e.model or "the names or shapes of the tensors differ",
-                size=f"{100 * (e.size or 0):.2g} %",
+                size=f"{100 * (e.size or 0):.3g} %",
+                compiled="{} and {}".format(*e.facts.get("compiled", ("", ""))),
+                machines="".join(f"; also different: {x}" for x in e.environment()),
                 factor=e.factor,
                 steps="{:,} and {:,}".format(*e.steps),
                 seed="{} and {}".format(*e.facts.get("seed", ("", ""))),

@@ -35,7 +35,7 @@ from reproml.files import read_regular
 from reproml.pipeline.golden import compare_items
 from reproml.pipeline.run import METRICS, TRACE, WEIGHTS, Items, read_items, read_record
 from reproml.tracing.chain import Reader, is_trace
-from reproml.tracing.facts import INPUT
+from reproml.tracing.facts import INPUT, LOADER
 
 PARTS = {
     "settings": "the settings of the optimizer",
@@ -116,6 +116,10 @@ def _kind(path: Path) -> str:
             return "weights"
         if path.suffix == ".json" and not is_trace(path):
             return "golden"
+        if not path.exists():
+            raise ReproError(
+                f"{path} does not exist; name a trace, a run folder or a file of weights"
+            )
         Reader(path)
         return "trace"
     except OSError as error:
@@ -451,12 +455,18 @@ def _differing_facts(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[An
     for key in a.keys() & b.keys():
         x, y = a[key], b[key]
         if key == "loaders":
-            for pair in zip(x, y):
-                found.update(_differing_facts(*pair))
+            for one, other in zip(x, y):
+                both = [n for n in LOADER if n in one and n in other and one[n] != other[n]]
+                found.update({name: (one[name], other[name]) for name in both})
         elif key in ("kinds", "modules"):
             x, y = _modules(x), _modules(y)
-            pairs = [pair for pair in zip(x, y) if pair[0] != pair[1]]
-            found.update({key: pairs[0]} if pairs else {})
+            for one, other in zip(x, y):
+                if one != other:
+                    one, other = (
+                        f"the model{v}" if v.startswith(": ") else v for v in (one, other)
+                    )
+                    found[key] = one, other
+                    break
         elif key == "batch" and x != y:
             same = [_without_strides(kind) for kind in x] == [_without_strides(kind) for kind in y]
             found["layout" if same else key] = ", ".join(x), ", ".join(y)
@@ -512,10 +522,14 @@ def _kinds(entry: dict[str, Any]) -> list[str]:
 
 
 def _numbers(difference: _FirstDifference) -> tuple[list[float], list[float]]:
-    """Return some numbers of both sides of which the first differ: losses or gradients."""
+    """Return some numbers of both sides: losses, or those of the last gradient, if they differ."""
     key = {"loss": "loss", "gradients": "gradient"}.get(difference.part, "")
     if not difference.a or not difference.b:
         return [], []
+    if difference.part == "gradients":
+        last = [[x for x in e["gradients"] if x][-1:] for e in (difference.a, difference.b)]
+        if last[0] == last[1]:  # only others differ
+            return [], []
     with contextlib.suppress(ValueError, TypeError):  # no single numbers, or NaN
         x, y = ([float(v) for v in entry.get(key, [])] for entry in (difference.a, difference.b))
         if len(x) == len(y) and all(math.isfinite(v) for v in (*x, *y)):
@@ -531,9 +545,13 @@ def _size(difference: _FirstDifference) -> Optional[float]:
 
 
 def _factor(difference: _FirstDifference) -> str:
-    """Return the factor between all gradients that were recorded, as text; empty if there is none."""
+    """Return the factor between the last gradients, as text, if all differ; empty if there is none."""
     x, y = _numbers(difference)
     if difference.part != "gradients" or len(x) < 2:
+        return ""
+    assert difference.a and difference.b
+    pairs = zip(difference.a["gradients"], difference.b["gradients"])
+    if any(v == w and v is not None for v, w in pairs):
         return ""
     first = max(range(len(x)), key=lambda i: abs(x[i]))
     factor = y[first] / x[first] if x[first] else 1.0
@@ -588,8 +606,9 @@ def _with_rerun(
     with tempfile.TemporaryDirectory() as x, tempfile.TemporaryDirectory() as y:
         runs = Rerun(a, found.step, Path(x), again), Rerun(b, found.step, Path(y), again)
         notes = [
-            f"the rerun of {reader.path} did not reproduce the bits of its trace: another machine, or "
-            "something that changes from run to run; the operator is that of the rerun"
+            f"the rerun of {reader.path} did not reproduce the bits of its trace: other arguments of the "
+            "script, another machine, torch.compile (a rerun runs compiled functions as they are written), "
+            "or something that changes from run to run"
             for reader, run, entry in zip((a, b), runs, (difference.a, difference.b))
             if entry and entry["entry"] == "step" and _numbers_differ(entry, run.step)
         ]

@@ -17,8 +17,9 @@ from reproml.files import write_atomically
 from reproml.pipeline.run import METRICS, Items, Number, items_json, read_items
 from reproml.versions import DEFINITIONS
 
-_COPY = Path(__file__).parent / "golden_files"  # made by setup.py; a checkout has golden/ instead
-_INSTALLED = _COPY if _COPY.is_dir() else Path(__file__).parents[2] / "golden"
+_ROOT = Path(__file__).parents[2]  # of a checkout, which has golden/; setup.py copies it for others
+_IS_CHECKOUT = (_ROOT / "setup.py").is_file() and (_ROOT / "golden").is_dir()
+_INSTALLED = _ROOT / "golden" if _IS_CHECKOUT else Path(__file__).parent / "golden_files"
 _MISSING = Number("missing")  # differs from every value that an item can have
 
 
@@ -45,6 +46,12 @@ def find_golden(recipe_name: str) -> Path:
         f"{recipe_name} has no golden file {candidates[0]}; write one with: "
         "python -m reproml golden, and the same --recipe"
     )
+
+
+def differs_from_installed(path: Path) -> bool:
+    """Return whether reproml has a golden file of the same name, with other content."""
+    installed = _INSTALLED / path.name
+    return installed.is_file() and read_items(installed) != read_items(path)
 
 
 def golden_path(recipe_name: str) -> Path:

@@ -271,7 +271,10 @@ def load_run_model(
             "(recipe.sha256); name the right one with --recipe"
         )
     if record.get("numerics") != numerics:
-        raise ReproError(f"{folder} is not a run in {numerics} numerics, according to its {RUN}")
+        raise ReproError(
+            f"{folder} is not a run in {numerics} numerics, according to its {RUN}; evaluate it with "
+            "--numerics, or name another with --run"
+        )
     path = _file_in(folder, WEIGHTS)
     raw = _read_bytes(path)
     try:

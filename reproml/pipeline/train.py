@@ -268,7 +268,8 @@ def numerics_mode(numerics: str) -> AbstractContextManager[Any]:
 def _native() -> Iterator[None]:
     """Set PyTorch's own switches for reproducibility, and restore them at the end."""
     cudnn: Any = torch.backends.cudnn
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace or ":4096:8"  # without it cuBLAS is refused
     saved = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
@@ -278,6 +279,8 @@ def _native() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(saved[0], warn_only=warn_only)
         cudnn.deterministic, cudnn.benchmark = saved[1:]
+        if workspace is None:
+            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 
 def build_optimizer(chosen: Optimizer, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -183,7 +183,7 @@ class Recorder:
     def _iterate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def iterate(loader: Any) -> Any:
             iterator = original(loader)
-            iterator.__dict__[_LOADER] = facts.loader(loader)
+            vars(iterator)[_LOADER] = facts.loader(loader)
             return iterator
 
         return iterate

@@ -208,6 +208,16 @@ def test_operator_with_other_arguments_is_an_error(monkeypatch):
         handler_of(torch.ops.aten.dot.default)
 
 
+def test_new_keyword_argument_is_an_error():
+    library = torch.library.Library("aten", "FRAGMENT")
+    try:
+        library.define("rand.reproml_test(SymInt[] size, *, float scale) -> Tensor")
+        with pytest.raises(UnknownPyTorchError, match=r"arguments of aten\.rand\.reproml_test"):
+            handler_of(torch.ops.aten.rand.reproml_test)
+    finally:
+        library._destroy()
+
+
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_forms_written_in_terms_of_others_are_exact(unbiased):
     """In inference mode these reach our kernels as they are."""

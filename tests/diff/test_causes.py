@@ -110,13 +110,18 @@ PLANTED: dict[str, tuple[dict, dict, str]] = {
     "one gradient": ({}, {"part": "gradients", "one_gradient": True}, "on one side only"),
     "kernels": (
         {},
-        {"part": "loss", "size": 1e-7, "facts": {"compiled": (False, True)}},
-        "torch.compile (False and True)",
+        {"part": "loss", "size": 1e-7, "facts": {"kinds": ("a", "b")}},
+        "the memory layout of the weights (a and b)",
     ),
     "model settings": (
         {},
         {"part": "loss", "facts": {"training": (True, False)}},
         "training mode (True and False)",
+    ),
+    "compiled": (
+        {},
+        {"part": "loss", "size": 0.5, "same_random": False, "facts": {"compiled": (False, True)}},
+        "torch.compile (False and True)",
     ),
     "random numbers": ({}, {"part": "loss", "same_random": False}, "different random numbers"),
     "factor of the gradients": ({}, {"part": "gradients", "factor": "0.5"}, "a factor of 0.5"),
@@ -180,10 +185,31 @@ def test_no_known_cause_is_unknown():
     assert likely_cause(Evidence({}, {}, "item"))[0] == "unknown"
 
 
+def test_machine_is_no_cause_of_exact_results():
+    changes = {**THREADS, "device": "cuda:0"}
+    for part in ("initial weights", "loss"):
+        evidence = Evidence(
+            header(numerics="exact", device="cpu"), header(numerics="exact", **changes), part
+        )
+        assert "threads" not in likely_cause(evidence)[1]
+
+
+def test_large_values_are_shortened():
+    facts = {"modules": ("x" * 10**6, "y")}
+    sentence = likely_cause(Evidence(header(), header(), "loss", facts=facts))[1]
+    assert len(sentence) < 1000
+
+
 def test_device_is_a_cause():
     a, b = header(device="cpu"), header(device="cuda:0")
     name, sentence = likely_cause(Evidence(a, b, "loss", "aten.mm", same_random=True))
     assert name == "order of a sum" and sentence.endswith("by the device (cpu and cuda:0)")
+
+
+@pytest.mark.parametrize("name, words", [("gpu", "the GPU (A and B)"), ("cuda", "version of CUDA")])
+def test_gpu_is_a_cause(name, words):
+    a, b = header(torch={name: "A"}), header(torch={name: "B"})
+    assert words in likely_cause(Evidence(a, b, "loss", "aten.mm", same_random=True))[1]
 
 
 def test_machine_is_no_cause_of_different_inputs():

@@ -435,7 +435,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert result["differ"] is True and result["part"] == "settings"
     for arguments, words in (
         (["a", "c"], "at level step and c at op"),
-        (["a", "none"], "none: No such file"),
+        (["a", "none"], "none does not exist"),
         (["a", "x.safetensors"], "a is a trace file and x.safetensors a weights file"),
     ):
         assert main(["diff", *arguments]) == 2

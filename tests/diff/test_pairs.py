@@ -340,6 +340,11 @@ PAIRS = {
         "computation",
         "what happens to gradients",
     ),
+    # The numbers of the first gradient are not recorded.
+    "first gradient": Row({"@gradients": "convolution.weight.grad.mul_(2)"}, "unknown"),
+    "last gradient": Row(
+        {"@gradients": "linear.bias.grad.mul_(2)"}, "computation", "what happens to gradients"
+    ),
     "zero_grad": Row({"zero_grad()": "zero_grad(set_to_none=False)"}, None),
     "no zero_grad": Row(
         {"optimizer.zero_grad()": "pass"}, "computation", "what happens to gradients"
@@ -394,11 +399,11 @@ PAIRS = {
     # --- the kernels
     "compiled": Row(
         {"@wrap": f"model = torch.compile(model, {EAGER})"},
-        "kernels",
+        "compiled",
         "torch.compile (False and True)",
     ),
     "compiled in place": Row(
-        {"@wrap": f"model.compile({EAGER})"}, "kernels", "torch.compile (False and True)"
+        {"@wrap": f"model.compile({EAGER})"}, "compiled", "torch.compile (False and True)"
     ),
     "compiled to the same numbers": Row(
         {"@wrap": "model = torch.compile(model, backend='eager')"}, None

@@ -116,3 +116,20 @@ def test_training_stays_on_its_device(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", cross_entropy)
     model = training.train(tiny.recipe(), tiny.prepared(), "native", 1, device=meta).model
     assert {parameter.device for parameter in model.parameters()} == {meta} == set(seen)
+
+
+def test_training_resumes_on_another_device(monkeypatch):
+    meta = torch.device("meta")
+    monkeypatch.setattr(training, "digest", lambda model: "")
+    states = []
+    training.train(
+        tiny.recipe(), tiny.prepared(), steps=1, after_step=lambda t: states.append(t.state())
+    )
+    resumed = training.Training(tiny.recipe(), tiny.prepared(), meta)
+    resumed.restore(states[0])
+    assert resumed.done == 1
+    tensors = resumed.state().tensors
+    on_gpu = {name for name, tensor in tensors.items() if tensor.is_meta}
+    # PyTorch keeps an optimizer's number of steps, like the generator's state, on the CPU.
+    on_cpu = {name for name in tensors if name.startswith("random.") or name.endswith(".step")}
+    assert on_gpu == set(tensors) - on_cpu and len(on_gpu) > 4

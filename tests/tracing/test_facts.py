@@ -25,6 +25,13 @@ class Endless(Dataset):
         return torch.ones(1)
 
 
+class NoLength(Endless):
+    """A data set, or a sampler, whose length cannot be asked for."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
 def test_loader_settings_are_described():
     _, loader = small()
     assert facts.loader(loader) == {
@@ -44,6 +51,11 @@ def test_loader_settings_are_described():
     assert (found["sampler"], found["batch_size"]) == ("BatchSampler", None)
     assert facts.loader(DataLoader(Stream()))["samples"] is None
     assert facts.loader(DataLoader(Endless(), sampler=range(3)))["samples"] is None
+    lists: Any = [[0, 1], [2, 3]]
+    assert facts.loader(DataLoader(Endless(), batch_sampler=lists))["sampler"] == "list"
+    assert facts.loader(DataLoader(NoLength(), batch_sampler=lists))["samples"] is None
+    lists = NoLength()
+    assert facts.loader(DataLoader(NoLength(), batch_sampler=lists))["sampler"] == "NoLength"
 
 
 def test_tensor_is_described():
@@ -51,6 +63,7 @@ def test_tensor_is_described():
     assert facts.tensor(x) == "float32[4, 3]"
     assert facts.tensor(torch.ones(3, 4).byte().t()) == "uint8[4, 3] with strides [1, 4]"
     assert facts.tensor(x.to_sparse()) == "float32[4, 3] torch.sparse_coo"
+    assert facts.tensor(x.to("meta")) == "float32[4, 3] on meta"
 
 
 def test_module_settings_have_neither_addresses_nor_paths():
@@ -58,11 +71,19 @@ def test_module_settings_have_neither_addresses_nor_paths():
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Dropout(0.25).eval()
-            self.rate, self.file, self.table = 2.5, "/a/long/path/to/some/file", [object()]
+            self.created, self.file, self.table = 2.5, "/a/long/path/to/some/file", [object()]
             self.activation = nn.functional.relu
 
+        def extra_repr(self) -> str:
+            return "rate=3"
+
+    class Failing(nn.Module):
+        def extra_repr(self) -> str:
+            raise KeyError("rate")
+
+    assert list(facts.modules(Failing())) == [": Failing()"]
     assert list(facts.modules(Own())) == [
-        ": Own(rate=2.5, activation=relu)",
+        ": Own(rate=3)",
         "layer: Dropout(training=False, p=0.25, inplace=False)",
     ]
 

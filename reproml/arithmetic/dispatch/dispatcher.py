@@ -26,7 +26,13 @@ from torch.nn import Parameter
 
 from reproml.arithmetic import state
 from reproml.arithmetic.dispatch.deferred import replay_log
-from reproml.arithmetic.dispatch.interception import KEY_NAME, ByMode, interception
+from reproml.arithmetic.dispatch.interception import (
+    KEY_NAME,
+    ByKey,
+    ByMode,
+    interception,
+    spare_key,
+)
 from reproml.arithmetic.dispatch.schema import tensors
 from reproml.arithmetic.numerics import rounding
 from reproml.errors import NotExactError
@@ -88,6 +94,11 @@ def install(
     with _install_lock:
         if state.registration is not None:
             return
+        if isinstance(interception, ByKey) and spare_key() is None:
+            raise NotExactError(
+                f"the dispatch key {KEY_NAME}, which reproml uses, was taken by another library after "
+                "reproml was imported; import reproml after that library."
+            )
         rounding.defer_test = replay_log.defer_test
         if hasattr(os, "register_at_fork"):  # Windows has no fork
             os.register_at_fork(after_in_child=replay_log.reset_after_fork)
@@ -105,6 +116,8 @@ class Registration:
     ) -> None:
         self._make_kernel = make_kernel
         self._kernels: dict[Any, Kernel] = {}  # those that `_run` has called
+        self._native = views | copies
+        self._registered = frozenset(_aten_names())
         if isinstance(interception, ByMode):
             interception.run = self._run
             return
@@ -139,7 +152,13 @@ class Registration:
         """Run the kernel of an operator for which none is registered."""
         kernel = self._kernels.get(operator)
         if kernel is None:
-            kernel = self._kernels[operator] = self._make_kernel(lambda: operator)
+            namespace, _, name = operator.name().partition("::")
+            native = namespace == "aten" and (
+                name.partition(".")[0].rstrip("_") in self._native
+                or name not in self._registered  # a size or a stride, which a mode is asked for
+            )
+            kernel = operator if native else self._make_kernel(lambda: operator)
+            self._kernels[operator] = kernel
         return kernel(*args, **kwargs)
 
 
@@ -269,8 +288,12 @@ def call_modes_and_subclasses(operator: Any, args: Any, kwargs: Any) -> Any:
         if result is not NotImplemented:
             return result
     for t in types:
-        with interception.again():
-            result = t.__torch_dispatch__(operator, types, args, kwargs)
+        offered, state.active.offered = state.active.offered, operator
+        try:
+            with interception.again():
+                result = t.__torch_dispatch__(operator, types, args, kwargs)
+        finally:
+            state.active.offered = offered
         if result is not NotImplemented:
             return result
     names = ", ".join(t.__name__ for t in types)

@@ -2,7 +2,8 @@
 
 PyTorch keeps the dispatch key `Fake` for extensions, between autograd and the backends. A version of
 PyTorch without it, or a process in which something else has registered kernels for it, gets a
-TorchDispatchMode: it intercepts the same operators, with the same results, and takes longer for each.
+TorchDispatchMode: it intercepts the same operators, with the same results, and takes longer for each. It
+does not see operators that a program hides from modes by private functions of PyTorch.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ class ByMode(TorchDispatchMode):
         return int(len_torch_dispatch_stack()) - self.is_active()
 
     def is_active(self) -> bool:
-        return any(mode is self for mode in get_current_dispatch_mode_stack())
+        return not dispatch_tls_is_dispatch_key_excluded(self.key) and any(
+            mode is self for mode in get_current_dispatch_mode_stack()
+        )
 
     @contextmanager
     def natively(self) -> Iterator[None]:

@@ -183,8 +183,11 @@ def trunc_normal_(
 def like(draw: Any) -> Any:
     """Return the definition of rand_like or randn_like, made from rand or randn."""
 
-    def drawn(x: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-        result: Tensor = draw(x.shape, dtype=dtype or x.dtype, device=device or x.device)
+    def drawn(
+        x: Tensor, *, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any
+    ) -> Tensor:
+        dtype, device = dtype or x.dtype, device or x.device
+        result: Tensor = draw(x.shape, generator=generator, dtype=dtype, device=device)
         return result
 
     return drawn

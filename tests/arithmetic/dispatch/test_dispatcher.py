@@ -136,6 +136,25 @@ def test_subclass_calling_itself_natively_is_exact():
     assert float(total) == EXACT_SUM
 
 
+class Passing(Tensor):
+    """A subclass that leaves every operator to its base class, the usual form."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+
+def test_subclass_calling_super_is_exact():
+    x = torch.tensor(TERMS).as_subclass(Passing)
+    with reproml.exact():
+        assert float(torch.sum(x)) == EXACT_SUM
+        assert float(torch.mul(x, 1.0).sum()) == EXACT_SUM
+        with pytest.raises(reproml.NotExactError):
+            torch.special.bessel_j0(x)
+
+
 @pytest.mark.parametrize("compiled_before", [False, True])
 def test_compiled_functions_run_eagerly(compiled_before):
     called = []

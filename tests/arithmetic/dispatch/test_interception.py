@@ -86,7 +86,9 @@ def test_mode_leaves_the_stack_and_returns_to_its_place():
 # --- the same bits ---------------------------------------------------------------------------------
 
 # These tests need what the mode does not offer: kernels, and blocks that are hidden from modes.
-ONLY_BY_KEY = "only_the_first_context or not_implemented_passes or calling_itself_natively"
+ONLY_BY_KEY = (
+    "only_the_first_context or not_implemented_passes or calling_itself_natively or calling_super"
+)
 
 # Runs the command line in a process in which the key is taken.
 COMMAND_LINE = """if True:
@@ -131,16 +133,55 @@ def test_example_has_the_same_digests_with_a_taken_key(tmp_path, name):
     assert [x["parameters.sha256"] for x in found] == expected
 
 
-def test_hidden_block_is_refused_with_a_taken_key():
+HIDDEN = """if True:
+    import torch
+    from tests import taken_key
+    import reproml
+
+    class Subclass(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+    def block():
+        with torch._C._DisableTorchDispatch():
+            torch.ones(3).exp()
+
+    with reproml.exact():
+        for hidden in (block, lambda: torch.ones(3).as_subclass(Subclass).exp()):
+            try:
+                hidden()
+            except reproml.NotExactError as error:
+                print(error)
+"""
+
+
+def test_hidden_operators_are_refused_with_a_taken_key():
+    first, second = run("-c", HIDDEN).splitlines()
+    assert first.startswith("torch._C._DisableTorchDispatch() would hide operators from reproml")
+    assert second.startswith("super().__torch_dispatch__() would hide operators from reproml")
+
+
+def test_key_that_was_taken_after_the_import_is_an_error():
+    code = """if True:
+        import reproml, reproml.arithmetic.dispatch.dispatcher
+        from tests import taken_key
+        try:
+            with reproml.exact():
+                pass
+        except reproml.NotExactError as error:
+            print(error)
+    """
+    assert "was taken by another library after reproml was imported" in run("-c", code)
+
+
+def test_views_of_any_layout_pass_the_mode():
     code = """if True:
         import torch
         from tests import taken_key
         import reproml
+        sparse, complex = torch.ones(2).to_sparse(), torch.ones(4, dtype=torch.complex64)
         with reproml.exact():
-            try:
-                with torch._C._DisableTorchDispatch():
-                    torch.ones(3).exp()
-            except reproml.NotExactError as error:
-                print(error)
+            print(sparse.detach().is_sparse, complex[:3].shape)
     """
-    assert "would hide operators from reproml" in run("-c", code)
+    assert run("-c", code) == "True torch.Size([3])\n"

@@ -75,6 +75,23 @@ def test_uniform_is_rounded_once(low, width):
     assert torch.allclose(native, exact, rtol=1e-5, atol=1e-6)
 
 
+def test_like_draws_from_the_generator():
+    """Newer versions of PyTorch have overloads with a generator."""
+    generator = torch.Generator()
+    for draw, like in ((torch.rand, torch.rand_like), (torch.randn, torch.randn_like)):
+        with reproml.exact():
+            expected = draw(7, generator=generator.manual_seed(3))
+            if "generator" in torch.ops.aten.rand_like.overloads():
+                found = like(
+                    torch.empty(7),
+                    # type: ignore[call-arg]
+                    generator=generator.manual_seed(3),
+                )
+            else:  # as the definition would be called
+                found = random.like(draw)(torch.empty(7), generator=generator.manual_seed(3))
+        assert same_bits(found, expected)
+
+
 @pytest.mark.parametrize("mean, std, low, high", [(0, 0.02, -2, 2), (0.5, 2, -1, 3), (0, 1, -9, 9)])
 def test_trunc_normal_rounds_each_step_once(mean, std, low, high):
     def bound(x):
