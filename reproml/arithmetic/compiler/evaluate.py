@@ -192,7 +192,9 @@ def exact_elements(formula: Formula, rows: NDArray[Any]) -> NDArray[Any]:
         operands = [Rationals.of_floats(x) for x in rows.T]
         return _rounded(formula(RationalContext(), *operands), len(rows))
     except (Irrational, ZeroDivisionError):  # of some element
-        return np.array([float(exact_values(formula, list(row))[0]) for row in rows])
+        unique, inverse = np.unique(rows, axis=0, return_inverse=True)  # a tensor may be constant
+        values = [float(exact_values(formula, list(row))[0]) for row in unique]
+        return np.array([values[i] for i in inverse.reshape(-1)])
 
 
 def _rounded(y: Any, length: int) -> NDArray[Any]:

@@ -8,6 +8,7 @@ branch that is one IEEE 754 operation is computed by PyTorch.
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import partial
 from typing import Any, Callable
 
 import torch
@@ -27,7 +28,7 @@ tanh_backward = formula_operator(lambda ctx, g, y: g * (1 - y * y), "tanh_backwa
 sigmoid_backward = formula_operator(lambda ctx, g, y: g * y * (1 - y), "sigmoid_backward")
 
 
-# ---- functions that are x / 2 near zero -------------------------------------------------------------
+# ---- functions that are x / 2 near zero, x far above and 0 far below -------------------------------
 
 
 def half_near_zero(formula: Formula) -> Callable[[Tensor], Tensor]:
@@ -47,6 +48,39 @@ def half_near_zero(formula: Formula) -> Callable[[Tensor], Tensor]:
     return definition
 
 
+Definition = Callable[..., Tensor]
+
+
+def _with_tails(definition: Definition, low: float) -> Definition:
+    """Complete the definition of gelu or mish, whose formula has no bound where its exponents are large.
+
+    Above 32 the value is x (1 - d) with 0 < d < 2^-80, which rounds to x. Below `low`, which is given such
+    that the value is closer to 0 than 2^-150, it rounds to -0.
+    """
+
+    def complete(x: Tensor) -> Tensor:
+        above, below = (x > 32) & x.isfinite(), (x < low) & x.isfinite()
+        y = definition(torch.where(above | below, 1.0, x))
+        return torch.where(above, x, torch.where(below, -0.0, y))
+
+    return complete
+
+
+def _gradient_with_tails(formula: Formula, low: float) -> Definition:
+    """Return the definition of g f'(x) on tensors, where f is as for `_with_tails`.
+
+    Above 32, f' is 1 + d with |d| < 2^-80. Below `low` it lies between 0 and -2^-280.
+    """
+
+    def complete(g: Tensor, x: Tensor) -> Tensor:
+        known = g.isfinite() & x.isfinite()
+        above, below = (x > 32) & known, (x < low) & known
+        y = elementwise(formula, g, torch.where(above | below, 1.0, x))
+        return torch.where(above, g, torch.where(below, -0.0 * g, y))
+
+    return complete
+
+
 # ---- gelu --------------------------------------------------------------------------------------------
 
 
@@ -56,20 +90,21 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
         return elementwise(_gelu, x, reference=_reference_gelu, fast="gelu")
     # 1 + tanh(a) = 2 sigmoid(2 a)
     formula = lambda ctx, x: x * ctx.sigmoid(2 * _gelu_inner(ctx, x))  # noqa: E731
-    return elementwise(formula, x, reference=half_near_zero(formula))
+    return elementwise(formula, x, reference=_with_tails(half_near_zero(formula), -32))
 
 
 def gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
     """Return g times the derivative of gelu at x."""
     if approximate == "none":
-        return elementwise(_gelu_backward, g, x, fast="gelu_backward")
+        reference = _gradient_with_tails(_gelu_backward, -32)
+        return elementwise(_gelu_backward, g, x, reference=reference, fast="gelu_backward")
 
     def formula(ctx: Any, g: Any, x: Any) -> Any:
         s = ctx.sigmoid(2 * _gelu_inner(ctx, x))
         slope = ctx.sqrt(2 / ctx.pi) * (1 + 3 * Fraction(44715, 1000000) * (x * x))
         return g * (s + 2 * x * s * (1 - s) * slope)
 
-    return elementwise(formula, g, x)
+    return elementwise(formula, g, x, reference=_gradient_with_tails(formula, -32))
 
 
 def _gelu(ctx: Any, x: Any) -> Any:
@@ -81,11 +116,8 @@ def _gelu_backward(ctx: Any, g: Any, x: Any) -> Any:
 
 
 def _reference_gelu(x: Tensor) -> Tensor:
-    y = half_near_zero(_gelu)(x.clamp(min=-15))
-    # 15 Phi(-15) < 2^-150, so every number below -15 has a result that rounds to -0.
-    return torch.where(
-        (x < -15) & (x > -torch.inf), -0.0, torch.where(x == -torch.inf, torch.nan, y)
-    )
+    y = _with_tails(half_near_zero(_gelu), -15)(x)  # 15 Phi(-15) < 2^-150
+    return torch.where(x == -torch.inf, torch.nan, y)
 
 
 def _phi(ctx: Any, x: Any) -> Any:
@@ -145,7 +177,11 @@ def softplus_backward(g: Tensor, x: Tensor, beta: float, threshold: float) -> Te
 
 def mish(x: Tensor) -> Tensor:
     """Return x tanh(softplus(x))."""
-    return elementwise(lambda ctx, x: x * ctx.tanh(softplus_formula(ctx, x)), x)
+    return elementwise(_mish, x, reference=_with_tails(partial(elementwise, _mish), -1024))
+
+
+def _mish(ctx: Any, x: Any) -> Any:
+    return x * ctx.tanh(softplus_formula(ctx, x))
 
 
 def mish_backward(g: Tensor, x: Tensor) -> Tensor:
@@ -155,7 +191,7 @@ def mish_backward(g: Tensor, x: Tensor) -> Tensor:
         t = ctx.tanh(softplus_formula(ctx, x))
         return g * (t + x * ctx.sigmoid(x) * (1 - t * t))
 
-    return elementwise(formula, g, x)
+    return elementwise(formula, g, x, reference=_gradient_with_tails(formula, -1024))
 
 
 def log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
-"""Inputs of activations that fail the rounding test in masses: ties of subnormal results."""
+"""Inputs that fail the rounding test in masses: no element may take the slow path of long numbers."""
 
 from __future__ import annotations
 
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +15,20 @@ from reproml.arithmetic.compiler import evaluate, kernels
 from reproml.arithmetic.numerics.rounding import nearest
 
 UNIT = Fraction(2) ** -149
+GELU_TANH = partial(F.gelu, approximate="tanh")
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("f", [F.gelu, partial(F.gelu, approximate="tanh"), F.silu])
-def test_half_of_subnormal_numbers_is_rounded_up_at_ties(monkeypatch, f, compiled):
-    """x / 2 + c x^2 with c > 0: between a midpoint and the next number above."""
-    if not compiled:
+@pytest.fixture(params=[True, False], ids=["compiled", "reference"])
+def no_long_numbers(monkeypatch, request):
+    if not request.param:
         monkeypatch.setattr(kernels, "library", None)
-    monkeypatch.setattr(evaluate, "exact_values", None)  # no element may take the slow path
+    monkeypatch.setattr(evaluate, "exact_values", None)
     monkeypatch.setattr(evaluate, "exact_elements", None)
+
+
+@pytest.mark.parametrize("f", [F.gelu, GELU_TANH, F.silu])
+def test_half_of_subnormal_numbers_is_rounded_up_at_ties(no_long_numbers, f):
+    """x / 2 + c x^2 with c > 0: between a midpoint and the next number above."""
     counts = [1, 2, 3, 4, 5, 2**22 + 1, 2**23 - 1, 2**23 + 1, 2**24 - 1]
     x = torch.tensor([float(sign * n * UNIT) for n in counts for sign in (1, -1)] + [0.0, -0.0])
     with reproml.exact():
@@ -31,3 +36,48 @@ def test_half_of_subnormal_numbers_is_rounded_up_at_ties(monkeypatch, f, compile
     above = [Fraction(v) / 2 + UNIT / 2**60 * (v != 0) for v in x.tolist()]
     expected = torch.tensor([nearest(v) for v in above]).copysign(x)
     assert y.view(torch.int32).tolist() == expected.view(torch.int32).tolist()
+
+
+FAR = [33.0, 1e3, 1e7, 2.0**24 + 2, 2.0**127, -1100.0, -1e7, -(2.0**127)]
+
+
+@pytest.mark.parametrize("f", [F.gelu, GELU_TANH, F.mish])
+def test_values_far_from_zero_are_x_or_minus_zero(no_long_numbers, f):
+    x = torch.tensor(FAR, requires_grad=True)
+    g = torch.tensor([1.0, -1.0, 0.0, -0.0, 1e-45, 3e38, -1.0, 0.0])
+    with reproml.exact():
+        y = f(x)
+        (gradient,) = torch.autograd.grad(y, x, g)
+    assert y.tolist() == [v if v > 0 else 0.0 for v in FAR]
+    assert y.signbit().tolist() == [v < 0 for v in FAR]
+    # the derivative is 1 there, and a negative number next to 0 here
+    assert gradient.tolist() == [v if x > 0 else 0.0 for v, x in zip(g.tolist(), FAR)]
+    assert gradient.signbit().tolist() == [(v.signbit() ^ (x < 0)).item() for v, x in zip(g, FAR)]
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e7, 1e30])
+def test_log_softmax_of_distant_logits(no_long_numbers, scale):
+    """The largest logit alone counts: the others' values are rounded differences."""
+    torch.manual_seed(1)
+    x = torch.rand(20, 9).sort(1).values * scale
+    x[:, -1] += scale  # alone
+    with reproml.exact():
+        y = x.log_softmax(1)
+        loss = F.cross_entropy(x, torch.zeros(20, dtype=torch.long), reduction="none")
+    for row, found in zip(x.tolist(), y.tolist()):
+        assert found == [nearest(Fraction(v) - Fraction(row[-1])) for v in row]
+    assert y[:, -1].signbit().all() and torch.equal(loss, -y[:, 0])
+
+
+def test_constant_tensor_is_computed_once(monkeypatch):
+    calls = []
+    exact_values = evaluate.exact_values
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return exact_values(*args)
+
+    monkeypatch.setattr(evaluate, "exact_values", counted)
+    with reproml.exact():  # 1 - 2^-25 + 2^-52.6: next to a midpoint
+        y = torch.full((3000,), 2.0**-12).cos()
+    assert len(calls) == 1 and (y == 1.0).all()
