@@ -638,7 +638,7 @@ def test_caller_is_found_in_paths_of_windows(monkeypatch):
     stack = [SimpleNamespace(filename=name, lineno=3) for name in names]
     with monkeypatch.context() as patch:
         patch.setattr(handlers, "__file__", rf"{site}\reproml\arithmetic\handlers.py")
-        patch.setattr(torch, "__file__", rf"{site}\torch\__init__.py")
+        patch.setattr(handlers, "TORCH_FOLDER", rf"{site}\torch" + "\\")
         patch.setattr(traceback, "extract_stack", lambda: stack)
         patch.setattr(os, "path", ntpath)
         found = handlers.caller()

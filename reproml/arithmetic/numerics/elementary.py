@@ -10,7 +10,6 @@ csrc; tests/tools/test_coefficients.py compares them bit for bit. csrc/elementar
 
 from __future__ import annotations
 
-from functools import cache
 from math import factorial, ldexp
 
 import torch
@@ -127,18 +126,27 @@ _TWO_OVER_PI = int("a2f9836e4e441529fc2757d1f534ddc0db6295993c439041fe5163ab", 1
 _PARTS, _PART_BITS = 4, 29
 
 
-@cache
+_tables: dict[torch.device, Tensor] = {}
+
+
 def _two_over_pi(device: torch.device) -> Tensor:
     """Return 2^e 2 / pi modulo 4 for e = -4, ..., 104, in parts of 29 bits: float64 [109, 4].
 
     The last bit of the parts is 2^-27, 2^-56, 2^-85 and 2^-114.
     """
-    rows = []
+    if device in _tables:
+        return _tables[device]
+    values = []
     for e in range(-4, 105):
         scaled = (_TWO_OVER_PI << (e + 4)) >> (4 + 224 - 114)  # 2^e 2 / pi in units of 2^-114
         parts = [scaled >> _PART_BITS * i & (1 << _PART_BITS) - 1 for i in range(_PARTS)]
-        rows.append([ldexp(part, _PART_BITS * i - 114) for i, part in enumerate(parts)][::-1])
-    return torch.tensor(rows, dtype=torch.float64, device=device)
+        values += [ldexp(part, _PART_BITS * i - 114) for i, part in enumerate(parts)][::-1]
+    # Each number is written on the device: a copy from the host would make it wait.
+    numbers = [torch.full((), value, dtype=torch.float64, device=device) for value in values]
+    table = torch.stack(numbers).view(-1, _PARTS)
+    if type(table) is Tensor:  # and not of a mode, such as one of tensors without numbers
+        _tables[device] = table
+    return table
 
 
 def _reduced(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +162,8 @@ def _reduced(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     m, e = torch.frexp(x)
     m = m * 2.0**24
-    parts = _two_over_pi(x.device)[(e - 20).clamp(0, 108)]
+    rows = (e - 20).clamp(0, 108).reshape(-1)
+    parts = _two_over_pi(x.device).index_select(0, rows).view(*x.shape, _PARTS)
     first, second, third, fourth = (m * parts[..., i] for i in range(_PARTS))
     k = torch.round(first + second)
     return (((first - k) + second) + third + fourth) * (3.141592653589793 * 0.5), k

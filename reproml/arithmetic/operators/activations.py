@@ -40,7 +40,8 @@ def half_near_zero(formula: Formula) -> Callable[[Tensor], Tensor]:
 
     def definition(x: Tensor) -> Tensor:
         tiny = (x.abs() < 2.0**-64) & (x != 0)
-        above_half = torch.nextafter(x.double() * 0.5, x.new_tensor(torch.inf, dtype=torch.float64))
+        half = x.double() * 0.5
+        above_half = torch.nextafter(half, torch.full_like(half, torch.inf))
         return torch.where(
             tiny, above_half.float(), elementwise(formula, torch.where(tiny, 1.0, x))
         )
