@@ -25,7 +25,10 @@ EXPECTED = (
 def digests(run: Reproml, folder: Path, example: Path) -> list[str]:
     arguments = ["--digest", "digest.json", str(example), "--steps", STEPS]
     shown = run(folder, "run", *arguments)
-    assert (shown.returncode, shown.stderr) == (0, "")
+    # Triton, which PyTorch imports, reports at the end of a process what gc.freeze() has kept.
+    of_triton = ("nanobind: ", " - ", "See https://nanobind")
+    errors = [line for line in shown.stderr.splitlines() if not line.startswith(of_triton)]
+    assert (shown.returncode, errors) == (0, [])
     result = json.loads((folder / "digest.json").read_text())
     return [optimizer["parameters.sha256"] for optimizer in result["optimizers"]]
 
