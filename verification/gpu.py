@@ -1,7 +1,7 @@
 """Check exact arithmetic on a GPU against the CPU's results, to the last bit, in one run of a few minutes.
 
     python -m verification.gpu                # on a machine with a GPU
-    python -m verification.gpu --device cpu   # on any machine: the CPU is declared a device
+    python -m verification.gpu --device cpu --seconds 60  # on any machine: the CPU is declared a device
     python -m verification.gpu --wheels DIR   # without network: first installs what is missing from wheels
 
 It needs the files of MNIST (REPROML_MIRROR, offline). In order: the self-test of `doctor` on the CPU, the
