@@ -169,16 +169,13 @@ def evaluate_command(args: argparse.Namespace, terminal: Terminal) -> Result:
 def verify_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Train again, or take the run folder --run DIR, and compare every item with the golden file."""
     from reproml.pipeline import golden, run
-    from reproml.pipeline.train import Output
 
     _refuse_native(args)
     device, recipe = _device(args), _recipe(args, args.run)
     path = golden.find_golden(recipe.name)
     expected = golden.read_golden(path)
     if args.run is None:
-        with terminal.bar("train") as progress:
-            output = Output(terminal.print, progress)
-            found = run.perform(recipe, args.data, "exact", output, device=device).items
+        found = _train_exactly(args, recipe, device, terminal)
         comparisons = golden.compare_items(expected, found)
     else:
         found, recorded = run.recompute(args.run, recipe, args.data, device)
@@ -226,16 +223,12 @@ def pipeline_command(args: argparse.Namespace, terminal: Terminal) -> Result:
 def golden_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Train the recipe and write its results as the golden file."""
     from reproml.pipeline import golden as goldens
-    from reproml.pipeline import run
-    from reproml.pipeline.train import Output
 
     _refuse_native(args)
     device, recipe = _device(args), _recipe(args)
     path = goldens.golden_path(recipe.name)
     goldens.refuse_overwrite(path, args.force)
-    with terminal.bar("train") as progress:
-        output = Output(terminal.print, progress)
-        items = run.perform(recipe, args.data, "exact", output, device=device).items
+    items = _train_exactly(args, recipe, device, terminal)
     goldens.write_golden(items, path, args.force)
     terminal.print(f"wrote {path}")
     return 0, {"golden": str(path), "items": items}
@@ -680,6 +673,18 @@ def _device(args: argparse.Namespace) -> torch.device:
     from reproml.pipeline.device import choose_device
 
     return choose_device(args.device)
+
+
+def _train_exactly(
+    args: argparse.Namespace, recipe: Recipe, device: torch.device, terminal: Terminal
+) -> dict[str, Any]:
+    """Train the recipe in exact arithmetic, in memory, and return the items of a golden file."""
+    from reproml.pipeline import run
+    from reproml.pipeline.train import Output
+
+    with terminal.bar("train") as progress:
+        output = Output(terminal.print, progress)
+        return run.perform(recipe, args.data, "exact", output, device=device).items
 
 
 def _default_folder(args: argparse.Namespace, recipe: Recipe) -> Path:

@@ -635,9 +635,8 @@ class _Applied:
         """Apply the patches, until as many calls of `restore`."""
         with self._lock:
             if self._users == 0:
-                lazy = (
-                    _lazy_patches()
-                )  # raises where PyTorch lacks one, before anything is replaced
+                # It raises where PyTorch lacks one, before anything is replaced.
+                lazy = _lazy_patches()
                 with ExitStack() as stack, allow_nonbracketed_mutation():
                     # A compiled function bypasses the operators, so functions run as they are written.
                     # This raises within a compiled function.

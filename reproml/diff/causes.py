@@ -417,13 +417,13 @@ def likely_cause(e: Evidence) -> tuple[str, str]:
                 drawn=e.drawn,
                 model=e.model or "the names or shapes of the tensors differ",
                 size=f"{100 * (e.size or 0):.3g} %",
-                compiled="{} and {}".format(*e.facts.get("compiled", ("", ""))),
                 machines="".join(f"; also different: {x}" for x in e.environment()),
                 factor=e.factor,
                 steps="{:,} and {:,}".format(*e.steps),
-                seed="{} and {}".format(*e.facts.get("seed", ("", ""))),
-                batch="{} and {}".format(*e.facts.get("batch", ("", ""))),
-                lr="{} and {}".format(*e.facts.get("lr", ("", ""))),
+                **{
+                    name: "{} and {}".format(*e.facts.get(name, ("", "")))
+                    for name in ("batch", "compiled", "lr", "seed")
+                },
             )
     return "unknown", _UNKNOWN
 

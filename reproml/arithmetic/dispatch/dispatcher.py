@@ -117,7 +117,7 @@ class Registration:
         self._make_kernel = make_kernel
         self._kernels: dict[Any, Kernel] = {}  # those that `_run` has called
         self._native = views | copies
-        self._registered = frozenset(_aten_names())
+        self._registered = frozenset(_aten_names())  # listing them takes milliseconds
         if isinstance(interception, ByMode):
             interception.run = self._run
             return
@@ -126,10 +126,8 @@ class Registration:
         self._other_namespaces = torch.library.Library("_", "IMPL")  # "_": all namespaces
         self._copies: list[str] = []
         # A fallback for all of aten would be shorter, but PyTorch skips it while a mode is active.
-        for name in _aten_names():
-            functional = name.partition(".")[0]
-            if functional.endswith("_") and functional[:-1] in views | copies:
-                functional = functional[:-1]
+        for name in self._registered:
+            functional = self._functional(name)
             if functional in copies:
                 self._copies.append(name)
                 self._copy_library.impl(name, torch.library.fallthrough_kernel, KEY_NAME)
@@ -139,6 +137,11 @@ class Registration:
                 self._intercept(name)
         self._other_namespaces.fallback(self._run, KEY_NAME)
         replay_log.on_first_device(self._intercept_copies)
+
+    def _functional(self, name: str) -> str:
+        """Return an operator's name without its overload, and that of `view` for `view_` and its like."""
+        name = name.partition(".")[0]
+        return name[:-1] if name.endswith("_") and name[:-1] in self._native else name
 
     def _intercept(self, name: str) -> None:
         self._library.impl(name, self._make_kernel(partial(_overload, name)), KEY_NAME)
@@ -154,7 +157,7 @@ class Registration:
         if kernel is None:
             namespace, _, name = operator.name().partition("::")
             native = namespace == "aten" and (
-                name.partition(".")[0].rstrip("_") in self._native
+                self._functional(name) in self._native
                 or name not in self._registered  # a size or a stride, which a mode is asked for
             )
             kernel = operator if native else self._make_kernel(lambda: operator)

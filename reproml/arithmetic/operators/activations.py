@@ -89,9 +89,7 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """Return x Phi(x); approximate "tanh": x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
     if approximate == "none":
         return elementwise(_gelu, x, reference=_reference_gelu, fast="gelu")
-    # 1 + tanh(a) = 2 sigmoid(2 a)
-    formula = lambda ctx, x: x * ctx.sigmoid(2 * _gelu_inner(ctx, x))  # noqa: E731
-    return elementwise(formula, x, reference=_with_tails(half_near_zero(formula), -32))
+    return elementwise(_gelu_tanh, x, reference=_with_tails(half_near_zero(_gelu_tanh), -32))
 
 
 def gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
@@ -110,6 +108,10 @@ def gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
 
 def _gelu(ctx: Any, x: Any) -> Any:
     return x * _phi(ctx, x)
+
+
+def _gelu_tanh(ctx: Any, x: Any) -> Any:
+    return x * ctx.sigmoid(2 * _gelu_inner(ctx, x))  # 1 + tanh(a) = 2 sigmoid(2 a)
 
 
 def _gelu_backward(ctx: Any, g: Any, x: Any) -> Any:
