@@ -305,3 +305,13 @@ COMPOSITES: dict[str, Definition] = {
     **{f"{name}.input": recurrent.layers_of(cell) for name, cell in recurrent.CELLS.items()},
     **{f"{name}.data": recurrent.packed_layers_of(cell) for name, cell in recurrent.CELLS.items()},
 }
+
+# GRADIENTS: operators whose gradient differs between versions of PyTorch: where each operand gets it.
+GRADIENTS: dict[str, Definition] = {
+    "clamp": pointwise.clamp_gradient,
+    "clamp.Tensor": pointwise.clamp_gradient,
+    "clamp_min": pointwise.clamp_gradient,
+    "clamp_min.Tensor": pointwise.clamp_gradient,
+    "clamp_max": pointwise.clamp_max_gradient,
+    "clamp_max.Tensor": pointwise.clamp_max_gradient,
+}

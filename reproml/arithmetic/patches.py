@@ -35,6 +35,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from reproml.arithmetic import handlers, operator_table, state
 from reproml.arithmetic.dispatch import dispatcher
+from reproml.arithmetic.dispatch.gradients import gradients
 from reproml.arithmetic.dispatch.interception import ByMode, interception
 from reproml.arithmetic.numerics.libm import ExactMath, ExactPower
 from reproml.arithmetic.operators import optimizers, random
@@ -643,6 +644,7 @@ class _Applied:
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
                     stack.enter_context(replaced([*PATCHES, *lazy]))
                     stack.enter_context(dispatcher.composites(operator_table.COMPOSITES))
+                    stack.enter_context(gradients(operator_table.GRADIENTS))
                     stack.callback(state.scripts.clear)
                     stack.callback(
                         register_optimizer_step_pre_hook(_refuse_undefined_optimizers).remove
