@@ -9,118 +9,112 @@
     let
       inherit (nixpkgs) lib;
 
-      # A recipe in reproml/pipeline/recipes with a golden file gets its packages and its check from that. A golden
-      # file alone belongs to a recipe that lies elsewhere.
-      recipes = lib.filter (recipe: builtins.pathExists (./reproml/pipeline/recipes + "/${recipe}.toml")) (
-        map (lib.removeSuffix ".json") (
-          lib.filter (lib.hasSuffix ".json") (lib.attrNames (builtins.readDir ./golden))
-        )
-      );
-
-      outputsOf =
-        system:
-        let
-          pkgs = nixpkgs.legacyPackages.${system};
-          mnist = pkgs.callPackage ./nix/mnist.nix { };
-          python = pkgs.callPackage ./nix/python.nix { };
-          reproml = pkgs.callPackage ./nix/reproml.nix { inherit python; };
-          steps = lib.genAttrs recipes (pkgs.callPackage ./nix/steps.nix { inherit mnist reproml; });
-
-          hasCuda = system == "x86_64-linux";
-          pythonCuda = python.override { cuda = true; };
-
-          # "weights" -> { weights-digits-mlp = ...; weights-mnist-mlp = ...; }
-          forRecipes = step: lib.mapAttrs' (name: of: lib.nameValuePair "${step}-${name}" of.${step}) steps;
-
-          shell =
-            python:
-            pkgs.mkShell {
-              packages = [
-                python
-                pkgs.nixfmt-rfc-style
-              ];
-              REPROML_DATA_DIR = mnist;
-              # The working tree is imported in place, its kernels compiled into it.
-              shellHook = ''
-                export PYTHONPATH="$PWD''${PYTHONPATH:+:$PYTHONPATH}"
-                python setup.py --quiet build_ext --inplace
-              '';
-            };
-
-          app = verb: description: {
-            type = "app";
-            program = toString (
-              pkgs.writeShellScript "reproml-${verb}" ''
-                export REPROML_DATA_DIR="''${REPROML_DATA_DIR:-${mnist}}"
-                exec ${reproml}/bin/reproml ${verb} "$@"
-              ''
-            );
-            meta = { inherit description; };
-          };
-
-          # Run a command in a copy of the sources, the kernels compiled in place.
-          inSources =
-            name: command:
-            pkgs.runCommandCC name
-              {
-                nativeBuildInputs = [
-                  python
-                  pkgs.nixfmt-rfc-style
-                ];
-                REPROML_DATA_DIR = mnist;
-                REPROML_MIRROR = mnist;
-                PYTHONDONTWRITEBYTECODE = 1;
-              }
-              ''
-                cp -r ${self} sources
-                chmod -R u+w sources
-                cd sources
-                export HOME="$TMPDIR" PYTHONPATH="$PWD"
-                python setup.py --quiet build_ext --inplace
-                ${command}
-                touch $out
-              '';
-        in
-        {
-          packages =
-            {
-              inherit mnist;
-              default = reproml;
-            }
-            // forRecipes "weights"
-            // forRecipes "evaluation"
-            // lib.optionalAttrs hasCuda {
-              cuda = reproml.override { python = pythonCuda; };
-            };
-
-          devShells = {
-            default = shell python;
-          } // lib.optionalAttrs hasCuda { cuda = shell pythonCuda; };
-
-          apps = {
-            pipeline = app "pipeline" "Get the data, train, evaluate, verify";
-            verify = app "verify" "Train and compare all of it with the golden file";
-          };
-
-          checks = forRecipes "verify" // {
-            tests = inSources "tests" "pytest";
-            # That requirements.lock, nix/wheels.json, flake.lock, recipes and golden files agree.
-            lock = inSources "lock" "pytest tests/test_flake.py";
-            lint = inSources "lint" "invoke lint && nixfmt --check flake.nix nix/*.nix";
-            matrix-digits-mlp = inSources "matrix-digits-mlp" "invoke matrix --recipe digits-mlp";
-          };
-        };
-
-      outputs = lib.genAttrs [
+      systems = [
         "aarch64-darwin"
         "aarch64-linux"
         "x86_64-linux"
-      ] outputsOf;
+      ];
+      hasCuda = system: system == "x86_64-linux";
+
+      # The packages of nixpkgs with ours: environments, reproml, mnist, stepsOf, image.
+      scopeOf =
+        cuda: system:
+        let
+          pkgs =
+            if cuda then
+              import nixpkgs {
+                inherit system;
+                config.allowUnfreePredicate = package: lib.hasSuffix "-cuda" (lib.getName package);
+              }
+            else
+              nixpkgs.legacyPackages.${system};
+        in
+        pkgs
+        // lib.fix (ours: {
+          callPackage = lib.callPackageWith (pkgs // ours);
+          callPackages = lib.callPackagesWith (pkgs // ours);
+          environments = ours.callPackage ./nix/python.nix { inherit cuda; };
+          reproml = ours.callPackage ./nix/reproml.nix { };
+          mnist = ours.callPackage ./nix/mnist.nix { };
+          stepsOf = ours.callPackage ./nix/steps.nix { };
+          image = ours.callPackage ./nix/image.nix { inherit cuda; };
+        });
+
+      # An output for each system, from the function that makes it of a system's packages.
+      forSystems = outputOf: lib.genAttrs systems (system: outputOf (scopeOf false system));
+
+      experiments = import ./nix/experiments.nix { inherit lib forSystems; };
+      ours = experiments.mkFlake {
+        recipes = ./reproml/pipeline/recipes;
+        golden = ./golden;
+      };
+      template = experiments.mkFlake {
+        recipes = ./nix/template/recipes;
+        golden = ./nix/template/golden;
+      };
+      script = experiments.mkScript {
+        script = ./examples/mlp.py;
+        arguments = "--steps 2";
+        digest = (lib.importJSON ./tests/examples.json).mlp;
+      };
     in
-    lib.genAttrs [
-      "packages"
-      "devShells"
-      "apps"
-      "checks"
-    ] (kind: lib.mapAttrs (_: of: of.${kind}) outputs);
+    {
+      lib = { inherit (experiments) mkFlake mkScript; };
+
+      templates.default = {
+        path = ./nix/template;
+        description = "A training of your own: a recipe, its golden file, and a check";
+      };
+
+      packages = lib.genAttrs systems (
+        system:
+        let
+          pkgs = scopeOf false system;
+          cuda = scopeOf true system;
+        in
+        ours.packages.${system}
+        // {
+          inherit (pkgs) mnist;
+          default = pkgs.reproml.overrideAttrs {
+            passthru = pkgs.reproml.passthru // {
+              tests = self.checks.${system};
+            };
+          };
+        }
+        // lib.optionalAttrs pkgs.stdenv.hostPlatform.isLinux { inherit (pkgs) image; }
+        // lib.optionalAttrs (hasCuda system) {
+          cuda = cuda.reproml;
+          image-cuda = cuda.image;
+        }
+      );
+
+      devShells = lib.genAttrs systems (
+        system:
+        lib.mapAttrs (_: cuda: (scopeOf cuda system).callPackage ./nix/shell.nix { }) (
+          { default = false; } // lib.optionalAttrs (hasCuda system) { cuda = true; }
+        )
+      );
+
+      inherit (ours) apps;
+
+      # Everything that is offered without a GPU is built by a check.
+      checks = forSystems (
+        pkgs:
+        let
+          inherit (pkgs.stdenv.hostPlatform) system;
+          prefixed = prefix: lib.mapAttrs' (name: lib.nameValuePair "${prefix}-${name}");
+        in
+        removeAttrs self.packages.${system} [
+          "cuda"
+          "image-cuda"
+        ]
+        // ours.checks.${system}
+        // prefixed "template" (template.checks.${system} // template.packages.${system})
+        // prefixed "script" script.checks.${system}
+        // { shell = self.devShells.${system}.default; }
+        // pkgs.callPackages ./nix/checks.nix { source = self; }
+      );
+
+      formatter = forSystems (pkgs: pkgs.nixfmt-rfc-style);
+    };
 }

@@ -5,8 +5,8 @@
 
 Options are handed on to `uv pip compile`. It needs uv 0.7 or newer, and a package index to ask.
 requirements.lock holds hashes without file names; Nix needs the names. So uv resolves once for the
-lock, and once more, held to it, for a listing with names; that one is thrown away, as it also holds
-addresses.
+lock, and twice more, held to it, for listings with names, of all packages and of those that reproml itself
+needs (the extra `pipeline`); these are thrown away, as they also hold addresses.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WHEELS = ROOT / "nix" / "wheels.json"
 
 COMPILE = (
     "uv pip compile --universal --python-version 3.9 --prerelease disallow --generate-hashes "
-    "--no-emit-index-url --extra dev"
+    "--no-emit-index-url"
 ).split()
 
 
@@ -68,6 +68,10 @@ def environment(system: str) -> dict[str, str]:
     }
 
 
+def is_for(system: str, package: dict[str, Any]) -> bool:
+    return "marker" not in package or Marker(package["marker"]).evaluate(environment(system))
+
+
 def best_wheel(package: dict[str, Any], system: str) -> tuple[str, str]:
     """(file name, SHA-256) of the wheel that an installer prefers for Python 3.9 on `system`."""
     platforms = SYSTEMS[system][3]
@@ -86,30 +90,52 @@ def best_wheel(package: dict[str, Any], system: str) -> tuple[str, str]:
     return min(fitting)[1:]
 
 
-def compile_in(folder: str, *options: str) -> None:
+def compile_in(folder: str, extra: str, output: str, *options: str) -> str:
+    """Resolve the package with an extra into a file of the folder, and return the file's text."""
+    command = [
+        *COMPILE,
+        "--extra",
+        extra,
+        "--output-file",
+        output,
+        *options,
+        "--quiet",
+        "pyproject.toml",
+    ]
     try:
-        subprocess.run([*COMPILE, *options, "--quiet", "pyproject.toml"], cwd=folder, check=True)
+        subprocess.run(command, cwd=folder, check=True)
     except FileNotFoundError:
         sys.exit("lock: no uv here; install uv 0.7 or newer")
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
+    return Path(folder, output).read_text("utf-8")
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for path in (ROOT / "pyproject.toml", LOCK):
             shutil.copy(path, folder)
-        compile_in(folder, "--output-file", LOCK.name, *sys.argv[1:])
-        compile_in(folder, "--output-file", "pylock.toml", "--constraint", LOCK.name)
-        packages = tomli.loads((Path(folder) / "pylock.toml").read_text("utf-8"))["packages"]
-        lock = (Path(folder) / LOCK.name).read_text("utf-8")
-    table = {}
+        lock = compile_in(folder, "dev", LOCK.name, *sys.argv[1:])
+        packages, needed = (
+            tomli.loads(compile_in(folder, extra, "pylock.toml", "--constraint", LOCK.name))[
+                "packages"
+            ]
+            for extra in ("dev", "pipeline")
+        )
+    table: dict[str, dict[str, dict[str, str]]] = {}
     for system in SYSTEMS:
-        here = environment(system)
-        chosen = [p for p in packages if "marker" not in p or Marker(p["marker"]).evaluate(here)]
-        table[system] = dict(sorted(best_wheel(package, system) for package in chosen))
+        table[system] = {"runtime": {}, "development": {}}
+        runtime = {
+            "setuptools",
+            *(p["name"] for p in needed if is_for(system, p)),
+        }  # it builds reproml
+        for package in packages:
+            if is_for(system, package):
+                file, sha256 = best_wheel(package, system)
+                group = "runtime" if package["name"] in runtime else "development"
+                table[system][group][file] = sha256
     LOCK.write_text(lock, "utf-8")  # both, or neither
-    WHEELS.write_text(json.dumps(table, indent=2) + "\n", "utf-8")
+    WHEELS.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

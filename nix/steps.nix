@@ -1,55 +1,72 @@
-# The pipeline of one recipe, a derivation a step.
+# The pipeline of one recipe, a derivation for each step. `golden` is null for a recipe without a golden file.
 {
   lib,
   runCommand,
   mnist,
   reproml,
 }:
-recipe:
+{
+  name,
+  recipe,
+  golden,
+}:
 let
-  golden = lib.importJSON ../golden/${recipe}.json;
-  run = {
-    "recipe.sha256" = golden."recipe.canonical_json.sha256";
-    numerics = "exact";
-  };
-
   step =
-    name: attributes:
-    runCommand "${recipe}-${name}" (
-      {
-        nativeBuildInputs = [ reproml ];
-        REPROML_DATA_DIR = mnist;
-        TERM = "dumb"; # plain lines in the build's log
-      }
-      // attributes
-    );
+    kind: attributes: command:
+    runCommand "${name}-${kind}"
+      (
+        {
+          nativeBuildInputs = [ reproml.without ];
+          REPROML_DATA_DIR = mnist;
+          meta = reproml.meta // {
+            mainProgram = null;
+          };
+        }
+        // attributes
+      )
+      ''
+        export HOME="$TMPDIR" TERM=dumb # plain lines in the build's log
+        ln -s ${recipe} ${name}.toml
+        ${command}
+      '';
+  withGolden =
+    kind: command:
+    step kind { } ''
+      ${lib.optionalString (golden != null) "mkdir golden && cp ${golden} golden/${name}.json"}
+      ln -s ${run} run
+      ${command}
+    '';
+
+  # An ordinary derivation without network: it is trained again when the code or the recipe changes, and
+  # `nix build --rebuild` audits it. It depends on no golden file.
+  run = step "run" { } ''
+    reproml train --recipe ${name}.toml --out run
+    python ${./portable_run.py} run $out
+  '';
 in
-rec {
-  # In exact arithmetic the weights follow from the recipe alone. So they can be stated before they are
-  # computed, as a fixed-output derivation, and Nix refuses a training that comes out different. Once
-  # they are there Nix has no reason to train again; `nix build --rebuild` gives it one.
+{
+  inherit run;
+
+  # The outputs name the run as the command does: by a relative path.
+  evaluation = step "evaluation.json" { } ''
+    ln -s ${run} run
+    reproml evaluate --recipe ${name}.toml --run run --json > $out
+  '';
+  report = withGolden "report.html" "reproml report --recipe ${name}.toml --run run --out $out";
+}
+// lib.optionalAttrs (golden != null) {
+  # In exact arithmetic the weights follow from the recipe alone. So a fixed-output derivation can state
+  # their hash in advance: Nix refuses other weights, and their store path is the same on every system.
   weights =
     step "weights.safetensors"
       {
-        outputHash = golden."weights.safetensors.sha256";
+        outputHash = (lib.importJSON golden)."weights.safetensors.sha256";
         outputHashAlgo = "sha256";
         outputHashMode = "flat";
       }
       ''
-        reproml train --recipe ${recipe} --out run
-        cp run/weights.safetensors $out
+        cp ${run}/weights.safetensors $out
       '';
 
-  # A run folder needs no more than this to be evaluated.
-  evaluation = step "evaluation.json" { } ''
-    mkdir run
-    ln -s ${weights} run/weights.safetensors
-    echo '${builtins.toJSON run}' > run/run.json
-    reproml evaluate --recipe ${recipe} --run run --json > $out
-  '';
-
-  verify = step "verified" { } ''
-    reproml verify --recipe ${recipe}
-    touch $out
-  '';
+  verify = withGolden "verified" "reproml verify --recipe ${name}.toml --run run | tee $out";
 }

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import tomli
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from reproml.pipeline import data, recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-WHEELS: dict[str, dict[str, str]] = json.loads((ROOT / "nix/wheels.json").read_text("utf-8"))
+GROUPS: dict[str, dict[str, dict[str, str]]] = json.loads(
+    (ROOT / "nix/wheels.json").read_text("utf-8")
+)
+# System -> file -> SHA-256, of both groups.
+WHEELS = {
+    system: {**groups["runtime"], **groups["development"]} for system, groups in GROUPS.items()
+}
 RECIPES = sorted(path.stem for path in (ROOT / "reproml/pipeline/recipes").glob("*.toml"))
+CUDA = ("nvidia-", "triton", "importlib-metadata", "zipp")  # triton requires the last two
 NIXPKGS = "1e5b653dff12029333a6546c11e108ede13052eb"
 
 
@@ -67,6 +80,61 @@ def test_wheels_are_for_the_systems_of_the_flake(lock_script):
     flake = (ROOT / "flake.nix").read_text("utf-8")
     assert set(WHEELS) == set(lock_script.SYSTEMS)
     assert set(WHEELS) == set(re.findall(r'^ +"(\w+-(?:linux|darwin))"$', flake, re.MULTILINE))
+
+
+@pytest.mark.parametrize("system", GROUPS)
+def test_what_runs_is_installed_without_the_tools_of_development(system, lock_script):
+    """The group `runtime` is what the extra `pipeline` requires, directly or not, and setuptools.
+
+    What PyTorch requires for CUDA is left out: an installed PyTorch for the CPU does not name it.
+    """
+    project = tomli.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    own = [*project["dependencies"], *project["optional-dependencies"]["pipeline"]]
+    seen: set[tuple[str, str]] = set()
+    left = [("setuptools", ""), ("reproml", "")]
+    while left:
+        package, extra = left.pop()
+        environment = {**lock_script.environment(system), "extra": extra}
+        requirements = own if package == "reproml" else metadata.requires(package) or []
+        for requirement in map(Requirement, requirements):
+            name = str(canonicalize_name(requirement.name))
+            applies = requirement.marker is None or requirement.marker.evaluate(environment)
+            if applies and not name.startswith(CUDA):
+                new = {(name, extra) for extra in {"", *requirement.extras}} - seen
+                seen |= new
+                left += new
+    needed = {"setuptools", *(name for name, _ in seen)}
+    found = {parse_wheel_filename(file)[0] for file in GROUPS[system]["runtime"]}
+    assert {name for name in found if not name.startswith(CUDA)} == needed
+    assert not needed & {"hypothesis", "mypy", "pytest", "ruff"}
+
+
+def test_what_a_training_imports_is_in_the_group_runtime(tmp_path):
+    """A package may import what it does not require: safetensors.torch imports packaging."""
+    owners = {
+        file.parts[0]: str(canonicalize_name(each.metadata["Name"]))
+        for each in metadata.distributions()
+        for file in each.files or []
+    }
+    script = (
+        "import sys\n"
+        "from reproml.cli import main\n"
+        "for verb in ('train', 'evaluate', 'report'):\n"
+        "    assert main([verb, '--recipe', 'digits-mlp']) == 0\n"
+        "print('imported', *{name.partition('.')[0] for name in sys.modules})\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    modules = found[found.index("imported ") :].split()[1:]
+    imported = {owners[name] for name in modules if name in owners} - {"reproml"}
+    runtime = {str(parse_wheel_filename(file)[0]) for file in GROUPS["x86_64-linux"]["runtime"]}
+    assert "torch" in imported and imported <= runtime
 
 
 @pytest.mark.parametrize("system", WHEELS)
@@ -143,19 +211,123 @@ def test_mnist_is_the_data_of_the_package():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_weights_have_the_golden_hash(name):
-    """nix/steps.nix states it as the output hash of weights-RECIPE, and names the recipe by it.
-
-    golden/ may hold files of recipes that lie elsewhere; flake.nix passes them over, too.
-    """
+def test_golden_files_state_the_weights_of_their_recipes(name):
+    """weights-RECIPE takes its output hash from them."""
     golden = json.loads((ROOT / f"golden/{name}.json").read_text("utf-8"))
     assert re.fullmatch("[0-9a-f]{64}", golden["weights.safetensors.sha256"])
     assert golden["recipe.canonical_json.sha256"] == recipe.load_recipe(name).sha256
-    steps = (ROOT / "nix/steps.nix").read_text("utf-8")
-    assert 'outputHash = golden."weights.safetensors.sha256";' in steps
-    assert '= golden."recipe.canonical_json.sha256";' in steps
-    flake = (ROOT / "flake.nix").read_text("utf-8")
-    assert 'builtins.pathExists (./reproml/pipeline/recipes + "/${recipe}.toml")' in flake
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what `nix flake init -t` writes."""
+    folder = tmp_path_factory.mktemp("template") / "copy"
+    shutil.copytree(ROOT / "nix/template", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(template: Path) -> Path:
+    """What run-my-mlp writes (nix/steps.nix): the run without times, machine and log, read-only."""
+    trained, out = template.parent / "run", template.parent / "out"
+    reproml(template, "train", "--out", str(trained))
+    subprocess.run([sys.executable, ROOT / "nix/portable_run.py", trained, out], check=True)
+    for path in (*out.iterdir(), out):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    (template / "run").symlink_to(out)
+    return out
+
+
+def reproml(template: Path, verb: str, *options: str) -> str:
+    """Run a command as a step of the template's recipe does."""
+    return subprocess.run(
+        [sys.executable, "-m", "reproml", verb, "--recipe", "recipes/my-mlp.toml", *options],
+        cwd=template,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+
+
+def test_the_golden_file_of_the_template_is_what_it_trains(template, run_folder):
+    assert "verified, all 20 items match" in reproml(template, "verify", "--run", "run")
+
+
+def test_the_steps_evaluate_and_report_such_a_run(template, run_folder):
+    found = json.loads(reproml(template, "evaluate", "--run", "run", "--json"))
+    assert found["run"] == "run"
+    golden = json.loads((template / "golden/my-mlp.json").read_text("utf-8"))
+    assert found["items"].items() <= golden.items()
+    reproml(template, "report", "--run", "run", "--out", "page.html")
+    page = (template / "page.html").read_text("utf-8")
+    assert golden["weights.safetensors.sha256"] in page and "unknown" not in page
+
+
+def test_such_a_run_names_nothing_of_this_machine_or_time(run_folder):
+    record = json.loads((run_folder / "run.json").read_text("utf-8"))
+    assert {path.name for path in run_folder.iterdir()} == {
+        "metrics.json",
+        "run.json",
+        "weights.safetensors",
+    }
+    assert not {"machine", "times", "torch", "variables", "arithmetic"} & set(record)
+
+
+def test_an_environment_is_the_same_wherever_it_was_compiled_from(tmp_path):
+    """nix/compile.py: no bytecode with times, and no address of a wheel."""
+    for name in ("one", "two"):
+        package = tmp_path / name / "lib/package"
+        (package / "__pycache__").mkdir(parents=True)
+        (package / "__pycache__/old.pyc").write_bytes(b"stale")
+        (package / "module.py").write_text("names = {'a', 'b', 'c'}\n")
+        os.utime(package / "module.py", (0, len(name) + (name == "two")))
+        info = tmp_path / name / "lib/package-1.dist-info"
+        info.mkdir()
+        (info / "direct_url.json").write_text(f'{{"url": "file:///{name}"}}')
+        (info / "RECORD").write_text("package/module.py,,\npackage-1.dist-info/direct_url.json,,\n")
+        subprocess.run(
+            [sys.executable, ROOT / "nix/compile.py", name],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONHASHSEED": "0"},
+            check=True,
+        )
+    assert [*tmp_path.rglob("direct_url.json")] == [*tmp_path.rglob("old.pyc")] == []
+    compiled = [path.read_bytes() for path in sorted(tmp_path.rglob("*.pyc"))]
+    assert len(compiled) == 2
+    assert compiled[0].replace(b"one/", b"two/") == compiled[1]
+    assert int.from_bytes(compiled[0][4:8], "little") == 1  # PEP 552: unchecked, by hash
+    assert {path.read_text() for path in tmp_path.rglob("RECORD")} == {"package/module.py,,\n"}
+
+
+def test_digests_of_a_script_are_compared(tmp_path):
+    file = tmp_path / "digests.json"
+    file.write_text(
+        json.dumps(
+            {
+                "definitions": 2,
+                "optimizers": [{"tensors": 4, "parameters.sha256": "a" * 64}],
+                "saved": [{"file": "x.pt", "state_dict.sha256": "b" * 64}],
+            }
+        )
+    )
+
+    def status(*stated: str) -> int:
+        command = [sys.executable, str(ROOT / "nix/digests.py"), str(file), *stated]
+        return subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+
+    assert status("a" * 64, "b" * 64) == status("b" * 64, "a" * 64) == 0
+    assert status("a" * 64) == status() == status("a" * 64, "b" * 64, "c" * 64) == 1
+
+
+def test_actions_are_pinned_by_commit():
+    files = [
+        *ROOT.glob(".github/workflows/*.yml"),
+        *ROOT.glob("nix/template/.github/workflows/*.yml"),
+    ]
+    used = [line for f in files for line in f.read_text("utf-8").splitlines() if "uses:" in line]
+    assert len(files) == 4 and used
+    assert [u for u in used if not re.search(r"uses: [\w./-]+@[0-9a-f]{40} # v\d", u)] == []
 
 
 def test_there_are_recipes():
