@@ -1,7 +1,7 @@
 """Gradients that PyTorch defines differently in different versions: one definition for all of them.
 
-Autograd's own kernel of an operator decides who gets the gradient. In a version where that differs from
-the table, a kernel around it corrects the gradient, also where PyTorch's C++ code calls the operator.
+Autograd's own kernel of an operator decides which operand gets the gradient. In a version where that
+differs from the table, a kernel around it corrects it, also where PyTorch's C++ code calls the operator.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
 
 from reproml.arithmetic.dispatch.interception import interception
-from reproml.torch_internals import lookup
+from reproml.errors import NotExactError
+from reproml.torch_internals import TransformType, get_interpreter_stack, lookup
 
 Kernel = Callable[..., Any]
 
@@ -24,7 +25,7 @@ Kernel = Callable[..., Any]
 def _clamp_differs() -> bool:
     """Return whether a number that equals its bound gets another gradient than in PyTorch 2.8."""
     with torch.inference_mode(False), torch.enable_grad():
-        x = torch.ones((), requires_grad=True)
+        x = torch.ones((), device="cpu", dtype=torch.float32, requires_grad=True)
         return torch.autograd.grad(x.clamp(1.0, 2.0), x)[0].item() != 1.0
 
 
@@ -33,62 +34,117 @@ _CLAMP_DIFFERS = _clamp_differs()
 
 @contextmanager
 def gradients(table: dict[str, Kernel]) -> Iterator[None]:
-    """Give operators and their in-place forms the gradients of a table, until the end of the block.
+    """Give operators, their in-place and foreach forms the gradients of a table until the block ends.
 
     The table maps "name" or "name.overload" to a function that takes the operands and returns, for each
-    of them that may be a tensor, where it gets the gradient: a tensor of bool, or None.
+    of them, where it gets the gradient: a tensor of bool, or None for all of it or for no tensor.
     """
     library = torch.library.Library("aten", "IMPL")
 
     def replace(name: str, make: Callable[[Any], Kernel]) -> None:
-        for key in ("AutogradCPU", "AutogradCUDA"):
+        for key in ("AutogradCPU", "AutogradCUDA", "AutogradNestedTensor"):
             original = lookup("torch.library.get_kernel")(f"aten::{name}", key)
             with warnings.catch_warnings():  # that autograd's kernel is replaced
                 warnings.simplefilter("ignore")
                 library.impl(name, make(original), key, with_keyset=True)
 
     for name, receivers in table.items() if _CLAMP_DIFFERS else ():
-        packet, _, overload = name.partition(".")
-        operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
-        replace(name, partial(_kernel, receivers))
-        in_place = f"{packet}_.{overload}".rstrip(".")
-        replace(in_place, partial(_in_place_kernel, operator))
+        packet, dot, overload = name.partition(".")
+        for suffix in ("", "_"):
+            replace(f"{packet}{suffix}{dot}{overload}", partial(_kernel, receivers, bool(suffix)))
+    for packet in {name.partition(".")[0] for name in table} if _CLAMP_DIFFERS else ():
+        for foreach in (f"_foreach_{packet}", f"_foreach_{packet}_"):
+            for overload in _overloads(foreach):
+                plain = getattr(Tensor, foreach[len("_foreach_") :])
+                replace(f"{foreach}.{overload}", partial(_foreach_kernel, plain))
     try:
         yield
     finally:
         library._destroy()
 
 
-def _kernel(receivers: Kernel, original: Any) -> Kernel:
-    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original.call_boxed(keyset, *args, **kwargs)
-        if result.grad_fn is None or not interception.is_active():
-            return result
-        masks = receivers(*args, **kwargs)
+def _overloads(name: str) -> list[str]:
+    packet = getattr(torch.ops.aten, name, None)  # there is no _foreach_clamp
+    return [each for each in packet.overloads() if "out" not in each] if packet else []
 
-        def gradient(found: Any, given: Any) -> Any:  # PyTorch's has the right shapes and dtypes
+
+def _kernel(receivers: Kernel, in_place: bool, original: Any) -> Kernel:
+    def kernel(keyset: Any, *operands: Any) -> Any:
+        call = partial(original.call_boxed, keyset)
+        if not interception.is_active():
+            return call(*operands)
+        transforms = get_interpreter_stack() or ()
+        if any(each.key() == TransformType.Jvp for each in transforms):
+            raise NotExactError(
+                "forward-mode derivatives of clamp differ between versions of PyTorch; use reverse mode"
+            )
+        recorded = any(isinstance(x, Tensor) and x.requires_grad for x in operands)
+        if not (recorded and torch.is_grad_enabled()):
+            return call(*operands)
+        if transforms:
+            return _within_transforms(call, receivers, in_place, *operands)
+        return _Corrected.apply(call, receivers, in_place, *operands)
+
+    return kernel
+
+
+def _foreach_kernel(plain: Kernel, original: Any) -> Kernel:
+    def kernel(keyset: Any, tensors: Any, bounds: Any) -> Any:
+        if not interception.is_active():
+            return original.call_boxed(keyset, tensors, bounds)
+        each = bounds if isinstance(bounds, (list, tuple)) else [bounds] * len(tensors)
+        results = [plain(x, bound) for x, bound in zip(tensors, each)]
+        return None if plain.__name__.endswith("_") else results
+
+    return kernel
+
+
+class _Corrected(torch.autograd.Function):
+    """An operator with the gradients of the table."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Kernel, receivers: Kernel, in_place: bool, *operands: Any) -> Any:
+        kept = [operands[0].clone() if in_place else operands[0], *operands[1:]]
+        ctx.receivers = receivers
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in kept]
+        ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in kept])
+        if in_place:
+            ctx.mark_dirty(operands[0])
+        return call(*operands)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        pairs = zip(ctx.saved_tensors, ctx.numbers)
+        operands = [number if x is None else x for x, number in pairs]
+        masks = ctx.receivers(*operands)
+        needed = ctx.needs_input_grad[3:]
+        given = zip(operands, masks, needed)
+        return (
+            *(None, None, None),
+            *[_received(gradient, mask, x) if need else None for x, mask, need in given],
+        )
+
+
+def _received(gradient: Tensor, mask: Optional[Tensor], x: Tensor) -> Tensor:
+    """Return the gradient of an operand, which the mask selects, in the operand's shape and dtype."""
+    selected = gradient if mask is None else torch.where(mask, gradient, 0.0)
+    return selected.sum_to_size(x.shape).to(x.device, x.dtype)
+
+
+def _within_transforms(
+    call: Kernel, receivers: Kernel, in_place: bool, x: Tensor, *bounds: Any
+) -> Any:
+    """Correct the gradient by a hook: `_Corrected` does not know the levels of torch.func."""
+    operands = (x.clone() if in_place else x, *bounds)
+    result = call(*operands)
+    if result.grad_fn is not None:
+        masks = receivers(*operands)
+
+        def correct(found: Any, given: Any) -> Any:
             return tuple(
-                old if old is None else _received(given[0], mask, old)
-                for old, mask in zip(found, masks)
+                None if old is None else _received(given[0], mask, y)
+                for old, mask, y in zip(found, masks, operands)
             )
 
-        result.grad_fn.register_hook(gradient)
-        return result
-
-    return kernel
-
-
-def _received(gradient: Tensor, mask: Tensor, like: Tensor) -> Tensor:
-    """Return the gradient of an operand, which the mask selects, in the shape and dtype of the operand."""
-    return torch.where(mask, gradient, 0.0).sum_to_size(like.shape).to(like.dtype)
-
-
-def _in_place_kernel(operator: Any, original: Any) -> Kernel:
-    def kernel(keyset: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        operands = [x, *args, *kwargs.values()]
-        recorded = any(isinstance(y, Tensor) and y.requires_grad for y in operands)
-        if recorded and torch.is_grad_enabled() and interception.is_active():
-            return x.copy_(operator(x.clone(), *args, **kwargs))
-        return original.call_boxed(keyset, x, *args, **kwargs)
-
-    return kernel
+        result.grad_fn.register_hook(correct)
+    return x.copy_(result) if in_place else result

@@ -156,26 +156,22 @@ def clamp_max(x: Tensor, high: Any) -> Tensor:
 
 
 def clamp_gradient(x: Tensor, low: Any = None, high: Any = None) -> tuple[Any, ...]:
-    """Return where x, where low and where high gets the gradient of clamp: tensors of bool, or None.
+    """Return where x, where low and where high gets the gradient of clamp: tensors of bool.
 
-    A number that equals a bound gets it, as in PyTorch up to 2.13. Neither a NaN nor, beside one, another
-    operand gets any.
+    None stands for all of x, or for a bound that is missing. A number that equals a bound gets the
+    gradient, as in PyTorch up to 2.13. Neither a NaN nor, beside one, another operand gets any.
     """
-    to_low = to_high = None
-    to_x = torch.ones_like(x, dtype=torch.bool)
-    if low is not None:
-        to_x, to_low = x >= low, x < low
-    if high is not None:
-        to_x, to_high = to_x & (x <= high), x > high
-    if to_low is not None and to_high is not None:
-        to_low, to_high = to_low & (low < high), to_high | (high < low)
-    return to_x, to_low, to_high
+    if low is None:
+        return (None, None, None) if high is None else (x <= high, None, x > high)
+    if high is None:
+        return x >= low, x < low, None
+    inside = (x >= low) & (x <= high)
+    return inside, (low < high) & (x < low), (x > high) | (high < low)
 
 
 def clamp_max_gradient(x: Tensor, high: Any) -> tuple[Any, ...]:
     """Return the same of `clamp_max`."""
-    to_x, _, to_high = clamp_gradient(x, None, high)
-    return to_x, to_high
+    return x <= high, x > high
 
 
 # ---- formulas ----------------------------------------------------------------------------------------

@@ -127,6 +127,61 @@ def test_transforms() -> None:
         assert of_each(x).tolist() == [1, 1, 1, 0]
 
 
+def test_a_gradient_of_minus_zero_keeps_its_sign_and_layout() -> None:
+    minus = torch.full((4,), -0.0)
+    with reproml.exact():
+        x = torch.tensor([0.0, 0.5, 1.0, 2.0], requires_grad=True)
+        y = x * 1
+        y.clamp_(0.0, 1.0)
+        expected = torch.tensor([-0.0, -0.0, -0.0, 0.0])
+        assert same_bits(torch.autograd.grad(y, x, minus)[0], expected)
+        y = x * 1
+        y[:1].clamp_(0.0, 1.0)  # beside the view the gradient is unchanged
+        assert same_bits(torch.autograd.grad(y, x, minus)[0], minus)
+        x = torch.ones(2, 3).t().requires_grad_()
+        y = x * 1
+        y.clamp_(1.0)
+        assert torch.autograd.grad(y, x, torch.ones(3, 2))[0].stride() == (1, 3)
+        assert torch.autograd.grad(x.clip(None, None), x, torch.ones(()).expand(3, 2))[
+            0
+        ].stride() == (0, 0)
+
+
+@pytest.mark.parametrize("side", ["min", "max"])
+def test_foreach_forms(side: str) -> None:
+    x = torch.tensor([0.0, 1.0, 2.0, math.nan], requires_grad=True)
+    bound = torch.ones(4, requires_grad=True)
+    plain = getattr(Tensor, f"clamp_{side}")
+    foreach = getattr(torch, f"_foreach_clamp_{side}")
+    in_place = getattr(torch, f"_foreach_clamp_{side}_")
+    with reproml.exact():
+        for given, per_tensor in ((1.0, 1.0), ([1.0], 1.0), ([bound], bound)):
+            (expected,) = torch.autograd.grad(plain(x, per_tensor).sum(), x)
+            assert expected.tolist()[1] == 1
+            (found,) = torch.autograd.grad(foreach([x], given)[0].sum(), x)
+            copy = x * 1
+            in_place([copy], given)
+            (also,) = torch.autograd.grad(copy.sum(), x)
+            assert same_bits(found, expected) and same_bits(also, expected)
+
+
+def test_a_recorded_clamp_keeps_no_more_than_its_operands() -> None:
+    """The masks are made in the backward pass, so checkpointing saves what it promises."""
+    kept: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    x = torch.ones(3, requires_grad=True)
+    with reproml.exact(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y = x.clamp(0.0, 1.0)
+    assert [each.dtype for each in kept] == [torch.float32]
+    with reproml.exact():
+        y.sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [1, 1, 1]
+
+
 def test_other_threads_keep_pytorchs_gradient() -> None:
     def gradient() -> Tensor:
         x = torch.ones((), requires_grad=True)
