@@ -16,7 +16,7 @@
       ];
       hasCuda = system: system == "x86_64-linux";
 
-      # The packages of nixpkgs with ours: environments, reproml, mnist, stepsOf, image.
+      # The packages of nixpkgs with ours: environments, reproml, mnist, stepsOf, appOf, image.
       scopeOf =
         cuda: system:
         let
@@ -37,6 +37,7 @@
           reproml = ours.callPackage ./nix/reproml.nix { };
           mnist = ours.callPackage ./nix/mnist.nix { };
           stepsOf = ours.callPackage ./nix/steps.nix { };
+          appOf = ours.callPackage ./nix/app.nix { };
           image = ours.callPackage ./nix/image.nix { inherit cuda; };
         });
 
@@ -95,7 +96,14 @@
         )
       );
 
-      inherit (ours) apps;
+      apps = forSystems (
+        pkgs:
+        ours.apps.${pkgs.stdenv.hostPlatform.system}
+        // {
+          pipeline = pkgs.appOf "pipeline" "Get the data, train, evaluate, verify";
+          verify = pkgs.appOf "verify" "Train and compare all of it with the golden file";
+        }
+      );
 
       # Everything that is offered without a GPU is built by a check.
       checks = forSystems (
@@ -111,10 +119,20 @@
         // ours.checks.${system}
         // prefixed "template" (template.checks.${system} // template.packages.${system})
         // prefixed "script" script.checks.${system}
-        // { shell = self.devShells.${system}.default; }
-        // pkgs.callPackages ./nix/checks.nix { source = self; }
+        // {
+          shell = self.devShells.${system}.default;
+        }
+        // pkgs.callPackages ./nix/checks.nix {
+          source = self;
+          format = self.formatter.${system};
+        }
       );
 
-      formatter = forSystems (pkgs: pkgs.nixfmt-rfc-style);
+      formatter = forSystems (
+        pkgs:
+        pkgs.writeShellScriptBin "format" ''
+          exec ${lib.getExe pkgs.nixfmt-rfc-style} "$@" flake.nix nix/*.nix nix/template/*.nix
+        ''
+      );
     };
 }

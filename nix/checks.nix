@@ -4,11 +4,11 @@
   runCommand,
   runCommandCC,
   git,
-  nixfmt-rfc-style,
   environments,
   reproml,
   mnist,
   source,
+  format,
 }:
 let
   root = ../.;
@@ -21,17 +21,17 @@ let
         nativeBuildInputs = [
           environments.development
           git
-          nixfmt-rfc-style
         ];
         REPROML_DATA_DIR = mnist;
         REPROML_MIRROR = mnist;
         PYTHONDONTWRITEBYTECODE = 1;
+        TORCH_CPP_LOG_LEVEL = "ERROR"; # the sandbox has no names of hosts, which is only a warning
         # Workers of a training on several processes talk through the loopback interface.
         __darwinAllowLocalNetworking = true;
       }
       ''
         cp -r ${files} sources && chmod -R u+w sources && cd sources
-        export HOME="$TMPDIR" PYTHONPATH="$PWD" TERM=dumb
+        export HOME="$TMPDIR" PYTHONPATH="$PWD"
         if [ -e reproml/arithmetic ]; then # the loops are those of the package
           python -m zipfile -e ${reproml.wheel}/*.whl "$TMPDIR/wheel"
           cp "$TMPDIR"/wheel/reproml/arithmetic/_kernels* reproml/arithmetic
@@ -66,18 +66,15 @@ in
     ../requirements.lock
   ]) "pytest tests/test_flake.py";
 
-  lint =
-    inFiles "lint"
-      (union [
-        pythonFiles
-        ../.clang-format
-        ../.clang-tidy
-        ../flake.nix
-        ../nix
-        ../pyproject.toml
-        ../reproml
-      ])
-      "invoke lint && nixfmt --check flake.nix nix/*.nix nix/template/*.nix";
+  lint = inFiles "lint" (union [
+    pythonFiles
+    ../.clang-format
+    ../.clang-tidy
+    ../flake.nix
+    ../nix
+    ../pyproject.toml
+    ../reproml
+  ]) "invoke lint && ${lib.getExe format} --check";
 
   matrix-digits-mlp =
     runCommand "matrix-digits-mlp"

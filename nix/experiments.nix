@@ -10,7 +10,7 @@ in
   #
   #     packages   run-NAME, evaluation-NAME, report-NAME; with a golden file weights-NAME
   #     checks     verify-NAME for each golden file
-  #     apps       golden, pipeline, verify, doctor
+  #     apps       golden, doctor
   mkFlake =
     { recipes, golden }:
     let
@@ -22,6 +22,15 @@ in
         in
         if builtins.pathExists path then path else null;
 
+      recipeOf =
+        name:
+        let
+          path = recipes + "/${name}.toml";
+        in
+        assert lib.assertMsg (
+          (lib.importTOML path).name == name
+        ) "recipes/${name}.toml: its name must be ${name}, as golden/${name}.json has it";
+        path;
       missing = lib.filter (name: goldenOf name == null) names;
 
       stepsIn =
@@ -30,42 +39,35 @@ in
           name:
           pkgs.stepsOf {
             inherit name;
-            recipe = recipes + "/${name}.toml";
+            recipe = recipeOf name;
             golden = goldenOf name;
           }
         );
       # { digits-mlp = { run = …; verify = …; }; } -> { run-digits-mlp = …; verify-digits-mlp = …; }
-      flat = lib.concatMapAttrs (
-        name: lib.mapAttrs' (step: lib.nameValuePair "${step}-${name}")
-      );
-
-      app = pkgs: name: description: script: {
-        type = "app";
-        program = "${pkgs.writeShellScript "reproml-${name}" ''
-          export REPROML_DATA_DIR="''${REPROML_DATA_DIR:-${pkgs.mnist}}"
-          ${script}
-        ''}";
-        meta = { inherit description; };
-      };
-      verb =
-        pkgs: name: description:
-        app pkgs name description ''exec ${pkgs.reproml}/bin/reproml ${name} "$@"'';
+      flat = lib.concatMapAttrs (name: lib.mapAttrs' (step: lib.nameValuePair "${step}-${name}"));
     in
     perSystem {
       packages = pkgs: flat (lib.mapAttrs (_: steps: removeAttrs steps [ "verify" ]) (stepsIn pkgs));
       checks =
-        pkgs: flat (lib.mapAttrs (_: steps: builtins.intersectAttrs { verify = null; } steps) (stepsIn pkgs));
+        pkgs:
+        flat (lib.mapAttrs (_: steps: builtins.intersectAttrs { verify = null; } steps) (stepsIn pkgs));
       apps = pkgs: {
-        doctor = verb pkgs "doctor" "Test the assumptions of exact arithmetic on this machine";
-        pipeline = verb pkgs "pipeline" "Get the data, train, evaluate, verify";
-        verify = verb pkgs "verify" "Train and compare all of it with the golden file";
-        golden = app pkgs "golden" "Train and write golden files, by default those that are missing" ''
-          set -e
-          [ $# = 0 ] || exec ${pkgs.reproml}/bin/reproml golden "$@"
-          for recipe in ${toString (map (name: "${recipes + "/${name}.toml"}") missing)}; do
-            ${pkgs.reproml}/bin/reproml golden --recipe $recipe
-          done
-        '';
+        doctor = pkgs.appOf "doctor" "Test the assumptions of exact arithmetic on this machine";
+        golden = {
+          type = "app";
+          program = "${pkgs.writeShellScript "reproml-golden" ''
+            set -e
+            export REPROML_DATA_DIR="''${REPROML_DATA_DIR:-${pkgs.mnist}}"
+            [ $# = 0 ] || exec ${lib.getExe pkgs.reproml} golden "$@"
+            ${lib.optionalString (missing == [ ]) ''
+              echo "every recipe has a golden file; to replace one: --force --recipe RECIPE"
+            ''}
+            for recipe in ${toString (map (name: "${recipeOf name}") missing)}; do
+              ${lib.getExe pkgs.reproml} golden --recipe $recipe
+            done
+          ''}";
+          meta.description = "Train and write golden files, by default those that are missing";
+        };
       };
     };
 

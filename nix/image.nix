@@ -1,6 +1,8 @@
 # An OCI image of the installed package, for Docker, Podman and Apptainer:
 #
 #     $(nix build --no-link --print-out-paths .#image) | docker load
+#
+# Its creation date is 1970, dockerTools' default, so that its digest depends on its content alone.
 {
   lib,
   dockerTools,
@@ -10,17 +12,20 @@
 dockerTools.streamLayeredImage {
   name = "reproml";
   tag = "${reproml.version}${lib.optionalString cuda "-cuda"}";
-  created = "1970-01-01T00:00:01Z"; # so that its digest depends on its content alone
   contents = [
     dockerTools.caCertificates # for the download of MNIST
-    dockerTools.fakeNss # PyTorch asks for the user's name
+    dockerTools.fakeNss
   ];
   extraCommands = "mkdir -m 1777 tmp work";
   config = {
     Entrypoint = [ (lib.getExe reproml) ];
     WorkingDir = "/work";
     Env =
-      [ "HOME=/tmp" ]
+      [
+        "HOME=/tmp"
+        "PATH=${reproml}/bin"
+        "USER=reproml" # PyTorch asks for the user's name, whom /etc/passwd need not know
+      ]
       ++ lib.optionals cuda [
         # What Docker's NVIDIA runtime and Apptainer's --nv put into the container: the driver.
         "NVIDIA_VISIBLE_DEVICES=all"

@@ -2,7 +2,7 @@
 #
 #     wheel      the package, built without recipes and golden files, so that a new one rebuilds nothing
 #     without    an environment with it
-#     complete   the same, with the recipes and golden files of this repository, as pip installs it
+#     itself     the same, with the recipes and golden files of this repository, as pip installs it
 {
   lib,
   stdenv,
@@ -12,9 +12,7 @@
 }:
 let
   packages = python39.sitePackages;
-  version = lib.elemAt (builtins.match ".*__version__ = \"([^\"]+)\".*" (
-    lib.readFile ../reproml/versions.py
-  )) 0;
+  version = lib.elemAt (builtins.match ".*__version__ = \"([^\"]+)\".*" (lib.readFile ../reproml/versions.py)) 0;
 
   meta = {
     description = "Deep learning that is reproducible to the last bit";
@@ -50,6 +48,7 @@ let
       ];
     };
     NIX_NO_SELF_RPATH = true; # the loops would refer to the wheel's own folder
+    env.NIX_CFLAGS_COMPILE = "-g0"; # and to the folder in which they were built
     installPhase = ''
       touch README.md && mkdir golden && touch golden/none.json # which the build asks for
       ${environments.runtime}/bin/python -m pip wheel --no-index --no-deps --no-build-isolation --wheel-dir $out .

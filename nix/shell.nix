@@ -4,7 +4,6 @@
   writeShellScriptBin,
   git,
   nixfmt-rfc-style,
-  uv,
   environments,
   mnist,
 }:
@@ -13,15 +12,16 @@ mkShell {
     environments.development
     git
     nixfmt-rfc-style
-    uv
     (writeShellScriptBin "reproml" ''exec python -m reproml "$@"'')
   ];
   REPROML_DATA_DIR = mnist;
   # PYTHONPATH has the checkout and nothing of the user's. The compiled loops are built into the checkout.
   shellHook = ''
-    export PYTHONPATH="$(git rev-parse --show-toplevel 2> /dev/null || echo "$PWD")"
-    if [ -e "$PYTHONPATH/reproml/arithmetic/csrc" ]; then
-      (cd "$PYTHONPATH" && python setup.py --quiet build_ext --inplace)
+    unset PYTHONPATH
+    top="$(git rev-parse --show-toplevel 2> /dev/null || pwd)"
+    if [ -e "$top/reproml/arithmetic/csrc" ]; then
+      export PYTHONPATH="$top"
+      (cd "$top" && python setup.py --quiet build_ext --inplace)
     else
       echo "reproml: this is no checkout; change to one and start the shell again" >&2
     fi

@@ -18,8 +18,9 @@ let
         {
           nativeBuildInputs = [ reproml.without ];
           REPROML_DATA_DIR = mnist;
-          meta = reproml.meta // {
-            mainProgram = null;
+          meta = {
+            inherit (reproml.meta) license platforms;
+            description = "${kind} of the recipe ${name}";
           };
         }
         // attributes

@@ -1,7 +1,7 @@
 {
   description = "A training that anybody can repeat, to the last bit";
 
-  # Nix looks `flake:reproml` up in its registry (`nix registry add reproml ADDRESS`); flake.lock then pins it.
+  # flake.lock has its address: nix flake lock --override-input reproml ADDRESS
   inputs.reproml.url = "flake:reproml";
 
   outputs =
