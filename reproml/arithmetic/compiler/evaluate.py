@@ -74,7 +74,7 @@ def rowwise(
     if result is not None:
         return result
     if reference is None:
-        return _rows_by_balls(formula, dim, *operands)
+        return rowwise_by_balls(formula, dim, *operands)
     wide = [torch.atleast_1d(x).movedim(dim, -1) for x in torch.broadcast_tensors(*operands)]
     result = reference(*wide).movedim(-1, dim)
     return result if operands[0].dim() else result.reshape(())
@@ -122,7 +122,7 @@ class _Rowwise(executor.FormulaCall):
     def by_reference(self, *operands: Any) -> Tensor:
         if self.reference:
             return self.reference(*operands)
-        return _rows_by_balls(self.formula, -1, *operands)
+        return rowwise_by_balls(self.formula, -1, *operands)
 
 
 def _wide(x: Union[Tensor, float, int], device: torch.device) -> Tensor:
@@ -151,7 +151,8 @@ def _elements_by_balls(formula: Formula, *operands: Union[Tensor, float, int]) -
     return round_ball(y.mid.expand(shape), _wide(y.error, device).expand(shape), resolve)
 
 
-def _rows_by_balls(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
+def rowwise_by_balls(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
+    """Evaluate as `rowwise` does, on the reference path alone."""
     operands = torch.broadcast_tensors(*[x.double() for x in operands])
     wide = [torch.atleast_1d(x).movedim(dim, -1) for x in operands]
     y = formula(TENSORS, *[TENSORS.exact(x) for x in wide])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
-_VERSION = 10  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
+_VERSION = 11  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
 
 # Function name -> (result type, argument types), as in csrc/*.c.
 _SIGNATURES = {
@@ -36,6 +36,7 @@ _SIGNATURES = {
     ),
     "reproml_scatter": (_LONG, [_LONG] * 4 + [_POINTER] * 3 + [_LONG, _POINTER]),
     "reproml_sum": (_LONG, [_POINTER] * 3 + [_INT, _LONG, _DOUBLE, _POINTER]),
+    "reproml_rows": (_LONG, [_INT] + [_POINTER] * 2 + [_LONG] * 2 + [_DOUBLE] + [_POINTER] * 2),
     "reproml_normalize": (
         _LONG,
         [_POINTER] * 4 + [_DOUBLE] + [_POINTER] * 3 + [_DOUBLE] + [_POINTER] * 4 + [_LONG],

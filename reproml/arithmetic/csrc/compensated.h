@@ -46,7 +46,24 @@ static inline pair compensated_pair(const compensated *sum, integer n) {
 
 static inline pair pair_times(pair p, double factor) {
     double high = p.s * factor, low = fma(p.s, factor, -high), rest = p.t * factor;
-    return make_pair(high, low + rest, p.rad * fabs(factor) + 4 * U * (fabs(low) + fabs(rest)));
+    double rounded = rest == 0 ? 0 : 4 * U * (fabs(low) + fabs(rest));
+    return make_pair(high, low + rest, p.rad * fabs(factor) + rounded);
+}
+
+/* What is lost of the sum's third term is in its bound, which is 0 if the sum is exact. */
+static inline pair pair_plus(pair p, pair q) {
+    double s, t, low, lost, more;
+    two_sum(p.s, q.s, &s, &t);
+    two_sum(p.t, q.t, &low, &lost);
+    two_sum(t, low, &t, &more);
+    return make_pair(s, t, p.rad + q.rad + fabs(lost) + fabs(more));
+}
+
+static inline pair pair_times_pair(pair p, pair q) {
+    double high = p.s * q.s, low = fma(p.s, q.s, -high), a = p.s * q.t, b = p.t * q.s, both = fabs(a) + fabs(b);
+    double rounded = both == 0 ? 0 : 4 * U * (fabs(low) + both) + fabs(p.t * q.t);
+    double rad = (fabs(p.s) + fabs(p.t)) * q.rad + (fabs(q.s) + fabs(q.t)) * p.rad + p.rad * q.rad;
+    return make_pair(high, low + (a + b), rad + rounded);
 }
 
 /* p / d, where the interval of d must not contain 0. With h = p.s / d.s, p / d = h + ((p.s - h d.s) + p.t - h d.t) / d
@@ -58,6 +75,27 @@ static inline pair pair_over_pair(pair p, pair d) {
 }
 
 static inline pair pair_over(pair p, double divisor) { return pair_over_pair(p, (pair){divisor, 0, 0}); }
+
+/* The square root of p > 0. With s = sqrt(p.s), which has one rounding, and r = (p.s - s^2) + p.t, it is
+   s + r / (2 s) - r^2 / (8 s^3) + ...; the remainder p.s - s^2 is exact. */
+static inline pair pair_sqrt(pair p) {
+    double s = sqrt(p.s), rest = fma(-s, s, p.s), r = rest + p.t;
+    double rounded = 4 * U * (fabs(rest) + fabs(p.t)) / s + r * r / (s * s * s);
+    return make_pair(s, r / (2 * s), (rounded + p.rad / s) * SLACK);
+}
+
+/* exp(x) for |x| <= 600, where nothing underflows. With x = k log 2 + r it is 2^k exp(r / 256)^256, and |r / 256| < 0.0014, so that the first
+   term left out of its series is below 2^-150. */
+static inline pair pair_exp(double x) {
+    const pair log_2 = {0x1.62e42fefa39efp-1, 0x1.abc9e3b39803fp-56, 0x1p-109};
+    const double k = rint(x * 0x1.71547652b82fep+0);
+    pair r = pair_plus((pair){x, 0, 0}, pair_times(log_2, -k)), y = {1, 0, 0};
+    r = (pair){r.s * 0x1p-8, r.t * 0x1p-8, r.rad * 0x1p-8};
+    for (int j = 12; j; j--) y = pair_plus((pair){1, 0, 0}, pair_over(pair_times_pair(r, y), j));
+    y.rad += 0x1p-140;
+    for (int j = 0; j < 8; j++) y = pair_times_pair(y, y);
+    return (pair){ldexp(y.s, (int)k), ldexp(y.t, (int)k), ldexp(y.rad * SLACK, (int)k)};
+}
 
 /* Round a sum of n terms, each added by add_exact. Sums without any rounding error pass even if they are midpoints or
    zeros, as sums of integers often are. */

@@ -82,6 +82,23 @@ def _gradient_with_tails(formula: Formula, low: float) -> Definition:
     return complete
 
 
+def _half_gradient_near_zero(definition: Definition) -> Definition:
+    """Complete the definition of g f'(x) on tensors, where f'(x) is 1/2 + c x + O(x^2) with 1/4 < c < 1.
+
+    Where |x| < 2^-64 the value lies between g / 2 and the next binary64 number, away from 0 if x > 0, else
+    towards 0. Half of a subnormal number may be a midpoint of binary32, so that number rounds correctly.
+    """
+
+    def complete(g: Tensor, x: Tensor) -> Tensor:
+        tiny = (x.abs() < 2.0**-64) & (x != 0) & g.isfinite()
+        half = g.double() * 0.5
+        end = torch.copysign(torch.where(x > 0, torch.inf, 0.0).double(), half)
+        y = definition(g, torch.where(tiny, 1.0, x))
+        return torch.where(tiny, torch.nextafter(half, end).float(), y)
+
+    return complete
+
+
 # ---- gelu --------------------------------------------------------------------------------------------
 
 
@@ -95,7 +112,7 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
 def gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
     """Return g times the derivative of gelu at x."""
     if approximate == "none":
-        reference = _gradient_with_tails(_gelu_backward, -32)
+        reference = _half_gradient_near_zero(_gradient_with_tails(_gelu_backward, -32))
         return elementwise(_gelu_backward, g, x, reference=reference, fast="gelu_backward")
 
     def formula(ctx: Any, g: Any, x: Any) -> Any:
@@ -103,7 +120,8 @@ def gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
         slope = ctx.sqrt(2 / ctx.pi) * (1 + 3 * Fraction(44715, 1000000) * (x * x))
         return g * (s + 2 * x * s * (1 - s) * slope)
 
-    return elementwise(formula, g, x, reference=_gradient_with_tails(formula, -32))
+    reference = _half_gradient_near_zero(_gradient_with_tails(formula, -32))
+    return elementwise(formula, g, x, reference=reference)
 
 
 def _gelu(ctx: Any, x: Any) -> Any:
@@ -156,7 +174,8 @@ def silu_backward(g: Tensor, x: Tensor) -> Tensor:
         s = ctx.sigmoid(x)
         return g * (s * (1 + x * ctx.sigmoid(-x)))
 
-    return elementwise(formula, g, x, fast="silu_backward")
+    reference = _half_gradient_near_zero(partial(elementwise, formula))
+    return elementwise(formula, g, x, reference=reference, fast="silu_backward")
 
 
 def softplus_formula(ctx: Any, x: Any) -> Any:

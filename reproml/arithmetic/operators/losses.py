@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
-from reproml.arithmetic.operators.activations import HALF, softplus_formula
+from reproml.arithmetic.operators.activations import HALF
 from reproml.arithmetic.operators.arguments import require, require_shape
 from reproml.arithmetic.operators.reductions import reduce_sum
 
@@ -115,10 +115,14 @@ def binary_cross_entropy_with_logits(
     pos_weight: Optional[Tensor] = None,
     reduction: int = MEAN,
 ) -> Tensor:
-    """Return w ((1 - y) x + (1 + (p - 1) y) softplus(-x)), where p is the weight of positive targets."""
+    """Return w ((1 - y) x + (1 + (p - 1) y) softplus(-x)), where p is the weight of positive targets.
+
+    Below 0, where softplus(-x) is -x + log1p(exp(x)), the terms in x add up to -p y x.
+    """
 
     def formula(ctx: Any, x: Any, y: Any, w: Any, p: Any) -> Any:
-        return w * ((1 - y) * x + (1 + (p - 1) * y) * softplus_formula(ctx, -x))
+        linear = ctx.choose(x < 0, 0 * x - p * y * x, (1 - y) * x)
+        return w * (linear + (1 + (p - 1) * y) * ctx.log1p(ctx.exp(-abs(x))))
 
     return _loss(formula, reduction, x, y, _weight_or_one(weight, x), _weight_or_one(pos_weight, x))
 

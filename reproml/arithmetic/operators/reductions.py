@@ -13,6 +13,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any, Callable, Optional
 
 import numpy as np
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
-from reproml.arithmetic.compiler.evaluate import rowwise
+from reproml.arithmetic.compiler.evaluate import rowwise, rowwise_by_balls
+from reproml.arithmetic.compiler.pairs import rows_by_pairs
 from reproml.arithmetic.numerics.exact_sums import exact_sum, nearest_of_rows
 from reproml.arithmetic.numerics.rationals import Rationals
 from reproml.arithmetic.numerics.rounding import gamma, round_sum
@@ -96,22 +98,27 @@ def cumsum(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
     require_float32(dtype)
     if not x.numel():
         return x.clone()
-    rows = torch.atleast_1d(x.double()).movedim(dim, -1)
+    rows = torch.atleast_1d(x).movedim(dim, -1).contiguous()
     n = rows.shape[-1]
-    flat = rows.reshape(-1, n)
 
-    def resolve(index: Tensor) -> Sequence[float]:
-        values: list[float] = []
-        failed, counts = torch.unique_consecutive(index // n, return_counts=True)
-        finite = torch.where(flat.isfinite(), flat, 0.0)  # a sum that is infinite does not fail
-        for row, at in zip(finite[failed].cpu().numpy(), (index % n).split(counts.tolist())):
-            terms = Rationals.of_floats(row)
-            sums = Rationals(np.cumsum(terms.n), 1, terms.exponent)
-            values += sums[at.cpu().numpy()].nearest().tolist()
-        return values
+    def by_fractions(rows: Tensor) -> Tensor:
+        wide = rows.double()
 
-    mid, error = rows.cumsum(-1), rows.abs().cumsum(-1) * gamma(n)
-    return round_sum(mid, error, resolve).movedim(-1, dim).reshape(x.shape)
+        def resolve(index: Tensor) -> Sequence[float]:
+            values: list[float] = []
+            failed, counts = torch.unique_consecutive(index // n, return_counts=True)
+            few = wide.reshape(-1, n)[failed]
+            finite = torch.where(few.isfinite(), few, 0.0)  # a sum that is infinite does not fail
+            for row, at in zip(finite.cpu().numpy(), (index % n).split(counts.tolist())):
+                terms = Rationals.of_floats(row)
+                sums = Rationals(np.cumsum(terms.n), 1, terms.exponent)
+                values += sums[at.cpu().numpy()].nearest().tolist()
+            return values
+
+        return round_sum(wide.cumsum(-1), wide.abs().cumsum(-1) * gamma(n), resolve)
+
+    result = rows_by_pairs("running_sums", by_fractions, rows)
+    return result.movedim(-1, dim).reshape(x.shape)
 
 
 def reduce_sum(
@@ -217,9 +224,16 @@ def row_variance(rows: Tensor, correction: float, root: bool = False) -> Tensor:
         v = variance_formula(ctx, x, n, n - divisor)
         return ctx.sqrt(v) if root else v
 
+    def second_test(rows: Tensor) -> Tensor:
+        by_balls = partial(rowwise_by_balls, formula, -1)
+        if float(divisor) != divisor:
+            return by_balls(rows)
+        kind = "deviation" if root else "variance"
+        return rows_by_pairs(kind, by_balls, rows, divisor=float(divisor))
+
     if not n:
         return rows.new_full((len(rows), 1), torch.nan)
-    result = rowwise(formula, 1, rows)
+    result = rowwise(formula, 1, rows, reference=second_test)
     return result if n > c else result / 0.0  # as in PyTorch: infinity, or NaN for equal numbers
 
 

@@ -16,12 +16,14 @@ the argument of log1p, so that nothing cancels.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.compiler.evaluate import rowwise
+from reproml.arithmetic.compiler.evaluate import rowwise, rowwise_by_balls
+from reproml.arithmetic.compiler.pairs import rows_by_pairs
 from reproml.arithmetic.operators.arguments import require_shape
 from reproml.errors import NotExactError
 
@@ -67,7 +69,10 @@ def softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: Any = None) -> Tenso
     _check_dim(g, dim)
     require_shape("the gradient", g, g.shape)
     require_shape("the result", y, g.shape)
-    return rowwise(_softmax_backward, dim, g, y, fast="softmax_backward")
+    second_test = partial(
+        rows_by_pairs, "softmax_backward", partial(rowwise_by_balls, _softmax_backward, -1)
+    )
+    return rowwise(_softmax_backward, dim, g, y, reference=second_test, fast="softmax_backward")
 
 
 def _softmax_backward(ctx: Any, g: Any, y: Any) -> Any:
@@ -125,7 +130,7 @@ def log_softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: Any = None) -> T
         dim,
         g,
         y,
-        reference=_reference_log_softmax_backward,
+        reference=partial(rows_by_pairs, "log_softmax_backward", _reference_log_softmax_backward),
         fast="log_softmax_backward",
     )
 

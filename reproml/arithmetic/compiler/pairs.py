@@ -1,0 +1,47 @@
+"""Formulas over rows in pairs of binary64 numbers (csrc/pairs.c), for rows that failed the rounding test.
+
+A pair has about 100 bits and a bound that is 0 where nothing was rounded. So it rounds what the first test
+leaves in masses: equal numbers, whole numbers, gradients that cancel. What remains takes the next path.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic.compiler import kernels
+
+# In the order of csrc/pairs.c.
+_KINDS = "running_sums variance deviation softmax_backward log_softmax_backward".split()
+
+
+def rows_by_pairs(
+    kind: str, otherwise: Callable[..., Tensor], *operands: Tensor, divisor: float = 1
+) -> Tensor:
+    """Compute a formula on rows [..., n], float32.
+
+    otherwise: the next path, which takes the rows with a result that fails the test as well, or all of them
+    where the compiled loops cannot take them.
+    """
+    x, y = operands[0], operands[-1]
+    n = x.shape[-1]
+    if not kernels.usable(*operands) or any(t.dtype is not torch.float32 for t in operands):
+        return otherwise(*operands)
+    length = 1 if kind in ("variance", "deviation") else n
+    out = x.new_empty(*x.shape[:-1], length)
+    failed = torch.empty(out.shape, dtype=torch.bool, device="cpu")
+    if kernels.library.reproml_rows(
+        _KINDS.index(kind),
+        x.data_ptr(),
+        y.data_ptr(),
+        x.numel() // n,
+        n,
+        divisor,
+        out.data_ptr(),
+        failed.data_ptr(),
+    ):
+        rows = failed.any(-1)
+        out[rows] = otherwise(*[t[rows] for t in operands])
+    return out

@@ -1,0 +1,165 @@
+"""Tests of compiler/pairs.py and csrc/pairs.c with an exact oracle: what passes is correctly rounded.
+
+The rows are those on which whole tensors fail the first test, and arbitrary ones. `otherwise` marks what
+the pairs leave, so that each test also states how much that may be.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+import reproml
+from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.compiler.pairs import rows_by_pairs
+from tests.arithmetic.forms import KINDS, numbers
+from tests.arithmetic.strategies import ANY, tensors
+from verification import oracle as o
+
+pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
+
+Rows = Any  # an array of Real
+
+
+def running_sums(x: Rows) -> list[Any]:
+    return [o.total(x[: i + 1]) for i in range(len(x))]
+
+
+def variance(x: Rows) -> list[Any]:
+    mean = o.total(x) / len(x)
+    return [o.total([(v - mean) * (v - mean) for v in x]) / (len(x) - 1)]
+
+
+def deviation(x: Rows) -> list[Any]:
+    return [o.sqrt(variance(x)[0])]
+
+
+def softmax_backward(g: Rows, y: Rows) -> list[Any]:
+    total = o.dot(g, y)
+    return [b * (a - total) for a, b in zip(g, y)]
+
+
+def log_softmax_backward(g: Rows, y: Rows) -> list[Any]:
+    total = o.total(g)
+    return [a - o.exp(b) * total for a, b in zip(g, y)]
+
+
+ORACLES: dict[str, Callable[..., list[Any]]] = {
+    f.__name__: f
+    for f in (running_sums, variance, deviation, softmax_backward, log_softmax_backward)
+}
+ONE_FOR_EACH_ROW = ("variance", "deviation")
+
+
+def compare(kind: str, *operands: Tensor) -> int:
+    """Check every result that passes, up to the sign of an exact zero, and return how many are left."""
+    n = operands[0].shape[-1]
+    left: list[Tensor] = []
+
+    def otherwise(*rows: Tensor) -> Tensor:
+        left.append(rows[0])
+        return rows[0].new_full((len(rows[0]), 1 if kind in ONE_FOR_EACH_ROW else n), torch.nan)
+
+    out = rows_by_pairs(kind, otherwise, *operands, divisor=max(n - 1, 1))
+    passed = ~out.isnan()
+    expected = np.array([ORACLES[kind](*rows) for rows in zip(*map(o.reals, operands))])
+    if passed.any():
+        o.check(out[passed], expected[passed.numpy()], any_zero=True)
+    return int((~passed).any(-1).sum())
+
+
+def operands_of(kind: str, x: Tensor) -> tuple[Tensor, ...]:
+    if kind == "softmax_backward":
+        return torch.flip(x, (0,)), x.softmax(-1)
+    if kind == "log_softmax_backward":
+        return torch.flip(x, (0,)), x.log_softmax(-1)
+    return (x,)
+
+
+@pytest.mark.parametrize("numbers_of", KINDS)
+@pytest.mark.parametrize("kind", ORACLES)
+def test_hard_rows_pass_and_are_correctly_rounded(kind: str, numbers_of: str) -> None:
+    x = numbers((12, 9), numbers_of)
+    assert compare(kind, *operands_of(kind, x)) <= (4 if numbers_of == "wide" else 1)
+
+
+@pytest.mark.parametrize("value", [0.1, 2.0**-24, 2.0**-149, 3e38, -1 / 3])
+def test_equal_numbers_have_the_variance_0(value: float) -> None:
+    x = torch.full((3, 50), value)
+    for kind in ONE_FOR_EACH_ROW:
+        assert compare(kind, x) == 0
+
+
+@pytest.mark.parametrize("g", [1.0, -0.3, 2.0**-140])
+def test_gradients_that_cancel(g: float) -> None:
+    """`x.softmax(1).sum().backward()`: the sum of the rounded probabilities is not quite 1."""
+    x = numbers((20, 40), "normal")
+    constant = torch.full_like(x, g)
+    assert compare("softmax_backward", constant, x.softmax(1)) == 0
+    assert compare("log_softmax_backward", constant, x.log_softmax(1)) == 0
+    far = torch.where(torch.arange(40) % 3 == 0, -torch.inf, x.log_softmax(1))
+    assert compare("log_softmax_backward", constant, far) == 0
+    assert compare("log_softmax_backward", constant, x.log_softmax(1) * 1e6) == 0
+
+
+@settings(max_examples=100)
+@given(tensors((3, 4), ANY), tensors((3, 4), ANY))
+def test_arbitrary_rows(x: Tensor, y: Tensor) -> None:
+    x, y = (torch.where(t.isfinite(), t, 1.0) for t in (x, y))
+    for kind in ORACLES:
+        compare(kind, *((x, y) if kind.endswith("backward") else (x,)))
+
+
+def test_numbers_that_are_not_finite_are_left() -> None:
+    x = torch.tensor([[1.0, torch.inf, 2.0], [1.0, torch.nan, 2.0], [1.0, 2.0, 3.0]])
+    for kind in ("variance", "deviation"):
+        assert compare(kind, x[:2]) == 2
+        assert rows_by_pairs(kind, lambda rows: rows[:, :1] * 0 - 1, x, divisor=2).tolist() == [
+            [-1],
+            [-1],
+            [1],
+        ]
+
+
+def test_operands_that_are_not_contiguous_take_the_next_path() -> None:
+    x = torch.ones(4, 3).t()
+    assert rows_by_pairs("running_sums", lambda rows: rows * 7, x).tolist() == [[7] * 4] * 3
+
+
+def test_the_threads_share_many_rows() -> None:
+    x = numbers((40_000, 5), "integers")
+    y = x.double().cumsum(1).float()  # exact
+    assert o.same_bits(rows_by_pairs("running_sums", lambda rows: rows, x) + 0.0, y + 0.0)
+
+
+def test_exponential_of_a_pair(tmp_path: Path) -> None:
+    """pair_exp stays within its own bound, which is below 2^-90 of the value."""
+    source = tmp_path / "exp.c"
+    source.write_text(
+        '#include "compensated.h"\n'
+        "void exponential(double x, double *out) {\n"
+        "    pair p = pair_exp(x);\n"
+        "    out[0] = p.s, out[1] = p.t, out[2] = p.rad;\n"
+        "}\n"
+    )
+    library = tmp_path / "exp.so"
+    folder = Path(reproml.__file__).parent / "arithmetic/csrc"
+    flags = ["-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wno-unused-function"]
+    subprocess.run(["cc", *flags, f"-I{folder}", source, "-o", library, "-lm"], check=True)
+    function = ctypes.CDLL(str(library)).exponential
+    function.argtypes = [ctypes.c_double, ctypes.POINTER(ctypes.c_double)]
+    out = (ctypes.c_double * 3)()
+    points = torch.cat([numbers((200,), "normal"), numbers((200,), "normal") * 100])
+    for x in [0.0, 2.0**-149, -1e-20, 600.0, -600.0, *points.tolist()]:
+        function(x, out)
+        exact = o.exp(x).mpf
+        error = abs(o.mp.mpf(out[0]) + out[1] - exact)
+        assert error <= out[2] <= exact * 2.0**-90
