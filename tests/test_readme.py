@@ -71,7 +71,7 @@ def test_setup_and_tests_are_first_commands():
 def test_every_command_has_a_test():
     """A new kind of command in the README needs a new test."""
     known = {"invoke", "nix", "python", "python3", "pip", "pytest", ".", "sha256sum", "torchrun"}
-    known |= {"$(nix", "apptainer"}  # docs/evidence/nix.md
+    known |= {"$(nix", "apptainer"}  # what was run of these: docs/evidence/nix.md
     assert {Path(command[0]).name or "." for command in COMMANDS} <= known
 
 

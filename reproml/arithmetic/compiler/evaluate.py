@@ -158,16 +158,15 @@ def rowwise_by_balls(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
     y = formula(TENSORS, *[TENSORS.exact(x) for x in wide])
     n = y.mid.shape[-1]
 
-    def resolve(index: Tensor) -> list[float]:
-        rows, counts = torch.unique_consecutive(index // n, return_counts=True)
+    def resolve(index: Tensor) -> Any:
+        rows, row_of = torch.unique(index // n, return_inverse=True)
         picked = torch.stack([x.reshape(-1, x.shape[-1])[rows] for x in wide], 1).cpu().numpy()
-        midpoints = y.mid.reshape(-1, n)[rows].cpu().numpy()
-        values: list[float] = []
-        for row, mid, at in zip(picked, midpoints, (index % n).split(counts.tolist())):
-            at = at.cpu().numpy()
-            # The value of a row with an infinity is a limit: nothing to round.
-            finite = np.isfinite(row).all()
-            values += list(exact_values(formula, list(row), at) if finite else mid[at])
+        at = row_of.cpu().numpy(), (index % n).cpu().numpy()
+        values: NDArray[Any] = y.mid.reshape(-1, n)[rows].cpu().numpy()[at]
+        # The value of a row with an infinity is a limit: nothing to round.
+        finite = np.isfinite(picked).all((1, 2))
+        wanted = finite[at[0]]
+        values[wanted] = exact_rows(formula, picked, at[0][wanted], at[1][wanted])
         return values
 
     # + 0.0: an exact zero is +0, as its sign may depend on the order of a sum in native arithmetic
@@ -189,13 +188,46 @@ def exact_elements(formula: Formula, rows: NDArray[Any]) -> NDArray[Any]:
     """Return the correctly rounded values of a formula on rows of finite numbers, float64 [k, operands]."""
     if not len(rows):
         return np.empty(0)
+    if (rows == rows[0]).all():  # a tensor may be constant, or have few values
+        return np.full(len(rows), exact_values(formula, list(rows[0]))[0])
+    if rows.shape[1] == 1:
+        few, inverse = np.unique(rows, return_inverse=True)
+        if len(few) < len(rows):
+            values: NDArray[Any] = exact_elements(formula, few[:, None])[np.reshape(inverse, -1)]
+            return values
     try:
         operands = [Rationals.of_floats(x) for x in rows.T]
         return _rounded(formula(RationalContext(), *operands), len(rows))
     except (Irrational, ZeroDivisionError):  # of some element
-        unique, inverse = np.unique(rows, axis=0, return_inverse=True)  # a tensor may be constant
-        values = [float(exact_values(formula, list(row))[0]) for row in unique]
-        return np.array([values[i] for i in inverse.reshape(-1)])
+        unique, inverse = np.unique(rows, axis=0, return_inverse=True)
+        values = np.array([exact_values(formula, list(row))[0] for row in unique])
+        values = values[np.reshape(inverse, -1)]
+        return values
+
+
+def exact_rows(
+    formula: Formula, rows: NDArray[Any], row_of: NDArray[Any], column: NDArray[Any]
+) -> NDArray[Any]:
+    """Return some of the correctly rounded values of a formula over rows.
+
+    rows: float64 [rows, operands, n]. row_of, column: int64 [k], the values that are wanted, of rows of
+    finite numbers. Returns float64 [k].
+    """
+    at, position = np.unique(row_of, return_inverse=True)
+    values = np.empty(len(column))
+    try:
+        for start in range(0, len(at), max(1, _CHUNK // rows.shape[2])):  # numbers of any length
+            part = slice(start, start + max(1, _CHUNK // rows.shape[2]))
+            here = (position >= part.start) & (position < part.stop)
+            operands = [Rationals.of_floats(x) for x in rows[at[part]].transpose(1, 0, 2)]
+            y: Rationals = formula(RationalContext(), *operands)
+            values[here] = y[position[here] - start, column[here]].nearest()
+        return values
+    except (Irrational, ZeroDivisionError):  # of some row
+        for i, row in enumerate(at):
+            of_row = position == i
+            values[of_row] = exact_values(formula, list(rows[row]), column[of_row])
+        return values
 
 
 def _rounded(y: Any, length: int) -> NDArray[Any]:

@@ -87,6 +87,7 @@ static inline pair pair_sqrt(pair p) {
 /* exp(x) for |x| <= 600, where nothing underflows. With x = k log 2 + r it is 2^k exp(r / 256)^256, and |r / 256| < 0.0014, so that the first
    term left out of its series is below 2^-150. */
 static inline pair pair_exp(double x) {
+    if (x == 0) return (pair){1, 0, 0};
     const pair log_2 = {0x1.62e42fefa39efp-1, 0x1.abc9e3b39803fp-56, 0x1p-109};
     const double k = rint(x * 0x1.71547652b82fep+0);
     pair r = pair_plus((pair){x, 0, 0}, pair_times(log_2, -k)), y = {1, 0, 0};
