@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench        # or: invoke bench
 
-It prints two tables and writes every number to benchmarks/results/bench.json and the curves to bench.png.
+It prints three tables and writes every number to benchmarks/results/bench.json and the curves to bench.png.
 Native is plain PyTorch on the same batches, with the same threads and the same warm-up.
 """
 
@@ -33,6 +33,7 @@ from rich.table import Table
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import reproml
+from benchmarks import sizes
 from reproml import environment
 from reproml.pipeline import data, preprocess, recipe, train
 
@@ -154,7 +155,8 @@ def measure() -> dict[str, Any]:
             size: {value: steps(of_size(size, value)) for value in bar(values, size)}
             for size, values in CURVES.items()
         }
-    return {"commands": commands, "steps": cases, "curves": curves}
+        real = {name: sizes.measure(name)._asdict() for name in bar(sizes.CASES, "real sizes")}
+    return {"commands": commands, "steps": cases, "curves": curves, "sizes": real}
 
 
 def show(results: dict[str, Any]) -> None:
@@ -178,6 +180,7 @@ def show(results: dict[str, Any]) -> None:
         row = [f"{value}: {ratio(pairs):.2f}" for value, pairs in points.items()]
         table.add_row(size, "   ".join(row))
     Console().print(table)
+    sizes.show({name: sizes.Result(**times) for name, times in results["sizes"].items()})
 
 
 def plot(curves: dict[str, dict[int, Pairs]], path: Path) -> None:

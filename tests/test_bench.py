@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+import torch
 
-from benchmarks import bench
+from benchmarks import bench, sizes, worst
 from reproml.pipeline import train
 from reproml.pipeline.recipe import recipe_names
 from tests import tiny
@@ -37,9 +38,35 @@ def test_tables_and_plot(tmp_path, capsys):
     assert [len(values) for values in pairs.values()] == [bench.REPEATS] * 2
     commands = {"native": [(1.0, 300.0)], "exact": [(2.0, 400.0)]}
     curves = {"width": {32: pairs, 64: pairs}, "steps": {10: pairs}}
-    bench.show(
-        {"commands": {"mnist-mlp": commands}, "steps": {"mnist-mlp": pairs}, "curves": curves}
-    )
-    assert "mnist-mlp" in capsys.readouterr().out
+    results = {"commands": {"mnist-mlp": commands}, "steps": {"mnist-mlp": pairs}}
+    real = {"MLP": sizes.Result(native=1.0, exact=3.0, floor=2.0)._asdict()}
+    bench.show({**results, "curves": curves, "sizes": real})
+    out = capsys.readouterr().out
+    assert "mnist-mlp" in out and "1.50" in out
     bench.plot(curves, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 0
+
+
+def test_a_floor_replaces_the_products_of_native():
+    """The products of a step of a layer of 3 to 5 numbers: forward, and one for each gradient."""
+    layer, x = torch.nn.Linear(3, 5), torch.ones(2, 3, requires_grad=True)
+    with sizes._Products() as products:
+        layer(x).sum().backward()
+    assert products.sizes == {(1, 2, 3, 5): 1, (1, 2, 5, 3): 1, (1, 5, 2, 3): 1}
+    layer, x = torch.nn.Conv2d(3, 8, 3), torch.ones(2, 3, 6, 6)
+    with sizes._Products() as products:
+        layer(x).sum().backward()
+    assert products.sizes == {(1, 2 * 16, 27, 8): 2}  # forward, and the gradient of the weight
+
+
+@pytest.mark.parametrize("name", worst.CASES)
+def test_the_hardest_inputs_are_searched_for_every_case(name, monkeypatch):
+    monkeypatch.setattr(worst, "kinds", lambda n: [("ones", torch.ones(n))])
+    case = worst.CASES[name]
+    ratio, kind, seconds = worst.worst(case, 2000, (None,))
+    assert ratio > 0 and kind == "ones" and seconds > 0
+
+
+def test_kinds_of_numbers_are_as_many_as_asked_for():
+    assert {x.numel() for _, x in worst.kinds(1000)} == {1000}
+    assert all(x.dtype is torch.float32 and x.isfinite().all() for _, x in worst.kinds(1000))

@@ -27,7 +27,8 @@ def rows_by_pairs(
     """
     x, y = operands[0], operands[-1]
     n = x.shape[-1]
-    if not kernels.usable(*operands) or any(t.dtype is not torch.float32 for t in operands):
+    taken = x.numel() and kernels.usable(*operands)
+    if not taken or any(t.dtype is not torch.float32 for t in operands):
         return otherwise(*operands)
     length = 1 if kind in ("variance", "deviation") else n
     out = x.new_empty(*x.shape[:-1], length)

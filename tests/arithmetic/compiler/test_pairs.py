@@ -134,6 +134,12 @@ def test_operands_that_are_not_contiguous_take_the_next_path() -> None:
     assert rows_by_pairs("running_sums", lambda rows: rows * 7, x).tolist() == [[7] * 4] * 3
 
 
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3)])
+def test_empty_rows_take_the_next_path(shape: tuple[int, int]) -> None:
+    empty = torch.empty(shape)
+    assert rows_by_pairs("softmax_backward", lambda g, y: g + 1, empty, empty).shape == shape
+
+
 def test_the_threads_share_many_rows() -> None:
     x = numbers((40_000, 5), "integers")
     y = x.double().cumsum(1).float()  # exact
