@@ -59,6 +59,8 @@ static inline pair pair_plus(pair p, pair q) {
     return make_pair(s, t, p.rad + q.rad + fabs(lost) + fabs(more));
 }
 
+/* A product below 2^-960 may lose more than its bound has, but keeps its sign; such a term counts as zero beside any
+   other (docs/contract.md). */
 static inline pair pair_times_pair(pair p, pair q) {
     double high = p.s * q.s, low = fma(p.s, q.s, -high), a = p.s * q.t, b = p.t * q.s, both = fabs(a) + fabs(b);
     double rounded = both == 0 ? 0 : 4 * U * (fabs(low) + both) + fabs(p.t * q.t);
@@ -84,7 +86,7 @@ static inline pair pair_sqrt(pair p) {
     return make_pair(s, r / (2 * s), (rounded + p.rad / s) * SLACK);
 }
 
-/* exp(x) for |x| <= 600, where nothing underflows. With x = k log 2 + r it is 2^k exp(r / 256)^256, and |r / 256| < 0.0014, so that the first
+/* exp(x) for |x| <= 600, where no part of it underflows. With x = k log 2 + r it is 2^k exp(r / 256)^256, and |r / 256| < 0.0014, so that the first
    term left out of its series is below 2^-150. */
 static inline pair pair_exp(double x) {
     if (x == 0) return (pair){1, 0, 0};

@@ -77,7 +77,7 @@ static int32_t log_softmax_backward(const float *g, const float *y, integer n, f
         if (y[i] > -600 && y[i] < 600)
             product = pair_times_pair(pair_exp(y[i]), total);
         else if (y[i] != -INFINITY) /* exp(-600) < 2^-865 */
-            product.rad = y[i] < 0 ? fabs(total.s) * 0x1p-865 : NAN;
+            product.rad = y[i] < 0 ? (fabs(total.s) + fabs(total.t) + total.rad) * 0x1p-865 : INFINITY;
         failures += failed[i] = round_pair(pair_plus((pair){g[i], 0, 0}, product), out + i) != 0;
     }
     return failures;

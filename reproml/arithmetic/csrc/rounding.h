@@ -159,12 +159,12 @@ static inline pair make_pair(double s, double t, double rad) {
     return p;
 }
 
-/* Fails also if the number is not finite. */
+/* Fails also if the number or its bound is not finite. */
 static inline int32_t round_pair(pair p, float *result) {
     double rad = p.rad * SLACK + fabs(p.t) * (2 * U); /* t - rad and t + rad are rounded */
     float low = (float)(add_to_odd(p.s, p.t - rad) + 0.0), high = (float)(add_to_odd(p.s, p.t + rad) + 0.0);
     *result = high;
-    return (patterns_differ(low, high) != 0) | !(fabs(p.s) <= DBL_MAX);
+    return (patterns_differ(low, high) != 0) | !(fabs(p.s) + p.rad <= DBL_MAX);
 }
 
 #endif
