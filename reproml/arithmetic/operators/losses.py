@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
-from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
+from reproml.arithmetic.compiler.evaluate import elementwise, rowwise, rowwise_by_balls
+from reproml.arithmetic.numerics.rounding import two_sum
 from reproml.arithmetic.operators.activations import HALF
 from reproml.arithmetic.operators.arguments import require, require_shape
 from reproml.arithmetic.operators.reductions import reduce_sum
@@ -28,8 +29,24 @@ def mse_loss(x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
 
 
 def mse_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:
-    """Return 2 g (x - y)."""
-    return _gradient(lambda ctx, x, y: 2 * (x - y), reduction, g, x, y)
+    """Return 2 g (x - y), for MEAN divided by the number of elements."""
+    n = torch.broadcast_tensors(x, y)[0].numel() if reduction == MEAN else 1
+
+    def formula(ctx: Any, g: Any, x: Any, y: Any) -> Any:
+        return g * (2 * (x - y)) / n
+
+    def exact_products(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Round once what binary64 holds exactly: every eighth difference of random numbers is a tie."""
+        difference, lost = two_sum(x.double(), -y.double())
+        factor = g.double() * (2 / max(n, 1))
+        power_of_two = (torch.frexp(factor)[0].abs() == 0.5) & (n & (n - 1) == 0)
+        exact = power_of_two & (lost == 0) & difference.isfinite()
+        value = (difference * factor).float()
+        if exact.all():
+            return value
+        return torch.where(exact, value, elementwise(formula, g, torch.where(exact, 1.0, x), y))
+
+    return elementwise(formula, g, x, y, reference=exact_products)
 
 
 def smooth_l1_loss(x: Tensor, y: Tensor, reduction: int = MEAN, beta: float = 1.0) -> Tensor:
@@ -137,7 +154,20 @@ def _loss(formula: Callable[..., Any], reduction: int, *operands: Tensor) -> Ten
     wide = torch.broadcast_tensors(*operands)
     n = wide[0].numel() if reduction == MEAN else 1
     flat = [x.reshape(-1) for x in wide]
-    return rowwise(lambda ctx, *x: ctx.sum(formula(ctx, *x)) / n, 0, *flat).reshape(())
+
+    def of_distinct_elements(*rows: Tensor) -> Tensor:
+        """Compute the same of equal elements once, as a saturated sigmoid gives 0 and 1 only."""
+        elements, counts = torch.unique(
+            torch.stack([x.reshape(-1) for x in rows]), dim=1, return_counts=True
+        )
+        total = rowwise_by_balls(
+            lambda ctx, count, *x: ctx.sum(count * formula(ctx, *x)) / n, -1, counts, *elements
+        )
+        return total.reshape(*rows[0].shape[:-1], 1)
+
+    return rowwise(
+        lambda ctx, *x: ctx.sum(formula(ctx, *x)) / n, 0, *flat, reference=of_distinct_elements
+    ).reshape(())
 
 
 def _gradient(formula: Callable[..., Any], reduction: int, g: Tensor, *operands: Tensor) -> Tensor:

@@ -6,9 +6,12 @@ from fractions import Fraction
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import reproml
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.operators import losses
+from verification import oracle as o
 from verification.oracle import Real, check
 
 pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
@@ -46,3 +49,33 @@ def test_nll_kernel_rounds_ties_and_near_ties(weight, reduction, copies, monkeyp
         else:
             assert loss == 0
         check(weights.reshape(1), [Real(total)])
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 1024])
+@pytest.mark.parametrize("g", [1.0, -2.0, 0.3, 2.0**-140, 0.0])
+def test_gradient_of_mse_loss_where_differences_are_ties(n, g):
+    """With a power of two of elements it is the difference times one: a tie for every eighth element."""
+    random = torch.Generator().manual_seed(n)
+    x, y = torch.randn(2, n, generator=random)
+    y[::5] = x[::5]
+    y[::7] *= 2.0**-60  # the difference has more bits than binary64
+    g = torch.tensor(g).item()
+    expected = [o.Real(g) * (2 * (a - b)) / n for a, b in zip(o.reals(x), o.reals(y))]
+    with reproml.exact():
+        found = torch.ops.aten.mse_loss_backward(torch.tensor(g), x, y, 1)
+        empty = torch.ops.aten.mse_loss_backward(torch.tensor(g), x[:0], y[:0], 1)
+    o.check(found, expected)
+    assert empty.numel() == 0
+
+
+def test_losses_of_a_saturated_classifier_take_equal_elements_together():
+    """All but a few probabilities are 0 or 1, so equal elements are computed once."""
+    x = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.25, 1e-30] * 3)
+    y = torch.tensor([0.0, 1.0, 0.5, 1.0, 0.125, 0.0] * 3)
+    with reproml.exact():
+        found = F.binary_cross_entropy(x, y, reduction="sum")
+    terms = []
+    for p, t in zip(o.reals(x), o.reals(y)):
+        logs = [o.log(v) if v > 0 else o.Real(-100) for v in (p, o.Real(1) - p)]
+        terms.append(-(t * logs[0] + (o.Real(1) - t) * logs[1]))
+    o.check(found, o.total(terms))
