@@ -53,9 +53,9 @@ def test_a_floor_replaces_the_products_of_native():
     with sizes._Products() as products:
         layer(x).sum().backward()
     assert products.sizes == {(1, 2, 3, 5): 1, (1, 2, 5, 3): 1, (1, 5, 2, 3): 1}
-    layer, x = torch.nn.Conv2d(3, 8, 3), torch.ones(2, 3, 6, 6)
+    convolution, images = torch.nn.Conv2d(3, 8, 3), torch.ones(2, 3, 6, 6)
     with sizes._Products() as products:
-        layer(x).sum().backward()
+        convolution(images).sum().backward()
     assert products.sizes == {(1, 2 * 16, 27, 8): 2}  # forward, and the gradient of the weight
 
 
