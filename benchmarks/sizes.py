@@ -124,7 +124,7 @@ class Result(NamedTuple):
 # ---- the floor ---------------------------------------------------------------------------------------
 
 
-class _Products(TorchDispatchMode):
+class Products(TorchDispatchMode):
     """Times products and convolutions, and counts them as products of sizes (batch, m, k, n)."""
 
     def __init__(self) -> None:
@@ -174,9 +174,10 @@ def _binary64_seconds(sizes: Counter[tuple[int, int, int, int]]) -> float:
 def floor(step: Step, native: float) -> float:
     """Return the floor of a step that takes `native` seconds natively."""
     step()
-    with _Products() as products:
+    with Products() as products:
         step()
-    return native - min(products.seconds, native) + _binary64_seconds(products.sizes)
+    rest: float = native - min(products.seconds, native)
+    return rest + _binary64_seconds(products.sizes)
 
 
 # ---- the measurement ---------------------------------------------------------------------------------

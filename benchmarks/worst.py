@@ -135,7 +135,7 @@ CASES: dict[str, Case] = {
     "binary_cross_entropy": lambda x: F.binary_cross_entropy(x.sigmoid(), x.sigmoid().detach()),
     "bce_with_logits": lambda x: F.binary_cross_entropy_with_logits(x, x.detach().sigmoid()),
     "xlogy": lambda x: torch.xlogy(halves(x)[0], halves(x)[1].abs()),
-    "attention": lambda x: F.scaled_dot_product_attention(*[images(x)] * 3),
+    "attention": lambda x: F.scaled_dot_product_attention(images(x), images(x), images(x)),
 }
 
 

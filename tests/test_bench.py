@@ -50,11 +50,11 @@ def test_tables_and_plot(tmp_path, capsys):
 def test_a_floor_replaces_the_products_of_native():
     """The products of a step of a layer of 3 to 5 numbers: forward, and one for each gradient."""
     layer, x = torch.nn.Linear(3, 5), torch.ones(2, 3, requires_grad=True)
-    with sizes._Products() as products:
+    with sizes.Products() as products:
         layer(x).sum().backward()
     assert products.sizes == {(1, 2, 3, 5): 1, (1, 2, 5, 3): 1, (1, 5, 2, 3): 1}
     convolution, images = torch.nn.Conv2d(3, 8, 3), torch.ones(2, 3, 6, 6)
-    with sizes._Products() as products:
+    with sizes.Products() as products:
         convolution(images).sum().backward()
     assert products.sizes == {(1, 2 * 16, 27, 8): 2}  # forward, and the gradient of the weight
 
