@@ -42,8 +42,6 @@ def mse_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor
         power_of_two = (torch.frexp(factor)[0].abs() == 0.5) & (n & (n - 1) == 0)
         exact = power_of_two & (lost == 0) & difference.isfinite()
         value = (difference * factor).float()
-        if exact.all():
-            return value
         return torch.where(exact, value, elementwise(formula, g, torch.where(exact, 1.0, x), y))
 
     return elementwise(formula, g, x, y, reference=exact_products)
@@ -155,8 +153,13 @@ def _loss(formula: Callable[..., Any], reduction: int, *operands: Tensor) -> Ten
     n = wide[0].numel() if reduction == MEAN else 1
     flat = [x.reshape(-1) for x in wide]
 
+    def value(ctx: Any, *x: Any) -> Any:
+        return ctx.sum(formula(ctx, *x)) / n
+
     def of_distinct_elements(*rows: Tensor) -> Tensor:
         """Compute the same of equal elements once, as a saturated sigmoid gives 0 and 1 only."""
+        if not rows[0].is_cpu:  # how many are distinct would have to be waited for
+            return rowwise_by_balls(value, -1, *rows)
         elements, counts = torch.unique(
             torch.stack([x.reshape(-1) for x in rows]), dim=1, return_counts=True
         )
@@ -165,9 +168,7 @@ def _loss(formula: Callable[..., Any], reduction: int, *operands: Tensor) -> Ten
         )
         return total.reshape(*rows[0].shape[:-1], 1)
 
-    return rowwise(
-        lambda ctx, *x: ctx.sum(formula(ctx, *x)) / n, 0, *flat, reference=of_distinct_elements
-    ).reshape(())
+    return rowwise(value, 0, *flat, reference=of_distinct_elements).reshape(())
 
 
 def _gradient(formula: Callable[..., Any], reduction: int, g: Tensor, *operands: Tensor) -> Tensor:
