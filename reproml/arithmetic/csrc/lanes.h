@@ -60,20 +60,22 @@ INLINE const float *padded(const float *x, integer count, float *memory) {
    tree. */
 INLINE integer sum_runs(const int kind, const runs *ctx, double *total) {
     const int sums = kind < SQUARES ? 2 : kind == SQUARES ? 1 : 4;
+    const int with_y = kind != NUMBERS && kind != SQUARES, with_w = kind == WEIGHTED_MOMENTS; /* else they are null */
     const lanes zero = {0};
     lanes some[4] = {zero, zero, zero, zero}, all[4] = {zero, zero, zero, zero};
     integer steps = 0, most = 0, emptied = 0;
     for (integer run = 0; run < ctx->runs; run++) {
-        const float *x = ctx->x + run * ctx->x_stride, *y = ctx->y + run * ctx->y_stride;
+        const float *x = ctx->x + run * ctx->x_stride, *y = with_y ? ctx->y + run * ctx->y_stride : 0;
         for (integer at = 0; at < ctx->length; at += LANES * STEPS) {
             integer i = at, end = ctx->length - at < LANES * STEPS ? ctx->length : at + LANES * STEPS;
-            for (; i + LANES <= end; i += LANES) add_terms(kind, x + i, y + i, ctx->w + i, ctx->m, LANES, some);
+            for (; i + LANES <= end; i += LANES)
+                add_terms(kind, x + i, with_y ? y + i : 0, with_w ? ctx->w + i : 0, ctx->m, LANES, some);
             if (i < end) {
                 float memory[3][LANES] = {{0}};
                 integer rest = end - i;
                 const float *last = padded(x + i, rest, memory[0]);
-                const float *with = kind == NUMBERS || kind == SQUARES ? 0 : padded(y + i, rest, memory[1]);
-                const float *weight = kind == WEIGHTED_MOMENTS ? padded(ctx->w + i, rest, memory[2]) : 0;
+                const float *with = with_y ? padded(y + i, rest, memory[1]) : 0;
+                const float *weight = with_w ? padded(ctx->w + i, rest, memory[2]) : 0;
                 add_terms(kind, last, with, weight, ctx->m, (int)rest, some);
             }
             steps += (end - at + LANES - 1) / LANES;

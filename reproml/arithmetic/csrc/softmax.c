@@ -125,7 +125,7 @@ INLINE void exponentials(row_table *t) {
 
 /* The midpoints and bounds of the results of one row, from mid, of_row and error_of_row. */
 INLINE void finish_row(row_table *t, integer r, int which) {
-    const float *x = t->x + r * t->n, *y = t->y + r * t->n;
+    const float *x = t->x + r * t->n, *y = t->y ? t->y + r * t->n : 0;
     double *mid = t->mid + r * t->n, *rad = t->rad + r * t->n;
     const double s = t->of_row[r], e = t->error_of_row[r];
     for (integer i = 0; i < t->n; i++) {

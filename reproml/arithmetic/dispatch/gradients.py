@@ -128,7 +128,9 @@ class _Corrected(torch.autograd.Function):
 def _received(gradient: Tensor, mask: Optional[Tensor], x: Tensor) -> Tensor:
     """Return the gradient of an operand, which the mask selects, in the operand's shape and dtype."""
     selected = gradient if mask is None else torch.where(mask, gradient, 0.0)
-    return selected.sum_to_size(x.shape).to(x.device, x.dtype)
+    if selected.shape != x.shape:  # a sum of one number would turn -0 into +0
+        selected = selected.sum_to_size(x.shape)
+    return selected.to(x.device, x.dtype)
 
 
 def _within_transforms(

@@ -138,6 +138,8 @@ def test_a_gradient_of_minus_zero_keeps_its_sign_and_layout() -> None:
         y = x * 1
         y[:1].clamp_(0.0, 1.0)  # beside the view the gradient is unchanged
         assert same_bits(torch.autograd.grad(y, x, minus)[0], minus)
+        x = torch.tensor(0.5, requires_grad=True)
+        assert same_bits(torch.autograd.grad(x.clamp(0.0, 1.0), x, minus[0])[0], minus[0])
         x = torch.ones(2, 3).t().requires_grad_()
         y = x * 1
         y.clamp_(1.0)
