@@ -53,21 +53,23 @@ in
         flat (lib.mapAttrs (_: steps: builtins.intersectAttrs { verify = null; } steps) (stepsIn pkgs));
       apps = pkgs: {
         doctor = pkgs.appOf "doctor" "Test the assumptions of exact arithmetic on this machine";
-        golden = {
-          type = "app";
-          program = "${pkgs.writeShellScript "reproml-golden" ''
-            set -e
-            export REPROML_DATA_DIR="''${REPROML_DATA_DIR:-${pkgs.mnist}}"
-            [ $# = 0 ] || exec ${lib.getExe pkgs.reproml} golden "$@"
-            ${lib.optionalString (missing == [ ]) ''
-              echo "every recipe has a golden file; to replace one: --force --recipe RECIPE"
-            ''}
-            for recipe in ${toString (map (name: "${recipeOf name}") missing)}; do
-              ${lib.getExe pkgs.reproml} golden --recipe $recipe
-            done
-          ''}";
-          meta.description = "Train and write golden files, by default those that are missing";
-        };
+        golden =
+          let
+            one = pkgs.appOf "golden" "Train and write golden files, by default those that are missing";
+          in
+          one
+          // {
+            program = "${pkgs.writeShellScript "reproml-golden-files" ''
+              set -e
+              [ $# = 0 ] || exec ${one.program} "$@"
+              ${lib.optionalString (missing == [ ]) ''
+                echo "every recipe has a golden file; to replace one: --force --recipe RECIPE"
+              ''}
+              for recipe in ${toString (map (name: "${recipeOf name}") missing)}; do
+                ${one.program} --recipe $recipe
+              done
+            ''}";
+          };
       };
     };
 
