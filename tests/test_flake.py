@@ -45,6 +45,18 @@ def locked() -> dict[Requirement, set[str]]:
     return result
 
 
+def python(folder: Path, *arguments: str) -> str:
+    """Run this interpreter with the package of this checkout, and return what it prints."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+
+
 @pytest.fixture(scope="module")
 def lock_script() -> ModuleType:
     """nix/lock.py, which is a script and not part of the package."""
@@ -123,14 +135,7 @@ def test_what_a_training_imports_is_in_the_group_runtime(tmp_path):
         "    assert main([verb, '--recipe', 'digits-mlp']) == 0\n"
         "print('imported', *{name.partition('.')[0] for name in sys.modules})\n"
     )
-    found = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    ).stdout
+    found = python(tmp_path, "-c", script)
     modules = found[found.index("imported ") :].split()[1:]
     imported = {owners[name] for name in modules if name in owners} - {"reproml"}
     runtime = {str(parse_wheel_filename(file)[0]) for file in GROUPS["x86_64-linux"]["runtime"]}
@@ -240,14 +245,7 @@ def run_folder(template: Path) -> Path:
 
 def reproml(template: Path, verb: str, *options: str) -> str:
     """Run a command as a step of the template's recipe does."""
-    return subprocess.run(
-        [sys.executable, "-m", "reproml", verb, "--recipe", "recipes/my-mlp.toml", *options],
-        cwd=template,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    ).stdout
+    return python(template, "-m", "reproml", verb, "--recipe", "recipes/my-mlp.toml", *options)
 
 
 def test_the_golden_file_of_the_template_is_what_it_trains(template, run_folder):
