@@ -215,9 +215,10 @@ def exact_rows(
     """
     at, position = np.unique(row_of, return_inverse=True)
     values = np.empty(len(column))
+    together = max(1, _CHUNK // rows.shape[2])
     try:
-        for start in range(0, len(at), max(1, _CHUNK // rows.shape[2])):  # numbers of any length
-            part = slice(start, start + max(1, _CHUNK // rows.shape[2]))
+        for start in range(0, len(at), together):  # numbers of any length
+            part = slice(start, start + together)
             here = (position >= part.start) & (position < part.stop)
             operands = [Rationals.of_floats(x) for x in rows[at[part]].transpose(1, 0, 2)]
             y: Rationals = formula(RationalContext(), *operands)

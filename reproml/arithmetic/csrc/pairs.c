@@ -88,7 +88,7 @@ static void run_task(integer task, void *data) {
     const integer n = c->n, end = c->per_task * (task + 1);
     integer failures = 0;
     for (integer row = c->per_task * task; row < end && row < c->rows; row++) {
-        const float *x = c->x + row * n, *y = c->y ? c->y + row * n : 0;
+        const float *x = c->x + row * n, *y = c->y + row * n;
         switch (c->kind) {
         case RUNNING_SUMS: failures += running_sums(x, n, c->out + row * n, c->failed + row * n); break;
         case VARIANCE:
@@ -104,7 +104,7 @@ static void run_task(integer task, void *data) {
     __atomic_fetch_add(&c->failures, failures, __ATOMIC_RELAXED);
 }
 
-/* x and y (null for formulas of one operand) are `rows` contiguous rows of n numbers. `out` and `failed` have one
+/* x and y (not read by formulas of one operand) are `rows` contiguous rows of n numbers. `out` and `failed` have one
    element for each result: n for each row, or one. Returns the number of results for which the test failed. */
 integer reproml_rows(int kind, const float *x, const float *y, integer rows, integer n, double divisor, float *out,
                      uint8_t *failed) {

@@ -30,7 +30,7 @@ def mse_loss(x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
 
 def mse_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:
     """Return 2 g (x - y), for MEAN divided by the number of elements."""
-    n = torch.broadcast_tensors(x, y)[0].numel() if reduction == MEAN else 1
+    n = _divisor(reduction, x, y)
 
     def formula(ctx: Any, g: Any, x: Any, y: Any) -> Any:
         return g * (2 * (x - y)) / n
@@ -149,9 +149,8 @@ def _loss(formula: Callable[..., Any], reduction: int, *operands: Tensor) -> Ten
     """Return the formula's sum or mean over all elements, or for NONE each value, rounded once."""
     if reduction == NONE:
         return elementwise(formula, *operands)
-    wide = torch.broadcast_tensors(*operands)
-    n = wide[0].numel() if reduction == MEAN else 1
-    flat = [x.reshape(-1) for x in wide]
+    n = _divisor(reduction, *operands)
+    flat = [x.reshape(-1) for x in torch.broadcast_tensors(*operands)]
 
     def value(ctx: Any, *x: Any) -> Any:
         return ctx.sum(formula(ctx, *x)) / n
@@ -173,8 +172,13 @@ def _loss(formula: Callable[..., Any], reduction: int, *operands: Tensor) -> Ten
 
 def _gradient(formula: Callable[..., Any], reduction: int, g: Tensor, *operands: Tensor) -> Tensor:
     """Return g times each value of the formula, for MEAN divided by their number, rounded once."""
-    n = torch.broadcast_tensors(*operands)[0].numel() if reduction == MEAN else 1
+    n = _divisor(reduction, *operands)
     return elementwise(lambda ctx, g, *x: g * formula(ctx, *x) / n, g, *operands)
+
+
+def _divisor(reduction: int, *operands: Tensor) -> int:
+    """Return the number of elements of a loss for MEAN, otherwise 1."""
+    return torch.broadcast_tensors(*operands)[0].numel() if reduction == MEAN else 1
 
 
 def _is_within(x: Tensor, y: Tensor, bound: float) -> Tensor:
