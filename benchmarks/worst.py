@@ -5,7 +5,7 @@
 Most results are confirmed by the first rounding test. Inputs whose exact results are all ties, cancel to
 zero or lie beside a midpoint are not, for whole tensors, and take the slower paths. So each operator is
 timed on every kind of input below, forward and backward, with one thread, and its worst ratio is printed.
-A ratio of 99 means that it took longer than LIMIT. Lines of the operator table that no case reaches are
+A ratio of 99,000 means that it took longer than LIMIT. Lines of the operator table that no case reaches are
 listed at the end.
 """
 
