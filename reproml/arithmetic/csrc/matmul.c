@@ -262,8 +262,8 @@ integer reproml_product(integer batch, integer m, integer n, integer k, const fl
                  .m = m,
                  .n = n,
                  .k = k,
-                 .a = a,
-                 .b = b,
+                 .a = k ? a : out, /* without a column, it has no memory */
+                 .b = k ? b : out,
                  .bias = bias,
                  .a_batch = a_batch,
                  .a_row = a_row,
