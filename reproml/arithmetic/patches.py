@@ -311,13 +311,13 @@ def _optimizer_steps() -> list[Patch]:
                 if function.__module__ == module_name and re.match(
                     "_(single_tensor|multi_tensor|fused)_", name
                 ):
-                    step = _step(module_name.rpartition(".")[2].lstrip("_"))
+                    step = _step(module_name.rpartition(".")[2])
                     patches.append((module, name, _within_exact(step)))
     return patches
 
 
-def _step(optimizer: str) -> Callable[..., None]:
-    name, step = f"torch.optim.{optimizer}", optimizers.STEPS.get(optimizer)
+def _step(module: str) -> Callable[..., None]:
+    name, step = f"torch.optim.{module.lstrip('_')}", optimizers.STEPS.get(module)
 
     def exact_step(original: Callable[..., None], *lists: Any, **options: Any) -> None:
         try:
@@ -352,8 +352,8 @@ def _undefined_name(kind: type) -> str:
 
 def _undefined_optimizer(name: str) -> NotExactError:
     return NotExactError(
-        f"The optimizer {name} has no exact definition, called at {handlers.caller()}; use Adam, AdamW, "
-        "SGD, RMSprop, Adagrad or Adadelta, or take its step out of reproml.exact()."
+        f"The optimizer {name} has no exact definition, called at {handlers.caller()}; use one of "
+        f"{', '.join(sorted(optimizers.DEFINED))}, or take its step out of reproml.exact()."
     )
 
 

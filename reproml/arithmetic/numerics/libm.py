@@ -135,16 +135,17 @@ class ExactPower(float):
     """A float whose `**` with another number is correctly rounded, as either operand."""
 
     def __pow__(self, exponent: Any, modulo: Any = None) -> Any:
-        return _power(float(self), exponent)
+        return power(float(self), exponent)
 
     def __rpow__(self, base: Any, modulo: Any = None) -> Any:
-        return _power(base, float(self))
+        return power(base, float(self))
 
     def __reduce__(self) -> Any:
         return float, (float(self),)
 
 
-def _power(base: float, exponent: float) -> Any:
+def power(base: float, exponent: float) -> Any:
+    """Return base**exponent, correctly rounded to binary64. Raises the errors of `**`."""
     base, exponent = float(base), float(exponent)
     approximation: Any = base**exponent  # raises the errors of `**`
     if isinstance(approximation, complex) or base == 0:
