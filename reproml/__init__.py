@@ -22,11 +22,18 @@ from reproml.versions import __version__ as __version__
 
 if TYPE_CHECKING:
     from reproml.arithmetic.context import exact as exact
+    from reproml.arithmetic.numerics.libm import EXACT_MATH
+
+    math = EXACT_MATH
 
 
 def __getattr__(name: str) -> Any:
-    if name != "exact":
-        raise AttributeError(f"module 'reproml' has no attribute {name!r}")
-    from reproml.arithmetic.context import exact
+    if name == "exact":
+        from reproml.arithmetic.context import exact
 
-    return exact
+        return exact
+    if name == "math":  # Python's math, whose functions are correctly rounded
+        from reproml.arithmetic.numerics.libm import EXACT_MATH
+
+        return EXACT_MATH
+    raise AttributeError(f"module 'reproml' has no attribute {name!r}")

@@ -6,8 +6,10 @@ The last bit of the C library's results differs between systems. mpmath is impor
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import wraps
-from types import ModuleType
+from types import BuiltinFunctionType, ModuleType
 from typing import Any, Callable
 
 from reproml.arithmetic.numerics.rationals import to_53_bits
@@ -160,3 +162,23 @@ def _real_power(mp: Any, base: Any, exponent: Any) -> Any:
     """Return a power that is real: if the base is negative, the exponent is an integer."""
     magnitude = mp.power(abs(base), exponent)
     return -magnitude if base < 0 and exponent % 2 else magnitude
+
+
+EXACT_MATH = ExactMath()
+_EXACT = {getattr(math, name): getattr(EXACT_MATH, name) for name in [*_REAL_FUNCTIONS, "dist", "hypot"]
+          if hasattr(math, name)}  # fmt: skip
+
+
+@contextmanager
+def exact_functions(modules: Iterable[dict[str, Any]]) -> Iterator[None]:
+    """Replace `math` and its functions among global variables of modules, until the end of the block."""
+    with ExitStack() as stack:
+        for variables in modules:
+            for name, value in list(variables.items()):
+                exact = EXACT_MATH if value is math else None
+                if isinstance(value, BuiltinFunctionType):
+                    exact = _EXACT.get(value)
+                if exact is not None:
+                    variables[name] = exact
+                    stack.callback(variables.__setitem__, name, value)
+        yield
