@@ -241,10 +241,16 @@ def run_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     first = this_worker().rank == 0  # all workers that torchrun started have the same results
     digest = args.digest if first else None
     command = args.script, args.arguments
-    exit_request, result = script.execute(*command, args.numerics, digest, args.trace)
+    exit_request, result = script.execute(*command, args.numerics, digest, args.trace, args.seed)
     lines = script.lines(result) if first else []
     for line in lines:
         terminal.print(line)
+    if lines and result.get("unseeded"):
+        complain(
+            f"the script drew numbers from {' and '.join(result['unseeded'])} without a seed: if the "
+            "training uses them, each run has another digest; seed each generator in the script, or give "
+            "--seed N"
+        )
     if first and not lines and exit_request is None:
         complain(
             "nothing to digest: no optimizer of torch.optim took a step, no state dict was saved and no "
@@ -422,6 +428,12 @@ def _positive_integers(text: str) -> list[int]:
     return [_positive_integer(count) for count in text.split(",")]
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:  # NumPy's limit
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 2**32 - 1")
+    return int(text)
+
+
 def _device_name(text: str) -> str:
     if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d{0,2}))?", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
@@ -479,6 +491,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": Path,
         "metavar": "FILE",
         "help": "also write the digests to this JSON file; must precede SCRIPT.py",
+    },
+    "--seed": {
+        "type": _seed,
+        "metavar": "N",
+        "help": "seed Python's random, NumPy's global generator and PyTorch's before the script starts",
     },
     "--script": {
         "metavar": "'SCRIPT.py ARGS'",
@@ -547,7 +564,7 @@ VERBS = {
     "golden": Verb(
         golden_command, "--recipe --data --numerics --device --force --json", trains=True
     ),
-    "run": Verb(run_command, "--numerics --digest --trace script arguments", trains=True),
+    "run": Verb(run_command, "--numerics --digest --trace --seed script arguments", trains=True),
     "matrix": Verb(matrix_command, "--recipe --script --data --device --steps --workers --json"),
     "doctor": Verb(doctor_command, "--run --json"),
     "report": Verb(report_command, "--recipe --data --run --out --diff --json"),

@@ -40,6 +40,7 @@ from reproml.digest import digest
 from reproml.errors import ReproError
 from reproml.files import write_atomically
 from reproml.pipeline.train import numerics_mode
+from reproml.seeding import Generators
 from reproml.terminal import complain
 from reproml.tracing import trace
 from reproml.versions import DEFINITIONS
@@ -144,11 +145,13 @@ def execute(
     numerics: str = "exact",
     digest_file: Optional[Path] = None,
     trace_file: Optional[Path] = None,
+    seed: Optional[int] = None,
 ) -> tuple[Optional[SystemExit], dict[str, Any]]:
     """Run the script as `__main__` of this process, which cannot be undone.
 
     Return the SystemExit that the script raised, if any, and the digests, which are also written to
-    `digest_file` as JSON. `trace_file` records the steps of its training.
+    `digest_file` as JSON. `trace_file` records the steps of its training. `seed` seeds the generators of
+    Python, NumPy and PyTorch before; the result names those that the script drew from without a seed.
 
     An exception that the script does not catch is printed with its traceback and raises SystemExit(1);
     there are no digests then, as a training that failed half-way has no result. Raises ReproError if the
@@ -167,12 +170,15 @@ def execute(
     traced = trace(trace_file, about={"numerics": numerics}) if trace_file else nullcontext()
     with traced as recorder:
         main = _main_module(script, arguments, path)
-        with observer.observing():
+        generators = Generators(seed)
+        with observer.observing(), generators.watching():
             exit_request = _execute_source(source, path, main, numerics)
         if recorder and not recorder.steps:
             complain(f"{trace_file} has no step: no optimizer of torch.optim took one")
         observer.find_models(main.__dict__)
         result = {"definitions": DEFINITIONS, "numerics": numerics, **observer.result()}
+        if generators.unseeded:
+            result["unseeded"] = generators.unseeded
         if target:
             _write_json(target, result)
     return exit_request, result

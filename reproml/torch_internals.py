@@ -371,11 +371,17 @@ OPTIMIZER_STEPS: dict[str, tuple[str, ...]] = {
     "adagrad": ("single_tensor", "multi_tensor", "fused"),
     "rmsprop": ("single_tensor", "multi_tensor"),
     "adadelta": ("single_tensor", "multi_tensor"),
+    "nadam": ("single_tensor", "multi_tensor"),
+    "radam": ("single_tensor", "multi_tensor"),
+    "adamax": ("single_tensor", "multi_tensor"),
+    "asgd": ("single_tensor", "multi_tensor"),
+    "rprop": ("single_tensor", "multi_tensor"),
+    "_adafactor": ("single_tensor", "multi_tensor"),
 }
 for _name, _forms in OPTIMIZER_STEPS.items():
     for _form in _forms:
         internal(
-            f"torch.optim.{_name}._{_form}_{_name}",
+            f"torch.optim.{_name}._{_form}_{_name.lstrip('_')}",
             "does a step of the optimizer",
             "weights would depend on the form of the step and on the C library",
         )

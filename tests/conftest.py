@@ -20,14 +20,14 @@ settings.load_profile("reproml")
 SLOW_FILES = {
     f"{folder}/test_{name}.py"
     for folder, names in {
-        "tests": "cli distributed examples layout matrix package readme report script torch_internals "
-        "windows",
+        "tests": "cli distributed examples layout matrix package readme report samples script seeding "
+        "torch_internals training_state windows",
         "tests/arithmetic": "context operator_table patches selftest",
         "tests/arithmetic/numerics": "libm",
         "tests/arithmetic/compiler": "evaluate fast rounding_bounds",
         "tests/arithmetic/dispatch": "deferred dispatcher",
         "tests/arithmetic/distributed": "sharded",
-        "tests/arithmetic/operators": "matmul normalization optimizers",
+        "tests/arithmetic/operators": "matmul normalization optimizer_formulas optimizers",
         "tests/diff": "compare pairs",
         "tests/pipeline": "data faults preprocess",
         "tests/tracing": "trace",

@@ -285,6 +285,31 @@ def test_model_without_digest_is_reported(reproml_run, model):
     assert second.startswith("reproml: nothing to digest")
 
 
+UNSEEDED = TRAIN.replace(
+    "torch.manual_seed(1)", "import random; random.random(); import numpy; numpy.random.rand()"
+)
+
+
+def test_draws_without_a_seed_are_reported(tmp_path, reproml_run):
+    found = reproml_run("--digest", "d.json", "script.py", source=UNSEEDED)
+    assert found.returncode == 0 and found.stderr == (
+        "reproml: the script drew numbers from Python's random and NumPy's global generator and PyTorch's "
+        "generator without a seed: if the training uses them, each run has another digest; seed each "
+        "generator in the script, or give --seed N\n"
+    )
+    assert len(json.loads((tmp_path / "d.json").read_text())["unseeded"]) == 3
+
+
+def test_a_seed_makes_two_runs_agree(reproml_run):
+    runs = [reproml_run("--seed", str(n), "script.py", source=UNSEEDED) for n in (7, 7, 8)]
+    assert all(x.returncode == 0 and not x.stderr for x in runs)
+    assert runs[0].stdout == runs[1].stdout != runs[2].stdout
+    refused = reproml_run("--seed", "-1", "script.py")
+    assert (
+        refused.returncode == 2 and "'-1' is not an integer from 0 to 2**32 - 1" in refused.stderr
+    )
+
+
 def test_interrupt_prints_one_line(tmp_path):
     (tmp_path / "script.py").write_text("import time; print('on', flush=True); time.sleep(60)")
     child = subprocess.Popen(

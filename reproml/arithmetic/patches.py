@@ -16,8 +16,10 @@ import inspect
 import math
 import multiprocessing.pool
 import re
+import struct
 import sys
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -37,7 +39,7 @@ from reproml.arithmetic import handlers, operator_table, state
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.gradients import gradients
 from reproml.arithmetic.dispatch.interception import ByMode, interception
-from reproml.arithmetic.numerics.libm import ExactMath, ExactPower
+from reproml.arithmetic.numerics.libm import EXACT_MATH, ExactPower, exact_functions
 from reproml.arithmetic.operators import optimizers, random
 from reproml.arithmetic.operators.casts import NARROW, is_float32, wide_numbers
 from reproml.errors import NotExactError, ReproError
@@ -187,7 +189,7 @@ def _exit_label(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _scheduler_step(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-    """Do a scheduler's step with correctly rounded powers of, or with, its attributes."""
+    """Do a scheduler's step with a correctly rounded `math`, and powers of, or with, its attributes."""
     numbers: dict[str, float] = {}
     for name in ("gamma", "power"):
         x = getattr(scheduler, name, None)
@@ -200,10 +202,25 @@ def _scheduler_step(original: Callable[..., Any], scheduler: Any, *args: Any, **
     try:
         for name, x in numbers.items():
             setattr(scheduler, name, ExactPower(x))
-        return original(scheduler, *args, **kwargs)
+        with _schedules, exact_functions(_globals_of_schedule(scheduler)):
+            return original(scheduler, *args, **kwargs)
     finally:
         for name, x in numbers.items():
             setattr(scheduler, name, x)
+
+
+_schedules = threading.RLock()  # of the global variables that are replaced during a step
+
+
+def _globals_of_schedule(scheduler: Any) -> list[dict[str, Any]]:
+    """Return the global variables of the modules that compute a scheduler's rates, PyTorch's excepted."""
+    functions = [vars(kind).get("get_lr") for kind in type(scheduler).__mro__]
+    for function in getattr(scheduler, "lr_lambdas", ()):
+        while isinstance(function, functools.partial):
+            function = function.func
+        functions.append(function if hasattr(function, "__code__") else type(function).__call__)
+    found = (getattr(inspect.unwrap(f), "__globals__", {}) for f in functions if f)
+    return [x for x in found if not str(x.get("__name__")).startswith("torch.optim.")]
 
 
 def _exp_range(original: staticmethod[Any, Any]) -> staticmethod[Any, Any]:
@@ -311,13 +328,13 @@ def _optimizer_steps() -> list[Patch]:
                 if function.__module__ == module_name and re.match(
                     "_(single_tensor|multi_tensor|fused)_", name
                 ):
-                    step = _step(module_name.rpartition(".")[2].lstrip("_"))
+                    step = _step(module_name.rpartition(".")[2])
                     patches.append((module, name, _within_exact(step)))
     return patches
 
 
-def _step(optimizer: str) -> Callable[..., None]:
-    name, step = f"torch.optim.{optimizer}", optimizers.STEPS.get(optimizer)
+def _step(module: str) -> Callable[..., None]:
+    name, step = f"torch.optim.{module.lstrip('_')}", optimizers.STEPS.get(module)
 
     def exact_step(original: Callable[..., None], *lists: Any, **options: Any) -> None:
         try:
@@ -333,11 +350,29 @@ def _step(optimizer: str) -> Callable[..., None]:
     return exact_step
 
 
-def _refuse_undefined_optimizers(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Refuse the step of an optimizer of torch.optim, or of a subclass of it, that has no definition."""
+def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Refuse the step of an optimizer of torch.optim, or of a subclass of it, that has no definition.
+
+    Warn of a learning rate that may differ in the last bit between machines.
+    """
     name = _undefined_name(type(optimizer))  # type: ignore[arg-type]
     if name and state.active.depth and not handlers.may_run_natively(name):
         raise _undefined_optimizer(name)
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        if isinstance(rate, float) and state.active.depth and _is_near_midpoint(rate):
+            warnings.warn(
+                f"The learning rate {rate!r} is within two binary64 ulps of a midpoint between two float32 "
+                "numbers. If functions of the C library computed it, ** among them, it may be rounded "
+                "differently on another machine; compute it with reproml.math.",
+                stacklevel=2,
+            )
+
+
+def _is_near_midpoint(x: float) -> bool:
+    """Return whether x is within two binary64 ulps of a midpoint of two normal binary32 numbers."""
+    bits: int = struct.unpack("<Q", struct.pack("<d", x))[0]
+    return abs((bits & (1 << 29) - 1) - (1 << 28)) <= 2
 
 
 @functools.cache
@@ -352,8 +387,8 @@ def _undefined_name(kind: type) -> str:
 
 def _undefined_optimizer(name: str) -> NotExactError:
     return NotExactError(
-        f"The optimizer {name} has no exact definition, called at {handlers.caller()}; use Adam, AdamW, "
-        "SGD, RMSprop, Adagrad or Adadelta, or take its step out of reproml.exact()."
+        f"The optimizer {name} has no exact definition, called at {handlers.caller()}; use one of "
+        f"{', '.join(sorted(optimizers.DEFINED))}, or take its step out of reproml.exact()."
     )
 
 
@@ -548,8 +583,14 @@ def _lazy_patches() -> list[Patch]:
         for kind in base.__subclasses__()
         if "__call__" in vars(kind)
     ]
+    schedules = [  # of packages whose schedulers are no subclass of PyTorch's
+        (module, "math", _exact_math)
+        for name, module in sorted(sys.modules.items())
+        if name.startswith("timm.scheduler.") and vars(module).get("math") is math
+    ]
     return [
         *calls,
+        *schedules,
         (lookup(DECORATORS), "_set_stance", _within_exact(_keep_stance)),
         *[patch(name, _within_exact(dispatcher.before_transform)) for name in TRANSFORMS],
         *[patch(name, _refuse_export(public)) for name, public in EXPORTS.items()],
@@ -558,7 +599,7 @@ def _lazy_patches() -> list[Patch]:
 
 # --- the list ------------------------------------------------------------------------------------
 
-_exact_math = _always(ExactMath())
+_exact_math = _always(EXACT_MATH)
 # Initializers, losses, optimizers, schedulers and distributions.
 _math_users = [
     module
@@ -646,9 +687,7 @@ class _Applied:
                     stack.enter_context(dispatcher.composites(operator_table.COMPOSITES))
                     stack.enter_context(gradients(operator_table.GRADIENTS))
                     stack.callback(state.scripts.clear)
-                    stack.callback(
-                        register_optimizer_step_pre_hook(_refuse_undefined_optimizers).remove
-                    )
+                    stack.callback(register_optimizer_step_pre_hook(_check_optimizer).remove)
                     self._undo = stack.pop_all()
             self._users += 1
 

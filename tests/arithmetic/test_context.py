@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import asyncio
+import functools
 import math
 import multiprocessing.pool
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from math import cos
 from typing import Any
 
 import numpy as np
@@ -498,6 +500,63 @@ def test_powers_of_special_values(base):
         0.0 ** libm.ExactPower(-1.0)
 
 
+def rate(step):
+    """A rate, with `math` and a function of it among the global variables of its module."""
+    seen.append((math is reproml.math, cos is reproml.math.cos))
+    return 0.5 * (1 + cos(math.pi * step / 7)) * math.exp(-step)
+
+
+class OfRates(torch.optim.lr_scheduler.LRScheduler):
+    def get_lr(self):
+        return [rate(self.last_epoch) for _ in self.base_lrs]
+
+
+class Callable:
+    def __call__(self, step):
+        return rate(step)
+
+
+seen: list[Any] = []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        OfRates,
+        lambda x: torch.optim.lr_scheduler.LambdaLR(x, rate),
+        lambda x: torch.optim.lr_scheduler.LambdaLR(x, functools.partial(rate)),
+        lambda x: torch.optim.lr_scheduler.MultiplicativeLR(x, Callable()),
+    ],
+)
+def test_schedules_of_a_script_use_exact_functions(make):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    with reproml.exact(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scheduler = make(optimizer)
+        seen.clear()
+        scheduler.step()
+        assert seen == [(True, True)]
+        assert (math.cos, cos) == (cos, math.cos) and cos is not reproml.math.cos
+    scheduler.step()
+    assert seen[1:] == [(False, False)]
+
+
+@pytest.mark.parametrize("ulps, warns", [(0, True), (2, True), (-2, True), (3, False), (-3, False)])
+def test_a_rate_beside_a_midpoint_is_reported(ulps, warns):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    optimizer.param_groups[0]["lr"] = 0.75 + 2**-25 + ulps * 2**-53
+    with reproml.exact(), warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        optimizer.step()
+    assert [str(x.message) for x in found if "midpoint" in str(x.message)] != [] or not warns
+    assert warns or not found
+
+
+def test_math_of_reproml_is_correctly_rounded():
+    assert reproml.math.exp(1.0) == float(o.mp.e) and reproml.math.floor(2.5) == 2
+    assert reproml.math.pow(80.0, -0.8) == float(o.mp.power(80, o.mp.mpf(-0.8)))
+
+
 def schedulers(optimizer):
     library = torch.optim.lr_scheduler
     return [
@@ -511,13 +570,13 @@ def schedulers(optimizer):
 
 def test_schedulers_use_exact_powers(monkeypatch):
     taken = []
-    power = libm._power
+    power = libm.power
 
     def counted(x, y):
         taken.append((x, y))
         return power(x, y)
 
-    monkeypatch.setattr(libm, "_power", counted)
+    monkeypatch.setattr(libm, "power", counted)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     with reproml.exact(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -6,8 +6,10 @@ The last bit of the C library's results differs between systems. mpmath is impor
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import wraps
-from types import ModuleType
+from types import BuiltinFunctionType, ModuleType
 from typing import Any, Callable
 
 from reproml.arithmetic.numerics.rationals import to_53_bits
@@ -135,16 +137,17 @@ class ExactPower(float):
     """A float whose `**` with another number is correctly rounded, as either operand."""
 
     def __pow__(self, exponent: Any, modulo: Any = None) -> Any:
-        return _power(float(self), exponent)
+        return power(float(self), exponent)
 
     def __rpow__(self, base: Any, modulo: Any = None) -> Any:
-        return _power(base, float(self))
+        return power(base, float(self))
 
     def __reduce__(self) -> Any:
         return float, (float(self),)
 
 
-def _power(base: float, exponent: float) -> Any:
+def power(base: float, exponent: float) -> Any:
+    """Return base**exponent, correctly rounded to binary64. Raises the errors of `**`."""
     base, exponent = float(base), float(exponent)
     approximation: Any = base**exponent  # raises the errors of `**`
     if isinstance(approximation, complex) or base == 0:
@@ -159,3 +162,23 @@ def _real_power(mp: Any, base: Any, exponent: Any) -> Any:
     """Return a power that is real: if the base is negative, the exponent is an integer."""
     magnitude = mp.power(abs(base), exponent)
     return -magnitude if base < 0 and exponent % 2 else magnitude
+
+
+EXACT_MATH = ExactMath()
+_EXACT = {getattr(math, name): getattr(EXACT_MATH, name) for name in [*_REAL_FUNCTIONS, "dist", "hypot"]
+          if hasattr(math, name)}  # fmt: skip
+
+
+@contextmanager
+def exact_functions(modules: Iterable[dict[str, Any]]) -> Iterator[None]:
+    """Replace `math` and its functions among global variables of modules, until the end of the block."""
+    with ExitStack() as stack:
+        for variables in modules:
+            for name, value in list(variables.items()):
+                exact = EXACT_MATH if value is math else None
+                if isinstance(value, BuiltinFunctionType):
+                    exact = _EXACT.get(value)
+                if exact is not None:
+                    variables[name] = exact
+                    stack.callback(variables.__setitem__, name, value)
+        yield

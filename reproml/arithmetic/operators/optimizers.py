@@ -37,6 +37,13 @@ from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics import devices
 from reproml.arithmetic.numerics.scalars import float32_scalar
+from reproml.arithmetic.operators import optimizer_formulas as formulas
+from reproml.arithmetic.operators.optimizer_formulas import (
+    assign,
+    decay_operand,
+    direction_of,
+    square,
+)
 from reproml.errors import NotExactError
 
 Step = Callable[..., None]
@@ -139,7 +146,7 @@ class _Adam(NamedTuple):
         """Update one parameter, of any layout, by the reference path."""
         exact = self.exact
         correction1, correction2 = (bias_correction(beta, step) for beta in self.betas)
-        direction, rate = _direction(exact.penalty, self.sign), exact.lr / correction1
+        direction, rate = direction_of(exact.penalty, self.sign), exact.lr / correction1
 
         def average(ctx: Any, p: Any, g: Any, m: Any) -> Any:
             return self.exact.beta1 * m + self.exact.one_minus_beta1 * direction(p, g)
@@ -151,12 +158,12 @@ class _Adam(NamedTuple):
             denominator = ctx.sqrt(v / correction2) + self.exact.eps
             return self.exact.shrinkage * p - rate * (m / denominator)
 
-        decayed = _decayed(self.floats.penalty, p, g)
-        _assign(m, average, decayed, g, m)
-        _assign(v, average_square, decayed, g, v)
+        decayed = decay_operand(self.floats.penalty, p, g)
+        assign(m, average, decayed, g, m)
+        assign(v, average_square, decayed, g, v)
         if v_max:
             v = torch.maximum(v_max[0], v, out=v_max[0])
-        _assign(p, update, p, m, v)
+        assign(p, update, p, m, v)
 
     def compiled_step(self, step: int, states: list[tuple[Tensor, ...]]) -> None:
         """Update parameters in one compiled loop, which is the fast path.
@@ -249,22 +256,22 @@ def sgd(
     rate, decay = float32_scalar(lr), float32_scalar(weight_decay)
     mu, fresh = float32_scalar(momentum), float32_scalar(1 - dampening)
     sign = -1 if maximize else 1
-    direction = _direction(decay, sign)
+    direction = direction_of(decay, sign)
 
     def reference_step(first: bool, p: Tensor, g: Tensor, buffer: Optional[Tensor] = None) -> None:
         if buffer is None:
-            _assign(p, lambda ctx, p, g: p - rate * direction(p, g), p, g)
+            assign(p, lambda ctx, p, g: p - rate * direction(p, g), p, g)
             return
-        decayed = _decayed(weight_decay, p, g)
+        decayed = decay_operand(weight_decay, p, g)
         if first:
-            _assign(buffer, lambda ctx, p, g: direction(p, g), decayed, g)
+            assign(buffer, lambda ctx, p, g: direction(p, g), decayed, g)
         else:
             average = lambda ctx, p, g, b: mu * b + fresh * direction(p, g)  # noqa: E731
-            _assign(buffer, average, decayed, g, buffer)
+            assign(buffer, average, decayed, g, buffer)
         if nesterov:
-            _assign(p, lambda ctx, p, g, b: p - rate * (direction(p, g) + mu * b), p, g, buffer)
+            assign(p, lambda ctx, p, g, b: p - rate * (direction(p, g) + mu * b), p, g, buffer)
         else:
-            _assign(p, lambda ctx, p, b: p - rate * b, p, buffer)
+            assign(p, lambda ctx, p, b: p - rate * b, p, buffer)
 
     numbers = (nesterov, sign, float(decay), float(rate), float(mu), float(fresh))
     for i, (p, g) in enumerate(zip(params, grads)):
@@ -318,7 +325,7 @@ def rmsprop(
     """
     rate, keep, rest = float32_scalar(lr), float32_scalar(alpha), float32_scalar(1 - alpha)
     epsilon, mu = float32_scalar(eps), float32_scalar(momentum)
-    direction = _direction(float32_scalar(weight_decay), -1 if maximize else 1)
+    direction = direction_of(float32_scalar(weight_decay), -1 if maximize else 1)
 
     def update(ctx: Any, p: Any, g: Any, v: Any, a: Any) -> Any:
         return direction(p, g) / (ctx.sqrt(v - a * a if centered else v) + epsilon)
@@ -327,16 +334,16 @@ def rmsprop(
         return mu * b + update(ctx, p, g, v, a)
 
     for i, (p, g, v) in enumerate(zip(params, grads, square_avgs)):
-        decayed = _decayed(weight_decay, p, g)
-        _assign(v, lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), decayed, g, v)
+        decayed = decay_operand(weight_decay, p, g)
+        assign(v, lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), decayed, g, v)
         a = grad_avgs[i] if centered else v
         if centered:
-            _assign(a, lambda ctx, p, g, a: keep * a + rest * direction(p, g), decayed, g, a)
+            assign(a, lambda ctx, p, g, a: keep * a + rest * direction(p, g), decayed, g, a)
         if mu:
-            _assign(buffers[i], accumulated_update, decayed, g, v, a, buffers[i])
-            _assign(p, lambda ctx, p, b: p - rate * b, p, buffers[i])
+            assign(buffers[i], accumulated_update, decayed, g, v, a, buffers[i])
+            assign(p, lambda ctx, p, b: p - rate * b, p, buffers[i])
         else:
-            _assign(p, lambda ctx, p, g, v, a: p - rate * update(ctx, p, g, v, a), p, g, v, a)
+            assign(p, lambda ctx, p, g, v, a: p - rate * update(ctx, p, g, v, a), p, g, v, a)
 
 
 def adagrad(
@@ -357,17 +364,21 @@ def adagrad(
     param' = param - lr / (1 + (t - 1) lr_decay) * d / (sqrt(s') + eps), rounded once.
     """
     epsilon = float32_scalar(eps)
-    direction = _direction(float32_scalar(weight_decay), -1 if maximize else 1)
+    direction = direction_of(float32_scalar(weight_decay), -1 if maximize else 1)
     for p, g, s, step in zip(params, grads, state_sums, steps):
         rate = float32_scalar(lr) / (1 + (step - 1) * float32_scalar(lr_decay))
 
         def update(ctx: Any, p: Any, g: Any, s: Any, rate: Fraction = rate) -> Any:
             return p - rate * (direction(p, g) / (ctx.sqrt(s) + epsilon))
 
-        _assign(
-            s, lambda ctx, p, g, s: s + square(direction(p, g)), _decayed(weight_decay, p, g), g, s
+        assign(
+            s,
+            lambda ctx, p, g, s: s + square(direction(p, g)),
+            decay_operand(weight_decay, p, g),
+            g,
+            s,
         )
-        _assign(p, update, p, g, s)
+        assign(p, update, p, g, s)
 
 
 def adadelta(
@@ -390,44 +401,20 @@ def adadelta(
     """
     rate, keep, rest = float32_scalar(lr), float32_scalar(rho), float32_scalar(1 - rho)
     epsilon = float32_scalar(eps)
-    direction = _direction(float32_scalar(weight_decay), -1 if maximize else 1)
+    direction = direction_of(float32_scalar(weight_decay), -1 if maximize else 1)
 
     def update(ctx: Any, p: Any, g: Any, v: Any, a: Any) -> Any:
         return ctx.sqrt(a + epsilon) / ctx.sqrt(v + epsilon) * direction(p, g)
 
     for p, g, v, a in zip(params, grads, square_avgs, acc_deltas):
-        decayed = _decayed(weight_decay, p, g)
-        _assign(v, lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), decayed, g, v)
+        decayed = decay_operand(weight_decay, p, g)
+        assign(v, lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), decayed, g, v)
         u = elementwise(update, decayed, g, v, a)
-        _assign(a, lambda ctx, a, u: keep * a + rest * (u * u), a, u)
-        _assign(p, lambda ctx, p, u: p - rate * u, p, u)
+        assign(a, lambda ctx, a, u: keep * a + rest * (u * u), a, u)
+        assign(p, lambda ctx, p, u: p - rate * u, p, u)
 
 
 # --- what the definitions share ------------------------------------------------------------------
-
-
-def square(x: Any) -> Any:
-    return x * x
-
-
-def _direction(decay: Fraction, sign: int) -> Callable[[Any, Any], Any]:
-    """Return the formula of the gradient to descend: `sign` times the gradient, plus weight decay."""
-
-    def direction(p: Any, g: Any) -> Any:
-        g = g if sign == 1 else -g
-        return g + decay * p if decay else g
-
-    return direction
-
-
-def _decayed(decay: float, p: Tensor, g: Tensor) -> Tensor:
-    """Return the operand `p` of a direction: without weight decay `g`, so that p's NaN does not count."""
-    return p if decay else g
-
-
-def _assign(target: Tensor, formula: Callable[..., Any], *operands: Tensor) -> None:
-    """Overwrite a tensor with the correctly rounded values of a formula."""
-    target.copy_(elementwise(formula, *operands))
 
 
 def _has_kernel(state: Sequence[Tensor]) -> bool:
@@ -561,11 +548,36 @@ _DEFINITIONS: dict[str, Step] = {
     "rmsprop": _python_step(rmsprop, "lr alpha eps weight_decay momentum centered maximize"),
     "adagrad": _python_step(adagrad, "lr weight_decay lr_decay eps maximize", takes_steps=True),
     "adadelta": _python_step(adadelta, "lr rho eps weight_decay maximize"),
+    "nadam": _python_step(
+        formulas.nadam,
+        "beta1 beta2 lr weight_decay momentum_decay eps decoupled_weight_decay maximize",
+        takes_steps=True,
+    ),
+    "radam": _python_step(
+        formulas.radam,
+        "beta1 beta2 lr weight_decay eps decoupled_weight_decay maximize",
+        takes_steps=True,
+    ),
+    "adamax": _python_step(
+        formulas.adamax, "eps beta1 beta2 lr weight_decay maximize", takes_steps=True
+    ),
+    "asgd": _python_step(
+        formulas.asgd, "lambd lr t0 alpha weight_decay maximize", takes_steps=True
+    ),
+    "rprop": _python_step(formulas.rprop, "step_size_min step_size_max etaminus etaplus maximize"),
+    "_adafactor": _python_step(
+        formulas.adafactor,
+        "d lr beta2_decay weight_decay eps1 eps2 maximize",
+        takes_steps=True,
+    ),
 }
 # Module of torch.optim -> what replaces each of its OPTIMIZER_STEPS (reproml/torch_internals.py).
 STEPS = {name: _checked(step) for name, step in _DEFINITIONS.items()}
 # The optimizers that have a definition; all others of torch.optim are refused.
-DEFINED = frozenset("Adam AdamW SGD RMSprop Adagrad Adadelta".split())
+# LBFGS has no definition of its own: it consists of operators of the table, and of IEEE 754's on floats.
+DEFINED = frozenset(
+    "Adam AdamW SGD RMSprop Adagrad Adadelta NAdam RAdam Adamax ASGD Rprop Adafactor LBFGS".split()
+)
 
 
 # --- the operators of the fused form, when they are called directly (operator_table.py) -----------

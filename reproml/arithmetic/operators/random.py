@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.devices import to_device
-from reproml.arithmetic.numerics.libm import ExactMath, rounded_to_odd
+from reproml.arithmetic.numerics.libm import EXACT_MATH, rounded_to_odd
 from reproml.arithmetic.numerics.rounding import nearest
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import require
@@ -172,7 +172,7 @@ def trunc_normal_(
     """
 
     def distribution(bound: float) -> float:
-        result: float = (1.0 + ExactMath().erf((bound - mean) / std / math.sqrt(2.0))) / 2.0
+        result: float = (1.0 + EXACT_MATH.erf((bound - mean) / std / math.sqrt(2.0))) / 2.0
         return result
 
     with torch.no_grad():

@@ -276,12 +276,6 @@ def test_refuses_a_sparse_gradient():
     assert_refused(torch.nn.Parameter(torch.ones(2)), sparse, "SGD")
 
 
-@pytest.mark.parametrize("kind", ["ASGD", "NAdam", "RAdam", "Adamax"])
-@pytest.mark.parametrize("foreach", [False, True])
-def test_refuses_optimizers_that_use_python_powers(kind, foreach):
-    assert_refused(torch.nn.Parameter(torch.ones(2)), torch.ones(2), kind, foreach=foreach)
-
-
 def native_steps():
     return [
         getattr(importlib.import_module(f"torch.optim.{name}"), form + name)
