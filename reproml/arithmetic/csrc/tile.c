@@ -24,6 +24,36 @@ typedef double full_8 __attribute__((vector_size(64), aligned(8)));
 #define WIDE_8(at) (full_8) _mm512_cvtps_pd(_mm256_loadu_ps(at))
 #define WIDE(lanes, at) WIDE_##lanes(at)
 
+static void transpose_2(const float *from, const integer *line, integer count, float *to, integer pitch) {
+    for (integer p = 0; p < count; p++)
+        for (int r = 0; r < 8; r++) to[p * pitch + r] = from[line[r] + p];
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+/* Blocks of 8 x 8; the last one overlaps the one before. */
+__attribute__((target("avx2"))) static void transpose_4(const float *from, const integer *line, integer count,
+                                                        float *to, integer pitch) {
+    for (integer p = 0; p < count; p += 8) {
+        if (p > count - 8) p = count - 8;
+        __m256 row[8], pair[8], four[8];
+        for (int r = 0; r < 8; r++) row[r] = _mm256_loadu_ps(from + line[r] + p);
+        for (int r = 0; r < 8; r += 2) {
+            pair[r] = _mm256_unpacklo_ps(row[r], row[r + 1]);
+            pair[r + 1] = _mm256_unpackhi_ps(row[r], row[r + 1]);
+        }
+        for (int r = 0; r < 8; r += 4)
+            for (int h = 0; h < 2; h++) {
+                four[r + 2 * h] = _mm256_shuffle_ps(pair[r + h], pair[r + h + 2], 0x44);
+                four[r + 2 * h + 1] = _mm256_shuffle_ps(pair[r + h], pair[r + h + 2], 0xEE);
+            }
+        for (int c = 0; c < 4; c++) {
+            _mm256_storeu_ps(to + (p + c) * pitch, _mm256_permute2f128_ps(four[c], four[c + 4], 0x20));
+            _mm256_storeu_ps(to + (p + c + 4) * pitch, _mm256_permute2f128_ps(four[c], four[c + 4], 0x31));
+        }
+    }
+}
+#endif
+
 /* The formatter does not converge on these macros. */
 /* clang-format off */
 
@@ -98,7 +128,8 @@ typedef double full_8 __attribute__((vector_size(64), aligned(8)));
         {{0}, {0, along_##lanes##_1_1, along_##lanes##_1_2, along_##lanes##_1_3},                          \
          {0, along_##lanes##_2_1, along_##lanes##_2_2, along_##lanes##_2_3},                               \
          {0, along_##lanes##_3_1, along_##lanes##_3_2, along_##lanes##_3_3},                               \
-         {0, along_##lanes##_4_1, along_##lanes##_4_2, along_##lanes##_4_3}}};
+         {0, along_##lanes##_4_1, along_##lanes##_4_2, along_##lanes##_4_3}},                              \
+        transpose_##lanes};
 
 NARROW(2, )
 
@@ -122,7 +153,8 @@ static const tiling TILING_8 = {
     8, 8, 24, 4, 6,
     {{0}, ACROSS_NAMES(8, 1), ACROSS_NAMES(8, 2), ACROSS_NAMES(8, 3), ACROSS_NAMES(8, 4), ACROSS_NAMES(8, 5),
      ACROSS_NAMES(8, 6), ACROSS_NAMES(8, 7), ACROSS_NAMES(8, 8)},
-    {{0}, ALONG_NAMES(8, 1), ALONG_NAMES(8, 2), ALONG_NAMES(8, 3), ALONG_NAMES(8, 4)}};
+    {{0}, ALONG_NAMES(8, 1), ALONG_NAMES(8, 2), ALONG_NAMES(8, 3), ALONG_NAMES(8, 4)},
+    transpose_4};
 #endif
 
 /* clang-format on */
