@@ -4,12 +4,12 @@
 
 #include "panels.h"
 
-#define SLICE 256    /* terms for which a panel of b stays in the first-level cache */
-#define SECTION 2048 /* terms for which lines of a are prepared at once */
-#define BLOCK 256    /* lines of a that are prepared at once: with a section 4 MB */
+#define SLICE 256        /* terms for which a panel of b stays in the first-level cache */
+#define SECTION 2048     /* terms for which lines of a are prepared at once */
+#define BLOCK 256        /* lines of a that are prepared at once: with a section 4 MB */
 #define SERIAL (1 << 16) /* multiplications that take a microsecond or two, too few for a second thread */
 
-#define SMALL (1 << 20)  /* multiplications of one product of a batch that are not worth several threads */
+#define SMALL (1 << 20) /* multiplications of one product of a batch that are not worth several threads */
 
 #define TILE (TILE_ROWS * TILE_COLUMNS)
 
@@ -35,7 +35,8 @@ static int find_pieces(const integer *line, int count, pieces *s) {
     int all = 0, end;
     memset(s->count, 0, sizeof s->count);
     for (int start = 0; start < count; start = end) {
-        for (end = start + 1; end < count && line[end] == line[end - 1] + 1; end++) {}
+        for (end = start + 1; end < count && line[end] == line[end - 1] + 1; end++) {
+        }
         int run = end - start, size = run >= 8 ? 0 : run >= 4 ? 1 : run >= 2 ? 2 : 3, width = 8 >> size;
         for (int at = start; at < end; at += width, all++) {
             if (at > end - width) at = end - width; /* overlaps the piece before */
@@ -45,8 +46,8 @@ static int find_pieces(const integer *line, int count, pieces *s) {
     return all;
 }
 
-#define COPY(size)                                                                                                     \
-    for (int i = 0; i < s->count[size]; i++)                                                                           \
+#define COPY(size)                           \
+    for (int i = 0; i < s->count[size]; i++) \
         memcpy(row + s->to[size][i], source + s->from[size][i], (8 >> size) * sizeof(float));
 
 VECTORISED static void copy_pieces(const pieces *s, const float *restrict from, const integer *restrict term,
@@ -85,7 +86,8 @@ static void pack(const product *x, const operand *o, integer item, integer first
     int used = (count + 7) / 8 * 8;
     if (used < pitch) memset(to, 0, (size_t)(depth * pitch) * sizeof(float));
     for (integer p = 0; p < depth; p = end) {
-        for (end = p + 1; end < depth && term[end] == term[end - 1] + 1; end++) {}
+        for (end = p + 1; end < depth && term[end] == term[end - 1] + 1; end++) {
+        }
         if (end - p >= 8)
             for (int j = 0; j < used; j += 8)
                 x->tiles->transpose(from + term[p], line + j, end - p, to + p * pitch + j, pitch);
@@ -255,8 +257,8 @@ static void multiply(integer worker, void *data) {
                 integer i = begin + r;
                 int m = (int)smaller(x->m - (j->block + i) * x->tiles->rows, x->tiles->rows);
                 double more[TILE], *sums = p ? more : part + r * TILE;
-                x->tiles->across[m][parts(n, x->tiles->lanes)](
-                    depth, j->wide + i * x->tiles->rows * j->length + p * m, panel, panel_offset, sums);
+                x->tiles->across[m][parts(n, x->tiles->lanes)](depth, j->wide + i * x->tiles->rows * j->length + p * m,
+                                                               panel, panel_offset, sums);
                 if (p)
                     for (int t = 0; t < m * TILE_COLUMNS; t++) part[r * TILE + t] += more[t];
             }
@@ -299,7 +301,8 @@ size_t reproml_plan(product *x) {
     x->block = smaller(x->row_panels, BLOCK / t->rows);
     x->sections = x->k ? parts(x->k, SECTION) : 1, x->length = parts(x->k, x->sections);
     x->workers = x->batch * x->m * x->n * x->k > SERIAL ? reproml_threads() : 1;
-    x->by_item = x->workers == 1 || x->batch >= 4 * x->workers || (x->batch >= x->workers && x->m * x->n * x->k < SMALL);
+    x->by_item =
+        x->workers == 1 || x->batch >= 4 * x->workers || (x->batch >= x->workers && x->m * x->n * x->k < SMALL);
     return (size_t)x->workers * worker_bytes(x) +
            (size_t)((x->by_item ? x->workers : 1) * item_doubles(x)) * sizeof(double);
 }
