@@ -10,6 +10,7 @@
 #include <stdlib.h>
 
 #define SERIAL (1 << 17)  /* multiplications, some microseconds, that are not worth a second thread */
+#define ROW 240           /* places of a row that are calculated at once: a multiple of TILE_COLUMNS */
 #define FEW 8             /* outputs of a group for which packing patches costs more than it saves */
 #define AT_ONCE (1 << 21) /* numbers of the planes that are filled at once: 8 MB */
 #define COPIED (1 << 24)  /* numbers of the planes of all images: 64 MB, beyond which only one image is copied */
@@ -28,6 +29,9 @@ typedef struct {
     integer rows, pitch; /* of one image in a plane */
     integer images;      /* in each plane, one below the other */
 } planes;
+
+static inline integer least(integer a, integer b) { return a < b ? a : b; }
+static inline integer most(integer a, integer b) { return a > b ? a : b; }
 
 /* A multiple of the length of every vector, with zeros at the end. */
 static integer plane_size(const planes *p) { return (p->images * p->rows * p->pitch + 7) / 8 * 8; }
@@ -86,7 +90,7 @@ typedef struct {
     integer k, rows, columns;                               /* terms; places */
     integer first_row, first_column, row_step, column_step; /* of the places in the output */
     integer *offset, *term;                                 /* [k], into the planes and into the weights */
-    double *weights, *norm; /* [groups, panels of outputs, k, rows of the panel]; [groups, outputs] */
+    double *weights;                                        /* [groups, outputs, k] */
 } pass;
 
 /* How patches are packed from a source image, or from planes if it has padding. */
@@ -111,128 +115,91 @@ typedef struct {
     packing packed;
 } slide;
 
-VECTORISED static float largest_magnitude(const float *restrict x, integer n) {
-    float part[16] = {0}, most = 0;
-    integer i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int t = 0; t < 16; t++) part[t] = part[t] > fabsf(x[i + t]) ? part[t] : fabsf(x[i + t]);
-    for (; i < n; i++) most = most > fabsf(x[i]) ? most : fabsf(x[i]);
-    for (int t = 0; t < 16; t++) most = most > part[t] ? most : part[t];
-    return most;
-}
-
-/* Store a rounded tile whose first column is place q. */
-static void store(const slide *s, const pass *p, integer q, int columns, int m, const float *tile, float *out) {
-    integer pitch = s->from.pitch, y = q / pitch, x = q % pitch;
-    for (int j = 0; j < columns && y < p->rows; y++, x = 0) {
-        int run = (int)(columns - j < pitch - x ? columns - j : pitch - x);
-        int valid = x < p->columns ? (int)(run < p->columns - x ? run : p->columns - x) : 0;
-        float *to = out + (p->first_row + y * p->row_step) * s->out_w + p->first_column + x * p->column_step;
-        for (int i = 0; i < m; i++, to += s->out_h * s->out_w)
-            for (int t = 0; t < valid; t++) to[t * p->column_step] = tile[i * TILE_COLUMNS + j + t];
+/* Store rounded numbers of one output, the first of which is place q of the images in the planes. */
+static void store(const slide *s, const pass *p, integer q, integer count, const float *row, float *out) {
+    integer pitch = s->from.pitch, line = q / pitch, x = q % pitch, step = s->groups * s->outputs * s->out_h * s->out_w;
+    for (integer j = 0; j < count; line++, x = 0) {
+        integer run = least(count - j, pitch - x), y = line % s->from.rows, end = least(run, p->columns - x);
+        if (y < p->rows) {
+            float *to = out + line / s->from.rows * step + (p->first_row + y * p->row_step) * s->out_w +
+                        p->first_column + x * p->column_step;
+            for (integer t = 0; t < end; t++) to[t * p->column_step] = row[j + t];
+        }
         j += run;
     }
 }
 
-/* Calculate all places of one pass over one group of one image. */
-static void slide_over(const slide *s, const pass *p, integer item, const float *buffer, double size) {
-    integer group = item % s->groups, pitch = s->from.pitch;
-    integer places = p->rows && p->columns ? (p->rows - 1) * pitch + p->columns : 0;
-    int height = s->tiles->rows, width = s->tiles->columns;
-    float *out = s->out + item * s->outputs * s->out_h * s->out_w;
-    double bound[TILE_COLUMNS];
-    for (int j = 0; j < TILE_COLUMNS; j++) bound[j] = size;
-    for (integer q = 0; q < places; q += width) {
-        int columns = (int)(places - q < width ? places - q : width);
-        for (integer i = 0; i < s->outputs; i += height) {
-            int m = (int)(s->outputs - i < height ? s->outputs - i : height), failed[TILE_ROWS * TILE_COLUMNS];
-            double sums[TILE_ROWS * TILE_COLUMNS];
-            float tile[TILE_ROWS * TILE_COLUMNS];
-            const double *weights = p->weights + (group * s->outputs + i) * p->k;
-            const float *bias = s->bias ? s->bias + group * s->outputs + i : NULL;
-            s->tiles->across[m][(columns + s->tiles->lanes - 1) / s->tiles->lanes](p->k, weights, buffer + q, p->offset,
-                                                                                   sums);
-            int count =
-                reproml_round_tile(sums, m, columns, relative_bound((double)p->k), p->norm + group * s->outputs + i,
-                                   bound, bias, NULL, tile, TILE_COLUMNS, failed);
-            for (int t = 0; t < count; t++) {
-                integer r = failed[t] / TILE_COLUMNS, at = q + failed[t] % TILE_COLUMNS, x = at % pitch;
-                if (x >= p->columns) continue;
-                compensated sum = {0, 0, 0};
-                for (integer k = 0; k < p->k; k++) add_exact(&sum, weights[k * m + r] * buffer[p->offset[k] + at]);
-                if (bias) add_exact(&sum, bias[r]);
-                if (round_compensated(&sum, p->k + 1, tile + failed[t])) {
-                    integer row = p->first_row + at / pitch * p->row_step,
-                            column = p->first_column + x * p->column_step;
-                    add_failure(s->failed, ((item * s->outputs + i + r) * s->out_h + row) * s->out_w + column);
-                }
-            }
-            store(s, p, q, columns, m, tile, out + i * s->out_h * s->out_w);
+VECTORISED static int32_t round_row(const double *restrict sums, const double *restrict sizes, integer n, double g,
+                                    double bias, float *restrict out, int32_t *restrict differ) {
+    int32_t any = 0;
+    for (integer j = 0; j < n; j++) {
+        differ[j] = round_sum(sums[j] + bias, g * (sizes[j] + fabs(bias)), out + j);
+        any |= differ[j];
+    }
+    return any;
+}
+
+/* Calculate all places of one pass for one output in `count` images. `first`: its first number in the first image. */
+static void slide_over(const slide *s, const pass *p, integer output, integer count, const float *buffer,
+                       integer first) {
+    integer pitch = s->from.pitch, rows = s->from.rows, image = s->groups * s->outputs * s->out_h * s->out_w;
+    integer places = p->rows && p->columns ? ((count - 1) * rows + p->rows - 1) * pitch + p->columns : 0;
+    const double *weights = p->weights + output * p->k;
+    double bias = s->bias ? s->bias[output] : 0, sums[ROW], sizes[ROW];
+    float row[ROW];
+    int32_t differ[ROW];
+    for (integer q = 0; q < places; q += ROW) {
+        integer n = least(places - q, ROW);
+        s->tiles->row(p->k, weights, buffer + q, p->offset, n, sums, sizes);
+        int32_t any = round_row(sums, sizes, n, relative_bound((double)p->k), bias, row, differ);
+        for (integer j = 0; any && j < n; j++) {
+            integer at = q + j, x = at % pitch, y = at / pitch % rows;
+            if (!differ[j] || x >= p->columns || y >= p->rows) continue;
+            compensated sum = {0, 0, 0};
+            for (integer k = 0; k < p->k; k++) add_exact(&sum, weights[k] * buffer[p->offset[k] + at]);
+            add_exact(&sum, bias);
+            if (round_compensated(&sum, p->k + 1, row + j))
+                add_failure(s->failed, first + at / pitch / rows * image + (p->first_row + y * p->row_step) * s->out_w +
+                                           p->first_column + x * p->column_step);
         }
+        store(s, p, q, n, row, s->out + first);
     }
 }
 
 static void slide_task(integer task, void *data) {
     const slide *s = data;
-    integer items = s->n * s->groups, share = (items + s->tasks - 1) / s->tasks;
+    integer images = s->from.images, items = (s->n + images - 1) / images * s->groups;
     integer length = s->from.channels * s->from.h * s->from.w;
     float *buffer = s->buffer + task * planes_size(&s->from);
-    for (integer item = task * share; item < (task + 1) * share && item < items; item++) {
-        const float *source = s->source + item * length;
-        double most = largest_magnitude(source, length), norm = sqrt(reproml_squares(source, length, 1));
-        if (!(norm <= DBL_MAX)) { /* NaN or infinity: the reference path determines their products with zeros */
+    for (integer item = task * items / s->tasks; item < (task + 1) * items / s->tasks; item++) {
+        integer group = item % s->groups, first = item / s->groups * images, count = least(s->n - first, images);
+        fill_planes(&s->from, s->source + (first * s->groups + group) * length, count, s->groups * length, buffer);
+        if (!(reproml_squares(buffer, planes_size(&s->from), 1) <= DBL_MAX)) {
+            /* NaN or infinity: the reference path determines their products with zeros. */
             for (integer i = 0; i <= s->failed->capacity; i++) add_failure(s->failed, 0);
             return;
         }
-        fill_planes(&s->from, source, 1, 0, buffer);
-        for (integer i = 0; i < s->count; i++) {
-            double all = most * sqrt((double)s->passes[i].k); /* an upper bound of the norm of a patch, as `norm` is */
-            slide_over(s, s->passes + i, item, buffer, norm < all ? norm : all);
-        }
+        for (integer i = 0; i < s->count; i++)
+            for (integer o = 0; o < s->outputs; o++)
+                slide_over(s, s->passes + i, group * s->outputs + o, count, buffer,
+                           ((first * s->groups + group) * s->outputs + o) * s->out_h * s->out_w);
     }
 }
 
-/* Weights of a pass are gathered into panels. */
-typedef struct {
-    const slide *s;
-    pass *p;
-    integer panels;
-} gathering;
-
-VECTORISED static void gather_task(integer task, void *data) {
-    const gathering *x = data;
-    integer height = x->s->tiles->rows, group = task / x->panels, i = task % x->panels * height, k = x->p->k;
-    integer m = x->s->outputs - i < height ? x->s->outputs - i : height;
-    double *restrict to = x->p->weights + (group * x->s->outputs + i) * k,
-                     *norm = x->p->norm + group * x->s->outputs + i;
-    const integer *restrict term = x->p->term;
-    for (integer r = 0; r < m; r++) {
-        const float *restrict from = x->s->w + group * x->s->group_step + (i + r) * x->s->output_step;
-        double sum = 0;
-        for (integer t = 0; t < k; t++) {
-            double v = from[term[t]];
-            to[t * m + r] = v;
-            sum += v * v;
+/* Gather the weights of a pass. Returns 0 if one is NaN or infinite. */
+static int gather(const slide *s, const pass *p) {
+    double *to = p->weights;
+    for (integer o = 0; o < s->groups * s->outputs; o++) {
+        const float *from = s->w + o / s->outputs * s->group_step + o % s->outputs * s->output_step;
+        for (integer t = 0; t < p->k; t++, to++) {
+            *to = from[p->term[t]];
+            if (!(fabs(*to) <= DBL_MAX)) return 0;
         }
-        norm[r] = sqrt(sum);
     }
-}
-
-/* Returns 0 if a weight is NaN or infinite. */
-static int gather(const slide *s, pass *p) {
-    gathering x = {s, p, (s->outputs + s->tiles->rows - 1) / s->tiles->rows};
-    integer tasks = s->groups * x.panels;
-    run_tasks(gather_task, &x, tasks, 8 * s->groups * s->outputs * p->k > SERIAL);
-    for (integer i = 0; i < s->groups * s->outputs; i++)
-        if (!(p->norm[i] <= DBL_MAX)) return 0;
     return 1;
 }
 
 /* ---- by packed panels ---- */
-
-static integer least(integer a, integer b) { return a < b ? a : b; }
-
-static integer most(integer a, integer b) { return a > b ? a : b; }
 
 /* Numbers of the planes of one image. */
 static integer image_size(const slide *s) {
@@ -355,9 +322,11 @@ static integer slide_packed(const slide *s, char *work, size_t plan) {
 }
 
 static void start(slide *s, const geometry *g, integer multiplications) {
+    integer threads = multiplications > SERIAL ? reproml_threads() : 1;
     s->tiles = reproml_tiling();
-    integer items = g->n * g->groups, threads = multiplications > SERIAL ? reproml_threads() : 1;
-    s->tasks = items < threads ? items : threads;
+    if (!s->packed.used) /* several small images at once, but something for every thread */
+        s->from.images = most(1, least(g->n * g->groups / threads, least(g->n, BATCH / (image_size(s) / g->groups))));
+    s->tasks = least((g->n + s->from.images - 1) / s->from.images * g->groups, threads);
 }
 
 static integer finish(slide *s) {
@@ -397,15 +366,13 @@ integer reproml_convolution(const integer *sizes, const float *x, const float *w
     if (g.o >= FEW) plan_packing(&s, images_at_once(&s), !g.pad_h && !g.pad_w, g.stride_h, g.stride_w);
     start(&s, &g, g.n * g.groups * g.o * p.k * g.out_h * g.out_w);
     integer outputs = g.groups * g.o;
-    size_t plan = 0, bytes = s.packed.used
-                                 ? packed_bytes(&s, &plan)
-                                 : (size_t)(outputs * (p.k + 1)) * 8 + (size_t)(s.tasks * planes_size(&s.from)) * 4;
+    size_t plan = 0, bytes = s.packed.used ? packed_bytes(&s, &plan)
+                                           : (size_t)(outputs * p.k) * 8 + (size_t)(s.tasks * planes_size(&s.from)) * 4;
     char *work = reproml_scratch(bytes + (size_t)(2 * p.k + 1) * 8);
     if (!work) return -1;
     integer k = 0;
     p.offset = (integer *)work, p.term = p.offset + p.k;
-    p.weights = (double *)(p.term + p.k), p.norm = p.weights + outputs * p.k;
-    s.buffer = (float *)(p.norm + outputs);
+    p.weights = (double *)(p.term + p.k), s.buffer = (float *)(p.weights + outputs * p.k);
     for (integer c = 0; c < g.c; c++)
         for (integer i = 0; i < g.kh; i++)
             for (integer j = 0; j < g.kw; j++, k++) {
@@ -462,7 +429,6 @@ integer reproml_transposed(const integer *sizes, const float *x, const float *w,
                .output_step = g.kh * g.kw};
     integer k = g.o * g.kh * g.kw, outputs = g.groups * g.c;
     if (s.count > 1 << 12) return -1;
-    start(&s, &g, g.n * outputs * k * g.out_h * g.out_w);
     integer low_h, low_w, taps = 2 * (g.stride_h * g.kh + g.stride_w * g.kw);
     pass *passes = malloc((size_t)s.count * sizeof(pass) + (size_t)(g.stride_h + g.stride_w) * sizeof(phase) +
                           (size_t)taps * sizeof(integer));
@@ -473,12 +439,14 @@ integer reproml_transposed(const integer *sizes, const float *x, const float *w,
     s.from.pitch =
         find_phases(g.w, g.kw, g.stride_w, g.pad_w, g.dilation_w, of_w, memory + 2 * g.stride_h * g.kh, &low_w);
     s.from.pad_h = low_h < INT64_MAX ? -low_h : 0, s.from.pad_w = low_w < INT64_MAX ? -low_w : 0;
-    for (integer i = 0; i < g.stride_w; i++) /* a row must have space for the places of every phase */
-        if (s.from.pitch < of_w[i].count) s.from.pitch = of_w[i].count;
+    /* There must be space for the places of every phase. */
+    for (integer i = 0; i < g.stride_h; i++) s.from.rows = most(s.from.rows, of_h[i].count);
+    for (integer i = 0; i < g.stride_w; i++) s.from.pitch = most(s.from.pitch, of_w[i].count);
     const planes *from = &s.from;
     if (g.c >= FEW)
         plan_packing(&s, images_at_once(&s),
                      !from->pad_h && !from->pad_w && from->rows == from->h && from->pitch == from->w, 1, 1);
+    start(&s, &g, g.n * outputs * k * g.out_h * g.out_w);
     s.passes = passes;
     for (integer a = 0; a < g.stride_h; a++)
         for (integer b = 0; b < g.stride_w; b++) {
@@ -492,22 +460,21 @@ integer reproml_transposed(const integer *sizes, const float *x, const float *w,
                                                 .column_step = g.stride_w};
         }
     /* All passes together use each weight at most once. */
-    size_t plan = 0, bytes = s.packed.used
-                                 ? packed_bytes(&s, &plan)
-                                 : (size_t)(outputs * (k + s.count)) * 8 + (size_t)(s.tasks * planes_size(&s.from)) * 4;
+    size_t plan = 0, bytes = s.packed.used ? packed_bytes(&s, &plan)
+                                           : (size_t)(outputs * k) * 8 + (size_t)(s.tasks * planes_size(&s.from)) * 4;
     char *work = reproml_scratch(bytes + (size_t)(2 * k + 1) * 8);
     integer *offset = (integer *)work, *term = offset + k;
     double *weights = (double *)(term + k);
     for (pass *p = passes; work && p < passes + s.count; p++) {
         const phase *h = of_h + p->first_row, *v = of_w + p->first_column;
-        p->offset = offset, p->term = term, p->weights = weights, p->norm = weights + outputs * p->k;
+        p->offset = offset, p->term = term, p->weights = weights;
         for (integer o = 0; o < g.o; o++)
             for (integer i = 0; i < h->taps; i++)
                 for (integer j = 0; j < v->taps; j++) {
                     *offset++ = offset_of(&s, o, h->shift[i] - low_h, v->shift[j] - low_w);
                     *term++ = (o * g.c * g.kh + h->tap[i]) * g.kw + v->tap[j];
                 }
-        weights = p->norm + outputs;
+        weights += outputs * p->k;
     }
     s.buffer = (float *)weights;
     integer result = !work ? -1 : s.packed.used ? slide_packed(&s, work + 2 * k * 8, plan) : finish(&s);

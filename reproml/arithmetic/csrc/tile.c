@@ -14,6 +14,9 @@
 #endif
 
 typedef float half_2 __attribute__((vector_size(8), aligned(4), may_alias));
+typedef int64_t bits_2 __attribute__((vector_size(16)));
+typedef int64_t bits_4 __attribute__((vector_size(32)));
+typedef int64_t bits_8 __attribute__((vector_size(64)));
 typedef double full_2 __attribute__((vector_size(16), aligned(8)));
 typedef double full_4 __attribute__((vector_size(32), aligned(8)));
 typedef double full_8 __attribute__((vector_size(64), aligned(8)));
@@ -103,6 +106,24 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
         memcpy(sums, sum, sizeof sum);                                                                     \
     }
 
+/* One row; 2 vectors of columns at a time. */
+#define ROW(lanes, target)                                                                                 \
+    target static void row_##lanes(integer k, const double *restrict w, const float *restrict x,           \
+                                   const integer *restrict offset, integer n, double *restrict sums,       \
+                                   double *restrict sizes) {                                               \
+        for (integer j = 0; j < n; j += 2 * lanes) {                                                       \
+            full_##lanes sum[2] = {{0}}, size[2] = {{0}};                                                  \
+            for (integer p = 0; p < k; p++)                                                                \
+                _Pragma("GCC unroll 2") for (int i = 0; i < 2; i++) {                                      \
+                    full_##lanes y = WIDE(lanes, x + offset[p] + j + i * lanes);                           \
+                    sum[i] += w[p] * y;                                                                    \
+                    size[i] += fabs(w[p]) * (full_##lanes)((bits_##lanes)y & INT64_MAX);                   \
+                }                                                                                          \
+            memcpy(sums + j, sum, sizeof sum);                                                             \
+            memcpy(sizes + j, size, sizeof size);                                                          \
+        }                                                                                                  \
+    }
+
 #define ACROSS_ROWS(lanes, m, target)                                                                      \
     ACROSS(lanes, m, 1, target) ACROSS(lanes, m, 2, target) ACROSS(lanes, m, 3, target)
 #define ALONG_ROWS(lanes, m, target)                                                                       \
@@ -116,6 +137,7 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
 
 /* 4 rows of 3 vectors fit into 16 registers, 8 rows into 32. */
 #define NARROW(lanes, target)                                                                              \
+    ROW(lanes, target)                                                                                     \
     ACROSS_ROWS(lanes, 1, target) ACROSS_ROWS(lanes, 2, target) ACROSS_ROWS(lanes, 3, target)              \
     ACROSS_ROWS(lanes, 4, target)                                                                          \
     ALONG(lanes, 1, 1, target) ALONG(lanes, 1, 2, target) ALONG(lanes, 1, 3, target)                       \
@@ -129,7 +151,7 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
          {0, along_##lanes##_2_1, along_##lanes##_2_2, along_##lanes##_2_3},                               \
          {0, along_##lanes##_3_1, along_##lanes##_3_2, along_##lanes##_3_3},                               \
          {0, along_##lanes##_4_1, along_##lanes##_4_2, along_##lanes##_4_3}},                              \
-        transpose_##lanes};
+        row_##lanes, transpose_##lanes};
 
 NARROW(2, )
 
@@ -137,6 +159,7 @@ NARROW(2, )
 NARROW(4, __attribute__((target("avx2,fma"))))
 
 #define AVX512 __attribute__((target("avx512f,avx512dq,fma")))
+ROW(8, AVX512)
 ACROSS_ROWS(8, 1, AVX512)
 ACROSS_ROWS(8, 2, AVX512)
 ACROSS_ROWS(8, 3, AVX512)
@@ -154,7 +177,7 @@ static const tiling TILING_8 = {
     {{0}, ACROSS_NAMES(8, 1), ACROSS_NAMES(8, 2), ACROSS_NAMES(8, 3), ACROSS_NAMES(8, 4), ACROSS_NAMES(8, 5),
      ACROSS_NAMES(8, 6), ACROSS_NAMES(8, 7), ACROSS_NAMES(8, 8)},
     {{0}, ALONG_NAMES(8, 1), ALONG_NAMES(8, 2), ALONG_NAMES(8, 3), ALONG_NAMES(8, 4)},
-    transpose_4};
+    row_8, transpose_4};
 #endif
 
 /* clang-format on */
