@@ -1,9 +1,11 @@
 /* Convolutions, their transposes and their gradients: each element is one dot product, rounded once.
 
-   No patches are copied. An image is copied once into planes with its padding, split by the stride, so that the
-   numbers which one weight multiplies at successive places are contiguous: they are the rows of a product, each at
-   its own offset (tile.h). Places are counted through the padding at the end of a row; results there are dropped
-   when the tile is stored. */
+   They are products of matrices whose lines are the weights and the patches of the images, packed as they are needed
+   (panels.h). Where images have padding or a gradient has margins, patches are packed from planes: copies of the
+   image with its padding, split by the stride, so that the numbers which one weight multiplies at successive places
+   are contiguous. Where a group has few outputs, packing costs more than it saves. Then the planes themselves are the
+   rows of a product, each at its own offset (tile.h). Places are counted through the padding at the end of a row;
+   results there are dropped. */
 
 #include "panels.h"
 
