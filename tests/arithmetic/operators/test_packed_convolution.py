@@ -122,4 +122,5 @@ def test_convolution_and_gradients_are_rounded_once(case, kind):
         y = convolution.convolution(a, b, bias, *rest)
         grad_x, grad_w, _ = convolution.convolution_backward(d, a, b, None, *rest, mask)
         for found, values in zip((y, grad_x, grad_w), expected):
+            assert found is not None
             check(found.flatten(), values)
