@@ -1,14 +1,22 @@
 /* Convolutions, their transposes and their gradients: each element is one dot product, rounded once.
 
-   No patches are copied. An image is copied once into planes with its padding, split by the stride, so that the
-   numbers which one weight multiplies at successive places are contiguous: they are the rows of a product, each at
-   its own offset (tile.h). Places are counted through the padding at the end of a row; results there are dropped
-   when the tile is stored. */
+   They are products of matrices whose lines are the weights and the patches of the images, packed as they are needed
+   (panels.h). Where images have padding or a gradient has margins, patches are packed from planes: copies of the
+   image with its padding, split by the stride, so that the numbers which one weight multiplies at successive places
+   are contiguous. Where a group has few outputs, packing costs more than it saves. Then the planes themselves are the
+   rows of a product, each at its own offset (tile.h). Places are counted through the padding at the end of a row;
+   results there are dropped. */
 
-#include "tile.h"
+#include "panels.h"
 
-#define SERIAL (1 << 17) /* multiplications, some microseconds, that are not worth a second thread */
-#define BATCH (1 << 16)  /* numbers of several small images copied at once, within the second-level cache */
+#include <stdlib.h>
+
+#define SERIAL (1 << 17)  /* multiplications, some microseconds, that are not worth a second thread */
+#define ROW 240           /* places of a row that are calculated at once: a multiple of TILE_COLUMNS */
+#define FEW 8             /* outputs of a group for which packing patches costs more than it saves */
+#define AT_ONCE (1 << 21) /* numbers of the planes that are filled at once: 8 MB */
+#define COPIED (1 << 24)  /* numbers of the planes of all images: 64 MB, beyond which only one image is copied */
+#define BATCH (1 << 16)   /* numbers of several small images copied at once, within the second-level cache */
 
 typedef struct {
     integer n, groups, c, o;    /* images; channels of one group, in and out */
@@ -23,6 +31,9 @@ typedef struct {
     integer rows, pitch; /* of one image in a plane */
     integer images;      /* in each plane, one below the other */
 } planes;
+
+static inline integer least(integer a, integer b) { return a < b ? a : b; }
+static inline integer most(integer a, integer b) { return a > b ? a : b; }
 
 /* A multiple of the length of every vector, with zeros at the end. */
 static integer plane_size(const planes *p) { return (p->images * p->rows * p->pitch + 7) / 8 * 8; }
@@ -39,34 +50,40 @@ static int wasteful(const planes *p) {
     return planes_size(p) > 4 * image + (1 << 18);
 }
 
-/* Copy `count` images, `step` elements apart, into planes; the rest of each plane is filled with zeros. */
-static void fill_planes(const planes *p, const float *restrict first, integer count, integer step, float *restrict to) {
+/* Copy one channel of `count` images, `step` elements apart, into its planes; the rest of each plane is filled with
+   zeros. */
+static void fill_channel(const planes *p, const float *restrict first, integer count, integer step,
+                         float *restrict to) {
     integer rest = plane_size(p) - count * p->rows * p->pitch;
-    for (integer c = 0; c < p->channels; c++)
-        for (integer a = 0; a < p->step_h; a++)
-            for (integer b = 0; b < p->step_w; b++) {
-                for (integer i = 0; i < count; i++) {
-                    const float *restrict source = first + i * step + c * p->h * p->w;
-                    for (integer r = 0; r < p->rows; r++, to += p->pitch) {
-                        integer row = r * p->step_h + a - p->pad_h, from = b - p->pad_w, t = 0;
-                        if (row < 0 || row >= p->h) {
-                            memset(to, 0, (size_t)p->pitch * sizeof(float));
-                            continue;
-                        }
-                        const float *restrict line = source + row * p->w;
-                        integer begin = from < 0 ? (-from + p->step_w - 1) / p->step_w : 0;
-                        integer end = from < p->w ? (p->w - 1 - from) / p->step_w + 1 : 0;
-                        if (end > p->pitch) end = p->pitch;
-                        for (; t < begin && t < p->pitch; t++) to[t] = 0;
-                        if (p->step_w == 1)
-                            for (; t < end; t++) to[t] = line[t + from];
-                        for (; t < end; t++) to[t] = line[t * p->step_w + from];
-                        for (; t < p->pitch; t++) to[t] = 0;
+    for (integer a = 0; a < p->step_h; a++)
+        for (integer b = 0; b < p->step_w; b++) {
+            for (integer i = 0; i < count; i++)
+                for (integer r = 0; r < p->rows; r++, to += p->pitch) {
+                    integer row = r * p->step_h + a - p->pad_h, from = b - p->pad_w, t = 0;
+                    if (row < 0 || row >= p->h) {
+                        memset(to, 0, (size_t)p->pitch * sizeof(float));
+                        continue;
                     }
+                    const float *restrict line = first + i * step + row * p->w;
+                    integer begin = from < 0 ? (-from + p->step_w - 1) / p->step_w : 0;
+                    integer end = from < p->w ? (p->w - 1 - from) / p->step_w + 1 : 0;
+                    if (end > p->pitch) end = p->pitch;
+                    for (; t < begin && t < p->pitch; t++) to[t] = 0;
+                    if (p->step_w == 1)
+                        for (; t < end; t++) to[t] = line[t + from];
+                    for (; t < end; t++) to[t] = line[t * p->step_w + from];
+                    for (; t < p->pitch; t++) to[t] = 0;
                 }
-                memset(to, 0, (size_t)rest * sizeof(float));
-                to += rest;
-            }
+            memset(to, 0, (size_t)rest * sizeof(float));
+            to += rest;
+        }
+}
+
+static integer channel_size(const planes *p) { return p->step_h * p->step_w * plane_size(p); }
+
+static void fill_planes(const planes *p, const float *first, integer count, integer step, float *to) {
+    for (integer c = 0; c < p->channels; c++, to += channel_size(p))
+        fill_channel(p, first + c * p->h * p->w, count, step, to);
     memset(to, 0, (size_t)margin(p) * sizeof(float));
 }
 
@@ -74,9 +91,16 @@ static void fill_planes(const planes *p, const float *restrict first, integer co
 typedef struct {
     integer k, rows, columns;                               /* terms; places */
     integer first_row, first_column, row_step, column_step; /* of the places in the output */
-    integer *offset;                                        /* [k], into the planes */
-    double *weights, *norm; /* [groups, panels of outputs, k, rows of the panel]; [groups, outputs] */
+    integer *offset, *term;                                 /* [k], into the planes and into the weights */
+    double *weights;                                        /* [groups, outputs, k] */
 } pass;
+
+/* How patches are packed from a source image, or from planes if it has padding. */
+typedef struct {
+    int used, direct;                                      /* whether patches are packed; not from planes */
+    integer images;                                        /* at once */
+    integer group_step, image_step, row_step, column_step; /* of the first number of a patch */
+} packing;
 
 typedef struct {
     planes from;
@@ -88,136 +112,228 @@ typedef struct {
     integer tasks;
     const tiling *tiles;
     failure_list *failed;
+    const float *w;
+    integer group_step, output_step; /* of the weights */
+    packing packed;
 } slide;
 
-VECTORISED static float largest_magnitude(const float *restrict x, integer n) {
-    float part[16] = {0}, most = 0;
-    integer i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int t = 0; t < 16; t++) part[t] = part[t] > fabsf(x[i + t]) ? part[t] : fabsf(x[i + t]);
-    for (; i < n; i++) most = most > fabsf(x[i]) ? most : fabsf(x[i]);
-    for (int t = 0; t < 16; t++) most = most > part[t] ? most : part[t];
-    return most;
-}
-
-/* Store a rounded tile whose first column is place q. */
-static void store(const slide *s, const pass *p, integer q, int columns, int m, const float *tile, float *out) {
-    integer pitch = s->from.pitch, y = q / pitch, x = q % pitch;
-    for (int j = 0; j < columns && y < p->rows; y++, x = 0) {
-        int run = (int)(columns - j < pitch - x ? columns - j : pitch - x);
-        int valid = x < p->columns ? (int)(run < p->columns - x ? run : p->columns - x) : 0;
-        float *to = out + (p->first_row + y * p->row_step) * s->out_w + p->first_column + x * p->column_step;
-        for (int i = 0; i < m; i++, to += s->out_h * s->out_w)
-            for (int t = 0; t < valid; t++) to[t * p->column_step] = tile[i * TILE_COLUMNS + j + t];
+/* Store rounded numbers of one output, the first of which is place q of the images in the planes. */
+static void store(const slide *s, const pass *p, integer q, integer count, const float *row, float *out) {
+    integer pitch = s->from.pitch, line = q / pitch, x = q % pitch, step = s->groups * s->outputs * s->out_h * s->out_w;
+    for (integer j = 0; j < count; line++, x = 0) {
+        integer run = least(count - j, pitch - x), y = line % s->from.rows, end = least(run, p->columns - x);
+        if (y < p->rows) {
+            float *to = out + line / s->from.rows * step + (p->first_row + y * p->row_step) * s->out_w +
+                        p->first_column + x * p->column_step;
+            for (integer t = 0; t < end; t++) to[t * p->column_step] = row[j + t];
+        }
         j += run;
     }
 }
 
-/* Calculate all places of one pass over one group of one image. */
-static void slide_over(const slide *s, const pass *p, integer item, const float *buffer, double size) {
-    integer group = item % s->groups, pitch = s->from.pitch;
-    integer places = p->rows && p->columns ? (p->rows - 1) * pitch + p->columns : 0;
-    int height = s->tiles->rows, width = s->tiles->columns;
-    float *out = s->out + item * s->outputs * s->out_h * s->out_w;
-    double bound[TILE_COLUMNS];
-    for (int j = 0; j < TILE_COLUMNS; j++) bound[j] = size;
-    for (integer q = 0; q < places; q += width) {
-        int columns = (int)(places - q < width ? places - q : width);
-        for (integer i = 0; i < s->outputs; i += height) {
-            int m = (int)(s->outputs - i < height ? s->outputs - i : height), failed[TILE_ROWS * TILE_COLUMNS];
-            double sums[TILE_ROWS * TILE_COLUMNS];
-            float tile[TILE_ROWS * TILE_COLUMNS];
-            const double *weights = p->weights + (group * s->outputs + i) * p->k;
-            const float *bias = s->bias ? s->bias + group * s->outputs + i : NULL;
-            s->tiles->across[m][(columns + s->tiles->lanes - 1) / s->tiles->lanes](p->k, weights, buffer + q, p->offset,
-                                                                                   sums);
-            int count =
-                reproml_round_tile(sums, m, columns, relative_bound((double)p->k), p->norm + group * s->outputs + i,
-                                   bound, bias, NULL, tile, TILE_COLUMNS, failed);
-            for (int t = 0; t < count; t++) {
-                integer r = failed[t] / TILE_COLUMNS, at = q + failed[t] % TILE_COLUMNS, x = at % pitch;
-                if (x >= p->columns) continue;
-                compensated sum = {0, 0, 0};
-                for (integer k = 0; k < p->k; k++) add_exact(&sum, weights[k * m + r] * buffer[p->offset[k] + at]);
-                if (bias) add_exact(&sum, bias[r]);
-                if (round_compensated(&sum, p->k + 1, tile + failed[t])) {
-                    integer row = p->first_row + at / pitch * p->row_step,
-                            column = p->first_column + x * p->column_step;
-                    add_failure(s->failed, ((item * s->outputs + i + r) * s->out_h + row) * s->out_w + column);
-                }
-            }
-            store(s, p, q, columns, m, tile, out + i * s->out_h * s->out_w);
+VECTORISED static int32_t round_row(const double *restrict sums, const double *restrict sizes, integer n, double g,
+                                    double bias, float *restrict out, int32_t *restrict differ) {
+    int32_t any = 0;
+    for (integer j = 0; j < n; j++) {
+        differ[j] = round_sum(sums[j] + bias, g * (sizes[j] + fabs(bias)), out + j);
+        any |= differ[j];
+    }
+    return any;
+}
+
+/* Calculate all places of one pass for one output in `count` images. `first`: its first number in the first image. */
+static void slide_over(const slide *s, const pass *p, integer output, integer count, const float *buffer,
+                       integer first) {
+    integer pitch = s->from.pitch, rows = s->from.rows, image = s->groups * s->outputs * s->out_h * s->out_w;
+    integer places = p->rows && p->columns ? ((count - 1) * rows + p->rows - 1) * pitch + p->columns : 0;
+    const double *weights = p->weights + output * p->k;
+    double bias = s->bias ? s->bias[output] : 0, sums[ROW], sizes[ROW];
+    float row[ROW];
+    int32_t differ[ROW];
+    for (integer q = 0; q < places; q += ROW) {
+        integer n = least(places - q, ROW);
+        s->tiles->row(p->k, weights, buffer + q, p->offset, n, sums, sizes);
+        int32_t any = round_row(sums, sizes, n, relative_bound((double)p->k), bias, row, differ);
+        for (integer j = 0; any && j < n; j++) {
+            integer at = q + j, x = at % pitch, y = at / pitch % rows;
+            if (!differ[j] || x >= p->columns || y >= p->rows) continue;
+            compensated sum = {0, 0, 0};
+            for (integer k = 0; k < p->k; k++) add_exact(&sum, weights[k] * buffer[p->offset[k] + at]);
+            add_exact(&sum, bias);
+            if (round_compensated(&sum, p->k + 1, row + j))
+                add_failure(s->failed, first + at / pitch / rows * image + (p->first_row + y * p->row_step) * s->out_w +
+                                           p->first_column + x * p->column_step);
         }
+        store(s, p, q, n, row, s->out + first);
     }
 }
 
 static void slide_task(integer task, void *data) {
     const slide *s = data;
-    integer items = s->n * s->groups, share = (items + s->tasks - 1) / s->tasks;
+    integer images = s->from.images, items = (s->n + images - 1) / images * s->groups;
     integer length = s->from.channels * s->from.h * s->from.w;
     float *buffer = s->buffer + task * planes_size(&s->from);
-    for (integer item = task * share; item < (task + 1) * share && item < items; item++) {
-        const float *source = s->source + item * length;
-        double most = largest_magnitude(source, length), norm = sqrt(reproml_squares(source, length, 1));
-        if (!(norm <= DBL_MAX)) { /* NaN or infinity: the reference path determines their products with zeros */
+    for (integer item = task * items / s->tasks; item < (task + 1) * items / s->tasks; item++) {
+        integer group = item % s->groups, first = item / s->groups * images, count = least(s->n - first, images);
+        fill_planes(&s->from, s->source + (first * s->groups + group) * length, count, s->groups * length, buffer);
+        if (!(reproml_squares(buffer, planes_size(&s->from), 1) <= DBL_MAX)) {
+            /* NaN or infinity: the reference path determines their products with zeros. */
             for (integer i = 0; i <= s->failed->capacity; i++) add_failure(s->failed, 0);
             return;
         }
-        fill_planes(&s->from, source, 1, 0, buffer);
-        for (integer i = 0; i < s->count; i++) {
-            double all = most * sqrt((double)s->passes[i].k); /* an upper bound of the norm of a patch, as `norm` is */
-            slide_over(s, s->passes + i, item, buffer, norm < all ? norm : all);
-        }
+        for (integer i = 0; i < s->count; i++)
+            for (integer o = 0; o < s->outputs; o++)
+                slide_over(s, s->passes + i, group * s->outputs + o, count, buffer,
+                           ((first * s->groups + group) * s->outputs + o) * s->out_h * s->out_w);
     }
 }
 
-/* Weights of a pass are gathered into panels: w(output, term) is w[group * group_step + output * output_step +
-   term[k]]. */
-typedef struct {
-    const slide *s;
-    pass *p;
-    const float *w;
-    integer group_step, output_step, panels;
-    const integer *term;
-} gathering;
-
-VECTORISED static void gather_task(integer task, void *data) {
-    const gathering *x = data;
-    integer height = x->s->tiles->rows, group = task / x->panels, i = task % x->panels * height, k = x->p->k;
-    integer m = x->s->outputs - i < height ? x->s->outputs - i : height;
-    double *restrict to = x->p->weights + (group * x->s->outputs + i) * k,
-                     *norm = x->p->norm + group * x->s->outputs + i;
-    const integer *restrict term = x->term;
-    for (integer r = 0; r < m; r++) {
-        const float *restrict from = x->w + group * x->group_step + (i + r) * x->output_step;
-        double sum = 0;
-        for (integer t = 0; t < k; t++) {
-            double v = from[term[t]];
-            to[t * m + r] = v;
-            sum += v * v;
+/* Gather the weights of a pass. Returns 0 if one is NaN or infinite. */
+static int gather(const slide *s, const pass *p) {
+    double *to = p->weights;
+    for (integer o = 0; o < s->groups * s->outputs; o++) {
+        const float *from = s->w + o / s->outputs * s->group_step + o % s->outputs * s->output_step;
+        for (integer t = 0; t < p->k; t++, to++) {
+            *to = from[p->term[t]];
+            if (!(fabs(*to) <= DBL_MAX)) return 0;
         }
-        norm[r] = sqrt(sum);
     }
-}
-
-/* Returns 0 if a weight is NaN or infinite. */
-static int gather(const slide *s, pass *p, const float *w, integer group_step, integer output_step,
-                  const integer *term) {
-    gathering x = {s, p, w, group_step, output_step, (s->outputs + s->tiles->rows - 1) / s->tiles->rows, term};
-    integer tasks = s->groups * x.panels;
-    run_tasks(gather_task, &x, tasks, 8 * s->groups * s->outputs * p->k > SERIAL);
-    for (integer i = 0; i < s->groups * s->outputs; i++)
-        if (!(p->norm[i] <= DBL_MAX)) return 0;
     return 1;
 }
 
+/* ---- by packed panels ---- */
+
+/* Numbers of the planes of one image. */
+static integer image_size(const slide *s) {
+    const planes *p = &s->from;
+    return s->groups * p->channels * p->step_h * p->step_w * p->rows * p->pitch;
+}
+
+/* Returns the number of images whose patches are packed at once; their tables should not be larger than the planes. */
+static integer images_at_once(const slide *s) {
+    return most(1, least(s->n, AT_ONCE / most(image_size(s), 32 * s->out_h * s->out_w)));
+}
+
+/* Choose how to pack patches. They are packed straight from the source if it has no margins; `h_step` and
+   `w_step`: of the places there. */
+static void plan_packing(slide *s, integer images, int no_margins, integer h_step, integer w_step) {
+    planes *p = &s->from;
+    packing *to = &s->packed;
+    *to = (packing){1, no_margins, images, 0, 0, 0, 0};
+    p->images = images;
+    if (no_margins)
+        to->group_step = p->channels * p->h * p->w, to->image_step = s->groups * to->group_step,
+        to->row_step = h_step * p->w, to->column_step = w_step;
+    else
+        to->group_step = p->channels * channel_size(p), to->image_step = p->rows * p->pitch, to->row_step = p->pitch,
+        to->column_step = 1;
+}
+
+/* The offset of the number at row y and column x of a channel, among the numbers which the places of a pass step
+   over. */
+static integer offset_of(const slide *s, integer channel, integer y, integer x) {
+    const planes *p = &s->from;
+    if (s->packed.direct) return (channel * p->h + y) * p->w + x;
+    integer plane = (channel * p->step_h + y % p->step_h) * p->step_w + x % p->step_w;
+    return plane * plane_size(p) + y / p->step_h * p->pitch + x / p->step_w;
+}
+
+/* The product that calculates a pass over `images` images. */
+static product pass_product(const slide *s, const pass *p, integer images) {
+    integer places = images * p->rows * p->columns;
+    product x = {.batch = s->groups,
+                 .m = least(s->outputs, places),
+                 .n = s->outputs < places ? places : s->outputs,
+                 .k = p->k,
+                 .out = s->out,
+                 .out_step = s->outputs * s->out_h * s->out_w,
+                 .bias_step = s->outputs,
+                 .failed = s->failed};
+    return x;
+}
+
+/* Returns the bytes that the passes need, with planes and tables. */
+static size_t packed_bytes(const slide *s, size_t *plan) {
+    integer tables = 2 * s->outputs,
+            copies = s->packed.direct ? 0 : s->groups * s->from.channels * channel_size(&s->from);
+    *plan = 0;
+    for (integer i = 0; i < s->count; i++)
+        for (integer images = s->packed.images; images; images = images > 1 && s->n % images ? s->n % images : 0) {
+            const pass *p = s->passes + i;
+            product x = pass_product(s, p, images);
+            size_t bytes = x.m ? reproml_plan(&x) : 0;
+            if (*plan < bytes) *plan = bytes;
+            if (tables < 2 * (s->outputs + images * p->rows * p->columns))
+                tables = 2 * (s->outputs + images * p->rows * p->columns);
+            if (images != s->packed.images) break;
+        }
+    return *plan + (size_t)tables * sizeof(integer) + (size_t)copies * sizeof(float);
+}
+
+typedef struct {
+    const slide *s;
+    const float *source;
+    integer count;
+    float *to;
+} filling;
+
+static void fill_task(integer channel, void *data) {
+    const filling *f = data;
+    const planes *p = &f->s->from;
+    integer size = p->h * p->w;
+    fill_channel(p, f->source + channel * size, f->count, f->s->groups * p->channels * size,
+                 f->to + channel * channel_size(p));
+}
+
+static integer slide_packed(const slide *s, char *work, size_t plan) {
+    const packing *from = &s->packed;
+    integer channels = s->groups * s->from.channels, image = s->out_h * s->out_w;
+    integer copies = from->direct ? 0 : channels * channel_size(&s->from);
+    float *planes = (float *)(work + plan);
+    integer *tables = (integer *)(planes + copies + copies % 2);
+    for (integer first = 0; first < s->n; first += from->images) {
+        integer count = least(s->n - first, from->images);
+        filling f = {s, s->source + first * channels * s->from.h * s->from.w, count, planes};
+        if (!from->direct) run_tasks(fill_task, &f, channels, copies > SERIAL);
+        for (integer i = 0; i < s->count; i++) {
+            const pass *p = s->passes + i;
+            product x = pass_product(s, p, count);
+            if (!x.m) continue;
+            integer places = count * p->rows * p->columns, *column = tables, *row = column + places;
+            integer *place = row + s->outputs, *output = place + places;
+            for (integer n = 0; n < count; n++)
+                for (integer y = 0; y < p->rows; y++)
+                    for (integer z = 0; z < p->columns; z++) {
+                        *place++ = n * from->image_step + y * from->row_step + z * from->column_step;
+                        *column++ = (first + n) * s->groups * s->outputs * image +
+                                    (p->first_row + y * p->row_step) * s->out_w + p->first_column + z * p->column_step;
+                    }
+            for (integer o = 0; o < s->outputs; o++) row[o] = o * image, output[o] = o * s->output_step;
+            column -= places, place -= places;
+            operand patches = {from->direct ? f.source : planes, from->group_step, place, p->offset};
+            operand weights = {s->w, s->group_step, output, p->term};
+            int swapped = s->outputs >= places;
+            x.a = swapped ? patches : weights, x.b = swapped ? weights : patches;
+            x.row = swapped ? column : row, x.column = swapped ? row : column;
+            *(swapped ? &x.column_bias : &x.row_bias) = s->bias;
+            reproml_plan(&x);
+            if (!reproml_multiply(&x, work)) return -1; /* see slide_task */
+        }
+    }
+    return s->failed->count;
+}
+
 static void start(slide *s, const geometry *g, integer multiplications) {
+    integer threads = multiplications > SERIAL ? reproml_threads() : 1;
     s->tiles = reproml_tiling();
-    integer items = g->n * g->groups, threads = multiplications > SERIAL ? reproml_threads() : 1;
-    s->tasks = items < threads ? items : threads;
+    if (!s->packed.used) /* several small images at once, but something for every thread */
+        s->from.images = most(1, least(g->n * g->groups / threads, least(g->n, BATCH / (image_size(s) / g->groups))));
+    s->tasks = least((g->n + s->from.images - 1) / s->from.images * g->groups, threads);
 }
 
 static integer finish(slide *s) {
+    for (integer i = 0; i < s->count; i++)
+        if (!gather(s, s->passes + i)) return -1;
     reproml_parallel(slide_task, s, s->tasks);
     return s->failed->count;
 }
@@ -244,26 +360,28 @@ integer reproml_convolution(const integer *sizes, const float *x, const float *w
                .source = x,
                .bias = bias,
                .out = out,
-               .failed = &list};
+               .failed = &list,
+               .w = w,
+               .group_step = g.o * p.k,
+               .output_step = p.k};
     if (wasteful(&s.from)) return -1;
+    if (g.o >= FEW) plan_packing(&s, images_at_once(&s), !g.pad_h && !g.pad_w, g.stride_h, g.stride_w);
     start(&s, &g, g.n * g.groups * g.o * p.k * g.out_h * g.out_w);
     integer outputs = g.groups * g.o;
-    char *work =
-        reproml_scratch((size_t)(outputs * (p.k + 1) + 2 * p.k) * 8 + (size_t)(s.tasks * planes_size(&s.from)) * 4);
+    size_t plan = 0, bytes = s.packed.used ? packed_bytes(&s, &plan)
+                                           : (size_t)(outputs * p.k) * 8 + (size_t)(s.tasks * planes_size(&s.from)) * 4;
+    char *work = reproml_scratch(bytes + (size_t)(2 * p.k + 1) * 8);
     if (!work) return -1;
-    p.weights = (double *)work, p.norm = p.weights + outputs * p.k;
-    p.offset = (integer *)(p.norm + outputs);
-    integer *term = p.offset + p.k, k = 0;
-    s.buffer = (float *)(term + p.k);
+    integer k = 0;
+    p.offset = (integer *)work, p.term = p.offset + p.k;
+    p.weights = (double *)(p.term + p.k), s.buffer = (float *)(p.weights + outputs * p.k);
     for (integer c = 0; c < g.c; c++)
         for (integer i = 0; i < g.kh; i++)
             for (integer j = 0; j < g.kw; j++, k++) {
-                integer y = i * g.dilation_h, z = j * g.dilation_w;
-                integer plane = (c * g.stride_h + y % g.stride_h) * g.stride_w + z % g.stride_w;
-                p.offset[k] = plane * plane_size(&s.from) + y / g.stride_h * s.from.pitch + z / g.stride_w;
-                term[k] = k;
+                p.offset[k] = offset_of(&s, c, i * g.dilation_h, j * g.dilation_w);
+                p.term[k] = k;
             }
-    return gather(&s, &p, w, g.o * p.k, p.k, term) ? finish(&s) : -1;
+    return s.packed.used ? slide_packed(&s, (char *)p.weights, plan) : finish(&s);
 }
 
 /* One axis of a transposed convolution: at the outputs first + stride * i, i < count, each tap j of `taps`
@@ -307,51 +425,63 @@ integer reproml_transposed(const integer *sizes, const float *x, const float *w,
                .source = x,
                .bias = bias,
                .out = out,
-               .failed = &list};
+               .failed = &list,
+               .w = w,
+               .group_step = g.o * g.c * g.kh * g.kw,
+               .output_step = g.kh * g.kw};
     integer k = g.o * g.kh * g.kw, outputs = g.groups * g.c;
     if (s.count > 1 << 12) return -1;
-    start(&s, &g, g.n * outputs * k * g.out_h * g.out_w);
     integer low_h, low_w, taps = 2 * (g.stride_h * g.kh + g.stride_w * g.kw);
-    phase *of_h = reproml_scratch((size_t)(g.stride_h + g.stride_w) * sizeof(phase) + (size_t)taps * 8);
-    if (!of_h) return -1;
-    phase *of_w = of_h + g.stride_h;
+    pass *passes = malloc((size_t)s.count * sizeof(pass) + (size_t)(g.stride_h + g.stride_w) * sizeof(phase) +
+                          (size_t)taps * sizeof(integer));
+    if (!passes) return -1;
+    phase *of_h = (phase *)(passes + s.count), *of_w = of_h + g.stride_h;
     integer *memory = (integer *)(of_w + g.stride_w);
     s.from.rows = find_phases(g.h, g.kh, g.stride_h, g.pad_h, g.dilation_h, of_h, memory, &low_h);
     s.from.pitch =
         find_phases(g.w, g.kw, g.stride_w, g.pad_w, g.dilation_w, of_w, memory + 2 * g.stride_h * g.kh, &low_w);
     s.from.pad_h = low_h < INT64_MAX ? -low_h : 0, s.from.pad_w = low_w < INT64_MAX ? -low_w : 0;
-    for (integer i = 0; i < g.stride_w; i++) /* a row must have space for the places of every phase */
-        if (s.from.pitch < of_w[i].count) s.from.pitch = of_w[i].count;
-    /* All passes together use each weight once. */
-    size_t phases = (size_t)(g.stride_h + g.stride_w) * sizeof(phase) + (size_t)taps * 8;
-    size_t bytes = phases + (size_t)s.count * sizeof(pass) + (size_t)(outputs * (k + s.count) + 2 * k) * 8;
-    char *work = reproml_scratch(bytes + (size_t)(s.tasks * planes_size(&s.from)) * 4);
-    if (!work) return -1;
-    of_h = (phase *)work, of_w = of_h + g.stride_h, memory = (integer *)(of_w + g.stride_w);
-    find_phases(g.h, g.kh, g.stride_h, g.pad_h, g.dilation_h, of_h, memory, &low_h);
-    find_phases(g.w, g.kw, g.stride_w, g.pad_w, g.dilation_w, of_w, memory + 2 * g.stride_h * g.kh, &low_w);
-    s.passes = (pass *)(work + phases);
-    double *weights = (double *)(s.passes + s.count), *norm = weights + outputs * k;
-    integer *offset = (integer *)(norm + outputs * s.count), *term = offset + k;
-    s.buffer = (float *)(term + k);
+    /* There must be space for the places of every phase. */
+    for (integer i = 0; i < g.stride_h; i++) s.from.rows = most(s.from.rows, of_h[i].count);
+    for (integer i = 0; i < g.stride_w; i++) s.from.pitch = most(s.from.pitch, of_w[i].count);
+    const planes *from = &s.from;
+    if (g.c >= FEW)
+        plan_packing(&s, images_at_once(&s),
+                     !from->pad_h && !from->pad_w && from->rows == from->h && from->pitch == from->w, 1, 1);
+    start(&s, &g, g.n * outputs * k * g.out_h * g.out_w);
+    s.passes = passes;
     for (integer a = 0; a < g.stride_h; a++)
         for (integer b = 0; b < g.stride_w; b++) {
             const phase *h = of_h + a, *v = of_w + b;
-            pass *p = s.passes + a * g.stride_w + b;
-            *p = (pass){
-                g.o * h->taps * v->taps, h->count, v->count, a, b, g.stride_h, g.stride_w, offset, weights, norm};
-            integer at = 0;
-            for (integer o = 0; o < g.o; o++)
-                for (integer i = 0; i < h->taps; i++)
-                    for (integer j = 0; j < v->taps; j++, at++) {
-                        offset[at] =
-                            o * plane_size(&s.from) + (h->shift[i] - low_h) * s.from.pitch + v->shift[j] - low_w;
-                        term[at] = (o * g.c * g.kh + h->tap[i]) * g.kw + v->tap[j];
-                    }
-            if (!gather(&s, p, w, g.o * g.c * g.kh * g.kw, g.kh * g.kw, term)) return -1;
-            weights += outputs * p->k, norm += outputs, offset += p->k, term += p->k;
+            passes[a * g.stride_w + b] = (pass){.k = g.o * h->taps * v->taps,
+                                                .rows = h->count,
+                                                .columns = v->count,
+                                                .first_row = a,
+                                                .first_column = b,
+                                                .row_step = g.stride_h,
+                                                .column_step = g.stride_w};
         }
-    return finish(&s);
+    /* All passes together use each weight at most once. */
+    size_t plan = 0, bytes = s.packed.used ? packed_bytes(&s, &plan)
+                                           : (size_t)(outputs * k) * 8 + (size_t)(s.tasks * planes_size(&s.from)) * 4;
+    char *work = reproml_scratch(bytes + (size_t)(2 * k + 1) * 8);
+    integer *offset = (integer *)work, *term = offset + k;
+    double *weights = (double *)(term + k);
+    for (pass *p = passes; work && p < passes + s.count; p++) {
+        const phase *h = of_h + p->first_row, *v = of_w + p->first_column;
+        p->offset = offset, p->term = term, p->weights = weights;
+        for (integer o = 0; o < g.o; o++)
+            for (integer i = 0; i < h->taps; i++)
+                for (integer j = 0; j < v->taps; j++) {
+                    *offset++ = offset_of(&s, o, h->shift[i] - low_h, v->shift[j] - low_w);
+                    *term++ = (o * g.c * g.kh + h->tap[i]) * g.kw + v->tap[j];
+                }
+        weights += outputs * p->k;
+    }
+    s.buffer = (float *)weights;
+    integer result = !work ? -1 : s.packed.used ? slide_packed(&s, work + 2 * k * 8, plan) : finish(&s);
+    free(passes);
+    return result;
 }
 
 /* ---- the gradient of the weights ---- */
@@ -452,6 +582,47 @@ static void round_weights(integer output, void *data) {
     }
 }
 
+/* The gradient of the weights by packed panels: its terms are the places of all images. */
+static integer correlate_packed(const geometry *g, const slide *s, const float *grad) {
+    const packing *from = &s->packed;
+    integer channels = g->groups * g->c, copies = from->direct ? 0 : channels * channel_size(&s->from);
+    integer image = g->out_h * g->out_w, k = g->c * g->kh * g->kw, terms = g->n * image;
+    product x = {.batch = g->groups,
+                 .m = least(g->o, k),
+                 .n = most(g->o, k),
+                 .k = terms,
+                 .out = s->out,
+                 .out_step = g->o * k,
+                 .failed = s->failed};
+    size_t bytes = reproml_plan(&x);
+    char *work =
+        reproml_scratch(bytes + (size_t)(2 * (terms + k + g->o)) * sizeof(integer) + (size_t)copies * sizeof(float));
+    if (!work) return -1;
+    integer *place = (integer *)(work + bytes), *at = place + terms, *line = at + terms, *column = line + k;
+    integer *output = column + k, *row = output + g->o;
+    float *planes = (float *)(row + g->o);
+    filling f = {s, s->source, g->n, planes};
+    if (!from->direct) run_tasks(fill_task, &f, channels, copies > SERIAL);
+    for (integer n = 0; n < g->n; n++)
+        for (integer y = 0; y < g->out_h; y++)
+            for (integer z = 0; z < g->out_w; z++) {
+                *at++ = n * g->groups * g->o * image + y * g->out_w + z;
+                *place++ = n * from->image_step + y * from->row_step + z * from->column_step;
+            }
+    at -= terms, place -= terms;
+    for (integer t = 0; t < k; t++) {
+        column[t] = t;
+        line[t] = offset_of(s, t / (g->kh * g->kw), t / g->kw % g->kh * g->dilation_h, t % g->kw * g->dilation_w);
+    }
+    for (integer o = 0; o < g->o; o++) output[o] = o * image, row[o] = o * k;
+    operand outputs = {grad, g->o * image, output, at};
+    operand patches = {from->direct ? s->source : planes, from->group_step, line, place};
+    int swapped = g->o > k;
+    x.a = swapped ? patches : outputs, x.b = swapped ? outputs : patches;
+    x.row = swapped ? column : row, x.column = swapped ? row : column;
+    return reproml_multiply(&x, work) ? s->failed->count : -1; /* see slide_task */
+}
+
 /* out [groups * o, c, kh, kw] = the gradient of the weights, from x [n, groups * c, h, w] and the gradient of the
    outputs [n, groups * o, out_h, out_w]. */
 integer reproml_weight_gradient(const integer *sizes, const float *x, const float *grad, float *out, integer *failed,
@@ -462,6 +633,17 @@ integer reproml_weight_gradient(const integer *sizes, const float *x, const floa
     integer reach_h = (g.kh - 1) * g.dilation_h, reach_w = (g.kw - 1) * g.dilation_w;
     integer pitch = g.out_w + reach_w / g.stride_w;
     integer rows = g.out_h + reach_h / g.stride_h; /* of both, so that images below each other stay aligned */
+    slide source = {.from = {g.c, g.h, g.w, g.stride_h, g.stride_w, g.pad_h, g.pad_w, rows, pitch, 1},
+                    .n = g.n,
+                    .groups = g.groups,
+                    .source = x,
+                    .out = out,
+                    .failed = &list};
+    if (wasteful(&source.from)) return -1;
+    if (g.o >= FEW && g.n * image_size(&source) <= COPIED) {
+        plan_packing(&source, g.n, !g.pad_h && !g.pad_w, g.stride_h, g.stride_w);
+        return correlate_packed(&g, &source, grad);
+    }
     correlation s = {.g = &g,
                      .k = g.c * g.kh * g.kw,
                      .x = x,
@@ -471,7 +653,6 @@ integer reproml_weight_gradient(const integer *sizes, const float *x, const floa
                      .of_g = {g.o, g.out_h, g.out_w, 1, 1, 0, 0, rows, pitch, 1},
                      .out = out,
                      .failed = &list};
-    if (wasteful(&s.of_x)) return -1;
     integer work_size = g.n * outputs_of(&s) * s.k * g.out_h * g.out_w;
     integer threads = work_size > SERIAL ? reproml_threads() : 1;
     s.tasks = g.n < threads ? g.n : threads;

@@ -14,6 +14,9 @@
 #endif
 
 typedef float half_2 __attribute__((vector_size(8), aligned(4), may_alias));
+typedef int64_t bits_2 __attribute__((vector_size(16)));
+typedef int64_t bits_4 __attribute__((vector_size(32)));
+typedef int64_t bits_8 __attribute__((vector_size(64)));
 typedef double full_2 __attribute__((vector_size(16), aligned(8)));
 typedef double full_4 __attribute__((vector_size(32), aligned(8)));
 typedef double full_8 __attribute__((vector_size(64), aligned(8)));
@@ -23,6 +26,36 @@ typedef double full_8 __attribute__((vector_size(64), aligned(8)));
 #define WIDE_4(at) (full_4) _mm256_cvtps_pd(_mm_loadu_ps(at))
 #define WIDE_8(at) (full_8) _mm512_cvtps_pd(_mm256_loadu_ps(at))
 #define WIDE(lanes, at) WIDE_##lanes(at)
+
+static void transpose_2(const float *from, const integer *line, integer count, float *to, integer pitch) {
+    for (integer p = 0; p < count; p++)
+        for (int r = 0; r < 8; r++) to[p * pitch + r] = from[line[r] + p];
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+/* Blocks of 8 x 8; the last one overlaps the one before. */
+__attribute__((target("avx2"))) static void transpose_4(const float *from, const integer *line, integer count,
+                                                        float *to, integer pitch) {
+    for (integer p = 0; p < count; p += 8) {
+        if (p > count - 8) p = count - 8;
+        __m256 row[8], pair[8], four[8];
+        for (int r = 0; r < 8; r++) row[r] = _mm256_loadu_ps(from + line[r] + p);
+        for (int r = 0; r < 8; r += 2) {
+            pair[r] = _mm256_unpacklo_ps(row[r], row[r + 1]);
+            pair[r + 1] = _mm256_unpackhi_ps(row[r], row[r + 1]);
+        }
+        for (int r = 0; r < 8; r += 4)
+            for (int h = 0; h < 2; h++) {
+                four[r + 2 * h] = _mm256_shuffle_ps(pair[r + h], pair[r + h + 2], 0x44);
+                four[r + 2 * h + 1] = _mm256_shuffle_ps(pair[r + h], pair[r + h + 2], 0xEE);
+            }
+        for (int c = 0; c < 4; c++) {
+            _mm256_storeu_ps(to + (p + c) * pitch, _mm256_permute2f128_ps(four[c], four[c + 4], 0x20));
+            _mm256_storeu_ps(to + (p + c + 4) * pitch, _mm256_permute2f128_ps(four[c], four[c + 4], 0x31));
+        }
+    }
+}
+#endif
 
 /* The formatter does not converge on these macros. */
 /* clang-format off */
@@ -73,6 +106,24 @@ typedef double full_8 __attribute__((vector_size(64), aligned(8)));
         memcpy(sums, sum, sizeof sum);                                                                     \
     }
 
+/* One row; 2 vectors of columns at a time. */
+#define ROW(lanes, target)                                                                                 \
+    target static void row_##lanes(integer k, const double *restrict w, const float *restrict x,           \
+                                   const integer *restrict offset, integer n, double *restrict sums,       \
+                                   double *restrict sizes) {                                               \
+        for (integer j = 0; j < n; j += 2 * lanes) {                                                       \
+            full_##lanes sum[2] = {{0}}, size[2] = {{0}};                                                  \
+            for (integer p = 0; p < k; p++)                                                                \
+                _Pragma("GCC unroll 2") for (int i = 0; i < 2; i++) {                                      \
+                    full_##lanes y = WIDE(lanes, x + offset[p] + j + i * lanes);                           \
+                    sum[i] += w[p] * y;                                                                    \
+                    size[i] += fabs(w[p]) * (full_##lanes)((bits_##lanes)y & INT64_MAX);                   \
+                }                                                                                          \
+            memcpy(sums + j, sum, sizeof sum);                                                             \
+            memcpy(sizes + j, size, sizeof size);                                                          \
+        }                                                                                                  \
+    }
+
 #define ACROSS_ROWS(lanes, m, target)                                                                      \
     ACROSS(lanes, m, 1, target) ACROSS(lanes, m, 2, target) ACROSS(lanes, m, 3, target)
 #define ALONG_ROWS(lanes, m, target)                                                                       \
@@ -86,6 +137,7 @@ typedef double full_8 __attribute__((vector_size(64), aligned(8)));
 
 /* 4 rows of 3 vectors fit into 16 registers, 8 rows into 32. */
 #define NARROW(lanes, target)                                                                              \
+    ROW(lanes, target)                                                                                     \
     ACROSS_ROWS(lanes, 1, target) ACROSS_ROWS(lanes, 2, target) ACROSS_ROWS(lanes, 3, target)              \
     ACROSS_ROWS(lanes, 4, target)                                                                          \
     ALONG(lanes, 1, 1, target) ALONG(lanes, 1, 2, target) ALONG(lanes, 1, 3, target)                       \
@@ -98,7 +150,8 @@ typedef double full_8 __attribute__((vector_size(64), aligned(8)));
         {{0}, {0, along_##lanes##_1_1, along_##lanes##_1_2, along_##lanes##_1_3},                          \
          {0, along_##lanes##_2_1, along_##lanes##_2_2, along_##lanes##_2_3},                               \
          {0, along_##lanes##_3_1, along_##lanes##_3_2, along_##lanes##_3_3},                               \
-         {0, along_##lanes##_4_1, along_##lanes##_4_2, along_##lanes##_4_3}}};
+         {0, along_##lanes##_4_1, along_##lanes##_4_2, along_##lanes##_4_3}},                              \
+        row_##lanes, transpose_##lanes};
 
 NARROW(2, )
 
@@ -106,6 +159,7 @@ NARROW(2, )
 NARROW(4, __attribute__((target("avx2,fma"))))
 
 #define AVX512 __attribute__((target("avx512f,avx512dq,fma")))
+ROW(8, AVX512)
 ACROSS_ROWS(8, 1, AVX512)
 ACROSS_ROWS(8, 2, AVX512)
 ACROSS_ROWS(8, 3, AVX512)
@@ -122,7 +176,8 @@ static const tiling TILING_8 = {
     8, 8, 24, 4, 6,
     {{0}, ACROSS_NAMES(8, 1), ACROSS_NAMES(8, 2), ACROSS_NAMES(8, 3), ACROSS_NAMES(8, 4), ACROSS_NAMES(8, 5),
      ACROSS_NAMES(8, 6), ACROSS_NAMES(8, 7), ACROSS_NAMES(8, 8)},
-    {{0}, ALONG_NAMES(8, 1), ALONG_NAMES(8, 2), ALONG_NAMES(8, 3), ALONG_NAMES(8, 4)}};
+    {{0}, ALONG_NAMES(8, 1), ALONG_NAMES(8, 2), ALONG_NAMES(8, 3), ALONG_NAMES(8, 4)},
+    row_8, transpose_4};
 #endif
 
 /* clang-format on */

@@ -21,12 +21,22 @@ typedef void across_loop(integer k, const double *a, const float *b, const integ
 typedef void along_loop(integer k, const float *a, integer a_row, const float *b, const integer *b_offset,
                         double *sums);
 
+/* For j < n, with sizes[j] the sum of the absolute values of the terms of sums[j] = sum over p < k of
+   w[p] * x[offset[p] + j]. Numbers of x beyond n are read, and sums beyond n are stored, to a multiple of TILE_COLUMNS. */
+typedef void row_loop(integer k, const double *w, const float *x, const integer *offset, integer n, double *sums,
+                      double *sizes);
+
+/* to[p * pitch + r] = from[line[r] + p] for r < 8 and p < count, where count >= 8. */
+typedef void transpose_loop(const float *from, const integer *line, integer count, float *to, integer pitch);
+
 typedef struct {
     int lanes;                             /* doubles in a vector */
     int rows, columns;                     /* of a full tile of across_loop; its columns are 3 vectors */
     int along_rows, along_columns;         /* of a full tile of along_loop */
     across_loop *across[TILE_ROWS + 1][4]; /* [rows][vectors]; rows of `out` have TILE_COLUMNS */
     along_loop *along[5][7];               /* [rows][columns] */
+    row_loop *row;
+    transpose_loop *transpose;
 } tiling;
 
 /* Returns the tiling for this processor. */

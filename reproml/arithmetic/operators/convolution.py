@@ -1,8 +1,9 @@
 """Convolutions and their gradients: each output element is one dot product, rounded once.
 
 One and two dimensions with a batch; a one-dimensional convolution is computed as a two-dimensional one of
-height 1. The compiled path (csrc/convolution.c) slides the kernel over the image. The reference path copies
-the patches under the kernel into a matrix (im2col, `_patches`) and multiplies matrices.
+height 1. The reference path copies the patches under the kernel into a matrix (im2col, `_patches`) and
+multiplies matrices. The compiled path (csrc/convolution.c) packs patches as it multiplies them, or slides
+the kernel over the image where a group has few outputs.
 """
 
 from __future__ import annotations

@@ -1,0 +1,350 @@
+/* The loops of panels.h, as in K. Goto & R. van de Geijn, Anatomy of high-performance matrix multiplication, ACM TOMS
+   34(3), 2008. Lines of a, widened to binary64, are shared by all threads; a panel of lines of b is packed by the
+   thread that multiplies it, a slice of terms at a time that stays in the first-level cache. */
+
+#include "panels.h"
+
+#define SLICE 256        /* terms for which a panel of b stays in the first-level cache */
+#define SECTION 2048     /* terms for which lines of a are prepared at once */
+#define BLOCK 256        /* lines of a that are prepared at once: with a section 4 MB */
+#define SERIAL (1 << 16) /* multiplications that take a microsecond or two, too few for a second thread */
+
+#define SMALL (1 << 20) /* multiplications of one product of a batch that are not worth several threads */
+
+#define TILE (TILE_ROWS * TILE_COLUMNS)
+
+static inline integer smaller(integer a, integer b) { return a < b ? a : b; }
+static inline integer parts(integer n, integer size) { return (n + size - 1) / size; }
+
+/* ---- packing ---- */
+
+/* Runs of lines whose numbers are contiguous, cut into pieces of 8, 4, 2 and 1 numbers. Pieces may overlap. */
+typedef struct {
+    int count[4];
+    int to[4][TILE_COLUMNS];
+    integer from[4][TILE_COLUMNS];
+} pieces;
+
+static inline void add_piece(pieces *s, int size, int to, integer from) {
+    s->to[size][s->count[size]] = to;
+    s->from[size][s->count[size]++] = from;
+}
+
+/* Returns the number of pieces. */
+static int find_pieces(const integer *line, int count, pieces *s) {
+    int all = 0, end;
+    memset(s->count, 0, sizeof s->count);
+    for (int start = 0; start < count; start = end) {
+        for (end = start + 1; end < count && line[end] == line[end - 1] + 1; end++) {
+        }
+        int run = end - start, size = run >= 8 ? 0 : run >= 4 ? 1 : run >= 2 ? 2 : 3, width = 8 >> size;
+        for (int at = start; at < end; at += width, all++) {
+            if (at > end - width) at = end - width; /* overlaps the piece before */
+            add_piece(s, size, at, line[start] + at - start);
+        }
+    }
+    return all;
+}
+
+#define COPY(size)                           \
+    for (int i = 0; i < s->count[size]; i++) \
+        memcpy(row + s->to[size][i], source + s->from[size][i], (8 >> size) * sizeof(float));
+
+VECTORISED static void copy_pieces(const pieces *s, const float *restrict from, const integer *restrict term,
+                                   integer depth, int pitch, float *restrict to) {
+    if (s->count[0] == 3 && !s->count[1] && !s->count[2] && !s->count[3]) { /* also in a panel of contiguous lines */
+        integer a = s->from[0][0], b = s->from[0][1], c = s->from[0][2];
+        int d = s->to[0][1], e = s->to[0][2];
+        for (integer p = 0; p < depth; p++) {
+            float *row = to + p * pitch;
+            memcpy(row, from + term[p] + a, 8 * sizeof(float));
+            memcpy(row + d, from + term[p] + b, 8 * sizeof(float));
+            memcpy(row + e, from + term[p] + c, 8 * sizeof(float));
+        }
+        return;
+    }
+    for (integer p = 0; p < depth; p++) {
+        const float *restrict source = from + term[p];
+        float *restrict row = to + p * pitch;
+        COPY(0) COPY(1) COPY(2) COPY(3)
+    }
+}
+
+/* to[p * pitch + j] = number p of line j, for `count` lines and `depth` terms; the rest of each row is finite. */
+static void pack(const product *x, const operand *o, integer item, integer first, int count, integer begin,
+                 integer depth, int pitch, float *to) {
+    const float *from = o->first + item * o->step;
+    const integer *term = o->term + begin;
+    integer line[TILE_COLUMNS], end;
+    pieces s;
+    for (int j = 0; j < pitch; j++) line[j] = o->line[first + (j < count ? j : count - 1)];
+    if (find_pieces(line, count, &s) <= (count + 1) / 2) {
+        if (count < pitch) memset(to, 0, (size_t)(depth * pitch) * sizeof(float));
+        copy_pieces(&s, from, term, depth, pitch, to);
+        return;
+    }
+    int used = (count + 7) / 8 * 8;
+    if (used < pitch) memset(to, 0, (size_t)(depth * pitch) * sizeof(float));
+    for (integer p = 0; p < depth; p = end) {
+        for (end = p + 1; end < depth && term[end] == term[end - 1] + 1; end++) {
+        }
+        if (end - p >= 8)
+            for (int j = 0; j < used; j += 8)
+                x->tiles->transpose(from + term[p], line + j, end - p, to + p * pitch + j, pitch);
+        else
+            for (integer q = p; q < end; q++)
+                for (int j = 0; j < used; j++) to[q * pitch + j] = from[term[q] + line[j]];
+    }
+}
+
+/* ---- one product of the batch ---- */
+
+typedef struct {
+    const product *x;
+    integer item, first, length, block, panels; /* first: term; block, panels: row panels */
+    double *wide;                               /* [panels, length, rows of the panel] */
+    double *norm_a, *norm_b;                    /* [m], [n]; squares until the last section */
+    double *sums;                               /* [column panels, row panels, TILE], if there are several sections */
+    char *memory;                               /* of the first worker */
+    int *infinite;
+} job;
+
+static size_t worker_bytes(const product *x) {
+    return (size_t)(x->block * TILE) * sizeof(double) + (size_t)(SLICE * x->pitch) * sizeof(float);
+}
+
+static inline int is_last(const job *j) { return j->first + j->length == j->x->k; }
+
+VECTORISED static void widen(const float *restrict from, integer depth, int rows, double *restrict to,
+                             double *restrict squares) {
+    double sum[TILE_ROWS] = {0};
+    if (rows == TILE_ROWS) /* most panels; with a constant number of rows this is one vector */
+        for (integer p = 0; p < depth; p++)
+            for (int i = 0; i < TILE_ROWS; i++) {
+                double v = from[p * TILE_ROWS + i];
+                to[p * TILE_ROWS + i] = v;
+                sum[i] += v * v;
+            }
+    else
+        for (integer p = 0; p < depth; p++)
+            for (int i = 0; i < rows; i++) {
+                double v = from[p * TILE_ROWS + i];
+                to[p * rows + i] = v;
+                sum[i] += v * v;
+            }
+    for (int i = 0; i < rows; i++) squares[i] += sum[i];
+}
+
+INLINE void add_rows_of_squares(const float *restrict x, integer depth, const int pitch, double *restrict squares) {
+    double sum[2][TILE_COLUMNS] = {{0}}; /* two, as an addition takes several cycles */
+    integer p = 0;
+    for (; p + 2 <= depth; p += 2, x += 2 * pitch)
+        for (int j = 0; j < pitch; j++) {
+            sum[0][j] += (double)x[j] * x[j];
+            sum[1][j] += (double)x[pitch + j] * x[pitch + j];
+        }
+    for (; p < depth; p++, x += pitch)
+        for (int j = 0; j < pitch; j++) sum[0][j] += (double)x[j] * x[j];
+    for (int j = 0; j < pitch; j++) squares[j] += sum[0][j] + sum[1][j];
+}
+
+VECTORISED static void add_squares(const float *restrict x, integer depth, int pitch, double *restrict squares) {
+    if (pitch == 24)
+        add_rows_of_squares(x, depth, 24, squares);
+    else if (pitch == 16)
+        add_rows_of_squares(x, depth, 16, squares);
+    else
+        add_rows_of_squares(x, depth, 8, squares);
+}
+
+static int take_roots(double *squares, integer n) {
+    int infinite = 0;
+    for (integer i = 0; i < n; i++) {
+        squares[i] = sqrt(squares[i]);
+        infinite |= !(squares[i] <= DBL_MAX);
+    }
+    return infinite;
+}
+
+/* Prepare one panel of a. */
+static void prepare(integer panel, void *data) {
+    const job *j = data;
+    const product *x = j->x;
+    integer i = (j->block + panel) * x->tiles->rows;
+    int rows = (int)smaller(x->m - i, x->tiles->rows);
+    double *to = j->wide + panel * x->tiles->rows * j->length;
+    float memory[SLICE * TILE_ROWS];
+    if (!j->first) memset(j->norm_a + i, 0, (size_t)rows * sizeof(double));
+    for (integer p = 0; p < j->length; p += SLICE) {
+        integer depth = smaller(j->length - p, SLICE);
+        pack(x, &x->a, j->item, i, rows, j->first + p, depth, TILE_ROWS, memory);
+        widen(memory, depth, rows, to + p * rows, j->norm_a + i);
+    }
+    if (is_last(j) && take_roots(j->norm_a + i, rows)) set_flag(j->infinite);
+}
+
+/* Sum an element that failed the test again, with its rounding errors. */
+static void round_with_errors(const product *x, integer item, integer i, integer j) {
+    const float *a = x->a.first + item * x->a.step + x->a.line[i], *b = x->b.first + item * x->b.step + x->b.line[j];
+    compensated s = {0, 0, 0};
+    for (integer p = 0; p < x->k; p++) add_exact(&s, (double)a[x->a.term[p]] * b[x->b.term[p]]);
+    if (x->row_bias) add_exact(&s, x->row_bias[item * x->bias_step + i]);
+    if (x->column_bias) add_exact(&s, x->column_bias[item * x->bias_step + j]);
+    integer at = item * x->out_step + x->row[i] + x->column[j];
+    if (round_compensated(&s, x->k + 1, x->out + at)) add_failure(x->failed, at);
+}
+
+static int is_run(const integer *at, int n, integer step) {
+    for (int i = 1; i < n; i++)
+        if (at[i] != at[i - 1] + step) return 0;
+    return 1;
+}
+
+/* Round and store one tile. */
+static void store(const product *x, integer item, integer i, integer j, const double *sums, const double *norm_a,
+                  const double *norm_b) {
+    int m = (int)smaller(x->m - i, x->tiles->rows), n = (int)smaller(x->n - j, x->tiles->columns);
+    int failed[TILE];
+    float tile[TILE], *out = x->out + item * x->out_step;
+    const integer *row = x->row + i, *column = x->column + j;
+    integer stride = m > 1 ? row[1] - row[0] : 0, step = n > 1 ? column[1] - column[0] : 0;
+    int direct = is_run(column, n, 1) && is_run(row, m, stride);
+    /* A sum is a sequence of a slice's terms, then of the slices and the sections. */
+    double g = relative_bound((double)(smaller(x->k, SLICE) + x->k / SLICE + 2 * x->sections));
+    int count = reproml_round_tile(sums, m, n, g, norm_a + i, norm_b,
+                                   x->row_bias ? x->row_bias + item * x->bias_step + i : NULL,
+                                   x->column_bias ? x->column_bias + item * x->bias_step + j : NULL,
+                                   direct ? out + row[0] + column[0] : tile, direct ? stride : TILE_COLUMNS, failed);
+    if (!direct) {
+        static const integer lines[8] = {0,
+                                         TILE_COLUMNS,
+                                         2 * TILE_COLUMNS,
+                                         3 * TILE_COLUMNS,
+                                         4 * TILE_COLUMNS,
+                                         5 * TILE_COLUMNS,
+                                         6 * TILE_COLUMNS,
+                                         7 * TILE_COLUMNS};
+        if (m == 8 && n >= 8 && is_run(row, m, 1) && is_run(column, n, step))
+            x->tiles->transpose(tile, lines, n, out + row[0] + column[0], step);
+        else
+            for (int r = 0; r < m; r++)
+                for (int c = 0; c < n; c++) out[row[r] + column[c]] = tile[r * TILE_COLUMNS + c];
+    }
+    for (int t = 0; t < count; t++)
+        round_with_errors(x, item, i + failed[t] / TILE_COLUMNS, j + failed[t] % TILE_COLUMNS);
+}
+
+/* Multiply tiles of this section and block; each worker takes a range of the same length. */
+static void multiply(integer worker, void *data) {
+    const job *j = data;
+    const product *x = j->x;
+    integer panel_offset[SLICE], workers = x->by_item ? 1 : x->workers;
+    integer tiles = j->panels * x->column_panels, from = worker * tiles / workers, to = (worker + 1) * tiles / workers;
+    double *part = (double *)(j->memory + (size_t)worker * worker_bytes(x));
+    float *panel = (float *)(part + x->block * TILE);
+    for (integer p = 0; p < SLICE; p++) panel_offset[p] = p * x->pitch;
+    for (integer end; from < to; from = end) {
+        integer c = from / j->panels, begin = from - c * j->panels;
+        end = smaller(to, (c + 1) * j->panels);
+        integer column = c * x->tiles->columns, count = end - from;
+        int n = (int)smaller(x->n - column, x->tiles->columns);
+        double squares[TILE_COLUMNS] = {0};
+        for (integer p = 0; p < j->length || !p; p += SLICE) {
+            integer depth = smaller(j->length - p, SLICE);
+            pack(x, &x->b, j->item, column, n, j->first + p, depth, x->pitch, panel);
+            add_squares(panel, depth, x->pitch, squares);
+            for (integer r = 0; r < count; r++) {
+                integer i = begin + r;
+                int m = (int)smaller(x->m - (j->block + i) * x->tiles->rows, x->tiles->rows);
+                double more[TILE], *sums = p ? more : part + r * TILE;
+                x->tiles->across[m][parts(n, x->tiles->lanes)](depth, j->wide + i * x->tiles->rows * j->length + p * m,
+                                                               panel, panel_offset, sums);
+                if (p)
+                    for (int t = 0; t < m * TILE_COLUMNS; t++) part[r * TILE + t] += more[t];
+            }
+        }
+        if (x->sections == 1) {
+            if (take_roots(squares, n)) set_flag(j->infinite);
+            for (integer r = 0; r < count; r++)
+                store(x, j->item, (j->block + begin + r) * x->tiles->rows, column, part + r * TILE, j->norm_a, squares);
+            continue;
+        }
+        if (!j->block && !begin)
+            for (int t = 0; t < n; t++) j->norm_b[column + t] = squares[t] + (j->first ? j->norm_b[column + t] : 0);
+        double *sums = j->sums + (c * x->row_panels + j->block + begin) * TILE;
+        for (integer t = 0; t < count * TILE; t++) sums[t] = part[t] + (j->first ? sums[t] : 0);
+    }
+}
+
+/* Round the tiles of one panel of columns, after the last of several sections. */
+static void round_column(integer c, void *data) {
+    const job *j = data;
+    const product *x = j->x;
+    integer column = c * x->tiles->columns;
+    if (take_roots(j->norm_b + column, smaller(x->n - column, x->tiles->columns))) set_flag(j->infinite);
+    for (integer r = 0; r < x->row_panels; r++)
+        store(x, j->item, r * x->tiles->rows, column, j->sums + (c * x->row_panels + r) * TILE, j->norm_a,
+              j->norm_b + column);
+}
+
+/* ---- the batch ---- */
+
+static integer item_doubles(const product *x) {
+    integer sums = x->sections > 1 ? x->row_panels * x->column_panels * TILE : 0;
+    return x->block * x->tiles->rows * x->length + x->m + x->n + sums;
+}
+
+size_t reproml_plan(product *x) {
+    const tiling *t = x->tiles = reproml_tiling();
+    x->pitch = (t->columns + 7) / 8 * 8;
+    x->row_panels = parts(x->m, t->rows), x->column_panels = parts(x->n, t->columns);
+    x->block = smaller(x->row_panels, BLOCK / t->rows);
+    x->sections = x->k ? parts(x->k, SECTION) : 1, x->length = parts(x->k, x->sections);
+    x->workers = x->batch * x->m * x->n * x->k > SERIAL ? reproml_threads() : 1;
+    x->by_item =
+        x->workers == 1 || x->batch >= 4 * x->workers || (x->batch >= x->workers && x->m * x->n * x->k < SMALL);
+    return (size_t)x->workers * worker_bytes(x) +
+           (size_t)((x->by_item ? x->workers : 1) * item_doubles(x)) * sizeof(double);
+}
+
+typedef struct {
+    const product *x;
+    char *memory;
+    int infinite;
+} whole;
+
+/* Calculate one product of the batch. worker: -1 to use all of them. */
+static void multiply_item(whole *w, integer item, integer worker) {
+    const product *x = w->x;
+    int parallel = worker < 0 && x->workers > 1;
+    if (worker < 0) worker = 0;
+    double *memory = (double *)(w->memory + (size_t)x->workers * worker_bytes(x)) + worker * item_doubles(x);
+    job j = {.x = x, .item = item, .infinite = &w->infinite};
+    j.memory = w->memory + (size_t)worker * worker_bytes(x);
+    j.wide = memory, j.norm_a = j.wide + x->block * x->tiles->rows * x->length, j.norm_b = j.norm_a + x->m;
+    j.sums = j.norm_b + x->n;
+    for (integer section = 0; section < x->sections; section++) {
+        j.first = section * x->length, j.length = smaller(x->k - j.first, x->length);
+        for (j.block = 0; j.block < x->row_panels; j.block += x->block) {
+            j.panels = smaller(x->row_panels - j.block, x->block);
+            run_tasks(prepare, &j, j.panels, parallel);
+            run_tasks(multiply, &j, parallel ? x->workers : 1, parallel);
+        }
+    }
+    if (x->sections > 1) run_tasks(round_column, &j, x->column_panels, parallel);
+}
+
+static void multiply_items(integer worker, void *data) {
+    whole *w = data;
+    for (integer i = worker * w->x->batch / w->x->workers; i < (worker + 1) * w->x->batch / w->x->workers; i++)
+        multiply_item(w, i, worker);
+}
+
+int reproml_multiply(const product *x, void *memory) {
+    whole w = {x, memory, 0};
+    if (x->by_item)
+        run_tasks(multiply_items, &w, x->workers, x->workers > 1);
+    else
+        for (integer i = 0; i < x->batch; i++) multiply_item(&w, i, -1);
+    return !w.infinite;
+}

@@ -1,0 +1,40 @@
+/* Products of matrices that are given by tables of offsets, rounded once: matrices of any strides, the patches of an
+   image, the weights of a convolution. Numbers are packed into panels as they are needed, so that no patches are kept
+   in memory. */
+
+#ifndef REPROML_PANELS_H
+#define REPROML_PANELS_H
+
+#include "tile.h"
+
+/* Number p of line i is first[line[i] + term[p]]. A line is a row of a or a column of b. */
+typedef struct {
+    const float *first;
+    integer step; /* elements from one product of the batch to the next */
+    const integer *line, *term;
+} operand;
+
+typedef struct {
+    integer batch, m, n, k; /* k may be 0 */
+    operand a, b;
+    float *out; /* element i, j is out[row[i] + column[j]] */
+    integer out_step;
+    const integer *row, *column;
+    const float *row_bias, *column_bias; /* of each row or column, or null */
+    integer bias_step;
+    failure_list *failed; /* offsets in `out` */
+    /* Set by reproml_plan. */
+    const tiling *tiles;
+    integer row_panels, column_panels, block, workers; /* block: row panels that are prepared at once */
+    integer sections, length;                          /* terms of a section */
+    int pitch, by_item;                                /* by_item: each worker multiplies matrices of its own */
+} product;
+
+/* Choose how to calculate a product. Returns the bytes of memory that it needs. */
+size_t reproml_plan(product *x);
+
+/* Calculate it; `memory` is aligned to 8 bytes. Returns 0 if an operand has a NaN or an infinity; the result is then
+   that of IEEE arithmetic in any order. */
+int reproml_multiply(const product *x, void *memory);
+
+#endif
