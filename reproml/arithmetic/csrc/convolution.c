@@ -137,6 +137,10 @@ static void slide_over(const slide *s, const pass *p, integer item, const float 
             for (int t = 0; t < count; t++) {
                 integer r = failed[t] / TILE_COLUMNS, at = q + failed[t] % TILE_COLUMNS, x = at % pitch;
                 if (x >= p->columns) continue;
+                if (sums[failed[t]] != sums[failed[t]]) { /* NaN in any order */
+                    tile[failed[t]] = NAN;
+                    continue;
+                }
                 compensated sum = {0, 0, 0};
                 for (integer k = 0; k < p->k; k++) add_exact(&sum, weights[k * m + r] * buffer[p->offset[k] + at]);
                 if (bias) add_exact(&sum, bias[r]);

@@ -132,12 +132,16 @@ static void prepare(integer task, void *data) {
 }
 
 /* Sum an element that failed the test again, with its rounding errors. */
-static void round_with_errors(const product *x, integer batch, integer i, integer j) {
+static void round_with_errors(const product *x, integer batch, integer i, integer j, double sum) {
     const float *a = x->a + batch * x->a_batch + i * x->a_row, *b = x->b + batch * x->b_batch + j * x->b_column;
+    integer at = (batch * x->m + i) * x->n + j;
     compensated s = {0, 0, 0};
+    if (sum != sum) { /* NaN in any order */
+        x->out[at] = (float)sum;
+        return;
+    }
     for (integer p = 0; p < x->k; p++) add_exact(&s, (double)a[p * x->a_column] * b[p * x->b_row]);
     if (x->bias) add_exact(&s, x->bias[j]);
-    integer at = (batch * x->m + i) * x->n + j;
     if (round_compensated(&s, x->k + 1, x->out + at)) add_failure(x->failed, at);
 }
 
@@ -191,7 +195,7 @@ static void multiply(integer task, void *data) {
                                        x->norm_a + batch * x->row_panels * x->rows + i, norm_b, NULL, bias,
                                        x->out + (batch * x->m + i) * x->n + j, x->n, failed);
         for (int t = 0; t < count; t++)
-            round_with_errors(x, batch, i + failed[t] / TILE_COLUMNS, j + failed[t] % TILE_COLUMNS);
+            round_with_errors(x, batch, i + failed[t] / TILE_COLUMNS, j + failed[t] % TILE_COLUMNS, sums[failed[t]]);
     }
 }
 
@@ -233,7 +237,14 @@ int reproml_round_tile(const double *sums, int m, int n, double g, const double 
     int count = 0;
     for (int i = 0; any && i < m; i++)
         for (int j = 0; j < n; j++)
-            if (differ[i * TILE_COLUMNS + j]) failed[count++] = i * TILE_COLUMNS + j;
+            if (differ[i * TILE_COLUMNS + j]) {
+                const double sum = sums[i * TILE_COLUMNS + j];
+                const float bias = row_bias ? row_bias[i] : column_bias ? column_bias[j] : 0;
+                if (fabs(sum) == INFINITY)
+                    out[i * stride + j] = (float)sum + bias; /* in any order */
+                else
+                    failed[count++] = i * TILE_COLUMNS + j;
+            }
     return count;
 }
 
