@@ -141,10 +141,6 @@ static pair sum_of_exponentials(block *b, const row *r, int without_first) {
     return total;
 }
 
-/* Where one number exceeds all others by more than 1,000, the logarithm below is less than 2^-1400 and counts as zero
-   beside another term (docs/contract.md). */
-static int is_alone(const row *r) { return r->top - r->second > 1000 && r->second != -INFINITY; }
-
 /* The logarithm of the sum of exp(x - top). Its bound is infinite if the sum is not known to be above 1. */
 static pair log_of_sum(block *b, const row *r) {
     const pair sum = sum_of_exponentials(b, r, 1);
@@ -175,25 +171,53 @@ static integer softmax(const float *x, integer n, float *out, int32_t *failed) {
     return failures;
 }
 
+/* How far log_softmax is below 1 where one number exceeds all others by more than FAR: log2 of 1 / the sum of exp(x - top)
+   over the others. From exp(-1000) on it counts as zero. */
+static double bits_below_1(const row *r) {
+    const double gap = r->top - r->second;
+    double others = 0;
+    if (gap > 1000) return INFINITY;
+    for (integer i = 0; i < r->n; i++)
+        if (i != r->first) others += exp(r->x[i] - r->second);
+    return gap * 1.4426950408889634 - log2(others);
+}
+
+/* One number d of such a row. Beside d the logarithm decides ties only, and none where it is 2^1100 times smaller, as
+   the exact path takes it for zero there (compiler/evaluate.py); just where that begins depends on its bounds. The
+   result of the largest number itself rounds to -0. */
+static int32_t round_far(pair d, double bits, float *out) {
+    float beside;
+    *out = -0.0f;
+    if (d.s == 0) return 0;
+    if (bits == INFINITY) return round_pair(d, out);
+    bits += log2(fabs(d.s));
+    const int32_t failed = round_pair(d, out) | round_pair(pair_plus(d, (pair){-BELOW, 0, 0}), &beside);
+    if (bits >= 1096 && bits < 1100) return failed | (*out != beside);
+    if (bits < 1096) *out = beside;
+    return failed;
+}
+
 static integer log_softmax(const float *x, integer n, float *out, int32_t *failed) {
     row r;
     block b;
     integer failures = 0;
     if (!begin_row(&r, x, n)) return fail_all(n, failed);
-    const int alone = is_alone(&r);
+    const double gap = r.top - r.second;
+    const int far = gap > FAR && r.second != -INFINITY;
+    const double bits = far ? bits_below_1(&r) : 0;
     pair log = {0, 0, 0};
-    if (!alone) log = log_of_sum(&b, &r);
+    if (!far) log = log_of_sum(&b, &r);
     log.s = -log.s, log.t = -log.t;
     for (integer i = 0; i < n; i++) {
         pair d = {0, 0, 0};
         two_sum(x[i], -r.top, &d.s, &d.t);
-        failed[i] = 0;
-        if (x[i] == -INFINITY)
+        if (x[i] == -INFINITY) {
             out[i] = -INFINITY;
-        else if (alone)
-            out[i] = i == r.first ? -0.0f : x[i] - (float)r.top;
-        else
-            failures += failed[i] = round_pair(pair_plus(d, log), out + i) != 0;
+            failed[i] = 0;
+        } else {
+            failed[i] = (far ? round_far(d, bits, out + i) : round_pair(pair_plus(d, log), out + i)) != 0;
+        }
+        failures += failed[i];
     }
     return failures;
 }
