@@ -246,6 +246,7 @@ VECTORISED static integer log_softmax_backward(const float *g, const float *y, i
     const pair sum = sum_with_errors(g, 0, 0, 0, 1, n), total = {-sum.s, -sum.t, sum.rad};
     const double size = fabs(total.s) + fabs(total.t) + total.rad;
     integer failures = 0;
+    if (!(size <= DBL_MAX)) return fail_all(n, failed);
     for (integer i = 0; i < n; i++) {
         const int inside = fabsf(y[i]) <= (float)FAR;
         pair e = {0, 0, 0};
