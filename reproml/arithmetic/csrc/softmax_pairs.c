@@ -67,7 +67,7 @@ static pair log1p_of_pair(pair p) {
     if (p.s < 0x1p-30) { /* p - p^2/2 + p^3/3; the next term is below p^4, which is 2^-90 p */
         const pair square = pair_times_pair(p, p), rest = pair_over(pair_times_pair(square, p), 3);
         pair y = pair_plus(pair_plus(p, pair_times(square, -0.5)), rest);
-        y.rad += p.s * p.s * p.s * p.s;
+        y.rad += p.s * (p.s * p.s * p.s + 0x1p-120); /* what underflows is below 2^-120 p */
         return y;
     }
     const double y = log1p(p.s);

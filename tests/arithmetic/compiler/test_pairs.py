@@ -123,7 +123,9 @@ def operands_of(kind: str, x: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("kind", ORACLES)
 def test_hard_rows_pass_and_are_correctly_rounded(kind: str, numbers_of: str) -> None:
     x = numbers((12, 9), numbers_of)
-    limit = 12 if kind == "logsumexp" else 4  # beside a number that is far above all others nothing is known
+    limit = (
+        12 if kind == "logsumexp" else 4
+    )  # beside a number that is far above all others nothing is known
     assert compare(kind, *operands_of(kind, x)) <= (limit if numbers_of == "wide" else 1)
 
 
@@ -201,7 +203,7 @@ def test_the_threads_share_many_rows() -> None:
 
 @pytest.mark.parametrize("gap", [0, 1, 30, 88, 104, 500, 599, 601, 700, 730, 760, 790, 900, 1e4])
 def test_log_softmax_of_ties_agrees_with_exact_path(gap: float) -> None:
-    """The differences are midpoints of binary32 numbers, which a logarithm near 0 decides, or equal numbers."""
+    """Differences are midpoints of binary32 numbers, which a logarithm near 0 decides, or equal numbers."""
     top = 4194304.5
     x = torch.full((3, 6), top - gap)
     x[0, :3] = torch.tensor([top, -4194304.0, -4194302.0])
@@ -213,7 +215,7 @@ def test_log_softmax_of_ties_agrees_with_exact_path(gap: float) -> None:
 
 
 def test_where_a_logarithm_begins_to_count_as_zero_agrees_with_exact_path() -> None:
-    """About 2^-1097 times as large as another term, the logarithm falls below the bounds of the exact path."""
+    """About 2^1097 times smaller than another term, the logarithm falls below bounds of the exact path."""
     gaps = torch.arange(740.0, 770.0)
     x = torch.full((len(gaps), 4), -4194304.0)
     x[:, 0] = 4194304.5
