@@ -133,13 +133,14 @@ INLINE pair difference(double x, double m) {
 }
 
 /* The test on a number and its bound, then on a pair. Infinite and NaN results need none. Both tests are evaluated, and
-   branches avoided, so that a loop of these is one of vectors. An exact zero is +0 if it passes the second test only. */
-INLINE int32_t round_twice(double mid, double minus_rad, pair value, float *result) {
+   branches avoided, so that a loop of these is one of vectors. A zero that fails the first test is +0 if it is exact, and
+   fails the second one if `zero_fails`. */
+INLINE int32_t round_twice(double mid, double minus_rad, pair value, int32_t zero_fails, float *result) {
     float first, second;
     int32_t failed = round_signed_sum(mid, minus_rad, &first), left = round_pair(value, &second);
     int32_t finite = fabs(mid) <= DBL_MAX;
     *result = !failed ? first : finite ? second : (float)mid;
-    return (failed != 0) & finite & (left != 0);
+    return (failed != 0) & finite & ((left != 0) | (zero_fails & (second == 0)));
 }
 
 /* out = (x - m) r w + b: the product errs by 2 U of itself (r w is exact), the sum by U. Returns nonzero if the test
@@ -165,7 +166,7 @@ INLINE void normalize_block_by_pairs(const int along, const float *x, integer n,
         double mid = product + term;
         pair value = pair_times(difference(x[i], m), factor);
         left[i] = round_twice(mid, fabs(product) * (-6 * U) + fabs(term) * (-4 * U),
-                              pair_plus(value, (pair){term, 0, 0}), out + i);
+                              pair_plus(value, (pair){term, 0, 0}), 0, out + i);
     }
 }
 
@@ -403,8 +404,8 @@ INLINE void gradient_block_by_pairs(const int along, const int given, group_term
             value = pair_plus(value, pair_times(difference(x[i], ctx.m), -ctx.r * ctx.deviation));
             value = pair_over(pair_times(value, ctx.r), ctx.n);
         }
-        left[i] = round_twice(mid, minus_rad, value, out + i);
-        left[i] |= (ctx.r < 0) & (out[i] == 0); /* an exact zero is -0 there */
+        /* Where the steps of the definition give -0, so does the reference path. */
+        left[i] = round_twice(mid, minus_rad, value, (ctx.r < 0) | (product == 0), out + i);
     }
 }
 

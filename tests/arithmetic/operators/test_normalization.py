@@ -253,6 +253,7 @@ def test_gradients_that_cancel_are_correctly_rounded(data):
     a = Fraction(nearest(sum((g * w for g, w, _ in terms), Fraction(0))))
     b = Fraction(nearest(sum((g * w * (x - mean) * rstd for g, w, x in terms), Fraction(0))))
     values = [Real(rstd * (w * g - (a + (x - mean) * rstd * b) / n)) for g, w, x in terms]
+    assert found is not None
     check(found, values, any_zero=True)
     agree(normalization.layer_norm_backward, g, x, [n], m, r, w, None, ALL)
     agree(normalization.layer_norm_backward, g, x, [n], m, -r, w, None, ALL)
@@ -260,6 +261,14 @@ def test_gradients_that_cancel_are_correctly_rounded(data):
     for given_statistics in (True, False):
         arguments = of_image, image, w[:1], m, r.square(), m, r, not given_statistics, 0.0, ALL
         agree(normalization.batch_norm_backward, *arguments)
+
+
+@pytest.mark.parametrize("r", [1.0, -1.0])
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_gradient_zero_by_cancellation_has_reference_sign(zero, r):
+    x, g = torch.tensor([[-1.0, 1.0]]), torch.tensor([[zero, 1.0]])
+    mean, rstd = torch.zeros(1), torch.tensor([r])
+    agree(normalization.layer_norm_backward, g, x, [2], mean, rstd, None, None, ALL)
 
 
 def test_gradients_failing_the_first_test_match_reference(left):
