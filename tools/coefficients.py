@@ -49,6 +49,7 @@ CONSTANTS = {
     "1 / ln 2": [float(1 / mp.log(2))],
     "ln 2": split(mp.log(2), 37),
     "ln 2 as a pair": split(mp.log(2), 53),
+    "1 / 6 as a pair": split(mp.mpf(1) / 6, 53),
     "pi / 2": split(mp.pi / 2, 33, 33),
     "pi": [float(mp.pi)],
     "1 / sqrt(2 pi)": [float(1 / mp.sqrt(2 * mp.pi))],

@@ -18,7 +18,7 @@ from torch import Tensor
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
-_VERSION = 11  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
+_VERSION = 12  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
 
 # Function name -> (result type, argument types), as in csrc/*.c.
 _SIGNATURES = {
@@ -43,6 +43,7 @@ _SIGNATURES = {
     ),
     "reproml_normalize_backward": (_LONG, [_POINTER] * 12 + [_LONG]),
     "reproml_column_moments": (_LONG, [_LONG] * 2 + [_POINTER] * 6),
+    "reproml_adaptive_pool_backward": (_LONG, [_LONG] * 5 + [_POINTER] * 3 + [_LONG]),
     "reproml_channel_moments": (_LONG, [_LONG] * 4 + [_POINTER] * 5),
     "reproml_convolution": (_LONG, [_POINTER] * 6 + [_LONG]),
     "reproml_transposed": (_LONG, [_POINTER] * 6 + [_LONG]),

@@ -14,7 +14,10 @@ from torch import Tensor
 from reproml.arithmetic.compiler import kernels
 
 # In the order of csrc/pairs.c.
-_KINDS = "running_sums variance deviation softmax_backward log_softmax_backward".split()
+_KINDS = (
+    "running_sums variance deviation softmax_backward log_softmax_backward softmax log_softmax logsumexp"
+).split()
+_ONE_FOR_EACH_ROW = ("variance", "deviation", "logsumexp")
 
 
 def rows_by_pairs(
@@ -30,7 +33,7 @@ def rows_by_pairs(
     taken = x.numel() and kernels.usable(*operands)
     if not taken or any(t.dtype is not torch.float32 for t in operands):
         return otherwise(*operands)
-    length = 1 if kind in ("variance", "deviation") else n
+    length = 1 if kind in _ONE_FOR_EACH_ROW else n
     out = x.new_empty(*x.shape[:-1], length)
     failed = torch.empty(out.shape, dtype=torch.bool, device="cpu")
     if kernels.library.reproml_rows(

@@ -157,6 +157,10 @@ static void slide_over(const slide *s, const pass *p, integer output, integer co
         for (integer j = 0; any && j < n; j++) {
             integer at = q + j, x = at % pitch, y = at / pitch % rows;
             if (!differ[j] || x >= p->columns || y >= p->rows) continue;
+            if (!(fabs(sums[j]) <= DBL_MAX)) { /* infinite or NaN in any order */
+                row[j] = (float)sums[j] + (float)bias;
+                continue;
+            }
             compensated sum = {0, 0, 0};
             for (integer k = 0; k < p->k; k++) add_exact(&sum, weights[k] * buffer[p->offset[k] + at]);
             add_exact(&sum, bias);

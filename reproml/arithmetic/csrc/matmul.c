@@ -57,7 +57,14 @@ int reproml_round_tile(const double *sums, int m, int n, double g, const double 
     int count = 0;
     for (int i = 0; any && i < m; i++)
         for (int j = 0; j < n; j++)
-            if (differ[i * TILE_COLUMNS + j]) failed[count++] = i * TILE_COLUMNS + j;
+            if (differ[i * TILE_COLUMNS + j]) {
+                const double sum = sums[i * TILE_COLUMNS + j];
+                const float bias = row_bias ? row_bias[i] : column_bias ? column_bias[j] : 0;
+                if (fabs(sum) == INFINITY)
+                    out[i * stride + j] = (float)sum + bias; /* in any order */
+                else
+                    failed[count++] = i * TILE_COLUMNS + j;
+            }
     return count;
 }
 

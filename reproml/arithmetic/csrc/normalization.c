@@ -1,7 +1,7 @@
 /* Batch, group and layer normalisation (operators/normalization.py). A group, which is normalised with one mean and one
    variance, consists of runs of contiguous numbers. */
 
-#include "compensated.h"
+#include "compensated_runs.h"
 #include "lanes.h"
 
 #define SERIAL 4096 /* elements that are not worth a second thread */
@@ -75,22 +75,23 @@ static int32_t round_inverse_root_of_pair(pair v, float *result) {
 
 /* mean, 1 / sqrt(variance + eps) and the unbiased variance from sums with their errors. For any mu and d = x - mu,
    sum (x - mean)^2 = sum d^2 - n (mean - mu)^2. */
-static int32_t round_statistics_with_errors(const runs *ctx, integer n, double eps, float *mean, float *rstd,
+INLINE int32_t round_statistics_with_errors(const runs *ctx, integer n, double eps, float *mean, float *rstd,
                                             float *var) {
-    compensated sum = {0, 0, 0}, squares = {0, 0, 0};
+    pair m = pair_over(sum_with_errors(ctx->x, 0, ctx->x_stride, 0, ctx->runs, ctx->length), (double)n);
+    const lanes zero = {0};
+    compensated_lanes squares = {zero, zero, zero};
     for (integer run = 0; run < ctx->runs; run++)
-        for (integer i = 0; i < ctx->length; i++) add_exact(&sum, ctx->x[run * ctx->x_stride + i]);
-    pair m = pair_over(compensated_pair(&sum, n), (double)n);
-    for (integer run = 0; run < ctx->runs; run++)
-        for (integer i = 0; i < ctx->length; i++) {
-            double d, low;
-            two_sum(ctx->x[run * ctx->x_stride + i], -m.s, &d, &low);
+        for (integer i = 0; i < ctx->length; i += LANES) {
+            const integer count = ctx->length - i;
+            lanes d, low;
+            two_sum_of_lanes(widen_some(ctx->x + run * ctx->x_stride + i, count), zero - m.s, &d, &low);
             low -= m.t;
-            add_product(&squares, d, d);
-            add_small(&squares, 2 * d * low);
-            add_small(&squares, low * low);
+            for (integer l = count; l < LANES; l++) d[l] = low[l] = 0;
+            add_product_lanes(&squares, d, d);
+            add_small_lanes(&squares, 2 * d * low);
+            add_small_lanes(&squares, low * low);
         }
-    pair s = compensated_pair(&squares, n), v;
+    pair s = pair_of_lanes(&squares, n), v;
     s.rad += (double)n * m.rad * m.rad * SLACK;
     v = pair_over(s, (double)n);
     double high, low;
@@ -124,6 +125,24 @@ INLINE int32_t round_statistics(const runs *of, integer n, double eps, float *me
 
 /* ---- forward ---- */
 
+/* x - m */
+INLINE pair difference(double x, double m) {
+    pair d = {0, 0, 0};
+    two_sum(x, -m, &d.s, &d.t);
+    return d;
+}
+
+/* The test on a number and its bound, then on a pair. Infinite and NaN results need none. Both tests are evaluated, and
+   branches avoided, so that a loop of these is one of vectors. A zero that fails the first test is +0 if it is exact, and
+   fails the second one if `zero_fails`. */
+INLINE int32_t round_twice(double mid, double minus_rad, pair value, int32_t zero_fails, float *result) {
+    float first, second;
+    int32_t failed = round_signed_sum(mid, minus_rad, &first), left = round_pair(value, &second);
+    int32_t finite = fabs(mid) <= DBL_MAX;
+    *result = !failed ? first : finite ? second : (float)mid;
+    return (failed != 0) & finite & ((left != 0) | (zero_fails & (second == 0)));
+}
+
 /* out = (x - m) r w + b: the product errs by 2 U of itself (r w is exact), the sum by U. Returns nonzero if the test
    fails for an element. */
 INLINE int32_t normalize_block(const int along, const float *x, integer n, double m, double r, const float *w,
@@ -137,6 +156,20 @@ INLINE int32_t normalize_block(const int along, const float *x, integer n, doubl
     return failed;
 }
 
+/* The same for a block where it fails for an element: the second test is on a pair. left[i] is nonzero where both
+   fail. Infinite and NaN results need no test. */
+INLINE void normalize_block_by_pairs(const int along, const float *x, integer n, double m, double r, const float *w,
+                                     const float *b, float *restrict out, int32_t *restrict left) {
+    double scale = along ? r : r * (w ? *w : 1), shift = along || !b ? 0 : *b;
+    for (integer i = 0; i < n; i++) {
+        double factor = along ? scale * w[i] : scale, product = (x[i] - m) * factor, term = along ? b[i] : shift;
+        double mid = product + term;
+        pair value = pair_times(difference(x[i], m), factor);
+        left[i] = round_twice(mid, fabs(product) * (-6 * U) + fabs(term) * (-4 * U),
+                              pair_plus(value, (pair){term, 0, 0}), 0, out + i);
+    }
+}
+
 INLINE void normalize_run(normal *ctx, integer at, integer group, const float *w, const float *b) {
     const int along = ctx->at.along != 0;
     double m = ctx->mean[group], r = ctx->rstd[group];
@@ -146,14 +179,13 @@ INLINE void normalize_run(normal *ctx, integer at, integer group, const float *w
         float *out = ctx->out + at + i;
         if (!(along ? normalize_block(1, x, n, m, r, wi, bi, out) : normalize_block(0, x, n, m, r, wi, bi, out)))
             continue;
-        for (integer j = 0; j < n; j++) {
-            const float *wj = along ? wi + j : wi, *bj = along ? bi + j : bi;
-            double product = (x[j] - m) * (r * (wj ? *wj : 1)), term = bj ? *bj : 0, mid = product + term;
-            if (!(fabs(mid) <= DBL_MAX))
-                out[j] = (float)mid; /* infinite or NaN: nothing to round */
-            else if (round_signed_sum(mid, -(fabs(product) * (6 * U) + fabs(term) * (4 * U)), out + j))
-                add_failure(&ctx->failed, at + i + j);
-        }
+        int32_t left[BLOCK];
+        if (along)
+            normalize_block_by_pairs(1, x, n, m, r, wi, bi, out, left);
+        else
+            normalize_block_by_pairs(0, x, n, m, r, wi, bi, out, left);
+        for (integer j = 0; j < n; j++)
+            if (left[j]) add_failure(&ctx->failed, at + i + j);
     }
 }
 
@@ -270,21 +302,27 @@ INLINE integer moments(const normal *ctx, integer group, double *total) {
     return height + ctx->at.runs + 1;
 }
 
-static void moments_with_errors(const normal *ctx, integer group, pair *sum, pair *deviation) {
+/* The sums of q and of q (x - m), q = g w, as pairs. */
+INLINE void moments_with_errors(const normal *ctx, integer group, pair *sum, pair *deviation) {
     const layout *at = &ctx->at;
-    compensated s = {0, 0, 0}, d = {0, 0, 0};
+    const lanes zero = {0};
+    compensated_lanes s = {zero, zero, zero}, d = {zero, zero, zero};
     const float *w =
         ctx->w && (at->along || at->weight_run) ? ctx->w + group % at->weight_period * at->weight_group : 0;
     for (integer run = 0; run < at->runs; run++) {
-        integer first = group * at->group_stride + run * at->run_stride;
-        for (integer i = 0; i < at->length; i++) {
-            double q = ctx->g[first + i] * (w ? (double)w[at->along ? i : run] : 1);
-            add_exact(&s, q);
-            add_deviation(&d, q, ctx->x[first + i], ctx->mean[group]);
+        const integer first = group * at->group_stride + run * at->run_stride;
+        for (integer i = 0; i < at->length; i += LANES) {
+            const integer count = at->length - i;
+            lanes q = widen_some(ctx->g + first + i, count), high, low;
+            if (w) q *= at->along ? widen_some(w + i, count) : zero + w[run];
+            two_sum_of_lanes(widen_some(ctx->x + first + i, count), zero - ctx->mean[group], &high, &low);
+            add_exact_lanes(&s, q);
+            add_product_lanes(&d, q, high);
+            add_small_lanes(&d, q * low);
         }
     }
-    *sum = compensated_pair(&s, at->runs * at->length);
-    *deviation = compensated_pair(&d, at->runs * at->length);
+    *sum = pair_of_lanes(&s, at->runs * at->length);
+    *deviation = pair_of_lanes(&d, at->runs * at->length);
 }
 
 /* scale times a sum; scale is a product of two binary32 numbers and thus exact. An exact zero is +0. */
@@ -321,6 +359,7 @@ INLINE int32_t round_sums_of_group(const normal *ctx, integer group) {
    with r and the test follow. */
 typedef struct {
     double m, r, a, b, minus_ulp; /* minus_ulp: -U |r| */
+    double n, sum, deviation;
 } group_terms;
 
 INLINE double gradient(group_terms ctx, double x, double g, double w, double *minus_rad) {
@@ -349,33 +388,56 @@ INLINE int32_t gradient_block(const int along, const int given, group_terms ctx,
     return failed;
 }
 
+/* The same by pairs, as n r (w g - (sum + (x - m) r deviation) / n) / n. left[i] is nonzero where both tests fail. */
+INLINE void gradient_block_by_pairs(const int along, const int given, group_terms ctx, const float *x, const float *g,
+                                    const float *w, integer n, float *restrict out, int32_t *restrict left) {
+    double weight = along || !w ? 1 : *w;
+    for (integer i = 0; i < n; i++) {
+        double minus_rad, wi = along ? w[i] : weight, product = g[i] * wi;
+        pair value;
+        double mid = given ? scaled_gradient(g[i], wi, ctx.r, &minus_rad) : gradient(ctx, x[i], g[i], wi, &minus_rad);
+        if (given) {
+            value = pair_times((pair){product, 0, 0}, ctx.r);
+        } else {
+            value = pair_times((pair){product, 0, 0}, ctx.n);
+            value = pair_plus(value, (pair){-ctx.sum, 0, 0});
+            value = pair_plus(value, pair_times(difference(x[i], ctx.m), -ctx.r * ctx.deviation));
+            value = pair_over(pair_times(value, ctx.r), ctx.n);
+        }
+        /* Where the steps of the definition give -0, so does the reference path. */
+        left[i] = round_twice(mid, minus_rad, value, (ctx.r < 0) | (product == 0), out + i);
+    }
+}
+
 INLINE void gradient_run(normal *ctx, integer at, group_terms t, const float *w) {
     const int along = ctx->at.along != 0;
     for (integer i = 0; i < ctx->at.length; i += BLOCK) {
         integer n = ctx->at.length - i < BLOCK ? ctx->at.length - i : BLOCK;
         const float *x = ctx->x + at + i, *g = ctx->g + at + i, *wi = along ? w + i : w;
         float *out = ctx->out + at + i;
+        int32_t left[BLOCK];
         if (!(along        ? gradient_block(1, 0, t, x, g, wi, n, out)
               : ctx->given ? gradient_block(0, 1, t, x, g, wi, n, out)
                            : gradient_block(0, 0, t, x, g, wi, n, out)))
             continue;
-        for (integer j = 0; j < n; j++) {
-            double minus_rad, wj = along ? wi[j] : wi ? *wi : 1;
-            double mid =
-                ctx->given ? scaled_gradient(g[j], wj, t.r, &minus_rad) : gradient(t, x[j], g[j], wj, &minus_rad);
-            if (!(fabs(mid) <= DBL_MAX))
-                out[j] = (float)mid;
-            else if (round_signed_sum(mid, minus_rad, out + j))
-                add_failure(&ctx->failed, at + i + j);
-        }
+        if (along)
+            gradient_block_by_pairs(1, 0, t, x, g, wi, n, out, left);
+        else if (ctx->given)
+            gradient_block_by_pairs(0, 1, t, x, g, wi, n, out, left);
+        else
+            gradient_block_by_pairs(0, 0, t, x, g, wi, n, out, left);
+        for (integer j = 0; j < n; j++)
+            if (left[j]) add_failure(&ctx->failed, at + i + j);
     }
 }
 
 INLINE void gradient_of_group(normal *ctx, integer group) {
     const layout *at = &ctx->at;
     double n = (double)(at->runs * at->length), r = ctx->rstd[group];
-    group_terms t = {ctx->mean[group], r, 0, 0, -U * fabs(r)};
+    group_terms t = {.m = ctx->mean[group], .r = r, .minus_ulp = -U * fabs(r), .n = n};
     if (ctx->sum) {
+        t.sum = ctx->sum[group];
+        t.deviation = ctx->deviation[group];
         t.a = ctx->sum[group] / n;
         t.b = r * ctx->deviation[group] / n;
     }

@@ -2,9 +2,10 @@
    first one failed, as it does where whole tensors cancel or are equal. */
 
 #include "compensated.h"
+#include "softmax_pairs.h"
 
 /* In the order of compiler/pairs.py. */
-enum { RUNNING_SUMS, VARIANCE, DEVIATION, SOFTMAX_BACKWARD, LOG_SOFTMAX_BACKWARD };
+enum { RUNNING_SUMS, VARIANCE, DEVIATION, SOFTMAX_BACKWARD, LOG_SOFTMAX_BACKWARD, SOFTMAX, LOG_SOFTMAX, LOGSUMEXP };
 
 enum { WORK = 32768 }; /* numbers that are worth a thread */
 
@@ -51,35 +52,11 @@ static int32_t variance(const float *x, integer n, double divisor, int root, flo
     return round_pair(v, out);
 }
 
-/* y (g - the sum of g y), where y is the result of softmax. */
-static int32_t softmax_backward(const float *g, const float *y, integer n, float *out, uint8_t *failed) {
-    int32_t failures = 0;
-    compensated sum = {0, 0, 0};
-    for (integer i = 0; i < n; i++) add_product(&sum, g[i], y[i]);
-    pair total = compensated_pair(&sum, n);
-    total.s = -total.s, total.t = -total.t;
-    for (integer i = 0; i < n; i++) {
-        const pair difference = pair_plus((pair){g[i], 0, 0}, total);
-        failures += failed[i] = round_pair(pair_times(difference, y[i]), out + i) != 0;
-    }
-    return failures;
-}
-
-/* g - exp(y) times the sum of g, where y is the result of log_softmax, and may be -infinity. */
-static int32_t log_softmax_backward(const float *g, const float *y, integer n, float *out, uint8_t *failed) {
-    int32_t failures = 0;
-    compensated sum = {0, 0, 0};
-    for (integer i = 0; i < n; i++) add_exact(&sum, g[i]);
-    pair total = compensated_pair(&sum, n);
-    total.s = -total.s, total.t = -total.t;
-    for (integer i = 0; i < n; i++) {
-        pair product = {0, 0, 0};
-        if (y[i] > -600 && y[i] < 600)
-            product = pair_times_pair(pair_exp(y[i]), total);
-        else if (y[i] != -INFINITY) /* exp(-600) < 2^-865 */
-            product.rad = y[i] < 0 ? (fabs(total.s) + fabs(total.t) + total.rad) * 0x1p-865 : INFINITY;
-        failures += failed[i] = round_pair(pair_plus((pair){g[i], 0, 0}, product), out + i) != 0;
-    }
+static integer softmax_row(int which, const float *x, const float *y, integer n, integer results, float *out,
+                           uint8_t *failed) {
+    int32_t *left = reproml_scratch((size_t)results * sizeof *left);
+    const integer failures = left ? reproml_softmax_row(which, x, y, n, out, left) : results;
+    for (integer i = 0; i < results; i++) failed[i] = !left || left[i];
     return failures;
 }
 
@@ -89,16 +66,19 @@ static void run_task(integer task, void *data) {
     integer failures = 0;
     for (integer row = c->per_task * task; row < end && row < c->rows; row++) {
         const float *x = c->x + row * n, *y = c->y + row * n;
+        float *out = c->out + row * n;
+        uint8_t *failed = c->failed + row * n;
         switch (c->kind) {
-        case RUNNING_SUMS: failures += running_sums(x, n, c->out + row * n, c->failed + row * n); break;
+        case RUNNING_SUMS: failures += running_sums(x, n, out, failed); break;
         case VARIANCE:
         case DEVIATION:
             failures += c->failed[row] = variance(x, n, c->divisor, c->kind == DEVIATION, c->out + row) != 0;
             break;
-        case SOFTMAX_BACKWARD: failures += softmax_backward(x, y, n, c->out + row * n, c->failed + row * n); break;
-        case LOG_SOFTMAX_BACKWARD:
-            failures += log_softmax_backward(x, y, n, c->out + row * n, c->failed + row * n);
-            break;
+        case SOFTMAX_BACKWARD: failures += softmax_row(PAIRS_SOFTMAX_BACKWARD, x, y, n, n, out, failed); break;
+        case LOG_SOFTMAX_BACKWARD: failures += softmax_row(PAIRS_LOG_SOFTMAX_BACKWARD, x, y, n, n, out, failed); break;
+        case SOFTMAX: failures += softmax_row(PAIRS_SOFTMAX, x, y, n, n, out, failed); break;
+        case LOG_SOFTMAX: failures += softmax_row(PAIRS_LOG_SOFTMAX, x, y, n, n, out, failed); break;
+        case LOGSUMEXP: failures += softmax_row(PAIRS_LOGSUMEXP, x, y, n, 1, c->out + row, c->failed + row); break;
         }
     }
     __atomic_fetch_add(&c->failures, failures, __ATOMIC_RELAXED);

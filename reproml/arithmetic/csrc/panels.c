@@ -184,13 +184,17 @@ static void prepare(integer panel, void *data) {
 }
 
 /* Sum an element that failed the test again, with its rounding errors. */
-static void round_with_errors(const product *x, integer item, integer i, integer j) {
+static void round_with_errors(const product *x, integer item, integer i, integer j, double sum) {
     const float *a = x->a.first + item * x->a.step + x->a.line[i], *b = x->b.first + item * x->b.step + x->b.line[j];
+    integer at = item * x->out_step + x->row[i] + x->column[j];
     compensated s = {0, 0, 0};
+    if (sum != sum) { /* NaN in any order */
+        x->out[at] = (float)sum;
+        return;
+    }
     for (integer p = 0; p < x->k; p++) add_exact(&s, (double)a[x->a.term[p]] * b[x->b.term[p]]);
     if (x->row_bias) add_exact(&s, x->row_bias[item * x->bias_step + i]);
     if (x->column_bias) add_exact(&s, x->column_bias[item * x->bias_step + j]);
-    integer at = item * x->out_step + x->row[i] + x->column[j];
     if (round_compensated(&s, x->k + 1, x->out + at)) add_failure(x->failed, at);
 }
 
@@ -231,7 +235,7 @@ static void store(const product *x, integer item, integer i, integer j, const do
                 for (int c = 0; c < n; c++) out[row[r] + column[c]] = tile[r * TILE_COLUMNS + c];
     }
     for (int t = 0; t < count; t++)
-        round_with_errors(x, item, i + failed[t] / TILE_COLUMNS, j + failed[t] % TILE_COLUMNS);
+        round_with_errors(x, item, i + failed[t] / TILE_COLUMNS, j + failed[t] % TILE_COLUMNS, sums[failed[t]]);
 }
 
 /* Multiply tiles of this section and block; each worker takes a range of the same length. */

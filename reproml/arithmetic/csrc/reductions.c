@@ -3,7 +3,7 @@
    The trees of additions are low (lanes.h), which makes the bound small. A sum that fails the test is added up again
    with its rounding errors. */
 
-#include "compensated.h"
+#include "compensated_runs.h"
 #include "lanes.h"
 
 #define AXES 12
@@ -135,12 +135,17 @@ static integer locate(const sums *ctx, integer chunk, const float **x, const flo
 }
 
 /* Add up one sum again with its rounding errors. Returns nonzero if the test fails. */
-static int32_t round_with_errors(const sums *ctx, const float *x, const float *y, float *result) {
-    compensated sum = {0, 0, 0};
-    for (integer p = 0; p < ctx->p.size; p++)
-        for (integer q = 0; q < ctx->q.size; q++)
-            add_exact(&sum, term(x, y, p * ctx->p.x + q * ctx->q.x, p * ctx->p.y + q * ctx->q.y));
-    pair value = compensated_pair(&sum, ctx->p.size * ctx->q.size);
+INLINE int32_t round_with_errors(const sums *ctx, const float *x, const float *y, float *result) {
+    pair value;
+    if (ctx->along) {
+        value = sum_with_errors(x, y, ctx->p.x, ctx->p.y, ctx->p.size, ctx->q.size);
+    } else {
+        compensated sum = {0, 0, 0};
+        for (integer p = 0; p < ctx->p.size; p++)
+            for (integer q = 0; q < ctx->q.size; q++)
+                add_exact(&sum, term(x, y, p * ctx->p.x + q * ctx->q.x, p * ctx->p.y + q * ctx->q.y));
+        value = compensated_pair(&sum, ctx->p.size * ctx->q.size);
+    }
     if (ctx->divisor != 1) value = pair_over(value, ctx->divisor);
     return round_pair(value, result);
 }
@@ -199,7 +204,7 @@ VECTORISED static void add_up(integer task, void *data) {
 }
 
 /* Add up the slices of each sum. */
-static void join_slices(sums *ctx, integer chunks) {
+VECTORISED static void join_slices(sums *ctx, integer chunks) {
     for (integer chunk = 0; chunk < chunks; chunk++) {
         double *s = ctx->parts + chunk * ctx->slices * (2 * WIDTH + 1), height = s[2 * WIDTH];
         for (integer slice = 1; slice < ctx->slices; slice++) {

@@ -52,7 +52,9 @@
    normalization.c: given statistics      round_signed_sum   1; + 1                         4
    compensated.h, indexing.c              round_pair         of t: its additions            4 n + 4, n + 4 or n + 2 of
                                                                                             the sum of |errors|
-   pairs.c                                round_pair         those of the pairs' operations nothing more
+   pairs.c, softmax_pairs.c               round_pair         those of the pairs' operations nothing more
+   normalization.c: second test           round_pair         those of the pairs' operations nothing more
+   pooling.c: one rounding                round_sum          divisor 1, lost by sums; + 1   3, 2 of the sum of |errors|
 
    tests/arithmetic/compiler/test_rounding_bounds.py checks the functions, and the lines from optimizers.c on, with
    numbers just beside a midpoint; in a build whose U is too small, the same numbers must be rounded wrongly. It also

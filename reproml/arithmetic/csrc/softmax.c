@@ -1,6 +1,7 @@
 /* Fast loops of formulas over rows: softmax, log_softmax and their gradients. */
 
 #include "fast.h"
+#include "softmax_pairs.h"
 
 enum { LANES = 16 };
 
@@ -123,6 +124,21 @@ INLINE void exponentials(row_table *t) {
     for (integer i = 0; i < t->rows * t->n; i++) t->mid[i] = t->y[i] == -INFINITY ? 0 : exp_(t->y[i]);
 }
 
+/* Round the elements of one row that failed the tests by pairs. */
+static void finish_row_by_pairs(row_table *t, integer r, int which) {
+    const integer first = r * t->n;
+    float out[ROW_MAX];
+    int32_t left[ROW_MAX], any = 0;
+    for (integer i = 0; i < t->n; i++) any |= t->failed[first + i];
+    if (!any) return;
+    reproml_softmax_row(which - SOFTMAX, t->x + first, t->y ? t->y + first : 0, t->n, out, left);
+    for (integer i = 0; i < t->n; i++)
+        if (t->failed[first + i]) {
+            t->out[first + i] = out[i];
+            t->failed[first + i] = left[i];
+        }
+}
+
 /* The midpoints and bounds of the results of one row, from mid, of_row and error_of_row. */
 INLINE void finish_row(row_table *t, integer r, int which) {
     const float *x = t->x + r * t->n, *y = t->y ? t->y + r * t->n : 0;
@@ -161,6 +177,7 @@ INLINE void finish_rows(row_table *t, int which) {
         t->failed[i] = round_ball(t->mid[i], 0, t->rad[i], &t->out[i]);
         if (which == LOG_SOFTMAX) t->failed[i] &= t->mid[i] != -INFINITY;
     }
+    for (integer r = 0; r < t->rows; r++) finish_row_by_pairs(t, r, which);
 }
 
 #define FORMULA(NAME, BEFORE) \

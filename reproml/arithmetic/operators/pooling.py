@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import rowwise
 from reproml.arithmetic.operators.arguments import pair, require, require_shape
 from reproml.arithmetic.operators.convolution import dilate_and_pad
@@ -151,6 +152,9 @@ def adaptive_avg_pool2d_backward(g: Tensor, x: Tensor) -> Tensor:
     if equal:
         (_, a), (_, b) = equal
         return _divide_among_windows(g, (a, b), a * b)
+    compiled = _compiled_adaptive_backward(g, x)
+    if compiled is not None:
+        return compiled
     rows, columns = (_adaptive_windows(n, p) for n, p in zip(x.shape[-2:], g.shape[-2:]))
     areas = [[(b - a) * (d - c) for c, d in columns] for a, b in rows]
     area = torch.tensor(areas, dtype=torch.float32, device=g.device).reshape(g.shape[-2:])
@@ -164,6 +168,19 @@ def adaptive_avg_pool2d_backward(g: Tensor, x: Tensor) -> Tensor:
 
     grads = [gradient_at(y, z) for y in range(x.shape[-2]) for z in range(x.shape[-1])]
     return torch.cat(grads, -1).reshape(x.shape)
+
+
+def _compiled_adaptive_backward(g: Tensor, x: Tensor) -> Optional[Tensor]:
+    """Compute adaptive_avg_pool2d_backward by csrc/pooling.c; None where an element fails its tests."""
+    g = g.contiguous()
+    if not kernels.usable(g) or not (g.numel() and x.numel()):
+        return None
+    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    result = kernels.run_kernel(
+        kernels.library.reproml_adaptive_pool_backward,
+        *(x.shape[:-2].numel(), *x.shape[-2:], *g.shape[-2:], g.data_ptr(), out.data_ptr()),
+    )
+    return out if result == (True, None) else None
 
 
 def _check_windows(g: Tensor, x: Tensor) -> None:

@@ -391,6 +391,13 @@ def convolution(library: Any, terms: list[float], name: str) -> list[Found]:
     return listed(left, failed, out, [ABOVE])
 
 
+def adaptive_pool(library: Any, terms: list[float]) -> list[Found]:
+    """One element in 32 windows of length 1."""
+    g, out, failed = row(terms, 32), torch.empty(1), integers(*[0] * CAPACITY)
+    left = library.reproml_adaptive_pool_backward(1, 1, 1, 32, 1, at(g), at(out), failed, CAPACITY)
+    return listed(left, failed, out, [ABOVE])
+
+
 STEP = 2.0**-24 * (1 + 2.0**-40)  # 1 + STEP is just above a midpoint
 
 
@@ -474,6 +481,7 @@ LOOPS: dict[str, Callable[[Any, list[float]], list[Found]]] = {
     "transposed convolution": lambda c, v: convolution(c, v, "transposed"),
     "weight gradient": lambda c, v: convolution(c, v, "weight_gradient"),
     "log_softmax gradient": log_softmax_gradient,
+    "gradient of adaptive pooling": adaptive_pool,
 }
 
 SINGLE: dict[str, Callable[[Any], list[Found]]] = {

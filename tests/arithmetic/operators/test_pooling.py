@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.operators import indexing, pooling
 from tests.arithmetic.forms import KINDS, agree, numbers, with_threads
-from tests.arithmetic.strategies import LAYOUTS, lay_out
+from tests.arithmetic.strategies import FINITE, LAYOUTS, lay_out, tensors
 from tests.arithmetic.test_operator_table import CASES, TESTS, compare
 from verification.oracle import Real, check
 
@@ -77,6 +77,51 @@ def test_underflowing_quotients_keep_their_sign():
     agree(pooling.adaptive_avg_pool2d_backward, g, torch.zeros(1, 4, 3, 3))
     window = ([3, 3], [3, 3], [0, 0], False, True, None)
     agree(pooling.avg_pool2d_backward, g, torch.zeros(1, 4, 3, 3), *window)
+
+
+def windows(n, count):
+    return [range(i * n // count, -(-(i + 1) * n // count)) for i in range(count)]
+
+
+def adaptive_gradient(g, h, w):
+    """The exact sum of gradient / size over the windows that contain an element, [h][w]."""
+    rows, columns = windows(h, g.shape[0]), windows(w, g.shape[1])
+    total = [[Fraction(0)] * w for _ in range(h)]
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            share = Fraction(g[i, j].item()) / (len(row) * len(column))
+            for y in row:
+                for z in column:
+                    total[y][z] += share
+    return [[Real(v) for v in line] for line in total]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(10, 10, 3, 3), (7, 5, 2, 4), (3, 4, 5, 7), (9, 1, 4, 1)])
+def test_gradient_of_adaptive_pooling_is_correctly_rounded(kind, sizes):
+    h, w, *counts = sizes
+    g = numbers((3, *counts), kind)
+    found = agree(pooling.adaptive_avg_pool2d_backward, g, torch.empty(3, h, w))
+    for plane, of_plane in zip(found, g):
+        check(plane, adaptive_gradient(of_plane, h, w))
+
+
+@given(tensors((2, 3), FINITE))
+def test_gradient_of_adaptive_pooling_of_any_numbers(g):
+    found = pooling.adaptive_avg_pool2d_backward(g.unsqueeze(0), torch.empty(1, 3, 5))
+    check(found[0], adaptive_gradient(g, 3, 5))
+
+
+def test_gradient_of_adaptive_pooling_takes_other_windows_and_numbers():
+    backward = pooling.adaptive_avg_pool2d_backward
+    g = torch.tensor([[1.0, torch.inf, -torch.inf], [torch.nan, 3e38, 3e38], [0.0, -0.0, 1.0]])
+    agree(backward, g, torch.empty(4, 7))
+    agree(backward, lay_out(g, "transposed"), torch.empty(5, 5))
+    x = torch.empty(1, 2, 40_001)  # windows of 13,334 and 13,335 numbers need a large denominator
+    g = numbers((1, 1, 3), "integers")
+    assert pooling._compiled_adaptive_backward(g, x) is None
+    assert backward(numbers((0, 2, 3)), torch.empty(0, 3, 5)).shape == (0, 3, 5)
+    with_threads(backward, numbers((60, 5, 7), "ties"), torch.empty(60, 13, 17))
 
 
 @pytest.mark.parametrize("kind", KINDS)
