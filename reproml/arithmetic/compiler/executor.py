@@ -138,7 +138,9 @@ def run(call: FormulaCall, operands: Sequence[Any]) -> Optional[Tensor]:
     if plan.program is None:
         count = library.reproml_fast(plan.fast, *layout)
     else:
-        count = library.reproml_program(plan.program.address, *layout)
+        # Without another definition, what is infinite or NaN in binary64 is the result, as in round_ball.
+        limits = call.dim is None and call.reference is None
+        count = library.reproml_program(plan.program.address, *layout, limits)
     if count:
         _complete(plan, call, operands, out, failed[:count].clone())
     return out
