@@ -138,6 +138,7 @@ INLINE pair select(double condition, pair p, pair q) {
    error bounds for basic building blocks of double-word arithmetic, ACM TOMS 44(2), 2017), 2^-94 in all ---- */
 
 #define FUNCTION_ERROR 0x1p-94
+#define TINY_ARGUMENT 0x1p-21
 
 INLINE pair light_mul(pair p, pair q) {
     const double high = p.s * q.s;
@@ -160,8 +161,16 @@ INLINE pair horner(pair a, pair r, double n) {
 
 /* A number m with 1 + m = exp(x) / 2^k, |x| <= 640. With x = k log 2 + 8 r the series of exp(r) - 1 ends at r^17 / 17!,
    whose terms from r^9 on have one double each; then (1 + m)^2 - 1 = m (2 + m) three times. For k = 0, which |x| < 0.34
-   gives, its relative error is below 2^-96 even for tiny x. Otherwise its absolute error is. */
-INLINE pair expm1_reduced(pair x, double *power) {
+   gives, its relative error is below 2^-96 even for tiny x. Otherwise its absolute error is. tiny: |x| <= 2^-21, for
+   which a few terms suffice. */
+INLINE pair expm1_reduced(pair x, double *power, int tiny) {
+    if (tiny) {
+        double q = 1 / 120.0;
+        q = q * x.s + 1 / 24.0;
+        q = q * x.s + 1 / 6.0;
+        *power = 0;
+        return light_mul(horner(horner(single(q), x, 2), x, 1), x);
+    }
     const double k = rint(x.s * 0x1.71547652b82fep+0), l = 0x1.62e42fefa39efp-1, h = k * l;
     pair r = light_add((pair){x.s, x.t, 0}, (pair){-h, -(fma(k, l, -h) + k * 0x1.abc9e3b39803fp-56), 0});
     r.s *= 0.125, r.t *= 0.125;
@@ -191,10 +200,10 @@ INLINE pair expm1_reduced(pair x, double *power) {
 /* exp(d) - 1 for a d up to `rad` is below 2 rad. */
 INLINE double rad_of_exp(double rad) { return rad <= 0.5 ? 2 * rad : INFINITY; }
 
-INLINE pair exponential(pair p) {
+INLINE pair exponential(pair p, int tiny) {
     double k, e, low, lost;
-    const pair m = expm1_reduced((pair){clamp(p.s, -610, 610), p.t, 0}, &k);
-    const double scale = power_of_two(k);
+    const pair m = expm1_reduced((pair){clamp(p.s, -610, 610), p.t, 0}, &k, tiny);
+    const double scale = tiny ? 1 : power_of_two(k);
     pair y;
     two_sum(1, m.s, &y.s, &e);
     two_sum(e, m.t, &low, &lost);
@@ -206,21 +215,21 @@ INLINE pair exponential(pair p) {
     return (pair){beyond ? 0 : y.s, beyond ? 0 : y.t, beyond ? far : y.rad};
 }
 
-INLINE pair exponential_less_1(pair p) {
+INLINE pair exponential_less_1(pair p, int tiny) {
     double k;
-    pair m = expm1_reduced((pair){clamp(p.s, -610, 610), p.t, 0}, &k);
+    pair m = expm1_reduced((pair){clamp(p.s, -610, 610), p.t, 0}, &k, tiny);
     m.rad = fabs(m.s) * FUNCTION_ERROR + (m.s == 0 ? 0 : TINY) + 1.5 * rad_of_exp(p.rad);
-    const pair elsewhere = add1(exponential(p), -1);
+    const pair elsewhere = add1(exponential(p, tiny), -1);
     return select(k == 0, m, elsewhere);
 }
 
 /* log(p) = z + log(1 + w) with z = log(p.s) in binary64 and w = p exp(-z) - 1, |w| < 2^-45 |z|, or w = p.t if p.s is 1.
    The series w - w^2 / 2 suffices. With exp(-z) = 2^k (1 + m) and q = 2^k p, w is (q - 1) + q m. */
-INLINE pair logarithm(pair p) {
+INLINE pair logarithm(pair p, int tiny) {
     double k, high, low, s, e;
-    const double z = log_(p.s);
-    const pair m = expm1_reduced(single(-z), &k);
-    const double scale = power_of_two(k);
+    const double z = tiny ? (p.s - 1) - (p.s - 1) * (p.s - 1) * 0.5 : log_(p.s);
+    const pair m = expm1_reduced(single(-z), &k, tiny);
+    const double scale = tiny ? 1 : power_of_two(k);
     const pair q = {p.s * scale, p.t * scale, 0};
     two_sum(q.s, -1, &high, &low);
     const pair w = light_add(full_pair(high, low + q.t, 0), light_mul(q, m));
@@ -233,12 +242,12 @@ INLINE pair logarithm(pair p) {
 }
 
 /* log(1 + p.s) + p.t / (1 + p.s) - ... */
-INLINE pair logarithm_of_1_plus(pair p) {
+INLINE pair logarithm_of_1_plus(pair p, int tiny) {
     const pair one_plus = full_pair(1, p.s, 0);
     const double d = one_plus.s, c = p.t / d;
     double rad = (p.t == 0 ? 0 : 4 * U * fabs(c) + 4 * c * c + TINY) + 4 * p.rad / d;
     rad = (d > 0x1p-30) & (p.rad <= d / 8) ? rad : INFINITY;
-    return add(logarithm(one_plus), (pair){c, 0, rad});
+    return add(logarithm(one_plus, tiny), (pair){c, 0, rad});
 }
 
 /* ---- the interpreter ---- */
@@ -247,13 +256,26 @@ INLINE pair logarithm_of_1_plus(pair p) {
 #define P ((pair){a->s[i], a->t[i], a->rad[i]})
 #define Q ((pair){b->s[i], b->t[i], b->rad[i]})
 #define R ((pair){c->s[i], c->t[i], c->rad[i]})
-#define CASE(OP, VALUE)                                         \
-    case OP:                                                    \
-        EACH {                                                  \
-            const pair y = VALUE;                               \
-            to->s[i] = y.s, to->t[i] = y.t, to->rad[i] = y.rad; \
-        }                                                       \
+#define STORE(VALUE)                                        \
+    EACH {                                                  \
+        const pair y = VALUE;                               \
+        to->s[i] = y.s, to->t[i] = y.t, to->rad[i] = y.rad; \
+    }
+#define CASE(OP, VALUE) \
+    case OP: STORE(VALUE) break;
+#define FUNCTION(OP, NAME)      \
+    case OP:                    \
+        if (are_tiny(a, count)) \
+            STORE(NAME(P, 1))   \
+        else                    \
+            STORE(NAME(P, 0))   \
         break;
+
+INLINE int are_tiny(const pairs *x, integer count) {
+    int all = 1;
+    EACH all &= fabs(x->s[i]) <= TINY_ARGUMENT;
+    return all;
+}
 
 VECTORISED static void run_instructions(const pair_program *p, pairs *restrict registers, integer count) {
     for (integer j = 0; j < p->length; j++) {
@@ -273,10 +295,10 @@ VECTORISED static void run_instructions(const pair_program *p, pairs *restrict r
             CASE(NEG, negative(P))
             CASE(ABS, absolute(P))
             CASE(SQRT, square_root(P))
-            CASE(EXP, exponential(P))
-            CASE(EXPM1, exponential_less_1(P))
-            CASE(LOG, logarithm(P))
-            CASE(LOG1P, logarithm_of_1_plus(P))
+            FUNCTION(EXP, exponential)
+            FUNCTION(EXPM1, exponential_less_1)
+            CASE(LOG, logarithm(P, 0))
+            FUNCTION(LOG1P, logarithm_of_1_plus)
             CASE(LT, single(less_than_zero(P)))
             CASE(EQ, single(equals_zero(P)))
             CASE(SELECT, select(a->s[i], Q, R))
