@@ -11,6 +11,7 @@ from typing import Callable, Optional
 
 import torch
 
+from reproml.arithmetic.compiler.pair_program import PairProgram, pair_program_of
 from reproml.arithmetic.compiler.tape import Register, Tape, Unsupported
 from reproml.arithmetic.numerics.balls import Ball, Formula
 
@@ -38,6 +39,7 @@ class _Program(ctypes.Structure):
         *[(n, ctypes.c_void_p) for n in ("constants", "straight", "code")],
         ("straight_length", ctypes.c_int64),
         ("stage", ctypes.c_void_p),
+        ("pairs", ctypes.c_void_p),
     ]
 
 
@@ -161,7 +163,9 @@ def _form(op: str, arguments: tuple[int, ...]) -> int:
 class Program:
     """A program that csrc/program.c runs; keeps its arrays alive."""
 
-    def __init__(self, tape: Tape, y: Ball, rows: bool) -> None:
+    def __init__(
+        self, tape: Tape, y: Ball, rows: bool, pairs: Optional[PairProgram] = None
+    ) -> None:
         if not isinstance(y.mid, Register):
             raise Unsupported("a constant result")
         mid = y.mid + 0.0 if rows else y.mid  # an exact zero of a row is +0
@@ -194,7 +198,9 @@ class Program:
             *[ctypes.addressof(x) for x in (self._constants, self._straight, self._code)],
             len(straight) // 6,
             ctypes.addressof(self._stages),
+            pairs.address if pairs else None,
         )
+        self._pairs = pairs
         self.address = ctypes.addressof(self._program)
 
 
@@ -210,6 +216,6 @@ def program_of(formula: Formula, kinds: Sequence[torch.dtype], rows: bool) -> Op
     tape = Tape(names)
     try:
         y = formula(tape, *[tape.exact(x) for x in tape.operands])
-        return Program(tape, y, rows)
+        return Program(tape, y, rows, None if rows else pair_program_of(formula, kinds))
     except (Unsupported, AttributeError, TypeError, ZeroDivisionError, ValueError, OverflowError):
         return None

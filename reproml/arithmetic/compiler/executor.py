@@ -91,6 +91,9 @@ _MIN_BUFFER, _MAX_KEPT_BUFFER = (
     1 << 22,
 )  # smallest buffer of indices, and the largest that is kept
 _FEW = 16  # fewer failures than this may go to the exact path at once
+_MANY = (
+    4  # if a fast loop leaves more than this fraction of all results, the program takes them all
+)
 
 # The formulas with a loop of their own, in the order of the enum in csrc. The loops on rows take at most
 # _MAX_ROW numbers a row, as in csrc; a loop costs about _FAST_STEPS instructions of a program.
@@ -138,7 +141,11 @@ def run(call: FormulaCall, operands: Sequence[Any]) -> Optional[Tensor]:
     if plan.program is None:
         count = library.reproml_fast(plan.fast, *layout)
     else:
-        count = library.reproml_program(plan.program.address, *layout)
+        # Without another definition, what is infinite or NaN in binary64 is the result, as in round_ball.
+        limits = call.dim is None and call.reference is None
+        count = library.reproml_program(plan.program.address, *layout, limits)
+    if count and plan.program is None and count > plan.results // _MANY:
+        return run(type(call)(call.formula, call.dim, None, call.reference), operands)
     if count:
         _complete(plan, call, operands, out, failed[:count].clone())
     return out

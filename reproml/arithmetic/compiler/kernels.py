@@ -27,7 +27,7 @@ _SIGNATURES = {
         _LONG,
         [_LONG] * 4 + ([_POINTER] + [_LONG] * 3) * 2 + [_POINTER] * 3 + [_LONG],
     ),
-    "reproml_program": (_LONG, [_POINTER, _LONG] + [_POINTER] * 4 + [_LONG]),
+    "reproml_program": (_LONG, [_POINTER, _LONG] + [_POINTER] * 4 + [_LONG, _INT]),
     "reproml_fast": (_LONG, [_INT, _LONG] + [_POINTER] * 4 + [_LONG]),
     "reproml_nll": (_INT, [_POINTER] * 3 + [_LONG] * 3 + [_INT, _POINTER, _POINTER]),
     "reproml_nll_backward": (

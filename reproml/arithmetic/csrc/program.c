@@ -4,10 +4,12 @@
    An elementwise formula runs block by block. For a formula over rows, several short rows fill a block and the
    program runs straight through; a row longer than a block takes one pass for each stage of reductions (sum, max),
    and each pass recalculates what it needs. Numbers that belong to an entire row have registers too, one number for
-   each row. */
+   each row.
+
+   The elements of an elementwise formula that fail the rounding test take the second one at once (pair_program.c). */
 
 #include "elementary.h"
-#include "rounding.h"
+#include "pair_program.h"
 #include "rows.h"
 
 enum { SCRATCH = 8192, LONGEST = 256, LANES = 16, REDUCTIONS = 16 };
@@ -69,6 +71,7 @@ typedef struct {
     const instruction *straight, *code;
     integer straight_length;
     const stage *stage;
+    const pair_program *pairs; /* the same formula for the second test; null if there is none */
 } program;
 
 /* A reduction after some blocks of a row: sum + lost is the sum so far. */
@@ -84,7 +87,7 @@ typedef struct {
     integer *failed;
     integer items, tasks, per_block, blocks;
     integer count[TASKS], start[TASKS];
-    int dense[64];
+    int dense[64], limits;
 } call;
 
 typedef struct {
@@ -146,6 +149,43 @@ static void merge(partial *p, double sum) {
     p->lost += more;
 }
 
+#define GATHER(type)                                                                                         \
+    do {                                                                                                     \
+        const type *from = s->c->pointers[j];                                                                \
+        if (s->c->dense[j])                                                                                  \
+            for (integer i = 0; i < found; i++) x[j][i] = from[first + at[i]];                               \
+        else                                                                                                 \
+            for (integer i = 0; i < found; i++)                                                              \
+                x[j][i] = from[operand_row(s->c, j, s->row + at[i] / each) + (s->at + at[i] % each) * step]; \
+    } while (0)
+
+/* Take the second test with all elements of a block that failed the first one and are finite. */
+static void test_again(const state *s, const double *mid, integer count, integer first, float *value, int32_t *failed) {
+    const pair_program *p = s->c->p->pairs;
+    const integer each = count / s->rows;
+    double x[PAIR_OPERANDS][PAIR_BLOCK], mids[PAIR_BLOCK];
+    float results[PAIR_BLOCK];
+    int32_t left[PAIR_BLOCK], at[PAIR_BLOCK];
+    for (integer start = 0; start < count;) {
+        integer found = 0;
+        for (; start < count && found < PAIR_BLOCK; start++) {
+            at[found] = (int32_t)start;
+            found += (failed[start] != 0) & (fabs(mid[start]) <= DBL_MAX);
+        }
+        if (!found) return;
+        for (integer j = 0; j < p->operands; j++) {
+            const integer step = s->c->strides[(j + 1) * s->c->dims - 1];
+            if (p->wide >> j & 1)
+                GATHER(double);
+            else
+                GATHER(float);
+        }
+        for (integer i = 0; i < found; i++) mids[i] = mid[at[i]];
+        reproml_run_pairs(p, found, x, mids, results, left);
+        for (integer i = 0; i < found; i++) value[at[i]] = results[i], failed[at[i]] = left[i];
+    }
+}
+
 /* Round the results of a block, store them and list the failures. */
 INLINE void round_results(state *s, const double *mid, double rel, const double *rad, integer step, integer count,
                           integer first, int by_row) {
@@ -153,10 +193,12 @@ INLINE void round_results(state *s, const double *mid, double rel, const double 
     const integer operand = call->p->operands, stride = call->strides[(operand + 1) * call->dims - 1];
     float *out = call->pointers[operand], value[LONGEST];
     int32_t failed[LONGEST], any = 0;
+    const int32_t all = !call->limits;
     for (integer i = 0; i < count; i++) {
-        failed[i] = round_ball(mid[i], rel, rad[i * step], &value[i]);
+        failed[i] = round_ball(mid[i], rel, rad[i * step], &value[i]) & ((fabs(mid[i]) <= DBL_MAX) | all);
         any |= failed[i];
     }
+    if (any && call->p->pairs) test_again(s, mid, count, first, value, failed);
     if (call->dense[operand])
         memcpy(out + first, value, (size_t)count * sizeof *out);
     else if (by_row)
@@ -382,10 +424,12 @@ static void run_items(integer task, void *data) {
 
 /* Run a program on operands of `sizes` with `strides` [operands + 1][dims], in elements; the last of the pointers
    and of the strides are those of the result. Rows lie along the last dimension. Returns the number of results for
-   which the rounding test failed; their flat indices, counted along the sizes, are in `failed`. */
+   which the rounding test failed; their flat indices, counted along the sizes, are in `failed`. limits: whether what is
+   infinite or NaN in binary64 is the result. */
 integer reproml_program(const program *p, integer dims, const integer *sizes, const integer *strides,
-                        void *const *pointers, integer *failed, integer tasks) {
-    call c = {.p = p, .dims = dims, .rows = 1, .n = sizes[dims - 1], .sizes = sizes, .strides = strides};
+                        void *const *pointers, integer *failed, integer tasks, int limits) {
+    call c = {
+        .limits = limits, .p = p, .dims = dims, .rows = 1, .n = sizes[dims - 1], .sizes = sizes, .strides = strides};
     c.pointers = pointers;
     c.failed = failed;
     for (integer d = 0; d < dims - 1; d++) c.rows *= sizes[d];

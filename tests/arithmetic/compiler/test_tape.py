@@ -203,7 +203,9 @@ def test_failed_elements_take_the_reference_path():
         return x + 5
 
     x = torch.tensor([2.0, 1.0, 3.0, math.nan, 1.0])
-    y = elementwise(lambda ctx, x: x + Fraction(1, 2**24), x, reference=reference)
+    # A cosine has no instruction in pairs, whose test would pass.
+    formula = lambda ctx, x: x + 0 * ctx.cos(x) + Fraction(1, 2**24)  # noqa: E731
+    y = elementwise(formula, x, reference=reference)
     assert (
         seen == [3]
         and y[[1, 4]].tolist() == [6, 6]

@@ -1,0 +1,229 @@
+"""Records a formula for the second rounding test, in pairs of binary64 numbers (csrc/pair_program.c).
+
+The first test leaves some elements in masses: ties, numbers beside a midpoint, results whose bits lie far
+apart. A pair s + t has about 100 bits and a bound that is 0 where nothing was rounded. What fails this test
+too, or is not supported here, takes the next path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, Optional, Union
+
+import torch
+
+from reproml.arithmetic.numerics.balls import Formula
+
+# The instructions and limits of csrc/pair_program.c.
+_OPS = {
+    name: i
+    for i, name in enumerate(
+        """add add1 add11 mul mul1 mul11 div div1
+        neg abs sqrt exp expm1 log log1p lt eq select""".split()
+    )
+}
+_REGISTERS, _OPERANDS = 64, 8
+
+Number = Union[int, float, Fraction]
+
+_LOW_OF_PI = 1.2246467991473532e-16  # pi - math.pi, with an error below 2^-107
+
+
+class Unsupported(Exception):
+    """The formula does something that has no instruction here."""
+
+
+class Register:
+    """A pair for each element. single: its second number and its bound are 0."""
+
+    __slots__ = ("ctx", "at", "single")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, ctx: PairContext, at: int, single: bool) -> None:
+        self.ctx, self.at, self.single = ctx, at, single
+
+    @property
+    def mid(self) -> Register:
+        """The number itself, for `x.mid == 0` on an exact number."""
+        return self
+
+    def __add__(self, other: Union[Register, Number]) -> Register:
+        return self.ctx.commutative("add", self, other)
+
+    def __sub__(self, other: Union[Register, Number]) -> Register:
+        return self + -other
+
+    def __rsub__(self, other: Number) -> Register:
+        return -self + other
+
+    def __mul__(self, other: Union[Register, Number]) -> Register:
+        return self.ctx.commutative("mul", self, other)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __truediv__(self, other: Union[Register, Number]) -> Register:
+        return self.ctx.divide(self, self.ctx.lift(other))
+
+    def __rtruediv__(self, other: Number) -> Register:
+        return self.ctx.divide(self.ctx.lift(other), self)
+
+    def __neg__(self) -> Register:
+        return self.ctx.record("neg", self, single=self.single)
+
+    def __abs__(self) -> Register:
+        return self.ctx.record("abs", self, single=self.single)
+
+    def __lt__(self, other: Number) -> Any:
+        return self.ctx.record("lt", self - other if other else self)
+
+    def __gt__(self, other: Number) -> Any:
+        return self.ctx.record("lt", other - self if other else -self)
+
+    def __eq__(self, other: Any) -> Any:
+        return self.ctx.record("eq", self - other if other else self)
+
+    def __bool__(self) -> bool:
+        raise Unsupported("a branch that depends on an operand")
+
+
+class PairContext:
+    """Registers, and the instructions that compute them. Equal instructions are recorded once."""
+
+    def __init__(self, operands: int) -> None:
+        self.operands = [Register(self, at, True) for at in range(operands)]
+        self.constants: list[tuple[float, ...]] = []  # of three numbers each
+        # Until `Program` numbers the registers, constants are negative (~index).
+        self.code: list[tuple[str, tuple[int, ...]]] = []
+        self._numbers: dict[Any, int] = {}
+
+    # ---- recording ---------------------------------------------------------------------------------
+
+    def record(self, op: str, *arguments: Register, single: bool = False) -> Register:
+        key = op, tuple(x.at for x in arguments)
+        at = self._numbers.get(key)
+        if at is None:
+            at = self._numbers[key] = len(self.operands) + len(self.code)
+            self.code.append(key)
+        return Register(self, at, single)
+
+    def lift(self, x: Union[Register, Number]) -> Register:
+        if isinstance(x, Register):
+            return x
+        x = Fraction(x)
+        high = float(x)
+        low = float(x - Fraction(high))
+        rest = abs(x - Fraction(high) - Fraction(low))
+        return self._constant(high, low, math.nextafter(float(rest), math.inf) if rest else 0.0)
+
+    def _constant(self, *numbers: float) -> Register:
+        if numbers not in self.constants:
+            self.constants.append(numbers)
+        return Register(self, ~self.constants.index(numbers), not any(numbers[1:]))
+
+    def commutative(self, op: str, x: Register, y: Union[Register, Number]) -> Register:
+        if not isinstance(y, Register) and y == (1 if op == "mul" else 0):
+            return x
+        y = self.lift(y)
+        if x.single and not y.single:
+            x, y = y, x  # a single number comes second
+        return self.record(op + "1" * (x.single + y.single), x, y)
+
+    def divide(self, x: Register, y: Register) -> Register:
+        return self.record("div" + "1" * y.single, x, y)
+
+    # ---- the context -------------------------------------------------------------------------------
+
+    def exact(self, x: Register) -> Register:
+        return x
+
+    constant = lift
+
+    @property
+    def pi(self) -> Register:
+        return self._constant(math.pi, _LOW_OF_PI, 2.0**-107)
+
+    def choose(self, condition: Register, x: Any, y: Any) -> Register:
+        x, y = self.lift(x), self.lift(y)
+        return self.record("select", condition, x, y, single=x.single and y.single)
+
+    where = choose
+
+    def difference(self, x: Register, y: Register) -> Register:
+        return x - y
+
+    def plus(self, x: Register, y: Register) -> Register:
+        return x + y
+
+    def sqrt(self, x: Register) -> Register:
+        return self.record("sqrt", x)
+
+    def exp(self, x: Register) -> Register:
+        return self.record("exp", x)
+
+    def expm1(self, x: Register) -> Register:
+        return self.record("expm1", x)
+
+    def log(self, x: Register) -> Register:
+        return self.record("log", x)
+
+    def log1p(self, x: Register) -> Register:
+        return self.record("log1p", x)
+
+    def tanh(self, x: Register) -> Register:
+        t = self.expm1(-2 * abs(x))
+        y = -t / (2 + t)
+        return self.choose(x < 0, -y, y)
+
+    def sigmoid(self, x: Register) -> Register:
+        t = self.exp(-abs(x))
+        return self.choose(x < 0, t, 1) / (1 + t)
+
+
+class _Program(ctypes.Structure):
+    _fields_ = [
+        *[(n, ctypes.c_int64) for n in ("operands", "constants", "length", "wide")],
+        *[(n, ctypes.c_void_p) for n in ("constant", "code")],
+    ]
+
+
+class PairProgram:
+    """A program that csrc/pair_program.c runs; keeps its arrays alive."""
+
+    def __init__(self, ctx: PairContext, y: Register, wide: Sequence[bool]) -> None:
+        operands, constants = len(ctx.operands), len(ctx.constants)
+        last = operands + len(ctx.code) - 1
+        if not ctx.code or y.at != last or last + constants >= _REGISTERS or operands > _OPERANDS:
+            raise Unsupported("a formula of another form")
+
+        def register(at: int) -> int:
+            return operands + ~at if at < 0 else at if at < operands else at + constants
+
+        numbers = [x for constant in ctx.constants for x in constant]
+        code = []
+        for op, arguments in ctx.code:
+            registers = [register(at) for at in arguments]
+            code += [_OPS[op], *registers, *[0] * (3 - len(registers))]
+        self._constants = (ctypes.c_double * len(numbers))(*numbers)
+        self._code = (ctypes.c_int32 * len(code))(*code)
+        self._program = _Program(
+            operands,
+            constants,
+            len(ctx.code),
+            sum(1 << j for j, is_wide in enumerate(wide) if is_wide),
+            ctypes.addressof(self._constants),
+            ctypes.addressof(self._code),
+        )
+        self.address = ctypes.addressof(self._program)
+
+
+def pair_program_of(formula: Formula, kinds: Sequence[torch.dtype]) -> Optional[PairProgram]:
+    """Return the elementwise program of a formula; None if it cannot be recorded (see `program_of`)."""
+    ctx = PairContext(len(kinds))
+    try:
+        y = formula(ctx, *ctx.operands)
+        return PairProgram(ctx, y, [kind is torch.float64 for kind in kinds])
+    except (Unsupported, AttributeError, TypeError, ZeroDivisionError, ValueError, OverflowError):
+        return None
