@@ -126,6 +126,8 @@ class Sharded(DistributedTensor):
     def full_tensor(self) -> Tensor:
         """Return the global batch as a plain tensor, gathered from all workers."""
         shard = self.shard
+        if shard.group.size == 1:
+            return self.local
         most = shard.local_count(0)
         with natively():
             local = self.local.unflatten(

@@ -26,7 +26,7 @@ from reproml.arithmetic.distributed.partial_sums import (
     row_sums,
     with_signed_zeros,
 )
-from reproml.arithmetic.distributed.pending import add_to_checksum, reduce_over_batch
+from reproml.arithmetic.distributed.pending import add_to_checksum, reduce_over_batch, without_exchange
 from reproml.arithmetic.distributed.sharded import Sharded, first_sharded, shard_from_right
 from reproml.arithmetic.operators.convolution import weight_gradient_factors
 from reproml.torch_internals import compute_elementwise_output_strides, tree_map_only
@@ -41,6 +41,20 @@ def on_gathered_batch(func: Any, args: Any, kwargs: Any) -> Any:
         refuse(func, "it writes to the batch or returns a view of it")
     args, kwargs = tree_map_only(Sharded, Sharded.full_tensor, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def on_single_worker(func: Any, args: Any, kwargs: Any) -> Any:
+    """Compute a sum over the batch where there is one worker only, so that nothing is exchanged.
+
+    The first of several results has the rows of the batch.
+    """
+    shard = first_sharded(args, kwargs).shard
+    result = func(*tree_map_only(Sharded, lambda x: x.local, args), **kwargs)
+    if isinstance(result, Tensor):
+        return without_exchange(shard.group, result)
+    first, *sums = result
+    first = None if first is None else Sharded(first, shard)
+    return (first, *[None if x is None else without_exchange(shard.group, x) for x in sums])
 
 
 def elementwise(func: Any, args: Any, kwargs: Any) -> Any:
@@ -118,6 +132,8 @@ def sum_or_mean(func: Any, args: Any, kwargs: Any) -> Any:
             return group.all_gather(local).sum(0)
     if x.dtype is not torch.float32 or dtype not in (None, torch.float32):
         return on_gathered_batch(func, args, kwargs)
+    if group.size == 1:
+        return on_single_worker(func, args, kwargs)
     kept = [d for d in range(x.dim()) if d not in dims]
     shape = [x.shape[d] for d in kept]
     m = math.prod(shape)
@@ -137,6 +153,8 @@ def matmul(func: Any, args: Any, kwargs: Any) -> Any:
     dims = shard_a.dim if shard_a else None, shard_b.dim if shard_b else None
     if dims == (-1, -2) and shard_a and shard_b and a.dim() == 2 and not bias:
         if shard_a.at_dim(-2) == shard_b:  # the product sums over the batch
+            if shard_a.group.size == 1:
+                return on_single_worker(func, args, kwargs)
             with natively():
                 partial = matrix_product(a.local.t(), b.local, a.shape[1])
             return reduce_over_batch(shard_a.group, partial, (a.shape[0], b.shape[1]))
@@ -165,6 +183,8 @@ def convolution_backward(func: Any, args: Any, kwargs: Any) -> Any:
         return on_gathered_batch(func, args, kwargs)
     if g.shard != x.shard or x.shard.dim:
         return on_gathered_batch(func, args, kwargs)
+    if x.shard.group.size == 1:
+        return on_single_worker(func, args, kwargs)
     options = (sizes, stride, padding, dilation, transposed, output_padding, groups)
     grad_x = grad_w = grad_b = None
     if mask[0]:

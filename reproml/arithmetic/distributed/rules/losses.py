@@ -25,6 +25,8 @@ def nll_loss(func: Any, args: Any, kwargs: Any) -> Any:
     if reduction == _NONE:
         loss, total_weight = func(x.local, target.local, weight, reduction, ignored)
         return Sharded(loss, x.shard), total_weight
+    if x.shard.group.size == 1:
+        return on_gathered_batch(func, [x, target, weight, reduction, ignored], {})
     with natively():
         index = torch.where(target.local != ignored, target.local, 0).unsqueeze(1)
         picked = x.local.gather(1, index).double()
@@ -46,7 +48,7 @@ def loss_backward(func: Any, args: Any, kwargs: Any) -> Any:
     The operands are padded with zeros to the shape of the global batch: other workers' rows do not matter.
     """
     x = first_sharded(args, kwargs)
-    if x.shard.dim:
+    if x.shard.dim or x.shard.group.size == 1:
         return on_gathered_batch(func, args, kwargs)
 
     def in_global_shape(y: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from reproml.arithmetic.compiler.evaluate import TENSORS
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.distributed.partial_sums import Partial, all_reduce, in_units, row_sums
 from reproml.arithmetic.distributed.pending import reduce_over_batch
-from reproml.arithmetic.distributed.rules.compute import on_gathered_batch
+from reproml.arithmetic.distributed.rules.compute import on_gathered_batch, on_single_worker
 from reproml.arithmetic.distributed.sharded import Sharded
 from reproml.arithmetic.numerics.balls import Ball
 from reproml.arithmetic.numerics.rounding import TINY, gamma, rounding_test, widened
@@ -41,6 +41,8 @@ def layer_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
     g, x, shape, mean, rstd, w, b, mask = args
     if not all(isinstance(t, Sharded) and t.shard == x.shard for t in (g, x, mean, rstd)):
         return on_gathered_batch(func, args, kwargs)
+    if x.shard.group.size == 1:
+        return on_single_worker(func, args, kwargs)
     length = math.prod(shape)
     grad_x = grad_w = grad_b = None
     local = [t.local for t in (g, x, mean, rstd)]
@@ -83,9 +85,8 @@ def batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
     x, weight, bias, *running, training, momentum, eps = args
     if not isinstance(x, Sharded) or not x.shard.is_leading:
         return on_gathered_batch(func, args, kwargs)
-    if not training:
-        out, *rest = func(x.local, *args[1:])
-        return (Sharded(out, x.shard), *rest)
+    if not training or x.shard.group.size == 1:
+        return on_single_worker(func, args, kwargs)
     mean, rstd, var = _statistics(x, eps)
     for old, new in zip(running or (None, None), (mean, var)):
         if old is not None:
@@ -170,6 +171,8 @@ def batch_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
         return on_gathered_batch(func, args, kwargs)
     if not x.shard.is_leading:
         return on_gathered_batch(func, args, kwargs)
+    if x.shard.group.size == 1:
+        return on_single_worker(func, args, kwargs)
     n = x.numel() // max(x.shape[1], 1)
     grad_x = grad_w = grad_b = None
     with natively():
@@ -202,6 +205,8 @@ def group_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
     g, x, mean, rstd, w, n, c, hw, groups, mask = args
     if not all(isinstance(t, Sharded) and t.shard == x.shard for t in (g, x, mean, rstd)):
         return on_gathered_batch(func, args, kwargs)
+    if x.shard.group.size == 1:
+        return on_single_worker(func, args, kwargs)
     grad_x = grad_w = grad_b = None
     local = [t.local for t in (g, x, mean, rstd)]
     if mask[0]:
