@@ -327,7 +327,7 @@ def test_different_numbers_on_workers_are_refused(name):
 
 
 def test_gradients_of_backward_pass_are_exchanged_once():
-    """The float64 sums are sent to their owners in one message, not to all workers."""
+    """The sums, of 6 bytes each, are sent to their owners in one message, not to all workers."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(50, 40), nn.Tanh(), nn.Linear(40, 10))
     weights = sum(p.numel() for p in model.parameters())
@@ -339,8 +339,8 @@ def test_gradients_of_backward_pass_are_exchanged_once():
             me.sent.clear()
             loss.backward()
         sums, *gathered = me.sent
-        assert sums[0] == 2 and weights < sums[0] * sums[1] < 1.05 * weights
+        assert sums[0] == 2 and 6 * weights < sums[0] * sums[1] < 6.5 * weights
         assert [weights / 2 < math.prod(shape) < 0.6 * weights for shape in gathered][:1] == [True]
-        assert len(gathered) <= 2  # the second one for the elements that failed the test
+        assert len(gathered) in (1, 3)  # the others for the elements that failed the test
 
     together(2, work)

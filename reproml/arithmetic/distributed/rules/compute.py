@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.dispatch.schema import tensors
@@ -21,15 +22,21 @@ from reproml.arithmetic.distributed.operands import (
 )
 from reproml.arithmetic.distributed.partial_sums import (
     Partial,
-    exact_unit_sums,
     matrix_product,
+    offsets,
+    product_height,
+    product_into,
+    products_into,
     row_sums,
-    with_signed_zeros,
 )
-from reproml.arithmetic.distributed.pending import add_to_checksum, reduce_over_batch, without_exchange
+from reproml.arithmetic.distributed.pending import (
+    add_to_checksum,
+    map_tensors,
+    reduce_over_batch,
+    without_exchange,
+)
 from reproml.arithmetic.distributed.sharded import Sharded, first_sharded, shard_from_right
-from reproml.arithmetic.operators.convolution import weight_gradient_factors
-from reproml.torch_internals import compute_elementwise_output_strides, tree_map_only
+from reproml.torch_internals import compute_elementwise_output_strides
 
 aten = torch.ops.aten
 
@@ -39,7 +46,7 @@ def on_gathered_batch(func: Any, args: Any, kwargs: Any) -> Any:
     schema = func._schema
     if schema.is_mutable or any(r.alias_info for r in schema.returns):
         refuse(func, "it writes to the batch or returns a view of it")
-    args, kwargs = tree_map_only(Sharded, Sharded.full_tensor, (args, kwargs))
+    args, kwargs = map_tensors(Sharded, Sharded.full_tensor, (args, kwargs))
     return func(*args, **kwargs)
 
 
@@ -49,7 +56,7 @@ def on_single_worker(func: Any, args: Any, kwargs: Any) -> Any:
     The first of several results has the rows of the batch.
     """
     shard = first_sharded(args, kwargs).shard
-    result = func(*tree_map_only(Sharded, lambda x: x.local, args), **kwargs)
+    result = func(*map_tensors(Sharded, lambda x: x.local, args), **kwargs)
     if isinstance(result, Tensor):
         return without_exchange(shard.group, result)
     first, *sums = result
@@ -62,7 +69,7 @@ def elementwise(func: Any, args: Any, kwargs: Any) -> Any:
     shard = shard_from_right(first_sharded(args, kwargs))
     in_place = func._schema.is_mutable
     if in_place and not isinstance(args[0], Sharded):
-        return func(*tree_map_only(Sharded, Sharded.full_tensor, args), **kwargs)
+        return func(*map_tensors(Sharded, Sharded.full_tensor, args), **kwargs)
     result = func(
         *[local_operand(func, x, shard) for x in args],
         **{name: local_operand(func, x, shard) for name, x in kwargs.items()},
@@ -92,8 +99,8 @@ def row_by_row(func: Any, args: Any, kwargs: Any) -> Any:
         return on_gathered_batch(func, args, kwargs)
     if func._schema.name.endswith("_backward"):  # the gradient may come from the gathered batch
         args = [shard_like(args[0], x), *args[1:]]
-    result = func(*tree_map_only(Sharded, lambda y: y.local, args), **kwargs)
-    return tree_map_only(Tensor, lambda y: Sharded(y, x.shard), result)
+    result = func(*map_tensors(Sharded, lambda y: y.local, args), **kwargs)
+    return map_tensors(Tensor, lambda y: Sharded(y, x.shard), result)
 
 
 def along_dims(func: Any, args: Any, kwargs: Any) -> Any:
@@ -116,7 +123,7 @@ def along_dims(func: Any, args: Any, kwargs: Any) -> Any:
     first = next(tensors([result] if isinstance(result, Tensor) else result))
     dropped = 0 if first.dim() == x.dim() else sum(d < x.shard.dim for d in dims)
     shard = x.shard.at_dim(x.shard.dim - dropped)
-    return tree_map_only(Tensor, lambda y: Sharded(y, shard), result)
+    return map_tensors(Tensor, lambda y: Sharded(y, shard), result)
 
 
 def sum_or_mean(func: Any, args: Any, kwargs: Any) -> Any:
@@ -128,7 +135,7 @@ def sum_or_mean(func: Any, args: Any, kwargs: Any) -> Any:
     group = x.shard.group
     if not x.is_floating_point() and dtype in (None, torch.int64):  # exact in integers
         with natively():
-            local = func(*tree_map_only(Sharded, lambda y: y.local, args), **kwargs)
+            local = func(*map_tensors(Sharded, lambda y: y.local, args), **kwargs)
             return group.all_gather(local).sum(0)
     if x.dtype is not torch.float32 or dtype not in (None, torch.float32):
         return on_gathered_batch(func, args, kwargs)
@@ -211,35 +218,43 @@ def _weight_partial(
 ) -> Partial:
     """Return the partial sums of the weight's gradient, [o, c / groups * kh * kw].
 
-    The kernel slides over `image`. The sum is taken image by image, so that the tree of additions is low:
-    first the places of an image, then the images.
+    The kernel slides over `image`. A term is a place of the kernel on one image; factors are found by their
+    offsets in memory, so that no patches are copied.
     """
     x, g = image.local, output.local
     if w.dim() == 3:  # one dimension is two with a height of 1
         x, g, w = (t.unsqueeze(2) for t in (x, g, w))
         stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
-    # float32 [n, groups, o, places], [n, groups, places, l]
-    rows, columns = weight_gradient_factors(x, g, w, stride, padding, dilation, groups)
-    n, _, o, places = rows.shape
-    length = columns.shape[3]
-    wide_rows, wide_columns = rows.double(), columns.double()
-    sums = with_signed_zeros(
-        (wide_rows @ wide_columns).sum(0),
-        lambda: ((rows != 0).float() @ (columns != 0).float()).sum(0),
-    ).reshape(groups * o, length)
-    row_norms = torch.linalg.vector_norm(wide_rows, dim=(0, 3))  # [groups, o]
-    largest = torch.linalg.vector_norm(wide_columns, dim=(0, 2)).amax(1, keepdim=True)
+    norms = [torch.linalg.vector_norm(t, dim=(0, 2, 3), dtype=torch.float64) for t in (g, x)]
+    largest = norms[1].reshape(groups, -1).amax(1, keepdim=True)
+    bounds = (norms[0].reshape(groups, -1) * largest).reshape(-1)
+    x, g = pad(x, (padding[1], padding[1], padding[0], padding[0])).contiguous(), g.contiguous()
+    n, outputs, *size = g.shape
+    places = math.prod(size)
+    rows = offsets((outputs, places)).to(x.device)
+    g_terms = offsets((n, g.stride(0)), (places, 1)).to(x.device)
+    x_terms = offsets(
+        (n, x.stride(0)), (size[0], stride[0] * x.stride(2)), (size[1], stride[1])
+    ).to(x.device)
+    columns = offsets(
+        (x.shape[1], x.stride(1)),
+        (w.shape[2], dilation[0] * x.stride(2)),
+        (w.shape[3], dilation[1]),
+    ).to(x.device)
+    o, length = outputs // groups, len(columns) // groups
+    sums = x.new_empty(outputs, length, dtype=torch.float64)
+    for part, row, column in zip(sums.split(o), rows.split(o), columns.split(length)):
+        if not product_into(part, g, x, row, g_terms, x_terms, column):
+            a = g.reshape(-1)[row.unsqueeze(1) + g_terms]
+            products_into(part, a, x.reshape(-1)[x_terms.unsqueeze(1) + column])
 
-    def exact(i: Tensor, j: Tensor) -> list[int]:
-        def terms(at: slice) -> Tensor:
-            group, row = i[at] // o, i[at] % o
-            left, right = wide_rows[:, group, row], wide_columns[:, group, :, j[at]]
-            return (left.transpose(0, 1) * right).reshape(len(row), n * places)
+    def terms(i: Tensor, j: Tensor) -> Tensor:
+        left = g.reshape(-1)[rows[i].unsqueeze(1) + g_terms]
+        right = x.reshape(-1)[columns[i // o * length + j].unsqueeze(1) + x_terms]
+        return left.double() * right.double()
 
-        return exact_unit_sums(terms, n * places, len(i))
-
-    height = places + image.shard.batch
-    return Partial(sums, (row_norms * largest).reshape(-1), height, exact)
+    height = product_height(places * image.shard.batch)
+    return Partial(sums, bounds, height, terms, n * places)
 
 
 def new_tensor(func: Any, args: Any, kwargs: Any) -> Any:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.distributed.operands import shard_like
+from reproml.arithmetic.distributed.pending import map_tensors
 from reproml.arithmetic.distributed.rules.compute import on_gathered_batch
 from reproml.arithmetic.distributed.sharded import Sharded, first_sharded
-from reproml.torch_internals import tree_map_only
 
 _NONE = 0  # PyTorch's number of reduction="none"
 
@@ -62,7 +62,7 @@ def loss_backward(func: Any, args: Any, kwargs: Any) -> Any:
             padded[x.shard.local_rows(index, 0)] = y.local
         return padded
 
-    args, kwargs = tree_map_only(Tensor, in_global_shape, (args, kwargs))
+    args, kwargs = map_tensors(Tensor, in_global_shape, (args, kwargs))
     result = func(*args, **kwargs)
     with natively():
         return Sharded(x.shard.local_rows(result, 0).contiguous(), x.shard)

@@ -77,7 +77,7 @@ def _scaled_sum(operands: Sequence[Tensor], height: int) -> Partial:
         ]
 
     # A term is rounded up to four times before it is added.
-    return Partial(terms.sum(1, keepdim=True), terms.abs().sum(1), height + 4, exact)
+    return Partial(terms.sum(1, keepdim=True), terms.abs().sum(1), height + 4, exact=exact)
 
 
 def batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
