@@ -16,9 +16,10 @@ typedef struct {
     double *out;                                       /* [m, n] */
     const tiling *tiles;
     integer row_panels, column_panels, tasks;
-    integer first, depth; /* the terms of this pass */
-    double *wide_a;       /* [row_panels, depth, rows of the panel] */
-    int32_t *nonzero_a;   /* [m]: whether a term of this pass has a factor that is not zero */
+    integer first, depth;      /* the terms of this pass */
+    double *wide_a;            /* [row_panels, depth, rows of the panel] */
+    double *squares_a;         /* [m]: the sums of squares of this pass */
+    double *norms_a, *norms_b; /* [m], [n]: the sums of squares of all passes */
     const integer *offset;
     double *memory; /* for each task: a panel of b, and of a and b with ones for numbers that are not zero */
 } products;
@@ -34,21 +35,22 @@ VECTORISED static void widen(integer panel, void *data) {
     double *restrict to = x->wide_a + i * x->depth;
     for (int r = 0; r < m; r++) {
         const float *from = x->a + x->a_row[i + r];
-        int32_t any = 0;
+        double squares = 0;
         for (integer p = 0; p < x->depth; p++) {
-            float value = from[x->a_term[x->first + p]];
+            double value = from[x->a_term[x->first + p]];
             to[p * m + r] = value;
-            any |= value != 0;
+            squares += value * value;
         }
-        x->nonzero_a[i + r] = any;
+        x->squares_a[i + r] = squares;
+        x->norms_a[i + r] += squares;
     }
 }
 
-VECTORISED static void pack(const products *x, integer j, int n, float *restrict to, int32_t *restrict nonzero) {
+VECTORISED static void pack(const products *x, integer j, int n, float *restrict to, double *restrict squares) {
     const integer *restrict column = x->b_column + j;
     int contiguous = 1;
     for (int c = 1; c < n; c++) contiguous &= column[c] == column[0] + c;
-    for (int c = 0; c < n; c++) nonzero[c] = 0;
+    for (int c = 0; c < TILE_COLUMNS; c++) squares[c] = 0;
     if (n < TILE_COLUMNS) memset(to, 0, (size_t)(x->depth * TILE_COLUMNS) * sizeof(float));
     for (integer p = 0; p < x->depth; p++) {
         const float *restrict from = x->b + x->b_term[x->first + p];
@@ -57,8 +59,9 @@ VECTORISED static void pack(const products *x, integer j, int n, float *restrict
             memcpy(row, from + column[0], TILE_COLUMNS * sizeof(float));
         else
             for (int c = 0; c < n; c++) row[c] = from[column[c]];
-        for (int c = 0; c < n; c++) nonzero[c] |= row[c] != 0;
+        for (int c = 0; c < TILE_COLUMNS; c++) squares[c] += (double)row[c] * row[c];
     }
+    for (int c = 0; c < n; c++) x->norms_b[j + c] += squares[c];
 }
 
 VECTORISED static void ones_of_floats(const float *restrict from, integer n, float *restrict to) {
@@ -82,17 +85,17 @@ static void sum_tile(const products *x, const double *a, const float *b, int m, 
 
 /* Whether a sum is zero though neither its row of a nor its column of b consists of zeros; the other zeros become
    -0. */
-static int32_t find_zeros(const int32_t *nonzero_a, const int32_t *nonzero_b, int m, int n, double *sums) {
+static int32_t find_zeros(const double *squares_a, const double *squares_b, int m, int n, double *sums) {
     int32_t left = 0;
     for (int i = 0; i < m; i++) {
         int32_t any = 0;
         for (int j = 0; j < n; j++) any |= sums[i * TILE_COLUMNS + j] == 0;
         for (int j = 0; any && j < n; j++)
             if (sums[i * TILE_COLUMNS + j] == 0) {
-                if (nonzero_a[i] && nonzero_b[j])
-                    left = 1;
-                else
+                if (squares_a[i] == 0 || squares_b[j] == 0)
                     sums[i * TILE_COLUMNS + j] = -0.0;
+                else
+                    left = 1;
             }
     }
     return left;
@@ -102,17 +105,17 @@ static void multiply(integer task, void *data) {
     const products *x = data;
     double *ones_a = x->memory + task * TASK_MEMORY;
     float *panel = (float *)(ones_a + DEPTH * TILE_ROWS), *ones_b = panel + DEPTH * TILE_COLUMNS;
-    int32_t nonzero_b[TILE_COLUMNS];
+    double squares_b[TILE_COLUMNS];
     for (integer t = task; t < x->column_panels; t += x->tasks) {
         integer j = t * x->tiles->columns;
         int n = smaller(x->n - j, x->tiles->columns), has_ones = 0;
-        pack(x, j, n, panel, nonzero_b);
+        pack(x, j, n, panel, squares_b);
         for (integer i = 0; i < x->m; i += x->tiles->rows) {
             int m = smaller(x->m - i, x->tiles->rows);
             const double *a = x->wide_a + i * x->depth;
             double sums[TILE_ROWS * TILE_COLUMNS];
             sum_tile(x, a, panel, m, n, sums);
-            if (find_zeros(x->nonzero_a + i, nonzero_b, m, n, sums)) { /* count the terms that are not zero */
+            if (find_zeros(x->squares_a + i, squares_b, m, n, sums)) { /* count the terms that are not zero */
                 double counts[TILE_ROWS * TILE_COLUMNS];
                 if (!has_ones) ones_of_floats(panel, x->depth * TILE_COLUMNS, ones_b);
                 has_ones = 1;
@@ -135,11 +138,11 @@ static void multiply(integer task, void *data) {
 }
 
 /* out[i, j] = sum over p < k of a[a_row[i] + a_term[p]] * b[b_term[p] + b_column[j]]; -0 where all terms are zeros, +0
-   where they cancel. No size is 0. Each term passes through at most min(k, RUN) + k / RUN + 1 additions. Returns -1 for
-   lack of memory. */
+   where they cancel. norms_a [m] and norms_b [n]: the norms of the factors. No size is 0. Each term passes through at
+   most min(k, RUN) + k / RUN + 1 additions. Returns -1 for lack of memory. */
 int reproml_partial_product(integer m, integer n, integer k, const float *a, const integer *a_row,
                             const integer *a_term, const float *b, const integer *b_term, const integer *b_column,
-                            double *out) {
+                            double *out, double *norms_a, double *norms_b) {
     products x = {.m = m,
                   .n = n,
                   .k = k,
@@ -150,6 +153,8 @@ int reproml_partial_product(integer m, integer n, integer k, const float *a, con
                   .b_term = b_term,
                   .b_column = b_column,
                   .out = out,
+                  .norms_a = norms_a,
+                  .norms_b = norms_b,
                   .tiles = reproml_tiling()};
     integer depth = k < DEPTH ? k : DEPTH, threads = m * n * depth > SERIAL ? reproml_threads() : 1;
     x.row_panels = (m + x.tiles->rows - 1) / x.tiles->rows;
@@ -160,7 +165,9 @@ int reproml_partial_product(integer m, integer n, integer k, const float *a, con
     x.memory = work;
     x.wide_a = x.memory + x.tasks * TASK_MEMORY;
     integer *offset = (integer *)(x.wide_a + m * depth);
-    x.nonzero_a = (int32_t *)(offset + depth);
+    x.squares_a = (double *)(offset + depth);
+    memset(norms_a, 0, (size_t)m * sizeof(double));
+    memset(norms_b, 0, (size_t)n * sizeof(double));
     for (integer p = 0; p < depth; p++) offset[p] = p * TILE_COLUMNS;
     x.offset = offset;
     for (x.first = 0; x.first < k; x.first += DEPTH) {
@@ -168,6 +175,8 @@ int reproml_partial_product(integer m, integer n, integer k, const float *a, con
         run_tasks(widen, &x, x.row_panels, m * x.depth > SERIAL);
         run_tasks(multiply, &x, x.tasks, x.tasks > 1);
     }
+    for (integer i = 0; i < m; i++) norms_a[i] = sqrt(norms_a[i]);
+    for (integer j = 0; j < n; j++) norms_b[j] = sqrt(norms_b[j]);
     return 0;
 }
 

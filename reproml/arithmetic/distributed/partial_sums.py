@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
-from typing import Any, Callable, Optional, Protocol
+from typing import Callable, Optional, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -187,22 +187,16 @@ def matrix_product(a: Tensor, b: Tensor, height: int, divisor: int = 1) -> Parti
 
     a, b: float32 [k, m], [k, n], the rows of this worker. height: the number of rows of all workers.
     """
-    bounds = _norms(a, 0) * (_norms(b, 0).max() if b.numel() else 0.0)
     (k, m), n = a.shape, b.shape[1]
     sizes = ((m, a.stride(1)), (k, a.stride(0)), (k, b.stride(0)), (n, b.stride(1)))
     sums = a.new_empty(m, n, dtype=torch.float64)
-    if not product_into(sums, a, b, *map(offsets, sizes)):
-        products_into(sums, a.t(), b)
+    norms = product_into(sums, a, b, *map(offsets, sizes)) or products_into(sums, a.t(), b)
+    bounds = norms[0] * (norms[1].max() if n else 0.0)
 
     def terms(i: Tensor, j: Tensor) -> Tensor:
         return a[:, i].t().double() * b[:, j].t().double()
 
     return Partial(sums, bounds, product_height(height), terms, k, divisor=divisor)
-
-
-def _norms(x: Tensor, dims: Any) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(x, dim=dims, dtype=torch.float64)
-    return norms
 
 
 def offsets(*axes: tuple[int, int]) -> Tensor:
@@ -226,27 +220,32 @@ def product_into(
     a_term: Tensor,
     b_term: Tensor,
     b_column: Tensor,
-) -> bool:
+) -> Optional[tuple[Tensor, Tensor]]:
     """Compute sums[i, j] = sum_p a[a_row[i] + a_term[p]] b[b_term[p] + b_column[j]] by csrc/partial_sums.c.
 
-    sums: contiguous float64 [m, n]. The others: float32, and offsets in elements, int64. Returns False
-    where the kernel does not apply.
+    sums: contiguous float64 [m, n]. The others: float32, and offsets in elements, int64. Returns the norms
+    of the factors, float64 [m] and [n]; None where the kernel does not apply.
     """
     sizes = len(a_row), len(b_column), len(a_term)
     if kernels.library is None or not (a.is_cpu and b.is_cpu and all(sizes)):
-        return False
-    pointers = [x.data_ptr() for x in (a, a_row, a_term, b, b_term, b_column, sums)]
-    return bool(kernels.library.reproml_partial_product(*sizes, *pointers) == 0)
+        return None
+    norms = sums.new_empty(sizes[0]), sums.new_empty(sizes[1])
+    pointers = [x.data_ptr() for x in (a, a_row, a_term, b, b_term, b_column, sums, *norms)]
+    if kernels.library.reproml_partial_product(*sizes, *pointers):
+        return None  # for lack of memory
+    return norms
 
 
-def products_into(sums: Tensor, a: Tensor, b: Tensor) -> None:
-    """Compute sums = a @ b, [m, k] @ [k, n], with -0 where all terms are zeros, on the reference path."""
+def products_into(sums: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute sums = a @ b, [m, k] @ [k, n], like `product_into` on the reference path."""
     sums.fill_(-0.0)
     for some_a, some_b in zip(a.split(_RUN, 1), b.split(_RUN)):
         if some_a.shape[1]:
             part = some_a.double() @ some_b.double()
             counts = (some_a != 0).float() @ (some_b != 0).float()
             sums += torch.where(counts == 0, -0.0, part + 0.0)
+    norm = torch.linalg.vector_norm
+    return norm(a, dim=1, dtype=torch.float64), norm(b, dim=0, dtype=torch.float64)
 
 
 def row_sums(x: Tensor, height: int, divisor: int = 1, factor: Optional[Tensor] = None) -> Partial:

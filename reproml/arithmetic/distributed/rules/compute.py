@@ -225,9 +225,6 @@ def _weight_partial(
     if w.dim() == 3:  # one dimension is two with a height of 1
         x, g, w = (t.unsqueeze(2) for t in (x, g, w))
         stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
-    norms = [torch.linalg.vector_norm(t, dim=(0, 2, 3), dtype=torch.float64) for t in (g, x)]
-    largest = norms[1].reshape(groups, -1).amax(1, keepdim=True)
-    bounds = (norms[0].reshape(groups, -1) * largest).reshape(-1)
     x, g = pad(x, (padding[1], padding[1], padding[0], padding[0])).contiguous(), g.contiguous()
     n, outputs, *size = g.shape
     places = math.prod(size)
@@ -243,10 +240,14 @@ def _weight_partial(
     ).to(x.device)
     o, length = outputs // groups, len(columns) // groups
     sums = x.new_empty(outputs, length, dtype=torch.float64)
+    bounds = []
     for part, row, column in zip(sums.split(o), rows.split(o), columns.split(length)):
-        if not product_into(part, g, x, row, g_terms, x_terms, column):
-            a = g.reshape(-1)[row.unsqueeze(1) + g_terms]
-            products_into(part, a, x.reshape(-1)[x_terms.unsqueeze(1) + column])
+        norms = product_into(part, g, x, row, g_terms, x_terms, column) or products_into(
+            part,
+            g.reshape(-1)[row.unsqueeze(1) + g_terms],
+            x.reshape(-1)[x_terms.unsqueeze(1) + column],
+        )
+        bounds.append(norms[0] * norms[1].max())
 
     def terms(i: Tensor, j: Tensor) -> Tensor:
         left = g.reshape(-1)[rows[i].unsqueeze(1) + g_terms]
@@ -254,7 +255,7 @@ def _weight_partial(
         return left.double() * right.double()
 
     height = product_height(places * image.shard.batch)
-    return Partial(sums, bounds, height, terms, n * places)
+    return Partial(sums, torch.cat(bounds), height, terms, n * places)
 
 
 def new_tensor(func: Any, args: Any, kwargs: Any) -> Any:
