@@ -283,9 +283,12 @@ def _layout(p: Partial, size: int) -> tuple[int, int]:
 
 def _pack(p: Partial, first: int, records: Tensor) -> None:
     """Pack the rows from `first` on into records, uint8 [s, bytes]; what remains is a row of zeros."""
-    sums, bounds = p.sums[first : first + len(records)], p.abs_bounds[first : first + len(records)]
+    sums = p.sums[first : first + len(records)].contiguous()
+    bounds = p.abs_bounds[first : first + len(records)].contiguous()
     records[len(sums) :] = 0
     m, n = sums.shape
+    if not m:
+        return
     if kernels.usable(sums, bounds, records):
         kernels.library.reproml_pack_sums(
             m, n, *(sums.data_ptr(), bounds.data_ptr(), records.data_ptr())
@@ -293,7 +296,7 @@ def _pack(p: Partial, first: int, records: Tensor) -> None:
         return
     records = records[:m]
     records[:, 8 + 6 * n :] = 0
-    records[:, :8] = bounds.contiguous().view(torch.uint8).view(m, 8)
+    records[:, :8] = bounds.view(torch.uint8).view(m, 8)
     finite = bounds.isfinite().unsqueeze(1)
     packed = torch.where(finite, sums / _units(bounds).unsqueeze(1), 0.0).round().to(torch.int64)
     high, low = packed >> 16, packed & 0xFFFF
@@ -303,8 +306,8 @@ def _pack(p: Partial, first: int, records: Tensor) -> None:
             same = same & sums.signbit()
         high, low = torch.where(same, _EMPTY, high), torch.where(same, code, low)
     low = torch.where(low < 1 << 15, low, low - (1 << 16))
-    records[:, 8 : 8 + 4 * n] = high.to(torch.int32).view(torch.uint8)
-    records[:, 8 + 4 * n : 8 + 6 * n] = low.to(torch.int16).view(torch.uint8)
+    records[:, 8 : 8 + 4 * n] = high.to(torch.int32).contiguous().view(torch.uint8)
+    records[:, 8 + 4 * n : 8 + 6 * n] = low.to(torch.int16).contiguous().view(torch.uint8)
 
 
 def _units(bounds: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Callable, NamedTuple, Optional
 
 import torch
@@ -153,14 +154,20 @@ class Sharded(DistributedTensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if any(issubclass(t, Pending) for t in types):
+        if Pending in types:
             args, kwargs = map_tensors(Pending, Pending.full_tensor, (args, kwargs))
-        name = func._schema.name[len("aten::") :]
-        if any(a.is_out for a in func._schema.arguments):  # out= variants have the same name
-            name = DEFAULT
-        rule = OPERATORS.get(name) or OPERATORS[DEFAULT]
-        _checksum_operands(args, kwargs, rule.takes_local_rows)
-        return rule.compute(func, args, kwargs)
+        rule = _rule_of(func)
+        with DisableTorchFunctionSubclass():  # a method like dim() is ten times as fast without it
+            _checksum_operands(args, kwargs, rule.takes_local_rows)
+            return rule.compute(func, args, kwargs)
+
+
+@cache
+def _rule_of(func: Any) -> Rule:
+    # Variants with out= have the same name as the others.
+    has_out = any(a.is_out for a in func._schema.arguments)
+    name = DEFAULT if has_out else func._schema.name[len("aten::") :]
+    return OPERATORS.get(name) or OPERATORS[DEFAULT]
 
 
 def _global_strides(local: Tensor, shape: Sequence[int]) -> list[int]:
@@ -182,6 +189,9 @@ def shard_batch(x: Tensor, group: Group) -> Sharded:
 
 def first_sharded(args: Any, kwargs: Any) -> Sharded:
     """Return the first Sharded tensor among the arguments."""
+    for x in args:
+        if isinstance(x, Sharded):
+            return x
     return next(x for x in tensors([*args, *kwargs.values()]) if isinstance(x, Sharded))
 
 

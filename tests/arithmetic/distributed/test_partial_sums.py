@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.distributed import partial_sums
 from reproml.arithmetic.distributed.partial_sums import (
+    Exchange,
     Partial,
     all_reduce,
+    finish,
     matrix_product,
     row_sums,
 )
@@ -20,6 +26,7 @@ from reproml.arithmetic.numerics.rounding import nearest
 from tests.arithmetic.distributed.together import Thread, together
 from tests.arithmetic.strategies import ANY, FINITE, tensors
 
+COMPILED = kernels.library
 SIZES = st.integers(1, 4)
 ROWS = st.integers(0, 6)
 
@@ -50,18 +57,86 @@ def exact_product(a: torch.Tensor, b: torch.Tensor, divisor: int = 1) -> torch.T
     ).reshape(a.shape[1], b.shape[1])
 
 
+@contextmanager
+def some_without_kernels(me: Thread, without: int) -> Iterator[None]:
+    """Do without the C library on the workers whose bit is set in `without`."""
+    before = kernels.library
+    kernels.library = None if without >> me.rank & 1 else COMPILED
+    yield
+    kernels.library = before
+
+
 @settings(max_examples=150, deadline=None)
-@given(matrices(), st.sampled_from([1, 3, 7]))
-def test_matrix_product_is_correctly_rounded_on_every_worker(case, divisor):
+@given(matrices(), st.sampled_from([1, 3, 7]), st.integers(0, 15))
+def test_matrix_product_is_correctly_rounded_on_every_worker(case, divisor, without):
     size, a, b = case
 
     def work(me: Thread) -> torch.Tensor:
-        return all_reduce(
-            me, [matrix_product(local_rows(a, me), local_rows(b, me), len(a), divisor)]
-        )[0]
+        with some_without_kernels(me, without):
+            mine = matrix_product(local_rows(a, me), local_rows(b, me), len(a), divisor)
+            exchange = Exchange(me, [mine])
+        with some_without_kernels(me, without):
+            exchange.send_results()
+        return finish([exchange])[0]
 
     expected = bits(exact_product(a, b, divisor))
     assert [bits(found) for found in together(size, work)] == [expected] * size
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 30), st.integers(1, 60), st.sampled_from([1, 9, 255, 256, 257, 1025, 1300]),
+    st.randoms(use_true_random=False), st.sampled_from([1.0, 0.5, 0.1, 0.0]),
+)  # fmt: skip
+def test_sums_of_one_worker_are_within_their_bound(m, n, k, random, density):
+    """Integers small enough to be added exactly, and so that zeros can be told from cancellation."""
+    generator = torch.Generator().manual_seed(random.getrandbits(30))
+
+    def numbers(columns: int) -> Any:
+        x = torch.randint(-3, 4, (columns, k), generator=generator).float().t()
+        return x * (torch.rand(k, columns, generator=generator) < density)
+
+    a, b = numbers(m), numbers(n)
+    a = a if random.getrandbits(1) else a.contiguous()
+    found = matrix_product(a, b, k)
+    terms = a.long().t().unsqueeze(2) * b.long()
+    totals, sizes = terms.sum(1), terms.abs().sum(1)
+    assert found.sums.long().equal(totals) and found.sums.double().equal(found.sums)
+    assert (found.sums.signbit() & (found.sums == 0)).equal(sizes == 0)
+    assert bool((found.abs_bounds.unsqueeze(1) * (1 + 2.0**-40) >= sizes).all())
+    i, j = torch.arange(m * n).div(n, rounding_mode="floor"), torch.arange(m * n) % n
+    assert found.terms is not None
+    assert found.terms(i, j).sum(1).long().equal(totals.reshape(-1))
+
+
+@given(tensors((5, 7), ANY), st.integers(0, 6))
+def test_records_are_the_same_with_and_without_kernels(x, scale):
+    """Also of NaN, infinities and zeros of both signs; a record holds a sum to half a unit."""
+    sums = x.double() * 2.0 ** (40 * scale)
+    bounds = sums.abs().amax(1)
+    packed = []
+    for library in (COMPILED, None):
+        records = torch.full((6, 8 + 48), 7, dtype=torch.uint8)
+        before, kernels.library = kernels.library, library
+        partial_sums._pack(Partial(sums, bounds, 1), 0, records)
+        kernels.library = before
+        packed.append(records)
+    assert packed[0].equal(packed[1])
+
+
+def test_rounding_of_owners_has_room_for_what_packing_loses():
+    """A sum just beside a midpoint that packing moves to the midpoint must fail the test."""
+    unit = 2.0**-47 * 2
+    for beside in (unit / 2, unit / 4, -unit / 2, -unit / 4):
+        sums = torch.tensor([[1 + 2.0**-24 + beside]], dtype=torch.float64)
+        records = torch.zeros(1, 1, 16, dtype=torch.uint8)
+        p = Partial(sums, torch.tensor([1.5], dtype=torch.float64), 1)
+        partial_sums._pack(p, 0, records[0])
+        for library in (COMPILED, None):
+            before, kernels.library = kernels.library, library
+            value, failed = partial_sums._round_totals(p, records)
+            kernels.library = before
+            assert failed.tolist() == [0] and len(value) == 1
 
 
 @settings(max_examples=100, deadline=None)

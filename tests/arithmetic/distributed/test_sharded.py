@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import reproml
+from reproml.arithmetic.distributed import pending
 from reproml.arithmetic.distributed.sharded import Sharded, shard_batch
 from reproml.errors import ReproError
 from tests.arithmetic.distributed.together import Thread, together
@@ -324,6 +325,28 @@ def test_different_numbers_on_workers_are_refused(name):
             mine(shard_batch(torch.ones(5, 4), me)).sum().backward()  # training can continue
 
     together(2, work)
+
+
+def test_exchange_begins_during_backward_pass(monkeypatch):
+    """Results are on their way back before the last sums are sent, and have the same bits."""
+    monkeypatch.setattr(pending, "_ENOUGH", 100)
+    torch.manual_seed(1)
+    with reproml.exact():
+        model = nn.Sequential(nn.Linear(50, 40), nn.Tanh(), nn.Linear(40, 10))
+        x, y = torch.randn(8, 50), classes(8)
+        expected = trained(copy.deepcopy(model), x, y, F.cross_entropy)
+
+    def work(me: Thread) -> None:
+        mine = copy.deepcopy(model)
+        me.models[mine] = None
+        with reproml.exact():
+            found = trained(mine, shard_batch(x, me), y[me.rank :: me.size], F.cross_entropy)
+        assert all(map(same, found, expected))
+        kinds = [len(shape) for shape in me.sent[1:6]]  # sums [size, bytes], results [numbers]
+        assert kinds == [2, 2, 1, 2, 1]
+
+    for size in (2, 3, 5, 8):
+        together(size, work)
 
 
 def test_gradients_of_backward_pass_are_exchanged_once():
