@@ -180,6 +180,19 @@ int reproml_partial_product(integer m, integer n, integer k, const float *a, con
     return 0;
 }
 
+/* Some of these sums with their rounding errors kept: out[3 f], s, t and e with |s + t - exact| <= e, for the row that
+   begins at a[a_at[f]] and the column that begins at b[b_at[f]]. */
+void reproml_partial_pairs(integer count, integer k, const float *a, const integer *a_at, const integer *a_term,
+                           const float *b, const integer *b_at, const integer *b_term, double *out) {
+    for (integer f = 0; f < count; f++, out += 3) {
+        compensated sum = {0, 0, 0};
+        for (integer p = 0; p < k; p++) add_exact(&sum, (double)a[a_at[f] + a_term[p]] * b[b_at[f] + b_term[p]]);
+        out[0] = sum.s;
+        out[1] = sum.t;
+        out[2] = compensated_pair(&sum, k).rad;
+    }
+}
+
 /* ---- the exchange ----
 
    A row of n sums with a bound of the absolute values of its terms is packed into record_size(n) bytes: the bound, then

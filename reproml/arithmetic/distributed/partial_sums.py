@@ -14,11 +14,11 @@ for those that fail again, the exact sum of its terms, an integer multiple of 2^
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
-from typing import Callable, Optional, Protocol
+from typing import Callable, NamedTuple, Optional, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -64,19 +64,49 @@ class Group(Protocol):
         ...
 
 
+class Factors(NamedTuple):
+    """The products a[row + a_term[p]] b[column + b_term[p]], whose sum over p is an element of a matrix.
+
+    a, b: float32, one axis; the others are offsets in them, int64.
+    """
+
+    a: Tensor
+    b: Tensor
+    a_term: Tensor  # [k]
+    b_term: Tensor  # [k]
+    at: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # indices [f] of elements -> row, column
+
+    def terms(self, i: Tensor, j: Tensor) -> Iterator[Tensor]:
+        """Yield the terms of these elements, float64 [some, k], a limited number at a time."""
+        row, column = self.at(i, j)
+        step = max(1, _CHUNK // max(1, len(self.a_term)))
+        for some, other in zip(row.split(step), column.split(step)):
+            left = self.a[some.unsqueeze(1) + self.a_term]
+            yield left.double() * self.b[other.unsqueeze(1) + self.b_term].double()
+
+    def pairs(self, i: Tensor, j: Tensor) -> Tensor:
+        """Return sums with their errors kept: float64 [f, 3], s, t, e with |s + t - exact| <= e."""
+        if kernels.library is None or not self.a.is_cpu:
+            return torch.cat([torch.stack(compensated_sums(x), 1) for x in self.terms(i, j)])
+        row, column = self.at(i, j)
+        operands = (self.a, row, self.a_term, self.b, column, self.b_term)
+        pairs = torch.empty(len(row), 3, dtype=torch.float64)
+        kernels.library.reproml_partial_pairs(
+            len(row), len(self.a_term), *[x.data_ptr() for x in (*operands, pairs)]
+        )
+        return pairs
+
+
 @dataclass(frozen=True)
 class Partial:
-    """The sums of one worker's terms, for a matrix [m, n] of sums over all workers.
-
-    At least one of `terms` and `exact` is needed; they take rows and columns, int64 [f].
-    """
+    """The sums of one worker's terms, for a matrix [m, n] of sums over all workers."""
 
     sums: Tensor  # float64 [m, n]; -0 only where all terms of this worker are zeros
     abs_bounds: Tensor  # float64 [m]: at least sum |term|, for every element of the row
     height: int  # at most this many additions and multiplications lie between a term and the total
-    terms: Optional[Callable[[Tensor, Tensor], Tensor]] = None  # the exact terms, float64 [f, k]
-    count: int = 0  # k, the number of terms
-    exact: Optional[Callable[[Tensor, Tensor], list[int]]] = None  # exact sums / 2^-600
+    factors: Optional[Factors] = None  # None: `exact` has the exact sums
+    # Rows and columns, int64 [f] -> exact sums / 2^-600.
+    exact: Optional[Callable[[Tensor, Tensor], list[int]]] = None
     divisor: int = 1  # the total is divided by it; > 0
 
 
@@ -182,21 +212,39 @@ def check_agreement(checksums: Tensor) -> None:
         )
 
 
-def matrix_product(a: Tensor, b: Tensor, height: int, divisor: int = 1) -> Partial:
-    """Return sum_k a[k, i] b[k, j] / divisor, k over all workers' rows.
+def matrix_product(a: Tensor, b: Tensor, height: int) -> Partial:
+    """Return sum_k a[k, i] b[k, j], k over all workers' rows.
 
     a, b: float32 [k, m], [k, n], the rows of this worker. height: the number of rows of all workers.
     """
     (k, m), n = a.shape, b.shape[1]
-    sizes = ((m, a.stride(1)), (k, a.stride(0)), (k, b.stride(0)), (n, b.stride(1)))
-    sums = a.new_empty(m, n, dtype=torch.float64)
-    norms = product_into(sums, a, b, *map(offsets, sizes)) or products_into(sums, a.t(), b)
-    bounds = norms[0] * (norms[1].max() if n else 0.0)
+    row, a_term = offsets((m, a.stride(1))), offsets((k, a.stride(0)))
+    b_term, column = offsets((k, b.stride(0))), offsets((n, b.stride(1)))
+    factors = Factors(flat(a), flat(b), a_term, b_term, lambda i, j: (row[i], column[j]))
+    sums, bounds = sum_products(factors, row, column)
+    return Partial(sums, bounds, product_height(height), factors)
 
-    def terms(i: Tensor, j: Tensor) -> Tensor:
-        return a[:, i].t().double() * b[:, j].t().double()
 
-    return Partial(sums, bounds, product_height(height), terms, k, divisor=divisor)
+def sum_over(x: Tensor, dims: Sequence[int], height: int, divisor: int = 1) -> Partial:
+    """Return the sum of x over `dims`, of all workers, divided by `divisor`: a matrix [m, 1].
+
+    x: float32, the elements of this worker. height: the number of elements of all workers in a sum.
+    """
+    kept = [d for d in range(x.dim()) if d not in dims]
+    row = offsets(*[(x.shape[d], x.stride(d)) for d in kept])
+    term = offsets(*[(x.shape[d], x.stride(d)) for d in dims])
+    zeros = torch.zeros_like(term)
+    factors = Factors(
+        flat(x), x.new_ones(1), term, zeros, lambda i, j: (row[i], torch.zeros_like(i))
+    )
+    sums, bounds = sum_products(factors, row, zeros.new_zeros(1))
+    return Partial(sums, bounds, product_height(height), factors, divisor=divisor)
+
+
+def flat(x: Tensor) -> Tensor:
+    """Return the memory of x from its first element on as one axis."""
+    length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return x.as_strided((length if x.numel() else 0,), (1,))
 
 
 def offsets(*axes: tuple[int, int]) -> Tensor:
@@ -212,51 +260,42 @@ def product_height(terms: int) -> int:
     return min(terms, _RUN) + terms // _RUN + 1
 
 
-def product_into(
-    sums: Tensor,
-    a: Tensor,
-    b: Tensor,
-    a_row: Tensor,
-    a_term: Tensor,
-    b_term: Tensor,
-    b_column: Tensor,
-) -> Optional[tuple[Tensor, Tensor]]:
-    """Compute sums[i, j] = sum_p a[a_row[i] + a_term[p]] b[b_term[p] + b_column[j]] by csrc/partial_sums.c.
+def sum_products(factors: Factors, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of products and the bounds of their terms, for the elements (row[i], column[j]).
 
-    sums: contiguous float64 [m, n]. The others: float32, and offsets in elements, int64. Returns the norms
-    of the factors, float64 [m] and [n]; None where the kernel does not apply.
+    Returns float64 [m, n], -0 where all terms are zeros, and float64 [m].
     """
-    sizes = len(a_row), len(b_column), len(a_term)
-    if kernels.library is None or not (a.is_cpu and b.is_cpu and all(sizes)):
-        return None
-    norms = sums.new_empty(sizes[0]), sums.new_empty(sizes[1])
-    pointers = [x.data_ptr() for x in (a, a_row, a_term, b, b_term, b_column, sums, *norms)]
-    if kernels.library.reproml_partial_product(*sizes, *pointers):
-        return None  # for lack of memory
-    return norms
+    a, b, a_term, b_term, _ = factors
+    m, n, k = len(row), len(column), len(a_term)
+    sums = a.new_empty(m, n, dtype=torch.float64)
+    norms = [sums.new_empty(m), sums.new_empty(n)]
+    compiled = kernels.library is not None and a.is_cpu and m and n and k
+    operands = (a, row, a_term, b, b_term, column, sums, *norms)
+    if not compiled or kernels.library.reproml_partial_product(
+        m, n, k, *[x.data_ptr() for x in operands]
+    ):
+        left, right = a[row.unsqueeze(1) + a_term], b[b_term.unsqueeze(1) + column]
+        sums.fill_(-0.0)
+        for some, other in zip(left.split(_RUN, 1), right.split(_RUN)):
+            counts = (some != 0).float() @ (other != 0).float()
+            part = some.double() @ other.double()
+            sums += torch.where(part != 0, part, torch.where(counts == 0, -0.0, 0.0))
+        norms = [torch.linalg.vector_norm(left, dim=1, dtype=torch.float64)]
+        norms += [torch.linalg.vector_norm(right, dim=0, dtype=torch.float64)]
+    return sums, norms[0] * (norms[1].max() if n else 0.0)
 
 
-def products_into(sums: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute sums = a @ b, [m, k] @ [k, n], like `product_into` on the reference path."""
-    sums.fill_(-0.0)
-    for some_a, some_b in zip(a.split(_RUN, 1), b.split(_RUN)):
-        if some_a.shape[1]:
-            part = some_a.double() @ some_b.double()
-            counts = (some_a != 0).float() @ (some_b != 0).float()
-            sums += torch.where(counts == 0, -0.0, part + 0.0)
-    norm = torch.linalg.vector_norm
-    return norm(a, dim=1, dtype=torch.float64), norm(b, dim=0, dtype=torch.float64)
-
-
-def row_sums(x: Tensor, height: int, divisor: int = 1, factor: Optional[Tensor] = None) -> Partial:
-    """Return sum_k x[i, k] factor[i] / divisor, k over all workers' columns: a matrix [m, 1].
+def row_sums(x: Tensor, height: int, factor: Tensor) -> Partial:
+    """Return sum_k x[i, k] factor[i], k over all workers' columns: a matrix [m, 1].
 
     x: float32 [m, k], the columns of this worker. factor: float32 [m, 1].
     """
-    wide = x.double() if factor is None else x.double() * factor.double()
-    bounds = wide.abs().sum(1)
-    sums = torch.where(bounds == 0, -0.0, wide.sum(1) + 0.0).unsqueeze(1)
-    return Partial(sums, bounds, height, lambda i, j: wide[i], x.shape[1], divisor=divisor)
+    terms = x.double() * factor.double()
+
+    def exact(i: Tensor, j: Tensor) -> list[int]:
+        return [in_units(exact_sum(row)) for row in terms[i].tolist()]
+
+    return Partial(terms.sum(1, keepdim=True), terms.abs().sum(1), height, exact=exact)
 
 
 def in_units(x: Fraction) -> int:
@@ -415,11 +454,9 @@ def _by_matrix(
 
 def _encode_pairs(p: Partial, i: Tensor, j: Tensor) -> Tensor:
     """Return sums with their errors kept: float64 s, t, e with |s + t - exact| <= e, as uint8 [f, 24]."""
-    if p.terms is None or p.divisor != 1:
-        pairs = p.sums.new_tensor([0.0, 0.0, math.inf]).expand(len(i), 3)
-    else:
-        pairs = torch.cat([torch.stack(compensated_sums(terms), 1) for terms in _terms(p, i, j)])
-    return pairs.contiguous().view(torch.uint8)
+    if p.factors is None or p.divisor != 1:
+        return p.sums.new_tensor([0.0, 0.0, math.inf]).repeat(len(i), 1).view(torch.uint8)
+    return p.factors.pairs(i, j).view(torch.uint8)
 
 
 def _round_pairs(divisors: Sequence[int], received: Tensor) -> Tensor:
@@ -436,10 +473,13 @@ def _round_pairs(divisors: Sequence[int], received: Tensor) -> Tensor:
 
 def _encode_exact(p: Partial, i: Tensor, j: Tensor) -> Tensor:
     """Return exact sums in units of 2^-600: uint8 [f, 152]."""
-    if p.exact is not None:
+    if p.factors is None:
+        assert p.exact is not None
         integers = p.exact(i, j)
     else:
-        integers = [in_units(exact_sum(row)) for terms in _terms(p, i, j) for row in terms.tolist()]
+        integers = [
+            in_units(exact_sum(row)) for terms in p.factors.terms(i, j) for row in terms.tolist()
+        ]
     data = b"".join(x.to_bytes(_BYTES, "little", signed=True) for x in integers)
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return encoded.reshape(-1, _BYTES).to(p.sums.device)
@@ -452,10 +492,3 @@ def _round_exact(divisors: Sequence[int], received: Tensor) -> Tensor:
         total = sum(int.from_bytes(x.tobytes(), "little", signed=True) for x in parts)
         values.append(nearest(Fraction(total, divisor << _UNIT)))
     return torch.tensor(values, dtype=torch.float64, device=received.device).float()
-
-
-def _terms(p: Partial, i: Tensor, j: Tensor) -> list[Tensor]:
-    """Return the terms of these elements, float64 [some, k], a limited number at a time."""
-    assert p.terms is not None
-    step = max(1, _CHUNK // max(1, p.count))
-    return [p.terms(i[at : at + step], j[at : at + step]) for at in range(0, len(i), step)]

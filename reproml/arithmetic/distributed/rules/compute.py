@@ -21,13 +21,13 @@ from reproml.arithmetic.distributed.operands import (
     shard_like,
 )
 from reproml.arithmetic.distributed.partial_sums import (
+    Factors,
     Partial,
     matrix_product,
     offsets,
     product_height,
-    product_into,
-    products_into,
-    row_sums,
+    sum_over,
+    sum_products,
 )
 from reproml.arithmetic.distributed.pending import (
     add_to_checksum,
@@ -143,11 +143,9 @@ def sum_or_mean(func: Any, args: Any, kwargs: Any) -> Any:
         return on_single_worker(func, args, kwargs)
     kept = [d for d in range(x.dim()) if d not in dims]
     shape = [x.shape[d] for d in kept]
-    m = math.prod(shape)
     count = math.prod(x.shape[d] for d in dims)
     with natively():
-        rows = x.local.permute([*kept, *dims]).reshape(m, x.local.numel() // max(m, 1))
-        partial = row_sums(rows, count, count if "mean" in func._schema.name else 1)
+        partial = sum_over(x.local, dims, count, count if "mean" in func._schema.name else 1)
     if named.get("keepdim", False):
         shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
     return reduce_over_batch(group, partial, shape)
@@ -239,23 +237,15 @@ def _weight_partial(
         (w.shape[3], dilation[1]),
     ).to(x.device)
     o, length = outputs // groups, len(columns) // groups
-    sums = x.new_empty(outputs, length, dtype=torch.float64)
-    bounds = []
-    for part, row, column in zip(sums.split(o), rows.split(o), columns.split(length)):
-        norms = product_into(part, g, x, row, g_terms, x_terms, column) or products_into(
-            part,
-            g.reshape(-1)[row.unsqueeze(1) + g_terms],
-            x.reshape(-1)[x_terms.unsqueeze(1) + column],
-        )
-        bounds.append(norms[0] * norms[1].max())
 
-    def terms(i: Tensor, j: Tensor) -> Tensor:
-        left = g.reshape(-1)[rows[i].unsqueeze(1) + g_terms]
-        right = x.reshape(-1)[columns[i // o * length + j].unsqueeze(1) + x_terms]
-        return left.double() * right.double()
+    def at(i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        return rows[i], columns[i // o * length + j]
 
+    factors = Factors(g.view(-1), x.view(-1), g_terms, x_terms, at)
+    parts = zip(rows.split(o), columns.split(length))
+    sums, bounds = zip(*[sum_products(factors, row, column) for row, column in parts])
     height = product_height(places * image.shard.batch)
-    return Partial(sums, torch.cat(bounds), height, terms, n * places)
+    return Partial(torch.cat(sums), torch.cat(bounds), height, factors)
 
 
 def new_tensor(func: Any, args: Any, kwargs: Any) -> Any:

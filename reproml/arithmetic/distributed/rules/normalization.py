@@ -180,7 +180,7 @@ def batch_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
         scale = torch.ones_like(m) if w is None else w.detach().unsqueeze(1)
         rows = [normalization.channel_rows(t.local) for t in (g, x)]
         if mask[0] and n > 1:
-            sums = [_scaled_sum([*rows, m, r, scale], n), row_sums(rows[0], n, factor=scale)]
+            sums = [_scaled_sum([*rows, m, r, scale], n), row_sums(rows[0], n, scale)]
             b, a = (_column(t, x) for t in all_reduce(x.shard.group, sums))
             m, r, scale = (_column(t, x) for t in (m, r, scale))
             grad_x = element_backward(n, g.local, scale.expand(g.local.shape), x.local, m, r, a, b)
