@@ -93,7 +93,7 @@ def test_matrix_product_is_correctly_rounded_on_every_worker(case, divisor, with
     st.randoms(use_true_random=False), st.sampled_from([1.0, 0.5, 0.1, 0.0]),
 )  # fmt: skip
 def test_sums_of_one_worker_are_within_their_bound(m, n, k, random, density):
-    """Integers small enough to be added exactly, and so that zeros can be told from cancellation."""
+    """Integers that are added exactly. Some sums have only zero terms, in others the terms cancel."""
     generator = torch.Generator().manual_seed(random.getrandbits(30))
 
     def numbers(columns: int) -> Any:
