@@ -3,9 +3,9 @@
     python -m benchmarks.distributed
 
 torchrun starts each number of workers once on this machine, with one thread each. They train exactly and
-natively in turn. Bytes are what one worker sends. In exact training they are counted at each exchange
-(`Workers.bytes_sent`). In native DDP they are counted for each bucket as a ring all-reduce sends it:
-2 (W - 1) / W of its bytes.
+natively in turn, by the wrappers; a single worker also without a wrapper. Bytes are what one worker sends.
+In exact training they are counted at each exchange (`Workers.bytes_sent`), in native DDP for each bucket as
+a ring all-reduce sends it: 2 (W - 1) / W of its bytes.
 """
 
 from __future__ import annotations
@@ -62,11 +62,12 @@ class Trainer:
 
     def __init__(self, case: str, numerics: str) -> None:
         rows, shape, make = CASES[case]
-        self.mode = reproml.exact if numerics == "exact" else nullcontext
+        self.mode = nullcontext if numerics == "native" else reproml.exact
+        self.is_wrapped = numerics != "single"
         torch.manual_seed(1)
         with self.mode():
             self.x, self.y = torch.randn(rows, *shape), torch.randint(10, (rows,))
-            self.model = distributed.wrap(make())
+            self.model = distributed.wrap(make()) if self.is_wrapped else make()
             self.optimizer = torch.optim.AdamW(self.model.parameters())
         self.native_bytes = 0
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
@@ -86,7 +87,9 @@ class Trainer:
         with self.mode():
             for _ in range(count):
                 self.optimizer.zero_grad()
-                x, y = distributed.shard(self.x), distributed.shard(self.y)
+                x, y = self.x, self.y
+                if self.is_wrapped:
+                    x, y = distributed.shard(x), distributed.shard(y)
                 nn.functional.cross_entropy(self.model(x), y).backward()
                 self.optimizer.step()
         seconds = time.perf_counter() - start
@@ -102,17 +105,21 @@ def worker() -> None:
     failed: list[
         int
     ] = []  # elements that failed the rounding test, for each exchange with failures
-    resolve_failures = partial_sums._resolve_failures
+    resolve = partial_sums._resolve
 
     def count_failures(group: Any, partials: Any, results: Any, failures: Any) -> None:
         failed.append(sum(map(len, failures)))
-        resolve_failures(group, partials, results, failures)
+        resolve(group, partials, results, failures)
 
-    partial_sums._resolve_failures = count_failures
+    partial_sums._resolve = count_failures
     results: dict[str, Any] = {}
+    kinds = ["native", "exact"]
     with distributed.joined(64):
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")  # a group of one worker
+            kinds.append("single")
         for case in CASES:
-            trainers = {numerics: Trainer(case, numerics) for numerics in ("native", "exact")}
+            trainers = {numerics: Trainer(case, numerics) for numerics in kinds}
             for trainer in trainers.values():
                 trainer.steps(3)  # warm up
             failed.clear()
@@ -122,7 +129,7 @@ def worker() -> None:
                     measured[numerics].append(trainer.steps(STEPS))
             parameters = sum(p.numel() for p in trainers["exact"].model.parameters())
             results[case] = {
-                **measured, "parameters": parameters, "settled": sum(failed) / (PAIRS * STEPS),
+                **measured, "parameters": parameters, "failed": sum(failed) / (PAIRS * STEPS),
             }  # fmt: skip
     if int(os.environ.get("RANK", "0")) == 0:
         print("RESULT " + json.dumps(results), flush=True)
@@ -151,7 +158,8 @@ def show(results: dict[int, Any]) -> None:
         title=f"per step: medians of {PAIRS} measurements of {STEPS} steps; {os.cpu_count()} cores"
     )
     for column in (
-        "case", "workers", "native ms", "exact ms", "ratio", "native kB", "exact kB", "ratio", "failed test"
+        "case", "workers", "native ms", "exact ms", "ratio", "native kB", "exact kB", "ratio",
+        "failed test", "exact / one process"
     ):  # fmt: skip
         table.add_column(column, justify="right")
     for case in CASES:
@@ -160,10 +168,14 @@ def show(results: dict[int, Any]) -> None:
             ms = [1000 * median(seconds for seconds, _ in pairs) for pairs in (native, exact)]
             ratio = median(e[0] / n[0] for n, e in zip(native, exact))
             kb = [median(sent for _, sent in pairs) / 1000 for pairs in (native, exact)]
+            single = measured[case].get("single")  # with one worker only
+            over_single = (
+                f"{median(e[0] / s[0] for e, s in zip(exact, single)):.2f}" if single else ""
+            )
             table.add_row(
                 case, str(count), f"{ms[0]:.2f}", f"{ms[1]:.2f}", f"{ratio:.2f}",
                 f"{kb[0]:.1f}", f"{kb[1]:.1f}", f"{kb[1] / kb[0]:.2f}" if kb[0] else "",
-                f"{measured[case]['settled']:.1f}",
+                f"{measured[case]['failed']:.1f}", over_single,
             )  # fmt: skip
     Console(width=100).print(table)
 

@@ -17,7 +17,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, Optional
+from functools import partial
+from typing import Any, Callable, Optional
 from weakref import WeakKeyDictionary
 
 import torch
@@ -60,19 +61,28 @@ class Workers:
         self.models: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
         self.bytes_sent = 0  # by this worker, if each message goes straight to its destination
 
-    def all_to_all(self, x: Tensor) -> Tensor:
+    def start_all_to_all(self, x: Tensor) -> Callable[[], Tensor]:
         self.bytes_sent += x.nbytes // self.size * (self.size - 1)
-        out = torch.empty_like(x)
+        out, sent = torch.empty_like(x), x.contiguous()
         with _collective():
-            dist.all_to_all_single(out, x.contiguous(), group=self.group)
-        return out
+            work = dist.all_to_all_single(out, sent, group=self.group, async_op=True)
+        return partial(self._wait, work, out, sent)
+
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        self.bytes_sent += x.nbytes * (self.size - 1)
+        out, sent = x.new_empty(self.size * x.numel()), x.contiguous().view(-1)
+        with _collective():
+            work = _all_gather(out, sent, group=self.group, async_op=True)
+        return partial(self._wait, work, out.view(self.size, *x.shape), sent)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        self.bytes_sent += x.nbytes * (self.size - 1)
-        out = x.new_empty(self.size * x.numel())
+        return x.unsqueeze(0) if self.size == 1 else self.start_all_gather(x)()
+
+    def _wait(self, work: Any, received: Tensor, sent: Tensor) -> Tensor:
+        """Return what was received once it is here. `sent` has to live until then."""
         with _collective():
-            _all_gather(out, x.contiguous().view(-1), group=self.group)
-        return out.view(self.size, *x.shape)
+            work.wait()
+        return received
 
     def broadcast(self, x: Tensor) -> None:
         with _collective():

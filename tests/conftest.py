@@ -26,7 +26,7 @@ SLOW_FILES = {
         "tests/arithmetic/numerics": "libm",
         "tests/arithmetic/compiler": "evaluate fast pair_program rounding_bounds",
         "tests/arithmetic/dispatch": "deferred dispatcher",
-        "tests/arithmetic/distributed": "sharded",
+        "tests/arithmetic/distributed": "partial_sums sharded",
         "tests/arithmetic/operators": "matmul normalization optimizer_formulas optimizers packed_convolution",
         "tests/diff": "compare pairs",
         "tests/pipeline": "data faults preprocess",

@@ -49,6 +49,13 @@ _SIGNATURES = {
     "reproml_transposed": (_LONG, [_POINTER] * 6 + [_LONG]),
     "reproml_weight_gradient": (_LONG, [_POINTER] * 5 + [_LONG]),
     "reproml_adam": (_LONG, [_LONG, _POINTER, _POINTER] + [_DOUBLE] * 10 + [_POINTER]),
+    "reproml_partial_product": (_INT, [_LONG] * 3 + [_POINTER] * 9),
+    "reproml_partial_pairs": (None, [_LONG] * 2 + [_POINTER] * 7),
+    "reproml_pack_sums": (None, [_LONG] * 2 + [_POINTER] * 3),
+    "reproml_round_sums": (
+        _LONG,
+        [_POINTER] + [_LONG] * 4 + [_DOUBLE] * 2 + [_POINTER] * 3,
+    ),
     "reproml_fingerprint": (
         None,
         [_LONG] * 2 + [ctypes.c_char_p, _POINTER, ctypes.c_uint64, _POINTER],

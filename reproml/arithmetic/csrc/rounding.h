@@ -42,6 +42,7 @@
    panels.c, convolution.c                round_sum          h, bias 1; + 1                 h + 8 (relative_bound)
    reductions.c: sums                     round_sum          h, divisor 1; + 1              h + 4
    reductions.c: few terms                round_sum          divisor 1; + 1                 4; 0 if nothing was rounded
+   partial_sums.c: sums of all workers    round_sum          h + W, packing, divisor 1; + 1 h + W + 3, 1.125 of packing
    normalization.c: mean                  round_signed_sum   h, division by n 2; + 1        h + 5
    normalization.c: variance              round_signed_sum   h + 3; result 1; + 1           h + 6; result 2
    normalization.c: 1 / sqrt(v)           round_signed_sum   result 2, half of v's; + 1     4, and 0.6 of v's

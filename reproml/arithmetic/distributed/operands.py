@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Callable, NoReturn, Optional
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.dispatch.schema import tensors
-from reproml.arithmetic.distributed.pending import Pending
+from reproml.arithmetic.distributed.pending import Pending, map_tensors
 from reproml.arithmetic.distributed.sharded import (
     RoundRobinShard,
     Sharded,
@@ -19,7 +18,6 @@ from reproml.arithmetic.distributed.sharded import (
     shard_from_right,
 )
 from reproml.errors import NotExactError
-from reproml.torch_internals import tree_map_only
 
 
 def refuse(func: Any, why: str) -> NoReturn:
@@ -50,7 +48,7 @@ def local_operand(func: Any, x: Any, shard: RoundRobinShard) -> Any:
     A plain tensor has the global batch, this worker's rows (labels, for example), or no batch.
     """
     if isinstance(x, Sharded):
-        if replace(x.shard, dim=x.shard.dim - x.dim()) != shard:
+        if x.shard.at_dim(x.shard.dim - x.dim()) != shard:
             refuse(func, "its operands have the batch in different dimensions")
         return x.local
     if not isinstance(x, Tensor) or x.dim() < -shard.dim or x.shape[shard.dim] == 1:
@@ -77,7 +75,7 @@ def as_sharded(
             return x
         return Sharded(x, shard.at_dim(x.dim() + shard.dim), strides)
 
-    return tree_map_only(Tensor, wrap, results)
+    return map_tensors(Tensor, wrap, results)
 
 
 def shard_like(y: Any, x: Any) -> Any:
@@ -172,6 +170,6 @@ def shard_hidden_state(dim: int) -> Prepare:
             return Sharded(local.contiguous(), shard)
 
         with natively():
-            return (x, tree_map_only(Tensor, prepare_one, state), *rest), kwargs
+            return (x, map_tensors(Tensor, prepare_one, state), *rest), kwargs
 
     return prepare

@@ -2,36 +2,42 @@
 
 Each worker has the binary64 sum of its own terms. Every element of the result has an owner among the
 workers. The owner adds the sums of all workers, applies the rounding test to the total (a tree of
-additions like any other, see operators/matmul.py) and sends the binary32 number to all workers. For the
-few totals that fail the test, every worker sends the exact sum of its own terms, an integer multiple of
-2^-600, and all workers add these.
+additions like any other, see operators/matmul.py) and sends the binary32 number to all workers. A sum is
+sent as an integer of 48 bits in units of its row's bound: what that loses is part of the tested bound.
 
-    bytes that a worker sends for an element: 8 to the owner, 4 from the owner to all, times (W - 1) / W
+For the few totals that fail the test, every worker sends the owner its sum with the rounding errors kept;
+for those that fail again, the exact sum of its terms, an integer multiple of 2^-600.
+
+    bytes that a worker sends for an element: 6 to the owner, 4 from the owner to all, times (W - 1) / W
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import reduce
 from itertools import accumulate
-from typing import Callable, Optional, Protocol
+from typing import Callable, NamedTuple, Optional, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from reproml.arithmetic.numerics.exact_sums import exact_sum
-from reproml.arithmetic.numerics.rounding import gamma, nearest, rounding_test
+from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.numerics.exact_sums import (
+    compensated_sums,
+    exact_sum,
+    round_compensated,
+)
+from reproml.arithmetic.numerics.rounding import SLACK, gamma, nearest, rounding_test
 from reproml.errors import ReproError
 
 # A product of four binary32 numbers is a multiple of 2^-596 below 2^512; 2^63 of them fit 1,216 bits.
 _UNIT = 600
 _BYTES = 152
-_LISTED = 16  # failed elements of each owner that are sent with the results
-_CHUNK = 1 << 22  # terms that `exact_unit_sums` computes at a time
+_CHUNK = 1 << 22  # terms of failed elements that are computed at a time
+_RUN = 256  # products that are added in sequence: RUN of csrc/partial_sums.c
 
 
 class Group(Protocol):
@@ -41,8 +47,12 @@ class Group(Protocol):
     size: int
     models: WeakKeyDictionary[nn.Module, None]  # the wrapped models, in the order of wrapping
 
-    def all_to_all(self, x: Tensor) -> Tensor:
-        """Send x[p] to worker p; return what all workers sent here. [size, ...] -> [size, ...]."""
+    def start_all_to_all(self, x: Tensor) -> Callable[[], Tensor]:
+        """Send x[p] to worker p, [size, ...]; return a function that waits for what all sent here."""
+        ...
+
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        """Send x, of one shape on all workers; return a function that waits for all: [size, ...]."""
         ...
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -54,6 +64,39 @@ class Group(Protocol):
         ...
 
 
+class Factors(NamedTuple):
+    """The products a[row + a_term[p]] b[column + b_term[p]], whose sum over p is an element of a matrix.
+
+    a, b: float32, one axis; the others are offsets in them, int64.
+    """
+
+    a: Tensor
+    b: Tensor
+    a_term: Tensor  # [k]
+    b_term: Tensor  # [k]
+    at: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # indices [f] of elements -> row, column
+
+    def terms(self, i: Tensor, j: Tensor) -> Iterator[Tensor]:
+        """Yield the terms of these elements, float64 [some, k], a limited number at a time."""
+        row, column = self.at(i, j)
+        step = max(1, _CHUNK // max(1, len(self.a_term)))
+        for some, other in zip(row.split(step), column.split(step)):
+            left = self.a[some.unsqueeze(1) + self.a_term]
+            yield left.double() * self.b[other.unsqueeze(1) + self.b_term].double()
+
+    def pairs(self, i: Tensor, j: Tensor) -> Tensor:
+        """Return sums with their errors kept: float64 [f, 3], s, t, e with |s + t - exact| <= e."""
+        if kernels.library is None or not self.a.is_cpu:
+            return torch.cat([torch.stack(compensated_sums(x), 1) for x in self.terms(i, j)])
+        row, column = self.at(i, j)
+        operands = (self.a, row, self.a_term, self.b, column, self.b_term)
+        pairs = torch.empty(len(row), 3, dtype=torch.float64)
+        kernels.library.reproml_partial_pairs(
+            len(row), len(self.a_term), *[x.data_ptr() for x in (*operands, pairs)]
+        )
+        return pairs
+
+
 @dataclass(frozen=True)
 class Partial:
     """The sums of one worker's terms, for a matrix [m, n] of sums over all workers."""
@@ -61,32 +104,101 @@ class Partial:
     sums: Tensor  # float64 [m, n]; -0 only where all terms of this worker are zeros
     abs_bounds: Tensor  # float64 [m]: at least sum |term|, for every element of the row
     height: int  # at most this many additions and multiplications lie between a term and the total
-    exact: Callable[[Tensor, Tensor], list[int]]  # rows, columns int64 [f] -> exact sums / 2^-600
+    factors: Optional[Factors] = None  # None: `exact` has the exact sums
+    # Rows and columns, int64 [f] -> exact sums / 2^-600.
+    exact: Optional[Callable[[Tensor, Tensor], list[int]]] = None
     divisor: int = 1  # the total is divided by it; > 0
 
 
-def all_reduce(group: Group, partials: Sequence[Partial], checksum: int = 0) -> list[Tensor]:
-    """Return the sums over all workers, each rounded once: float32 [m, n], the same on every worker.
+class Exchange:
+    """Sums that are on their way to their owners and, rounded, back to all workers."""
 
-    checksum: a CRC-32 that must be the same on every worker, else ReproError is raised.
-    """
-    received = group.all_to_all(torch.cat([_pack_for_owners(p, group.size) for p in partials], 1))
-    totals = reduce(torch.add, received)  # keeps -0 where all workers sent -0; `sum` would not
-    rounded, failed = _round_totals(partials, totals, group.size)
-    header = failed.new_zeros(2 + _LISTED)
-    header[0], header[1] = len(failed), checksum >> 1  # 31 bits fit int32
-    header[2:][: len(failed)] = failed[:_LISTED]
-    gathered = group.all_gather(torch.cat([header, rounded.view(torch.int32)]))
-    counts, lists = gathered[:, 0].tolist(), gathered[:, 2 : 2 + _LISTED]
-    check_agreement(gathered[:, 1])
-    if max(counts) > _LISTED:
-        padded = failed.new_zeros(max(counts))
-        padded[: len(failed)] = failed
-        lists = group.all_gather(padded)
-    results = _unpack_results(partials, gathered[:, 2 + _LISTED :].view(torch.float32))
-    if any(counts):
-        failures = [places[:n] for places, n in zip(lists.tolist(), counts)]
-        _resolve_failures(group, partials, results, failures)
+    def __init__(self, group: Group, partials: Sequence[Partial]) -> None:
+        self.group, self.partials = group, list(partials)
+        layouts = [_layout(p, group.size) for p in partials]
+        device = partials[0].sums.device
+        width = sum(s * record for s, record in layouts)
+        records = torch.empty(group.size, width, dtype=torch.uint8, device=device)
+        start = 0
+        for p, (s, record) in zip(partials, layouts):
+            for owner, rows in enumerate(records[:, start : start + s * record]):
+                _pack(p, owner * s, rows.view(s, record))
+            start += s * record
+        self._layouts = layouts
+        self._listed = 16 + sum(s * p.sums.shape[1] for p, (s, _) in zip(partials, layouts)) // 4096
+        self._received = group.start_all_to_all(records)
+        self._failed: Tensor
+        self._gathered: Callable[[], Tensor]
+
+    def send_results(self, checksum: int = 0) -> None:
+        """Round the totals that this worker owns and send them to all.
+
+        checksum: a CRC-32 that must be the same on every worker, else `results` raises ReproError.
+        """
+        received, start = self._received(), 0
+        values, places, owned = [], [], 0
+        for p, (s, record) in zip(self.partials, self._layouts):
+            part = received[:, start : start + s * record]
+            value, failed = _round_totals(p, part.unflatten(1, (s, record)))
+            values.append(value)
+            places.append(failed + owned)
+            start, owned = start + s * record, owned + len(value)
+        self._failed = torch.cat(places)
+        header = self._failed.new_zeros(2 + self._listed)
+        header[0], header[1] = len(self._failed), checksum >> 1  # 31 bits fit int32
+        header[2:][: len(self._failed)] = self._failed[: self._listed]
+        sent = torch.cat([header, *[value.view(torch.int32) for value in values]])
+        self._gathered = self.group.start_all_gather(sent)
+
+    def results(self) -> tuple[list[Tensor], list[list[int]]]:
+        """Return the matrices, float32 [m, n], and for each owner the places of those that failed."""
+        gathered = self._gathered()
+        counts, lists = gathered[:, 0].tolist(), gathered[:, 2 : 2 + self._listed]
+        check_agreement(gathered[:, 1])
+        if max(counts) > self._listed:
+            padded = self._failed.new_zeros(max(counts))
+            padded[: len(self._failed)] = self._failed
+            lists = self.group.all_gather(padded)
+        values, start, matrices = gathered.view(torch.float32), 2 + self._listed, []
+        for p, (s, _) in zip(self.partials, self._layouts):
+            m, n = p.sums.shape
+            matrices.append(values[:, start : start + s * n].reshape(-1, n)[:m].clone())
+            start += s * n
+        return matrices, [places[:n] for places, n in zip(lists.tolist(), counts)]
+
+    def locate(self, owner: int, places: Sequence[int], first: int) -> list[tuple[int, int, int]]:
+        """Return number, row and column of places of an owner. first: the number of the first matrix."""
+        starts = accumulate(
+            (s * p.sums.shape[1] for p, (s, _) in zip(self.partials, self._layouts))
+        )
+        located, ends, number, start, end = [], iter(starts), -1, 0, 0
+        for place in places:
+            while place >= end:
+                number, start, end = number + 1, end, next(ends)
+            row, column = divmod(place - start, self.partials[number].sums.shape[1])
+            located.append((first + number, owner * self._layouts[number][0] + row, column))
+        return located
+
+
+def all_reduce(group: Group, partials: Sequence[Partial], checksum: int = 0) -> list[Tensor]:
+    """Return the sums over all workers, each rounded once: float32 [m, n], the same on every worker."""
+    exchange = Exchange(group, partials)
+    exchange.send_results(checksum)
+    return finish([exchange])
+
+
+def finish(exchanges: Sequence[Exchange]) -> list[Tensor]:
+    """Return the matrices of exchanges whose results were sent, with those that failed resolved."""
+    group = exchanges[0].group
+    results: list[Tensor] = []
+    failures: list[list[tuple[int, int, int]]] = [[] for _ in range(group.size)]
+    for exchange in exchanges:
+        matrices, places = exchange.results()
+        for owner, failed in enumerate(places):
+            failures[owner] += exchange.locate(owner, failed, len(results))
+        results += matrices
+    if any(failures):
+        _resolve(group, [p for e in exchanges for p in e.partials], results, failures)
     return results
 
 
@@ -100,57 +212,90 @@ def check_agreement(checksums: Tensor) -> None:
         )
 
 
-def matrix_product(a: Tensor, b: Tensor, height: int, divisor: int = 1) -> Partial:
-    """Return sum_k a[k, i] b[k, j] / divisor, k over all workers' rows.
+def matrix_product(a: Tensor, b: Tensor, height: int) -> Partial:
+    """Return sum_k a[k, i] b[k, j], k over all workers' rows.
 
-    a, b: float32 [k, m], [k, n], the rows of this worker.
+    a, b: float32 [k, m], [k, n], the rows of this worker. height: the number of rows of all workers.
     """
-    wide_a, wide_b = a.double(), b.double()
-    norms = [torch.linalg.vector_norm(x, dim=0) for x in (wide_a, wide_b)]
-    largest = norms[1].max() if b.numel() else 0.0
-
-    def exact(i: Tensor, j: Tensor) -> list[int]:
-        return exact_unit_sums(
-            lambda at: wide_a[:, i[at]].t() * wide_b[:, j[at]].t(), len(a), len(i)
-        )
-
-    sums = with_signed_zeros(wide_a.t() @ wide_b, lambda: (a != 0).float().t() @ (b != 0).float())
-    return Partial(sums, norms[0] * largest, height, exact, divisor)
+    (k, m), n = a.shape, b.shape[1]
+    row, a_term = offsets((m, a.stride(1))), offsets((k, a.stride(0)))
+    b_term, column = offsets((k, b.stride(0))), offsets((n, b.stride(1)))
+    factors = Factors(flat(a), flat(b), a_term, b_term, lambda i, j: (row[i], column[j]))
+    sums, bounds = sum_products(factors, row, column)
+    return Partial(sums, bounds, product_height(height), factors)
 
 
-def row_sums(x: Tensor, height: int, divisor: int = 1, factor: Optional[Tensor] = None) -> Partial:
-    """Return sum_k x[i, k] factor[i] / divisor, k over all workers' columns: a matrix [m, 1].
+def sum_over(x: Tensor, dims: Sequence[int], height: int, divisor: int = 1) -> Partial:
+    """Return the sum of x over `dims`, of all workers, divided by `divisor`: a matrix [m, 1].
+
+    x: float32, the elements of this worker. height: the number of elements of all workers in a sum.
+    """
+    kept = [d for d in range(x.dim()) if d not in dims]
+    row = offsets(*[(x.shape[d], x.stride(d)) for d in kept])
+    term = offsets(*[(x.shape[d], x.stride(d)) for d in dims])
+    zeros = torch.zeros_like(term)
+    factors = Factors(
+        flat(x), x.new_ones(1), term, zeros, lambda i, j: (row[i], torch.zeros_like(i))
+    )
+    sums, bounds = sum_products(factors, row, zeros.new_zeros(1))
+    return Partial(sums, bounds, product_height(height), factors, divisor=divisor)
+
+
+def flat(x: Tensor) -> Tensor:
+    """Return the memory of x from its first element on as one axis."""
+    length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return x.as_strided((length if x.numel() else 0,), (1,))
+
+
+def offsets(*axes: tuple[int, int]) -> Tensor:
+    """Return the offsets of elements in memory, in row-major order. axes: (size, stride) of each."""
+    total = torch.zeros(1, dtype=torch.int64)
+    for size, stride in axes:
+        total = (total.unsqueeze(1) + torch.arange(size) * stride).reshape(-1)
+    return total
+
+
+def product_height(terms: int) -> int:
+    """Return the height of the tree of additions of a sum of `terms` products on all workers."""
+    return min(terms, _RUN) + terms // _RUN + 1
+
+
+def sum_products(factors: Factors, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of products and the bounds of their terms, for the elements (row[i], column[j]).
+
+    Returns float64 [m, n], -0 where all terms are zeros, and float64 [m].
+    """
+    a, b, a_term, b_term, _ = factors
+    m, n, k = len(row), len(column), len(a_term)
+    sums = a.new_empty(m, n, dtype=torch.float64)
+    norms = [sums.new_empty(m), sums.new_empty(n)]
+    compiled = kernels.library is not None and a.is_cpu and m and n and k
+    operands = (a, row, a_term, b, b_term, column, sums, *norms)
+    if not compiled or kernels.library.reproml_partial_product(
+        m, n, k, *[x.data_ptr() for x in operands]
+    ):
+        left, right = a[row.unsqueeze(1) + a_term], b[b_term.unsqueeze(1) + column]
+        sums.fill_(-0.0)
+        for some, other in zip(left.split(_RUN, 1), right.split(_RUN)):
+            counts = (some != 0).float() @ (other != 0).float()
+            part = some.double() @ other.double()
+            sums += torch.where(part != 0, part, torch.where(counts == 0, -0.0, 0.0))
+        norms = [torch.linalg.vector_norm(left, dim=1, dtype=torch.float64)]
+        norms += [torch.linalg.vector_norm(right, dim=0, dtype=torch.float64)]
+    return sums, norms[0] * (norms[1].max() if n else 0.0)
+
+
+def row_sums(x: Tensor, height: int, factor: Tensor) -> Partial:
+    """Return sum_k x[i, k] factor[i], k over all workers' columns: a matrix [m, 1].
 
     x: float32 [m, k], the columns of this worker. factor: float32 [m, 1].
     """
-    terms = x.double() if factor is None else x.double() * factor.double()
+    terms = x.double() * factor.double()
 
     def exact(i: Tensor, j: Tensor) -> list[int]:
-        return exact_unit_sums(lambda at: terms[i[at]], x.shape[1], len(i))
+        return [in_units(exact_sum(row)) for row in terms[i].tolist()]
 
-    return Partial(terms.sum(1, keepdim=True), terms.abs().sum(1), height, exact, divisor)
-
-
-def with_signed_zeros(sums: Tensor, nonzero_terms: Callable[[], Tensor]) -> Tensor:
-    """Return the sums with -0 where all terms are zeros, as behind a ReLU, and +0 where terms cancel.
-
-    nonzero_terms: the number of nonzero terms of each sum, or any positive number for it.
-    """
-    zero = sums == 0
-    if not bool(zero.any()):
-        return sums
-    signed = torch.where(nonzero_terms() == 0, -0.0, 0.0).to(sums.dtype)
-    return torch.where(zero, signed, sums)
-
-
-def exact_unit_sums(terms: Callable[[slice], Tensor], k: int, count: int) -> list[int]:
-    """Return `count` exact sums of k finite terms each, in units of 2^-600.
-
-    terms: returns the terms of a slice of the sums, float64 [len(slice), k].
-    """
-    step = max(1, _CHUNK // max(1, k))
-    chunks = (terms(slice(start, start + step)).tolist() for start in range(0, count, step))
-    return [in_units(exact_sum(row)) for chunk in chunks for row in chunk]
+    return Partial(terms.sum(1, keepdim=True), terms.abs().sum(1), height, exact=exact)
 
 
 def in_units(x: Fraction) -> int:
@@ -158,106 +303,192 @@ def in_units(x: Fraction) -> int:
     return x.numerator * ((1 << _UNIT) // x.denominator)
 
 
-# ---- layout of the exchange: owner o has the rows o * s ... o * s + s - 1 of each matrix, padded ------
+# ---- the exchange: owner o has the rows o * s ... o * s + s - 1 of each matrix -----------------------
+#
+# The record of a row, as in csrc/partial_sums.c: the bound, float64; the upper 32 bits of each sum, an
+# integer of 48 bits, int32 [n]; its lower 16 bits, int16 [n]; padding to a multiple of 8 bytes.
+
+_EMPTY = -(
+    1 << 31
+)  # the upper bits of what is not a number of units; the lower bits are an index of
+_SPECIAL = (-0.0, math.nan, math.inf, -math.inf)
 
 
-def _rows_per_owner(p: Partial, size: int) -> int:
-    """Return s, the number of rows of the matrix that one worker owns."""
-    return -(-len(p.sums) // size)
-
-
-def _pack_for_owners(p: Partial, size: int) -> Tensor:
-    """Return what each owner receives, float64 [size, s * (n + 1)]: rows, each with its bound."""
+def _layout(p: Partial, size: int) -> tuple[int, int]:
+    """Return s, the number of rows of the matrix that one worker owns, and the bytes of a record."""
     m, n = p.sums.shape
-    s = _rows_per_owner(p, size)
-    packed = p.sums.new_zeros(size * s, n + 1)
-    packed[:m, :n] = p.sums
-    packed[:m, n] = p.abs_bounds
-    return packed.reshape(size, s * (n + 1))
+    return -(-m // size), 8 + (6 * n + 7) // 8 * 8
 
 
-def _round_totals(partials: Sequence[Partial], totals: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Round the totals that this worker owns.
+def _pack(p: Partial, first: int, records: Tensor) -> None:
+    """Pack the rows from `first` on into records, uint8 [s, bytes]; what remains is a row of zeros."""
+    sums = p.sums[first : first + len(records)].contiguous()
+    bounds = p.abs_bounds[first : first + len(records)].contiguous()
+    records[len(sums) :] = 0
+    m, n = sums.shape
+    if not m:
+        return
+    if kernels.usable(sums, bounds, records):
+        kernels.library.reproml_pack_sums(
+            m, n, *(sums.data_ptr(), bounds.data_ptr(), records.data_ptr())
+        )
+        return
+    records = records[:m]
+    records[:, 8 + 6 * n :] = 0
+    records[:, :8] = bounds.view(torch.uint8).view(m, 8)
+    finite = bounds.isfinite().unsqueeze(1)
+    packed = torch.where(finite, sums / _units(bounds).unsqueeze(1), 0.0).round().to(torch.int64)
+    high, low = packed >> 16, packed & 0xFFFF
+    for code, value in enumerate(_SPECIAL):
+        same = sums.isnan() if value != value else sums == value
+        if code == 0:
+            same = same & sums.signbit()
+        high, low = torch.where(same, _EMPTY, high), torch.where(same, code, low)
+    low = torch.where(low < 1 << 15, low, low - (1 << 16))
+    records[:, 8 : 8 + 4 * n] = high.to(torch.int32).contiguous().view(torch.uint8)
+    records[:, 8 + 4 * n : 8 + 6 * n] = low.to(torch.int16).contiguous().view(torch.uint8)
 
-    Returns the float32 values, flat [sum of s * n], and the int32 places of those that fail the test.
-    """
-    values, places, start, owned = [], [], 0, 0
-    for p in partials:
-        n, s = p.sums.shape[1], _rows_per_owner(p, size)
-        packed = totals[start : start + s * (n + 1)].reshape(s, n + 1)
-        mid = packed[:, :n] if p.divisor == 1 else packed[:, :n] / p.divisor
-        radius = packed[:, n:] * (gamma(p.height + size) / p.divisor)
-        value, failed = _rounding_test(mid, radius, finite=bool(packed.sum().isfinite()))
-        i, j = failed.nonzero().unbind(1)
-        empty = (mid[i, j] == 0) & mid[i, j].signbit()  # -0 of all workers: only zeros were added
-        value[i[empty], j[empty]] = 0.0  # an exact zero is +0
-        values.append(value.reshape(-1))
-        places.append((i * n + j)[~empty] + owned)
-        start, owned = start + packed.numel(), owned + value.numel()
-    return torch.cat(values), torch.cat(places).int()
+
+def _units(bounds: Tensor) -> Tensor:
+    """Return the unit of each row, a power of two: |sum| <= bound (1 + 2^-41) < 2^47 units."""
+    exponent = torch.frexp(bounds * (1 + 2.0**-40)).exponent
+    return torch.ldexp(torch.ones_like(bounds), torch.where(bounds.isfinite(), exponent - 47, 0))
 
 
-def _rounding_test(mid: Tensor, radius: Tensor, finite: bool) -> tuple[Tensor, Tensor]:
-    """Round to binary32 what lies within `radius` of `mid`; return the values and where the test fails.
+def _round_totals(p: Partial, records: Tensor) -> tuple[Tensor, Tensor]:
+    """Round the totals of one matrix. records: uint8 [size, s, bytes], with any stride between workers.
 
-    The test assumes of the radius:
+    Returns the float32 values, flat [s * n], and the int32 places of those that fail the test. The test
+    assumes of the bound:
     - It has room for the roundings of the division, of its own computation and of mid - radius and
       mid + radius: `gamma` provides it.
     - mid is a sum in any order, so the sign of a zero is not known: the test compares bit patterns, so that
-      -0 beside +0 fails.
+      -0 beside +0 fails. But -0 of all workers means that only zeros were added.
     - Where mid is NaN or infinite it is the result itself; where only the radius is, the test fails.
-
-    finite: whether all numbers are known to be finite.
     """
+    (size, s, _), n = records.shape, p.sums.shape[1]
+    relative = gamma(p.height + size)
+    if kernels.library is not None and records.is_cpu:
+        value = torch.empty(s * n)
+        places = torch.empty(s * n, dtype=torch.int32)
+        work = torch.empty(n, dtype=torch.float64)
+        count = kernels.library.reproml_round_sums(
+            *(records.data_ptr(), size, records.stride(0), s, n, relative, p.divisor),
+            *(work.data_ptr(), value.data_ptr(), places.data_ptr()),
+        )
+        return value, places[:count]
+    total = records.new_full((s, n), -0.0, dtype=torch.float64)
+    bound, units = total.new_zeros(s), total.new_zeros(s)
+    special = total.new_tensor(_SPECIAL)
+    for record in records:
+        its_bound = record[:, :8].contiguous().view(torch.float64).squeeze(1)
+        high = record[:, 8 : 8 + 4 * n].contiguous().view(torch.int32).to(torch.int64)
+        low = record[:, 8 + 4 * n : 8 + 6 * n].contiguous().view(torch.int16).to(torch.int64)
+        low = low & 0xFFFF
+        unit = _units(its_bound)
+        number = (high * (1 << 16) + low).double() * unit.unsqueeze(1)
+        total += torch.where(high == _EMPTY, special[low.clamp(max=3)], number)
+        bound += its_bound
+        units += torch.where(its_bound.isfinite() & (its_bound > 0), unit, 0.0)
+    # A sum was rounded to half a unit; the rest of 0.5625 is room for what `relative` multiplies.
+    radius = ((bound * relative + 0.5625 * units) / p.divisor * SLACK).unsqueeze(1)
+    mid = total / p.divisor
     value, failed = rounding_test(mid - radius, mid + radius)
-    if not finite:
-        value = torch.where(mid.isfinite(), value, mid.float())
-        failed = mid.isfinite() & (failed | ~radius.isfinite())
-    return value, failed
+    value = torch.where(mid.isfinite(), value, mid.float())
+    failed = mid.isfinite() & (failed | ~radius.isfinite())
+    empty = (mid == 0) & mid.signbit()
+    value, failed = torch.where(empty, 0.0, value).float(), failed & ~empty
+    return value.reshape(-1), failed.reshape(-1).nonzero().squeeze(1).int()
 
 
-def _unpack_results(partials: Sequence[Partial], gathered: Tensor) -> list[Tensor]:
-    """Return the matrices [m, n] that all owners rounded. gathered: float32 [size, sum of s * n]."""
-    size, start, results = len(gathered), 0, []
-    for p in partials:
-        m, n = p.sums.shape
-        width = _rows_per_owner(p, size) * n
-        results.append(gathered[:, start : start + width].reshape(-1, n)[:m].clone())
-        start += width
-    return results
+# ---- elements that failed the test: each worker sends its sums to their owners -----------------------
 
 
-def _resolve_failures(
-    group: Group, partials: Sequence[Partial], results: list[Tensor], failures: list[list[int]]
+def _resolve(
+    group: Group,
+    partials: Sequence[Partial],
+    results: list[Tensor],
+    failures: list[list[tuple[int, int, int]]],
 ) -> None:
-    """Overwrite the results that failed the test with the rounded exact sums.
+    """Overwrite the results that failed the test. failures: for each owner (matrix, row, column)."""
+    for encode, decode in ((_encode_pairs, _round_pairs), (_encode_exact, _round_exact)):
+        longest = max(map(len, failures))
+        if not longest:
+            return
+        index = [at for places in failures for at in places]
+        owners = [owner for owner, places in enumerate(failures) for _ in places]
+        slots = [slot for places in failures for slot in range(len(places))]
+        groups = _by_matrix(index, results[0].device)
+        rows = torch.cat([encode(partials[number], i, j) for number, i, j, _ in groups])
+        sent = rows.new_zeros(group.size, longest, rows.shape[1])
+        order = [at for *_, listed in groups for at in listed]
+        sent[[owners[at] for at in order], [slots[at] for at in order]] = rows
+        mine = failures[group.rank]
+        received = group.start_all_to_all(sent)()[:, : len(mine)]
+        values = results[0].new_zeros(longest)
+        values[: len(mine)] = decode([partials[number].divisor for number, *_ in mine], received)
+        gathered = group.all_gather(values)
+        found = torch.cat([row[: len(places)] for row, places in zip(gathered, failures)])
+        for number, i, j, listed in groups:
+            results[number][i, j] = found[listed]
+        again = zip(found.isnan().tolist(), owners, index)
+        failures = [[] for _ in failures]
+        for fails, owner, at in again:
+            if fails:
+                failures[owner].append(at)
 
-    failures: for each owner the places among the results that it owns.
-    """
-    per_owner = [_rows_per_owner(p, group.size) for p in partials]
-    starts = list(accumulate((s * p.sums.shape[1] for s, p in zip(per_owner, partials)), initial=0))
-    indices: list[list[tuple[int, int]]] = [[] for _ in partials]  # (row, column)
-    for owner, places in enumerate(failures):
-        for place in places:
-            number = (
-                bisect_right(starts, place) - 1
-            )  # the last partial that starts here, if some are empty
-            row, column = divmod(place - starts[number], partials[number].sums.shape[1])
-            indices[number].append((owner * per_owner[number] + row, column))
 
-    local = bytearray()
-    for p, pairs in zip(partials, indices):
-        if pairs:
-            rows, columns = torch.tensor(pairs, device=p.sums.device).t()
-            for x in p.exact(rows, columns):
-                local += x.to_bytes(_BYTES, "little", signed=True)
-    sent = torch.frombuffer(local, dtype=torch.uint8).reshape(-1, _BYTES)
-    received = group.all_gather(sent.to(results[0].device)).cpu().numpy()
+def _by_matrix(
+    index: Sequence[tuple[int, int, int]], device: torch.device
+) -> list[tuple[int, Tensor, Tensor, list[int]]]:
+    """Return the matrices in the index: number, rows and columns, and where in the index they are."""
+    listed: dict[int, list[int]] = {}
+    for k, (number, _, _) in enumerate(index):
+        listed.setdefault(number, []).append(k)
+    groups = []
+    for number, which in listed.items():
+        i, j = torch.tensor([index[k][1:] for k in which], device=device).unbind(1)
+        groups.append((number, i, j, which))
+    return groups
 
-    totals = iter(
-        sum(int.from_bytes(x.tobytes(), "little", signed=True) for x in terms)
-        for terms in received.transpose(1, 0, 2)
-    )
-    for p, pairs, result in zip(partials, indices, results):
-        for row, column in pairs:
-            result[row, column] = nearest(Fraction(next(totals), p.divisor << _UNIT))
+
+def _encode_pairs(p: Partial, i: Tensor, j: Tensor) -> Tensor:
+    """Return sums with their errors kept: float64 s, t, e with |s + t - exact| <= e, as uint8 [f, 24]."""
+    if p.factors is None or p.divisor != 1:
+        return p.sums.new_tensor([0.0, 0.0, math.inf]).repeat(len(i), 1).view(torch.uint8)
+    return p.factors.pairs(i, j).view(torch.uint8)
+
+
+def _round_pairs(divisors: Sequence[int], received: Tensor) -> Tensor:
+    """Return the totals, rounded once, float32 [f]; NaN where the test fails. received: [size, f, 24]."""
+    sums, rests, errors = received.contiguous().view(torch.float64).permute(2, 1, 0)  # [f, size]
+    s, t, e = compensated_sums(sums)
+    size = t.abs() + rests.abs().sum(1)
+    e = (e + errors.sum(1)) * SLACK + size * gamma(len(received) + 1)
+    value, failed = round_compensated(s, t + rests.sum(1), e)
+    # If e = 0 the total is s, which may be halfway between two numbers.
+    failed = (failed | ~e.isfinite()) & (e != 0)
+    return torch.where(failed, math.nan, torch.where(e == 0, s.float() + 0.0, value))
+
+
+def _encode_exact(p: Partial, i: Tensor, j: Tensor) -> Tensor:
+    """Return exact sums in units of 2^-600: uint8 [f, 152]."""
+    if p.factors is None:
+        assert p.exact is not None
+        integers = p.exact(i, j)
+    else:
+        integers = [
+            in_units(exact_sum(row)) for terms in p.factors.terms(i, j) for row in terms.tolist()
+        ]
+    data = b"".join(x.to_bytes(_BYTES, "little", signed=True) for x in integers)
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return encoded.reshape(-1, _BYTES).to(p.sums.device)
+
+
+def _round_exact(divisors: Sequence[int], received: Tensor) -> Tensor:
+    """Return the totals, rounded once, float32 [f]. received: [size, f, 152]."""
+    values = []
+    for divisor, parts in zip(divisors, received.transpose(0, 1).cpu().numpy()):
+        total = sum(int.from_bytes(x.tobytes(), "little", signed=True) for x in parts)
+        values.append(nearest(Fraction(total, divisor << _UNIT)))
+    return torch.tensor(values, dtype=torch.float64, device=received.device).float()

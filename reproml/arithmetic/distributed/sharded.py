@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Callable, NamedTuple, Optional
 
 import torch
@@ -19,16 +19,15 @@ from reproml.arithmetic.distributed.pending import (
     Pending,
     add_to_checksum,
     exchange_at_end,
+    map_tensors,
 )
 from reproml.torch_internals import (
     DisableTorchFunctionSubclass,
     make_wrapper_subclass,
-    tree_map_only,
 )
 
 
-@dataclass(frozen=True)
-class RoundRobinShard:
+class RoundRobinShard(NamedTuple):
     """How the batch lies in a tensor: dimension `dim` counts before x batch x after elements, row-major.
 
     Worker r holds the rows r, r + N, r + 2 N, ... of the batch, N being the number of workers.
@@ -75,7 +74,7 @@ class RoundRobinShard:
 
     def at_dim(self, dim: int) -> RoundRobinShard:
         """Return this shard with the batch in another dimension."""
-        return replace(self, dim=dim)
+        return self if dim == self.dim else self._replace(dim=dim)
 
     def local_rows(self, x: Tensor, dim: int) -> Tensor:
         """Return this worker's rows of a tensor that has the global batch in `dim`."""
@@ -126,6 +125,8 @@ class Sharded(DistributedTensor):
     def full_tensor(self) -> Tensor:
         """Return the global batch as a plain tensor, gathered from all workers."""
         shard = self.shard
+        if shard.group.size == 1:
+            return self.local
         most = shard.local_count(0)
         with natively():
             local = self.local.unflatten(
@@ -153,14 +154,20 @@ class Sharded(DistributedTensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if any(issubclass(t, Pending) for t in types):
-            args, kwargs = tree_map_only(Pending, Pending.full_tensor, (args, kwargs))
-        name = func._schema.name[len("aten::") :]
-        if any(a.is_out for a in func._schema.arguments):  # out= variants have the same name
-            name = DEFAULT
-        rule = OPERATORS.get(name) or OPERATORS[DEFAULT]
-        _checksum_operands(args, kwargs, rule.takes_local_rows)
-        return rule.compute(func, args, kwargs)
+        if Pending in types:
+            args, kwargs = map_tensors(Pending, Pending.full_tensor, (args, kwargs))
+        rule = _rule_of(func)
+        with DisableTorchFunctionSubclass():  # a method like dim() is ten times as fast without it
+            _checksum_operands(args, kwargs, rule.takes_local_rows)
+            return rule.compute(func, args, kwargs)
+
+
+@cache
+def _rule_of(func: Any) -> Rule:
+    # Variants with out= have the same name as the others.
+    has_out = any(a.is_out for a in func._schema.arguments)
+    name = DEFAULT if has_out else func._schema.name[len("aten::") :]
+    return OPERATORS.get(name) or OPERATORS[DEFAULT]
 
 
 def _global_strides(local: Tensor, shape: Sequence[int]) -> list[int]:
@@ -182,6 +189,9 @@ def shard_batch(x: Tensor, group: Group) -> Sharded:
 
 def first_sharded(args: Any, kwargs: Any) -> Sharded:
     """Return the first Sharded tensor among the arguments."""
+    for x in args:
+        if isinstance(x, Sharded):
+            return x
     return next(x for x in tensors([*args, *kwargs.values()]) if isinstance(x, Sharded))
 
 
@@ -195,10 +205,11 @@ def _checksum_operands(args: Any, kwargs: Any, takes_local_rows: bool) -> None:
 
     A worker may have computed them from its own rows; the exchange of gradients then raises ReproError.
     """
-    shard = shard_from_right(first_sharded(args, kwargs))
-    sizes = shard.local_sizes
-    if len(sizes) == 1:
+    first = first_sharded(args, kwargs)
+    if first.shard.group.size == 1:
         return
+    shard = shard_from_right(first)
+    sizes = shard.local_sizes
     for x in args:
         if type(x) is float:
             add_to_checksum(struct.pack("<d", x))

@@ -33,13 +33,18 @@ def nearest_of_rows(terms: Tensor, scale: Fraction = ONE) -> list[float]:
 
 
 def _by_two_sum(terms: Tensor) -> list[float]:
-    """Compute `nearest_of_rows` by compensated sums.
+    """Compute `nearest_of_rows` by compensated sums; rows for which the test fails are summed exactly."""
+    result, failed = round_compensated(*compensated_sums(terms))
+    values: list[float] = result.tolist()
+    for i in failed.nonzero().squeeze(1).tolist():
+        values[i] = nearest(exact_sum(terms[i].tolist()))
+    return values
+
+
+def compensated_sums(terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return s, t and e with |s + t - exact| <= e for the sum of each row of finite terms, [rows, n].
 
     Source: T. Ogita, S. Rump & S. Oishi, SIAM Journal on Scientific Computing 26(6), 2005.
-
-    Each row becomes s + t with |s + t - exact| <= e. Rows for which this is not precise enough are summed
-    exactly, and so are those where an end s + (t - e) or s + (t + e) rounds to a midpoint of binary32 in
-    binary64, because such an end would be rounded twice.
     """
     s, n = terms, terms.shape[1]
     t = torch.zeros(len(terms), dtype=torch.float64, device=terms.device)
@@ -50,15 +55,18 @@ def _by_two_sum(terms: Tensor) -> list[float]:
         s, lost = two_sum(*s.split(s.shape[1] // 2, 1))
         t = t + lost.sum(1)
         size = size + lost.abs().sum(1)
-    s = s.sum(1)
-    e = size * gamma(n)
+    return s.sum(1), t, size * gamma(n)
+
+
+def round_compensated(s: Tensor, t: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """Round to binary32 real numbers within e of s + t; return the values and where the test fails.
+
+    It fails also where an end s + (t - e) or s + (t + e) rounds to a midpoint of binary32 in binary64,
+    because such an end would be rounded twice.
+    """
     low, high = s + (t - e), s + (t + e)
     result, failed = rounding_test(low, high, zeros_agree=True)
-    failed |= _maybe_midpoint(low) | _maybe_midpoint(high)
-    values: list[float] = (result + 0.0).tolist()
-    for i in failed.nonzero().squeeze(1).tolist():
-        values[i] = nearest(exact_sum(terms[i].tolist()))
-    return values
+    return result + 0.0, failed | _maybe_midpoint(low) | _maybe_midpoint(high)
 
 
 def _maybe_midpoint(x: Tensor) -> Tensor:

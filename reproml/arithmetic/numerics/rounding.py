@@ -18,6 +18,7 @@ the roundings that it does not count:
 | exact_sums._by_two_sum    | lost gamma(n)          | `gamma`   | -         | -     | +0             |
 | evaluate._multi_precision | Ball.error             | ctx.u     | ctx.u     | -     | both ends'     |
 | partial_sums._round_totals| size gamma(height + W) | `gamma`   | `gamma`   | -     | both ends', +0 |
+|                           | + what packing lost    |           |           |       |                |
 | batch norm, distributed   | Ball.error             | `widened` | `widened` | added | both ends'     |
 
 "size" is a bound of the sum of absolute values, "lost" the sum of the absolute rounding errors that TwoSum

@@ -42,13 +42,18 @@ class Thread:
         assert len({(y.shape, y.dtype) for y in received}) == 1
         return received
 
-    def all_to_all(self, x: Tensor) -> Tensor:
+    def start_all_to_all(self, x: Tensor) -> Callable[[], Tensor]:
         with natively():
-            return torch.stack([y[self.rank] for y in self._exchange(x)])
+            received = torch.stack([y[self.rank] for y in self._exchange(x)])
+        return lambda: received
+
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        with natively():
+            received = torch.stack(self._exchange(x))
+        return lambda: received
 
     def all_gather(self, x: Tensor) -> Tensor:
-        with natively():
-            return torch.stack(self._exchange(x))
+        return self.start_all_gather(x)()
 
     def broadcast(self, x: Tensor) -> None:
         x.copy_(self.all_gather(x)[0])

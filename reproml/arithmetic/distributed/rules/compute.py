@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.dispatch.schema import tensors
@@ -20,16 +21,22 @@ from reproml.arithmetic.distributed.operands import (
     shard_like,
 )
 from reproml.arithmetic.distributed.partial_sums import (
+    Factors,
     Partial,
-    exact_unit_sums,
     matrix_product,
-    row_sums,
-    with_signed_zeros,
+    offsets,
+    product_height,
+    sum_over,
+    sum_products,
 )
-from reproml.arithmetic.distributed.pending import add_to_checksum, reduce_over_batch
+from reproml.arithmetic.distributed.pending import (
+    add_to_checksum,
+    map_tensors,
+    reduce_over_batch,
+    without_exchange,
+)
 from reproml.arithmetic.distributed.sharded import Sharded, first_sharded, shard_from_right
-from reproml.arithmetic.operators.convolution import weight_gradient_factors
-from reproml.torch_internals import compute_elementwise_output_strides, tree_map_only
+from reproml.torch_internals import compute_elementwise_output_strides
 
 aten = torch.ops.aten
 
@@ -39,8 +46,22 @@ def on_gathered_batch(func: Any, args: Any, kwargs: Any) -> Any:
     schema = func._schema
     if schema.is_mutable or any(r.alias_info for r in schema.returns):
         refuse(func, "it writes to the batch or returns a view of it")
-    args, kwargs = tree_map_only(Sharded, Sharded.full_tensor, (args, kwargs))
+    args, kwargs = map_tensors(Sharded, Sharded.full_tensor, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def on_single_worker(func: Any, args: Any, kwargs: Any) -> Any:
+    """Compute a sum over the batch where there is one worker only, so that nothing is exchanged.
+
+    The first of several results has the rows of the batch.
+    """
+    shard = first_sharded(args, kwargs).shard
+    result = func(*map_tensors(Sharded, lambda x: x.local, args), **kwargs)
+    if isinstance(result, Tensor):
+        return without_exchange(shard.group, result)
+    first, *sums = result
+    first = None if first is None else Sharded(first, shard)
+    return (first, *[None if x is None else without_exchange(shard.group, x) for x in sums])
 
 
 def elementwise(func: Any, args: Any, kwargs: Any) -> Any:
@@ -48,7 +69,7 @@ def elementwise(func: Any, args: Any, kwargs: Any) -> Any:
     shard = shard_from_right(first_sharded(args, kwargs))
     in_place = func._schema.is_mutable
     if in_place and not isinstance(args[0], Sharded):
-        return func(*tree_map_only(Sharded, Sharded.full_tensor, args), **kwargs)
+        return func(*map_tensors(Sharded, Sharded.full_tensor, args), **kwargs)
     result = func(
         *[local_operand(func, x, shard) for x in args],
         **{name: local_operand(func, x, shard) for name, x in kwargs.items()},
@@ -78,8 +99,8 @@ def row_by_row(func: Any, args: Any, kwargs: Any) -> Any:
         return on_gathered_batch(func, args, kwargs)
     if func._schema.name.endswith("_backward"):  # the gradient may come from the gathered batch
         args = [shard_like(args[0], x), *args[1:]]
-    result = func(*tree_map_only(Sharded, lambda y: y.local, args), **kwargs)
-    return tree_map_only(Tensor, lambda y: Sharded(y, x.shard), result)
+    result = func(*map_tensors(Sharded, lambda y: y.local, args), **kwargs)
+    return map_tensors(Tensor, lambda y: Sharded(y, x.shard), result)
 
 
 def along_dims(func: Any, args: Any, kwargs: Any) -> Any:
@@ -102,7 +123,7 @@ def along_dims(func: Any, args: Any, kwargs: Any) -> Any:
     first = next(tensors([result] if isinstance(result, Tensor) else result))
     dropped = 0 if first.dim() == x.dim() else sum(d < x.shard.dim for d in dims)
     shard = x.shard.at_dim(x.shard.dim - dropped)
-    return tree_map_only(Tensor, lambda y: Sharded(y, shard), result)
+    return map_tensors(Tensor, lambda y: Sharded(y, shard), result)
 
 
 def sum_or_mean(func: Any, args: Any, kwargs: Any) -> Any:
@@ -114,17 +135,17 @@ def sum_or_mean(func: Any, args: Any, kwargs: Any) -> Any:
     group = x.shard.group
     if not x.is_floating_point() and dtype in (None, torch.int64):  # exact in integers
         with natively():
-            local = func(*tree_map_only(Sharded, lambda y: y.local, args), **kwargs)
+            local = func(*map_tensors(Sharded, lambda y: y.local, args), **kwargs)
             return group.all_gather(local).sum(0)
     if x.dtype is not torch.float32 or dtype not in (None, torch.float32):
         return on_gathered_batch(func, args, kwargs)
+    if group.size == 1:
+        return on_single_worker(func, args, kwargs)
     kept = [d for d in range(x.dim()) if d not in dims]
     shape = [x.shape[d] for d in kept]
-    m = math.prod(shape)
     count = math.prod(x.shape[d] for d in dims)
     with natively():
-        rows = x.local.permute([*kept, *dims]).reshape(m, x.local.numel() // max(m, 1))
-        partial = row_sums(rows, count, count if "mean" in func._schema.name else 1)
+        partial = sum_over(x.local, dims, count, count if "mean" in func._schema.name else 1)
     if named.get("keepdim", False):
         shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
     return reduce_over_batch(group, partial, shape)
@@ -137,6 +158,8 @@ def matmul(func: Any, args: Any, kwargs: Any) -> Any:
     dims = shard_a.dim if shard_a else None, shard_b.dim if shard_b else None
     if dims == (-1, -2) and shard_a and shard_b and a.dim() == 2 and not bias:
         if shard_a.at_dim(-2) == shard_b:  # the product sums over the batch
+            if shard_a.group.size == 1:
+                return on_single_worker(func, args, kwargs)
             with natively():
                 partial = matrix_product(a.local.t(), b.local, a.shape[1])
             return reduce_over_batch(shard_a.group, partial, (a.shape[0], b.shape[1]))
@@ -165,6 +188,8 @@ def convolution_backward(func: Any, args: Any, kwargs: Any) -> Any:
         return on_gathered_batch(func, args, kwargs)
     if g.shard != x.shard or x.shard.dim:
         return on_gathered_batch(func, args, kwargs)
+    if x.shard.group.size == 1:
+        return on_single_worker(func, args, kwargs)
     options = (sizes, stride, padding, dilation, transposed, output_padding, groups)
     grad_x = grad_w = grad_b = None
     if mask[0]:
@@ -191,35 +216,36 @@ def _weight_partial(
 ) -> Partial:
     """Return the partial sums of the weight's gradient, [o, c / groups * kh * kw].
 
-    The kernel slides over `image`. The sum is taken image by image, so that the tree of additions is low:
-    first the places of an image, then the images.
+    The kernel slides over `image`. A term is a place of the kernel on one image; factors are found by their
+    offsets in memory, so that no patches are copied.
     """
     x, g = image.local, output.local
     if w.dim() == 3:  # one dimension is two with a height of 1
         x, g, w = (t.unsqueeze(2) for t in (x, g, w))
         stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
-    # float32 [n, groups, o, places], [n, groups, places, l]
-    rows, columns = weight_gradient_factors(x, g, w, stride, padding, dilation, groups)
-    n, _, o, places = rows.shape
-    length = columns.shape[3]
-    wide_rows, wide_columns = rows.double(), columns.double()
-    sums = with_signed_zeros(
-        (wide_rows @ wide_columns).sum(0),
-        lambda: ((rows != 0).float() @ (columns != 0).float()).sum(0),
-    ).reshape(groups * o, length)
-    row_norms = torch.linalg.vector_norm(wide_rows, dim=(0, 3))  # [groups, o]
-    largest = torch.linalg.vector_norm(wide_columns, dim=(0, 2)).amax(1, keepdim=True)
+    x, g = pad(x, (padding[1], padding[1], padding[0], padding[0])).contiguous(), g.contiguous()
+    n, outputs, *size = g.shape
+    places = math.prod(size)
+    rows = offsets((outputs, places)).to(x.device)
+    g_terms = offsets((n, g.stride(0)), (places, 1)).to(x.device)
+    x_terms = offsets(
+        (n, x.stride(0)), (size[0], stride[0] * x.stride(2)), (size[1], stride[1])
+    ).to(x.device)
+    columns = offsets(
+        (x.shape[1], x.stride(1)),
+        (w.shape[2], dilation[0] * x.stride(2)),
+        (w.shape[3], dilation[1]),
+    ).to(x.device)
+    o, length = outputs // groups, len(columns) // groups
 
-    def exact(i: Tensor, j: Tensor) -> list[int]:
-        def terms(at: slice) -> Tensor:
-            group, row = i[at] // o, i[at] % o
-            left, right = wide_rows[:, group, row], wide_columns[:, group, :, j[at]]
-            return (left.transpose(0, 1) * right).reshape(len(row), n * places)
+    def at(i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        return rows[i], columns[i // o * length + j]
 
-        return exact_unit_sums(terms, n * places, len(i))
-
-    height = places + image.shard.batch
-    return Partial(sums, (row_norms * largest).reshape(-1), height, exact)
+    factors = Factors(g.view(-1), x.view(-1), g_terms, x_terms, at)
+    parts = zip(rows.split(o), columns.split(length))
+    sums, bounds = zip(*[sum_products(factors, row, column) for row, column in parts])
+    height = product_height(places * image.shard.batch)
+    return Partial(torch.cat(sums), torch.cat(bounds), height, factors)
 
 
 def new_tensor(func: Any, args: Any, kwargs: Any) -> Any:

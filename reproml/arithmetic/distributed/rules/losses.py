@@ -9,9 +9,9 @@ from torch import Tensor
 
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.distributed.operands import shard_like
+from reproml.arithmetic.distributed.pending import map_tensors
 from reproml.arithmetic.distributed.rules.compute import on_gathered_batch
 from reproml.arithmetic.distributed.sharded import Sharded, first_sharded
-from reproml.torch_internals import tree_map_only
 
 _NONE = 0  # PyTorch's number of reduction="none"
 
@@ -25,6 +25,8 @@ def nll_loss(func: Any, args: Any, kwargs: Any) -> Any:
     if reduction == _NONE:
         loss, total_weight = func(x.local, target.local, weight, reduction, ignored)
         return Sharded(loss, x.shard), total_weight
+    if x.shard.group.size == 1:
+        return on_gathered_batch(func, [x, target, weight, reduction, ignored], {})
     with natively():
         index = torch.where(target.local != ignored, target.local, 0).unsqueeze(1)
         picked = x.local.gather(1, index).double()
@@ -46,7 +48,7 @@ def loss_backward(func: Any, args: Any, kwargs: Any) -> Any:
     The operands are padded with zeros to the shape of the global batch: other workers' rows do not matter.
     """
     x = first_sharded(args, kwargs)
-    if x.shard.dim:
+    if x.shard.dim or x.shard.group.size == 1:
         return on_gathered_batch(func, args, kwargs)
 
     def in_global_shape(y: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ def loss_backward(func: Any, args: Any, kwargs: Any) -> Any:
             padded[x.shard.local_rows(index, 0)] = y.local
         return padded
 
-    args, kwargs = tree_map_only(Tensor, in_global_shape, (args, kwargs))
+    args, kwargs = map_tensors(Tensor, in_global_shape, (args, kwargs))
     result = func(*args, **kwargs)
     with natively():
         return Sharded(x.shard.local_rows(result, 0).contiguous(), x.shard)

@@ -14,7 +14,7 @@ from reproml.arithmetic.compiler.evaluate import TENSORS
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.distributed.partial_sums import Partial, all_reduce, in_units, row_sums
 from reproml.arithmetic.distributed.pending import reduce_over_batch
-from reproml.arithmetic.distributed.rules.compute import on_gathered_batch
+from reproml.arithmetic.distributed.rules.compute import on_gathered_batch, on_single_worker
 from reproml.arithmetic.distributed.sharded import Sharded
 from reproml.arithmetic.numerics.balls import Ball
 from reproml.arithmetic.numerics.rounding import TINY, gamma, rounding_test, widened
@@ -41,6 +41,8 @@ def layer_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
     g, x, shape, mean, rstd, w, b, mask = args
     if not all(isinstance(t, Sharded) and t.shard == x.shard for t in (g, x, mean, rstd)):
         return on_gathered_batch(func, args, kwargs)
+    if x.shard.group.size == 1:
+        return on_single_worker(func, args, kwargs)
     length = math.prod(shape)
     grad_x = grad_w = grad_b = None
     local = [t.local for t in (g, x, mean, rstd)]
@@ -75,7 +77,7 @@ def _scaled_sum(operands: Sequence[Tensor], height: int) -> Partial:
         ]
 
     # A term is rounded up to four times before it is added.
-    return Partial(terms.sum(1, keepdim=True), terms.abs().sum(1), height + 4, exact)
+    return Partial(terms.sum(1, keepdim=True), terms.abs().sum(1), height + 4, exact=exact)
 
 
 def batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
@@ -83,9 +85,8 @@ def batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
     x, weight, bias, *running, training, momentum, eps = args
     if not isinstance(x, Sharded) or not x.shard.is_leading:
         return on_gathered_batch(func, args, kwargs)
-    if not training:
-        out, *rest = func(x.local, *args[1:])
-        return (Sharded(out, x.shard), *rest)
+    if not training or x.shard.group.size == 1:
+        return on_single_worker(func, args, kwargs)
     mean, rstd, var = _statistics(x, eps)
     for old, new in zip(running or (None, None), (mean, var)):
         if old is not None:
@@ -170,6 +171,8 @@ def batch_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
         return on_gathered_batch(func, args, kwargs)
     if not x.shard.is_leading:
         return on_gathered_batch(func, args, kwargs)
+    if x.shard.group.size == 1:
+        return on_single_worker(func, args, kwargs)
     n = x.numel() // max(x.shape[1], 1)
     grad_x = grad_w = grad_b = None
     with natively():
@@ -177,7 +180,7 @@ def batch_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
         scale = torch.ones_like(m) if w is None else w.detach().unsqueeze(1)
         rows = [normalization.channel_rows(t.local) for t in (g, x)]
         if mask[0] and n > 1:
-            sums = [_scaled_sum([*rows, m, r, scale], n), row_sums(rows[0], n, factor=scale)]
+            sums = [_scaled_sum([*rows, m, r, scale], n), row_sums(rows[0], n, scale)]
             b, a = (_column(t, x) for t in all_reduce(x.shard.group, sums))
             m, r, scale = (_column(t, x) for t in (m, r, scale))
             grad_x = element_backward(n, g.local, scale.expand(g.local.shape), x.local, m, r, a, b)
@@ -202,6 +205,8 @@ def group_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
     g, x, mean, rstd, w, n, c, hw, groups, mask = args
     if not all(isinstance(t, Sharded) and t.shard == x.shard for t in (g, x, mean, rstd)):
         return on_gathered_batch(func, args, kwargs)
+    if x.shard.group.size == 1:
+        return on_single_worker(func, args, kwargs)
     grad_x = grad_w = grad_b = None
     local = [t.local for t in (g, x, mean, rstd)]
     if mask[0]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Optional
 
 import torch
@@ -17,6 +16,7 @@ from reproml.arithmetic.distributed.operands import (
     normalize_dims,
     refuse,
 )
+from reproml.arithmetic.distributed.pending import map_tensors
 from reproml.arithmetic.distributed.rules.compute import on_gathered_batch
 from reproml.arithmetic.distributed.sharded import (
     RoundRobinShard,
@@ -24,7 +24,7 @@ from reproml.arithmetic.distributed.sharded import (
     first_sharded,
     shard_from_right,
 )
-from reproml.torch_internals import DisableTorchDispatch, tree_map_only
+from reproml.torch_internals import DisableTorchDispatch
 
 aten = torch.ops.aten
 
@@ -68,7 +68,7 @@ def _shard_in_shape(
         after, rest = divmod(inner, math.prod(shape[dim + 1 :]) or 1)
         before, over = divmod(shape[dim], shard.batch * after) if after else (0, 1)
         if before and not rest and not over:
-            return replace(shard, dim=dim, before=before, after=after)
+            return shard._replace(dim=dim, before=before, after=after)
     return None
 
 
@@ -153,7 +153,7 @@ def select_or_split(func: Any, args: Any, kwargs: Any) -> Any:
     first = result if isinstance(result, Tensor) else result[0]
     shard = x.shard.at_dim(x.shard.dim - (first.dim() < x.dim() and dim < x.shard.dim))
     strides = _view_strides(func, args, kwargs)  # those of the first, and so of all
-    return tree_map_only(Tensor, lambda y: Sharded(y, shard, strides), result)
+    return map_tensors(Tensor, lambda y: Sharded(y, shard, strides), result)
 
 
 def select_backward(func: Any, args: Any, kwargs: Any) -> Any:
