@@ -18,7 +18,7 @@ from torch import Tensor
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
-_VERSION = 11  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
+_VERSION = 12  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
 
 # Function name -> (result type, argument types), as in csrc/*.c.
 _SIGNATURES = {
@@ -52,6 +52,10 @@ _SIGNATURES = {
         None,
         [_LONG] * 2 + [ctypes.c_char_p, _POINTER, ctypes.c_uint64, _POINTER],
     ),
+    "reproml_cell": (_INT, [_INT] + [_LONG] * 2 + [_POINTER]),
+    "reproml_cell_backward": (_INT, [_INT] + [_LONG] * 2 + [_POINTER]),
+    "reproml_layer": (_LONG, [_INT] + [_LONG] * 4 + [_POINTER]),
+    "reproml_layer_backward": (_LONG, [_INT] + [_LONG] * 4 + [_INT] * 2 + [_POINTER]),
     "reproml_sgd": (_LONG, [_LONG] + [_POINTER] * 3 + [_INT] * 2 + [_DOUBLE] * 5 + [_POINTER]),
 }
 
