@@ -112,21 +112,23 @@ typedef struct {
     failure_list failed;
 } sgd;
 
-VECTORISED static int32_t sgd_block(const sgd *x, integer at, int n, rounded *restrict r) {
+/* The constants select a loop without branches, which vectorises. */
+INLINE int32_t sgd_loop(const sgd *x, integer at, int n, rounded *restrict r, const int with_buffer,
+                        const int with_decay, const int nesterov) {
     const float *restrict p = x->p + at, *restrict g = x->g + at;
-    const float *restrict buffer = x->buffer ? x->buffer + at : NULL;
+    const float *restrict buffer = with_buffer ? x->buffer + at : NULL;
     const double sign = x->sign, decay = x->decay, rate = x->rate, momentum = x->momentum;
     const double keep = x->keep, take = x->take;
-    const int nesterov = x->nesterov;
     int32_t any = 0;
     for (int i = 0; i < n; i++) {
-        double old_p = p[i], penalty = decay * old_p, grad = sign * g[i];
-        double d = decay != 0 ? grad + penalty : grad; /* + 0 would lose the sign of -0 */
-        double size = fabs(grad) + fabs(penalty), e = decay != 0 ? 3 * U * size : 0, step = d;
+        double old_p = p[i], penalty = with_decay ? decay * old_p : 0, grad = sign * g[i];
+        double d = with_decay ? grad + penalty : grad; /* + 0 would lose the sign of -0 */
+        double size = fabs(grad) + fabs(penalty), e = with_decay ? 3 * U * size : 0, step = d;
         float new_p, new_b = 0;
         int32_t failed = 0;
-        if (buffer) {
-            double b1 = keep != 0 ? keep * buffer[i] : -0.0, b2 = take * d;
+        if (with_buffer) {
+            double b1 = keep * buffer[i], b2 = take * d;
+            b1 = keep != 0 ? b1 : -0.0;
             failed = round_padded_ball(b1 + b2, bound_of_sum(b1, b2, b1 + b2, 2 * fabs(take) * e), &new_b);
             double b = new_b, ahead = momentum * b;
             step = nesterov ? d + ahead : b;
@@ -135,11 +137,19 @@ VECTORISED static int32_t sgd_block(const sgd *x, integer at, int n, rounded *re
         }
         failed |= round_padded_ball(old_p - rate * step, 6 * U * (fabs(old_p) + fabs(rate) * size) + 2 * fabs(rate) * e,
                                     &new_p);
-        r->value[0][i] = new_p, r->value[1][i] = new_b;
+        r->value[0][i] = new_p;
+        if (with_buffer) r->value[1][i] = new_b;
         r->failed[i] = failed;
         any |= failed;
     }
     return any;
+}
+
+VECTORISED static int32_t sgd_block(const sgd *x, integer at, int n, rounded *restrict r) {
+    const int decay = x->decay != 0;
+    if (!x->buffer) return decay ? sgd_loop(x, at, n, r, 0, 1, 0) : sgd_loop(x, at, n, r, 0, 0, 0);
+    if (x->nesterov) return decay ? sgd_loop(x, at, n, r, 1, 1, 1) : sgd_loop(x, at, n, r, 1, 0, 1);
+    return decay ? sgd_loop(x, at, n, r, 1, 1, 0) : sgd_loop(x, at, n, r, 1, 0, 0);
 }
 
 static void sgd_task(integer task, void *data) {
