@@ -60,6 +60,10 @@ _SIGNATURES = {
         None,
         [_LONG] * 2 + [ctypes.c_char_p, _POINTER, ctypes.c_uint64, _POINTER],
     ),
+    "reproml_cell": (_INT, [_INT] + [_LONG] * 2 + [_POINTER]),
+    "reproml_cell_backward": (_INT, [_INT] + [_LONG] * 2 + [_POINTER]),
+    "reproml_layer": (_LONG, [_INT] + [_LONG] * 4 + [_POINTER]),
+    "reproml_layer_backward": (_LONG, [_INT] + [_LONG] * 4 + [_INT] * 2 + [_POINTER]),
     "reproml_sgd": (_LONG, [_LONG] + [_POINTER] * 3 + [_INT] * 2 + [_DOUBLE] * 5 + [_POINTER]),
 }
 

@@ -15,29 +15,11 @@
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
+#include "activations.h"
 #include "elementary.h"
 #include "rounding.h"
 
-/* In the order of compiler/executor.py. */
-enum {
-    EXP,
-    EXPM1,
-    ERFINV,
-    TANH,
-    SIGMOID,
-    SILU,
-    GELU,
-    TANH_BACKWARD,
-    SIGMOID_BACKWARD,
-    SILU_BACKWARD,
-    GELU_BACKWARD,
-    SOFTMAX,
-    LOG_SOFTMAX,
-    SOFTMAX_BACKWARD,
-    LOG_SOFTMAX_BACKWARD
-};
-
-enum { BLOCK = 256, ROW_MAX = 2048 };
+enum { ROW_MAX = 2048 };
 
 /* A real number that lies within `rad` of `mid`. */
 typedef struct {
@@ -71,11 +53,6 @@ INLINE double fast_exp(double x) {
     double scale, p = exp_parts(at_least_minus_700(x), &scale);
     return scale + scale * p;
 }
-
-/* activations.c: out[i] = the formula of a[i] and b[i]. Returns 0 if all elements passed the test; otherwise failed[i]
-   is nonzero for those that failed. */
-int32_t reproml_activation_block(int which, const float *restrict a, const float *restrict b, float *restrict out,
-                                 int32_t *restrict failed, integer count);
 
 /* Some rows of n <= ROW_MAX numbers each, ROW_MAX numbers at most, and what is calculated from them. */
 typedef struct {

@@ -102,11 +102,9 @@ def adam(
         float(lr), float(beta1), float(beta2), weight_decay, decoupled_weight_decay, eps, maximize
     )
     compiled: dict[int, list[tuple[Tensor, ...]]] = {}  # by step, which few parameters differ in
-    for i, state in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
-        compiles = _has_kernel(state)
-        if amsgrad:
-            optimizer.reference_step(steps[i], *state, max_exp_avg_sqs[i])
-        elif eps >= 0 and compiles:
+    for i, averages in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+        state = (*averages, max_exp_avg_sqs[i]) if amsgrad else averages
+        if _has_kernel(state) and eps >= 0:
             compiled.setdefault(steps[i], []).append(state)
         else:
             optimizer.reference_step(steps[i], *state)
@@ -177,7 +175,8 @@ class _Adam(NamedTuple):
         floats = self.floats
         sizes = [p.numel() for p, *_ in states]
         failed = torch.empty(sum(sizes), dtype=torch.int64, device="cpu")
-        pointers = [x.data_ptr() for state in states for x in state]
+        missing = [0] * (5 - len(states[0]))  # the largest second average
+        pointers = [p for state in states for p in (*(x.data_ptr() for x in state), *missing)]
         count = kernels.library.reproml_adam(
             len(states),
             (ctypes.c_int64 * len(sizes))(*sizes),
@@ -194,7 +193,7 @@ class _Adam(NamedTuple):
             floats.eps,
             failed.data_ptr(),
         )
-        increment_version([x for p, g, m, v in states for x in (p, m, v)])
+        increment_version([x for p, g, *others in states for x in (p, *others)])
         if count < 0:  # out of memory
             for state in states:
                 self.reference_step(step, *state)
@@ -228,7 +227,7 @@ def _adam(
 
 def _share_no_memory(states: list[tuple[Tensor, ...]]) -> bool:
     """Return whether parameters and averages share no memory; if they do, their order counts."""
-    storages = [x.untyped_storage().data_ptr() for p, g, m, v in states for x in (p, m, v)]
+    storages = [x.untyped_storage().data_ptr() for p, g, *others in states for x in (p, *others)]
     return len(set(storages)) == len(storages)
 
 

@@ -15,8 +15,11 @@ from typing import Any, Callable, NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.operators import recurrent_steps
 from reproml.arithmetic.operators.arguments import require
 from reproml.arithmetic.operators.composites import linear, matmul
+from reproml.arithmetic.operators.recurrent_steps import Cell as CompiledCell
+from reproml.arithmetic.operators.recurrent_steps import Values
 
 
 class Weights(NamedTuple):
@@ -39,34 +42,71 @@ Cell = Callable[[OfInput, Hidden, Weights], Hidden]
 # ---- cells -------------------------------------------------------------------------------------------
 
 
-def _of_hidden(hidden: Hidden, w: Weights) -> Tensor:
-    return linear(hidden[0], w.of_hidden, w.hidden_bias)
+def _lstm_values(x: Tensor, z: Tensor, h: Tensor, c: Any) -> Values:
+    """i, f, o: sigmoid; g: tanh of the sums; c' = f c + i g; h' = o tanh(c')."""
+    gates = z + x
+    parts = gates.unsafe_chunk(4, 1)
+    i, f, g, o = parts[0].sigmoid_(), parts[1].sigmoid_(), parts[2].tanh_(), parts[3].sigmoid_()
+    new_c = (f * c).add_(i * g)
+    kept = new_c.tanh()
+    return Values(o * kept, new_c, gates, kept)
+
+
+def _gru_step(x: Tensor, z: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    """r, u: sigmoid of the sums; n = tanh(x_n + r z_n); h' = (h - n) u + n. Returns h', r, u, n, z_n."""
+    of_x, of_h = x.unsafe_chunk(3, 1), z.unsafe_chunk(3, 1)
+    r = (of_h[0] + of_x[0]).sigmoid_()
+    u = (of_h[1] + of_x[1]).sigmoid_()
+    n = (of_x[2] + of_h[2] * r).tanh_()
+    return (h - n).mul_(u).add_(n), r, u, n, of_h[2]
+
+
+def _gru_values(x: Tensor, z: Tensor, h: Tensor, c: Any) -> Values:
+    new_h, r, u, n, kept = _gru_step(x, z, h)
+    return Values(new_h, h - n, torch.cat([r, u, n], 1), kept)
+
+
+def _tanh_values(x: Tensor, z: Tensor, h: Tensor, c: Any) -> Values:
+    return Values((z + x).tanh())
+
+
+def _relu_values(x: Tensor, z: Tensor, h: Tensor, c: Any) -> Values:
+    return Values((z + x).relu())
+
+
+LSTM = CompiledCell(0, 4, _lstm_values, recurrent_steps.lstm_gradients)
+GRU = CompiledCell(1, 3, _gru_values, recurrent_steps.gru_gradients)
+RNN_TANH = CompiledCell(2, 1, _tanh_values, recurrent_steps.tanh_gradients)
+RNN_RELU = CompiledCell(3, 1, _relu_values, recurrent_steps.relu_gradients)
+
+
+def _products(of_input: OfInput, hidden: Hidden, w: Weights) -> tuple[Tensor, Tensor]:
+    z = linear(hidden[0], w.of_hidden, w.hidden_bias)
+    return of_input(), z
 
 
 def _lstm(of_input: OfInput, hidden: Hidden, w: Weights) -> Hidden:
-    """i, f, o: sigmoid; g: tanh of the sums; c' = f c + i g; h' = o tanh(c')."""
-    gates = (_of_hidden(hidden, w) + of_input()).unsafe_chunk(4, 1)
-    i, f, g, o = gates[0].sigmoid_(), gates[1].sigmoid_(), gates[2].tanh_(), gates[3].sigmoid_()
-    c = (f * hidden[1]).add_(i * g)
-    h = o * c.tanh()
+    x, z = _products(of_input, hidden, w)
+    new = recurrent_steps.step(LSTM, x, z, *hidden)
+    h, c = new if new else _lstm_values(x, z, *hidden)[:2]
     return (h if w.projection is None else matmul(h, w.projection.t())), c
 
 
 def _gru(of_input: OfInput, hidden: Hidden, w: Weights) -> Hidden:
-    """r, z: sigmoid of the sums; n = tanh(x_n + r h_n); h' = (h - n) z + n."""
-    of_x, of_h = of_input().unsafe_chunk(3, 1), _of_hidden(hidden, w).unsafe_chunk(3, 1)
-    r = (of_h[0] + of_x[0]).sigmoid_()
-    z = (of_h[1] + of_x[1]).sigmoid_()
-    n = (of_x[2] + of_h[2] * r).tanh_()
-    return ((hidden[0] - n).mul_(z).add_(n),)
+    x, z = _products(of_input, hidden, w)
+    return recurrent_steps.step(GRU, x, z, hidden[0], None) or _gru_step(x, z, hidden[0])[:1]
 
 
-def _rnn_tanh(of_input: OfInput, hidden: Hidden, w: Weights) -> Hidden:
-    return ((_of_hidden(hidden, w) + of_input()).tanh(),)
+def _rnn(compiled: CompiledCell) -> Cell:
+    def cell(of_input: OfInput, hidden: Hidden, w: Weights) -> Hidden:
+        x, z = _products(of_input, hidden, w)
+        new = recurrent_steps.step(compiled, x, z, hidden[0], None)
+        return new or (compiled.values(x, z, hidden[0], None).h,)
+
+    return cell
 
 
-def _rnn_relu(of_input: OfInput, hidden: Hidden, w: Weights) -> Hidden:
-    return ((_of_hidden(hidden, w) + of_input()).relu(),)
+_rnn_tanh, _rnn_relu = _rnn(RNN_TANH), _rnn(RNN_RELU)
 
 
 def _cell(cell: Cell) -> Callable[..., Any]:
@@ -93,7 +133,16 @@ def _over_steps(
     cell: Cell, x: Tensor, hidden: Hidden, w: Weights, reverse: bool
 ) -> tuple[Tensor, Hidden]:
     """Run a layer over x [steps, batch, n]. Returns its outputs [steps, batch, m] and the last state."""
-    steps = linear(x, w.of_input, w.input_bias).unbind(0)
+    products = linear(x, w.of_input, w.input_bias)
+    if w.projection is None:
+        c = hidden[1] if len(hidden) > 1 else None
+        given = products.flip(0) if reverse else products
+        found = recurrent_steps.layer(
+            COMPILED[cell], given, hidden[0], c, w.of_hidden, w.hidden_bias
+        )
+        if found:
+            return found[0].flip(0) if reverse else found[0], found[1]
+    steps = products.unbind(0)
     if not steps:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     outputs = []
@@ -199,4 +248,5 @@ def packed_layers_of(cell: Cell) -> Callable[..., tuple[Tensor, ...]]:
     return operator
 
 
+COMPILED = {_lstm: LSTM, _gru: GRU, _rnn_tanh: RNN_TANH, _rnn_relu: RNN_RELU}
 CELLS: dict[str, Cell] = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _rnn_tanh, "rnn_relu": _rnn_relu}

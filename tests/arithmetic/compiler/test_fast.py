@@ -70,6 +70,18 @@ def test_formulas_of_one_operand(name):
     assert is_fast()
 
 
+def test_sigmoid_near_zero_is_decided_by_its_loop(monkeypatch):
+    """Where 1/2 + x / 4 is a midpoint, the cubic term decides."""
+    x = torch.cat([torch.arange(-2000, 2000) * 2.0**-e for e in (24, 25, 30)])
+    agree("sigmoid", x)
+    monkeypatch.setattr(
+        executor, "_complete", lambda plan, call, operands, out, index: left.append(index)
+    )
+    left: list[torch.Tensor] = []
+    operator_table.EXACT["sigmoid"](x)
+    assert not left
+
+
 @pytest.mark.parametrize("name", TWO)
 def test_formulas_of_two_operands(name):
     special = [x.contiguous() for x in torch.broadcast_tensors(*grid(2))]

@@ -1,0 +1,34 @@
+/* The fast loops of elementwise formulas: what other files call. */
+
+#ifndef REPROML_ACTIVATIONS_H
+#define REPROML_ACTIVATIONS_H
+
+#include "common.h"
+
+/* In the order of compiler/executor.py. */
+enum {
+    EXP,
+    EXPM1,
+    ERFINV,
+    TANH,
+    SIGMOID,
+    SILU,
+    GELU,
+    TANH_BACKWARD,
+    SIGMOID_BACKWARD,
+    SILU_BACKWARD,
+    GELU_BACKWARD,
+    SOFTMAX,
+    LOG_SOFTMAX,
+    SOFTMAX_BACKWARD,
+    LOG_SOFTMAX_BACKWARD
+};
+
+enum { BLOCK = 256 };
+
+/* activations.c: out[i] = the formula of a[i] and b[i], count <= BLOCK. Returns 0 if all elements passed the test;
+   otherwise failed[i] is nonzero for those that failed. */
+int32_t reproml_activation_block(int which, const float *restrict a, const float *restrict b, float *restrict out,
+                                 int32_t *restrict failed, integer count);
+
+#endif
