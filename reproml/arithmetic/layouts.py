@@ -18,7 +18,9 @@ from torch import Tensor
 # ELEMENTWISE: the order of the axes is that of the operands, as in PyTorch's TensorIterator.
 ELEMENTWISE = frozenset("""
 add sub rsub mul div reciprocal sqrt maximum minimum clamp clamp_min clamp_max signbit
-addcmul addcdiv lerp pow rsqrt xlogy
+addcmul addcdiv lerp pow rsqrt hypot copysign fmax fmin frac fmod remainder floor_divide
+xlogy special_xlog1py exp2 log2 log10 logaddexp logaddexp2 logit logit_backward
+tan asin acos atan atan2 sinh cosh asinh acosh atanh sinc lgamma digamma polygamma
 exp expm1 log log1p sin cos tanh sigmoid erf erfc erfinv
 tanh_backward sigmoid_backward gelu gelu_backward silu silu_backward softplus softplus_backward mish
 mish_backward log_sigmoid_backward leaky_relu leaky_relu_backward _prelu_kernel _prelu_kernel_backward

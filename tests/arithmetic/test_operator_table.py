@@ -36,6 +36,7 @@ from tests.arithmetic.strategies import (
     grid,
     tensors,
 )
+from verification import functions as f
 from verification import oracle as o
 from verification.oracle import Real, check, dot, float32_scalar, real, reals, rounded, total
 
@@ -262,7 +263,11 @@ def smaller(x: Any, y: Any) -> Any:
     return -larger(-x, -y)
 
 
-def clip(x: Any, low: int, high: int) -> Any:
+def other_if_nan(choose: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda x, y: x if y.v != y.v else y if x.v != x.v else choose(x, y)
+
+
+def clip(x: Any, low: float, high: float) -> Any:
     return real(low) if x < low else real(high) if x > high else x
 
 
@@ -812,6 +817,11 @@ PAIRS = st.one_of(
     broadcast(2, ANY), st.tuples(tensors((4,)), st.sampled_from([2, 0.1, -0.0, 1e-46, 3]))
 )
 
+# numbers of which many powers are ties
+SQUARES = st.one_of(st.integers(1, 90).map(lambda n: float(n * n)), st.integers(4097, 8191).map(float),
+                    st.integers(-6, 6).map(lambda n: n / 2), st.just(-75.0))  # fmt: skip
+POWERS_OF_TEN = st.integers(0, 12).map(lambda n: 10.0**n)
+
 CASES: dict[str, list[Case]] = {
     "add": [each(lambda x, y: x + y, 2),
             each(lambda x, y, alpha: x + float32_scalar(alpha) * y, 2, alpha=0.3)],
@@ -925,7 +935,36 @@ CASES: dict[str, list[Case]] = {
             drawn(tensors((5,)), 3, oracle=lambda x, p: reals(x) * reals(x) * reals(x)),
             drawn(tensors((5,)), -1, oracle=lambda x, p: 1 / reals(x)),
             *[drawn(tensors((5,)), p, oracle=integer_power) for p in (65, 66, -65, -100)],
-            drawn(tensors((5,), POSITIVE), 0.5, oracle=lambda x, p: each(o.sqrt).oracle(x))],
+            drawn(tensors((5,), POSITIVE), 0.5, oracle=lambda x, p: each(o.sqrt).oracle(x)),
+            each(f.power, 2), each(f.power, 2, SQUARES), each(f.power, 2, MODERATE),
+            *[drawn(base, tensors((5,)), oracle=lambda base, x: each(
+                lambda x: f.power(float32_scalar(base), x)).oracle(x)) for base in (10000.0, 0.3, -2, 0)]],
+    "fmod": [each(f.fmod, 2), each(f.fmod, 2, MODERATE)],
+    "remainder": [each(f.remainder, 2), each(f.remainder, 2, MODERATE)],
+    "floor_divide": [each(f.floor_divide, 2), each(f.floor_divide, 2, MODERATE)],
+    "frac": [each(f.frac)],
+    "copysign": [each(f.copysign, 2)],
+    "fmax": [each(other_if_nan(larger), 2)],
+    "fmin": [each(other_if_nan(smaller), 2)],
+    "hypot": [each(f.hypot, 2)],
+    "exp2": [each(f.exp2)],
+    "log2": [each(f.log2)],
+    "log10": [each(f.log10), each(f.log10, 1, POWERS_OF_TEN)],
+    "logaddexp": [each(f.logaddexp, 2), each(f.logaddexp, 2, MODERATE)],
+    "logaddexp2": [each(f.logaddexp2, 2), each(f.logaddexp2, 2, MODERATE)],
+    "special_xlog1py": [each(f.xlog1py, 2)],
+    "logit": [each(f.logit), each(f.logit, 1, UNIT),
+              drawn(tensors((5,)), 0.1, oracle=lambda x, eps: each(lambda x: f.logit(
+                  x if x.v != x.v else clip(x, o.struct_float32(0.1), o.struct_float32(0.9)))).oracle(x))],
+    "logit_backward": [each(f.logit_backward, 2), each(f.logit_backward, 2, [MODERATE, UNIT]),
+                       Case(broadcast(2).map(lambda t: (*t, 0.1)), lambda g, x, eps: each(
+                           lambda g, x: Real(0) if x < o.struct_float32(0.1) or x > o.struct_float32(0.9)
+                           else f.logit_backward(g, x), 2).oracle(g, x))],
+    **{name: [each(getattr(f, name)), each(getattr(f, name), 1, st.floats(-2, 2, width=32))] for name in
+       "tan asin acos atan sinh cosh asinh acosh atanh sinc lgamma digamma".split()},
+    "atan2": [each(f.atan2, 2), each(f.atan2, 2, MODERATE)],
+    "polygamma": [drawn(n, tensors((5,), values), oracle=lambda n, x: each(
+        f.trigamma if n else f.digamma).oracle(x)) for n in (0, 1) for values in (ANY, MODERATE)],
     "xlogy": [each(lambda x, y: y if y.v != y.v else Real(0) if x.v == 0 else x * o.log(y), 2, FINITE)],
     "tanh_backward": [each(lambda g, y: g * (1 - y * y), 2, FINITE)],
     "sigmoid_backward": [each(lambda g, y: g * y * (1 - y), 2, FINITE)],

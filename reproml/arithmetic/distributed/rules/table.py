@@ -16,6 +16,9 @@ from reproml.arithmetic.distributed.sharded import DEFAULT, FUNCTIONS, OPERATORS
 ELEMENTWISE = """
     add sub rsub mul div reciprocal sqrt rsqrt neg abs sign sgn pow addcmul addcdiv lerp xlogy
     exp expm1 log log1p sin cos tanh sigmoid erf erfc erfinv
+    hypot copysign fmax fmin frac fmod remainder floor_divide nan_to_num heaviside
+    special_xlog1py exp2 log2 log10 logaddexp logaddexp2 logit logit_backward
+    tan asin acos atan atan2 sinh cosh asinh acosh atanh sinc lgamma digamma polygamma
     relu threshold gelu silu softplus mish log_sigmoid_forward leaky_relu _prelu_kernel elu celu
     hardtanh hardsigmoid hardswish
     tanh_backward sigmoid_backward threshold_backward gelu_backward silu_backward softplus_backward
