@@ -24,6 +24,8 @@ tan asin acos atan atan2 sinh cosh asinh acosh atanh sinc lgamma digamma polygam
 exp expm1 log log1p sin cos tanh sigmoid erf erfc erfinv
 tanh_backward sigmoid_backward gelu gelu_backward silu silu_backward softplus softplus_backward mish
 mish_backward log_sigmoid_backward leaky_relu leaky_relu_backward _prelu_kernel _prelu_kernel_backward
+glu softshrink softshrink_backward hardshrink hardshrink_backward rrelu_with_noise
+rrelu_with_noise_backward soft_margin_loss soft_margin_loss_backward
 elu celu elu_backward hardtanh_backward hardsigmoid hardsigmoid_backward hardswish hardswish_backward
 mse_loss smooth_l1_loss huber_loss binary_cross_entropy_with_logits
 binary_cross_entropy_backward native_dropout_backward
