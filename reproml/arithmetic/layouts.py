@@ -85,6 +85,8 @@ def _arranged(name: str, x: Any, operands: Sequence[Any]) -> Any:
     if name == "linalg_qr":
         return _with_strides(x, _dense(x.shape, [x.dim() - 2, x.dim() - 1, *range(x.dim() - 2)]))
     shaped = [y for y in operands if isinstance(y, Tensor)]
+    if name == "glu":  # its operands are the halves of x
+        shaped = list(shaped[0].chunk(2, operands[1] if len(operands) > 1 else -1))
     if name in ELEMENTWISE and (not shaped or any(y.dim() > x.dim() for y in shaped)):
         # all operands are Python numbers, as a trace passes them, or a loss is reduced
         return _with_strides(x, _dense(x.shape))

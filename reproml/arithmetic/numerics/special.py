@@ -60,9 +60,9 @@ _TERMS = range(len(_EVEN), 0, -1)
 _LGAMMA = [float(_EVEN[k - 1] / (2 * k * (2 * k - 1))) for k in _TERMS]
 _DIGAMMA = [float(_EVEN[k - 1] / (2 * k)) for k in _TERMS]
 _TRIGAMMA = [float(_EVEN[k - 1]) for k in _TERMS]
-# Bound of what Stirling's series leave out, which is less than the first omitted term (NIST Digital Library
-# of Mathematical Functions, section 5.11(ii)), for z >= 8: B_26 / 8^26 < 2^-57, and of their rounding, as
-# their values are below 1/8 and Horner's scheme sums up less than 3 / 8^2.
+# Bound of what Stirling's series leave out and of their rounding, for z >= 8. They leave out less than the
+# first omitted term, B_26 / 8^26 < 2^-57 (NIST Digital Library of Mathematical Functions, 5.11(ii)).
+# Their values are below 1/8, and Horner's scheme adds up less than 3 / 8^2.
 _STIRLING = 2.0**-54
 
 

@@ -143,7 +143,7 @@ def atan2(y: Any, x: Any) -> Tensor:
     """Return the angle of the point (x, y), with the zeros and infinities of C (ISO C99, F.9.1.4)."""
     y, x = float32_operands(y, x)
     undefined = x.isnan() | y.isnan()
-    # Of infinite coordinates only the direction counts.
+    # An infinite coordinate only gives the direction.
     infinite = x.isinf() | y.isinf()
     u, v = (
         torch.where(infinite, torch.where(t.isinf(), t.sign(), torch.copysign(t * 0, t)), t)
