@@ -44,7 +44,7 @@ def multi_margin_loss(
     """Return w sum max(0, margin - x[target] + x[j])^p / classes over all j but the target; p is 1 or 2."""
     terms = _MultiMargin(x, target, p, margin, weight)
     loss = _summed(terms.formula, reduction, terms.classes, *terms.operands)
-    return loss.reshape(x.shape[:-1]) if reduction == NONE else loss
+    return loss.reshape(target.shape) if reduction == NONE else loss
 
 
 def multi_margin_loss_backward(
@@ -76,11 +76,10 @@ class _MultiMargin:
         self, x: Tensor, target: Tensor, p: float, margin: float, weight: Optional[Tensor]
     ) -> None:
         require(p in (1, 2), "only p == 1 and p == 2 supported")
-        require(x.dim() in (1, 2) and target.numel() * x.shape[-1] == x.numel(),
-                f"inconsistent target size: {list(target.shape)} for {list(x.shape)}")  # fmt: skip
-        rows, index = x.reshape(-1, x.shape[-1]), target.reshape(-1, 1)
-        self.classes = x.shape[-1]
-        require_shape("the weight", weight, x.shape[-1:])
+        rows, index = _as_rows(x), target.reshape(-1, 1)
+        self.classes = rows.shape[1]
+        _require_same_count(len(index), len(rows))
+        require_shape("the weight", weight, (self.classes,))
         require((index >= 0) & (index < self.classes), "target out of range")
         m = float32_scalar(margin)
         self.is_target = torch.arange(self.classes, device=x.device) == index
@@ -99,6 +98,16 @@ class _MultiMargin:
         self.slope = lambda ctx, x, own, w, active: (
             active * (w * (2 * (m - own + x)) if square else w)
         )
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """Return x as [n, classes]; a number is one row of one class."""
+    require(x.dim() <= 2 and x.numel(), f"an input of shape {list(x.shape)} is not supported")
+    return x.reshape(-1, x.shape[-1] if x.dim() else 1)
+
+
+def _require_same_count(targets: int, expected: int) -> None:
+    require(targets == expected, f"{expected} targets are expected, not {targets}")
 
 
 def _exceeds(margin: Fraction, own: Tensor, other: Tensor) -> Tensor:
@@ -135,7 +144,7 @@ def multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int) -> tuple[T
     loss = _summed(
         lambda ctx, own, other, active: active * (1 - own + other),
         reduction,
-        x.shape[-1],
+        pairs.operands[1].shape[2],
         *(t.flatten(1) for t in pairs.operands),
     )
     return (loss.reshape(x.shape[:-1]) if reduction == NONE else loss), pairs.is_target
@@ -148,7 +157,7 @@ def multilabel_margin_loss_backward(
     pairs = _Pairs(x, target)
     active = pairs.operands[2].long()
     count = active.sum(1).scatter_add(1, pairs.index, -active.sum(2))
-    divisor = x.shape[-1] * (len(count) if reduction == MEAN else 1)
+    divisor = count.shape[1] * (len(count) if reduction == MEAN else 1)
     out = elementwise(lambda ctx, g, n: g * n / divisor, g.reshape(-1, 1), count.double())
     return out.reshape(x.shape)
 
@@ -157,15 +166,14 @@ class _Pairs:
     """All pairs of a target and another class, as operands [n, targets, classes]."""
 
     def __init__(self, x: Tensor, target: Tensor) -> None:
-        require(x.dim() in (1, 2) and x.shape == target.shape,
-                f"inconsistent target size: {list(target.shape)} for {list(x.shape)}")  # fmt: skip
-        classes = x.shape[-1]
-        rows, index = x.reshape(-1, classes), target.reshape(-1, classes)
+        rows = _as_rows(x)
+        _require_same_count(target.numel(), x.numel())
+        index, classes = target.reshape(rows.shape), rows.shape[1]
         require((index >= -1) & (index < classes), "target is out of range")
         listed = (index >= 0).long().cumprod(1)
         self.index = index * listed
         marks = torch.zeros_like(index).scatter_add(1, self.index, listed)
-        self.is_target = (marks > 0).to(x.dtype).reshape(x.shape)
+        self.is_target = (marks > 0).to(x.dtype).reshape(target.shape)
         own, other = rows.gather(1, self.index).unsqueeze(2), rows.unsqueeze(1)
         active = _exceeds(Fraction(1), own, other) & (listed.unsqueeze(2) > 0)
         active = active & (marks == 0).unsqueeze(1)
