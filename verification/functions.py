@@ -83,10 +83,17 @@ def log10(x: Any) -> Any:
     return _ieee(np.log10, x)
 
 
+def _special_power(x: float, y: float) -> float:
+    """Return Python's power, which treats zeros, infinities and NaN itself; numpy's differs at -inf."""
+    if x == 0 and y < 0 and math.isfinite(y):
+        return math.copysign(math.inf, x if y % 2 == 1 else 1)
+    return math.pow(x, y)
+
+
 def power(x: Any, y: Any) -> Any:
     x, y = real(x), real(y)
     if _special(x, y):
-        return _ieee(np.power, x, y)
+        return _ieee(_special_power, x, y)
     if x < 0 and y.v.denominator != 1:
         return Real(NAN)
     minus = x < 0 and y.v % 2 == 1
