@@ -27,7 +27,7 @@ SLOW_FILES = {
         "tests/arithmetic/compiler": "evaluate fast pair_program rounding_bounds",
         "tests/arithmetic/dispatch": "deferred dispatcher",
         "tests/arithmetic/distributed": "partial_sums sharded",
-        "tests/arithmetic/operators": "matmul normalization optimizer_formulas optimizers packed_convolution recurrent",
+        "tests/arithmetic/operators": "elementary matmul normalization optimizer_formulas optimizers packed_convolution recurrent",
         "tests/diff": "compare pairs",
         "tests/pipeline": "data faults preprocess",
         "tests/tracing": "trace",

@@ -18,10 +18,14 @@ from torch import Tensor
 # ELEMENTWISE: the order of the axes is that of the operands, as in PyTorch's TensorIterator.
 ELEMENTWISE = frozenset("""
 add sub rsub mul div reciprocal sqrt maximum minimum clamp clamp_min clamp_max signbit
-addcmul addcdiv lerp pow rsqrt xlogy
+addcmul addcdiv lerp pow rsqrt hypot copysign fmax fmin frac fmod remainder floor_divide
+xlogy special_xlog1py exp2 log2 log10 logaddexp logaddexp2 logit logit_backward
+tan asin acos atan atan2 sinh cosh asinh acosh atanh sinc lgamma digamma polygamma
 exp expm1 log log1p sin cos tanh sigmoid erf erfc erfinv
 tanh_backward sigmoid_backward gelu gelu_backward silu silu_backward softplus softplus_backward mish
 mish_backward log_sigmoid_backward leaky_relu leaky_relu_backward _prelu_kernel _prelu_kernel_backward
+glu softshrink softshrink_backward hardshrink hardshrink_backward rrelu_with_noise
+rrelu_with_noise_backward soft_margin_loss soft_margin_loss_backward
 elu celu elu_backward hardtanh_backward hardsigmoid hardsigmoid_backward hardswish hardswish_backward
 mse_loss smooth_l1_loss huber_loss binary_cross_entropy_with_logits
 binary_cross_entropy_backward native_dropout_backward
@@ -81,6 +85,8 @@ def _arranged(name: str, x: Any, operands: Sequence[Any]) -> Any:
     if name == "linalg_qr":
         return _with_strides(x, _dense(x.shape, [x.dim() - 2, x.dim() - 1, *range(x.dim() - 2)]))
     shaped = [y for y in operands if isinstance(y, Tensor)]
+    if name == "glu":  # its operands are the halves of x
+        shaped = list(shaped[0].chunk(2, operands[1] if len(operands) > 1 else -1))
     if name in ELEMENTWISE and (not shaped or any(y.dim() > x.dim() for y in shaped)):
         # all operands are Python numbers, as a trace passes them, or a loss is reduced
         return _with_strides(x, _dense(x.shape))

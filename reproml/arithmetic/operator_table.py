@@ -31,17 +31,21 @@ from reproml.arithmetic.operators import (
     composites,
     convolution,
     creation,
+    elementary,
     indexing,
     linalg,
     losses,
+    margin_losses,
     matmul,
     normalization,
     optimizers,
     pointwise,
     pooling,
+    powers,
     random,
     recurrent,
     reductions,
+    remainders,
     softmax,
     upsampling,
 )
@@ -78,7 +82,7 @@ bucketize
 masked_select gather _unsafe_index index_fill take nonzero
 scatter masked_scatter diag_embed
 hardtanh sort topk
-abs neg relu threshold adaptive_max_pool2d
+abs neg relu threshold adaptive_max_pool2d nan_to_num heaviside
 floor ceil round trunc
 """.split())
 
@@ -92,6 +96,7 @@ mm.dtype bmm.dtype addmm.dtype baddbmm.dtype
 INTEGER = frozenset("""
 add sub rsub mul sum cumsum mm bmm mv dot addmm baddbmm addmv trace pow addcmul scatter_add index_add
 index_put index_put_ max min amax amin maximum minimum clamp clamp_min clamp_max signbit
+fmax fmin fmod remainder floor_divide
 """.split())
 
 # FLOAT64: operators in EXACT that are also defined for float64 tensors, rounded once to binary64. They are
@@ -149,13 +154,21 @@ EXACT: dict[str, Definition] = {
     "clamp_min": pointwise.clamp_min,
     "clamp_max": pointwise.clamp_max,
     "signbit": pointwise.signbit,
+    "copysign": pointwise.copysign,
+    "fmax": pointwise.fmax,
+    "fmin": pointwise.fmin,
+    "frac": remainders.frac,
     "allclose": pointwise.allclose,
     # ---- short expressions -----------------------------------------------------------------------
     "addcmul": pointwise.addcmul,
     "addcdiv": pointwise.addcdiv,
     "lerp": pointwise.lerp,
-    "pow": pointwise.power,
+    "pow": powers.power,
     "rsqrt": pointwise.rsqrt,
+    "hypot": elementary.hypot,
+    "fmod": remainders.fmod,
+    "remainder": remainders.remainder,
+    "floor_divide": remainders.floor_divide,
     "arange": creation.arange,
     "linspace": creation.linspace,
     # ---- sums ------------------------------------------------------------------------------------
@@ -219,6 +232,29 @@ EXACT: dict[str, Definition] = {
     "erf": pointwise.elementary_function("erf"),
     "erfc": pointwise.elementary_function("erfc"),
     "erfinv": pointwise.elementary_function("erfinv"),
+    "exp2": elementary.exp2,
+    "log2": elementary.log2,
+    "log10": elementary.log10,
+    "logaddexp": elementary.logaddexp,
+    "logaddexp2": elementary.logaddexp2,
+    "xlogy": pointwise.xlogy,
+    "special_xlog1py": elementary.xlog1py,
+    "logit": elementary.logit,
+    "logit_backward": elementary.logit_backward,
+    "tan": elementary.tan,
+    "asin": elementary.asin,
+    "acos": elementary.acos,
+    "atan": elementary.atan,
+    "atan2": elementary.atan2,
+    "sinh": elementary.sinh,
+    "cosh": elementary.cosh,
+    "asinh": elementary.asinh,
+    "acosh": elementary.acosh,
+    "atanh": elementary.atanh,
+    "sinc": elementary.sinc,
+    "lgamma": elementary.lgamma,
+    "digamma": elementary.digamma,
+    "polygamma": elementary.polygamma,
     # ---- activations -----------------------------------------------------------------------------
     "tanh_backward": activations.tanh_backward,
     "sigmoid_backward": activations.sigmoid_backward,
@@ -244,6 +280,14 @@ EXACT: dict[str, Definition] = {
     "hardsigmoid_backward": activations.hardsigmoid_backward,
     "hardswish": activations.hardswish,
     "hardswish_backward": activations.hardswish_backward,
+    "glu": activations.glu,
+    "glu_backward": activations.glu_backward,
+    "softshrink": activations.softshrink,
+    "softshrink_backward": activations.shrink_backward,
+    "hardshrink": activations.hardshrink,
+    "hardshrink_backward": activations.shrink_backward,
+    "rrelu_with_noise": random.rrelu,
+    "rrelu_with_noise_backward": activations.rrelu_backward,
     # ---- softmax and losses ----------------------------------------------------------------------
     "_softmax": softmax.softmax,
     "_safe_softmax": softmax.safe_softmax,
@@ -264,7 +308,12 @@ EXACT: dict[str, Definition] = {
     "binary_cross_entropy": losses.binary_cross_entropy,
     "binary_cross_entropy_backward": losses.binary_cross_entropy_backward,
     "binary_cross_entropy_with_logits": losses.binary_cross_entropy_with_logits,
-    "xlogy": pointwise.xlogy,
+    "soft_margin_loss": margin_losses.soft_margin_loss,
+    "soft_margin_loss_backward": margin_losses.soft_margin_loss_backward,
+    "multi_margin_loss": margin_losses.multi_margin_loss,
+    "multi_margin_loss_backward": margin_losses.multi_margin_loss_backward,
+    "multilabel_margin_loss_forward": margin_losses.multilabel_margin_loss,
+    "multilabel_margin_loss_backward": margin_losses.multilabel_margin_loss_backward,
     # ---- random numbers --------------------------------------------------------------------------
     "rand": random.rand,
     "rand_like": random.like(random.rand),

@@ -36,6 +36,7 @@ from tests.arithmetic.strategies import (
     grid,
     tensors,
 )
+from verification import functions as f
 from verification import oracle as o
 from verification.oracle import Real, check, dot, float32_scalar, real, reals, rounded, total
 
@@ -262,7 +263,11 @@ def smaller(x: Any, y: Any) -> Any:
     return -larger(-x, -y)
 
 
-def clip(x: Any, low: int, high: int) -> Any:
+def other_if_nan(choose: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda x, y: x if y.v != y.v else y if x.v != x.v else choose(x, y)
+
+
+def clip(x: Any, low: float, high: float) -> Any:
     return real(low) if x < low else real(high) if x > high else x
 
 
@@ -418,6 +423,95 @@ def nll_backward(
             out[i, t] = -(gs[i] * w / reals(total_weight)[()])
     out = out.reshape(shape)
     return np.moveaxis(out, -1, 1) if x.dim() > 1 else out
+
+
+def margin_terms(x: Any, target: Any, p: int, margin: float, weight: Any) -> Any:
+    """Yield row, target, class, w max(0, z)^p and its derivative of each term of multi_margin_loss."""
+    rows = reals(x).reshape(-1, x.shape[-1])
+    for i, t in enumerate(target.reshape(-1).tolist()):
+        w = Real(1) if weight is None else reals(weight)[t]
+        for j in range(rows.shape[1]):
+            z = float32_scalar(margin) - rows[i, t] + rows[i, j]
+            if j != t and z > 0:
+                yield i, t, j, w * (z if p == 1 else z * z), w * (1 if p == 1 else 2 * z)
+
+
+def multilabel_terms(x: Any, target: Any) -> Any:
+    """Yield row, target, class and value of each term of multilabel_margin_loss."""
+    rows = reals(x).reshape(-1, x.shape[-1])
+    for i, listed in enumerate(target.reshape(-1, x.shape[-1]).tolist()):
+        listed = listed[: listed.index(-1)] if -1 in listed else listed
+        for t in listed:
+            for j in set(range(rows.shape[1])) - set(listed):
+                z = Real(1) - rows[i, t] + rows[i, j]
+                if z > 0:
+                    yield i, t, j, z
+
+
+def loss_of_terms(x: Any, terms: Any, reduction: int) -> Any:
+    n, classes = x.numel() // x.shape[-1], x.shape[-1]
+    parts = [total([v for i, v in terms if i == row]) / classes for row in range(n)]
+    if reduction == 0:
+        return np.array(parts, dtype=object).reshape(x.shape[:-1])
+    return total(parts) / (n if reduction == 1 else 1)
+
+
+def slope_of_terms(g: Any, x: Any, terms: Any, reduction: int) -> Any:
+    n, classes = x.numel() // x.shape[-1], x.shape[-1]
+    parts: Any = {}
+    for i, t, j, v in terms:
+        parts.setdefault((i, j), []).append(v)
+        parts.setdefault((i, t), []).append(-v)
+    gs = np.broadcast_to(reals(g).reshape(-1, 1), (n, classes))
+    return (gs * summed((n, classes), parts) / (classes * (n if reduction == 1 else 1))).reshape(
+        x.shape
+    )
+
+
+@st.composite
+def margins(draw: Any, several: bool, backward: bool) -> Any:
+    """Draw the arguments of multi_margin_loss, or of multilabel_margin_loss, or of their gradients."""
+    shape = draw(st.sampled_from([(3, 4), (1, 2), (5,)]))
+    x = draw(tensors(shape, st.one_of(MODERATE, FINITE)))
+    n, classes = x.numel() // shape[-1], shape[-1]
+    low, count = (-1, x.numel()) if several else (0, n)
+    labels = draw(st.lists(st.integers(low, classes - 1), min_size=count, max_size=count))
+    target = torch.tensor(labels).reshape(shape if several else shape[:-1])
+    reduction = draw(st.integers(0, 2))
+    g = (draw(tensors(() if reduction else shape[:-1], MODERATE)),) if backward else ()
+    if several:
+        marks = aten.multilabel_margin_loss_forward(x, target, 0)[1]
+        return (*g, x, target, reduction, *([marks] if backward else []))
+    weight = draw(st.sampled_from([None, draw(tensors((classes,), MODERATE))]))
+    margin = draw(st.sampled_from([1, 0.3]))
+    return (*g, x, target, draw(st.sampled_from([1, 2])), margin, weight, reduction)
+
+
+def multilabel_margin(x: Any, target: Any, reduction: int) -> Any:
+    terms = [(i, z) for i, t, j, z in multilabel_terms(x, target)]
+    marks = reals(aten.multilabel_margin_loss_forward(x, target, 0)[1])
+    return loss_of_terms(x, terms, reduction), marks
+
+
+def rrelu_backward(
+    g: Any, x: Any, noise: Any, low: float, high: float, training: bool, is_result: bool
+) -> Any:
+    slope = float32_scalar((low + high) / 2)
+    formula = lambda g, x, r: g * r if training else g if x > 0 else g * slope  # noqa: E731
+    return each(formula, 3).oracle(g, x, noise)
+
+
+def halves(x: Any, dim: int) -> Any:
+    return np.split(reals(x), 2, dim)
+
+
+def glu_backward(g: Any, x: Any, dim: int) -> Any:
+    a, b = halves(x, dim)
+    s = lambda b: o.sigmoid(b) * o.sigmoid(-b)  # noqa: E731
+    values = [
+        (u * o.sigmoid(w), u * v * s(w)) for u, v, w in zip(reals(g).ravel(), a.ravel(), b.ravel())
+    ]
+    return np.concatenate([array(column).reshape(a.shape) for column in zip(*values)], dim)
 
 
 # ---- indexing ------------------------------------------------------------------------------------
@@ -812,6 +906,11 @@ PAIRS = st.one_of(
     broadcast(2, ANY), st.tuples(tensors((4,)), st.sampled_from([2, 0.1, -0.0, 1e-46, 3]))
 )
 
+# numbers of which many powers are ties
+SQUARES = st.one_of(st.integers(1, 90).map(lambda n: float(n * n)), st.integers(4097, 8191).map(float),
+                    st.integers(-6, 6).map(lambda n: n / 2), st.just(-75.0))  # fmt: skip
+POWERS_OF_TEN = st.integers(0, 12).map(lambda n: 10.0**n)
+
 CASES: dict[str, list[Case]] = {
     "add": [each(lambda x, y: x + y, 2),
             each(lambda x, y, alpha: x + float32_scalar(alpha) * y, 2, alpha=0.3)],
@@ -925,7 +1024,36 @@ CASES: dict[str, list[Case]] = {
             drawn(tensors((5,)), 3, oracle=lambda x, p: reals(x) * reals(x) * reals(x)),
             drawn(tensors((5,)), -1, oracle=lambda x, p: 1 / reals(x)),
             *[drawn(tensors((5,)), p, oracle=integer_power) for p in (65, 66, -65, -100)],
-            drawn(tensors((5,), POSITIVE), 0.5, oracle=lambda x, p: each(o.sqrt).oracle(x))],
+            drawn(tensors((5,), POSITIVE), 0.5, oracle=lambda x, p: each(o.sqrt).oracle(x)),
+            each(f.power, 2), each(f.power, 2, SQUARES), each(f.power, 2, MODERATE),
+            *[drawn(base, tensors((5,)), oracle=lambda base, x: each(
+                lambda x: f.power(float32_scalar(base), x)).oracle(x)) for base in (10000.0, 0.3, -2, 0)]],
+    "fmod": [each(f.fmod, 2), each(f.fmod, 2, MODERATE)],
+    "remainder": [each(f.remainder, 2), each(f.remainder, 2, MODERATE)],
+    "floor_divide": [each(f.floor_divide, 2), each(f.floor_divide, 2, MODERATE)],
+    "frac": [each(f.frac)],
+    "copysign": [each(f.copysign, 2)],
+    "fmax": [each(other_if_nan(larger), 2)],
+    "fmin": [each(other_if_nan(smaller), 2)],
+    "hypot": [each(f.hypot, 2)],
+    "exp2": [each(f.exp2)],
+    "log2": [each(f.log2)],
+    "log10": [each(f.log10), each(f.log10, 1, POWERS_OF_TEN)],
+    "logaddexp": [each(f.logaddexp, 2), each(f.logaddexp, 2, MODERATE)],
+    "logaddexp2": [each(f.logaddexp2, 2), each(f.logaddexp2, 2, MODERATE)],
+    "special_xlog1py": [each(f.xlog1py, 2)],
+    "logit": [each(f.logit), each(f.logit, 1, UNIT),
+              drawn(tensors((5,)), 0.1, oracle=lambda x, eps: each(lambda x: f.logit(
+                  x if x.v != x.v else clip(x, o.struct_float32(0.1), o.struct_float32(0.9)))).oracle(x))],
+    "logit_backward": [each(f.logit_backward, 2), each(f.logit_backward, 2, [MODERATE, UNIT]),
+                       Case(broadcast(2).map(lambda t: (*t, 0.1)), lambda g, x, eps: each(
+                           lambda g, x: Real(0) if x < o.struct_float32(0.1) or x > o.struct_float32(0.9)
+                           else f.logit_backward(g, x), 2).oracle(g, x))],
+    **{name: [each(getattr(f, name)), each(getattr(f, name), 1, st.floats(-2, 2, width=32))] for name in
+       "tan asin acos atan sinh cosh asinh acosh atanh sinc lgamma digamma".split()},
+    "atan2": [each(f.atan2, 2), each(f.atan2, 2, MODERATE)],
+    "polygamma": [drawn(n, tensors((5,), values), oracle=lambda n, x: each(
+        f.trigamma if n else f.digamma).oracle(x)) for n in (0, 1) for values in (ANY, MODERATE)],
     "xlogy": [each(lambda x, y: y if y.v != y.v else Real(0) if x.v == 0 else x * o.log(y), 2, FINITE)],
     "tanh_backward": [each(lambda g, y: g * (1 - y * y), 2, FINITE)],
     "sigmoid_backward": [each(lambda g, y: g * y * (1 - y), 2, FINITE)],
@@ -969,6 +1097,22 @@ CASES: dict[str, list[Case]] = {
     "hardswish": [each(lambda x: x * (clip(x, -3, 3) + 3) / 6, 1, FINITE)],
     "hardswish_backward": [
         each(lambda g, x: Real(0) if x <= -3 else g * (2 * x + 3) / 6 if x < 3 else g, 2, FINITE)],
+    "glu": [drawn(tensors((4, 2), FINITE), dim, oracle=lambda x, dim: (lambda a, b: array(
+        u * o.sigmoid(v) for u, v in zip(a.ravel(), b.ravel())).reshape(a.shape))(*halves(x, dim)))
+        for dim in (0, -1)],
+    "glu_backward": [drawn(tensors((2, 3), MODERATE), tensors((2, 6), MODERATE), 1, oracle=glu_backward),
+                     drawn(tensors((2, 2), MODERATE), tensors((4, 2), MODERATE), 0, oracle=glu_backward)],
+    "softshrink": [each(lambda x: x - 0.5 if x > 0.5 else x + 0.5 if x < -0.5 else x * 0),
+                   drawn(tensors((5,)), 0.1, oracle=lambda x, b: each(lambda x: x - float32_scalar(b) if x >
+                         float32_scalar(b) else x + float32_scalar(b) if -x > float32_scalar(b) else x * 0
+                         ).oracle(x))],
+    "hardshrink": [each(lambda x: Real(0) if abs(x) <= 0.5 else x)],
+    **{name: [Case(broadcast(2).map(lambda t: (*t, 0.3)), lambda g, x, b: each(
+        lambda g, x: Real(0) if abs(x) <= float32_scalar(b) else g, 2).oracle(g, x))]
+       for name in ("hardshrink_backward", "softshrink_backward")},
+    "rrelu_with_noise_backward": [
+        drawn(*[tensors((5,))] * 3, 0.1, 0.3, training, False, oracle=rrelu_backward)
+        for training in (False, True)],
     "_softmax": [along(softmax, 1, FINITE, False)],
     "_safe_softmax": [along(softmax, 1, FINITE)],
     "_softmax_backward_data": [
@@ -993,6 +1137,15 @@ CASES: dict[str, list[Case]] = {
     "binary_cross_entropy_backward": [slopes(bce_slope, 2, [UNIT, UNIT], None, "r")],
     "binary_cross_entropy_with_logits": [
         losses(lambda x, y: (1 - y) * x + o.softplus(-x), 2, [FINITE, UNIT], None, None, "r")],
+    "soft_margin_loss": [losses(lambda x, y: o.softplus(-(x * y)), 2, MODERATE)],
+    "soft_margin_loss_backward": [slopes(lambda x, y: -y * o.sigmoid(-(x * y)), 2, MODERATE)],
+    "multi_margin_loss": [Case(margins(False, False), lambda x, t, p, m, w, r: loss_of_terms(
+        x, [(i, v) for i, _, _, v, _ in margin_terms(x, t, p, m, w)], r))],
+    "multi_margin_loss_backward": [Case(margins(False, True), lambda g, x, t, p, m, w, r: slope_of_terms(
+        g, x, [(i, t, j, d) for i, t, j, _, d in margin_terms(x, t, p, m, w)], r))],
+    "multilabel_margin_loss_forward": [Case(margins(True, False), multilabel_margin)],
+    "multilabel_margin_loss_backward": [Case(margins(True, True), lambda g, x, t, r, _: slope_of_terms(
+        g, x, [(i, t, j, Real(1)) for i, t, j, _ in multilabel_terms(x, t)], r))],
 }  # fmt: skip
 
 # Operators that are tested elsewhere: the module and a test function in it.
@@ -1008,6 +1161,7 @@ ELSEWHERE = {
     "rand": "operators.test_random.test_rand_matches_pytorch",
     "rand_like": "operators.test_random.test_rand_matches_pytorch",
     "native_dropout": "operators.test_random.test_native_dropout_matches_cpu_dropout",
+    "rrelu_with_noise": "operators.test_random.test_rrelu_is_rounded_once",
     "native_dropout_backward": "operators.test_random.test_native_dropout_matches_cpu_dropout",
     "uniform_": "operators.test_random.test_uniform_is_rounded_once",
     "randn": "operators.test_random.test_normal_is_close_to_pytorch",
@@ -1033,6 +1187,8 @@ def path(request, monkeypatch):
 
 # Operators for which the sign of an exact zero depends on how the formula is written.
 ANY_ZERO = """
+multi_margin_loss multi_margin_loss_backward
+multilabel_margin_loss_forward multilabel_margin_loss_backward
 smooth_l1_loss smooth_l1_loss_backward huber_loss huber_loss_backward binary_cross_entropy
 binary_cross_entropy_backward binary_cross_entropy_with_logits
 _softmax _safe_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp

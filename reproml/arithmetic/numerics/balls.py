@@ -23,7 +23,7 @@ from typing import Any, Callable, Union
 import numpy as np
 import torch
 
-from reproml.arithmetic.numerics import elementary
+from reproml.arithmetic.numerics import elementary, special
 from reproml.arithmetic.numerics.rationals import Number, Rationals
 from reproml.arithmetic.numerics.rounding import U, gamma, two_sum
 
@@ -272,6 +272,21 @@ class Binary64Context(BallContext):
     def pi(self) -> Ball:
         return Ball(math.pi, self.u, 0, self)
 
+    @property
+    def ln2(self) -> Ball:
+        return Ball(0.6931471805599453, self.u, 0, self)
+
+    @property
+    def ln10(self) -> Ball:
+        return Ball(2.302585092994046, self.u, 0, self)
+
+    atan, lgamma, digamma, trigamma = (
+        special.atan,
+        special.lgamma,
+        special.digamma,
+        special.trigamma,
+    )
+
     def number(self, x: Number) -> float:
         return float(x)
 
@@ -375,6 +390,7 @@ _TRANSCENDENTAL = {
     "erf": (0, Fraction(0)),
     "erfc": (0, Fraction(1)),
     "erfinv": (0, Fraction(0)),
+    "atan": (0, Fraction(0)),
 }
 
 
@@ -398,6 +414,40 @@ class MultiPrecisionContext(BallContext):
     @property
     def pi(self) -> Ball:
         return Ball(+self.mp.pi, self.u, 0, self)
+
+    @property
+    def ln2(self) -> Ball:
+        return Ball(+self.mp.ln2, self.u, 0, self)
+
+    @property
+    def ln10(self) -> Ball:
+        return Ball(+self.mp.ln10, self.u, 0, self)
+
+    _atan: Callable[[Any], Any]
+
+    def atan(self, x: Ball) -> Ball:
+        return Ball(self._atan(x.mid), self.relative, x.error, self)  # no slope exceeds 1
+
+    def lgamma(self, x: Ball) -> Ball:
+        """The operand of this function and its derivatives must be an exact number."""
+        return self._with_twice_the_bits(self._lgamma, x)
+
+    def digamma(self, x: Ball) -> Ball:
+        return self._with_twice_the_bits(lambda x: self.mp.psi(0, x), x)
+
+    def trigamma(self, x: Ball) -> Ball:
+        return self._with_twice_the_bits(lambda x: self.mp.psi(1, x), x)
+
+    def _lgamma(self, x: Any) -> Any:
+        if x > 0:
+            return self.mp.loggamma(x)
+        return self.mp.log(self.mp.pi / abs(self.mp.sinpi(x))) - self.mp.loggamma(1 - x)
+
+    def _with_twice_the_bits(self, function: Callable[[Any], Any], x: Ball) -> Ball:
+        """Evaluate a function that may cancel near its zeros, of which no other binary32 number is one."""
+        with self.mp.workprec(2 * self.mp.prec + 200):
+            values = np.frompyfunc(function, 1, 1)(x.mid)
+        return Ball(values, self.relative, 0, self)
 
     def number(self, x: Number) -> Any:
         x = Fraction(x)
@@ -437,6 +487,16 @@ def _only_at(at: int, value: Fraction) -> Any:
     return np.frompyfunc(function, 1, 1)
 
 
+def _irrational(self: Any, x: Any) -> Any:
+    raise Irrational
+
+
+def _log_of_gamma(x: Fraction) -> Fraction:
+    if x not in (1, 2):
+        raise Irrational
+    return Fraction(0)
+
+
 def _square_root(x: Fraction) -> Fraction:
     n, d = x.numerator, x.denominator
     if x < 0 or isqrt(n) ** 2 != n or isqrt(d) ** 2 != d:
@@ -463,10 +523,14 @@ class RationalContext:
             setattr(self, name, _on_fractions(_only_at(at, value)))
         self.sqrt = _on_fractions(np.frompyfunc(_square_root, 1, 1))
         self.sinpi, self.cospi = (_on_fractions(_sinpi_shifted(n)) for n in (0, 1))
+        self.lgamma = _on_fractions(np.frompyfunc(_log_of_gamma, 1, 1))
 
     @property
     def pi(self) -> Any:
         raise Irrational
+
+    ln2 = ln10 = pi
+    digamma = trigamma = _irrational
 
     constant = Fraction
 

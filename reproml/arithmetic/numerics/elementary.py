@@ -39,7 +39,7 @@ def _horner(x: Tensor, coefficients: list[float]) -> Tensor:
     return y
 
 
-def _power_of_two(k: Tensor) -> Tensor:
+def power_of_two(k: Tensor) -> Tensor:
     """Return 2^k for integers -1022 <= k <= 1023 in a float64 tensor."""
     return ((k.to(torch.int64) + 1023) << 52).view(torch.float64)
 
@@ -57,7 +57,7 @@ def exp(x: Tensor) -> Tensor:
     r = (x - k * _LN2_HIGH) - k * _LN2_LOW
     # 2^k in two factors, as 2^1024 is not a binary64 number
     half = torch.floor(k * 0.5)
-    return _horner(r, _EXP) * _power_of_two(half) * _power_of_two(k - half)
+    return _horner(r, _EXP) * power_of_two(half) * power_of_two(k - half)
 
 
 def log(x: Tensor) -> Tensor:

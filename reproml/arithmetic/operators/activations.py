@@ -17,6 +17,7 @@ from torch import Tensor
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.balls import Formula
 from reproml.arithmetic.numerics.scalars import float32_scalar
+from reproml.arithmetic.operators.arguments import require
 from reproml.arithmetic.operators.pointwise import formula_operator
 
 HALF = Fraction(1, 2)
@@ -226,6 +227,29 @@ def log_sigmoid_backward(g: Tensor, x: Tensor, buffer: Tensor) -> Tensor:
     return elementwise(lambda ctx, g, x: g * ctx.sigmoid(-x), g, x)
 
 
+# ---- glu ---------------------------------------------------------------------------------------------
+
+
+def glu(x: Tensor, dim: int = -1) -> Tensor:
+    """Return a sigmoid(b), where a and b are the halves of x along `dim`."""
+    return elementwise(lambda ctx, a, b: a * ctx.sigmoid(b), *_halves(x, dim))
+
+
+def glu_backward(g: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Return the gradients of both halves, g sigmoid(b) and g a sigmoid(b) (1 - sigmoid(b))."""
+    a, b = _halves(x, dim)
+    of_a = elementwise(lambda ctx, g, b: g * ctx.sigmoid(b), g, b)
+    of_b = elementwise(lambda ctx, g, a, b: g * a * (ctx.sigmoid(b) * ctx.sigmoid(-b)), g, a, b)
+    return torch.cat([of_a, of_b], dim)
+
+
+def _halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    require(x.dim() > 0, "glu does not support 0-dimensional tensors")
+    n = x.shape[dim]
+    require(n % 2 == 0, f"Halving dimension must be even, but dimension {dim} is size {n}")
+    return x.narrow(dim, 0, n // 2), x.narrow(dim, n // 2, n // 2)
+
+
 # ---- piecewise linear and exponential ----------------------------------------------------------------
 
 
@@ -275,6 +299,32 @@ def elu_backward(
     else:
         below = elementwise(lambda ctx, g, x: g * i * s * a * ctx.exp(i * x), g, low)
     return torch.where(x > 0, g * float(s), below)
+
+
+def softshrink(x: Tensor, bound: float = 0.5) -> Tensor:
+    """Return x - bound where x > bound, x + bound where x < -bound, else a zero with x's sign."""
+    require(bound >= 0, f"lambda must be greater or equal to 0, but found to be {bound}.")
+    b = float(float32_scalar(bound))
+    return torch.where(x > b, x - b, torch.where(x < -b, x + b, x * 0.0))
+
+
+def hardshrink(x: Tensor, bound: float = 0.5) -> Tensor:
+    """Return 0 where |x| <= bound, else x."""
+    return shrink_backward(x, x, bound)
+
+
+def shrink_backward(g: Tensor, x: Tensor, bound: float) -> Tensor:
+    """Compute aten.softshrink_backward and hardshrink_backward: 0 where |x| <= bound, else g."""
+    return torch.where(x.abs() <= float(float32_scalar(bound)), 0.0, g)
+
+
+def rrelu_backward(
+    g: Tensor, x: Tensor, noise: Tensor, low: float, high: float, training: bool, is_result: bool
+) -> Tensor:
+    """Compute aten.rrelu_with_noise_backward: g noise, or that of leaky_relu by the mean slope."""
+    if training and high - low > 1e-6:
+        return g * noise
+    return leaky_relu_backward(g, x, (low + high) / 2, is_result)
 
 
 def hardtanh_backward(g: Tensor, x: Tensor, low: float, high: float) -> Tensor:

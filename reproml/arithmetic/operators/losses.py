@@ -25,7 +25,7 @@ NONE, MEAN, SUM = 0, 1, 2
 
 def mse_loss(x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
     """Return (x - y)^2."""
-    return _loss(lambda ctx, x, y: (x - y) * (x - y), reduction, x, y)
+    return reduced_loss(lambda ctx, x, y: (x - y) * (x - y), reduction, x, y)
 
 
 def mse_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:
@@ -55,7 +55,7 @@ def smooth_l1_loss(x: Tensor, y: Tensor, reduction: int = MEAN, beta: float = 1.
         d = abs(x - y)
         return ctx.choose(near < 1, d - b * HALF, d * d / (2 * b)) if b else d
 
-    return _loss(formula, reduction, x, y, _is_within(x, y, beta))
+    return reduced_loss(formula, reduction, x, y, _is_within(x, y, beta))
 
 
 def smooth_l1_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int, beta: float) -> Tensor:
@@ -65,7 +65,7 @@ def smooth_l1_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int, bet
     def formula(ctx: Any, x: Any, y: Any, near: Any, sign: Any) -> Any:
         return ctx.choose(near < 1, sign, (x - y) / b) if b else sign
 
-    return _gradient(formula, reduction, g, x, y, _is_within(x, y, beta), _sign(x, y))
+    return loss_gradient(formula, reduction, g, x, y, _is_within(x, y, beta), _sign(x, y))
 
 
 def huber_loss(x: Tensor, y: Tensor, reduction: int = MEAN, delta: float = 1.0) -> Tensor:
@@ -76,7 +76,7 @@ def huber_loss(x: Tensor, y: Tensor, reduction: int = MEAN, delta: float = 1.0) 
         d = abs(x - y)
         return ctx.choose(near < 1, b * (d - b * HALF), d * d * HALF)
 
-    return _loss(formula, reduction, x, y, _is_within(x, y, delta))
+    return reduced_loss(formula, reduction, x, y, _is_within(x, y, delta))
 
 
 def huber_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int, delta: float) -> Tensor:
@@ -86,7 +86,7 @@ def huber_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int, delta: 
     def formula(ctx: Any, x: Any, y: Any, near: Any, sign: Any) -> Any:
         return ctx.choose(near < 1, b * sign, x - y)
 
-    return _gradient(formula, reduction, g, x, y, _is_within(x, y, delta), _sign(x, y))
+    return loss_gradient(formula, reduction, g, x, y, _is_within(x, y, delta), _sign(x, y))
 
 
 def binary_cross_entropy(
@@ -107,7 +107,7 @@ def binary_cross_entropy(
 
     zero = (x.double() < 3.720075976020836e-44).float()  # exp(-100)
     one = (x == 1).float()
-    return _loss(formula, reduction, x, y, _weight_or_one(weight, x), zero, one)
+    return reduced_loss(formula, reduction, x, y, _weight_or_one(weight, x), zero, one)
 
 
 def binary_cross_entropy_backward(
@@ -120,7 +120,7 @@ def binary_cross_entropy_backward(
     def formula(ctx: Any, x: Any, y: Any, w: Any, tiny: Any) -> Any:
         return w * (x - y) / ((1 - tiny) * (x * (1 - x)) + tiny * small)
 
-    return _gradient(formula, reduction, g, x, y, _weight_or_one(weight, x), tiny)
+    return loss_gradient(formula, reduction, g, x, y, _weight_or_one(weight, x), tiny)
 
 
 def binary_cross_entropy_with_logits(
@@ -139,13 +139,15 @@ def binary_cross_entropy_with_logits(
         linear = ctx.choose(x < 0, 0 * x - p * y * x, (1 - y) * x)
         return w * (linear + (1 + (p - 1) * y) * ctx.log1p(ctx.exp(-abs(x))))
 
-    return _loss(formula, reduction, x, y, _weight_or_one(weight, x), _weight_or_one(pos_weight, x))
+    return reduced_loss(
+        formula, reduction, x, y, _weight_or_one(weight, x), _weight_or_one(pos_weight, x)
+    )
 
 
 # ---- helpers of the losses above ---------------------------------------------------------------------
 
 
-def _loss(formula: Callable[..., Any], reduction: int, *operands: Tensor) -> Tensor:
+def reduced_loss(formula: Callable[..., Any], reduction: int, *operands: Tensor) -> Tensor:
     """Return the formula's sum or mean over all elements, or for NONE each value, rounded once."""
     if reduction == NONE:
         return elementwise(formula, *operands)
@@ -170,7 +172,9 @@ def _loss(formula: Callable[..., Any], reduction: int, *operands: Tensor) -> Ten
     return rowwise(value, 0, *flat, reference=of_distinct_elements).reshape(())
 
 
-def _gradient(formula: Callable[..., Any], reduction: int, g: Tensor, *operands: Tensor) -> Tensor:
+def loss_gradient(
+    formula: Callable[..., Any], reduction: int, g: Tensor, *operands: Tensor
+) -> Tensor:
     """Return g times each value of the formula, for MEAN divided by their number, rounded once."""
     n = _divisor(reduction, *operands)
     return elementwise(lambda ctx, g, *x: g * formula(ctx, *x) / n, g, *operands)

@@ -1,4 +1,4 @@
-"""Arithmetic, comparisons, powers and elementary functions of single elements, each rounded once.
+"""Arithmetic, comparisons and elementary functions of single elements, each rounded once.
 
 Functions are named like PyTorch's operators. Tensors are float32 and broadcast together.
 """
@@ -14,6 +14,7 @@ from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.devices import to_device
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import float32_operands
+from reproml.arithmetic.operators.remainders import rounded_quotient
 from reproml.errors import NotExactError
 
 # ---- one IEEE 754 operation --------------------------------------------------------------------------
@@ -51,14 +52,18 @@ def div(x: Any, y: Any, *, rounding_mode: Optional[str] = None) -> Tensor:
     then to binary32, which gives the correctly rounded quotient, because 53 >= 2 * 24 + 2 (Figueroa, ACM
     SIGNUM Newsletter 30(3), 1995).
 
-    With a rounding_mode, PyTorch divides integers. Raises NotExactError for other numbers.
+    With a rounding_mode, it is `remainders.rounded_quotient`, or for integers PyTorch's.
+    Raises NotExactError for float64 numbers then.
     """
     if rounding_mode is not None:
         if not any(_is_float(t) for t in (x, y)):
             return torch.div(x, y, rounding_mode=rounding_mode)
-        raise NotExactError(
-            f"A division with rounding_mode={rounding_mode!r} is defined for integers only."
-        )
+        if _is_float64(x, y):
+            raise NotExactError(
+                f"A division with rounding_mode={rounding_mode!r} is not defined for torch.float64."
+            )
+        x, y = float32_operands(x, y)
+        return rounded_quotient(x, y, rounding_mode)
     if _is_float64(x, y):
         return torch.div(x, y)
     a, b = float32_operands(x, y)
@@ -99,6 +104,12 @@ def signbit(x: Tensor) -> Tensor:
     return torch.signbit(x) & ~x.isnan()
 
 
+def copysign(x: Any, y: Any) -> Tensor:
+    """Return |x| with the sign of y, which is + for NaN, whose sign depends on the machine."""
+    x, y = float32_operands(x, y)
+    return torch.copysign(x, torch.where(y.isnan(), 1.0, y))
+
+
 def allclose(
     x: Tensor, y: Tensor, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
 ) -> bool:
@@ -134,6 +145,16 @@ def maximum(x: Tensor, y: Tensor) -> Tensor:
 def minimum(x: Tensor, y: Tensor) -> Tensor:
     """Return the smaller of x and y, where -0 < +0."""
     return torch.where((x == 0) & (y == 0), -((-x) + (-y)), torch.minimum(x, y))
+
+
+def fmax(x: Tensor, y: Tensor) -> Tensor:
+    """Return the larger of x and y, where +0 > -0; the other one if one of them is NaN."""
+    return torch.where(y.isnan(), x, torch.where(x.isnan(), y, maximum(x, y)))
+
+
+def fmin(x: Tensor, y: Tensor) -> Tensor:
+    """Return the smaller of x and y, where -0 < +0; the other one if one of them is NaN."""
+    return torch.where(y.isnan(), x, torch.where(x.isnan(), y, minimum(x, y)))
 
 
 def clamp(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
@@ -204,63 +225,6 @@ def lerp(x: Tensor, y: Tensor, weight: Any) -> Tensor:
     """Return x + weight (y - x)."""
     w = weight if isinstance(weight, Tensor) else float(float32_scalar(weight))
     return elementwise(lambda ctx, x, y, w: x + w * (y - x), x, y, w)
-
-
-def power(x: Any, exponent: Any) -> Tensor:
-    """Compute aten.pow for a tensor and a number.
-
-    A power with an integer exponent up to 64 is a product, any other is exp(exponent log x).
-
-    Raises NotExactError if the exponent is a tensor.
-    """
-    if not isinstance(x, Tensor) or isinstance(exponent, Tensor):
-        raise NotExactError(
-            "A power whose exponent is a tensor has no exact definition; use a number as the exponent."
-        )
-    p = float32_scalar(exponent)
-    if p == 2:
-        return x * x
-    if p == 0:
-        return torch.ones_like(x)
-    if p.denominator == 1 and abs(p) <= 64:
-        return elementwise(lambda ctx, x: _integer_power(x, int(p)), x)
-    if p.denominator == 1:
-        return _large_integer_power(x.float(), int(p))
-    y = elementwise(lambda ctx, x: ctx.exp(p * ctx.log(x)), torch.where(x > 0, x, 1.0))
-    at_zero = torch.where(x == 0, 0.0 if p > 0 else torch.inf, torch.nan)
-    return torch.where(x > 0, y, at_zero)
-
-
-def _integer_power(x: Any, n: int) -> Any:
-    if n < 0:
-        return 1 / _integer_power(x, -n)
-    y = x
-    for _ in range(n - 1):
-        y = y * x
-    return y
-
-
-def _large_integer_power(x: Tensor, p: int) -> Tensor:
-    """Return x^p for |p| > 64, as exp(p log |x|) with the sign of the power.
-
-    A power of a power of two is one as well. No other power is a binary32 number or halfway between two,
-    as its odd factor has over 100 bits, so that the rounding test decides it.
-    """
-    # An exponent beyond 2^32 is even, and its powers of all numbers but 1 overflow or underflow.
-    p = max(-(2**32), min(p, 2**32))
-    size = x.abs()
-    fraction, exponent = torch.frexp(size)
-    is_power_of_two = fraction == 0.5
-    places = ((exponent.long() - 1) * p).clamp(-1000, 1000)
-    power_of_two = (places + 1023 << 52).view(torch.float64).float()
-    # The powers of numbers beyond these bounds overflow or underflow, like those of the bounds.
-    largest = max(1 + 2.0**-23, 2.0 ** (256 / abs(p)))
-    smallest = min(1 - 2.0**-24, 2.0 ** (-256 / abs(p)))
-    other = torch.where(is_power_of_two | size.isnan(), 3.0, size).clamp(smallest, largest)
-    y = elementwise(lambda ctx, x: ctx.exp(p * ctx.log(x)), other)
-    y = torch.where(is_power_of_two, power_of_two, y)
-    y = torch.where(size == 0, 0.0 if p > 0 else torch.inf, torch.where(x.isnan(), x, y))
-    return torch.where(torch.signbit(x), -y, y) if p % 2 else y
 
 
 def xlogy(x: Any, y: Any) -> Tensor:

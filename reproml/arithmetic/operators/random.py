@@ -14,16 +14,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
-from reproml.arithmetic.numerics.devices import to_device
+from reproml.arithmetic.dispatch.deferred import replay_log
+from reproml.arithmetic.numerics.devices import is_on_accelerator, to_device
 from reproml.arithmetic.numerics.libm import EXACT_MATH, rounded_to_odd
 from reproml.arithmetic.numerics.rounding import nearest
 from reproml.arithmetic.numerics.scalars import float32_scalar
+from reproml.arithmetic.operators.activations import leaky_relu
 from reproml.arithmetic.operators.arguments import require
 from reproml.errors import NotExactError
 from reproml.torch_internals import UnknownPyTorchError
@@ -46,6 +49,33 @@ def uniform_(x: Tensor, low: float = 0, high: float = 1, *, generator: Any = Non
     u = _uniform_like(x, torch.float32, generator)
     a, b = float32_scalar(low), float32_scalar(high)
     return x.copy_(u if (low, high) == (0, 1) else elementwise(lambda ctx, u: u * (b - a) + a, u))
+
+
+def rrelu(
+    x: Tensor,
+    noise: Tensor,
+    low: float = 1 / 8,
+    high: float = 1 / 3,
+    training: bool = False,
+    generator: Any = None,
+) -> Tensor:
+    """Compute aten.rrelu_with_noise: x, or x r where x <= 0, with r = u (high - low) + low.
+
+    r is written to noise, which is 1 elsewhere. A float64 number u is drawn for each such x, as PyTorch
+    does. Without training, r is the mean of low and high, and noise is not written.
+    """
+    if not training:
+        return leaky_relu(x, (low + high) / 2)
+    _require_cpu(generator)
+    if is_on_accelerator(x):
+        replay_log.flush()
+    negative = x <= 0
+    count = int(negative.sum())
+    u = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+    a, b = Fraction(low), Fraction(high)
+    r = elementwise(lambda ctx, u: u * (b - a) + a, u)
+    noise.copy_(torch.ones_like(noise).masked_scatter(negative, _to(r, x.device)))
+    return torch.where(negative, x * noise, x)
 
 
 def randn(

@@ -75,6 +75,30 @@ def test_uniform_is_rounded_once(low, width):
     assert torch.allclose(native, exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", [*LAYOUTS, "channels_last"])
+def test_rrelu_is_rounded_once(layout):
+    """It draws a number for each x <= 0, in logical order; natively in the order of memory."""
+    start, low, high = torch.linspace(-2, 1, 120).reshape(2, 3, 4, 5), 0.1, 0.3
+    start[0, 0, 0, :2] = torch.tensor([-0.0, math.nan])
+    values = empty(start.shape, layout).copy_(start)
+    for train in (False, True):
+        native, exact = both(lambda layout, train=train: torch.rrelu(
+            start if layout == "plain" else values, low, high, train), layout)  # fmt: skip
+        assert torch.allclose(native, exact, rtol=1e-6, equal_nan=True)
+    torch.manual_seed(5)
+    negative = start <= 0
+    draws = torch.rand(int(negative.sum()), dtype=torch.float64)
+    noise = torch.zeros(start.shape)
+    torch.manual_seed(5)
+    with reproml.exact():
+        exact = torch.ops.aten.rrelu_with_noise(values, noise, low, high, True)
+        assert torch.ops.aten.rrelu_with_noise_(values, noise.clone(), low, high, False) is values
+    slopes = [Real(u) * (Real(high) - Real(low)) + Real(low) for u in draws.tolist()]
+    check(noise[negative], np.array(slopes, dtype=object))
+    assert (noise[~negative] == 1).all()
+    check(exact, np.where(negative, reals(start) * reals(noise), reals(start)))
+
+
 def test_like_draws_from_the_generator():
     """Newer versions of PyTorch have overloads with a generator."""
     generator = torch.Generator()

@@ -16,8 +16,12 @@ from reproml.arithmetic.distributed.sharded import DEFAULT, FUNCTIONS, OPERATORS
 ELEMENTWISE = """
     add sub rsub mul div reciprocal sqrt rsqrt neg abs sign sgn pow addcmul addcdiv lerp xlogy
     exp expm1 log log1p sin cos tanh sigmoid erf erfc erfinv
+    hypot copysign fmax fmin frac fmod remainder floor_divide nan_to_num heaviside
+    special_xlog1py exp2 log2 log10 logaddexp logaddexp2 logit logit_backward
+    tan asin acos atan atan2 sinh cosh asinh acosh atanh sinc lgamma digamma polygamma
     relu threshold gelu silu softplus mish log_sigmoid_forward leaky_relu _prelu_kernel elu celu
-    hardtanh hardsigmoid hardswish
+    hardtanh hardsigmoid hardswish softshrink hardshrink softshrink_backward hardshrink_backward
+    rrelu_with_noise_backward
     tanh_backward sigmoid_backward threshold_backward gelu_backward silu_backward softplus_backward
     mish_backward log_sigmoid_backward leaky_relu_backward _prelu_kernel_backward elu_backward
     hardtanh_backward hardsigmoid_backward hardswish_backward
@@ -61,7 +65,7 @@ OPERATORS.update({
         "nll_loss_forward": losses.nll_loss,
         "nll_loss_backward nll_loss2d_backward": losses.nll_loss_backward,
         """
-            mse_loss_backward smooth_l1_loss_backward huber_loss_backward
+            mse_loss_backward smooth_l1_loss_backward huber_loss_backward soft_margin_loss_backward
             binary_cross_entropy_backward
         """: losses.loss_backward,
         "view _unsafe_view _reshape_alias": views.view,
@@ -92,6 +96,7 @@ FUNCTIONS.update(dict.fromkeys([
     F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.kl_div,
     F.poisson_nll_loss, F.hinge_embedding_loss, F.multilabel_soft_margin_loss,
     F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
+    F.soft_margin_loss, F.multi_margin_loss, F.multilabel_margin_loss,
     F.cosine_similarity, F.pairwise_distance,
 ], shard_targets(2)))
 FUNCTIONS.update(dict.fromkeys([

@@ -1,0 +1,183 @@
+"""Losses of margins and their gradients: each is one formula of real numbers, rounded once.
+
+Functions are named like PyTorch's operators. x is the input, float32 [n, classes] or [classes]; a loss is
+float32 [n] or [], or float32 [] after a reduction. A term that is NaN counts as 0, as in PyTorch.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
+from reproml.arithmetic.numerics.rounding import two_sum
+from reproml.arithmetic.numerics.scalars import float32_scalar
+from reproml.arithmetic.operators.activations import softplus_formula
+from reproml.arithmetic.operators.arguments import require, require_shape
+from reproml.arithmetic.operators.losses import MEAN, NONE, loss_gradient, reduced_loss
+
+
+def soft_margin_loss(x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
+    """Return log(1 + exp(-x y))."""
+    return reduced_loss(lambda ctx, x, y: softplus_formula(ctx, -(x * y)), reduction, x, y)
+
+
+def soft_margin_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:
+    """Return -g y sigmoid(-x y), for MEAN divided by the number of elements."""
+    return loss_gradient(lambda ctx, x, y: -y * ctx.sigmoid(-(x * y)), reduction, g, x, y)
+
+
+# ---- one class a row ---------------------------------------------------------------------------------
+
+
+def multi_margin_loss(
+    x: Tensor,
+    target: Tensor,
+    p: float = 1,
+    margin: float = 1,
+    weight: Optional[Tensor] = None,
+    reduction: int = MEAN,
+) -> Tensor:
+    """Return w sum max(0, margin - x[target] + x[j])^p / classes over all j but the target; p is 1 or 2."""
+    terms = _MultiMargin(x, target, p, margin, weight)
+    loss = _summed(terms.formula, reduction, terms.classes, *terms.operands)
+    return loss.reshape(target.shape) if reduction == NONE else loss
+
+
+def multi_margin_loss_backward(
+    g: Tensor,
+    x: Tensor,
+    target: Tensor,
+    p: float,
+    margin: float,
+    weight: Optional[Tensor] = None,
+    reduction: int = MEAN,
+) -> Tensor:
+    """Return g times the derivative of each term, and at the target minus their sum."""
+    terms = _MultiMargin(x, target, p, margin, weight)
+    divisor = terms.classes * (len(terms.own) if reduction == MEAN else 1)
+
+    def slope(ctx: Any, g: Any, *operands: Any) -> Any:
+        return g * terms.slope(ctx, *operands) / divisor
+
+    g = g.reshape(-1, 1)
+    others = elementwise(slope, g, *terms.operands)
+    own = rowwise(lambda ctx, *v: -ctx.sum(slope(ctx, *v)), 1, g, *terms.operands)
+    return torch.where(terms.is_target, own, others).reshape(x.shape)
+
+
+class _MultiMargin:
+    """The operands of multi_margin_loss as rows [n, classes], and the formulas of its terms."""
+
+    def __init__(
+        self, x: Tensor, target: Tensor, p: float, margin: float, weight: Optional[Tensor]
+    ) -> None:
+        require(p in (1, 2), "only p == 1 and p == 2 supported")
+        rows, index = _as_rows(x), target.reshape(-1, 1)
+        self.classes = rows.shape[1]
+        _require_same_count(len(index), len(rows))
+        require_shape("the weight", weight, (self.classes,))
+        require((index >= 0) & (index < self.classes), "target out of range")
+        m = float32_scalar(margin)
+        self.is_target = torch.arange(self.classes, device=x.device) == index
+        self.own = rows.gather(1, index)
+        active = _exceeds(m, self.own, rows) & ~self.is_target
+        w = torch.ones_like(self.own) if weight is None else weight[index]
+        self.operands = (
+            *(torch.where(active, t, 0.0) for t in (rows, self.own)),
+            w,
+            active.float(),
+        )
+        square = p == 2
+        self.formula = lambda ctx, x, own, w, active: (
+            active * (w * (m - own + x) * (m - own + x) if square else w * (m - own + x))
+        )
+        self.slope = lambda ctx, x, own, w, active: (
+            active * (w * (2 * (m - own + x)) if square else w)
+        )
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """Return x as [n, classes]; a number is one row of one class."""
+    require(x.dim() <= 2 and x.numel(), f"an input of shape {list(x.shape)} is not supported")
+    return x.reshape(-1, x.shape[-1] if x.dim() else 1)
+
+
+def _require_same_count(targets: int, expected: int) -> None:
+    require(targets == expected, f"{expected} targets are expected, not {targets}")
+
+
+def _exceeds(margin: Fraction, own: Tensor, other: Tensor) -> Tensor:
+    """Return whether margin - own + other > 0 holds exactly.
+
+    s + t is margin - own, and s + other has the sign of the sum: if it is not 0, it is at least 2 |t|, as
+    it is exact where it is small, and then a multiple of the last place of s.
+    """
+    s, t = two_sum(torch.full_like(own.double(), float(margin)), -own.double())
+    total = s + other.double()
+    return (total > 0) | ((total == 0) & (t > 0))
+
+
+def _summed(formula: Any, reduction: int, classes: int, *operands: Tensor) -> Tensor:
+    """Return the sum of the terms of each row / classes, or for SUM and MEAN of all rows, rounded once."""
+    rows = torch.broadcast_tensors(*operands)
+    if reduction == NONE:
+        return rowwise(lambda ctx, *x: ctx.sum(formula(ctx, *x)) / classes, 1, *rows)
+    n = classes * (len(rows[0]) if reduction == MEAN else 1)
+    flat = [x.reshape(-1) for x in rows]
+    return rowwise(lambda ctx, *x: ctx.sum(formula(ctx, *x)) / n, 0, *flat).reshape(())
+
+
+# ---- several classes a row ---------------------------------------------------------------------------
+
+
+def multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int) -> tuple[Tensor, Tensor]:
+    """Compute aten.multilabel_margin_loss_forward: the loss, and 1 at the classes of `target`, else 0.
+
+    The loss is sum max(0, 1 - x[t] + x[j]) / classes over all t of a row of `target` up to its first -1,
+    and all j that are not among them.
+    """
+    pairs = _Pairs(x, target)
+    loss = _summed(
+        lambda ctx, own, other, active: active * (1 - own + other),
+        reduction,
+        pairs.operands[1].shape[2],
+        *(t.flatten(1) for t in pairs.operands),
+    )
+    return (loss.reshape(x.shape[:-1]) if reduction == NONE else loss), pairs.is_target
+
+
+def multilabel_margin_loss_backward(
+    g: Tensor, x: Tensor, target: Tensor, reduction: int, is_target: Tensor
+) -> Tensor:
+    """Return g / classes times the number of terms that have x as x[j], minus that as x[t]."""
+    pairs = _Pairs(x, target)
+    active = pairs.operands[2].long()
+    count = active.sum(1).scatter_add(1, pairs.index, -active.sum(2))
+    divisor = count.shape[1] * (len(count) if reduction == MEAN else 1)
+    out = elementwise(lambda ctx, g, n: g * n / divisor, g.reshape(-1, 1), count.double())
+    return out.reshape(x.shape)
+
+
+class _Pairs:
+    """All pairs of a target and another class, as operands [n, targets, classes]."""
+
+    def __init__(self, x: Tensor, target: Tensor) -> None:
+        rows = _as_rows(x)
+        _require_same_count(target.numel(), x.numel())
+        index, classes = target.reshape(rows.shape), rows.shape[1]
+        require((index >= -1) & (index < classes), "target is out of range")
+        listed = (index >= 0).long().cumprod(1)
+        self.index = index * listed
+        marks = torch.zeros_like(index).scatter_add(1, self.index, listed)
+        self.is_target = (marks > 0).to(x.dtype).reshape(target.shape)
+        own, other = rows.gather(1, self.index).unsqueeze(2), rows.unsqueeze(1)
+        active = _exceeds(Fraction(1), own, other) & (listed.unsqueeze(2) > 0)
+        active = active & (marks == 0).unsqueeze(1)
+        self.operands = (
+            *(torch.where(active, t, 0.0) for t in (own, other)),
+            active.float(),
+        )

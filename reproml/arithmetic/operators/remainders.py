@@ -1,0 +1,94 @@
+"""Remainders, and quotients and numbers rounded to integers or decimals, each rounded once.
+
+The real numbers x / y and x - n y, with the integer n next to x / y, are rounded only at the end. PyTorch
+computes with x / y rounded, and may return a quotient that is off by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.numerics.elementary import power_of_two
+from reproml.arithmetic.operators.arguments import float32_operands
+
+_STEP = 38  # a remainder of 24 bits is shifted by so many at once, within int64
+
+
+def fmod(x: Any, y: Any) -> Tensor:
+    """Return x - y trunc(x / y), which is a binary32 number; a zero has the sign of x."""
+    x, y = float32_operands(x, y)
+    regular = x.isfinite() & y.isfinite() & (y != 0)
+    r = _remainder(torch.where(regular, x, 0.0), torch.where(regular, y, 1.0))
+    limit = torch.where(x.isfinite() & y.isinf(), x, torch.nan)
+    return torch.where(regular, torch.copysign(r, x), limit)
+
+
+def remainder(x: Any, y: Any) -> Tensor:
+    """Return x - y floor(x / y), whose sign is that of y; a zero has the sign of x."""
+    x, y = float32_operands(x, y)
+    r = fmod(x, y)
+    return torch.where(_is_rounded_up(r, y), r + y, r)
+
+
+def floor_divide(x: Any, y: Any) -> Tensor:
+    """Return floor(x / y)."""
+    x, y = float32_operands(x, y)
+    return rounded_quotient(x, y, "floor")
+
+
+def frac(x: Tensor) -> Tensor:
+    """Return x - trunc(x), which is a binary32 number."""
+    return x - x.trunc()
+
+
+def rounded_quotient(x: Tensor, y: Tensor, mode: str) -> Tensor:
+    """Return floor(x / y), or trunc(x / y) for the mode "trunc", of the exact quotient.
+
+    Where y is infinite, floor(x / y) is -1 for operands of different signs; where x is, it is NaN, as in
+    PyTorch. A zero has the sign of x / y.
+    """
+    if mode not in ("floor", "trunc"):
+        raise RuntimeError(
+            f"div expected rounding_mode to be one of None, 'trunc', or 'floor' but found '{mode}'"
+        )
+    r = fmod(x, y)
+    down = (_is_rounded_up(r, y) & (mode == "floor")).float()
+    regular = x.isfinite() & y.isfinite() & (y != 0)
+    q = elementwise(
+        lambda ctx, x, r, y, down: (x - r) / y - down,
+        *(torch.where(regular, t, 0.0) for t in (x, r)),
+        torch.where(regular, y, 1.0),
+        down,
+    )
+    zero = torch.where(torch.signbit(x) != torch.signbit(y), -0.0, 0.0)
+    q = torch.where(q == 0, zero, q)
+    if mode == "trunc":
+        return torch.where(regular, q, (x / y).trunc())
+    limit = torch.where(x.isfinite() & y.isinf(), torch.where(down > 0, -1.0, zero), torch.nan)
+    return torch.where(regular, q, torch.where(y == 0, x / y, limit))
+
+
+def _is_rounded_up(r: Tensor, y: Tensor) -> Tensor:
+    """Return whether trunc(x / y), which has the remainder r, is greater than floor(x / y)."""
+    return (r != 0) & ((r < 0) != (y < 0))
+
+
+def _remainder(x: Tensor, y: Tensor) -> Tensor:
+    """Return |x| modulo |y| for finite x and y, y != 0.
+
+    |x| = m 2^e and |y| = n 2^f with integers of 24 bits. For e >= f it is (m 2^(e - f) mod n) 2^f, where m
+    is shifted by up to 38 bits at once and e - f is at most 276; for e < f it is (m mod n 2^(f - e)) 2^e.
+    """
+    (m, e), (n, f) = (torch.frexp(t.double().abs()) for t in (x, y))
+    r, n = (m * 2.0**24).long(), (n * 2.0**24).long()
+    left = (e - f).clamp(min=0).long()
+    n = n << (f - e).clamp(0, _STEP).long()  # beyond 24, all of m is the remainder
+    r = r.remainder(n)
+    for _ in range(8):
+        step = left.clamp(max=_STEP)
+        r, left = (r << step).remainder(n), left - step
+    return (r.double() * power_of_two(torch.minimum(e, f) - 24)).float()

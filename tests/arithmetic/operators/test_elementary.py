@@ -1,0 +1,108 @@
+"""Test elementary functions and remainders: gradients, forms of an operator, exact values in masses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import reproml
+from verification.op_db import difference
+from verification.oracle import same_bits
+
+aten = torch.ops.aten
+UNIT = torch.linspace(-0.9, 0.9, 24)
+POSITIVE = torch.linspace(1.1, 7, 24)
+FUNCTIONS: dict[str, Any] = {
+    **{name: UNIT for name in "exp2 tan asin acos atan sinh cosh asinh atanh sinc digamma".split()},
+    **{name: POSITIVE for name in "log2 log10 acosh lgamma frac".split()},
+    "logit": UNIT.abs(),
+}
+BINARY = """
+pow fmod remainder hypot atan2 logaddexp logaddexp2 special_xlog1py copysign fmax fmin floor_divide
+""".split()
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *BINARY[:-1]])  # floor_divide has no gradient
+def test_gradient_is_close_to_that_in_float64(name):
+    operands = [FUNCTIONS[name]] if name in FUNCTIONS else [POSITIVE, POSITIVE.flip(0) / 3 + 0.1]
+    function, results = getattr(aten, name), []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [x.clone().to(dtype).requires_grad_() for x in operands]
+        with reproml.exact() if dtype is torch.float32 else torch.enable_grad():
+            y = function(*leaves)
+            y.backward(torch.linspace(-1, 2, 24, dtype=dtype))
+        results.append([y.detach(), *[x.grad for x in leaves if x.grad is not None]])
+    assert len(results[0]) == len(results[1]) == 1 + len(operands)
+    for got, reference in zip(*results):
+        assert got.dtype is torch.float32
+        assert not difference(got, reference, 2.0**-21 * (1 + reference.abs()))
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *BINARY])
+def test_other_forms_have_the_same_bits(name):
+    operands = [POSITIVE / 8] if name in FUNCTIONS else [POSITIVE, POSITIVE.flip(0) / 3]
+    function = getattr(aten, name)
+    with reproml.exact():
+        expected, out = function(*operands), torch.empty(0)
+        assert function(*operands, out=out) is out and same_bits(out, expected)
+        if hasattr(aten, name + "_"):
+            x = operands[0].clone()
+            assert getattr(aten, name + "_")(x, *operands[1:]) is x and same_bits(x, expected)
+        strided = [torch.stack([x, x], 1)[:, 0] for x in operands]
+        assert same_bits(function(*strided), expected)
+
+
+FOREACH = "acos asin atan cosh sinh tan frac lgamma".split()
+
+
+@pytest.mark.parametrize("name", FOREACH)
+def test_foreach_forms_have_the_same_bits(name):
+    xs = [UNIT.abs(), POSITIVE[:3] / 8]
+    with reproml.exact():
+        expected = [getattr(aten, name)(x) for x in xs]
+        assert all(map(same_bits, getattr(torch, f"_foreach_{name}")(xs), expected))
+        copies = [x.clone() for x in xs]
+        getattr(torch, f"_foreach_{name}_")(copies)
+        assert all(map(same_bits, copies, expected))
+
+
+def test_foreach_powers_have_the_same_bits():
+    xs, ys = [POSITIVE, POSITIVE[:3]], [POSITIVE / 4, POSITIVE[:3] - 3]
+    with reproml.exact():
+        pairs = [
+            (torch._foreach_pow(xs, ys), [torch.pow(x, y) for x, y in zip(xs, ys)]),
+            (torch._foreach_pow(xs, 0.3), [torch.pow(x, 0.3) for x in xs]),
+            (torch._foreach_pow(xs, [2.5, -3]), [torch.pow(x, p) for x, p in zip(xs, (2.5, -3))]),
+            (torch._foreach_pow(3.5, ys), [torch.pow(3.5, y) for y in ys]),
+        ]
+    for found, expected in pairs:
+        assert all(map(same_bits, found, expected))
+
+
+@pytest.mark.parametrize(
+    "name, values, exact",
+    [
+        ("exp2", range(-149, 128), lambda n: 2.0**n),
+        ("exp2", [-150.0, -151.0], lambda n: 0), ("exp2", [128.0, 1e30], lambda n: torch.inf),
+        ("log2", [2.0**n for n in range(-149, 128)], lambda x: torch.tensor(x).frexp()[1].item() - 1),
+        ("log10", [10.0**n for n in range(11)], lambda x: len(str(int(x))) - 1),
+        ("atan", [0.0], lambda x: 0), ("acos", [1.0], lambda x: 0), ("acosh", [1.0], lambda x: 0),
+        ("logit", [0.5], lambda x: 0), ("lgamma", [1.0, 2.0], lambda x: 0), ("cosh", [0.0], lambda x: 1),
+        ("sinc", range(-5, 6), lambda n: n == 0), ("sinh", [0.0], lambda x: 0),
+    ],
+)  # fmt: skip
+def test_many_rational_values_are_exact(name, values, exact):
+    x = torch.tensor([float(v) for v in values]).repeat(2000)
+    expected = torch.tensor([float(exact(v)) for v in values]).repeat(2000)
+    with reproml.exact():
+        assert same_bits(getattr(aten, name)(x), expected)
+
+
+def test_second_derivative_of_digamma_is_refused():
+    x = torch.ones(2, requires_grad=True)
+    with reproml.exact():
+        y = aten.polygamma(1, x)
+        with pytest.raises(reproml.NotExactError, match=r"only n = 0 and n = 1"):
+            y.sum().backward()
