@@ -16,6 +16,7 @@ backward:
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections import Counter
@@ -39,7 +40,8 @@ COMPOSITE = frozenset(
     """
     native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
     native_batch_norm_backward native_layer_norm native_layer_norm_backward native_group_norm
-    native_group_norm_backward
+    native_group_norm_backward renorm embedding_renorm
+    histogram
     """.split()
 )
 STEPS = 2.0**-19
@@ -50,7 +52,7 @@ FACTORIES = frozenset({"arange", "linspace"})  # made of Python numbers alone
 AS_GIVEN = (
     COMPOSITE
     | FACTORIES
-    | {"var", "std"}
+    | {"var", "std", "var_mean", "std_mean"}
     | {"smooth_l1_loss", "smooth_l1_loss_backward", "huber_loss", "huber_loss_backward"}
 )
 
@@ -58,9 +60,16 @@ AS_GIVEN = (
 REFERENCE = 2.0**-46
 # Allowed error from end to end, relative to the largest element, or to 1.
 COARSE = 2.0**-13
+# The gradient consists of logarithms and exponentials, whose errors grow with the numbers.
+COARSE_OF = {"logcumsumexp": 2.0**-9}
 
-# Outputs that only PyTorch's own backward kernel reads, which exact() replaces.
-UNUSED = frozenset({("log_sigmoid_forward", 1), ("nll_loss_forward", 1), ("nll_loss2d_forward", 1)})
+# Outputs that only PyTorch's own backward kernel reads, which exact() replaces, and others that differ.
+UNUSED = frozenset(
+    {("log_sigmoid_forward", 1), ("nll_loss_forward", 1), ("nll_loss2d_forward", 1)}
+    | {("_embedding_bag", i) for i in (1, 2, 3)}
+    # Which one of equal elements is selected.
+    | {(name, 1) for name in ("kthvalue", "median", "nanmedian", "mode")}
+)
 # The reference is inaccurate, not the result: PyTorch's float64 kernel has 1 / 6 in float32, and the bound
 # 1 - eps of logit is rounded to float32 in float32 only.
 REFERENCE_OFF = {"hardsigmoid_backward": 2.0**-24, "logit": 2.0**-21, "logit_backward": 2.0**-21}
@@ -219,6 +228,8 @@ def _wrong_outputs(
         kwargs["dtype"] = torch.float64
     if name == "log_sigmoid_backward":  # its buffer is the forward's second output
         args[2] = torch.ops.aten.log_sigmoid_forward(args[1])[1]
+    if name == "_pdist_backward" and args[2] == math.inf:  # the largest elements equal the distance
+        args[3] = torch.ops.aten._pdist_forward(*args[1:3])
     reference = func(*args, **_with_defaults(func, args, kwargs))
     size = max([1.0, *map(_largest, all_tensors([args, kwargs]))])
     for i, (x, y) in enumerate(zip(all_tensors(result), all_tensors(reference))):
@@ -283,14 +294,24 @@ def check(op: Any, sample: Any, backward: bool) -> tuple[Outcome, Counter[str]]:
         ("result", result, native, wide),
         ("gradient", grads, native_grads, wide_grads),
     ):
-        message = _compare(all_tensors(ours), all_tensors(theirs), all_tensors(references), random)
+        message = _compare(
+            all_tensors(ours),
+            all_tensors(theirs),
+            all_tensors(references),
+            random,
+            COARSE_OF.get(op.name, COARSE),
+        )
         if message:
             return Outcome("failed", f"{kind} {message}"), checker.calls
     return Outcome("passed"), checker.calls
 
 
 def _compare(
-    ours: list[Tensor], theirs: list[Tensor], references: list[Tensor], random: bool
+    ours: list[Tensor],
+    theirs: list[Tensor],
+    references: list[Tensor],
+    random: bool,
+    coarse: float,
 ) -> str:
     if len(ours) != len(theirs):
         return f"has {len(ours)} tensors, not {len(theirs)}"
@@ -300,7 +321,7 @@ def _compare(
                 return f"{i}: {what} {getattr(x, what)}, not {getattr(native, what)}"
         if random or not x.is_floating_point() or not wide.is_floating_point():
             continue
-        allowed = torch.full_like(wide, COARSE * max(1.0, _largest(wide)), dtype=torch.float64)
+        allowed = torch.full_like(wide, coarse * max(1.0, _largest(wide)), dtype=torch.float64)
         message = difference(x, wide.double(), allowed)
         if message:
             return f"{i}: {message}"

@@ -33,7 +33,7 @@ binary_cross_entropy_backward native_dropout_backward
 SECOND_FIRST = ("rsub", "leaky_relu_backward")  # their kernels take the second operand first
 # LIKE_FIRST: as torch.empty_like of the first operand, where that is dense.
 LIKE_FIRST = frozenset("""
-index_put put rand_like randn_like native_dropout log_sigmoid_forward
+index_put _unsafe_index_put put embedding_renorm rand_like randn_like native_dropout log_sigmoid_forward
 binary_cross_entropy
 """.split())
 # MEMORY_FORMAT: channels_last if one of these operands is, by number, and contiguous otherwise.

@@ -32,20 +32,26 @@ from reproml.arithmetic.operators import (
     convolution,
     creation,
     elementary,
+    embedding_bag,
+    histograms,
     indexing,
     linalg,
     losses,
     margin_losses,
     matmul,
     normalization,
+    norms,
     optimizers,
     pointwise,
     pooling,
     powers,
+    products,
     random,
     recurrent,
     reductions,
     remainders,
+    scatter,
+    selection,
     softmax,
     upsampling,
 )
@@ -83,6 +89,7 @@ masked_select gather _unsafe_index index_fill take nonzero
 scatter masked_scatter diag_embed
 hardtanh sort topk
 abs neg relu threshold adaptive_max_pool2d nan_to_num heaviside
+cummax cummin masked_scatter_backward
 floor ceil round trunc
 """.split())
 
@@ -97,13 +104,15 @@ INTEGER = frozenset("""
 add sub rsub mul sum cumsum mm bmm mv dot addmm baddbmm addmv trace pow addcmul scatter_add index_add
 index_put index_put_ max min amax amin maximum minimum clamp clamp_min clamp_max signbit
 fmax fmin fmod remainder floor_divide
+prod cumprod nansum scatter_reduce index_reduce index_copy _unsafe_index_put addbmm addr vdot linalg_cross
+median nanmedian kthvalue mode aminmax bincount _unique2 unique_dim unique_consecutive
 """.split())
 
 # FLOAT64: operators in EXACT that are also defined for float64 tensors, rounded once to binary64. They are
 # what evaluation and comparisons of results take.
 FLOAT64 = frozenset("""
 add sub rsub mul div sum mean max min amax amin maximum minimum allclose
-index_put index_put_ _index_put_impl_
+index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy
 """.split())
 # fmt: on
 
@@ -177,14 +186,16 @@ EXACT: dict[str, Definition] = {
     "cumsum": reductions.cumsum,
     "var": reductions.variance,
     "std": reductions.standard_deviation,
-    "linalg_vector_norm": reductions.vector_norm,
-    "norm": reductions.norm,
+    "std_mean": reductions.standard_deviation_and_mean,
+    "var_mean": reductions.variance_and_mean,
+    "nansum": reductions.nansum,
     "trace": reductions.trace,
     "scatter_add": indexing.scatter_add,
     "index_add": indexing.index_add,
     "index_put": indexing.index_put,
     "index_put_": indexing.index_put_,
     "_index_put_impl_": indexing.index_put_,
+    "_unsafe_index_put": indexing.index_put,
     "put": indexing.put,
     "unfold_backward": indexing.unfold_backward,
     "reflection_pad1d_backward": indexing.padding_backward(torch.ops.aten.reflection_pad1d),
@@ -193,6 +204,44 @@ EXACT: dict[str, Definition] = {
     "replication_pad2d_backward": indexing.padding_backward(torch.ops.aten.replication_pad2d),
     "embedding_dense_backward": indexing.embedding_backward,
     "upsample_nearest2d_backward": upsampling.upsample_nearest2d_backward,
+    # ---- reductions at indices, histograms --------------------------------------------------------
+    "scatter_reduce": scatter.scatter_reduce,
+    "index_reduce": scatter.index_reduce,
+    "index_copy": scatter.index_copy,
+    "segment_reduce": scatter.segment_reduce,
+    "_segment_reduce_backward": scatter.segment_reduce_backward,
+    "bincount": histograms.bincount,
+    "histc": histograms.histc,
+    "histogram": histograms.histogram,
+    "_embedding_bag": embedding_bag.embedding_bag,
+    "_embedding_bag_forward_only": embedding_bag.embedding_bag,
+    "_embedding_bag_backward": embedding_bag.embedding_bag_backward,
+    "_embedding_bag_dense_backward": embedding_bag.embedding_bag_dense_backward,
+    "_embedding_bag_per_sample_weights_backward": embedding_bag.per_sample_weights_backward,
+    # ---- products, selection by order --------------------------------------------------------------
+    "prod": products.prod,
+    "cumprod": products.cumprod,
+    "aminmax": selection.aminmax,
+    "kthvalue": selection.kthvalue,
+    "median": selection.median,
+    "nanmedian": selection.nanmedian,
+    "mode": selection.mode,
+    "_unique2": selection.unique,
+    "unique_dim": selection.unique_dim,
+    "unique_consecutive": selection.unique_consecutive,
+    # ---- norms and distances -----------------------------------------------------------------------
+    "linalg_vector_norm": norms.vector_norm,
+    "norm": norms.norm,
+    "dist": norms.dist,
+    "renorm": norms.renorm,
+    "embedding_renorm": norms.embedding_renorm,
+    "_cdist_forward": norms.cdist,
+    "_euclidean_dist": norms.euclidean_dist,
+    "_cdist_backward": norms.cdist_backward,
+    "_pdist_forward": norms.pdist,
+    "_pdist_backward": norms.pdist_backward,
+    "_weight_norm_interface": norms.weight_norm,
+    "_weight_norm_interface_backward": norms.weight_norm_backward,
     # ---- matrix products -------------------------------------------------------------------------
     "mm": matmul.matmul,
     "bmm": matmul.matmul,
@@ -201,6 +250,11 @@ EXACT: dict[str, Definition] = {
     "addmm": matmul.baddbmm,
     "baddbmm": matmul.baddbmm,
     "addmv": matmul.addmv,
+    "vdot": reductions.dot,
+    "addbmm": matmul.addbmm,
+    "addr": matmul.addr,
+    "_grouped_mm": matmul.grouped_mm,
+    "linalg_cross": linalg.cross,
     "linalg_qr": linalg.qr,
     # ---- convolution and pooling -----------------------------------------------------------------
     "convolution": convolution.convolution,
@@ -295,6 +349,7 @@ EXACT: dict[str, Definition] = {
     "_log_softmax": softmax.log_softmax,
     "_log_softmax_backward_data": softmax.log_softmax_backward,
     "logsumexp": softmax.logsumexp,
+    "logcumsumexp": softmax.logcumsumexp,
     "nll_loss_forward": losses.nll_loss,
     "nll_loss_backward": losses.nll_loss_backward,
     "nll_loss2d_forward": losses.nll_loss2d,
@@ -347,6 +402,9 @@ COMPOSITES: dict[str, Definition] = {
     "cross_entropy_loss": composites.cross_entropy_loss,
     "cosine_similarity": composites.cosine_similarity,
     "pairwise_distance": composites.pairwise_distance,
+    "prod": composites.prod,
+    "prod.dim_int": composites.prod_dim,
+    "cumprod": composites.cumprod,
     "lstm_cell": recurrent.lstm_cell,
     "gru_cell": recurrent.gru_cell,
     "rnn_tanh_cell": recurrent.rnn_tanh_cell,

@@ -180,10 +180,8 @@ def takes_tensors(func: Any) -> bool:
 
 
 REGISTERED = set(torch._C._dispatch_get_all_op_names())
-STD = (
-    "std",
-    "var",
-)  # of which the forms with `unbiased` are written in terms of those with `correction`
+# Their forms with `unbiased` are written in terms of those with `correction`.
+STD = ("std", "var", "std_mean", "var_mean")
 
 
 @pytest.mark.parametrize(

@@ -319,3 +319,116 @@ def pairwise_distance(
     """Return the p-norm of x - y + eps along the last axis, each step rounded."""
     distance: Tensor = torch.norm(x - y + eps, p, -1, keepdim)
     return distance
+
+
+# ---- products ----------------------------------------------------------------------------------------
+
+# PyTorch computes their gradients in different ways within a TorchDispatchMode and without one.
+
+
+def prod(x: Tensor, *, dtype: Any = None) -> Tensor:
+    """Return the product of all elements. The gradient is that of `prod_dim`."""
+    return prod_dim(x.reshape(-1), 0, dtype=dtype)
+
+
+def prod_dim(x: Tensor, dim: int, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    """Return the product over one axis.
+
+    The gradient is g (p s), where p and s are the products of the elements before and after an element.
+    """
+    if _is_recorded(x):
+        product: Tensor = _Prod.apply(x if dtype is None else x.to(dtype), dim, keepdim)
+        return product
+    out = _empty_product(x, dtype)
+    torch.ops.aten.prod.int_out(x, dim, keepdim, dtype=dtype, out=out)
+    return out
+
+
+def cumprod(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
+    """Return the products of the elements up to each element along `dim`.
+
+    The gradient is p t, where p is the product of the elements before an element x[i], and
+    t[i] = g[i] + x[i + 1] t[i + 1], which is rounded once.
+    """
+    if _is_recorded(x):
+        products: Tensor = _Cumprod.apply(x if dtype is None else x.to(dtype), dim)
+        return products
+    out = _empty_product(x, dtype)
+    torch.ops.aten.cumprod.out(x, dim, dtype=dtype, out=out)
+    return out
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Return whether autograd or a transform of torch.func has to see the product."""
+    return bool(get_interpreter_stack()) or (x.requires_grad and torch.is_grad_enabled())
+
+
+def _empty_product(x: Tensor, dtype: Any) -> Tensor:
+    """Return an empty tensor for a product: with an output, an operator is not differentiated."""
+    return x.new_empty(0, dtype=dtype or (x.dtype if x.is_floating_point() else torch.int64))
+
+
+def _products_before(x: Tensor, dim: int) -> Tensor:
+    """Return the product of the elements before each element."""
+    n = x.shape[dim]
+    if not n:
+        return x
+    shifted = torch.cat([torch.ones_like(x.narrow(dim, 0, 1)), x.narrow(dim, 0, n - 1)], dim)
+    return torch.cumprod(shifted, dim)
+
+
+class _Prod(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, dim: int, keepdim: bool) -> Tensor:
+        return prod_dim(x.detach(), dim, keepdim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, ctx.dim, ctx.keepdim = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, dim: int, keepdim: bool) -> Any:
+        x = x.movedim(in_dims[0], 0)
+        return (_Prod.apply(x, _behind_batch(x, dim), keepdim) if x.dim() > 1 else x.clone()), 0
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        (x,), dim = ctx.saved_tensors, ctx.dim
+        if not x.dim():
+            return g.clone(), None, None
+        g = g if ctx.keepdim else g.unsqueeze(dim)
+        after = _products_before(x.flip(dim), dim).flip(dim)
+        return g * (_products_before(x, dim) * after), None, None
+
+
+class _Cumprod(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, dim: int) -> Tensor:
+        return cumprod(x.detach(), dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, ctx.dim = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, dim: int) -> Any:
+        x = x.movedim(in_dims[0], 0)
+        return (_Cumprod.apply(x, _behind_batch(x, dim)) if x.dim() > 1 else x.clone()), 0
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        (x,), dim = ctx.saved_tensors, ctx.dim
+        if not x.numel() or not x.dim():
+            return g.clone(), None
+        gradients, factors = g.unbind(dim), x.unbind(dim)
+        sums = [gradients[-1]]
+        for i in reversed(range(len(factors) - 1)):
+            sums.append(torch.addcmul(gradients[i], factors[i + 1], sums[-1]))
+        return _products_before(x, dim) * torch.stack(sums[::-1], dim), None
+
+
+def _behind_batch(x: Tensor, dim: int) -> int:
+    """Return the axis of x that is `dim` of each element of a batch along the first axis."""
+    return dim % (x.dim() - 1) + 1

@@ -23,8 +23,13 @@ def scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     """Return x + the sum of the elements of source at each index along `dim`."""
     if not index.numel():
         return x + 0.0  # -0 becomes +0, as in any other sum
+    return _add_at(x, *scattered(x, dim, index, source))
+
+
+def scattered(x: Tensor, dim: int, index: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the flat indices in x at which aten.scatter writes along `dim`, and the elements for these."""
     if not x.dim():
-        return _add_at(x, index * 0, source)
+        return index * 0, source.reshape(index.shape)
     fits = index.dim() == x.dim() == source.dim()
     if fits:
         sizes = list(x.shape)
@@ -38,7 +43,7 @@ def scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     used = [slice(0, n) for n in index.shape]
     in_x = list(used)
     in_x[dim] = slice(None)
-    return _add_at(x, _flat_indices(x)[tuple(in_x)].gather(dim, index), source[tuple(used)])
+    return flat_indices(x)[tuple(in_x)].gather(dim, index), source[tuple(used)]
 
 
 def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
@@ -48,7 +53,7 @@ def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: floa
         sizes = list(x.shape)
         sizes[dim] = index.numel()
         require_shape("the source", source, sizes)
-    return _add_at(x, _flat_indices(x).index_select(dim, index), source)
+    return _add_at(x, flat_indices(x).index_select(dim, index), source)
 
 
 def index_put(
@@ -63,7 +68,7 @@ def index_put_(
 ) -> Tensor:
     """Write values at the indices, in order, or add their exact sum with `accumulate`."""
     if accumulate:
-        return x.copy_(_add_at(x, torch.ops.aten.index(_flat_indices(x), indices), values))
+        return x.copy_(_add_at(x, torch.ops.aten.index(flat_indices(x), indices), values))
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)  # one thread writes the values in order
@@ -83,7 +88,7 @@ def put(x: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> T
 def unfold_backward(g: Tensor, sizes: Sequence[int], dim: int, size: int, step: int) -> Tensor:
     """Return the sum of the gradients of all windows that contain an element."""
     x = g.new_zeros(sizes)
-    index = _flat_indices(x).unfold(dim, size, step)
+    index = flat_indices(x).unfold(dim, size, step)
     require_shape("the gradient", g, index.shape)
     return _add_at(x, index, g)
 
@@ -92,7 +97,7 @@ def padding_backward(pad: Any) -> Any:
     """Return the gradient of a padding that copies elements: the sum of those of all copies."""
 
     def backward(g: Tensor, x: Tensor, padding: Sequence[int]) -> Tensor:
-        copied = pad(_flat_indices(x).double(), padding)  # not defined for integers
+        copied = pad(flat_indices(x).double(), padding)  # not defined for integers
         require_shape("the gradient", g, copied.shape)
         return _add_at(torch.zeros_like(x), copied.long(), g)
 
@@ -126,7 +131,7 @@ def embedding_backward(
 # ---- the sums ----------------------------------------------------------------------------------------
 
 
-def _flat_indices(x: Tensor) -> Tensor:
+def flat_indices(x: Tensor) -> Tensor:
     """Return the flat index of each element of x, in x's shape."""
     return torch.arange(x.numel(), device=x.device).reshape(x.shape)
 

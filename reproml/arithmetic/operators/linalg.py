@@ -1,13 +1,14 @@
-"""Matrix factorizations: QR in correctly rounded steps."""
+"""Cross products, and QR factorizations in correctly rounded steps."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.operators.matmul import matmul
-from reproml.arithmetic.operators.reductions import vector_norm
+from reproml.arithmetic.operators.norms import vector_norm
 from reproml.errors import NotExactError
 
 
@@ -43,3 +44,15 @@ def _gram_schmidt(a: Tensor) -> tuple[Tensor, Tensor]:
             )
         q[:, j : j + 1] = elementwise(lambda ctx, v, n: v / n, v, length)
     return q, matmul(q.t(), a).triu()
+
+
+def cross(x: Tensor, y: Tensor, *, dim: int = -1) -> Tensor:
+    """Compute aten.linalg_cross: x[1] y[2] - x[2] y[1] and so on along `dim`, each rounded once."""
+    x, y = torch.broadcast_tensors(x, y)
+    if x.shape[dim] != 3:
+        raise RuntimeError(f"linalg.cross: inputs dimension {dim} must have length 3")
+    following = [t.roll(-1, dim) for t in (x, y)]
+    before = [t.roll(1, dim) for t in (x, y)]
+    return elementwise(
+        lambda ctx, a, b, c, d: a * d - c * b, following[0], following[1], before[0], before[1]
+    )

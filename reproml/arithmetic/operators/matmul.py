@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.numerics.exact_sums import MANY, ONE, exact_sum, nearest_of_rows
 from reproml.arithmetic.numerics.rounding import gamma, nearest, round_sum
 from reproml.arithmetic.numerics.scalars import float32_scalar
+from reproml.arithmetic.operators.arguments import require_float32
 from reproml.errors import NotExactError
 
 
@@ -145,3 +146,47 @@ def addmv(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float =
     """Return alpha * (a @ b) + beta * bias for a vector b, rounded once."""
     bias = bias.expand(len(a)).unsqueeze(1)
     return matmul(a, b.unsqueeze(1), bias, float32_scalar(alpha), float32_scalar(beta)).squeeze(1)
+
+
+def addbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """Return alpha * (the sum of all a[i] @ b[i]) + beta * bias, rounded once."""
+    if len(a) != len(b) or a.shape[2] != b.shape[1]:
+        raise RuntimeError(
+            f"batches of shapes {list(a.shape)} and {list(b.shape)} cannot be multiplied"
+        )
+    return baddbmm(bias, a.transpose(0, 1).flatten(1), b.flatten(0, 1), beta=beta, alpha=alpha)
+
+
+def addr(x: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """Return alpha * (the outer product of a and b) + beta * x, rounded once."""
+    x = x.expand(len(a), len(b))
+    return baddbmm(x, a.unsqueeze(1), b.unsqueeze(0), beta=beta, alpha=alpha)
+
+
+def grouped_mm(
+    a: Tensor,
+    b: Tensor,
+    offs: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    out_dtype: Any = None,
+) -> Tensor:
+    """Compute aten._grouped_mm: the products of groups of rows or columns, which end at the offsets.
+
+    Rows of a [m, k] meet one of the matrices b [g, k, n]; matrices a [g, m, k] meet columns of b [k, n];
+    if both have two axes, k is divided and the result is [g, m, n]. Two batches are multiplied without
+    offsets.
+    """
+    require_float32(out_dtype)
+    if bias is not None:
+        raise NotExactError("A grouped product is defined without a bias.")
+    if offs is None:
+        return matmul(a, b)
+    ends = [0, *offs.tolist()]
+    if a.dim() == b.dim() == 2:
+        pairs = [(a[:, i:j], b[i:j]) for i, j in zip(ends, ends[1:])]
+        return torch.stack([matmul(x, y) for x, y in pairs])
+    if a.dim() == 2:
+        parts = [matmul(a[i:j], b[n]) for n, (i, j) in enumerate(zip(ends, ends[1:]))]
+        return torch.cat([*parts, a.new_zeros(len(a) - ends[-1], b.shape[2])])
+    parts = [matmul(a[n], b[:, i:j]) for n, (i, j) in enumerate(zip(ends, ends[1:]))]
+    return torch.cat([*parts, a.new_zeros(a.shape[1], b.shape[1] - ends[-1])], 1)

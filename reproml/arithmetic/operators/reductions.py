@@ -1,4 +1,4 @@
-"""Sums, means, variances and norms over any axes, and running sums, each rounded once.
+"""Sums, means and variances over any axes, and running sums, each rounded once.
 
 `reduce_sum` is the sum on which the other families build as well. It takes the sums to be correct if they
 pass the rounding test, with the bound |computed - exact| <= gamma_n * sum |x|, which holds for any order
@@ -80,7 +80,12 @@ def _float64_sum(
         sums = [rounded(row) if ok else limit for row, limit, ok in pairs]
         return torch.tensor(sums, dtype=torch.float64, device=x.device)
 
-    return _apply_to_rows(of_rows, x, dims, keepdim)
+    return apply_to_rows(of_rows, x, dims, keepdim)
+
+
+def nansum(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    """Compute aten.nansum: the sum of all elements that are not NaN."""
+    return sum_dims(torch.where(x.isnan(), 0.0, x), dim, keepdim, dtype=dtype)
 
 
 def trace(x: Tensor) -> Tensor:
@@ -198,13 +203,13 @@ def _compiled_sum(
     return None if left else out
 
 
-# ---- variances and norms -----------------------------------------------------------------------------
+# ---- variances ---------------------------------------------------------------------------------------
 
 
 def variance(x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Tensor:
     """Compute aten.var: the sum of squared distances from the exact mean, divided by n - correction."""
     c = 1 if correction is None else correction
-    return _apply_to_rows(lambda rows: row_variance(rows, c), x, dim, keepdim)
+    return apply_to_rows(lambda rows: row_variance(rows, c), x, dim, keepdim)
 
 
 def standard_deviation(
@@ -212,7 +217,7 @@ def standard_deviation(
 ) -> Tensor:
     """Compute aten.std: the square root of the exact variance."""
     c = 1 if correction is None else correction
-    return _apply_to_rows(lambda rows: row_variance(rows, c, root=True), x, dim, keepdim)
+    return apply_to_rows(lambda rows: row_variance(rows, c, root=True), x, dim, keepdim)
 
 
 def row_variance(rows: Tensor, correction: float, root: bool = False) -> Tensor:
@@ -243,35 +248,22 @@ def variance_formula(ctx: Any, x: Any, n: int, correction: Fraction) -> Any:
     return ctx.sum(d * d) / (n - correction)
 
 
-def vector_norm(
-    x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> Tensor:
-    """Compute aten.linalg_vector_norm: the 2-norm, the 1-norm, or the largest absolute value (inf).
-
-    Raises NotExactError for another order.
-    """
-    require_float32(dtype)
-    if ord == 2:
-        return _apply_to_rows(_euclidean_norm, x, dim, keepdim)
-    if ord == 1:
-        return reduce_sum(x.abs(), dims_tuple(dim), keepdim)
-    if ord == float("inf"):
-        return x.abs().amax(tuple(dims_tuple(dim)), keepdim)
-    raise NotExactError(f"A norm of order {ord} has no exact definition; use order 1, 2 or inf.")
+def standard_deviation_and_mean(
+    x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Compute aten.std_mean."""
+    y = standard_deviation(x, dim, correction=correction, keepdim=keepdim)
+    return y, mean(x, dim, keepdim)
 
 
-def _euclidean_norm(rows: Tensor) -> Tensor:
-    return rowwise(lambda ctx, x: ctx.sqrt(ctx.sum(x * x)), 1, rows)
+def variance_and_mean(
+    x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Compute aten.var_mean."""
+    return variance(x, dim, correction=correction, keepdim=keepdim), mean(x, dim, keepdim)
 
 
-def norm(
-    x: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> Tensor:
-    """Compute aten.norm: vector_norm of order p, by default 2."""
-    return vector_norm(x, 2 if p is None else p, dim, keepdim, dtype=dtype)
-
-
-def _apply_to_rows(
+def apply_to_rows(
     function: Callable[[Tensor], Tensor], x: Tensor, dim: Any, keepdim: bool
 ) -> Tensor:
     """Apply a function [rows, n] -> [rows, 1] over the axes `dim`."""

@@ -24,8 +24,11 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import rowwise, rowwise_by_balls
 from reproml.arithmetic.compiler.pairs import rows_by_pairs
-from reproml.arithmetic.operators.arguments import require_shape
-from reproml.errors import NotExactError
+from reproml.arithmetic.operators.arguments import dims_tuple, require_shape
+from reproml.arithmetic.operators.reductions import apply_to_rows
+
+# Elements of which logcumsumexp takes the sums at once.
+_TOGETHER = 1 << 22
 
 # ---- softmax -----------------------------------------------------------------------------------------
 
@@ -152,20 +155,35 @@ def _reference_log_softmax_backward(g: Tensor, y: Tensor) -> Tensor:
 
 
 def logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
-    """Return log(sum(exp(x))) along `dim`, computed as max + log1p(...) like log_softmax.
-
-    Raises NotExactError for several axes.
-    """
-    dims = [dim] if isinstance(dim, int) else list(dim)
-    if len(dims) != 1:
-        raise NotExactError(
-            f"logsumexp over {len(dims)} axes has no exact definition; flatten them into one."
-        )
-    if not x.numel():
-        return torch.full_like(x.sum(dims[0], keepdim=keepdim), -torch.inf)
+    """Return log(sum(exp(x))) over one axis or several, computed as max + log1p(...) like log_softmax."""
+    dims = dims_tuple(dim)
     second_test = partial(rows_by_pairs, "logsumexp", _reference_logsumexp)
-    y = rowwise(_compiled_logsumexp, dims[0], x, reference=second_test)
-    return y if keepdim or not x.dim() else y.squeeze(dims[0])
+    if len(dims) == 1 and x.numel():
+        y = rowwise(_compiled_logsumexp, dims[0], x, reference=second_test)
+        return y if keepdim or not x.dim() else y.squeeze(dims[0])
+
+    def of_rows(rows: Tensor) -> Tensor:
+        if not rows.numel():
+            return rows.new_full((len(rows), 1), -torch.inf)
+        return rowwise(_compiled_logsumexp, 1, rows, reference=second_test)
+
+    return apply_to_rows(of_rows, x.float(), dim, keepdim)
+
+
+def logcumsumexp(x: Tensor, dim: int) -> Tensor:
+    """Return, for each element, the logsumexp of the elements up to it along `dim`."""
+    if not x.numel():
+        return x.clone()
+    rows = torch.atleast_1d(x).movedim(dim, -1)
+    flat = rows.reshape(-1, rows.shape[-1])
+    n = flat.shape[-1]
+    place = torch.arange(n, device=x.device)
+    parts = []
+    together = max(1, _TOGETHER // (n * len(flat)))
+    for at in place.split(together):
+        up_to = torch.where(place <= at.unsqueeze(1), flat.unsqueeze(1), -torch.inf)
+        parts.append(logsumexp(up_to, -1))
+    return torch.cat(parts, -1).reshape(rows.shape).movedim(-1, dim).reshape(x.shape)
 
 
 def _compiled_logsumexp(ctx: Any, x: Any) -> Any:

@@ -19,12 +19,13 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import reproml
 from reproml.arithmetic import operator_table
 from reproml.arithmetic.operators import composites
-from verification.oracle import Real, check, real, reals, same_bits
+from verification.oracle import Real, check, real, reals, rounded, same_bits
 
 LAYOUTS = ["contiguous", "transposed", "inner", "sliced", "offset"]
 
@@ -140,6 +141,9 @@ CALLS: dict[str, Any] = {
         (F.pairwise_distance, ((4, 30), (4, 30))),
         (lambda x, y: F.pairwise_distance(x, y, 1.0, keepdim=True), ((4, 30), (4, 30))),
     ],
+    "prod": [(torch.prod, ((4, 6),)), (lambda x: torch.prod(torch.where(x > 0, x, 0)), ((2, 2),))],
+    "prod.dim_int": [(lambda x: x.prod(1, keepdim=True), ((4, 6, 2),)), (lambda x: x.prod(-1), ((4, 6),))],
+    "cumprod": [(lambda x: x.cumprod(1), ((4, 6, 2),))],
     "lstm.input": [
         layer(nn.LSTM(20, 7), (4, 3, 20)),
         layer(nn.LSTM(20, 7, batch_first=True, bias=False), (4, 3, 20)),
@@ -164,7 +168,10 @@ CALLS: dict[str, Any] = {
 }  # fmt: skip
 
 # Rounded once here, and twice where PyTorch takes the composite apart: a layer whose batch comes first.
-ROUNDED_ONCE_ONLY_HERE = {("gru.input", 1)}
+# The gradients of products are defined here, as PyTorch has several.
+ROUNDED_ONCE_ONLY_HERE = {("gru.input", 1), ("cumprod", 0)} | {
+    (name, i) for name in ("prod", "prod.dim_int") for i in (0, 1)
+}
 
 
 def test_every_composite_is_tested():
@@ -206,6 +213,50 @@ def test_composite_is_what_pytorch_takes_apart(name, monkeypatch):
             apart = outcome(call, [x.clone() for x in operands])
         same = list(map(same_bits, found, apart))
         assert all(same) or (name, i) in ROUNDED_ONCE_ONLY_HERE, (i, same)
+
+
+class Unchanged(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 2])
+def test_gradients_of_products_are_the_defined_ones(zeros):
+    x, g = normal((5,), (5,))
+    x[1 : 1 + zeros] = 0
+    values, gs = reals(x), reals(g)
+
+    def product(row: Any) -> Any:
+        result = Real(1)
+        for v in row:
+            result = result * v
+        return result
+
+    before = [rounded(product(values[:i])) for i in range(5)]
+    after = [rounded(product(values[i + 1 :])) for i in range(5)]
+    of_prod = [gs[0] * rounded(a * b) for a, b in zip(before, after)]
+    sums = [gs[4]]
+    for i in (3, 2, 1, 0):
+        sums.insert(0, rounded(gs[i] + values[i + 1] * sums[0]))
+    of_cumprod = [a * b for a, b in zip(before, sums)]
+    for mode in (nullcontext, Unchanged):
+        with reproml.exact(), mode():
+            y = x.clone().requires_grad_()
+            (found,) = torch.autograd.grad(y.prod(), y, g[0])
+            check(found, of_prod, any_zero=True)
+            (found,) = torch.autograd.grad(y.cumprod(0), y, g)
+            check(found, of_cumprod, any_zero=True)
+
+
+def test_gradients_of_products_are_those_of_torch_func():
+    (x,) = normal((3, 5))
+
+    def squares(row: Tensor) -> Tensor:
+        return row.cumprod(0).square().sum() * row.prod()
+
+    with reproml.exact():
+        rows = [torch.autograd.grad(squares(y), y)[0] for y in x.clone().requires_grad_()]
+        assert same_bits(torch.func.vmap(torch.func.grad(squares))(x), torch.stack(rows))
 
 
 def test_linear_on_strided_input_is_rounded_once():
@@ -430,7 +481,10 @@ def test_composite_is_ours_within_torch_func(name):
     for call, shapes in CALLS[name]:
         operands = normal(*shapes)
         given = [laid_out(x, "transposed") for x in operands]
-        for transform in (vjp, torch.func.functionalize):
+        products = name.startswith(
+            ("prod", "cumprod")
+        )  # functions of autograd, which it does not take
+        for transform in (vjp,) if products else (vjp, torch.func.functionalize):
             expected = outcome(call, [x.clone() for x in operands], gradients=False)
             found = outcome(transform(call), [x.detach() for x in given], gradients=False)
             assert all(map(same_bits, found, expected))

@@ -1,0 +1,233 @@
+"""Norms of any order, distances between rows, and what is scaled by a norm.
+
+The norm of order p is (sum |d|^p)^(1/p), rounded once from the exact differences d = x - y. All |d| are
+divided by a power of two near the largest (p > 0) or smallest of them, so that no power overflows. A d
+that is zero is left out of the sum, for p < 0 it makes the norm zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
+from reproml.arithmetic.numerics.scalars import float32_scalar
+from reproml.arithmetic.operators.arguments import dims_tuple, require_float32, require_shape
+from reproml.arithmetic.operators.reductions import apply_to_rows, reduce_sum
+
+INFINITY = float("inf")
+
+
+def vector_norm(
+    x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    """Compute aten.linalg_vector_norm: the norm of any order over any axes."""
+    require_float32(dtype)
+    if ord == 2:
+        return apply_to_rows(_euclidean_norm, x, dim, keepdim)
+    if ord == 1:
+        return reduce_sum(x.abs(), dims_tuple(dim), keepdim)
+    if ord == INFINITY:
+        return x.abs().amax(tuple(dims_tuple(dim)), keepdim)
+    return apply_to_rows(lambda rows: row_norms(rows, rows.new_zeros(()), ord), x, dim, keepdim)
+
+
+def _euclidean_norm(rows: Tensor) -> Tensor:
+    return rowwise(lambda ctx, x: ctx.sqrt(ctx.sum(x * x)), 1, rows)
+
+
+def norm(
+    x: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    """Compute aten.norm: vector_norm of order p, by default 2."""
+    return vector_norm(x, 2 if p is None else p, dim, keepdim, dtype=dtype)
+
+
+# ---- the norm of differences -------------------------------------------------------------------------
+
+
+def row_norms(x: Tensor, y: Tensor, order: float) -> Tensor:
+    """Return the norm of x - y along the last axis, which is kept with length 1.
+
+    x, y: float32 tensors that broadcast together. order: any number, or an infinity.
+    """
+    x, y = torch.broadcast_tensors(x, y)
+    if order == 0:
+        return reduce_sum((x != y).float(), (-1,), True)
+    size = (x - y).abs()  # 0 only if x = y
+    if order in (INFINITY, -INFINITY):
+        return size.amax(-1, True) if order > 0 else size.amin(-1, True)
+    if not x.shape[-1]:
+        return x.new_full((*x.shape[:-1], 1), 0.0 if order > 0 else INFINITY)
+    if order == 2:
+        return rowwise(lambda ctx, x, y: ctx.sqrt(ctx.sum((x - y) * (x - y))), -1, x, y)
+    if order == 1:
+        return rowwise(lambda ctx, x, y: ctx.sum(abs(x - y)), -1, x, y)
+    return _of_any_order(x, y, size, float32_scalar(order))
+
+
+def _of_any_order(x: Tensor, y: Tensor, size: Tensor, p: Fraction) -> Tensor:
+    ordinary = x.isfinite() & y.isfinite() & (size > 0)
+    nothing = torch.full_like(size, 0.0 if p > 0 else INFINITY)
+    kept = torch.where(ordinary, size, nothing)
+    near = kept.amax(-1, True) if p > 0 else kept.amin(-1, True)
+    near = torch.where(near.isinf() | (near == 0), 1.0, near)
+    scale = torch.ldexp(torch.ones_like(near), torch.frexp(near)[1] - 1)
+    weight = ordinary.float()
+
+    def formula(ctx: Any, x: Any, y: Any, weight: Any, scale: Any) -> Any:
+        total = ctx.sum(weight * ctx.exp(p * ctx.log(abs(x - y) / scale)))
+        return scale * ctx.exp(ctx.log(total) / p)
+
+    some = ordinary.any(-1, True)
+    first = torch.zeros_like(ordinary)
+    first[..., :1] = True
+    weight = torch.where(some, weight, first.float())
+    a = torch.where(ordinary, x, scale)
+    b = torch.where(ordinary, y, 0.0)
+    result = rowwise(formula, -1, a, b, weight, scale.expand_as(a))[..., :1]
+    result = torch.where(some, result, 0.0)
+    is_zero, is_infinite = (size == 0) & (x == y), (x - y).isinf() & (x.isinf() | y.isinf())
+    if p > 0:
+        result = torch.where(is_infinite.any(-1, True), INFINITY, result)
+    else:
+        result = torch.where(is_infinite.all(-1, True), INFINITY, result)
+        result = torch.where(is_zero.any(-1, True), 0.0, result)
+    return torch.where((x - y).isnan().any(-1, True), torch.nan, result)
+
+
+# ---- distances ---------------------------------------------------------------------------------------
+
+
+def dist(x: Tensor, y: Tensor, p: float = 2) -> Tensor:
+    """Return the norm of x - y over all elements."""
+    x, y = (t.reshape(-1) for t in torch.broadcast_tensors(x, y))
+    return row_norms(x, y, p).reshape(())
+
+
+def cdist(x: Tensor, y: Tensor, p: float, compute_mode: Any = None) -> Tensor:
+    """Compute aten._cdist_forward: the distance of each row of x [..., n, k] from each of y [..., m, k]."""
+    return row_norms(x.unsqueeze(-2), y.unsqueeze(-3), p).squeeze(-1)
+
+
+def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, distance: Tensor) -> Tensor:
+    """Compute aten._cdist_backward, the gradient of x, from the rounded distances.
+
+    It is the sum over the rows of y of g sign(d) (|d| / distance)^(p - 1), where d = x - y; a term is 0
+    where d is 0. The largest elements get g for p = inf, those with fl(|d|) equal to the distance.
+    """
+    require_shape("the gradient", g, distance.shape)
+    if not g.numel() or not x.numel():
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    # The last axis has the terms of a sum: the rows of y. A batch that shares x is added up by autograd.
+    a, b, weight, length = torch.broadcast_tensors(
+        x.unsqueeze(-1), y.mT.unsqueeze(-3), g.unsqueeze(-2), distance.unsqueeze(-2)
+    )
+    if p == 0:
+        return torch.zeros_like(a[..., 0], memory_format=torch.contiguous_format)
+    difference = a - b
+    sign = torch.sign(difference)
+    if p in (1, INFINITY):
+        chosen = sign if p == 1 else torch.where(difference.abs() == length, sign, 0.0)
+        terms = torch.where(chosen == 0, 0.0, weight * chosen)
+        return reduce_sum(terms, (-1,))
+    use = (difference != 0) & (length != 0)
+    a, b, length = torch.where(use, a, 1.0), torch.where(use, b, 0.0), torch.where(use, length, 1.0)
+    weight = torch.where(use, weight, 0.0)
+    if p == 2:
+        total = rowwise(lambda ctx, g, x, y, d: ctx.sum(g * (x - y) / d), -1, weight, a, b, length)
+        return total.squeeze(-1)
+    q = float32_scalar(p) - 1
+
+    def formula(ctx: Any, g: Any, x: Any, y: Any, length: Any) -> Any:
+        return ctx.sum(g * ctx.exp(q * ctx.log(abs(x - y) / length)))
+
+    total = rowwise(formula, -1, weight * torch.where(use, sign, 0.0), a, b, length)
+    return total.squeeze(-1)
+
+
+def pdist(x: Tensor, p: float = 2) -> Tensor:
+    """Compute aten._pdist_forward: the distances of all pairs of rows of x [n, k]."""
+    i, j = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    return row_norms(x[i], x[j], p).squeeze(-1)
+
+
+def pdist_backward(g: Tensor, x: Tensor, p: float, distance: Tensor) -> Tensor:
+    """Compute aten._pdist_backward, as `cdist_backward` for the rows of x and themselves."""
+    i, j = torch.triu_indices(len(x), len(x), 1, device=x.device)
+
+    def matrix(t: Tensor) -> Tensor:
+        zeros = x.new_zeros(len(x), len(x))
+        return zeros.index_put([torch.cat([i, j]), torch.cat([j, i])], torch.cat([t, t]))
+
+    return cdist_backward(matrix(g), x, x, p, matrix(distance))
+
+
+# ---- scaled by a norm --------------------------------------------------------------------------------
+
+
+def renorm(x: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
+    """Return x with each slice along `dim` scaled down to a norm of at most `maxnorm`."""
+    others = [d for d in range(x.dim()) if d != dim % x.dim()]
+    return x * _factor(vector_norm(x, p, others, True), maxnorm)
+
+
+def embedding_renorm(x: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """Return x with the rows at the indices scaled down to a norm of at most `max_norm`."""
+    at = indices.reshape(-1)
+    rows = x[at]
+    scaled = rows * _factor(vector_norm(rows, norm_type, [1], True), max_norm)
+    return x.index_put([at], scaled)
+
+
+def _factor(norm: Tensor, largest: float) -> Tensor:
+    """Return fl(largest / fl(norm + 1e-7)) where the norm is larger, and 1 elsewhere."""
+    factor = elementwise(lambda ctx, x: float32_scalar(largest) / x, norm + 1e-7)
+    return torch.where(norm > float(float32_scalar(largest)), factor, 1.0)
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """Compute aten._weight_norm_interface: g v / |v| for each slice along `dim`, and the norms."""
+    rows, of_rows = _slices(v, g, dim)
+    w = rowwise(lambda ctx, v, g: g * v / ctx.sqrt(ctx.sum(v * v)), 1, rows, of_rows)
+    norms = vector_norm(rows, 2, [1]).reshape(g.shape)
+    return _from_slices(w, v, dim), norms
+
+
+def weight_norm_backward(
+    grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Compute aten._weight_norm_interface_backward from the rounded norms n.
+
+    The gradient of v is g / n (grad - v sum(grad v) / n^2), that of g is sum(grad v) / n.
+    """
+    rows, of_rows = _slices(v, g, dim)
+    grads, lengths = _slices(grad, norms, dim)
+
+    def of_v(ctx: Any, grad: Any, v: Any, g: Any, n: Any) -> Any:
+        return g / n * (grad - v * ctx.sum(grad * v) / (n * n))
+
+    grad_v = rowwise(of_v, 1, grads, rows, of_rows, lengths)
+    grad_g = rowwise(lambda ctx, grad, v, n: ctx.sum(grad * v) / n, 1, grads, rows, lengths)
+    grad_g = grad_g[:, :1].reshape(g.shape)
+    return _from_slices(grad_v, v, dim), grad_g
+
+
+def _slices(x: Tensor, of_slices: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return x as [slices, n], and a number for each slice as [slices, n]."""
+    rows = x.movedim(dim, 0).reshape(x.shape[dim], -1)
+    return rows, of_slices.reshape(-1, 1).expand(rows.shape)
+
+
+def _from_slices(rows: Tensor, like: Tensor, dim: int) -> Tensor:
+    shape: Sequence[int] = like.movedim(dim, 0).shape
+    return rows.reshape(shape).movedim(0, dim).contiguous()
+
+
+def euclidean_dist(x: Tensor, y: Tensor) -> Tensor:
+    """Compute aten._euclidean_dist: `cdist` for p = 2."""
+    return cdist(x, y, 2)

@@ -1,0 +1,139 @@
+"""Products of any number of elements, each rounded once, which neither overflow nor underflow on the way.
+
+A factor is m 2^e with 1/2 <= |m| < 1. The m are multiplied in binary64 and the e are added, so that a
+product of n factors has a relative error of at most gamma_n, in any order (Higham, Accuracy and Stability
+of Numerical Algorithms, section 3.1). Products that fail the rounding test are multiplied as integers. A
+zero has the sign that the signs of its factors give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic.numerics.rounding import gamma, nearest, round_ball
+from reproml.arithmetic.operators.arguments import require_float32
+
+# As many factors of at least 1/2 do not underflow in binary64.
+_BLOCK = 512
+
+
+def prod(
+    x: Tensor, dim: Optional[int] = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    """Compute aten.prod: the product over one axis, or over all."""
+    require_float32(dtype)
+    x = x.float()
+    rows = x.reshape(-1) if dim is None else torch.atleast_1d(x).movedim(dim, -1)
+    result = row_products(rows)
+    if dim is None:
+        return result
+    return result.unsqueeze(dim) if keepdim and x.dim() else result
+
+
+def row_products(rows: Tensor) -> Tensor:
+    """Return the product of each row along the last axis: float32 [..., n] -> [...]."""
+    m, e = _parts(rows)
+    while (n := m.shape[-1]) > 1:
+        block = min(_BLOCK, n)
+        m, e = (torch.nn.functional.pad(t, (0, -n % block), value=v) for t, v in ((m, 1.0), (e, 0)))
+        m, change = _normalized(m.unflatten(-1, (-1, block)).prod(-1))
+        e = e.unflatten(-1, (-1, block)).sum(-1) + change
+    if not n:
+        return rows.new_ones(rows.shape[:-1])
+    mid = _scaled(m.squeeze(-1), e.squeeze(-1))
+
+    def resolve(failed: Tensor) -> Sequence[float]:
+        return [
+            nearest(exact_product(row)) for row in rows.reshape(-1, rows.shape[-1])[failed].tolist()
+        ]
+
+    return round_ball(mid, mid.abs() * gamma(rows.shape[-1]), resolve)
+
+
+def cumprod(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
+    """Return, for each element, the product of the elements up to it along `dim`, rounded once."""
+    require_float32(dtype)
+    x = x.float()
+    if not x.numel():
+        return x.clone()
+    rows = torch.atleast_1d(x).movedim(dim, -1)
+    n = rows.shape[-1]
+    m, e = _parts(rows)
+    step = 1
+    while step < n:  # each product consists of two that have up to `step` factors
+        before, e_before = m[..., :-step], e[..., :-step]
+        product, change = _normalized(m[..., step:] * before)
+        e = torch.cat([e[..., :step], e[..., step:] + e_before + change], -1)
+        m = torch.cat([m[..., :step], product], -1)
+        step *= 2
+    mid = _scaled(m, e)
+
+    def resolve(failed: Tensor) -> Sequence[float]:
+        flat = rows.reshape(-1, n)
+        pairs = zip((failed // n).tolist(), (failed % n).tolist())
+        return [nearest(exact_product(flat[i, : j + 1].tolist())) for i, j in pairs]
+
+    result = round_ball(mid, mid.abs() * gamma(n), resolve)
+    return result.movedim(-1, dim).reshape(x.shape)
+
+
+def segment_product(index: Tensor, values: Tensor, size: int) -> Tensor:
+    """Return the product of the values of each index: int64 [n], float32 [n] -> float32 [size]."""
+    m, e = _parts(values)
+    ones = torch.ones(size, dtype=torch.float64, device=values.device)
+    counts = (ones * 0).scatter_add(0, index, torch.ones_like(m))
+    m = ones.scatter_reduce(0, index, m, "prod")
+    m, change = _normalized(m)
+    e = (ones * 0).long().scatter_add(0, index, e) + change
+    mid = _scaled(m, e)
+    # More factors may underflow on the way: their product is computed exactly.
+    unknown = torch.where((counts > 2 * _BLOCK - 24) & (mid == 0), torch.inf, 0.0)
+
+    def resolve(failed: Tensor) -> Sequence[float]:
+        return [nearest(exact_product(group)) for group in groups(index, values, failed)]
+
+    return round_ball(mid, mid.abs() * gamma(counts) + unknown, resolve)
+
+
+def groups(index: Tensor, values: Tensor, wanted: Tensor) -> Iterator[list[Any]]:
+    """Yield the values at each wanted index."""
+    ordered, order = index.sort(stable=True)
+    starts, ends = (torch.searchsorted(ordered, wanted, right=right) for right in (False, True))
+    for start, end in zip(starts.tolist(), ends.tolist()):
+        yield values[order[start:end]].tolist()
+
+
+def exact_product(factors: Sequence[float]) -> Fraction:
+    """Return the product of finite numbers, in pairs of about equal length."""
+    pairs = [x.as_integer_ratio() for x in factors if x != 1]
+    powers = sum(d.bit_length() - 1 for _, d in pairs)
+    numbers = []
+    for n, _ in pairs:
+        zeros = (n & -n).bit_length() - 1 if n else 0
+        powers -= zeros
+        numbers.append(n >> zeros)
+    while len(numbers) > 1:
+        odd = numbers[-1:] if len(numbers) % 2 else []
+        numbers = [a * b for a, b in zip(numbers[::2], numbers[1::2])] + odd
+    return Fraction(numbers[0] if numbers else 1) / Fraction(2) ** powers
+
+
+def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return m in float64 and e in int64 with x = m 2^e; m is x itself if that is 0, infinite or NaN."""
+    return _normalized(x.double())
+
+
+def _normalized(x: Tensor) -> tuple[Tensor, Tensor]:
+    m, e = torch.frexp(x)
+    ordinary = x.isfinite() & (x != 0)
+    return torch.where(ordinary, m, x), torch.where(ordinary, e, 0).long()
+
+
+def _scaled(m: Tensor, e: Tensor) -> Tensor:
+    """Return m 2^e in float64, or another number beyond the range of binary32 where that is."""
+    return m * (e.clamp(-1000, 1000) + 1023 << 52).view(torch.float64)
