@@ -71,7 +71,7 @@ DATA_MOVEMENT = VIEWS | COPIES | frozenset("""
 constant_pad_nd diagonal_copy flip lift pixel_shuffle pixel_unshuffle repeat resize_ roll tril triu
 unsafe_split set select_copy select_backward slice_backward diagonal_backward
 reflection_pad1d reflection_pad2d
-replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d _pack_padded_sequence
+replication_pad1d replication_pad2d _pack_padded_sequence
 masked_fill eye item eq ne lt le gt ge isnan isinf isfinite equal is_nonzero sign sgn
 logical_not logical_and logical_or logical_xor any count_nonzero isposinf isneginf isin searchsorted
 bucketize
@@ -115,7 +115,9 @@ Definition = Callable[..., Any]
 # IN_PLACE: in-place forms that are one IEEE 754 operation too, for float32 operands and numbers.
 IN_PLACE: dict[str, Definition] = {"add": Tensor.add_, "sub": Tensor.sub_, "mul": Tensor.mul_}
 
-# CASTS: casts between dtypes, copies that may cast, and tensors filled with a number.
+# CASTS: copies of numbers of any dtype that we perform ourselves: casts between dtypes, copies that may
+# cast, tensors filled with a number, and nearest-neighbor interpolation.
+_aten = torch.ops.aten
 CASTS: dict[str, Definition] = {
     "_to_copy": casts.to_copy,
     "copy_": casts.copy_,
@@ -125,6 +127,16 @@ CASTS: dict[str, Definition] = {
     "fill": casts.fill,
     "fill_": casts.fill_,
     "scalar_tensor": casts.scalar_tensor,
+    **{
+        f"upsample_nearest{n}d": upsampling.nearest(getattr(_aten, f"upsample_nearest{n}d"))
+        for n in (1, 2, 3)
+    },
+    **{
+        f"_upsample_nearest_exact{n}d": upsampling.nearest(
+            getattr(_aten, f"_upsample_nearest_exact{n}d"), is_exact=True
+        )
+        for n in (1, 2, 3)
+    },
 }
 
 # EXACT: the operators that compute, each with its definition. A definition takes the operator's
@@ -179,7 +191,6 @@ EXACT: dict[str, Definition] = {
     "replication_pad1d_backward": indexing.padding_backward(torch.ops.aten.replication_pad1d),
     "replication_pad2d_backward": indexing.padding_backward(torch.ops.aten.replication_pad2d),
     "embedding_dense_backward": indexing.embedding_backward,
-    "upsample_nearest2d_backward": upsampling.upsample_nearest2d_backward,
     # ---- matrix products -------------------------------------------------------------------------
     "mm": matmul.matmul,
     "bmm": matmul.matmul,
@@ -198,6 +209,29 @@ EXACT: dict[str, Definition] = {
     "_adaptive_avg_pool2d_backward": pooling.adaptive_avg_pool2d_backward,
     "max_pool2d_with_indices_backward": pooling.max_pool_backward,
     "adaptive_max_pool2d_backward": pooling.max_pool_backward,
+    # ---- interpolation ---------------------------------------------------------------------------
+    "upsample_linear1d": upsampling.interpolation(1, upsampling.linear),
+    "upsample_linear1d_backward": upsampling.interpolation_backward(1, upsampling.linear),
+    "upsample_bilinear2d": upsampling.interpolation(2, upsampling.linear),
+    "upsample_bilinear2d_backward": upsampling.interpolation_backward(2, upsampling.linear),
+    "upsample_trilinear3d": upsampling.interpolation(3, upsampling.linear),
+    "upsample_trilinear3d_backward": upsampling.interpolation_backward(3, upsampling.linear),
+    "upsample_bicubic2d": upsampling.interpolation(2, upsampling.cubic),
+    "upsample_bicubic2d_backward": upsampling.interpolation_backward(2, upsampling.cubic),
+    "_upsample_bilinear2d_aa": upsampling.interpolation(2, upsampling.antialiased_linear),
+    "_upsample_bilinear2d_aa_backward": upsampling.interpolation_backward(
+        2, upsampling.antialiased_linear
+    ),
+    "_upsample_bicubic2d_aa": upsampling.interpolation(2, upsampling.antialiased_cubic),
+    "_upsample_bicubic2d_aa_backward": upsampling.interpolation_backward(
+        2, upsampling.antialiased_cubic
+    ),
+    "upsample_nearest1d_backward": upsampling.nearest_backward(),
+    "upsample_nearest2d_backward": upsampling.nearest_backward(),
+    "upsample_nearest3d_backward": upsampling.nearest_backward(),
+    "_upsample_nearest_exact1d_backward": upsampling.nearest_backward(is_exact=True),
+    "_upsample_nearest_exact2d_backward": upsampling.nearest_backward(is_exact=True),
+    "_upsample_nearest_exact3d_backward": upsampling.nearest_backward(is_exact=True),
     # ---- normalization ---------------------------------------------------------------------------
     "native_batch_norm": normalization.batch_norm,
     "_native_batch_norm_legit": normalization.batch_norm_legit,

@@ -521,17 +521,6 @@ def max_pool_backward(g: Any, x: Any, *rest: Any) -> Any:
     return out
 
 
-def upsampled(g: Any, out_size: Any, size: Any, *_: Any) -> Any:
-    a = reals(g)
-    n, c, h, w = size
-    fh, fw = a.shape[2] // h, a.shape[3] // w
-    out = np.empty(size, dtype=object)
-    for i in np.ndindex(*size):
-        block = a[i[0], i[1], i[2] * fh : (i[2] + 1) * fh, i[3] * fw : (i[3] + 1) * fw]
-        out[i] = total(block)
-    return out
-
-
 # ---- convolution and pooling ---------------------------------------------------------------------
 
 
@@ -877,8 +866,6 @@ CASES: dict[str, list[Case]] = {
     "embedding_dense_backward": [Case(looked_up(), embedding_backward)],
     "max_pool2d_with_indices_backward": [Case(pooled(False), max_pool_backward)],
     "adaptive_max_pool2d_backward": [Case(pooled(True), max_pool_backward)],
-    "upsample_nearest2d_backward": [
-        drawn(tensors((1, 2, 4, 6), FINITE), [4, 6], [1, 2, 2, 2], oracle=upsampled)],
     "convolution": [Case(convolved(), convolution), Case(convolved(flat=True), convolution)],
     "convolution_backward": [Case(convolved(True), convolution_backward),
                              Case(convolved(True, True), convolution_backward)],
@@ -996,7 +983,25 @@ CASES: dict[str, list[Case]] = {
 }  # fmt: skip
 
 # Operators that are tested elsewhere: the module and a test function in it.
+_UPSAMPLING = "operators.test_upsampling."
 ELSEWHERE = {
+    **{
+        name + backward: _UPSAMPLING + "test_interpolation_is_rounded_once"
+        for name in (
+            "upsample_linear1d",
+            "upsample_bilinear2d",
+            "upsample_trilinear3d",
+            "upsample_bicubic2d",
+            "_upsample_bilinear2d_aa",
+            "_upsample_bicubic2d_aa",
+        )
+        for backward in ("", "_backward")
+    },
+    **{
+        f"{name}{n}d_backward": _UPSAMPLING + "test_gradient_of_nearest_is_sum_of_copies"
+        for name in ("upsample_nearest", "_upsample_nearest_exact")
+        for n in (1, 2, 3)
+    },
     "arange": "operators.test_random.test_arange_is_rounded_once",
     "linspace": "operators.test_random.test_linspace_is_rounded_once",
     "allclose": "test_handlers.test_evaluation_code_works",
