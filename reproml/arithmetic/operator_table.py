@@ -31,6 +31,7 @@ from reproml.arithmetic.operators import (
     composites,
     convolution,
     creation,
+    grid_sampling,
     indexing,
     linalg,
     losses,
@@ -44,6 +45,7 @@ from reproml.arithmetic.operators import (
     reductions,
     softmax,
     upsampling,
+    windows,
 )
 
 # fmt: off
@@ -72,6 +74,8 @@ constant_pad_nd diagonal_copy flip lift pixel_shuffle pixel_unshuffle repeat res
 unsafe_split set select_copy select_backward slice_backward diagonal_backward
 reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d _pack_padded_sequence
+reflection_pad3d replication_pad3d max_pool3d_with_indices adaptive_max_pool3d
+fractional_max_pool2d fractional_max_pool3d im2col channel_shuffle native_channel_shuffle
 masked_fill eye item eq ne lt le gt ge isnan isinf isfinite equal is_nonzero sign sgn
 logical_not logical_and logical_or logical_xor any count_nonzero isposinf isneginf isin searchsorted
 bucketize
@@ -108,7 +112,7 @@ PROMOTING = (layouts.ELEMENTWISE | {"cumsum"}) - FLOAT64
 
 # ROUNDING_INTEGERS: beginnings of the names of operators outside this table that compute with real numbers
 # even if they take and return integers.
-ROUNDING_INTEGERS = ("upsample_", "_upsample_", "avg_pool3d", "logspace")
+ROUNDING_INTEGERS = ("upsample_", "_upsample_", "logspace")
 
 Definition = Callable[..., Any]
 
@@ -188,6 +192,8 @@ EXACT: dict[str, Definition] = {
     "unfold_backward": indexing.unfold_backward,
     "reflection_pad1d_backward": indexing.padding_backward(torch.ops.aten.reflection_pad1d),
     "reflection_pad2d_backward": indexing.padding_backward(torch.ops.aten.reflection_pad2d),
+    "reflection_pad3d_backward": indexing.padding_backward(torch.ops.aten.reflection_pad3d),
+    "replication_pad3d_backward": indexing.padding_backward(torch.ops.aten.replication_pad3d),
     "replication_pad1d_backward": indexing.padding_backward(torch.ops.aten.replication_pad1d),
     "replication_pad2d_backward": indexing.padding_backward(torch.ops.aten.replication_pad2d),
     "embedding_dense_backward": indexing.embedding_backward,
@@ -207,6 +213,17 @@ EXACT: dict[str, Definition] = {
     "avg_pool2d_backward": pooling.avg_pool2d_backward,
     "_adaptive_avg_pool2d": pooling.adaptive_avg_pool2d,
     "_adaptive_avg_pool2d_backward": pooling.adaptive_avg_pool2d_backward,
+    "avg_pool3d": windows.avg_pool(3),
+    "avg_pool3d_backward": windows.avg_pool_backward(3),
+    "_adaptive_avg_pool3d": windows.adaptive_avg_pool(3),
+    "_adaptive_avg_pool3d_backward": windows.adaptive_avg_pool_backward(3),
+    "max_pool3d_with_indices_backward": pooling.max_pool3d_backward,
+    "adaptive_max_pool3d_backward": pooling.max_pool3d_backward,
+    "fractional_max_pool2d_backward": pooling.max_pool_backward,
+    "fractional_max_pool3d_backward": pooling.max_pool3d_backward,
+    "max_unpool2d": pooling.max_unpool(2),
+    "max_unpool3d": pooling.max_unpool(3),
+    "col2im": windows.col2im,
     "max_pool2d_with_indices_backward": pooling.max_pool_backward,
     "adaptive_max_pool2d_backward": pooling.max_pool_backward,
     # ---- interpolation ---------------------------------------------------------------------------
@@ -226,6 +243,11 @@ EXACT: dict[str, Definition] = {
     "_upsample_bicubic2d_aa_backward": upsampling.interpolation_backward(
         2, upsampling.antialiased_cubic
     ),
+    "affine_grid_generator": grid_sampling.affine_grid,
+    "grid_sampler_2d": grid_sampling.grid_sampler,
+    "grid_sampler_2d_backward": grid_sampling.grid_sampler_backward,
+    "grid_sampler_3d": grid_sampling.grid_sampler,
+    "grid_sampler_3d_backward": grid_sampling.grid_sampler_backward,
     "upsample_nearest1d_backward": upsampling.nearest_backward(),
     "upsample_nearest2d_backward": upsampling.nearest_backward(),
     "upsample_nearest3d_backward": upsampling.nearest_backward(),
