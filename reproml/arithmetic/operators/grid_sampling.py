@@ -187,8 +187,10 @@ def _samples(x: Tensor, grid: Tensor, mode: int, padding: int, align: bool) -> _
         elif mode == BILINEAR:
             neighbors = [floor, floor + 1]
         else:
-            zero = torch.zeros_like(floor)
-            places = [Place(floor + k, zero) for k in (-1, 0, 1, 2)]
+            # From 2^52 on, s is an integer, and t may have more of them.
+            more = torch.where(floor.abs() >= 2.0**52, t.floor(), 0.0)
+            t = t - more
+            places = [Place(floor, more).plus(k) for k in (-1, 0, 1, 2)]
             neighbors = [_padded(p, n, padding, align)[0].s for p in places]
         within = torch.stack([(m >= 0) & (m < n) for m in neighbors], -1)
         here = torch.stack(neighbors, -1).clamp(0, n - 1).long()
