@@ -27,7 +27,7 @@ SLOW_FILES = {
         "tests/arithmetic/compiler": "evaluate fast rounding_bounds",
         "tests/arithmetic/dispatch": "deferred dispatcher",
         "tests/arithmetic/distributed": "sharded",
-        "tests/arithmetic/operators": "matmul normalization optimizers",
+        "tests/arithmetic/operators": "grid_sampling matmul normalization optimizers upsampling windows",
         "tests/diff": "compare pairs",
         "tests/pipeline": "data faults preprocess",
         "tests/tracing": "trace",
