@@ -74,6 +74,7 @@ ARBITRARY = (
     "uniform",
     "exponential",
     "dropout",
+    "fractional_max_pool",
 )
 
 SHOWN = 3  # failures printed for an operator, unless it was named on the command line

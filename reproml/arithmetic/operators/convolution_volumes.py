@@ -55,10 +55,12 @@ def correlate_transposed(
 def weight_gradient(x: Tensor, g: Tensor, w: Tensor, geometry: Any) -> Tensor:
     """Compute the gradient of w: x [n, c, ...], g [n, o, ...] -> [o, c / groups, ...]."""
     groups, size = geometry.groups, g.shape[2:]
+    places = len(g) * math.prod(size)
     columns = _patches(x, w.shape[2:], geometry, size)  # [n, groups, c / groups * kernel, places]
-    columns = columns.permute(1, 0, 3, 2).reshape(groups, -1, columns.shape[2])
-    rows = g.reshape(len(g), groups, -1, math.prod(size)).permute(1, 2, 0, 3)
-    return matmul(rows.reshape(groups, len(w) // groups, -1), columns).reshape(w.shape)
+    columns = columns.permute(1, 0, 3, 2).reshape(groups, places, columns.shape[2])
+    outputs = g.shape[1] // groups
+    rows = g.reshape(len(g), groups, outputs, math.prod(size)).permute(1, 2, 0, 3)
+    return matmul(rows.reshape(groups, outputs, places), columns).reshape(w.shape)
 
 
 def _patches(x: Tensor, kernel: Sequence[int], geometry: Any, size: Sequence[int]) -> Tensor:

@@ -168,7 +168,7 @@ class _Samples(NamedTuple):
 
 def _samples(x: Tensor, grid: Tensor, mode: int, padding: int, align: bool) -> _Samples:
     size = x.shape[2:]
-    coordinates = grid.reshape(len(grid), -1, len(size)).unbind(-1)[::-1]  # the grid has x first
+    coordinates = grid.flatten(1, -2).unbind(-1)[::-1]  # the grid has x first
     index = torch.zeros(*coordinates[0].shape, 1, dtype=torch.int64, device=x.device)
     inside = torch.ones_like(index, dtype=torch.bool)
     offsets, slopes = [], []

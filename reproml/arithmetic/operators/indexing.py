@@ -173,7 +173,7 @@ def sums_in_planes(index: Tensor, values: Tensor, size: int) -> Tensor:
     Returns float32 [planes, size].
     """
     planes = len(values)
-    index = index.expand(values.shape).reshape(planes, -1)
+    index = index.expand(values.shape).reshape(planes, values.shape[1:].numel())
     compiled = compiled_segment_sums(planes, size, index, values)
     if compiled is not None:
         return compiled.reshape(planes, size)
