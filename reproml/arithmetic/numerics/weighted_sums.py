@@ -179,9 +179,10 @@ def nearest_of_quotients(terms: Tensor, divisors: Tensor) -> Any:
     beyond = (s - middle * divisors) + t
     side = torch.nextafter(middle, beyond.sign() * torch.inf)
     value = torch.where(is_midpoint, torch.where(beyond == 0, middle, side), quotient)
+    value = torch.where(s == 0, 0.0, value)  # an exact zero is +0
     values = value.float().double().numpy()
     inexact |= (quotient.abs() < 2.0**-125) & ((s != 0) | (t != 0))
     for i in inexact.nonzero().squeeze(1).tolist():
         total = sum(map(Fraction, terms[i].tolist()), Fraction(0))
         values[i] = nearest(total / int(divisors[i]))
-    return values + 0.0
+    return values

@@ -202,6 +202,12 @@ def test_quotients_of_sums_are_rounded_once(rows, divisor):
     check(found, np.array([total(r) / divisor for r in reals(terms)], dtype=object))
 
 
+def test_underflow_of_tie_keeps_sign():
+    terms = torch.tensor([[-(2.0**-149), 0.0], [-0.0, -0.0], [1.0, -1.0]], dtype=torch.float64)
+    found = weighted_sums.nearest_of_quotients(terms, torch.full((3,), 2.0, dtype=torch.float64))
+    assert [math.copysign(1, v) for v in found.tolist()] == [-1, 1, 1] and not found.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.bfloat16])
 def test_other_dtypes_are_refused(dtype):
     x = torch.ones(1, 1, 2, 2).to(dtype)
