@@ -43,6 +43,9 @@ MEMORY_FORMAT = {
     **dict.fromkeys("""
         avg_pool2d _adaptive_avg_pool2d native_batch_norm _native_batch_norm_legit
         _native_batch_norm_legit_no_training native_group_norm upsample_nearest2d_backward
+        _upsample_nearest_exact2d_backward upsample_bilinear2d upsample_bilinear2d_backward
+        upsample_bicubic2d upsample_bicubic2d_backward _upsample_bilinear2d_aa
+        _upsample_bilinear2d_aa_backward _upsample_bicubic2d_aa _upsample_bicubic2d_aa_backward
     """.split(), (0,)),
     **dict.fromkeys("""
         avg_pool2d_backward _adaptive_avg_pool2d_backward max_pool2d_with_indices_backward

@@ -33,6 +33,7 @@ from reproml.arithmetic.operators import (
     creation,
     elementary,
     embedding_bag,
+    grid_sampling,
     histograms,
     indexing,
     linalg,
@@ -54,6 +55,7 @@ from reproml.arithmetic.operators import (
     selection,
     softmax,
     upsampling,
+    windows,
 )
 
 # fmt: off
@@ -81,7 +83,9 @@ DATA_MOVEMENT = VIEWS | COPIES | frozenset("""
 constant_pad_nd diagonal_copy flip lift pixel_shuffle pixel_unshuffle repeat resize_ roll tril triu
 unsafe_split set select_copy select_backward slice_backward diagonal_backward
 reflection_pad1d reflection_pad2d
-replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d _pack_padded_sequence
+replication_pad1d replication_pad2d _pack_padded_sequence
+reflection_pad3d replication_pad3d max_pool3d_with_indices adaptive_max_pool3d
+fractional_max_pool2d fractional_max_pool3d im2col channel_shuffle native_channel_shuffle
 masked_fill eye item eq ne lt le gt ge isnan isinf isfinite equal is_nonzero sign sgn
 logical_not logical_and logical_or logical_xor any count_nonzero isposinf isneginf isin searchsorted
 bucketize
@@ -122,14 +126,16 @@ PROMOTING = (layouts.ELEMENTWISE | {"cumsum"}) - FLOAT64
 
 # ROUNDING_INTEGERS: beginnings of the names of operators outside this table that compute with real numbers
 # even if they take and return integers.
-ROUNDING_INTEGERS = ("upsample_", "_upsample_", "avg_pool3d", "logspace")
+ROUNDING_INTEGERS = ("upsample_", "_upsample_", "logspace")
 
 Definition = Callable[..., Any]
 
 # IN_PLACE: in-place forms that are one IEEE 754 operation too, for float32 operands and numbers.
 IN_PLACE: dict[str, Definition] = {"add": Tensor.add_, "sub": Tensor.sub_, "mul": Tensor.mul_}
 
-# CASTS: casts between dtypes, copies that may cast, and tensors filled with a number.
+# CASTS: copies of numbers of any dtype that we perform ourselves: casts between dtypes, copies that may
+# cast, tensors filled with a number, and nearest-neighbor interpolation.
+_aten = torch.ops.aten
 CASTS: dict[str, Definition] = {
     "_to_copy": casts.to_copy,
     "copy_": casts.copy_,
@@ -139,6 +145,16 @@ CASTS: dict[str, Definition] = {
     "fill": casts.fill,
     "fill_": casts.fill_,
     "scalar_tensor": casts.scalar_tensor,
+    **{
+        f"upsample_nearest{n}d": upsampling.nearest(getattr(_aten, f"upsample_nearest{n}d"))
+        for n in (1, 2, 3)
+    },
+    **{
+        f"_upsample_nearest_exact{n}d": upsampling.nearest(
+            getattr(_aten, f"_upsample_nearest_exact{n}d"), is_exact=True
+        )
+        for n in (1, 2, 3)
+    },
 }
 
 # EXACT: the operators that compute, each with its definition. A definition takes the operator's
@@ -200,10 +216,11 @@ EXACT: dict[str, Definition] = {
     "unfold_backward": indexing.unfold_backward,
     "reflection_pad1d_backward": indexing.padding_backward(torch.ops.aten.reflection_pad1d),
     "reflection_pad2d_backward": indexing.padding_backward(torch.ops.aten.reflection_pad2d),
+    "reflection_pad3d_backward": indexing.padding_backward(torch.ops.aten.reflection_pad3d),
+    "replication_pad3d_backward": indexing.padding_backward(torch.ops.aten.replication_pad3d),
     "replication_pad1d_backward": indexing.padding_backward(torch.ops.aten.replication_pad1d),
     "replication_pad2d_backward": indexing.padding_backward(torch.ops.aten.replication_pad2d),
     "embedding_dense_backward": indexing.embedding_backward,
-    "upsample_nearest2d_backward": upsampling.upsample_nearest2d_backward,
     # ---- reductions at indices, histograms --------------------------------------------------------
     "scatter_reduce": scatter.scatter_reduce,
     "index_reduce": scatter.index_reduce,
@@ -263,8 +280,47 @@ EXACT: dict[str, Definition] = {
     "avg_pool2d_backward": pooling.avg_pool2d_backward,
     "_adaptive_avg_pool2d": pooling.adaptive_avg_pool2d,
     "_adaptive_avg_pool2d_backward": pooling.adaptive_avg_pool2d_backward,
+    "avg_pool3d": windows.avg_pool(3),
+    "avg_pool3d_backward": windows.avg_pool_backward(3),
+    "_adaptive_avg_pool3d": windows.adaptive_avg_pool(3),
+    "_adaptive_avg_pool3d_backward": windows.adaptive_avg_pool_backward(3),
+    "max_pool3d_with_indices_backward": pooling.max_pool3d_backward,
+    "adaptive_max_pool3d_backward": pooling.max_pool3d_backward,
+    "fractional_max_pool2d_backward": pooling.max_pool_backward,
+    "fractional_max_pool3d_backward": pooling.max_pool3d_backward,
+    "max_unpool2d": pooling.max_unpool(2),
+    "max_unpool3d": pooling.max_unpool(3),
+    "col2im": windows.col2im,
     "max_pool2d_with_indices_backward": pooling.max_pool_backward,
     "adaptive_max_pool2d_backward": pooling.max_pool_backward,
+    # ---- interpolation ---------------------------------------------------------------------------
+    "upsample_linear1d": upsampling.interpolation(1, upsampling.linear),
+    "upsample_linear1d_backward": upsampling.interpolation_backward(1, upsampling.linear),
+    "upsample_bilinear2d": upsampling.interpolation(2, upsampling.linear),
+    "upsample_bilinear2d_backward": upsampling.interpolation_backward(2, upsampling.linear),
+    "upsample_trilinear3d": upsampling.interpolation(3, upsampling.linear),
+    "upsample_trilinear3d_backward": upsampling.interpolation_backward(3, upsampling.linear),
+    "upsample_bicubic2d": upsampling.interpolation(2, upsampling.cubic),
+    "upsample_bicubic2d_backward": upsampling.interpolation_backward(2, upsampling.cubic),
+    "_upsample_bilinear2d_aa": upsampling.interpolation(2, upsampling.antialiased_linear),
+    "_upsample_bilinear2d_aa_backward": upsampling.interpolation_backward(
+        2, upsampling.antialiased_linear
+    ),
+    "_upsample_bicubic2d_aa": upsampling.interpolation(2, upsampling.antialiased_cubic),
+    "_upsample_bicubic2d_aa_backward": upsampling.interpolation_backward(
+        2, upsampling.antialiased_cubic
+    ),
+    "affine_grid_generator": grid_sampling.affine_grid,
+    "grid_sampler_2d": grid_sampling.grid_sampler,
+    "grid_sampler_2d_backward": grid_sampling.grid_sampler_backward,
+    "grid_sampler_3d": grid_sampling.grid_sampler,
+    "grid_sampler_3d_backward": grid_sampling.grid_sampler_backward,
+    "upsample_nearest1d_backward": upsampling.nearest_backward(),
+    "upsample_nearest2d_backward": upsampling.nearest_backward(),
+    "upsample_nearest3d_backward": upsampling.nearest_backward(),
+    "_upsample_nearest_exact1d_backward": upsampling.nearest_backward(is_exact=True),
+    "_upsample_nearest_exact2d_backward": upsampling.nearest_backward(is_exact=True),
+    "_upsample_nearest_exact3d_backward": upsampling.nearest_backward(is_exact=True),
     # ---- normalization ---------------------------------------------------------------------------
     "native_batch_norm": normalization.batch_norm,
     "_native_batch_norm_legit": normalization.batch_norm_legit,

@@ -615,17 +615,6 @@ def max_pool_backward(g: Any, x: Any, *rest: Any) -> Any:
     return out
 
 
-def upsampled(g: Any, out_size: Any, size: Any, *_: Any) -> Any:
-    a = reals(g)
-    n, c, h, w = size
-    fh, fw = a.shape[2] // h, a.shape[3] // w
-    out = np.empty(size, dtype=object)
-    for i in np.ndindex(*size):
-        block = a[i[0], i[1], i[2] * fh : (i[2] + 1) * fh, i[3] * fw : (i[3] + 1) * fw]
-        out[i] = total(block)
-    return out
-
-
 # ---- reductions at indices -----------------------------------------------------------------------
 
 
@@ -1021,15 +1010,14 @@ def logcumsumexp(row: Any) -> Any:
 
 
 @st.composite
-def convolved(draw: Any, backward: bool = False, flat: bool = False) -> Any:
+def convolved(draw: Any, backward: bool = False, nd: int = 2) -> Any:
     groups, transposed = draw(st.sampled_from([1, 2])), draw(st.booleans())
     c, out = 2, 2 * draw(st.integers(1, 2))
-    nd = 1 if flat else 2
     kernel = [draw(st.integers(1, 2)) for _ in range(nd)]
     stride = [draw(st.integers(1, 2)) for _ in range(nd)]
     padding = [draw(st.integers(0, 1)) for _ in range(nd)]
     dilation = [draw(st.integers(1, 2)) for _ in range(nd)]
-    size = [draw(st.integers(3, 4)) for _ in range(nd)]
+    size = [draw(st.integers(3, 4 if nd < 3 else 3)) for _ in range(nd)]
     output_padding = [s - 1 if transposed else 0 for s in stride]
     if transposed and any(p >= max(s, d) for p, s, d in zip(output_padding, stride, dilation)):
         output_padding = [0] * nd
@@ -1436,11 +1424,11 @@ CASES: dict[str, list[Case]] = {
     "embedding_dense_backward": [Case(looked_up(), embedding_backward)],
     "max_pool2d_with_indices_backward": [Case(pooled(False), max_pool_backward)],
     "adaptive_max_pool2d_backward": [Case(pooled(True), max_pool_backward)],
-    "upsample_nearest2d_backward": [
-        drawn(tensors((1, 2, 4, 6), FINITE), [4, 6], [1, 2, 2, 2], oracle=upsampled)],
-    "convolution": [Case(convolved(), convolution), Case(convolved(flat=True), convolution)],
+    "convolution": [Case(convolved(), convolution), Case(convolved(nd=1), convolution),
+                    Case(convolved(nd=3), convolution)],
     "convolution_backward": [Case(convolved(True), convolution_backward),
-                             Case(convolved(True, True), convolution_backward)],
+                             Case(convolved(True, 1), convolution_backward),
+                             Case(convolved(True, 3), convolution_backward)],
     "avg_pool2d": [drawn(tensors((2, 1, 5, 4), FINITE), *POOL, oracle=avg_pool)],
     "avg_pool2d_backward": [drawn(tensors((1, 2, 3, 5), FINITE), torch.zeros(1, 2, 5, 4), *POOL, None,
                                   oracle=avg_pool_backward)],
@@ -1610,10 +1598,58 @@ CASES: dict[str, list[Case]] = {
 }  # fmt: skip
 
 # Operators that are tested elsewhere: the module and a test function in it.
+_UPSAMPLING, _WINDOWS = "operators.test_upsampling.", "operators.test_windows."
 ELSEWHERE = {
     "_unique2": "operators.test_selection.test_unique_elements_are_sorted",
     "unique_dim": "operators.test_selection.test_unique_slices_are_sorted",
     "unique_consecutive": "operators.test_selection.test_unique_consecutive_ignores_the_sign_of_zero",
+    **{
+        f"grid_sampler_{n}d{backward}": "operators.test_grid_sampling.test_sampling_is_rounded_once"
+        for n in (2, 3)
+        for backward in ("", "_backward")
+    },
+    "affine_grid_generator": "operators.test_grid_sampling.test_affine_grid_is_product_of_rounded_places",
+    **dict.fromkeys(
+        ["avg_pool3d", "avg_pool3d_backward"], _WINDOWS + "test_average_pooling_is_rounded_once"
+    ),
+    **dict.fromkeys(
+        ["_adaptive_avg_pool3d", "_adaptive_avg_pool3d_backward"],
+        _WINDOWS + "test_adaptive_average_pooling_is_rounded_once",
+    ),
+    **dict.fromkeys(
+        [
+            "max_pool3d_with_indices_backward",
+            "adaptive_max_pool3d_backward",
+            "fractional_max_pool2d_backward",
+            "fractional_max_pool3d_backward",
+        ],
+        _WINDOWS + "test_gradient_of_max_pooling_is_sum_over_windows",
+    ),
+    "col2im": _WINDOWS + "test_fold_is_sum_of_overlaps",
+    **dict.fromkeys(
+        ["max_unpool2d", "max_unpool3d"], _WINDOWS + "test_unpooling_keeps_last_of_equal_indices"
+    ),
+    **dict.fromkeys(
+        ["reflection_pad3d_backward", "replication_pad3d_backward"],
+        _WINDOWS + "test_padding_of_volumes_has_gradient",
+    ),
+    **{
+        name + backward: _UPSAMPLING + "test_interpolation_is_rounded_once"
+        for name in (
+            "upsample_linear1d",
+            "upsample_bilinear2d",
+            "upsample_trilinear3d",
+            "upsample_bicubic2d",
+            "_upsample_bilinear2d_aa",
+            "_upsample_bicubic2d_aa",
+        )
+        for backward in ("", "_backward")
+    },
+    **{
+        f"{name}{n}d_backward": _UPSAMPLING + "test_gradient_of_nearest_is_sum_of_copies"
+        for name in ("upsample_nearest", "_upsample_nearest_exact")
+        for n in (1, 2, 3)
+    },
     "arange": "operators.test_random.test_arange_is_rounded_once",
     "linspace": "operators.test_random.test_linspace_is_rounded_once",
     "allclose": "test_handlers.test_evaluation_code_works",

@@ -1,9 +1,10 @@
 """Convolutions and their gradients: each output element is one dot product, rounded once.
 
-One and two dimensions with a batch; a one-dimensional convolution is computed as a two-dimensional one of
-height 1. The reference path copies the patches under the kernel into a matrix (im2col, `_patches`) and
-multiplies matrices. The compiled path (csrc/convolution.c) packs patches as it multiplies them, or slides
-the kernel over the image where a group has few outputs.
+One, two and three dimensions with a batch. A one-dimensional convolution is computed as a two-dimensional
+one of height 1; three dimensions are in convolution_volumes.py. The reference path copies the patches under
+the kernel into a matrix (im2col, `_patches`) and multiplies matrices. The compiled path
+(csrc/convolution.c) packs patches as it multiplies them, or slides the kernel over the image where a group
+has few outputs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad, unfold
 
 from reproml.arithmetic.compiler import kernels
-from reproml.arithmetic.operators.arguments import pair, require_shape
+from reproml.arithmetic.operators import convolution_volumes
+from reproml.arithmetic.operators.arguments import require_shape
 from reproml.arithmetic.operators.matmul import matmul
 from reproml.arithmetic.operators.reductions import reduce_sum
 from reproml.errors import NotExactError
@@ -49,11 +51,11 @@ def convolution(
 ) -> Tensor:
     """Compute aten.convolution: each output element, including its bias, is one dot product.
 
-    x: float32 [n, c, h, w] or [n, c, length]; w: float32 [o, c / groups, kh, kw] (transposed: [c, o /
-    groups, kh, kw]); bias: float32 [o]. Returns float32 [n, o, ...].
+    x: float32 [n, c, h, w], [n, c, length] or [n, c, d, h, w]; w: float32 [o, c / groups, kh, kw]
+    (transposed: [c, o / groups, kh, kw]); bias: float32 [o]. Returns float32 [n, o, ...].
 
-    Raises RuntimeError for shapes and sizes that do not match, NotExactError for another dtype or three
-    dimensions.
+    Raises RuntimeError for shapes and sizes that do not match, NotExactError for another dtype or without
+    a batch.
     """
     _check(x, w, bias, stride, padding, dilation, transposed, groups)
     if x.dim() == 3:
@@ -63,11 +65,10 @@ def convolution(
             *(transposed, [0, *output_padding], groups),
         )
         return flat.squeeze(2)
-    _require_two_dimensions(x)
-    geometry = Geometry(pair(stride), pair(padding), pair(dilation), groups)
-    size = _output_size(x, w, geometry, transposed, pair(output_padding))
-    correlate = _correlate_transposed if transposed else _correlate
-    return correlate(x, w, bias, geometry, size)
+    geometry, output_padding = _geometry(x, stride, padding, dilation, groups, output_padding)
+    size = _output_size(x, w, geometry, transposed, output_padding)
+    correlate, correlate_transposed, _ = _sums(x)
+    return (correlate_transposed if transposed else correlate)(x, w, bias, geometry, size)
 
 
 def _output_size(
@@ -118,20 +119,20 @@ def convolution_backward(
         g, x, w = g.unsqueeze(2), x.unsqueeze(2), w.unsqueeze(2)
         stride, dilation, padding = [1, *stride], [1, *dilation], [0, *padding]
         output_padding = [0, *output_padding]
-    _require_two_dimensions(x)
-    geometry = Geometry(pair(stride), pair(padding), pair(dilation), groups)
+    geometry, output_padding = _geometry(x, stride, padding, dilation, groups, output_padding)
+    correlate, correlate_transposed, weight_gradient = _sums(x)
     outputs = groups * w.shape[1] if transposed else len(w)
-    size = _output_size(x, w, geometry, transposed, pair(output_padding))
+    size = _output_size(x, w, geometry, transposed, output_padding)
     require_shape("the gradient", g, (len(x), outputs, *size))
-    grad_bias = reduce_sum(g, (0, 2, 3)) if mask[2] else None
+    grad_bias = reduce_sum(g, (0, *range(2, g.dim()))) if mask[2] else None
     grad_x = grad_w = None
     if mask[0]:
-        backward = _correlate if transposed else _correlate_transposed
+        backward = correlate if transposed else correlate_transposed
         grad_x = backward(g, w, None, geometry, x.shape[2:])
     if mask[1]:
         # In a transposed convolution, x and g swap their roles.
         image, output = (g, x) if transposed else (x, g)
-        grad_w = _weight_gradient(image, output, w, geometry)
+        grad_w = weight_gradient(image, output, w, geometry)
     if one_dimension:
         grad_x = None if grad_x is None else grad_x.squeeze(2)
         grad_w = None if grad_w is None else grad_w.squeeze(2)
@@ -176,13 +177,30 @@ def _require_float32(x: Tensor) -> None:
         raise NotExactError(f"A convolution is defined for float32 only, not for {x.dtype}.")
 
 
-def _require_two_dimensions(x: Tensor) -> None:
-    """Raise NotExactError unless x is [n, c, h, w]."""
-    if x.dim() != 4:
+def _geometry(
+    x: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, output_padding: Any
+) -> tuple[Geometry, list[int]]:
+    """Return the geometry and output_padding with a size for each axis.
+
+    Raises NotExactError unless x is [n, c, h, w] or [n, c, d, h, w].
+    """
+    if x.dim() not in (4, 5):
         raise NotExactError(
-            f"A convolution of an input of shape {list(x.shape)} has no exact definition; use one or "
-            "two dimensions with a batch."
+            f"A convolution of an input of shape {list(x.shape)} has no exact definition; use one, two or "
+            "three dimensions with a batch."
         )
+    axes = x.dim() - 2
+    sizes = [list(s) * axes if len(s) == 1 else list(s) for s in (stride, padding, dilation)]
+    more = list(output_padding)
+    return Geometry(sizes[0], sizes[1], sizes[2], groups), more * axes if len(more) == 1 else more
+
+
+def _sums(x: Tensor) -> tuple[Callable[..., Tensor], ...]:
+    """Return the functions that compute the three sums below for images or volumes."""
+    if x.dim() == 5:
+        volumes = convolution_volumes
+        return volumes.correlate, volumes.correlate_transposed, volumes.weight_gradient
+    return _correlate, _correlate_transposed, _weight_gradient
 
 
 # ---- the three sums, each by a kernel and by a matrix product ----------------------------------------

@@ -171,6 +171,22 @@ def segment_sum(index: Tensor, values: Tensor, size: int, start: Optional[Tensor
     return round_sum(mid, magnitude * gamma(counts), resolve)
 
 
+def sums_in_planes(index: Tensor, values: Tensor, size: int) -> Tensor:
+    """Return, for each plane, the sum of the values of each index, rounded once.
+
+    values: float32 [planes, *]. index: int64, from 0 to size - 1, of one plane's shape or of values' shape.
+    Returns float32 [planes, size].
+    """
+    planes = len(values)
+    index = index.expand(values.shape).reshape(planes, values.shape[1:].numel())
+    compiled = compiled_segment_sums(planes, size, index, values)
+    if compiled is not None:
+        return compiled.reshape(planes, size)
+    first = torch.arange(planes, device=values.device).unsqueeze(1) * size
+    flat = (index + first).reshape(-1)
+    return segment_sum(flat, values.reshape(-1), planes * size).reshape(planes, size)
+
+
 def compiled_segment_sums(
     planes: int,
     rows: int,

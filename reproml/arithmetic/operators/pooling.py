@@ -1,7 +1,7 @@
 """Average pooling and the gradients of pooling: each output element is one sum over a window, rounded once.
 
 Max pooling itself only selects (operator_table.DATA_MOVEMENT). Inputs are float32 [n, c, h, w] or [c, h,
-w].
+w]. Pooling with windows of several sizes, and of three axes, is in windows.py.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from reproml.arithmetic.compiler import kernels
-from reproml.arithmetic.compiler.evaluate import rowwise
+from reproml.arithmetic.operators import windows
 from reproml.arithmetic.operators.arguments import pair, require, require_shape
 from reproml.arithmetic.operators.convolution import dilate_and_pad
-from reproml.arithmetic.operators.indexing import compiled_segment_sums, segment_sum
+from reproml.arithmetic.operators.indexing import compiled_segment_sums, index_put_, segment_sum
 from reproml.arithmetic.operators.reductions import reduce_sum
-from reproml.errors import NotExactError
 
 # ---- average pooling ---------------------------------------------------------------------------------
 
@@ -36,16 +35,18 @@ def avg_pool2d(
 ) -> Tensor:
     """Return the sum of each window divided by its size or by divisor_override, rounded once.
 
-    Raises RuntimeError for sizes out of range, NotExactError if windows at the border have another divisor.
+    Raises RuntimeError for sizes out of range.
     """
+    if _has_border(x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override):
+        return windows.avg_pool(2)(
+            x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
+        )
     if x.dim() == 3:
         x4 = x.unsqueeze(0)
         return avg_pool2d(
             x4, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
         ).squeeze(0)
-    kernel, stride, padding, divisor = _pooling_sizes(
-        x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
-    )
+    kernel, stride, padding, divisor = _pooling_sizes(kernel, stride, padding, divisor_override)
     x = pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
     return reduce_sum(_windows(x, kernel, stride), (-2, -1), divisor=divisor)
 
@@ -64,12 +65,12 @@ def avg_pool2d_backward(
 
     g: float32 of avg_pool2d's output shape. Returns float32 of x's shape. Raises what avg_pool2d raises.
     """
+    rest = (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    if _has_border(x, *rest):
+        return windows.avg_pool_backward(2)(g, x, *rest)
     if x.dim() == 3:
-        rest = (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
         return avg_pool2d_backward(g.unsqueeze(0), x.unsqueeze(0), *rest).squeeze(0)
-    kernel, stride, padding, divisor = _pooling_sizes(
-        x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
-    )
+    kernel, stride, padding, divisor = _pooling_sizes(kernel, stride, padding, divisor_override)
     sides = zip(x.shape[2:], kernel, stride, padding)
     size = [(i + 2 * p - k) // s + 1 for i, k, s, p in sides]
     require_shape("the gradient", g, (*x.shape[:2], *size))
@@ -80,12 +81,22 @@ def avg_pool2d_backward(
     return reduce_sum(_windows(dilated, kernel, (1, 1)), (-2, -1), divisor=divisor)
 
 
-def _pooling_sizes(
+def _has_border(
     x: Tensor, kernel: Any, stride: Any, padding: Any, ceil: bool, count_padding: bool, divisor: Any
+) -> bool:
+    """Return whether windows at the border have another size."""
+    kernel, stride, padding, _ = _pooling_sizes(kernel, stride, padding, divisor)
+    sides = zip(x.shape[-2:], kernel, stride, padding)
+    complete = all((i + 2 * p - k) % s == 0 for i, k, s, p in sides)
+    return (ceil and not complete) or (any(padding) and not count_padding and divisor is None)
+
+
+def _pooling_sizes(
+    kernel: Any, stride: Any, padding: Any, divisor: Any
 ) -> tuple[list[int], list[int], list[int], int]:
     """Return kernel, stride and padding as pairs, and the divisor of average pooling.
 
-    Raises RuntimeError for sizes out of range, NotExactError if windows at the border have another divisor.
+    Raises RuntimeError for sizes out of range.
     """
     kernel, padding = pair(kernel), pair(padding)
     stride = pair(stride) if stride else kernel
@@ -93,13 +104,6 @@ def _pooling_sizes(
         raise RuntimeError(
             f"kernel size {kernel} and stride {stride} must be positive, and padding {padding} between 0 "
             "and half of the kernel size"
-        )
-    sides = zip(x.shape[-2:], kernel, stride, padding)
-    complete = all((i + 2 * p - k) % s == 0 for i, k, s, p in sides)
-    if (ceil and not complete) or (any(padding) and not count_padding and divisor is None):
-        raise NotExactError(
-            "Average pooling in which windows at the border have another size has no exact definition; use "
-            "ceil_mode=False and count_include_pad=True."
         )
     return kernel, stride, padding, divisor or kernel[0] * kernel[1]
 
@@ -131,15 +135,7 @@ def adaptive_avg_pool2d(x: Tensor, size: Any) -> Tensor:
     if equal:
         (m, a), (n, b) = equal
         return reduce_sum(x.reshape(*x.shape[:-2], m, a, n, b), (-3, -1), divisor=a * b)
-    rows, columns = (_adaptive_windows(n, p) for n, p in zip(x.shape[-2:], pair(size)))
-    means = [
-        reduce_sum(
-            x[..., top:bottom, left:right], (-2, -1), divisor=(bottom - top) * (right - left)
-        )
-        for top, bottom in rows
-        for left, right in columns
-    ]
-    return torch.stack(means, -1).reshape(*x.shape[:-2], len(rows), len(columns))
+    return windows.adaptive_avg_pool(2)(x, pair(size))
 
 
 def adaptive_avg_pool2d_backward(g: Tensor, x: Tensor) -> Tensor:
@@ -153,21 +149,7 @@ def adaptive_avg_pool2d_backward(g: Tensor, x: Tensor) -> Tensor:
         (_, a), (_, b) = equal
         return _divide_among_windows(g, (a, b), a * b)
     compiled = _compiled_adaptive_backward(g, x)
-    if compiled is not None:
-        return compiled
-    rows, columns = (_adaptive_windows(n, p) for n, p in zip(x.shape[-2:], g.shape[-2:]))
-    areas = [[(b - a) * (d - c) for c, d in columns] for a, b in rows]
-    area = torch.tensor(areas, dtype=torch.float32, device=g.device).reshape(g.shape[-2:])
-
-    def gradient_at(y: int, z: int) -> Tensor:
-        row_indices = [i for i, (start, end) in enumerate(rows) if start <= y < end]
-        column_indices = [j for j, (start, end) in enumerate(columns) if start <= z < end]
-        gradients = g[..., row_indices, :][..., column_indices].flatten(-2)
-        divisors = area[row_indices][:, column_indices].flatten()
-        return rowwise(lambda ctx, g, a: ctx.sum(g / a), -1, gradients, divisors)
-
-    grads = [gradient_at(y, z) for y in range(x.shape[-2]) for z in range(x.shape[-1])]
-    return torch.cat(grads, -1).reshape(x.shape)
+    return windows.adaptive_avg_pool_backward(2)(g, x) if compiled is None else compiled
 
 
 def _compiled_adaptive_backward(g: Tensor, x: Tensor) -> Optional[Tensor]:
@@ -189,11 +171,6 @@ def _check_windows(g: Tensor, x: Tensor) -> None:
             f"a gradient of shape {list(g.shape)} does not fit an input of shape {list(x.shape)}"
         )
     require_shape("the gradient", g, (*x.shape[:-2], *g.shape[-2:]))
-
-
-def _adaptive_windows(n: int, count: int) -> list[tuple[int, int]]:
-    """Return the [start, end) of each of the `count` windows of adaptive pooling on n elements."""
-    return [(i * n // count, -(-(i + 1) * n // count)) for i in range(count)]
 
 
 def _equal_windows(size: Sequence[int], counts: Sequence[int]) -> Optional[list[tuple[int, int]]]:
@@ -227,3 +204,34 @@ def max_pool_backward(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
     first = torch.arange(planes, device=g.device).unsqueeze(1) * area
     index = indices.reshape(planes, math.prod(indices.shape[-2:])) + first
     return segment_sum(index.reshape(-1), g.reshape(-1), x.numel()).reshape(x.shape)
+
+
+def max_pool3d_backward(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    """Compute max_pool_backward for three axes: the indices are flat in [d, h, w]."""
+    if x.dim() < 3 or g.dim() != x.dim():
+        _check_windows(g[:0], x)
+    planes = [t.flatten(-3, -2) for t in (g, x, rest[-1])]
+    return max_pool_backward(*planes).reshape(x.shape)
+
+
+def max_unpool(axes: int) -> Any:
+    """Return the definition of aten.max_unpool: each element at its index in a plane of zeros.
+
+    Of several elements with one index the last is kept.
+    """
+
+    def unpool(x: Tensor, indices: Tensor, size: Any, *rest: Any) -> Tensor:
+        if x.dim() not in (axes + 1, axes + 2) or indices.shape != x.shape:
+            raise RuntimeError(
+                f"an input of shape {list(x.shape)} and indices of shape {list(indices.shape)} cannot be "
+                f"unpooled along {axes} axes"
+            )
+        outer, area = x.shape[:-axes], math.prod(size)
+        inside = (indices >= 0) & (indices < area)
+        require(inside, f"an index is not in a plane of {area} elements")
+        first = torch.arange(outer.numel(), device=x.device).reshape(*outer, *[1] * axes) * area
+        out = x.new_zeros(outer.numel() * area)
+        index = (indices + first).reshape(-1)
+        return index_put_(out, [index], x.reshape(-1)).reshape(*outer, *size)
+
+    return unpool

@@ -1,0 +1,188 @@
+"""Sums of few elements with rational weights, rounded once: interpolation, and its gradients.
+
+`separable_sums` applies a sparse matrix of rational numbers to each of the last axes of a tensor. It
+computes in float64 with rounded weights and takes what passes the rounding test; the rest is summed
+exactly, with integers as weights. A weight of zero leaves its element out, even if that is infinite or NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reproml.arithmetic.numerics.rounding import gamma, nearest, round_sum, two_sum
+
+_CHUNK = 1 << 17  # elements at once, so that the temporaries stay in a processor's cache
+
+# A weight of up to 29 bits times a binary32 number is exact in binary64, and so is a divisor of up to 27
+# bits times a midpoint of two binary32 numbers.
+_WEIGHT, _DIVISOR = 1 << 29, 1 << 27
+
+Row = dict[int, Fraction]
+
+
+class SparseMatrix:
+    """A matrix of rational numbers with few in each row: weights[i, k] is in column index[i, k] of row i.
+
+    index: int64 [rows, k]. weights: float64 [rows, k], each rounded once. numerators: integers [rows, k],
+    weights times divisors; divisors: integers [rows]. Rows with fewer numbers end with weights of zero.
+    """
+
+    def __init__(self, rows: Sequence[Row], columns: int) -> None:
+        rows = [{j: w for j, w in row.items() if w} for row in rows]
+        width = max([1, *map(len, rows)])
+        self.columns = columns
+        self._rows = rows
+        shape = (len(rows), width)
+        self.index = np.zeros(shape, np.int64)
+        self.weights = np.zeros(shape)
+        self.numerators = np.zeros(shape, object)
+        self.divisors = np.ones(len(rows), object)
+        for i, row in enumerate(rows):
+            divisor = math.lcm(*[w.denominator for w in row.values()])
+            self.divisors[i] = divisor
+            for k, (j, w) in enumerate(row.items()):
+                self.index[i, k] = j
+                self.weights[i, k] = w.numerator / w.denominator
+                self.numerators[i, k] = w.numerator * (divisor // w.denominator)
+        self.largest = int(abs(self.numerators).max(initial=0))
+        self.largest_divisor = max([1, *self.divisors])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def transposed(self) -> SparseMatrix:
+        rows: list[Row] = [{} for _ in range(self.columns)]
+        for i, row in enumerate(self._rows):
+            for j, w in row.items():
+                rows[j][i] = w
+        return SparseMatrix(rows, len(self))
+
+
+def separable_sums(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
+    """Apply a matrix to each of the last axes of x: each result is one weighted sum, rounded once.
+
+    x: float32 [..., *columns of the matrices]. Returns float32 [..., *rows]. A sum without terms is +0.
+    """
+    inner, outer = [m.columns for m in matrices], [len(m) for m in matrices]
+    leading = x.shape[: x.dim() - len(matrices)]
+    planes = x.reshape(-1, *inner) if x.numel() else x.new_zeros(math.prod(leading), *inner)
+    result = x.new_empty(len(planes), *outer)
+    size = max(1, math.prod(inner), math.prod(outer))
+    for part in zip(*[t.split(max(1, _CHUNK // size)) for t in (planes, result)]):
+        if part[1].numel():
+            part[1].copy_(_sums_of_planes(part[0], matrices))
+    return result.reshape(*leading, *outer)
+
+
+def _sums_of_planes(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
+    """[planes, *columns] -> [planes, *rows]"""
+    finite = x.isfinite()
+    limits = None
+    if not x.is_cpu or not finite.all():
+        limits = _in_order(x.double(), matrices)  # infinite or NaN where an operand is
+        x = torch.where(finite, x, 0.0)
+    wide = x.double()
+    mid, magnitude = _apply(wide, matrices), _apply(wide.abs(), matrices, absolute=True)
+    # Each sum has a rounding for each term, and a weight and a product are rounded for each axis.
+    count = sum(m.index.shape[1] + 2 for m in matrices)
+
+    def resolve(failed: Tensor) -> Any:
+        return _exact_values(wide, matrices, failed)
+
+    result = round_sum(mid + 0.0, magnitude * gamma(count), resolve)
+    return result if limits is None else torch.where(limits.isfinite(), result, limits.float())
+
+
+def _apply(x: Tensor, matrices: Sequence[SparseMatrix], absolute: bool = False) -> Tensor:
+    for axis, m in enumerate(matrices, 1):
+        weights = torch.from_numpy(abs(m.weights) if absolute else m.weights).to(x.device)
+        index = torch.from_numpy(m.index).to(x.device)
+        shape = [-1] + [1] * (len(matrices) - axis)
+        terms = [
+            x.index_select(axis, index[:, k]).mul_(weights[:, k].reshape(shape))
+            for k in range(index.shape[1])
+        ]
+        x = terms[0]
+        for term in terms[1:]:
+            x.add_(term)
+    return x
+
+
+def _in_order(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
+    """Return the sum of the terms whose weight is not zero; right where one of them is infinite or NaN."""
+    total = torch.zeros(len(x), *map(len, matrices), dtype=torch.float64, device=x.device)
+    for ks in np.ndindex(*[m.index.shape[1] for m in matrices]):
+        term, weight = x, torch.ones((), dtype=torch.float64, device=x.device)
+        for axis, (m, k) in enumerate(zip(matrices, ks), 1):
+            shape = [-1] + [1] * (len(matrices) - axis)
+            term = term.index_select(axis, torch.from_numpy(m.index[:, k].copy()).to(x.device))
+            weight = weight * torch.from_numpy(m.weights[:, k].copy()).to(x.device).reshape(shape)
+        total += torch.where(weight == 0, 0.0, term * weight)
+    return total
+
+
+def _exact_values(x: Tensor, matrices: Sequence[SparseMatrix], at: Tensor) -> Any:
+    """Return the correctly rounded sums at these flat indices of the result, float64 [k]."""
+    x, shape = x.cpu(), (len(x), *map(len, matrices))
+    plane, *places = np.unravel_index(at.cpu().numpy(), shape)
+    index, n, d = plane[:, None], np.ones((len(plane), 1), object), np.ones(len(plane), object)
+    small = math.prod(m.largest for m in matrices) < _WEIGHT
+    small = small and math.prod(m.largest_divisor for m in matrices) < _DIVISOR
+    if small:
+        n, d = n.astype(np.float64), d.astype(np.float64)
+    for m, i in zip(matrices, places):
+        here = (index[:, :, None] * m.columns + m.index[i][:, None, :]).reshape(len(i), -1)
+        numerators, divisors = m.numerators[i], m.divisors[i]
+        if small:
+            numerators, divisors = numerators.astype(np.float64), divisors.astype(np.float64)
+        index, n, d = (
+            here,
+            (n[:, :, None] * numerators[:, None, :]).reshape(len(i), -1),
+            d * divisors,
+        )
+    values = x.reshape(-1).numpy()[index]
+    if small:
+        return nearest_of_quotients(torch.from_numpy(values * n), torch.from_numpy(d))
+    rows = zip(values.tolist(), n.tolist(), d.tolist())
+    return np.array([nearest(sum(Fraction(v) * w for v, w in zip(a, b)) / c) for a, b, c in rows])
+
+
+def nearest_of_quotients(terms: Tensor, divisors: Tensor) -> Any:
+    """Return the correctly rounded sums of rows of finite float64 terms [k, n], divided by integers [k].
+
+    divisors: float64, positive and below _DIVISOR. Returns a float64 numpy array of binary32 numbers.
+
+    A row becomes s + t exactly, by TwoSum (Knuth, The Art of Computer Programming 2, section 4.2.2). If the
+    25-bit number m nearest to s / d is a midpoint of binary32 numbers, the sign of s + t - m d decides: m d
+    is exact, s - m d too as the two are close (Sterbenz), and the sign of a rounded sum is right. Otherwise
+    no midpoint is near, and s / d rounds correctly. Rows that are too long for two numbers, and results
+    that may be subnormal, are computed by fractions.
+    """
+    s, t = terms[:, 0], torch.zeros_like(divisors)
+    inexact = torch.zeros_like(divisors, dtype=torch.bool)
+    for k in range(1, terms.shape[1]):
+        s, lost = two_sum(s, terms[:, k])
+        t, rest = two_sum(t, lost)
+        inexact |= rest != 0
+    s, t = two_sum(s, t)
+    quotient = s / divisors
+    middle = ((quotient.view(torch.int64) + (1 << 27)) & -(1 << 28)).view(torch.float64)
+    is_midpoint = (middle.view(torch.int64) & 0x10000000) != 0
+    beyond = (s - middle * divisors) + t
+    side = torch.nextafter(middle, beyond.sign() * torch.inf)
+    value = torch.where(is_midpoint, torch.where(beyond == 0, middle, side), quotient)
+    value = torch.where(s == 0, 0.0, value)  # an exact zero is +0
+    values = value.float().double().numpy()
+    inexact |= (quotient.abs() < 2.0**-125) & ((s != 0) | (t != 0))
+    for i in inexact.nonzero().squeeze(1).tolist():
+        total = sum(map(Fraction, terms[i].tolist()), Fraction(0))
+        values[i] = nearest(total / int(divisors[i]))
+    return values
