@@ -18,7 +18,8 @@ from torch import Tensor
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.libm import power
 from reproml.arithmetic.numerics.scalars import float32_scalar
-from reproml.arithmetic.operators.reductions import reduce_sum, vector_norm
+from reproml.arithmetic.operators.norms import vector_norm
+from reproml.arithmetic.operators.reductions import reduce_sum
 
 _power = lru_cache(maxsize=256)(power)
 
