@@ -66,7 +66,7 @@ INLINE int32_t adam_loop(const adam *x, const parameter *of, integer at, int n, 
         if (amsgrad) { /* torch.maximum as pointwise.maximum defines it: NaN if v_max is, and +0 > -0 */
             float before = v_max[i], sum = before + new_v;
             largest = new_v > before ? new_v : before;
-            largest = (new_v == 0) & (before == 0) ? sum : largest;
+            largest = ((new_v == 0) & (before == 0)) ? sum : largest;
             r->value[3][i] = largest;
         }
         double kept = keep * old_p, denominator = sqrt((double)largest) * scale + eps;

@@ -66,7 +66,7 @@ INLINE pair mul11(double x, double y) {
 INLINE pair mul1(pair p, double x) {
     const double high = p.s * x, low = fma(p.s, x, -high), rest = p.t * x;
     double rad = p.rad * fabs(x) + product_floor(high, p.s, x);
-    rad += ((p.t != 0) | (p.rad != 0)) & (x != 0) ? 4 * U * (fabs(low) + fabs(rest)) + TINY : 0;
+    rad += (((p.t != 0) | (p.rad != 0)) & (x != 0)) ? 4 * U * (fabs(low) + fabs(rest)) + TINY : 0;
     return full_pair(high, low + rest, rad);
 }
 
