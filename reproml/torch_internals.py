@@ -175,6 +175,11 @@ DisableTorchDispatch = internal(
     "hides a block from modes and subclasses",
     "a trace would contain the operators of its own fingerprints",
 )
+AutoDispatchBelowAutograd = internal(
+    "torch._C._AutoDispatchBelowAutograd",
+    "runs an operator whose gradient has a definition of its own without autograd's",
+    "the operator would call its definition without end",
+)
 DisableTorchFunction = internal(
     "torch._C.DisableTorchFunction",
     "hides a block from __torch_function__ modes and subclasses",

@@ -91,7 +91,7 @@ logical_not logical_and logical_or logical_xor any count_nonzero isposinf isnegi
 bucketize
 masked_select gather _unsafe_index index_fill take nonzero
 scatter masked_scatter diag_embed
-hardtanh sort topk _efficientzerotensor is_same_size _fw_primal _make_dual _new_zeros_with_same_feature_meta _has_same_storage_numel
+hardtanh sort topk
 abs neg relu threshold adaptive_max_pool2d nan_to_num heaviside
 cummax cummin masked_scatter_backward
 floor ceil round trunc
@@ -448,8 +448,9 @@ EXACT: dict[str, Definition] = {
     "_fused_sgd_": optimizers.fused_sgd,
 }
 
-# COMPOSITES: operators that PyTorch writes in terms of others, written by us, as "name" or "name.overload".
-# They run above autograd, which differentiates the operators that they consist of.
+# COMPOSITES: operators that PyTorch writes in terms of others, written by us, as "name" or "name.overload",
+# and operators whose gradients differ between versions of PyTorch. They run above autograd, which
+# differentiates the operators that they consist of.
 COMPOSITES: dict[str, Definition] = {
     "linear": composites.linear,
     "matmul": composites.matmul,
@@ -461,6 +462,10 @@ COMPOSITES: dict[str, Definition] = {
     "prod": composites.prod,
     "prod.dim_int": composites.prod_dim,
     "cumprod": composites.cumprod,
+    "fmax": composites.fmax,
+    "fmin": composites.fmin,
+    "atan2": composites.atan2,
+    "atan2_": composites.atan2_,
     "lstm_cell": recurrent.lstm_cell,
     "gru_cell": recurrent.gru_cell,
     "rnn_tanh_cell": recurrent.rnn_tanh_cell,

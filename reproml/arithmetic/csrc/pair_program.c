@@ -90,7 +90,7 @@ INLINE pair divide(pair p, pair d) {
     double rad = p.rad + fabs(high) * d.rad + 8 * U * (fabs(rest) + fabs(p.t) + fabs(product));
     rad = inexact ? (rad + TINY) / least + TINY : 0;
     rad = is_zero(p) ? 0 : p.s == 0 || (in_range(p.s) & in_range(high)) ? rad : INFINITY;
-    return full_pair(high, (rest + p.t - product) / d.s, in_range(d.s) & (least > fabs(d.s) / 2) ? rad : INFINITY);
+    return full_pair(high, (rest + p.t - product) / d.s, (in_range(d.s) & (least > fabs(d.s) / 2)) ? rad : INFINITY);
 }
 
 /* The same for an exact divisor. */
@@ -108,7 +108,7 @@ INLINE pair square_root(pair p) {
     const double s = sqrt(p.s), rest = fma(-s, s, p.s), r = rest + p.t;
     const int inexact = (rest != 0) | (p.t != 0) | (p.rad != 0);
     double rad = 4 * U * (fabs(rest) + fabs(p.t)) / s + r * r / (s * s * s) + p.rad / s + TINY;
-    rad = in_range(p.s) & (p.rad <= p.s / 2) ? (inexact ? rad : 0) : INFINITY;
+    rad = (in_range(p.s) & (p.rad <= p.s / 2)) ? (inexact ? rad : 0) : INFINITY;
     const pair root = full_pair(s, r / (2 * s), rad);
     return is_zero(p) ? p : root;
 }
@@ -123,7 +123,7 @@ INLINE pair absolute(pair p) {
 /* 1 or 0; NaN if it is not certain. */
 INLINE double less_than_zero(pair p) {
     const double certain = p.s < 0 ? 1 : 0;
-    return (fabs(p.s) * 0.5 > p.rad) | (p.rad == 0) ? certain : NAN;
+    return ((fabs(p.s) * 0.5 > p.rad) | (p.rad == 0)) ? certain : NAN;
 }
 
 INLINE double equals_zero(pair p) { return is_zero(p) ? 1 : less_than_zero(p) * 0; }
@@ -211,7 +211,7 @@ INLINE pair exponential(pair p, int tiny) {
     y.rad += rad_of_exp(p.rad) * 1.5;
     y = (pair){y.s * scale, y.t * scale, y.rad * scale};
     const int below = p.s < -600, beyond = below | (p.s > 600); /* exp(-599) < 2^-864 */
-    const double far = below & (p.rad <= 1) ? 0x1p-864 : INFINITY;
+    const double far = (below & (p.rad <= 1)) ? 0x1p-864 : INFINITY;
     return (pair){beyond ? 0 : y.s, beyond ? 0 : y.t, beyond ? far : y.rad};
 }
 
@@ -236,8 +236,8 @@ INLINE pair logarithm(pair p, int tiny) {
     two_sum(z, w.s, &s, &e);
     double rad =
         16 * FUNCTION_ERROR * fabs(z) + 0x1p-50 * (w.s * w.s) + 4 * U * (fabs(e) + fabs(w.t)) + 2 * p.rad / p.s;
-    rad += (s == 0) & (p.rad == 0) ? 0 : TINY;
-    rad = (p.s >= LEAST) & (p.s <= LARGEST) & (p.rad <= p.s / 4) ? rad : INFINITY;
+    rad += ((s == 0) & (p.rad == 0)) ? 0 : TINY;
+    rad = ((p.s >= LEAST) & (p.s <= LARGEST) & (p.rad <= p.s / 4)) ? rad : INFINITY;
     return full_pair(s, e + (w.t - w.s * w.s * 0.5), rad);
 }
 
@@ -246,7 +246,7 @@ INLINE pair logarithm_of_1_plus(pair p, int tiny) {
     const pair one_plus = full_pair(1, p.s, 0);
     const double d = one_plus.s, c = p.t / d;
     double rad = (p.t == 0 ? 0 : 4 * U * fabs(c) + 4 * c * c + TINY) + 4 * p.rad / d;
-    rad = (d > 0x1p-30) & (p.rad <= d / 8) ? rad : INFINITY;
+    rad = ((d > 0x1p-30) & (p.rad <= d / 8)) ? rad : INFINITY;
     return add(logarithm(one_plus, tiny), (pair){c, 0, rad});
 }
 
@@ -315,7 +315,7 @@ VECTORISED static void round_all(const pairs *restrict y, integer count, const d
         const float low = (float)(add_to_odd(s, t - rad) + 0.0), high = (float)(add_to_odd(s, t + rad) + 0.0);
         const int far_apart = (t != 0) & (fabs(t) < LEAST * fabs(s));
         failed[i] = (patterns_differ(low, high) != 0) | !(fabs(s) + fabs(t) + rad <= DBL_MAX) | far_apart;
-        value[i] = (bits(high) == 0) & (mid[i] == 0) ? (float)mid[i] : high;
+        value[i] = ((bits(high) == 0) & (mid[i] == 0)) ? (float)mid[i] : high;
     }
 }
 

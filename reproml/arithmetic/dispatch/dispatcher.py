@@ -221,7 +221,7 @@ def composites(table: dict[str, Kernel]) -> Iterator[None]:
 
     PyTorch takes a composite operator apart where autograd would record it, or a transform of torch.func
     sees it. Kernels for these keys run ours in a thread whose operators are intercepted, and PyTorch's in
-    others.
+    others. What PyTorch does not take apart runs as ours in every thread, there natively.
     """
     library = torch.library.Library("aten", "IMPL")
     for name, composite in table.items():
@@ -238,9 +238,10 @@ def composites(table: dict[str, Kernel]) -> Iterator[None]:
 
 def _composite_kernel(operator: Any, composite: Kernel) -> Kernel:
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        if interception.is_active():
-            return composite(*args, **kwargs)
-        return operator.decompose(*args, **kwargs)
+        result = NotImplemented
+        if not interception.is_active():
+            result = operator.decompose(*args, **kwargs)
+        return composite(*args, **kwargs) if result is NotImplemented else result
 
     return kernel
 

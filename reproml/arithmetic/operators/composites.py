@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.operators.arguments import require
-from reproml.torch_internals import TransformType, get_interpreter_stack
+from reproml.torch_internals import (
+    AutoDispatchBelowAutograd,
+    TransformType,
+    get_interpreter_stack,
+)
 
 # ---- products ----------------------------------------------------------------------------------------
 
@@ -358,9 +362,10 @@ def cumprod(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
     return out
 
 
-def _is_recorded(x: Tensor) -> bool:
-    """Return whether autograd or a transform of torch.func has to see the product."""
-    return bool(get_interpreter_stack()) or (x.requires_grad and torch.is_grad_enabled())
+def _is_recorded(*operands: Tensor) -> bool:
+    """Return whether autograd or a transform of torch.func has to see the operator."""
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+    return recorded or bool(get_interpreter_stack())
 
 
 def _empty_product(x: Tensor, dtype: Any) -> Tensor:
@@ -432,3 +437,65 @@ class _Cumprod(torch.autograd.Function):
 def _behind_batch(x: Tensor, dim: int) -> int:
     """Return the axis of x that is `dim` of each element of a batch along the first axis."""
     return dim % (x.dim() - 1) + 1
+
+
+# ---- angles, larger and smaller numbers --------------------------------------------------------------
+
+# Their gradients at the origin, and where both numbers are equal, differ between versions of PyTorch.
+
+
+def fmax(x: Tensor, y: Tensor) -> Tensor:
+    """Return the larger of x and y, or the one that is no NaN: of equal ones x, but +0 rather than -0."""
+    equal = (x == y) & (x.signbit() <= y.signbit())
+    return torch.where((x > y) | equal | y.isnan(), x, y)
+
+
+def fmin(x: Tensor, y: Tensor) -> Tensor:
+    """Return the smaller of x and y, or the one that is no NaN: of equal ones x, but -0 rather than +0."""
+    equal = (x == y) & (x.signbit() >= y.signbit())
+    return torch.where((x < y) | equal | y.isnan(), x, y)
+
+
+def atan2(y: Tensor, x: Tensor) -> Tensor:
+    """Return the angle of the point (x, y).
+
+    The gradients are (g x) r and (g (-y)) r, where r = 1 / (y y + x x) in rounded steps, and 0 if that is
+    infinite.
+    """
+    angle: Tensor = _Atan2.apply(y, x) if _is_recorded(y, x) else _Atan2.forward(y, x)
+    return angle
+
+
+def atan2_(y: Tensor, x: Tensor) -> Tensor:
+    """Overwrite y with the angle of the point (x, y)."""
+    return y.copy_(atan2(y.clone(), x))
+
+
+class _Atan2(torch.autograd.Function):
+    @staticmethod
+    def forward(y: Tensor, x: Tensor) -> Tensor:
+        with AutoDispatchBelowAutograd():
+            return torch.atan2(y, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, y: Tensor, x: Tensor) -> Any:
+        axes = max(t.dim() - (at is not None) for t, at in zip((y, x), in_dims))
+
+        def batched(t: Tensor, at: Optional[int]) -> Tensor:
+            if at is None:
+                return t
+            t = t.movedim(at, 0)
+            return t.reshape(len(t), *[1] * (axes + 1 - t.dim()), *t.shape[1:])
+
+        return _Atan2.apply(batched(y, in_dims[0]), batched(x, in_dims[1])), 0
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        y, x = ctx.saved_tensors
+        r = (y * y + x * x).reciprocal()
+        r = torch.where(r.isinf(), 0.0, r)
+        return (g * x * r).sum_to_size(y.shape), (g * -y * r).sum_to_size(x.shape)

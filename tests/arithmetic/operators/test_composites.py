@@ -8,6 +8,7 @@ records it), and must return the same bits for all other layouts, with and witho
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from fractions import Fraction
@@ -144,6 +145,10 @@ CALLS: dict[str, Any] = {
     "prod": [(torch.prod, ((4, 6),)), (lambda x: torch.prod(torch.where(x > 0, x, 0)), ((2, 2),))],
     "prod.dim_int": [(lambda x: x.prod(1, keepdim=True), ((4, 6, 2),)), (lambda x: x.prod(-1), ((4, 6),))],
     "cumprod": [(lambda x: x.cumprod(1), ((4, 6, 2),))],
+    "fmax": [(torch.fmax, ((4, 6), (4, 6))), (torch.fmax, ((4, 1), (6,)))],
+    "fmin": [(torch.fmin, ((4, 6), (4, 6))), (torch.fmin, ((4, 1), (6,)))],
+    "atan2": [(torch.atan2, ((4, 6), (4, 6))), (torch.atan2, ((4, 1), (6,)))],
+    "atan2_": [(lambda y, x: (y * 1).atan2_(x), ((4, 6), (6,)))],
     "lstm.input": [
         layer(nn.LSTM(20, 7), (4, 3, 20)),
         layer(nn.LSTM(20, 7, batch_first=True, bias=False), (4, 3, 20)),
@@ -213,6 +218,44 @@ def test_composite_is_what_pytorch_takes_apart(name, monkeypatch):
             apart = outcome(call, [x.clone() for x in operands])
         same = list(map(same_bits, found, apart))
         assert all(same) or (name, i) in ROUNDED_ONCE_ONLY_HERE, (i, same)
+
+
+def test_gradients_at_ties_and_at_the_origin_are_the_same_in_every_version():
+    nan = float("nan")
+    y = torch.tensor([0.0, -0.0, 0.0, 1e-30, 2.0, nan, 1.0], requires_grad=True)
+    x = torch.tensor([0.0, 0.0, -0.0, 1e-30, 2.0, 1.0, nan], requires_grad=True)
+    taken = {torch.fmax: [1, 0, 1, 1, 1, 0, 1], torch.fmin: [1, 1, 0, 1, 1, 0, 1]}
+    with reproml.exact():
+        for function, first in taken.items():
+            found = torch.autograd.grad(function(y, x).sum(), (y, x))
+            assert found[0].tolist() == first and found[1].tolist() == [1 - i for i in first]
+        of_y, of_x = torch.autograd.grad(torch.atan2(y, x).sum(), (y, x))
+    assert of_y[:5].tolist() == [0, 0, -0.0, 0, 0.25] and of_x[:5].tolist() == [0, 0, 0, 0, -0.25]
+    assert of_y[5:].isnan().all() and of_x[5:].isnan().all()
+
+
+def test_composites_run_in_native_threads(monkeypatch):
+    """Also those that PyTorch does not take apart, while another thread is within exact()."""
+    x = torch.tensor([2.0, 3.0], requires_grad=True)
+    found: list[Any] = []
+    start = threading.Event()
+
+    def work() -> None:
+        start.wait()
+        for function in (
+            torch.prod,
+            lambda x: x.cumprod(0),
+            lambda x: torch.atan2(x, x),
+            lambda x: torch.fmax(x, x),
+        ):
+            found.append(torch.autograd.grad(function(x).sum(), x))
+
+    thread = threading.Thread(target=work)
+    thread.start()  # before exact(), so not within it
+    with reproml.exact():
+        start.set()
+        thread.join()
+    assert len(found) == 4
 
 
 class Unchanged(TorchDispatchMode):
@@ -481,10 +524,9 @@ def test_composite_is_ours_within_torch_func(name):
     for call, shapes in CALLS[name]:
         operands = normal(*shapes)
         given = [laid_out(x, "transposed") for x in operands]
-        products = name.startswith(
-            ("prod", "cumprod")
-        )  # functions of autograd, which it does not take
-        for transform in (vjp,) if products else (vjp, torch.func.functionalize):
+        # Functions of autograd, which functionalize does not take.
+        of_autograd = name.startswith(("prod", "cumprod", "atan2"))
+        for transform in (vjp,) if of_autograd else (vjp, torch.func.functionalize):
             expected = outcome(call, [x.clone() for x in operands], gradients=False)
             found = outcome(transform(call), [x.detach() for x in given], gradients=False)
             assert all(map(same_bits, found, expected))
