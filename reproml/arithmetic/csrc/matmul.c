@@ -82,6 +82,7 @@ integer reproml_product(integer batch, integer m, integer n, integer k, const fl
     for (integer i = 0; i < m; i++) row[i] = i * n, a_line[i] = i * a_row;
     for (integer i = 0; i < n; i++) column[i] = i, b_line[i] = i * b_column;
     for (integer i = 0; i < k; i++) a_term[i] = i * a_column, b_term[i] = i * b_row;
+    if (!k) a = b = out; /* an operand without terms has no memory */
     operand rows = {a, a_batch, a_line, a_term}, columns = {b, b_batch, b_line, b_term};
     x.a = swapped ? columns : rows, x.b = swapped ? rows : columns;
     x.row = swapped ? column : row, x.column = swapped ? row : column;
