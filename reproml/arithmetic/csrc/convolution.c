@@ -12,7 +12,7 @@
 #include <stdlib.h>
 
 #define SERIAL (1 << 17)  /* multiplications, some microseconds, that are not worth a second thread */
-#define ROW 240           /* places of a row that are calculated at once: a multiple of TILE_COLUMNS */
+#define ROW 256           /* places of a row that are calculated at once */
 #define FEW 8             /* outputs of a group for which packing patches costs more than it saves */
 #define AT_ONCE (1 << 21) /* numbers of the planes that are filled at once: 8 MB */
 #define COPIED (1 << 24)  /* numbers of the planes of all images: 64 MB, beyond which only one image is copied */
@@ -52,31 +52,30 @@ static int wasteful(const planes *p) {
 
 /* Copy one channel of `count` images, `step` elements apart, into its planes; the rest of each plane is filled with
    zeros. */
-static void fill_channel(const planes *p, const float *restrict first, integer count, integer step,
-                         float *restrict to) {
-    integer rest = plane_size(p) - count * p->rows * p->pitch;
-    for (integer a = 0; a < p->step_h; a++)
-        for (integer b = 0; b < p->step_w; b++) {
+VECTORISED static void fill_channel(const planes *p, const float *restrict first, integer count, integer step,
+                                    float *restrict to) {
+    integer pitch = p->pitch, size = plane_size(p);
+    memset(to, 0, (size_t)(p->step_h * p->step_w * size) * sizeof(float));
+    for (integer a = 0; a < p->step_h; a++) {
+        integer y = p->pad_h > a ? (p->pad_h - a + p->step_h - 1) / p->step_h : 0, top = y * p->step_h + a - p->pad_h;
+        integer rows = top < p->h ? least(p->rows - y, (p->h - 1 - top) / p->step_h + 1) : 0;
+        for (integer b = 0; b < p->step_w; b++, to += size) {
+            integer x = p->pad_w > b ? (p->pad_w - b + p->step_w - 1) / p->step_w : 0;
+            integer left = x * p->step_w + b - p->pad_w;
+            integer columns = left < p->w ? least(pitch - x, (p->w - 1 - left) / p->step_w + 1) : 0;
             for (integer i = 0; i < count; i++)
-                for (integer r = 0; r < p->rows; r++, to += p->pitch) {
-                    integer row = r * p->step_h + a - p->pad_h, from = b - p->pad_w, t = 0;
-                    if (row < 0 || row >= p->h) {
-                        memset(to, 0, (size_t)p->pitch * sizeof(float));
-                        continue;
-                    }
-                    const float *restrict line = first + i * step + row * p->w;
-                    integer begin = from < 0 ? (-from + p->step_w - 1) / p->step_w : 0;
-                    integer end = from < p->w ? (p->w - 1 - from) / p->step_w + 1 : 0;
-                    if (end > p->pitch) end = p->pitch;
-                    for (; t < begin && t < p->pitch; t++) to[t] = 0;
+                for (integer r = 0; r < rows; r++) {
+                    const float *restrict line = first + i * step + (top + r * p->step_h) * p->w + left;
+                    float *restrict row = to + (i * p->rows + y + r) * pitch + x;
                     if (p->step_w == 1)
-                        for (; t < end; t++) to[t] = line[t + from];
-                    for (; t < end; t++) to[t] = line[t * p->step_w + from];
-                    for (; t < p->pitch; t++) to[t] = 0;
+                        for (integer t = 0; t < columns; t++) row[t] = line[t];
+                    else if (p->step_w == 2)
+                        for (integer t = 0; t < columns; t++) row[t] = line[2 * t];
+                    else
+                        for (integer t = 0; t < columns; t++) row[t] = line[t * p->step_w];
                 }
-            memset(to, 0, (size_t)rest * sizeof(float));
-            to += rest;
         }
+    }
 }
 
 static integer channel_size(const planes *p) { return p->step_h * p->step_w * plane_size(p); }
@@ -131,36 +130,38 @@ static void store(const slide *s, const pass *p, integer q, integer count, const
     }
 }
 
-VECTORISED static int32_t round_row(const double *restrict sums, const double *restrict sizes, integer n, double g,
-                                    double bias, float *restrict out, int32_t *restrict differ) {
+/* weights: the sum of their absolute values. */
+VECTORISED static int32_t round_row(const double *restrict sums, const int32_t *restrict largest, integer n, double g,
+                                    double weights, double bias, float *restrict out, int32_t *restrict differ) {
     int32_t any = 0;
     for (integer j = 0; j < n; j++) {
-        differ[j] = round_sum(sums[j] + bias, g * (sizes[j] + fabs(bias)), out + j);
+        float size;
+        memcpy(&size, largest + j, sizeof size);
+        differ[j] = round_sum(sums[j] + bias, g * (weights * size + fabs(bias)), out + j);
         any |= differ[j];
     }
     return any;
 }
 
-/* Calculate all places of one pass for one output in `count` images. `first`: its first number in the first image. */
-static void slide_over(const slide *s, const pass *p, integer output, integer count, const float *buffer,
-                       integer first) {
+/* Calculate all places of one pass for one output in `count` images. `first`: its first number in the first image.
+   Returns nonzero if a number is NaN or infinite. */
+static int slide_over(const slide *s, const pass *p, integer output, integer count, const float *buffer,
+                      integer first) {
     integer pitch = s->from.pitch, rows = s->from.rows, image = s->groups * s->outputs * s->out_h * s->out_w;
     integer places = p->rows && p->columns ? ((count - 1) * rows + p->rows - 1) * pitch + p->columns : 0;
     const double *weights = p->weights + output * p->k;
-    double bias = s->bias ? s->bias[output] : 0, sums[ROW], sizes[ROW];
+    double bias = s->bias ? s->bias[output] : 0, size = 0, sums[ROW];
     float row[ROW];
-    int32_t differ[ROW];
+    int32_t differ[ROW], largest[ROW];
+    for (integer k = 0; k < p->k; k++) size += fabs(weights[k]);
     for (integer q = 0; q < places; q += ROW) {
         integer n = least(places - q, ROW);
-        s->tiles->row(p->k, weights, buffer + q, p->offset, n, sums, sizes);
-        int32_t any = round_row(sums, sizes, n, relative_bound((double)p->k), bias, row, differ);
+        s->tiles->row(p->k, weights, buffer + q, p->offset, n, sums, largest);
+        int32_t any = round_row(sums, largest, n, relative_bound((double)p->k), size, bias, row, differ);
         for (integer j = 0; any && j < n; j++) {
             integer at = q + j, x = at % pitch, y = at / pitch % rows;
             if (!differ[j] || x >= p->columns || y >= p->rows) continue;
-            if (!(fabs(sums[j]) <= DBL_MAX)) { /* infinite or NaN in any order */
-                row[j] = (float)sums[j] + (float)bias;
-                continue;
-            }
+            if (largest[j] > bits(FLT_MAX)) return 1;
             compensated sum = {0, 0, 0};
             for (integer k = 0; k < p->k; k++) add_exact(&sum, weights[k] * buffer[p->offset[k] + at]);
             add_exact(&sum, bias);
@@ -170,6 +171,7 @@ static void slide_over(const slide *s, const pass *p, integer output, integer co
         }
         store(s, p, q, n, row, s->out + first);
     }
+    return 0;
 }
 
 static void slide_task(integer task, void *data) {
@@ -177,19 +179,17 @@ static void slide_task(integer task, void *data) {
     integer images = s->from.images, items = (s->n + images - 1) / images * s->groups;
     integer length = s->from.channels * s->from.h * s->from.w;
     float *buffer = s->buffer + task * planes_size(&s->from);
+    int infinite = 0;
     for (integer item = task * items / s->tasks; item < (task + 1) * items / s->tasks; item++) {
         integer group = item % s->groups, first = item / s->groups * images, count = least(s->n - first, images);
         fill_planes(&s->from, s->source + (first * s->groups + group) * length, count, s->groups * length, buffer);
-        if (!(reproml_squares(buffer, planes_size(&s->from), 1) <= DBL_MAX)) {
-            /* NaN or infinity: the reference path determines their products with zeros. */
-            for (integer i = 0; i <= s->failed->capacity; i++) add_failure(s->failed, 0);
-            return;
-        }
         for (integer i = 0; i < s->count; i++)
             for (integer o = 0; o < s->outputs; o++)
-                slide_over(s, s->passes + i, group * s->outputs + o, count, buffer,
-                           ((first * s->groups + group) * s->outputs + o) * s->out_h * s->out_w);
+                infinite |= slide_over(s, s->passes + i, group * s->outputs + o, count, buffer,
+                                       ((first * s->groups + group) * s->outputs + o) * s->out_h * s->out_w);
     }
+    /* The reference path determines the products of NaN or infinity with zeros. */
+    for (integer i = 0; infinite && i <= s->failed->capacity; i++) add_failure(s->failed, 0);
 }
 
 /* Gather the weights of a pass. Returns 0 if one is NaN or infinite. */

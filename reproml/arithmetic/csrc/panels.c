@@ -12,6 +12,9 @@
 #define SMALL (1 << 20) /* multiplications of one product of a batch that are not worth several threads */
 
 #define TILE (TILE_ROWS * TILE_COLUMNS)
+#define FEW 4    /* lines of a for which preparing panels costs more than it saves */
+#define SHORT 32 /* terms, fewer than which cost less across the columns than along the terms */
+#define WIDE 480 /* columns that are multiplied with few lines of a at once: a multiple of every tile */
 
 static inline integer smaller(integer a, integer b) { return a < b ? a : b; }
 static inline integer parts(integer n, integer size) { return (n + size - 1) / size; }
@@ -101,6 +104,7 @@ static void pack(const product *x, const operand *o, integer item, integer first
 
 typedef struct {
     const product *x;
+    int along;
     integer item, first, length, block, panels; /* first: term; block, panels: row panels */
     double *wide;                               /* [panels, length, rows of the panel] */
     double *norm_a, *norm_b;                    /* [m], [n]; squares until the last section */
@@ -198,8 +202,8 @@ static void round_with_errors(const product *x, integer item, integer i, integer
     if (round_compensated(&s, x->k + 1, x->out + at)) add_failure(x->failed, at);
 }
 
-static int is_run(const integer *at, int n, integer step) {
-    for (int i = 1; i < n; i++)
+static int is_run(const integer *at, integer n, integer step) {
+    for (integer i = 1; i < n; i++)
         if (at[i] != at[i - 1] + step) return 0;
     return 1;
 }
@@ -291,6 +295,79 @@ static void round_column(integer c, void *data) {
               j->norm_b + column);
 }
 
+/* ---- few lines of a, which need no panels ---- */
+
+/* Multiply lines of b whose terms are contiguous. */
+static void multiply_along(const job *j, integer column, int n, double *sums, double *squares) {
+    const product *x = j->x;
+    const tiling *t = x->tiles;
+    const float *a = x->a.first + j->item * x->a.step + x->a.line[0] + x->a.term[0];
+    const float *b = x->b.first + j->item * x->b.step + x->b.term[0];
+    integer step = x->m > 1 ? x->a.line[1] - x->a.line[0] : 0, most = SLICE * t->lanes / 2, depth;
+    double parts[ALONG_SUMS], part[TILE_COLUMNS];
+    for (integer p = 0; p < x->k; p += depth) {
+        depth = smaller(x->k - p, most);
+        for (int c = 0; c < n; c += t->along_columns) {
+            int width = (int)smaller(n - c, t->along_columns);
+            const integer *line = x->b.line + column + c;
+            t->along[x->m][width](depth, a + p, step, b + p, line, parts);
+            fold(parts, (int)x->m * width, t->lanes, part);
+            for (int i = 0; i < x->m; i++)
+                for (int v = 0; v < width; v++) sums[i * WIDE + c + v] += part[i * width + v];
+            for (int v = 0; v < width; v++) squares[c + v] += reproml_squares(b + p + line[v], depth, 1);
+        }
+    }
+}
+
+/* Add four terms of each sum. a [m, 4]; sums [m, WIDE]. */
+VECTORISED static void add_terms(const double *restrict a, integer m, const float *restrict p, const float *restrict q,
+                                 const float *restrict r, const float *restrict s, int n, double *restrict sums,
+                                 double *restrict squares) {
+    for (integer i = 0; i < m; i++, a += 4, sums += WIDE)
+        for (int j = 0; j < n; j++) sums[j] = sums[j] + a[0] * p[j] + a[1] * q[j] + a[2] * r[j] + a[3] * s[j];
+    for (int j = 0; j < n; j++)
+        squares[j] = squares[j] + (double)p[j] * p[j] + (double)q[j] * q[j] + (double)r[j] * r[j] + (double)s[j] * s[j];
+}
+
+/* Multiply lines of b that lie side by side. */
+static void multiply_across(const job *j, integer column, int n, double *sums, double *squares) {
+    static const float zeros[WIDE];
+    const product *x = j->x;
+    const float *a = x->a.first + j->item * x->a.step, *b = x->b.first + j->item * x->b.step + x->b.line[column];
+    double part[FEW * WIDE];
+    for (integer first = 0; first < x->k; first += SLICE) {
+        integer end = smaller(x->k, first + SLICE);
+        memset(part, 0, (size_t)(x->m * WIDE) * sizeof(double));
+        for (integer p = first; p < end; p += 4) {
+            const float *row[4];
+            double four[FEW * 4];
+            for (int t = 0; t < 4; t++) {
+                row[t] = p + t < end ? b + x->b.term[p + t] : zeros;
+                for (integer i = 0; i < x->m; i++)
+                    four[4 * i + t] = p + t < end ? a[x->a.line[i] + x->a.term[p + t]] : 0;
+            }
+            add_terms(four, x->m, row[0], row[1], row[2], row[3], n, part, squares);
+        }
+        for (integer t = 0; t < x->m * WIDE; t++) sums[t] += part[t];
+    }
+}
+
+/* Multiply up to WIDE columns. */
+static void multiply_few(integer task, void *data) {
+    const job *j = data;
+    const product *x = j->x;
+    integer column = task * WIDE;
+    int n = (int)smaller(x->n - column, WIDE);
+    double sums[FEW * WIDE] = {0}, squares[WIDE] = {0}, tile[TILE];
+    (j->along ? multiply_along : multiply_across)(j, column, n, sums, squares);
+    if (take_roots(squares, n)) set_flag(j->infinite);
+    for (int c = 0; c < n; c += x->tiles->columns) {
+        for (integer i = 0; i < x->m; i++)
+            memcpy(tile + i * TILE_COLUMNS, sums + i * WIDE + c, (size_t)x->tiles->columns * sizeof(double));
+        store(x, j->item, 0, column + c, tile, j->norm_a, squares + c);
+    }
+}
+
 /* ---- the batch ---- */
 
 static integer item_doubles(const product *x) {
@@ -314,7 +391,7 @@ size_t reproml_plan(product *x) {
 typedef struct {
     const product *x;
     char *memory;
-    int infinite;
+    int infinite, along, across; /* along, across: how few lines of a are multiplied */
 } whole;
 
 /* Calculate one product of the batch. worker: -1 to use all of them. */
@@ -327,6 +404,20 @@ static void multiply_item(whole *w, integer item, integer worker) {
     j.memory = w->memory + (size_t)worker * worker_bytes(x);
     j.wide = memory, j.norm_a = j.wide + x->block * x->tiles->rows * x->length, j.norm_b = j.norm_a + x->m;
     j.sums = j.norm_b + x->n;
+    if (w->along || w->across) {
+        j.first = 0, j.length = x->k, j.along = w->along;
+        for (integer i = 0; i < x->m; i++) {
+            double sum = 0;
+            for (integer p = 0; p < x->k; p++) {
+                double v = (x->a.first + item * x->a.step)[x->a.line[i] + x->a.term[p]];
+                sum += v * v;
+            }
+            j.norm_a[i] = sum;
+        }
+        if (take_roots(j.norm_a, x->m)) set_flag(j.infinite);
+        run_tasks(multiply_few, &j, parts(x->n, WIDE), parallel);
+        return;
+    }
     for (integer section = 0; section < x->sections; section++) {
         j.first = section * x->length, j.length = smaller(x->k - j.first, x->length);
         for (j.block = 0; j.block < x->row_panels; j.block += x->block) {
@@ -345,7 +436,12 @@ static void multiply_items(integer worker, void *data) {
 }
 
 int reproml_multiply(const product *x, void *memory) {
-    whole w = {x, memory, 0};
+    whole w = {.x = x, .memory = memory};
+    if (x->m <= FEW && x->k) {
+        w.along = x->k >= SHORT && is_run(x->a.term, x->k, 1) && is_run(x->b.term, x->k, 1) &&
+                  (x->m == 1 || is_run(x->a.line, x->m, x->a.line[1] - x->a.line[0]));
+        w.across = !w.along && is_run(x->b.line, x->n, 1);
+    }
     if (x->by_item)
         run_tasks(multiply_items, &w, x->workers, x->workers > 1);
     else

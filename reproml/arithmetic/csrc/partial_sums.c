@@ -28,7 +28,7 @@ typedef struct {
 
 static inline int smaller(integer a, integer b) { return (int)(a < b ? a : b); }
 
-VECTORISED static void widen(integer panel, void *data) {
+VECTORISED static void widen_lines(integer panel, void *data) {
     const products *x = data;
     integer i = panel * x->tiles->rows;
     int m = smaller(x->m - i, x->tiles->rows);
@@ -172,7 +172,7 @@ int reproml_partial_product(integer m, integer n, integer k, const float *a, con
     x.offset = offset;
     for (x.first = 0; x.first < k; x.first += DEPTH) {
         x.depth = k - x.first < DEPTH ? k - x.first : DEPTH;
-        run_tasks(widen, &x, x.row_panels, m * x.depth > SERIAL);
+        run_tasks(widen_lines, &x, x.row_panels, m * x.depth > SERIAL);
         run_tasks(multiply, &x, x.tasks, x.tasks > 1);
     }
     for (integer i = 0; i < m; i++) norms_a[i] = sqrt(norms_a[i]);
@@ -261,8 +261,8 @@ static void add_special_row(const int32_t *high, const uint16_t *low, integer n,
     }
 }
 
-VECTORISED static int32_t round_row(const double *restrict sums, integer n, double divisor, double radius,
-                                    float *restrict out) {
+VECTORISED static int32_t round_sums(const double *restrict sums, integer n, double divisor, double radius,
+                                     float *restrict out) {
     int32_t failed = 0;
     for (integer j = 0; j < n; j++) {
         int32_t differ = round_sum(sums[j] / divisor, radius, out + j), empty = pattern(sums[j]) == INT64_MIN;
@@ -297,7 +297,7 @@ integer reproml_round_sums(const char *received, integer workers, integer step, 
         }
         /* A sum was rounded to half a unit; the rest of 0.5625 is room for what `relative` multiplies. */
         double radius = (bound * relative + 0.5625 * units) / divisor * SLACK;
-        if (!round_row(sums, n, divisor, radius, out) && radius <= DBL_MAX) continue;
+        if (!round_sums(sums, n, divisor, radius, out) && radius <= DBL_MAX) continue;
         for (integer j = 0; j < n; j++) {
             double mid = sums[j] / divisor;
             if (!(fabs(mid) <= DBL_MAX))

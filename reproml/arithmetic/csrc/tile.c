@@ -14,9 +14,9 @@
 #endif
 
 typedef float half_2 __attribute__((vector_size(8), aligned(4), may_alias));
-typedef int64_t bits_2 __attribute__((vector_size(16)));
-typedef int64_t bits_4 __attribute__((vector_size(32)));
-typedef int64_t bits_8 __attribute__((vector_size(64)));
+typedef int32_t bits_2 __attribute__((vector_size(16), aligned(4), may_alias)); /* two vectors of floats */
+typedef int32_t bits_4 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t bits_8 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef double full_2 __attribute__((vector_size(16), aligned(8)));
 typedef double full_4 __attribute__((vector_size(32), aligned(8)));
 typedef double full_8 __attribute__((vector_size(64), aligned(8)));
@@ -26,6 +26,16 @@ typedef double full_8 __attribute__((vector_size(64), aligned(8)));
 #define WIDE_4(at) (full_4) _mm256_cvtps_pd(_mm_loadu_ps(at))
 #define WIDE_8(at) (full_8) _mm512_cvtps_pd(_mm256_loadu_ps(at))
 #define WIDE(lanes, at) WIDE_##lanes(at)
+
+/* The larger of two integers in each lane. */
+static inline bits_2 larger(bits_2 x, bits_2 y) {
+    bits_2 first = x > y;
+    return (x & first) | (y & ~first);
+}
+#define LARGER_2(x, y) larger(x, y)
+#define LARGER_4(x, y) (bits_4) _mm256_max_epi32((__m256i)(x), (__m256i)(y))
+#define LARGER_8(x, y) (bits_8) _mm512_max_epi32((__m512i)(x), (__m512i)(y))
+#define LARGER(lanes, x, y) LARGER_##lanes(x, y)
 
 static void transpose_2(const float *from, const integer *line, integer count, float *to, integer pitch) {
     for (integer p = 0; p < count; p++)
@@ -106,21 +116,25 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
         memcpy(sums, sum, sizeof sum);                                                                     \
     }
 
-/* One row; 2 vectors of columns at a time. */
+/* One row; 4 vectors of columns at a time. A NaN is larger than every number. */
 #define ROW(lanes, target)                                                                                 \
     target static void row_##lanes(integer k, const double *restrict w, const float *restrict x,           \
                                    const integer *restrict offset, integer n, double *restrict sums,       \
-                                   double *restrict sizes) {                                               \
-        for (integer j = 0; j < n; j += 2 * lanes) {                                                       \
-            full_##lanes sum[2] = {{0}}, size[2] = {{0}};                                                  \
-            for (integer p = 0; p < k; p++)                                                                \
+                                   int32_t *restrict largest) {                                            \
+        for (integer j = 0; j < n; j += 4 * lanes) {                                                       \
+            full_##lanes sum[4] = {{0}};                                                                   \
+            bits_##lanes size[2] = {{0}};                                                                  \
+            for (integer p = 0; p < k; p++) {                                                              \
+                const float *from = x + offset[p] + j;                                                     \
+                _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)                                        \
+                    sum[i] += w[p] * WIDE(lanes, from + i * lanes);                                        \
                 _Pragma("GCC unroll 2") for (int i = 0; i < 2; i++) {                                      \
-                    full_##lanes y = WIDE(lanes, x + offset[p] + j + i * lanes);                           \
-                    sum[i] += w[p] * y;                                                                    \
-                    size[i] += fabs(w[p]) * (full_##lanes)((bits_##lanes)y & INT64_MAX);                   \
+                    bits_##lanes y = *(const bits_##lanes *)(from + 2 * i * lanes) & INT32_MAX;            \
+                    size[i] = LARGER(lanes, size[i], y);                                                   \
                 }                                                                                          \
+            }                                                                                              \
             memcpy(sums + j, sum, sizeof sum);                                                             \
-            memcpy(sizes + j, size, sizeof size);                                                          \
+            memcpy(largest + j, size, sizeof size);                                                        \
         }                                                                                                  \
     }
 

@@ -21,10 +21,10 @@ typedef void across_loop(integer k, const double *a, const float *b, const integ
 typedef void along_loop(integer k, const float *a, integer a_row, const float *b, const integer *b_offset,
                         double *sums);
 
-/* For j < n, with sizes[j] the sum of the absolute values of the terms of sums[j] = sum over p < k of
-   w[p] * x[offset[p] + j]. Numbers of x beyond n are read, and sums beyond n are stored, to a multiple of TILE_COLUMNS. */
+/* For j < n, with largest[j] the bit pattern of the largest absolute value of x in the terms of sums[j] = sum over p < k
+   of w[p] * x[offset[p] + j]. Numbers of x beyond n are read, and results beyond n are stored, to a multiple of 32. */
 typedef void row_loop(integer k, const double *w, const float *x, const integer *offset, integer n, double *sums,
-                      double *sizes);
+                      int32_t *largest);
 
 /* to[p * pitch + r] = from[line[r] + p] for r < 8 and p < count, where count >= 8. */
 typedef void transpose_loop(const float *from, const integer *line, integer count, float *to, integer pitch);

@@ -82,7 +82,9 @@ def test_product_is_rounded_once(kind, bias):
         )
 
 
-@pytest.mark.parametrize("m, n", [(1, 1), (8, 24), (9, 25), (3, 48), (17, 31), (40, 7)])
+@pytest.mark.parametrize(
+    "m, n", [(1, 1), (8, 24), (9, 25), (3, 48), (17, 31), (40, 7), (4, 5), (2, 485)]
+)
 @pytest.mark.parametrize("k", [1, 7, 100, 447, 448, 453, 1024, 1025, 2100])
 def test_every_tile_shape_matches_reference(path, monkeypatch, m, n, k):
     """All layouts of both factors are compared with PyTorch's own kernels for binary64."""
