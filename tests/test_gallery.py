@@ -1,4 +1,4 @@
-"""The scripts of gallery/ are listed and written for their libraries; `python -m verification.gallery` runs them."""
+"""The scripts of gallery/ are listed; `python -m verification.gallery` reports what differs or fails."""
 
 from __future__ import annotations
 
