@@ -84,6 +84,12 @@ def bench(c: Context) -> None:
     _run(c, f"{PYTHON} -m benchmarks.bench")
 
 
+@task(help={"names": "scripts of gallery/, separated by spaces; default: all"})
+def gallery(c: Context, names: str = "") -> None:
+    """Run the training scripts of gallery/, whose libraries must be installed."""
+    _run(c, shlex.join([sys.executable, "-m", "verification.gallery", *names.split()]))
+
+
 @task(help={"environment": "oldest, middle or newest; default: all three"})
 def second(c: Context, environment: str = "") -> None:
     """Verify golden files, examples and arithmetic with other versions of Python and PyTorch."""
@@ -111,4 +117,4 @@ def _run(c: Context, command: str) -> None:
 
 # The verb `run` has no task: after the script's name its options are the script's own.
 VERB_TASKS = [verb_task(verb) for verb in cli.VERBS if verb != "run"]
-ns = Collection(*VERB_TASKS, test, quick, lint, bench, second, lock, clean)
+ns = Collection(*VERB_TASKS, test, quick, lint, bench, gallery, second, lock, clean)

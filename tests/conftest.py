@@ -20,8 +20,8 @@ settings.load_profile("reproml")
 SLOW_FILES = {
     f"{folder}/test_{name}.py"
     for folder, names in {
-        "tests": "cli distributed examples layout matrix package readme report samples script seeding "
-        "torch_internals training_state windows",
+        "tests": "cli distributed examples gallery layout matrix package readme report samples script "
+        "seeding torch_internals training_state windows",
         "tests/arithmetic": "context operator_table patches selftest",
         "tests/arithmetic/numerics": "libm",
         "tests/arithmetic/compiler": "evaluate fast pair_program rounding_bounds",

@@ -13,7 +13,7 @@ from tests.test_package import project_files
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-PATH = r"`((?:reproml|tests|docs|verification|benchmarks|tools|nix|examples|golden)/[\w/.-]+\.\w+)`"
+PATH = r"`((?:reproml|tests|docs|verification|benchmarks|tools|nix|examples|gallery|golden)/[\w/.-]+\.\w+)`"
 
 
 def name(path: Path) -> str:
