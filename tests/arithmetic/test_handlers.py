@@ -492,6 +492,7 @@ def test_integers_run_natively():
         assert torch.add(x, x, out=torch.empty(3, dtype=torch.int64)).tolist() == [2, 4, 6]
         assert x.clone().mul_(3).tolist() == [3, 6, 9] and (x @ x).item() == 14
         assert torch.arange(4).cumsum(0).tolist() == [0, 1, 3, 6]
+        assert torch.tensor([1.7, 2.2, -0.5]).cumsum(0, dtype=torch.int32).tolist() == [1, 3, 3]
         assert x.max().item() == 3 and x.amin(0).item() == 1 and x.clamp(2).tolist() == [2, 2, 3]
         assert torch.minimum(x > 1, x > 2).tolist() == [False, False, True]
         check(x / 2, [Real(0.5), Real(1), Real(1.5)])

@@ -99,7 +99,12 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cumsum(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
-    """Return, for each element, the sum of the elements up to it along `dim`, rounded once."""
+    """Return, for each element, the sum of the elements up to it along `dim`, rounded once.
+
+    An integer dtype converts the elements first, as in PyTorch.
+    """
+    if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
+        return torch.cumsum(x.to(dtype), dim)
     require_float32(dtype)
     if not x.numel():
         return x.clone()
