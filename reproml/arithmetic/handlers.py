@@ -324,17 +324,17 @@ def _foreach_handler(name: str, operator: Any) -> Handler:
             kwargs["value"] = kwargs.pop("scalars")
         if name in ("addcdiv", "addcmul"):  # a tensor may hold the numbers
             args = tuple(x.tolist() if isinstance(x, Tensor) else x for x in args)
-        results = [
-            function(
+        count = next(len(x) for x in args if isinstance(x, (list, tuple)))
+        results = []
+        for i in range(count):
+            result = function(
                 *[_element(x, i) for x in args], **{k: _element(x, i) for k, x in kwargs.items()}
             )
-            for i in range(next(len(x) for x in args if isinstance(x, (list, tuple))))
-        ]
-        if outs is None:
-            return results
-        for x, result in zip(outs, results):
-            _copy_into(x if in_place else x.resize_(result.shape), result)
-        return None
+            if outs is None:
+                results.append(result)
+            else:  # before the next element, which may share its memory
+                _copy_into(outs[i] if in_place else outs[i].resize_(result.shape), result)
+        return results if outs is None else None
 
     return Handler(Kind.FOREACH, foreach)
 

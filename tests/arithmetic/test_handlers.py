@@ -996,6 +996,16 @@ def test_foreach_operators_with_numbers_and_integers():
         torch._foreach_mul_(integers, 0.5)
 
 
+def test_foreach_operators_in_place_run_one_after_another():
+    def results():
+        x = torch.arange(4.0)  # the same memory several times
+        torch._foreach_mul_([x, x, x[:2]], 1.5)
+        torch._foreach_add_([x[:2], x[2:]], [x[2:], x[:2]])
+        return x
+
+    assert torch.equal(exact_path(results), results())
+
+
 METAS = {
     "defined": lambda x: x.exp_().softmax(0) @ x,
     "refused": lambda x: x.digamma(),
