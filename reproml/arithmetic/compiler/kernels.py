@@ -29,6 +29,7 @@ _SIGNATURES = {
     ),
     "reproml_program": (_LONG, [_POINTER, _LONG] + [_POINTER] * 4 + [_LONG, _INT]),
     "reproml_fast": (_LONG, [_INT, _LONG] + [_POINTER] * 4 + [_LONG]),
+    "reproml_pair_sum": (_INT, [_POINTER, _LONG, _POINTER, _DOUBLE, _POINTER]),
     "reproml_direct": (None, [_INT, _LONG, _POINTER, _POINTER, _DOUBLE, _POINTER, _LONG]),
     "reproml_nll": (_INT, [_POINTER] * 3 + [_LONG] * 3 + [_INT, _POINTER, _POINTER]),
     "reproml_nll_backward": (

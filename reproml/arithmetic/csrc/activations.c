@@ -142,7 +142,9 @@ VECTORISED static int32_t activation_block(int which, const float *restrict a, c
 int32_t reproml_activation_block(int which, const float *restrict a, const float *restrict b, float *restrict out,
                                  int32_t *restrict failed, integer count) {
     int32_t failures = activation_block(which, a, b, out, failed, count);
-    for (integer i = 0; failures && which == SIGMOID && i < count; i++)
+    if (!failures) return 0;
+    for (integer i = 0; which == SIGMOID && i < count; i++)
         if (failed[i]) failed[i] = round_sigmoid_near_zero(a[i], &out[i]);
+    reproml_round_near_zero(which, a, b, out, failed, count);
     return failures;
 }

@@ -279,7 +279,8 @@ def prelu_backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
 def elu(x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
     """Return scale x, or scale alpha (exp(input_scale x) - 1) where x <= 0."""
     a, s, i = float32_scalar(alpha), float32_scalar(scale), float32_scalar(input_scale)
-    below = elementwise(lambda ctx, x: s * a * ctx.expm1(i * x), x.clamp(max=0))
+    fast = "expm1" if s * a == i == 1 else None
+    below = elementwise(lambda ctx, x: s * a * ctx.expm1(i * x), x.clamp(max=0), fast=fast)
     return torch.where(x > 0, x * float(s), below)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.direct import run_directly
 from reproml.arithmetic.compiler.evaluate import elementwise, rowwise, rowwise_by_balls
+from reproml.arithmetic.compiler.pairs import sum_by_pairs
 from reproml.arithmetic.numerics.rounding import two_sum
 from reproml.arithmetic.operators.activations import HALF
 from reproml.arithmetic.operators.arguments import require, require_shape
@@ -166,6 +167,13 @@ def reduced_loss(formula: Callable[..., Any], reduction: int, *operands: Tensor)
         """Compute the same of equal elements once, as a saturated sigmoid gives 0 and 1 only."""
         if not rows[0].is_cpu:  # how many are distinct would have to be waited for
             return rowwise_by_balls(value, -1, *rows)
+        total = sum_by_pairs(formula, n, *[x.contiguous() for x in rows])
+        if total is not None:
+            return total.reshape(*rows[0].shape[:-1], 1)
+        if not all(x.isfinite().all() for x in rows):
+            limit = rowwise_by_balls(value, -1, *rows)
+            if not limit.isfinite().all():
+                return limit
         elements, counts = torch.unique(
             torch.stack([x.reshape(-1) for x in rows]), dim=1, return_counts=True
         )
