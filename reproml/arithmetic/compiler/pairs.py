@@ -56,8 +56,8 @@ def rows_by_pairs(
 def sum_by_pairs(formula: Formula, divisor: int, *operands: Tensor) -> Optional[Tensor]:
     """Return the sum of an elementwise formula, divided and rounded once: float32 [].
 
-    The operands have one shape. Returns None if a number is infinite or NaN, if the test fails, or where there
-    is no program.
+    The operands have one shape. Returns None if a number is infinite or NaN, if the test fails, or without
+    a program.
     """
     dtypes = [x.dtype for x in operands]
     if not kernels.usable(*operands) or not set(dtypes) <= {torch.float32, torch.float64}:
