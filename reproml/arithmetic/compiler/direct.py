@@ -28,7 +28,7 @@ def run_directly(name: str, *operands: Tensor, scalar: float = 0.0) -> Optional[
     It takes contiguous operands of one shape, of which all but the first may also be single numbers.
     """
     first = operands[0]
-    if kernels.library is None or not first.numel():
+    if kernels.library is None or name not in _LOOPS or not first.numel():
         return None
     steps = []
     for x in operands:

@@ -270,4 +270,5 @@ def elementary_function(name: str) -> Callable[..., Any]:
         y = elementwise(lambda ctx, x: getattr(ctx, name)(x), x)
         return torch.where(x == 0, x, y) if odd else y
 
-    return lambda x: elementwise(formula, *float32_operands(x), reference=reference, fast=name)
+    complete = reference if odd or name in _CONSTANT_BEYOND else None
+    return lambda x: elementwise(formula, *float32_operands(x), reference=complete, fast=name)

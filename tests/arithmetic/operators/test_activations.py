@@ -95,6 +95,18 @@ def test_silu_near_zero_is_that_of_reference():
         agree(operator_table.EXACT["silu_backward"], torch.full_like(x, g), x)
 
 
+def test_far_numbers_are_those_of_reference():
+    x = torch.tensor(
+        [-14.9, -15.1, -31.9, -32.1, -1e30, 31.9, 1e30, 88.8, 99.9, 100.1, 701.0, 3e38]
+    )
+    x = torch.cat([x, torch.tensor([0.0, float("inf"), -float("inf"), float("nan")])])
+    for name in ("gelu", "exp", "expm1"):
+        agree(operator_table.EXACT[name], x)
+        agree(operator_table.EXACT[name], x.repeat_interleave(300))
+    for g in (1.0, -1.0, 0.0, -0.0, 3e38, float("inf"), float("nan")):
+        agree(operator_table.EXACT["gelu_backward"], torch.full_like(x, g), x)
+
+
 NAN_KEEPERS = "exp expm1 log1p erfinv tanh sigmoid silu gelu mish".split()
 
 
