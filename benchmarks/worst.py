@@ -135,6 +135,27 @@ CASES: dict[str, Case] = {
     "binary_cross_entropy": lambda x: F.binary_cross_entropy(x.sigmoid(), x.sigmoid().detach()),
     "bce_with_logits": lambda x: F.binary_cross_entropy_with_logits(x, x.detach().sigmoid()),
     "xlogy": lambda x: torch.xlogy(halves(x)[0], halves(x)[1].abs()),
+    "soft_margin_loss": lambda x: F.soft_margin_loss(halves(x)[0], halves(x)[1].sign().detach()),
+    "glu": lambda x: F.glu(rows(x), 1),
+    "softshrink": F.softshrink,
+    "hardshrink": F.hardshrink,
+    "threshold": lambda x: F.threshold(x, 0.1, 0.5),
+    "hypot": lambda x: torch.hypot(*halves(x)),
+    "log2, log10": lambda x: x.abs().log2() + x.abs().log10(),
+    "exp2": torch.exp2,
+    "tan": torch.tan,
+    "atan": torch.atan,
+    "asinh": torch.asinh,
+    "sinh, cosh": lambda x: x.sinh() + x.cosh(),
+    "lgamma": torch.lgamma,
+    "remainder": lambda x: torch.remainder(*halves(x)),
+    "prod of rows": lambda x: rows(x).prod(1),
+    "cumprod of rows": lambda x: rows(x).cumprod(1),
+    "logcumsumexp": lambda x: rows(x)[:20].logcumsumexp(1),
+    "max_unpool2d": lambda x: F.max_unpool2d(*F.max_pool2d(images(x), 2, return_indices=True), 2),
+    "embedding_bag": lambda x: F.embedding_bag(
+        places(200, 20).view(20, 10), x[: 20 * ROW].view(20, ROW)
+    ),
     "attention": lambda x: F.scaled_dot_product_attention(images(x), images(x), images(x)),
 }
 

@@ -24,7 +24,7 @@ SLOW_FILES = {
         "seeding torch_internals training_state windows",
         "tests/arithmetic": "context operator_table patches selftest",
         "tests/arithmetic/numerics": "libm",
-        "tests/arithmetic/compiler": "evaluate fast pair_program rounding_bounds",
+        "tests/arithmetic/compiler": "direct evaluate fast pair_program rounding_bounds",
         "tests/arithmetic/dispatch": "deferred dispatcher",
         "tests/arithmetic/distributed": "partial_sums sharded",
         "tests/arithmetic/operators": "elementary grid_sampling matmul normalization optimizer_formulas "

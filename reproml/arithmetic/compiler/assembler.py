@@ -200,7 +200,7 @@ class Program:
             ctypes.addressof(self._stages),
             pairs.address if pairs else None,
         )
-        self._pairs = pairs
+        self.pairs = pairs
         self.address = ctypes.addressof(self._program)
 
 

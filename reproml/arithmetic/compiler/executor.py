@@ -24,6 +24,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.assembler import Program, program_of
+from reproml.arithmetic.compiler.pair_program import PairProgram
 from reproml.arithmetic.numerics.balls import Formula
 
 
@@ -91,9 +92,7 @@ _MIN_BUFFER, _MAX_KEPT_BUFFER = (
     1 << 22,
 )  # smallest buffer of indices, and the largest that is kept
 _FEW = 16  # fewer failures than this may go to the exact path at once
-_MANY = (
-    4  # if a fast loop leaves more than this fraction of all results, the program takes them all
-)
+_MANY = 4  # if more than this fraction of all results is left, the next path takes them all
 
 # The formulas with a loop of their own, in the order of the enum in csrc. The loops on rows take at most
 # _MAX_ROW numbers a row, as in csrc; a loop costs about _FAST_STEPS instructions of a program.
@@ -142,10 +141,14 @@ def run(call: FormulaCall, operands: Sequence[Any]) -> Optional[Tensor]:
         count = library.reproml_fast(plan.fast, *layout)
     else:
         # Without another definition, what is infinite or NaN in binary64 is the result, as in round_ball.
-        limits = call.dim is None and call.reference is None
+        # With one, at least the NaN of an operand that is NaN is.
+        limits = 0 if call.dim is not None else 1 if call.reference is None else 2
         count = library.reproml_program(plan.program.address, *layout, limits)
-    if count and plan.program is None and count > plan.results // _MANY:
-        return run(type(call)(call.formula, call.dim, None, call.reference), operands)
+    if count > plan.results // _MANY:
+        if plan.program is None:
+            return run(type(call)(call.formula, call.dim, None, call.reference), operands)
+        if call.reference and call.dim is None and count > _FEW:
+            return call.reference(*operands)
     if count:
         _complete(plan, call, operands, out, failed[:count].clone())
     return out
@@ -291,6 +294,15 @@ def _program(
             _programs.clear()
         program = _programs[cache_key] = program_of(formula, dtypes, rows)
         return program
+
+
+def pair_program(formula: Formula, dtypes: Sequence[torch.dtype]) -> Optional[PairProgram]:
+    """Return the program in pairs of an elementwise formula, if it has one."""
+    try:
+        program = _program(_key(formula), formula, dtypes, False)
+    except TypeError:  # a formula without a key
+        return None
+    return program.pairs if program else None
 
 
 def _operand_like_result(operands: Sequence[Tensor], full: torch.Size) -> int:

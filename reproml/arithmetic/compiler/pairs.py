@@ -6,12 +6,14 @@ leaves in masses: equal numbers, whole numbers, gradients that cancel. What rema
 
 from __future__ import annotations
 
-from typing import Callable
+import ctypes
+from typing import Callable, Optional
 
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.compiler import executor, kernels
+from reproml.arithmetic.numerics.balls import Formula
 
 # In the order of csrc/pairs.c.
 _KINDS = (
@@ -49,3 +51,23 @@ def rows_by_pairs(
         rows = failed.any(-1)
         out[rows] = otherwise(*[t[rows] for t in operands])
     return out
+
+
+def sum_by_pairs(formula: Formula, divisor: int, *operands: Tensor) -> Optional[Tensor]:
+    """Return the sum of an elementwise formula, divided and rounded once: float32 [].
+
+    The operands have one shape. Returns None if a number is infinite or NaN, if the test fails, or without
+    a program.
+    """
+    dtypes = [x.dtype for x in operands]
+    if not kernels.usable(*operands) or not set(dtypes) <= {torch.float32, torch.float64}:
+        return None
+    program = executor.pair_program(formula, dtypes)
+    if program is None:
+        return None
+    out = operands[0].new_empty((), dtype=torch.float32)
+    pointers = (ctypes.c_void_p * len(operands))(*[x.data_ptr() for x in operands])
+    passed = kernels.library.reproml_pair_sum(
+        program.address, operands[0].numel(), pointers, divisor, out.data_ptr()
+    )
+    return out if passed else None

@@ -31,4 +31,7 @@ enum { BLOCK = 256 };
 int32_t reproml_activation_block(int which, const float *restrict a, const float *restrict b, float *restrict out,
                                  int32_t *restrict failed, integer count);
 
+/* near_zero.c: round those elements that failed and whose series near zero can be rounded. */
+void reproml_round_near_zero(int which, const float *a, const float *b, float *out, int32_t *failed, integer count);
+
 #endif

@@ -277,7 +277,7 @@ INLINE int are_tiny(const pairs *x, integer count) {
     return all;
 }
 
-VECTORISED static void run_instructions(const pair_program *p, pairs *restrict registers, integer count) {
+VECTORISED static void run_pair_instructions(const pair_program *p, pairs *restrict registers, integer count) {
     for (integer j = 0; j < p->length; j++) {
         const pair_instruction *in = p->code + j;
         pairs *restrict const to = registers + p->operands + p->constants + j;
@@ -332,8 +332,43 @@ void reproml_run_pairs(const pair_program *p, integer count, double (*x)[PAIR_BL
         memcpy(registers[j].s, x[j], (size_t)count * sizeof **x);
     }
     for (integer j = 0; j < p->constants; j++) fill(registers + p->operands + j, p->constant[j]);
-    run_instructions(p, registers, full);
+    run_pair_instructions(p, registers, full);
     round_all(registers + p->operands + p->constants + p->length - 1, count, mid, value, failed);
     for (integer j = 0; j < p->operands; j++)
         for (integer i = 0; i < count; i++) failed[i] |= !(fabs(x[j][i]) <= DBL_MAX);
+}
+
+#define WIDEN(type) \
+    for (integer i = 0; i < found; i++) registers[j].s[i] = ((const type *)operands[j])[at + i]
+
+VECTORISED static void add_all(pairs *restrict sums, const pairs *restrict y, integer count) {
+    EACH {
+        const pair z = add((pair){sums->s[i], sums->t[i], sums->rad[i]}, (pair){y->s[i], y->t[i], y->rad[i]});
+        sums->s[i] = z.s, sums->t[i] = z.t, sums->rad[i] = z.rad;
+    }
+}
+
+int reproml_pair_sum(const pair_program *p, integer n, const void *const *operands, double divisor, float *out) {
+    pairs registers[PAIR_REGISTERS] __attribute__((aligned(64))), sums;
+    fill(&sums, single(0));
+    for (integer j = 0; j < p->constants; j++) fill(registers + p->operands + j, p->constant[j]);
+    for (integer at = 0; at < n; at += PAIR_BLOCK) {
+        const integer found = n - at < PAIR_BLOCK ? n - at : PAIR_BLOCK;
+        for (integer j = 0; j < p->operands; j++) {
+            fill(registers + j, single(1));
+            if (p->wide >> j & 1)
+                WIDEN(double);
+            else
+                WIDEN(float);
+            for (integer i = 0; i < found; i++)
+                if (!(fabs(registers[j].s[i]) <= DBL_MAX)) return 0;
+        }
+        run_pair_instructions(p, registers, (found + 7) & ~(integer)7);
+        add_all(&sums, registers + p->operands + p->constants + p->length - 1, found);
+    }
+    pair total = single(0);
+    for (integer i = 0; i < PAIR_BLOCK; i++) total = add(total, (pair){sums.s[i], sums.t[i], sums.rad[i]});
+    total = divide1(total, divisor);
+    const int far_apart = (total.t != 0) & (fabs(total.t) < LEAST * fabs(total.s));
+    return !round_pair(total, out) & !far_apart;
 }

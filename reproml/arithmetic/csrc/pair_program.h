@@ -25,4 +25,8 @@ typedef struct {
 void reproml_run_pairs(const pair_program *p, integer count, double (*x)[PAIR_BLOCK], const double *mid, float *value,
                        int32_t *failed);
 
+/* Round the sum of a formula's values over n elements, divided by `divisor`. The operands lie densely. Returns 0 if the
+   test fails. */
+int reproml_pair_sum(const pair_program *p, integer n, const void *const *operands, double divisor, float *out);
+
 #endif

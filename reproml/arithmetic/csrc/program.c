@@ -12,6 +12,9 @@
 #include "pair_program.h"
 #include "rows.h"
 
+/* What is a result without another path: nothing; what is infinite or NaN; only NaNs that come from NaNs. */
+enum { NO_LIMITS, ALL_LIMITS, NAN_OF_OPERANDS };
+
 enum { SCRATCH = 8192, LONGEST = 256, LANES = 16, REDUCTIONS = 16 };
 
 /* In the order of compiler/assembler.py. An instruction is encoded as 4 * operation + form; the form states which of
@@ -186,6 +189,25 @@ static void test_again(const state *s, const double *mid, integer count, integer
     }
 }
 
+/* Returns the number i of a block in an operand. */
+#define OPERAND(type, j, i)                                                              \
+    ((const type *)                                                                      \
+         s->c->pointers[j])[s->c->dense[j] ? first + (i)                                 \
+                                           : operand_row(s->c, j, s->row + (i) / each) + \
+                                                 (s->at + (i) % each) * s->c->strides[((j) + 1) * s->c->dims - 1]]
+
+/* Pass the NaNs of a block that come from an operand that is NaN. */
+static void pass_nan(const state *s, const double *mid, integer count, integer first, int32_t *failed) {
+    const integer each = count / s->rows;
+    const instruction *end = s->c->p->straight + s->c->p->straight_length;
+    for (const instruction *in = s->c->p->straight; in < end; in++)
+        for (integer i = 0; i < count && in->op <= 4 * LOAD64; i++)
+            if (failed[i] && mid[i] != mid[i]) {
+                const double x = in->op == 4 * LOAD64 ? OPERAND(double, in->a, i) : OPERAND(float, in->a, i);
+                failed[i] = x == x;
+            }
+}
+
 /* Round the results of a block, store them and list the failures. */
 INLINE void round_results(state *s, const double *mid, double rel, const double *rad, integer step, integer count,
                           integer first, int by_row) {
@@ -193,11 +215,12 @@ INLINE void round_results(state *s, const double *mid, double rel, const double 
     const integer operand = call->p->operands, stride = call->strides[(operand + 1) * call->dims - 1];
     float *out = call->pointers[operand], value[LONGEST];
     int32_t failed[LONGEST], any = 0;
-    const int32_t all = !call->limits;
+    const int32_t all = call->limits != ALL_LIMITS;
     for (integer i = 0; i < count; i++) {
         failed[i] = round_ball(mid[i], rel, rad[i * step], &value[i]) & ((fabs(mid[i]) <= DBL_MAX) | all);
         any |= failed[i];
     }
+    if (any && call->limits == NAN_OF_OPERANDS) pass_nan(s, mid, count, first, failed);
     if (any && call->p->pairs) test_again(s, mid, count, first, value, failed);
     if (call->dense[operand])
         memcpy(out + first, value, (size_t)count * sizeof *out);
@@ -424,8 +447,8 @@ static void run_items(integer task, void *data) {
 
 /* Run a program on operands of `sizes` with `strides` [operands + 1][dims], in elements; the last of the pointers
    and of the strides are those of the result. Rows lie along the last dimension. Returns the number of results for
-   which the rounding test failed; their flat indices, counted along the sizes, are in `failed`. limits: whether what is
-   infinite or NaN in binary64 is the result. */
+   which the rounding test failed; their flat indices, counted along the sizes, are in `failed`. limits: which results
+   that are infinite or NaN in binary64 pass. */
 integer reproml_program(const program *p, integer dims, const integer *sizes, const integer *strides,
                         void *const *pointers, integer *failed, integer tasks, int limits) {
     call c = {

@@ -262,7 +262,21 @@ VECTORISED static integer log_softmax_backward(const float *g, const float *y, i
     return failures;
 }
 
+/* Whether one of these numbers makes all results of its row NaN. */
+static int row_is_nan(int which, const float *x, const float *y, integer n) {
+    const int forward = which == PAIRS_SOFTMAX || which == PAIRS_LOG_SOFTMAX;
+    int found = 0;
+    if (which == PAIRS_LOGSUMEXP) return 0;
+    for (integer i = 0; i < n; i++) found |= (x[i] != x[i]) | (forward & (x[i] == INFINITY));
+    for (integer i = 0; i < n && which == PAIRS_SOFTMAX_BACKWARD; i++) found |= y[i] != y[i];
+    return found;
+}
+
 integer reproml_softmax_row(int which, const float *x, const float *y, integer n, float *out, int32_t *failed) {
+    if (row_is_nan(which, x, y, n)) {
+        for (integer i = 0; i < n; i++) out[i] = NAN, failed[i] = 0;
+        return 0;
+    }
     switch (which) {
     case PAIRS_SOFTMAX: return softmax(x, n, out, failed);
     case PAIRS_LOG_SOFTMAX: return log_softmax(x, n, out, failed);

@@ -14,6 +14,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.compiler.direct import run_directly
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.balls import Formula
 from reproml.arithmetic.numerics.scalars import float32_scalar
@@ -255,12 +256,14 @@ def _halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def leaky_relu(x: Tensor, slope: float = 0.01) -> Tensor:
     """Return x, or slope * x where x <= 0."""
-    return torch.where(x > 0, x, x * slope)
+    y = run_directly("leaky_relu", x, scalar=slope)
+    return torch.where(x > 0, x, x * slope) if y is None else y
 
 
 def leaky_relu_backward(g: Tensor, x: Tensor, slope: float, is_result: bool) -> Tensor:
     """Return g, or slope * g where x <= 0; x may be the result of leaky_relu, which has the same sign."""
-    return torch.where(x > 0, g, g * slope)
+    y = run_directly("leaky_relu_backward", g, x, scalar=slope)
+    return torch.where(x > 0, g, g * slope) if y is None else y
 
 
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
@@ -276,7 +279,8 @@ def prelu_backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
 def elu(x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
     """Return scale x, or scale alpha (exp(input_scale x) - 1) where x <= 0."""
     a, s, i = float32_scalar(alpha), float32_scalar(scale), float32_scalar(input_scale)
-    below = elementwise(lambda ctx, x: s * a * ctx.expm1(i * x), x.clamp(max=0))
+    fast = "expm1" if s * a == i == 1 else None
+    below = elementwise(lambda ctx, x: s * a * ctx.expm1(i * x), x.clamp(max=0), fast=fast)
     return torch.where(x > 0, x * float(s), below)
 
 
@@ -334,20 +338,30 @@ def hardtanh_backward(g: Tensor, x: Tensor, low: float, high: float) -> Tensor:
 
 def hardsigmoid(x: Tensor) -> Tensor:
     """Return min(max(x + 3, 0), 6) / 6."""
-    return elementwise(lambda ctx, x: (x + 3) / 6, x.clamp(-3, 3))
+    y = run_directly("hardsigmoid", x)
+    return elementwise(lambda ctx, x: (x + 3) / 6, x.clamp(-3, 3)) if y is None else y
 
 
 def hardsigmoid_backward(g: Tensor, x: Tensor) -> Tensor:
     """Return g / 6 where -3 < x < 3, else 0."""
-    return torch.where((x > -3) & (x < 3), elementwise(lambda ctx, g: g / 6, g), 0.0)
+    y = run_directly("hardsigmoid_backward", g, x)
+    if y is None:
+        y = torch.where((x > -3) & (x < 3), elementwise(lambda ctx, g: g / 6, g), 0.0)
+    return y
 
 
 def hardswish(x: Tensor) -> Tensor:
     """Return x min(max(x + 3, 0), 6) / 6."""
-    return elementwise(lambda ctx, x, c: x * (c + 3) / 6, x, x.clamp(-3, 3))
+    y = run_directly("hardswish", x)
+    if y is None:
+        y = elementwise(lambda ctx, x, c: x * (c + 3) / 6, x, x.clamp(-3, 3))
+    return y
 
 
 def hardswish_backward(g: Tensor, x: Tensor) -> Tensor:
     """Return 0 where x <= -3, g (2 x + 3) / 6 where x < 3, else g."""
+    y = run_directly("hardswish_backward", g, x)
+    if y is not None:
+        return y
     middle = elementwise(lambda ctx, g, x: g * (2 * x + 3) / 6, g, x)
     return torch.where(x <= -3, 0.0, torch.where(x < 3, middle, g))

@@ -10,6 +10,7 @@ from typing import Any, Callable, Optional
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.compiler.direct import run_directly
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.devices import to_device
 from reproml.arithmetic.numerics.scalars import float32_scalar
@@ -27,7 +28,9 @@ def add(x: Any, y: Any, alpha: float = 1) -> Tensor:
     if _is_float64(x, y):
         raise NotExactError(f"with alpha={alpha} it is defined for float32, not for torch.float64")
     a = float32_scalar(alpha)
-    return elementwise(lambda ctx, x, y: x + a * y, *float32_operands(x, y))
+    x, y = float32_operands(x, y)
+    z = run_directly("add_scaled", x, y, scalar=float(a))
+    return elementwise(lambda ctx, x, y: x + a * y, x, y) if z is None else z
 
 
 def sub(x: Any, y: Any, alpha: float = 1) -> Tensor:
@@ -212,19 +215,25 @@ rsqrt = formula_operator(lambda ctx, x: 1 / ctx.sqrt(x))
 def addcmul(x: Tensor, a: Tensor, b: Tensor, value: float = 1) -> Tensor:
     """Return x + value a b."""
     v = float32_scalar(value)
-    return elementwise(lambda ctx, x, a, b: x + v * a * b, x, a, b)
+    y = run_directly("addcmul", x, a, b, scalar=float(v))
+    return elementwise(lambda ctx, x, a, b: x + v * a * b, x, a, b) if y is None else y
 
 
 def addcdiv(x: Tensor, a: Tensor, b: Tensor, value: float = 1) -> Tensor:
     """Return x + value a / b."""
     v = float32_scalar(value)
-    return elementwise(lambda ctx, x, a, b: x + v * a / b, x, a, b)
+    y = run_directly("addcdiv", x, a, b, scalar=float(v))
+    return elementwise(lambda ctx, x, a, b: x + v * a / b, x, a, b) if y is None else y
 
 
 def lerp(x: Tensor, y: Tensor, weight: Any) -> Tensor:
     """Return x + weight (y - x)."""
-    w = weight if isinstance(weight, Tensor) else float(float32_scalar(weight))
-    return elementwise(lambda ctx, x, y, w: x + w * (y - x), x, y, w)
+    if not isinstance(weight, Tensor):
+        weight = torch.full((), float(float32_scalar(weight)), device=x.device)
+    z = run_directly("lerp", x, y, weight)
+    if z is None:
+        z = elementwise(lambda ctx, x, y, w: x + w * (y - x), x, y, weight)
+    return z
 
 
 def xlogy(x: Any, y: Any) -> Tensor:
@@ -261,4 +270,5 @@ def elementary_function(name: str) -> Callable[..., Any]:
         y = elementwise(lambda ctx, x: getattr(ctx, name)(x), x)
         return torch.where(x == 0, x, y) if odd else y
 
-    return lambda x: elementwise(formula, *float32_operands(x), reference=reference, fast=name)
+    complete = reference if odd or name in _CONSTANT_BEYOND else None
+    return lambda x: elementwise(formula, *float32_operands(x), reference=complete, fast=name)

@@ -414,7 +414,7 @@ def sgd(library: Any, momentum: bool) -> list[Found]:
 def adam(library: Any, which: int) -> list[Found]:
     """Parameter, average or average of squares, each once the one that is hard."""
     state = [torch.ones(1) for _ in range(4)]  # parameter, gradient, both averages
-    pointers = (ctypes.c_void_p * 5)(*map(at, state), None)
+    pointers = (ctypes.c_void_p * 5)(*map(at, state), None)  # no average of amsgrad
     first, second = ((1.0, STEP) if which == i else (1.0, 0.0) for i in (2, 3))
     rate, failed = -STEP if which == 0 else 0.0, integers(0)
     left = library.reproml_adam(

@@ -11,8 +11,11 @@ import torch
 from torch.nn import functional as F
 
 import reproml
+from reproml.arithmetic import operator_table
 from reproml.arithmetic.compiler import evaluate, kernels
 from reproml.arithmetic.numerics.rounding import nearest
+from tests.arithmetic.forms import agree
+from verification.oracle import same_bits
 
 UNIT = Fraction(2) ** -149
 GELU_TANH = partial(F.gelu, approximate="tanh")
@@ -81,3 +84,49 @@ def test_constant_tensor_is_computed_once(monkeypatch):
     with reproml.exact():  # 1 - 2^-25 + 2^-52.6: next to a midpoint
         y = torch.full((3000,), 2.0**-12).cos()
     assert len(calls) == 1 and (y == 1.0).all()
+
+
+def test_silu_near_zero_is_that_of_reference():
+    """Ties of the first terms of its series: x / 2, and g (1 + x) / 2."""
+    units = torch.tensor([1.0, 1.5, 1 + 2.0**-23, 2 - 2.0**-23, -1.0, -1 - 2.0**-22])
+    x = (units[:, None] * 2.0 ** torch.arange(-149, -6.0)).flatten()
+    agree(operator_table.EXACT["silu"], x)
+    for g in (1.0, -1.0, 0.0, -0.0, 2.0**-149, 3 * 2.0**-149, 1 + 2.0**-23, 3e38):
+        agree(operator_table.EXACT["silu_backward"], torch.full_like(x, g), x)
+
+
+def test_far_numbers_are_those_of_reference():
+    x = torch.tensor(
+        [-14.9, -15.1, -31.9, -32.1, -1e30, 31.9, 1e30, 88.8, 99.9, 100.1, 701.0, 3e38]
+    )
+    x = torch.cat([x, torch.tensor([0.0, float("inf"), -float("inf"), float("nan")])])
+    for name in ("gelu", "exp", "expm1"):
+        agree(operator_table.EXACT[name], x)
+        agree(operator_table.EXACT[name], x.repeat_interleave(300))
+    for g in (1.0, -1.0, 0.0, -0.0, 3e38, float("inf"), float("nan")):
+        agree(operator_table.EXACT["gelu_backward"], torch.full_like(x, g), x)
+
+
+NAN_KEEPERS = "exp expm1 log1p erfinv tanh sigmoid silu gelu mish".split()
+
+
+@pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
+@pytest.mark.parametrize("count", [1, 40, 1000])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_not_finite_stay_compiled(monkeypatch, value, count):
+    x = torch.ones(2000)
+    x[:count] = value
+    rows = x.view(40, 50)
+    with reproml.exact():
+        monkeypatch.setattr(kernels, "library", None)
+        expected = [getattr(torch.ops.aten, name)(x) for name in NAN_KEEPERS]
+        expected += [f(rows, 1) for f in (torch.softmax, torch.log_softmax)]
+        monkeypatch.undo()
+        if value == float("-inf"):  # rows without a finite number take the reference path
+            rows = rows[count:]
+            expected[-2:] = [t[count:] for t in expected[-2:]]
+        monkeypatch.setattr(evaluate, "_elements_by_balls", None)
+        monkeypatch.setattr(evaluate, "rowwise_by_balls", None)
+        found = [getattr(torch.ops.aten, name)(x) for name in NAN_KEEPERS]
+        found += [f(rows, 1) for f in (torch.softmax, torch.log_softmax)]
+    assert all(same_bits(a, b) for a, b in zip(found, expected))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import reproml
 from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.compiler.pairs import sum_by_pairs
 from reproml.arithmetic.operators import losses
 from verification import oracle as o
 from verification.oracle import Real, check
@@ -79,3 +80,45 @@ def test_losses_of_a_saturated_classifier_take_equal_elements_together():
         logs = [o.log(v) if v > 0 else o.Real(-100) for v in (p, o.Real(1) - p)]
         terms.append(-(t * logs[0] + (o.Real(1) - t) * logs[1]))
     o.check(found, o.total(terms))
+
+
+@pytest.mark.parametrize("divisor", [1, 150])
+@pytest.mark.parametrize("kind", ["halves", "equal", "beside 1", "subnormal", "zeros"])
+def test_sum_by_pairs_rounds_hard_terms(kind, divisor):
+    """Sums of several blocks and a rest: ties, terms far apart, zeros."""
+    random = torch.Generator().manual_seed(7)
+    x, y = (torch.randint(-9, 10, (150,), generator=random).float() for _ in range(2))
+    x, y = {
+        "halves": (x / 2, y / 16),
+        "equal": (x, x),
+        "beside 1": (1 + x * 2.0**-23, 1 + y * 2.0**-23),
+        "subnormal": (x * 2.0**-149, y * 2.0**-149),
+        "zeros": (x * 0, y * 0),
+    }[kind]
+
+    def squares(ctx, x, y):
+        return (x - y) * (x - y)
+
+    def logarithms(ctx, x, y):
+        return y * y * x + ctx.log1p(ctx.exp(-abs(x)))
+
+    pairs = list(zip(o.reals(x), o.reals(y)))
+    exact = [
+        (squares, [(a - b) * (a - b) for a, b in pairs]),
+        (logarithms, [b * b * a + o.log1p(o.exp(-abs(a))) for a, b in pairs]),
+    ]
+    for formula, terms in exact:
+        found = sum_by_pairs(formula, divisor, x, y)
+        assert found is not None
+        check(found, o.total(terms) / divisor)
+    assert sum_by_pairs(squares, 1, x, torch.full_like(y, torch.inf)) is None
+
+
+def test_sum_by_pairs_takes_ties_of_losses(monkeypatch):
+    """The sum of whole squares, and 1 and half an ulp, do not reach the reference path."""
+    monkeypatch.setattr(losses, "rowwise_by_balls", None)
+    x = torch.tensor([1.0, 2.0**-12, 2.0**-40])
+    found = losses.mse_loss(x, torch.zeros(3), losses.SUM)
+    assert found.item() == 1 + 2.0**-23
+    found = losses.mse_loss(x[:2], torch.zeros(2), losses.SUM)
+    assert found.item() == 1

@@ -1,0 +1,51 @@
+"""Operators of one or two operations whose loops in C need no rounding test (csrc/direct.c)."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic.compiler import kernels
+
+# In the order of csrc/direct.c.
+_LOOPS = {
+    name: i
+    for i, name in enumerate(
+        """add_scaled addcmul addcdiv lerp leaky_relu leaky_relu_backward
+        hardsigmoid hardsigmoid_backward hardswish hardswish_backward mse_loss_backward""".split()
+    )
+}
+_MIN_WORK_FOR_THREADS = 1 << 15  # elements
+_Pointers, _Steps = ctypes.c_void_p * 3, ctypes.c_int64 * 3
+
+
+def run_directly(name: str, *operands: Tensor, scalar: float = 0.0) -> Optional[Tensor]:
+    """Return the operator of float32 operands; None where its loop cannot take them.
+
+    It takes contiguous operands of one shape, of which all but the first may also be single numbers.
+    """
+    first = operands[0]
+    if kernels.library is None or name not in _LOOPS or not first.numel():
+        return None
+    steps = []
+    for x in operands:
+        if x.dtype is not torch.float32 or not (x.is_cpu and x.is_contiguous()):
+            return None
+        steps.append(int(x.shape == first.shape))
+        if not steps[-1] and (x.numel() != 1 or x.dim() > first.dim()):
+            return None
+    missing = 3 - len(operands)
+    n, out = first.numel(), torch.empty_like(first)
+    kernels.library.reproml_direct(
+        _LOOPS[name],
+        n,
+        _Pointers(*[x.data_ptr() for x in operands], *[first.data_ptr()] * missing),
+        _Steps(*steps, *[1] * missing),
+        scalar,
+        out.data_ptr(),
+        torch.get_num_threads() if n > _MIN_WORK_FOR_THREADS else 1,
+    )
+    return out

@@ -1,0 +1,155 @@
+/* Operators of one or two operations on binary32 numbers, rounded correctly without a test, so that no element is left
+   to another path.
+
+   Each value is a sum of products that binary64 holds exactly, perhaps divided by one exact number d. Binary64 numbers
+   that are rounded to odd compare with every number of up to 52 bits as the exact value does, and rounding them again to
+   binary32 rounds that value (Boldo & Melquiond, IEEE Transactions on Computers 57(4), 2008). So
+
+       a + b        is rounded to odd: `sum`;
+       a + b + c    is the fused multiply-add of the same paper, with c + b in place of the product: `sum_of_3`;
+       (a + b) / d  has S = a + b rounded to odd, then S / d rounded to odd by the sign of its remainder. A midpoint m of
+                    binary32 has 25 bits and d up to 27, so m d has up to 52 bits and S compares with it as a + b does:
+                    `quotient`.
+
+   Nothing underflows: the terms are products of at most three binary32 numbers. Where an operand is infinite or NaN, and
+   for the sign of an exact zero, the result is that of `mid`, by IEEE arithmetic step by step (compiler/evaluate.py). */
+
+#include "rounding.h"
+
+/* In the order of compiler/direct.py. */
+enum {
+    ADD_SCALED,
+    ADDCMUL,
+    ADDCDIV,
+    LERP,
+    LEAKY_RELU,
+    LEAKY_RELU_BACKWARD,
+    HARDSIGMOID,
+    HARDSIGMOID_BACKWARD,
+    HARDSWISH,
+    HARDSWISH_BACKWARD,
+    MSE_LOSS_BACKWARD
+};
+
+enum { DIRECT_BLOCK = 256, DIRECT_TASKS = 64 };
+
+/* s + t, |t| <= ulp(s), rounded to odd; s if t is 0 or NaN. */
+INLINE double to_odd(double s, double t) {
+    const int64_t sum = pattern(s), away = (t > 0) == (s > 0) ? 1 : -1;
+    return from_pattern(sum + (((t > 0) | (t < 0)) & ~sum & 1 ? away : 0));
+}
+
+INLINE double sum(double a, double b) {
+    double s, t;
+    two_sum(a, b, &s, &t);
+    return to_odd(s, t);
+}
+
+INLINE float or_mid(double value, double mid) {
+    const double zero = mid == 0 ? mid : 0.0;
+    value = value == 0 ? zero : value;
+    return (float)(fabs(value) <= DBL_MAX ? value : mid);
+}
+
+INLINE double sum_of_3(double a, double b, double c) {
+    double high, low, error, rest;
+    two_sum(a, b, &high, &low);
+    two_sum(c, high, &high, &error);
+    rest = sum(low, error);
+    return sum(high, rest);
+}
+
+/* a b + c, where a has up to 48 bits and b up to 24. */
+INLINE double product_plus(double a, double b, double c) {
+    const double product = a * b;
+    return sum_of_3(c, fma(a, b, -product), product);
+}
+
+/* (a + b) / d, given 1 / d rounded. The first q errs by 2 U, the second is one of the two neighbours of s / d, so its
+   remainder is exact (P. Markstein, IBM Journal of Research and Development 34(1), 1990). */
+INLINE double quotient(double a, double b, double d, double inverse) {
+    const double s = sum(a, b);
+    double q = s * inverse;
+    q = fma(fma(-q, d, s), inverse, q);
+    const double rest = fma(-q, d, s);
+    return to_odd(q, d < 0 ? -rest : rest);
+}
+
+static const double SIXTH = 1 / 6.0;
+
+INLINE double clamped(double x) { return x < -3 ? -3 : x > 3 ? 3 : x; }
+
+INLINE float hardsigmoid(double x) {
+    const double c = clamped(x);
+    return or_mid(quotient(c, 3, 6, SIXTH), c + 3);
+}
+
+INLINE float hardswish(double x) {
+    const double c = clamped(x);
+    return or_mid(quotient(x * c, 3 * x, 6, SIXTH), x * (c + 3));
+}
+
+INLINE float hardswish_backward(float g, float x) {
+    const double middle = or_mid(quotient(2.0 * g * x, 3.0 * g, 6, SIXTH), (double)g * (2.0 * x + 3));
+    return x <= -3 ? 0.0f : x < 3 ? (float)middle : g;
+}
+
+#define LOOP(NAME, VALUE)                                            \
+    case NAME:                                                       \
+        for (integer i = 0; i < count; i++) {                        \
+            const float xf = x[i], yf = y[i], zf = z[i];             \
+            const double a = xf, b = yf, c = zf;                     \
+            (void)xf, (void)yf, (void)zf, (void)a, (void)b, (void)c; \
+            out[i] = VALUE;                                          \
+        }                                                            \
+        break;
+
+VECTORISED static void run_block(int which, const float *restrict x, const float *restrict y, const float *restrict z,
+                                 double scalar, float *restrict out, integer count) {
+    const float narrow = (float)scalar;
+    const double inverse = 1 / scalar;
+    switch (which) {
+        LOOP(ADD_SCALED, (float)sum(a, scalar * b))
+        LOOP(ADDCMUL, or_mid(product_plus(scalar * b, c, a), a + scalar * b * c))
+        LOOP(ADDCDIV, or_mid(quotient(a * c, scalar * b, c, 1 / c), a + scalar * b * (1 / c)))
+        LOOP(LERP, or_mid(sum_of_3(a, -c * a, c * b), a + c * (b - a)))
+        LOOP(LEAKY_RELU, xf > 0 ? xf : xf * narrow)
+        LOOP(LEAKY_RELU_BACKWARD, yf > 0 ? xf : xf * narrow)
+        LOOP(HARDSIGMOID, hardsigmoid(a))
+        LOOP(HARDSIGMOID_BACKWARD, (yf > -3) & (yf < 3) ? xf / 6 : 0.0f)
+        LOOP(HARDSWISH, hardswish(a))
+        LOOP(HARDSWISH_BACKWARD, hardswish_backward(xf, yf))
+        LOOP(MSE_LOSS_BACKWARD, or_mid(quotient(2 * c * a, -2 * c * b, scalar, inverse), c * (a - b)))
+    }
+}
+
+typedef struct {
+    int which;
+    integer n, tasks;
+    const float *const *operands;
+    const integer *steps;
+    double scalar;
+    float *out;
+} direct_call;
+
+static void run_task(integer task, void *data) {
+    const direct_call *c = data;
+    const integer blocks = (c->n + DIRECT_BLOCK - 1) / DIRECT_BLOCK;
+    const integer last = blocks * (task + 1) / c->tasks * DIRECT_BLOCK, end = last < c->n ? last : c->n;
+    float constant[3][DIRECT_BLOCK];
+    for (int j = 0; j < 3; j++)
+        for (integer i = 0; !c->steps[j] && i < DIRECT_BLOCK; i++) constant[j][i] = *c->operands[j];
+    for (integer at = blocks * task / c->tasks * DIRECT_BLOCK; at < end; at += DIRECT_BLOCK) {
+        const float *x[3];
+        for (int j = 0; j < 3; j++) x[j] = c->steps[j] ? c->operands[j] + at : constant[j];
+        run_block(c->which, x[0], x[1], x[2], c->scalar, c->out + at,
+                  end - at < DIRECT_BLOCK ? end - at : DIRECT_BLOCK);
+    }
+}
+
+/* out[i] = the operator of three operands, each n numbers (step 1) or one for all (step 0), and of a scalar. */
+void reproml_direct(int which, integer n, const float *const *operands, const integer *steps, double scalar, float *out,
+                    integer tasks) {
+    direct_call c = {which, n, tasks < DIRECT_TASKS ? tasks : DIRECT_TASKS, operands, steps, scalar, out};
+    reproml_parallel(run_task, &c, c.tasks);
+}

@@ -1,0 +1,41 @@
+/* Series of activations near zero, in pairs: the first terms are often a midpoint of two binary32 numbers. They stand
+   apart from activations.c, which contracts products and sums. */
+
+#include "activations.h"
+#include "compensated.h"
+
+INLINE int is_near(double x) { return (fabs(x) <= 0x1p-9) & (x != 0); }
+
+/* x / 2 + x^2 / 4 - x^4 / 48 + x^6 / 480 - ...: half of a subnormal number may be a midpoint. */
+INLINE pair silu(double x) {
+    const double x2 = x * x, c = x2 * (0.25 - x2 * (1 / 48.0));
+    return make_pair(0.5 * x, c, c * (8 * U + x2 * x2 * 0x1p-5));
+}
+
+/* g times the derivative of that series, 1/2 + x / 2 - x^3 / 12 + x^5 / 80 - 17 x^7 / 10080 + ... */
+INLINE pair silu_backward(double g, double x) {
+    const double x2 = x * x, c = x * x2 * (x2 * (1 / 80.0) - 1 / 12.0);
+    const pair rest = {c, 0, fabs(c) * (8 * U + x2 * x2 * 0x1p-4)};
+    return pair_times(pair_plus(make_pair(0.5, 0.5 * x, 0), rest), g);
+}
+
+#define LOOP(NEAR, VALUE)                                \
+    for (integer i = 0; i < count; i++) {                \
+        float y;                                         \
+        const int near = failed[i] && (NEAR);            \
+        const int32_t left = round_pair(VALUE, &y) != 0; \
+        out[i] = near ? y : out[i];                      \
+        failed[i] = near ? left : failed[i];             \
+    }
+
+VECTORISED static void round_block(int which, const float *restrict a, const float *restrict b, float *restrict out,
+                                   int32_t *restrict failed, integer count) {
+    if (which == SILU)
+        LOOP(is_near(a[i]), silu(a[i]))
+    else if (which == SILU_BACKWARD)
+        LOOP(is_near(b[i]) && a[i] != 0, silu_backward(a[i], b[i]))
+}
+
+void reproml_round_near_zero(int which, const float *a, const float *b, float *out, int32_t *failed, integer count) {
+    round_block(which, a, b, out, failed, count);
+}

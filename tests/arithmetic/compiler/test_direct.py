@@ -1,0 +1,115 @@
+"""The loops without a rounding test agree with the oracle, and with the path without the C library."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Callable
+
+import pytest
+import torch
+
+from reproml.arithmetic import operator_table
+from reproml.arithmetic.compiler import direct, kernels
+from tests.arithmetic.forms import agree, with_threads
+from verification.oracle import Real, check, float32_scalar, reals
+
+pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
+
+TENTH = float32_scalar(0.1)
+MEAN = 1
+
+
+def clip(x: Any) -> Any:
+    return Real(-3) if x < -3 else Real(3) if x > 3 else x
+
+
+def hardswish_slope(g: Any, x: Any) -> Any:
+    return Real(0) if x <= -3 else g * (2 * x + 3) / 6 if x < 3 else g
+
+
+# operator, its arguments after the tensors, its options, the number of tensors, the definition
+CASES: list[tuple[str, tuple[Any, ...], dict[str, float], int, Callable[..., Any]]] = [
+    ("add", (), {"alpha": 0.1}, 2, lambda x, y: x + TENTH * y),
+    ("sub", (), {"alpha": 0.1}, 2, lambda x, y: x + -TENTH * y),
+    ("addcmul", (), {"value": 0.1}, 3, lambda x, a, b: x + TENTH * a * b),
+    ("addcdiv", (), {"value": 0.1}, 3, lambda x, a, b: x + TENTH * a / b),
+    ("lerp", (), {}, 3, lambda x, y, w: x + w * (y - x)),
+    ("leaky_relu", (0.1,), {}, 1, lambda x: x if x > 0 else x * TENTH),
+    ("leaky_relu_backward", (0.1, False), {}, 2, lambda g, x: g if x > 0 else g * TENTH),
+    ("hardsigmoid", (), {}, 1, lambda x: (clip(x) + 3) / 6),
+    ("hardsigmoid_backward", (), {}, 2, lambda g, x: g / 6 if -3 < x < 3 else Real(0)),
+    ("hardswish", (), {}, 1, lambda x: x * (clip(x) + 3) / 6),
+    ("hardswish_backward", (), {}, 2, hardswish_slope),
+]
+
+
+def hard_numbers(n: int, seed: int) -> torch.Tensor:
+    """Numbers of few bits and of all exponents, numbers beside 1, subnormal numbers and zeros."""
+    random = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high, (n,), generator=random)
+
+    kinds = [
+        integers(-9, 10) / 4,
+        integers(-(2**24), 2**24) * 2.0**-12,
+        1 + integers(-3, 4) * 2.0**-23,
+        integers(-9, 10) * 2.0**-149,
+        integers(-(2**31), 2**31).int().view(torch.float32),
+        torch.randn(n, generator=random),
+        integers(-3, 4) * 2.0 ** (integers(-60, 60)),
+        torch.where(integers(0, 2) > 0, -0.0, 0.0),
+    ]
+    rows = torch.stack([kind.float() for kind in kinds])
+    return rows[integers(0, len(kinds)), torch.arange(n)]
+
+
+@pytest.mark.parametrize(("name", "arguments", "options", "operands", "formula"), CASES)
+def test_direct_loop_gives_bits_of_oracle(name, arguments, options, operands, formula):
+    x = [hard_numbers(700, seed) for seed in range(operands)]
+    found = agree(partial(operator_table.EXACT[name], **options), *x, *arguments)
+    finite = torch.stack(x).isfinite().all(0)
+    if name == "addcdiv":
+        finite &= x[2] != 0
+    expected = [formula(*row) for row in zip(*[reals(t[finite]) for t in x])]
+    check(found[finite], expected)
+
+
+def test_gradient_of_mse_rounds_ties_once(monkeypatch):
+    """2 g (x - y) / n for n of one, few and many bits."""
+    f = operator_table.EXACT["mse_loss_backward"]
+    for n in (1, 2, 3, 7, 64, 1000, 1023):
+        x, y, g = (hard_numbers(n, seed) for seed in (n, n + 1, n + 2))
+        x, y, g = (torch.where(t.isfinite(), t, 1.0) for t in (x, y, g[0]))
+        found = agree(f, g, x, y, MEAN)
+        expected = [2 * reals(g).item() * (a - b) / n for a, b in zip(reals(x), reals(y))]
+        check(found, expected)
+
+
+def test_direct_loop_takes_threads_and_single_numbers():
+    add = partial(operator_table.EXACT["add"], alpha=0.1)
+    x, y = hard_numbers(70_001, 0), hard_numbers(70_001, 1)
+    with_threads(add, x, y)
+    agree(add, x, y[5])
+    agree(add, x[5], y)
+    agree(add, x[:70_000].view(100, 700), y[:700])
+    agree(add, x[::3], y[::3])
+    agree(add, x[:0], y[:0])
+
+
+def test_every_loop_is_used(monkeypatch):
+    used = set()
+    library_call = direct.run_directly
+
+    def recorded(name: str, *operands: Any, **options: Any) -> Any:
+        result = library_call(name, *operands, **options)
+        used.add(name if result is not None else None)
+        return result
+
+    for module in ("pointwise", "activations", "losses"):
+        monkeypatch.setattr(f"reproml.arithmetic.operators.{module}.run_directly", recorded)
+    for name, arguments, options, operands, _ in CASES:
+        x = [torch.ones(5)] * operands
+        operator_table.EXACT[name](*x, *arguments, **options)
+    operator_table.EXACT["mse_loss_backward"](torch.ones(()), x[0], x[0], MEAN)
+    assert used == set(direct._LOOPS)
