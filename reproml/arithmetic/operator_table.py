@@ -489,4 +489,6 @@ GRADIENTS: dict[str, Definition] = {
     "clamp_min.Tensor": pointwise.clamp_gradient,
     "clamp_max": pointwise.clamp_max_gradient,
     "clamp_max.Tensor": pointwise.clamp_max_gradient,
+    "fmax": pointwise.fmax_gradient,
+    "fmin": pointwise.fmin_gradient,
 }

@@ -1716,7 +1716,7 @@ binary_cross_entropy_backward binary_cross_entropy_with_logits
 _softmax _safe_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp
 logcumsumexp _weight_norm_interface _weight_norm_interface_backward
 nll_loss_forward nll_loss2d_forward mse_loss native_batch_norm_backward native_layer_norm_backward
-native_group_norm_backward
+native_group_norm_backward _segment_reduce_backward
 """.split()
 
 
