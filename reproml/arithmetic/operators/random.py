@@ -316,8 +316,8 @@ def randint_like(
 ) -> Tensor:
     """Return random integers in the shape of x, as randint draws them."""
     _require_cpu(generator)
-    bounds = tuple(int(b) for b in bounds)
-    draws = torch.randint(*bounds, x.shape, generator=generator, dtype=dtype or x.dtype)
+    low, high = map(int, bounds if len(bounds) > 1 else (0, *bounds))
+    draws = torch.randint(low, high, x.shape, generator=generator, dtype=dtype or x.dtype)
     return _to(draws, device or x.device)
 
 

@@ -72,4 +72,4 @@ def test_elements_outside_of_all_segments_are_left_out():
         y = torch.segment_reduce(x, "sum", offsets=torch.tensor([1, 2, 4]))
         y.sum().backward()
     assert y.tolist() == [2, 12]
-    assert x.grad.tolist() == [0, 1, 1, 1, 0]
+    assert x.grad is not None and x.grad.tolist() == [0, 1, 1, 1, 0]
