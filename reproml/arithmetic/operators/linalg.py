@@ -75,18 +75,20 @@ def trilinear(
 
     expand1, expand2, expand3: the axes of x, y and z at which one of length 1 is inserted first.
     """
-    operands = []
+    operands: list[Tensor] = []
     for t, axes in ((x, expand1), (y, expand2), (z, expand3)):
         for axis in axes:
             t = t.unsqueeze(axis)
         operands.append(t)
-    operands = torch.broadcast_tensors(*operands)
     last = range(-len(sumdim), 0)
-    rows = [t.movedim(tuple(sumdim), tuple(last)).flatten(-len(sumdim)) for t in operands]
+    rows = [
+        t.movedim(tuple(sumdim), tuple(last)).flatten(-len(sumdim))
+        for t in torch.broadcast_tensors(*operands)
+    ]
 
     def formula(ctx: Any, x: Any, y: Any, z: Any) -> Any:
         return ctx.sum(x * y * z)
 
     if not rows[0].numel():
-        return rows[0].new_zeros(rows[0].shape[:-1])
+        return torch.zeros(rows[0].shape[:-1], device=x.device)
     return rowwise(formula, -1, *rows).squeeze(-1)
