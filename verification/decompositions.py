@@ -29,9 +29,12 @@ SAMPLES = 4  # of each operator
 # Known differences between versions of PyTorch that change no result: 2.8 subtracts the correction from the
 # number of observations by an operator, later versions as Python numbers; 2.15 adds up the gradient of
 # `combinations` by another operator, its samples of rand_like call that and not randn_like, and it computes
-# a gradient of clamp that is replaced (arithmetic/dispatch/gradients.py). 2.8 has no gradient of aminmax.
+# gradients of clamp, fmax and fmin that are replaced (arithmetic/dispatch/gradients.py), and take_along_dim
+# by remainders of integers. 2.8 has no gradient of aminmax.
 SAME_RESULT = frozenset(
-    {"cov", "corrcoef", "combinations", "rand_like", "clamp", "clamp_min", "clamp_max", "aminmax"}
+    """
+    cov corrcoef combinations rand_like clamp clamp_min clamp_max fmax fmin aminmax take_along_dim
+    """.split()
 )
 
 

@@ -44,6 +44,43 @@ def _inside(low: float, high: float, value: Callable[[Any], Any]) -> Callable[[A
     return lambda x: value(x) if low <= x.v <= high else Real(NAN)
 
 
+deg2rad = _at_special(np.deg2rad, lambda x: Real(x.mpf * mp.pi / 180))
+rad2deg = _at_special(np.rad2deg, lambda x: Real(x.mpf * 180 / mp.pi))
+
+
+def angle(x: Real) -> Real:
+    return x if x.v != x.v else Real(mp.pi * 1) if x.v < 0 else Real(0)
+
+
+def entr(x: Real) -> Real:
+    if x.v != x.v or x.v == 0:
+        return x if x.v else Real(0)
+    return -x * o.log(x) if x.v > 0 and x.finite else Real(-INF)
+
+
+def round_to_decimals(x: Real, decimals: int) -> Real:
+    """Return the nearest multiple of 10^-decimals, of two the even one, with the sign of x."""
+    if not x.finite or x.v == 0:
+        return x
+    power = Fraction(10) ** decimals
+    n = Fraction(round(Fraction(x.v) * power))
+    return Real(n / power) if n else x * 0
+
+
+def mvlgamma(x: Real, p: int) -> Real:
+    """Return the sum of lgamma(x - j/2) over j < p, and p (p - 1) / 4 log pi."""
+    if x.v != x.v:
+        return x
+    if p > 1 and x < Fraction(p - 1, 2):
+        return Real(NAN)
+    if not x.finite:
+        return Real(INF)
+    total = Real(0) if p == 1 else Real(mp.mpf(p * (p - 1)) / 4 * mp.log(mp.pi))
+    for j in range(p):
+        total = total + lgamma(x - Fraction(j, 2))
+    return total
+
+
 tan = _at_special(np.tan, lambda x: Real(mp.tan(x.mpf)))
 asin = _at_special(np.arcsin, _inside(-1, 1, lambda x: Real(mp.asin(x.mpf))))
 acos = _at_special(

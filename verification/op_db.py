@@ -232,6 +232,8 @@ def _wrong_outputs(
         args[2] = torch.ops.aten.log_sigmoid_forward(args[1])[1]
     if name == "_pdist_backward" and args[2] == math.inf:  # the largest elements equal the distance
         args[3] = torch.ops.aten._pdist_forward(*args[1:3])
+    if name == "_cdist_backward" and args[3] == math.inf:
+        args[4] = torch.ops.aten._cdist_forward(*args[1:4], None)
     reference = func(*args, **_with_defaults(func, args, kwargs))
     size = max([1.0, *map(_largest, all_tensors([args, kwargs]))])
     for i, (x, y) in enumerate(zip(all_tensors(result), all_tensors(reference))):

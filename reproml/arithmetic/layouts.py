@@ -21,6 +21,7 @@ add sub rsub mul div reciprocal sqrt maximum minimum clamp clamp_min clamp_max s
 addcmul addcdiv lerp pow rsqrt hypot copysign fmax fmin frac fmod remainder floor_divide
 xlogy special_xlog1py exp2 log2 log10 logaddexp logaddexp2 logit logit_backward
 tan asin acos atan atan2 sinh cosh asinh acosh atanh sinc lgamma digamma polygamma
+round deg2rad rad2deg angle special_entr mvlgamma
 exp expm1 log log1p sin cos tanh sigmoid erf erfc erfinv
 tanh_backward sigmoid_backward gelu gelu_backward silu silu_backward softplus softplus_backward mish
 mish_backward log_sigmoid_backward leaky_relu leaky_relu_backward _prelu_kernel _prelu_kernel_backward
@@ -33,8 +34,8 @@ binary_cross_entropy_backward native_dropout_backward
 SECOND_FIRST = ("rsub", "leaky_relu_backward")  # their kernels take the second operand first
 # LIKE_FIRST: as torch.empty_like of the first operand, where that is dense.
 LIKE_FIRST = frozenset("""
-index_put _unsafe_index_put put embedding_renorm rand_like randn_like native_dropout log_sigmoid_forward
-binary_cross_entropy
+index_put _unsafe_index_put put embedding_renorm rand_like randn_like randint_like native_dropout
+log_sigmoid_forward binary_cross_entropy
 """.split())
 # MEMORY_FORMAT: channels_last if one of these operands is, by number, and contiguous otherwise.
 MEMORY_FORMAT = {

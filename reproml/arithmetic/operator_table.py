@@ -88,18 +88,22 @@ reflection_pad3d replication_pad3d max_pool3d_with_indices adaptive_max_pool3d
 fractional_max_pool2d fractional_max_pool3d im2col channel_shuffle native_channel_shuffle
 masked_fill eye item eq ne lt le gt ge isnan isinf isfinite equal is_nonzero sign sgn
 logical_not logical_and logical_or logical_xor any count_nonzero isposinf isneginf isin searchsorted
-bucketize
+bucketize all
 masked_select gather _unsafe_index index_fill take nonzero
 scatter masked_scatter diag_embed
 hardtanh sort topk
 abs neg relu threshold adaptive_max_pool2d nan_to_num heaviside
 cummax cummin masked_scatter_backward
-floor ceil round trunc
+floor ceil trunc
+alias_copy as_strided_copy detach_copy expand_copy narrow_copy permute_copy slice_copy split_copy
+split_with_sizes_copy squeeze_copy t_copy transpose_copy unbind_copy unfold_copy unsqueeze_copy view_copy
+as_strided_scatter diagonal_scatter select_scatter slice_scatter
+block_diag rot90 resize_as nonzero_static _chunk_cat lu_unpack
 """.split())
 
 # UNDEFINED_OVERLOADS: overloads that are refused although their operator is in DATA_MOVEMENT or EXACT.
 UNDEFINED_OVERLOADS = frozenset("""
-round.decimals scatter.reduce scatter.value_reduce
+scatter.reduce scatter.value_reduce
 mm.dtype bmm.dtype addmm.dtype baddbmm.dtype
 """.split())
 
@@ -109,14 +113,14 @@ add sub rsub mul sum cumsum mm bmm mv dot addmm baddbmm addmv trace pow addcmul 
 index_put index_put_ max min amax amin maximum minimum clamp clamp_min clamp_max signbit
 fmax fmin fmod remainder floor_divide
 prod cumprod nansum scatter_reduce index_reduce index_copy _unsafe_index_put addbmm addr vdot linalg_cross
-median nanmedian kthvalue mode aminmax bincount _unique2 unique_dim unique_consecutive
+median nanmedian kthvalue mode aminmax bincount _unique2 unique_dim unique_consecutive round
 """.split())
 
 # FLOAT64: operators in EXACT that are also defined for float64 tensors, rounded once to binary64. They are
 # what evaluation and comparisons of results take.
 FLOAT64 = frozenset("""
 add sub rsub mul div sum mean max min amax amin maximum minimum allclose
-index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy
+index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy round
 """.split())
 # fmt: on
 
@@ -194,6 +198,7 @@ EXACT: dict[str, Definition] = {
     "fmod": remainders.fmod,
     "remainder": remainders.remainder,
     "floor_divide": remainders.floor_divide,
+    "round": remainders.round_to_decimals,
     "arange": creation.arange,
     "linspace": creation.linspace,
     # ---- sums ------------------------------------------------------------------------------------
@@ -271,6 +276,7 @@ EXACT: dict[str, Definition] = {
     "addbmm": matmul.addbmm,
     "addr": matmul.addr,
     "_grouped_mm": matmul.grouped_mm,
+    "_trilinear": linalg.trilinear,
     "linalg_cross": linalg.cross,
     "linalg_qr": linalg.qr,
     # ---- convolution and pooling -----------------------------------------------------------------
@@ -342,6 +348,9 @@ EXACT: dict[str, Definition] = {
     "erf": pointwise.elementary_function("erf"),
     "erfc": pointwise.elementary_function("erfc"),
     "erfinv": pointwise.elementary_function("erfinv"),
+    "deg2rad": elementary.deg2rad,
+    "rad2deg": elementary.rad2deg,
+    "angle": elementary.angle,
     "exp2": elementary.exp2,
     "log2": elementary.log2,
     "log10": elementary.log10,
@@ -349,6 +358,7 @@ EXACT: dict[str, Definition] = {
     "logaddexp2": elementary.logaddexp2,
     "xlogy": pointwise.xlogy,
     "special_xlog1py": elementary.xlog1py,
+    "special_entr": elementary.entr,
     "logit": elementary.logit,
     "logit_backward": elementary.logit_backward,
     "tan": elementary.tan,
@@ -365,6 +375,7 @@ EXACT: dict[str, Definition] = {
     "lgamma": elementary.lgamma,
     "digamma": elementary.digamma,
     "polygamma": elementary.polygamma,
+    "mvlgamma": elementary.mvlgamma,
     # ---- activations -----------------------------------------------------------------------------
     "tanh_backward": activations.tanh_backward,
     "sigmoid_backward": activations.sigmoid_backward,
@@ -441,6 +452,7 @@ EXACT: dict[str, Definition] = {
     "multinomial": random.multinomial,
     "randperm": random.drawn_on_cpu(torch.randperm),
     "randint": random.drawn_on_cpu(torch.randint),
+    "randint_like": random.randint_like,
     "random_": random.random_,
     # ---- optimizers ------------------------------------------------------------------------------
     "_fused_adam_": optimizers.fused_adam,
@@ -482,4 +494,6 @@ GRADIENTS: dict[str, Definition] = {
     "clamp_min.Tensor": pointwise.clamp_gradient,
     "clamp_max": pointwise.clamp_max_gradient,
     "clamp_max.Tensor": pointwise.clamp_max_gradient,
+    "fmax": pointwise.fmax_gradient,
+    "fmin": pointwise.fmin_gradient,
 }

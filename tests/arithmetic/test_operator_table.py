@@ -203,6 +203,15 @@ def qr(x: Any) -> Any:
     return np.array(columns, dtype=object).T, np.array(r, dtype=object)
 
 
+def trilinear(x: Any, w: Any, y: Any, *_: Any) -> Any:
+    """Return the sum of x[k, i] w[o, i, j] y[k, j] over i and j."""
+    a, b, c = reals(x), reals(w), reals(y)
+    out = np.empty((len(a), len(b)), dtype=object)
+    for k, n in np.ndindex(out.shape):
+        out[k, n] = total([a[k, i] * b[n, i, j] * c[k, j] for i, j in np.ndindex(b.shape[1:])])
+    return out
+
+
 def cumulated(row: Any) -> Any:
     return [total(row[: i + 1]) for i in range(len(row))]
 
@@ -1406,6 +1415,8 @@ CASES: dict[str, list[Case]] = {
     "_grouped_mm": [drawn(tensors((6, 3), FINITE), tensors((3, 3, 2), FINITE),
                           torch.tensor([2, 2, 6], dtype=torch.int32), oracle=grouped)],
     "linalg_cross": [drawn(tensors((2, 3), FINITE), tensors((2, 3), FINITE), oracle=cross)],
+    "_trilinear": [Case(shaped("ki", "oij", "kj").map(lambda t: (*t, [1, 3], [0], [1, 2], [2, 3])),
+                        trilinear)],
     "linalg_qr": [Case(independent_columns(), qr)],
     "scatter_add": [Case(scattered(), scatter_add)],
     "index_add": [Case(indexed(False), index_add)],
@@ -1480,6 +1491,16 @@ CASES: dict[str, list[Case]] = {
     "remainder": [each(f.remainder, 2), each(f.remainder, 2, MODERATE)],
     "floor_divide": [each(f.floor_divide, 2), each(f.floor_divide, 2, MODERATE)],
     "frac": [each(f.frac)],
+    "round": [each(lambda x: f.round_to_decimals(x, 0)),
+              *[drawn(tensors((6,), kind), decimals=d, oracle=lambda x, decimals: each(
+                  lambda x: f.round_to_decimals(x, decimals)).oracle(x))
+                for d in (1, 3, 12, -3, -7) for kind in (ANY, st.floats(-2.0**31, 2.0**31, width=32))]],
+    "deg2rad": [each(f.deg2rad)],
+    "rad2deg": [each(f.rad2deg)],
+    "angle": [each(f.angle)],
+    "special_entr": [each(f.entr)],
+    "mvlgamma": [drawn(tensors((5,), values), p, oracle=lambda x, p: each(
+        lambda x: f.mvlgamma(x, p)).oracle(x)) for p in (1, 4) for values in (ANY, MODERATE)],
     "copysign": [each(f.copysign, 2)],
     "fmax": [each(other_if_nan(larger), 2)],
     "fmin": [each(other_if_nan(smaller), 2)],
@@ -1655,6 +1676,7 @@ ELSEWHERE = {
     "allclose": "test_handlers.test_evaluation_code_works",
     "signbit": "test_handlers.test_sign_of_nan",
     "randint": "operators.test_random.test_integers_match_pytorch",
+    "randint_like": "operators.test_random.test_integers_match_pytorch",
     "random_": "operators.test_random.test_integers_match_pytorch",
     "randperm": "operators.test_random.test_integers_match_pytorch",
     "multinomial": "operators.test_random.test_multinomial_matches_pytorch",
@@ -1694,7 +1716,7 @@ binary_cross_entropy_backward binary_cross_entropy_with_logits
 _softmax _safe_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp
 logcumsumexp _weight_norm_interface _weight_norm_interface_backward
 nll_loss_forward nll_loss2d_forward mse_loss native_batch_norm_backward native_layer_norm_backward
-native_group_norm_backward
+native_group_norm_backward _segment_reduce_backward
 """.split()
 
 

@@ -50,7 +50,7 @@ def gradients(table: dict[str, Kernel]) -> Iterator[None]:
 
     for name, receivers in table.items() if _CLAMP_DIFFERS else ():
         packet, dot, overload = name.partition(".")
-        for suffix in ("", "_"):
+        for suffix in ("", "_") if hasattr(torch.ops.aten, packet + "_") else ("",):
             replace(f"{packet}{suffix}{dot}{overload}", partial(_kernel, receivers, bool(suffix)))
     for packet in {name.partition(".")[0] for name in table} if _CLAMP_DIFFERS else ():
         for foreach in (f"_foreach_{packet}", f"_foreach_{packet}_"):

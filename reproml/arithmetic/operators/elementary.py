@@ -86,6 +86,15 @@ def xlog1py(x: Any, y: Any) -> Tensor:
     return torch.where(y.isnan(), y, torch.where(x == 0, 0.0, value))
 
 
+def entr(x: Any) -> Tensor:
+    """Return -x log x: 0 at 0, minus infinity below."""
+    (x,) = float32_operands(x)
+    regular = (x > 0) & x.isfinite()
+    y = elementwise(lambda ctx, x: -x * ctx.log(x), torch.where(regular, x, 1.0))
+    limit = torch.where(x == 0, 0.0, torch.where(x.isnan(), x, -torch.inf))
+    return torch.where(regular, y, limit)
+
+
 def logit(x: Any, eps: Optional[float] = None) -> Tensor:
     """Return log(x / (1 - x)), of x clamped to [eps, 1 - eps] if eps is a number >= 0."""
     (x,) = float32_operands(x)
@@ -236,6 +245,16 @@ def sinc(x: Any) -> Tensor:
     return torch.where(x.isinf(), torch.nan, y)
 
 
+deg2rad = odd_function(lambda ctx, x: x * ctx.pi / 180)
+rad2deg = odd_function(lambda ctx, x: x * 180 / ctx.pi)
+
+
+def angle(x: Any) -> Tensor:
+    """Return the angle of a real number: pi below 0, else 0."""
+    (x,) = float32_operands(x)
+    return torch.where(x.isnan(), x, torch.where(x < 0, _PI, 0.0).float())
+
+
 # ---- the gamma function ------------------------------------------------------------------------------
 
 
@@ -269,3 +288,26 @@ def polygamma(n: int, x: Any) -> Tensor:
     y = elementwise(lambda ctx, x: ctx.trigamma(x), torch.where(pole | x.isinf(), 1.0, x))
     y = torch.where(pole, torch.inf, y)
     return torch.where(x.isinf(), torch.where(x > 0, 0.0, torch.nan), y)
+
+
+def mvlgamma(x: Any, p: int) -> Tensor:
+    """Return the sum of lgamma(x - j/2) over j < p, plus p (p - 1) / 4 log pi.
+
+    For p > 1 it is infinite at x = (p - 1) / 2 and NaN below, where PyTorch defines no result.
+    """
+    if p < 1:
+        raise RuntimeError(f"mvlgamma: p has to be at least 1, not {p}")
+    if p == 1:
+        return lgamma(x)
+    (x,) = float32_operands(x)
+    least = (p - 1) / 2
+    regular = (x > least) & x.isfinite()
+
+    def formula(ctx: Any, x: Any) -> Any:
+        total = ctx.lgamma(x)
+        for j in range(1, p):
+            total = total + ctx.lgamma(x - Fraction(j, 2))
+        return total + Fraction(p * (p - 1), 4) * ctx.log(0 * x + ctx.pi)
+
+    y = elementwise(formula, torch.where(regular, x, float(p)))
+    return torch.where(regular, y, torch.where(x >= least, torch.inf, torch.nan))

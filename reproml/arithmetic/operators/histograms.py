@@ -40,7 +40,8 @@ def histc(x: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
     """
     if bins <= 0:
         raise RuntimeError("bins must be > 0")
-    low, high = _bounds(x, float32_scalar(min), float32_scalar(max), Fraction(1))
+    ends = [float32_scalar(min), float32_scalar(max)]
+    low, high = _bounds(x, None if ends[0] == ends[1] and x.numel() else ends, Fraction(1))
     inner = [_round_up(e) for e in _edges(low, high, bins)[1:-1]]
     edges = _on_device(inner, x.device)
     inside = (x >= float(low)) & (x <= float(high))
@@ -67,8 +68,10 @@ def histogram(
     if isinstance(bins, Tensor):
         edges = bins
     else:
-        low, high = (Fraction(0), Fraction(0)) if range is None else map(float32_scalar, range)
-        low, high = _bounds(x, low, high, Fraction(1, 2))
+        ends = None if range is None else [float32_scalar(end) for end in range]
+        if ends is None and not x.numel():
+            ends = [Fraction(0), Fraction(1)]
+        low, high = _bounds(x, ends, Fraction(1, 2))
         width = (high - low) / bins
         numbers = [nearest(e) for e in _edges(low, high, bins)]
         edges = _on_device(numbers, x.device)
@@ -99,13 +102,15 @@ def _on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
 
 
 def _bounds(
-    x: Tensor, low: Fraction, high: Fraction, margin: Fraction
+    x: Tensor, given: Optional[list[Fraction]], margin: Fraction
 ) -> tuple[Fraction, Fraction]:
-    """Return the range of a histogram: as given, or from the data where low = high.
+    """Return the range of a histogram: as given, or the smallest and the largest element.
 
-    margin: what is added at both ends if all elements are equal.
+    margin: what is subtracted and added where both ends are equal.
     """
-    if low == high and x.numel():
+    if given is not None:
+        low, high = given
+    else:
         ends = x.aminmax()
         if not bool(torch.isfinite(ends.min) & torch.isfinite(ends.max)):
             raise RuntimeError(f"range of [{ends.min.item()}, {ends.max.item()}] is not finite")

@@ -1,11 +1,14 @@
-"""Cross products, and QR factorizations in correctly rounded steps."""
+"""Cross products, sums of triple products, and QR factorizations in correctly rounded steps."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
 from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.operators.matmul import matmul
 from reproml.arithmetic.operators.norms import vector_norm
@@ -56,3 +59,36 @@ def cross(x: Tensor, y: Tensor, *, dim: int = -1) -> Tensor:
     return elementwise(
         lambda ctx, a, b, c, d: a * d - c * b, following[0], following[1], before[0], before[1]
     )
+
+
+def trilinear(
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    expand1: Sequence[int],
+    expand2: Sequence[int],
+    expand3: Sequence[int],
+    sumdim: Sequence[int],
+    unroll_dim: int = 1,
+) -> Tensor:
+    """Compute aten._trilinear, which nn.Bilinear calls: the sum of x y z over the axes `sumdim`.
+
+    expand1, expand2, expand3: the axes of x, y and z at which one of length 1 is inserted first.
+    """
+    operands: list[Tensor] = []
+    for t, axes in ((x, expand1), (y, expand2), (z, expand3)):
+        for axis in axes:
+            t = t.unsqueeze(axis)
+        operands.append(t)
+    last = range(-len(sumdim), 0)
+    rows = [
+        t.movedim(tuple(sumdim), tuple(last)).flatten(-len(sumdim))
+        for t in torch.broadcast_tensors(*operands)
+    ]
+
+    def formula(ctx: Any, x: Any, y: Any, z: Any) -> Any:
+        return ctx.sum(x * y * z)
+
+    if not rows[0].numel():
+        return torch.zeros(rows[0].shape[:-1], device=x.device)
+    return rowwise(formula, -1, *rows).squeeze(-1)

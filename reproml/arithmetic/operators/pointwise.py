@@ -198,6 +198,18 @@ def clamp_max_gradient(x: Tensor, high: Any) -> tuple[Any, ...]:
     return x <= high, x > high
 
 
+def fmax_gradient(x: Tensor, y: Tensor) -> tuple[Any, ...]:
+    """Return the same of `fmax`: of equal numbers the first gets the gradient, as in PyTorch 2.8."""
+    first = (x >= y) | y.isnan()
+    return first, ~first
+
+
+def fmin_gradient(x: Tensor, y: Tensor) -> tuple[Any, ...]:
+    """Return the same of `fmin`."""
+    first = (x <= y) | y.isnan()
+    return first, ~first
+
+
 # ---- formulas ----------------------------------------------------------------------------------------
 
 

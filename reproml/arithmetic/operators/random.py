@@ -311,6 +311,16 @@ def drawn_on_cpu(draw: Any) -> Any:
     return drawn
 
 
+def randint_like(
+    x: Tensor, *bounds: Any, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any
+) -> Tensor:
+    """Return random integers in the shape of x, as randint draws them."""
+    _require_cpu(generator)
+    low, high = map(int, bounds if len(bounds) > 1 else (0, *bounds))
+    draws = torch.randint(low, high, x.shape, generator=generator, dtype=dtype or x.dtype)
+    return _to(draws, device or x.device)
+
+
 def random_(x: Tensor, *bounds: int, generator: Any = None) -> Tensor:
     """Write random integers within the bounds to x."""
     _require_cpu(generator)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.elementary import power_of_two
-from reproml.arithmetic.operators.arguments import float32_operands
+from reproml.arithmetic.operators.arguments import float32_operands, require_float32
+from reproml.errors import NotExactError
 
 _STEP = 38  # a remainder of 24 bits is shifted by so many at once, within int64
 
@@ -43,6 +44,32 @@ def floor_divide(x: Any, y: Any) -> Tensor:
 def frac(x: Tensor) -> Tensor:
     """Return x - trunc(x), which is a binary32 number."""
     return x - x.trunc()
+
+
+def round_to_decimals(x: Tensor, *, decimals: int = 0) -> Tensor:
+    """Return the multiple of 10^-decimals next to x, of two the one with the even factor, rounded once.
+
+    Raises NotExactError unless decimals are -7 to 12, so that the factor is computed exactly in binary64: x
+    10^d has at most 24 + 28 bits, and x / 10^7 differs from each tie by 2^-51 of it or is one. A zero has
+    the sign of x.
+    """
+    if decimals == 0:
+        return x.round()
+    require_float32(x.dtype)
+    if not -7 <= decimals <= 12:
+        raise NotExactError(
+            f"Rounding to {decimals} decimals has no exact definition, only to -7 to 12."
+        )
+    power = 10 ** abs(decimals)
+    # Beyond this bound, x is such a multiple, or half the distance of two does not move it.
+    regular = x.abs() < (2.0**23 if decimals > 0 else 2.0**26 * power)
+    kept = torch.where(regular, x, 0.0).double()
+    if decimals > 0:
+        n = (kept * power).round()
+        y = elementwise(lambda ctx, n: n / power, n.to(torch.int64))
+    else:
+        y = ((kept / power).round() * power).float()
+    return torch.where(regular, torch.copysign(y, x), x)
 
 
 def rounded_quotient(x: Tensor, y: Tensor, mode: str) -> Tensor:

@@ -5,6 +5,7 @@ Each result is rounded once, from the exact value, so that the order of the valu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Optional
@@ -147,9 +148,10 @@ def segment_reduce(
     if reduce == "mean" and initial:
         raise NotExactError("segment_reduce with reduce='mean' is defined without `initial` only.")
     at, shape = _segments(x, lengths, offsets, axis)
-    start = x.new_full(shape, _EMPTY[reduce] if initial is None else initial)
+    start = x.new_full((math.prod(shape) + 1,), _EMPTY[reduce] if initial is None else initial)
     with_initial = initial is not None and reduce != "mean"
-    return _reduce_at(start, at, x, _REDUCTIONS[reduce], with_initial)
+    result = _reduce_at(start, at.reshape(-1), x.reshape(-1), _REDUCTIONS[reduce], with_initial)
+    return result[:-1].reshape(shape)
 
 
 def segment_reduce_backward(
@@ -174,35 +176,44 @@ def segment_reduce_backward(
     require_shape("the gradient", g, shape)
 
     def of_elements(t: Tensor) -> Tensor:
-        return t.reshape(-1)[at]
+        return torch.cat([t.reshape(-1)[:size], t.new_ones(1)])[at]
 
     def count(which: Tensor) -> Tensor:
-        zeros = torch.zeros(size, device=x.device)
+        zeros = torch.zeros(size + 1, device=x.device)
         return zeros.scatter_add(0, at.reshape(-1), which.reshape(-1).float())
 
-    if reduce == "sum":
-        return of_elements(g)
-    if reduce == "mean":
-        return div(of_elements(g), of_elements(count(torch.ones_like(x))))
-    if reduce in ("max", "min"):
-        chosen = (x == of_elements(y)) | x.isnan()
-        return torch.where(chosen, div(of_elements(g), of_elements(count(chosen))), 0.0)
-    is_zero = x == 0
-    others = torch.where(is_zero, 1.0, x).reshape(-1)
-    start = x.new_full((size,), 1.0 if initial is None else initial)
-    every = torch.cat([torch.arange(size, device=x.device), at.reshape(-1)])
-    product = segment_product(every, torch.cat([start, others]), size)
-    at_zero = torch.where(of_elements(count(is_zero)) > 1, 0.0, of_elements(g) * product[at])
-    quotient = elementwise(
-        lambda ctx, g, y, x: g * y / x, of_elements(g), of_elements(y), torch.where(is_zero, 1.0, x)
-    )
-    return torch.where(is_zero, at_zero, quotient)
+    def gradient() -> Tensor:
+        if reduce == "sum":
+            return of_elements(g)
+        if reduce == "mean":
+            return div(of_elements(g), of_elements(count(torch.ones_like(x))))
+        if reduce in ("max", "min"):
+            chosen = (x == of_elements(y)) | x.isnan()
+            return torch.where(chosen, div(of_elements(g), of_elements(count(chosen))), 0.0)
+        is_zero = x == 0
+        others = torch.where(is_zero, 1.0, x).reshape(-1)
+        start = x.new_full((size + 1,), 1.0 if initial is None else initial)
+        every = torch.cat([torch.arange(size + 1, device=x.device), at.reshape(-1)])
+        product = segment_product(every, torch.cat([start, others]), size + 1)
+        at_zero = torch.where(of_elements(count(is_zero)) > 1, 0.0, of_elements(g) * product[at])
+        quotient = elementwise(
+            lambda ctx, g, y, x: g * y / x,
+            of_elements(g),
+            of_elements(y),
+            torch.where(is_zero, 1.0, x),
+        )
+        return torch.where(is_zero, at_zero, quotient)
+
+    return torch.where(at == size, 0.0, gradient())
 
 
 def _segments(
     x: Tensor, lengths: Optional[Tensor], offsets: Optional[Tensor], axis: int
 ) -> tuple[Tensor, list[int]]:
-    """Return the flat index in the result of each element of x, and the result's shape."""
+    """Return the flat index in the result of each element of x, and the result's shape.
+
+    An element before the first or after the last offset is in no segment; its index is the result's size.
+    """
     if offsets is None:
         assert lengths is not None
         ends = lengths.cumsum(-1)
@@ -216,4 +227,7 @@ def _segments(
     inner = x.shape[axis + 1 :].numel()
     rows = torch.arange(outer.numel(), device=x.device).reshape(*outer, 1) * count + segment
     at = rows.unsqueeze(-1) * inner + torch.arange(inner, device=x.device)
-    return at.reshape(x.shape), shape
+    outside = segment >= count
+    if offsets is not None:
+        outside = outside | (place < offsets[..., :1])
+    return torch.where(outside.unsqueeze(-1), math.prod(shape), at).reshape(x.shape), shape

@@ -107,7 +107,7 @@ EXACT = {
 }
 
 
-@settings(max_examples=500)
+@settings(max_examples=120)
 @given(pairs(), pairs(), SINGLE, SINGLE)
 def test_bounds_of_sums_products_and_quotients(run, p, q, x, y):
     for op, exact in EXACT.items():
@@ -120,7 +120,7 @@ def test_bounds_of_sums_products_and_quotients(run, p, q, x, y):
                             within(found, exact(v, w))
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.integers(-(2**24), 2**24), st.integers(-(2**24), 2**24), st.integers(1, 2**20))
 def test_bound_is_0_where_nothing_is_rounded(run, x, y, d):
     a, b = (float(x), y * 2.0**-160, 0.0), (float(y), 0.0, 0.0)
@@ -132,7 +132,7 @@ def test_bound_is_0_where_nothing_is_rounded(run, x, y, d):
 
 
 @pytest.mark.parametrize("op", ["add", "add1", "mul", "mul1", "div", "div1"])
-@settings(max_examples=200)
+@settings(max_examples=50)
 @given(p=pairs(-300, 300), x=numbers(-300, 300))
 def test_bounds_are_small_beside_the_small_part(run, op, p, x):
     """Otherwise x / 2 + x^2 / 6 would not be rounded for a subnormal x."""
@@ -154,7 +154,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("op", FUNCTIONS)
-@settings(max_examples=200)
+@settings(max_examples=50)
 @given(p=pairs())
 def test_bounds_of_functions(run, op, p):
     function, low, high = FUNCTIONS[op]
@@ -166,7 +166,7 @@ def test_bounds_of_functions(run, op, p):
 
 
 @pytest.mark.parametrize("op", FUNCTIONS)
-@settings(max_examples=200)
+@settings(max_examples=50)
 @given(x=st.floats(2.0**-149, 500, width=32), negative=st.booleans())
 def test_functions_of_binary32_numbers_have_90_bits(run, op, x, negative):
     """exp is 1 plus a small part with that many bits."""
@@ -181,7 +181,7 @@ def test_functions_of_binary32_numbers_have_90_bits(run, op, x, negative):
         assert s == 1 and rad <= abs(x) * 2.0**-50
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(pairs(), pairs(), pairs())
 def test_conditions_are_certain_or_have_no_bound(run, p, x, y):
     for op, holds in (("lt", lambda v: v < 0), ("eq", lambda v: v == 0)):
@@ -212,7 +212,7 @@ def hard(seed: int) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
 
     def integers(low: int, high: int) -> torch.Tensor:
-        return torch.randint(low, high, (24,), generator=draw)
+        return torch.randint(low, high, (8,), generator=draw)
 
     kinds = [
         integers(-(2**23), 2**23).float() * 2.0**-149,
@@ -221,12 +221,12 @@ def hard(seed: int) -> torch.Tensor:
         integers(-(2**24), 2**24).float(),
         1 + integers(-3, 4).float() * 2.0**-23,
         integers(-3, 4).float() * 2.0**-24,
-        torch.randn(24, generator=draw) * 2.0**-40,
-        torch.randn(24, generator=draw) * 1e30,
-        torch.full((24,), -0.0),
+        torch.randn(8, generator=draw) * 2.0**-40,
+        torch.randn(8, generator=draw) * 1e30,
+        torch.full((8,), -0.0),
         torch.tensor(SPECIAL[:20] + [*NOT_FINITE, 0.0]),
     ]
-    return torch.cat([k[torch.randperm(24, generator=draw)] for k in kinds])
+    return torch.cat([k[torch.randperm(len(k), generator=draw)] for k in kinds])
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
@@ -258,7 +258,7 @@ def test_hard_operands_give_the_bits_of_the_reference_path(name):
     agree(OPERATORS[name], *[hard(0) for _ in range(ARITY.get(name, 1))])
 
 
-@settings(max_examples=25)
+@settings(max_examples=6)
 @given(broadcast(3, ANY))
 def test_arbitrary_operands_and_layouts(operands):
     for name, function in OPERATORS.items():

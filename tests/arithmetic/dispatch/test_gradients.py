@@ -213,7 +213,7 @@ def test_every_form_of_clamp_is_in_the_table() -> None:
         for overload in getattr(torch.ops.aten, packet).overloads()
         if overload not in ("out", "Tensor_out")
     }
-    assert set(operator_table.GRADIENTS) == forms
+    assert set(operator_table.GRADIENTS) == forms | {"fmax", "fmin"}
 
 
 def test_a_pytorch_without_the_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,3 +227,13 @@ def test_a_pytorch_without_the_kernel_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.undo()
     with reproml.exact():
         pass
+
+
+@pytest.mark.parametrize(("name", "first"), [("fmax", [1, 0, 0, 1]), ("fmin", [1, 1, 0, 1])])
+def test_first_of_equal_numbers_gets_the_gradient(name, first):
+    x = torch.tensor([1.0, 2.0, torch.nan, 3.0], requires_grad=True)
+    y = torch.tensor([1.0, 3.0, 1.0, torch.nan], requires_grad=True)
+    with reproml.exact():
+        getattr(torch, name)(x, y).sum().backward()
+    assert x.grad is not None and y.grad is not None
+    assert x.grad.tolist() == first and y.grad.tolist() == [1 - n for n in first]

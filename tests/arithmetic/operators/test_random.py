@@ -290,6 +290,8 @@ def test_integers_match_pytorch(shape, layout):
         lambda layout: empty(shape, layout).random_(3, 17),
         lambda layout: empty(shape, layout).to(torch.int64).random_(9),
         lambda layout: torch.randperm(len(shape) * 10),
+        lambda layout: torch.randint_like(empty(shape, layout), 9),
+        lambda layout: torch.randint_like(empty(shape, layout), -3, 17, dtype=torch.int64),
     ):
         assert same_bits(*both(draw, layout))
 

@@ -48,3 +48,28 @@ def test_running_extrema_take_the_last_of_equal_elements(name):
         [0, 0, 0, 3, 4, 4, 6] if name == "cummax" else [0, 1, 2, 2, 4, 4, 6]
     )
     assert same_bits(values, x[indices])
+
+
+@pytest.mark.parametrize(
+    ("x", "limits", "first", "last"),
+    [
+        (torch.empty(0), None, 0.0, 1.0),
+        (torch.ones(3), (2.0, 2.0), 1.5, 2.5),
+        (torch.ones(3), None, 0.5, 1.5),
+    ],
+)
+def test_histogram_without_width_has_default_range(x, limits, first, last):
+    with reproml.exact():
+        counts, edges = torch.histogram(x, 4, range=limits)
+    native = torch.histogram(x, 4, range=limits)
+    assert edges.tolist() == native.bin_edges.tolist()
+    assert (edges[0], edges[-1]) == (first, last) and torch.equal(counts, native.hist)
+
+
+def test_elements_outside_of_all_segments_are_left_out():
+    x = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], requires_grad=True)
+    with reproml.exact():
+        y = torch.segment_reduce(x, "sum", offsets=torch.tensor([1, 2, 4]))
+        y.sum().backward()
+    assert y.tolist() == [2, 12]
+    assert x.grad is not None and x.grad.tolist() == [0, 1, 1, 1, 0]

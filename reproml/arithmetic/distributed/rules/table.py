@@ -18,7 +18,8 @@ ELEMENTWISE = """
     exp expm1 log log1p sin cos tanh sigmoid erf erfc erfinv
     hypot copysign fmax fmin frac fmod remainder floor_divide nan_to_num heaviside
     special_xlog1py exp2 log2 log10 logaddexp logaddexp2 logit logit_backward
-    tan asin acos atan atan2 sinh cosh asinh acosh atanh sinc lgamma digamma polygamma
+    tan asin acos atan atan2 sinh cosh asinh acosh atanh sinc lgamma digamma polygamma mvlgamma
+    deg2rad rad2deg angle special_entr
     relu threshold gelu silu softplus mish log_sigmoid_forward leaky_relu _prelu_kernel elu celu
     hardtanh hardsigmoid hardswish softshrink hardshrink softshrink_backward hardshrink_backward
     rrelu_with_noise_backward
