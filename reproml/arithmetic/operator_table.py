@@ -474,8 +474,6 @@ COMPOSITES: dict[str, Definition] = {
     "prod": composites.prod,
     "prod.dim_int": composites.prod_dim,
     "cumprod": composites.cumprod,
-    "fmax": composites.fmax,
-    "fmin": composites.fmin,
     "atan2": composites.atan2,
     "atan2_": composites.atan2_,
     "lstm_cell": recurrent.lstm_cell,

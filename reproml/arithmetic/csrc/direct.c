@@ -116,7 +116,7 @@ VECTORISED static void run_block(int which, const float *restrict x, const float
         LOOP(LEAKY_RELU, xf > 0 ? xf : xf * narrow)
         LOOP(LEAKY_RELU_BACKWARD, yf > 0 ? xf : xf * narrow)
         LOOP(HARDSIGMOID, hardsigmoid(a))
-        LOOP(HARDSIGMOID_BACKWARD, (yf > -3) & (yf < 3) ? xf / 6 : 0.0f)
+        LOOP(HARDSIGMOID_BACKWARD, ((yf > -3) & (yf < 3)) ? xf / 6 : 0.0f)
         LOOP(HARDSWISH, hardswish(a))
         LOOP(HARDSWISH_BACKWARD, hardswish_backward(xf, yf))
         LOOP(MSE_LOSS_BACKWARD, or_mid(quotient(2 * c * a, -2 * c * b, scalar, inverse), c * (a - b)))

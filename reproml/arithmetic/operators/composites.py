@@ -439,21 +439,9 @@ def _behind_batch(x: Tensor, dim: int) -> int:
     return dim % (x.dim() - 1) + 1
 
 
-# ---- angles, larger and smaller numbers --------------------------------------------------------------
+# ---- angles ------------------------------------------------------------------------------------------
 
-# Their gradients at the origin, and where both numbers are equal, differ between versions of PyTorch.
-
-
-def fmax(x: Tensor, y: Tensor) -> Tensor:
-    """Return the larger of x and y, or the one that is no NaN: of equal ones x, but +0 rather than -0."""
-    equal = (x == y) & (x.signbit() <= y.signbit())
-    return torch.where((x > y) | equal | y.isnan(), x, y)
-
-
-def fmin(x: Tensor, y: Tensor) -> Tensor:
-    """Return the smaller of x and y, or the one that is no NaN: of equal ones x, but -0 rather than +0."""
-    equal = (x == y) & (x.signbit() >= y.signbit())
-    return torch.where((x < y) | equal | y.isnan(), x, y)
+# The gradient at the origin differs between versions of PyTorch.
 
 
 def atan2(y: Tensor, x: Tensor) -> Tensor:
