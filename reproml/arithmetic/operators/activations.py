@@ -240,8 +240,24 @@ def glu_backward(g: Tensor, x: Tensor, dim: int) -> Tensor:
     """Return the gradients of both halves, g sigmoid(b) and g a sigmoid(b) (1 - sigmoid(b))."""
     a, b = _halves(x, dim)
     of_a = elementwise(lambda ctx, g, b: g * ctx.sigmoid(b), g, b)
-    of_b = elementwise(lambda ctx, g, a, b: g * a * (ctx.sigmoid(b) * ctx.sigmoid(-b)), g, a, b)
+    of_b = elementwise(_glu_slope, g, a, b, reference=_glu_slope_near_zero)
     return torch.cat([of_a, of_b], dim)
+
+
+def _glu_slope(ctx: Any, g: Any, a: Any, b: Any) -> Any:
+    return g * a * (ctx.sigmoid(b) * ctx.sigmoid(-b))
+
+
+def _glu_slope_near_zero(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Compute `_glu_slope`, which is g a / 4 (1 - b^2 / 4 + ...).
+
+    Where |b| < 2^-64 it lies between the exact g a / 4 and the next binary64 number towards 0.
+    """
+    quarter = g.double() * a.double() * 0.25
+    tiny = (b.abs() < 2.0**-64) & quarter.isfinite()
+    below = torch.nextafter(quarter, torch.copysign(torch.zeros_like(quarter), quarter))
+    y = elementwise(_glu_slope, g, a, torch.where(tiny, 1.0, b))
+    return torch.where(tiny, torch.where(b == 0, quarter, below).float(), y)
 
 
 def _halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:

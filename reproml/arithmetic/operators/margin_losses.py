@@ -15,19 +15,27 @@ from torch import Tensor
 from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
 from reproml.arithmetic.numerics.rounding import two_sum
 from reproml.arithmetic.numerics.scalars import float32_scalar
-from reproml.arithmetic.operators.activations import softplus_formula
 from reproml.arithmetic.operators.arguments import require, require_shape
 from reproml.arithmetic.operators.losses import MEAN, NONE, loss_gradient, reduced_loss
 
+# exp(-800) < 2^-1154 counts as zero beside any other term, and underflows (docs/contract.md).
+_FAR = 800.0
+
 
 def soft_margin_loss(x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
-    """Return log(1 + exp(-x y))."""
-    return reduced_loss(lambda ctx, x, y: softplus_formula(ctx, -(x * y)), reduction, x, y)
+    """Return log(1 + exp(-x y)) = max(-x y, 0) + log1p(exp(-|x y|))."""
+    product = x.double() * y.double()  # exact
+
+    def formula(ctx: Any, larger: Any, size: Any) -> Any:
+        return larger + ctx.log1p(ctx.exp(-size))
+
+    return reduced_loss(formula, reduction, (-product).clamp_min(0), product.abs().clamp_max(_FAR))
 
 
 def soft_margin_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:
     """Return -g y sigmoid(-x y), for MEAN divided by the number of elements."""
-    return loss_gradient(lambda ctx, x, y: -y * ctx.sigmoid(-(x * y)), reduction, g, x, y)
+    product = (x.double() * y.double()).clamp(-_FAR, _FAR)
+    return loss_gradient(lambda ctx, p, y: -y * ctx.sigmoid(-p), reduction, g, product, y)
 
 
 # ---- one class a row ---------------------------------------------------------------------------------

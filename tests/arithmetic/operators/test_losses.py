@@ -13,7 +13,7 @@ from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.pairs import sum_by_pairs
 from reproml.arithmetic.operators import losses
 from verification import oracle as o
-from verification.oracle import Real, check
+from verification.oracle import Real, check, reals, total
 
 pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
 
@@ -122,3 +122,37 @@ def test_sum_by_pairs_takes_ties_of_losses(monkeypatch):
     assert found.item() == 1 + 2.0**-23
     found = losses.mse_loss(x[:2], torch.zeros(2), losses.SUM)
     assert found.item() == 1
+
+
+def larger(v: Real) -> Real:
+    return v if v > 0 else Real(0)
+
+
+def test_soft_margin_loss_far_from_the_margin():
+    """Where exp underflows by far, the loss is the exact product, or 0."""
+    x = torch.tensor([-1e30, 1e30, -3e38, 2.0**-149], requires_grad=True)
+    y = torch.tensor([3e5, 1e30, 0.1, 1.0])
+    with reproml.exact():
+        each = F.soft_margin_loss(x, y, reduction="none")
+        mean = F.soft_margin_loss(x, y)
+        (slope,) = torch.autograd.grad(mean, x)
+    products = [larger(-a * b) for a, b in zip(reals(x.detach()), reals(y))]
+    check(each[:3], products[:3])
+    check(mean.reshape(1), [total(products) / 4])
+    check(slope[:3], [-reals(y)[0] / 4, Real(0), -reals(y)[2] / 4], any_zero=True)
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_gradient_of_glu_near_zero(library, monkeypatch):
+    """A quarter of a subnormal number is often a tie, which the square of the gate decides."""
+    if not library:
+        monkeypatch.setattr(kernels, "library", None)
+    a = torch.arange(1, 41, dtype=torch.int32).view(torch.float32)
+    gates = torch.tensor([2.0**-149, -(2.0**-100), 2.0**-65, 0.0])
+    with reproml.exact():
+        for gate in gates:
+            x = torch.cat([a, gate.expand(40)])
+            found = torch.ops.aten.glu_backward(torch.ones(40), x, 0)[40:]
+            v = reals(gate.reshape(1))[0]
+            sides = 1 / (1 + o.exp(v)) * (1 / (1 + o.exp(-v)))
+            check(found, [p * sides for p in reals(a)], any_zero=True)
