@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +42,14 @@ def test_warning_on_windows_advises_no_compiler(monkeypatch, caplog):
     assert caplog.messages == [
         "reproml: same bits, but slower: the compiled loops are not built for Windows"
     ]
+
+
+def test_loops_for_several_instruction_sets_have_names_of_their_own():
+    """Clang makes a global symbol of each, also of those that are static."""
+    sources = Path(kernels.__file__).parents[1] / "csrc"
+    text = "\n".join(path.read_text() for path in sorted(sources.glob("*.c")))
+    names = re.findall(r"^VECTORISED static [^(;]*?(\w+)\(", text, re.MULTILINE)
+    assert len(names) > 30 and sorted(names) == sorted(set(names))
 
 
 def test_switched_off_library_logs_nothing(monkeypatch, caplog):
