@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.numerics.devices import to_device
 from reproml.arithmetic.numerics.rounding import gamma, nearest, round_sum, two_sum
 
 _CHUNK = 1 << 17  # elements at once, so that the temporaries stay in a processor's cache
@@ -103,8 +104,8 @@ def _sums_of_planes(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
 
 def _apply(x: Tensor, matrices: Sequence[SparseMatrix], absolute: bool = False) -> Tensor:
     for axis, m in enumerate(matrices, 1):
-        weights = torch.from_numpy(abs(m.weights) if absolute else m.weights).to(x.device)
-        index = torch.from_numpy(m.index).to(x.device)
+        weights = to_device(torch.from_numpy(abs(m.weights) if absolute else m.weights), x.device)
+        index = to_device(torch.from_numpy(m.index), x.device)
         shape = [-1] + [1] * (len(matrices) - axis)
         terms = [
             x.index_select(axis, index[:, k]).mul_(weights[:, k].reshape(shape))
@@ -123,8 +124,12 @@ def _in_order(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
         term, weight = x, torch.ones((), dtype=torch.float64, device=x.device)
         for axis, (m, k) in enumerate(zip(matrices, ks), 1):
             shape = [-1] + [1] * (len(matrices) - axis)
-            term = term.index_select(axis, torch.from_numpy(m.index[:, k].copy()).to(x.device))
-            weight = weight * torch.from_numpy(m.weights[:, k].copy()).to(x.device).reshape(shape)
+            term = term.index_select(
+                axis, to_device(torch.from_numpy(m.index[:, k].copy()), x.device)
+            )
+            weight = weight * to_device(torch.from_numpy(m.weights[:, k].copy()), x.device).reshape(
+                shape
+            )
         total += torch.where(weight == 0, 0.0, term * weight)
     return total
 

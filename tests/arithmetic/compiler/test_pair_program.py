@@ -43,7 +43,7 @@ void run(int op, const double *x, double *y) {
     for (int j = 0; j < 3; j++) fill(r + j, (pair){x[3 * j], x[3 * j + 1], x[3 * j + 2]});
     const pair_instruction in = {op, 0, 1, 2};
     const pair_program p = {.operands = 3, .length = 1, .code = &in};
-    run_instructions(&p, r, 8);
+    run_pair_instructions(&p, r, 8);
     y[0] = r[3].s[5], y[1] = r[3].t[5], y[2] = r[3].rad[5];
 }
 """

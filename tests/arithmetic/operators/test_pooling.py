@@ -115,12 +115,12 @@ def test_gradient_of_adaptive_pooling_of_any_numbers(g):
 def test_gradient_of_adaptive_pooling_takes_other_windows_and_numbers():
     backward = pooling.adaptive_avg_pool2d_backward
     g = torch.tensor([[1.0, torch.inf, -torch.inf], [torch.nan, 3e38, 3e38], [0.0, -0.0, 1.0]])
-    agree(backward, g, torch.empty(4, 7))
-    agree(backward, lay_out(g, "transposed"), torch.empty(5, 5))
+    agree(backward, g[None], torch.empty(1, 4, 7))
+    agree(backward, lay_out(g, "transposed")[None], torch.empty(1, 5, 5))
     x = torch.empty(1, 2, 40_001)  # windows of 13,334 and 13,335 numbers need a large denominator
     g = numbers((1, 1, 3), "integers")
     assert pooling._compiled_adaptive_backward(g, x) is None
-    assert backward(numbers((0, 2, 3)), torch.empty(0, 3, 5)).shape == (0, 3, 5)
+    assert backward(numbers((0, 1, 2, 3)), torch.empty(0, 1, 3, 5)).shape == (0, 1, 3, 5)
     with_threads(backward, numbers((60, 5, 7), "ties"), torch.empty(60, 13, 17))
 
 
