@@ -121,7 +121,7 @@ def log10(x: Any) -> Any:
 
 
 def _special_power(x: float, y: float) -> float:
-    """Return Python's power of zeros, infinities and NaN, but for 0 to a negative number, where it raises."""
+    """Return Python's power of special numbers, but not of 0 to a negative one, where it raises."""
     if x == 0 and y < 0:
         return math.copysign(math.inf, x if y % 2 == 1 else 1)
     return math.pow(x, y)
