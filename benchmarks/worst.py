@@ -152,7 +152,9 @@ CASES: dict[str, Case] = {
     "prod of rows": lambda x: rows(x).prod(1),
     "cumprod of rows": lambda x: rows(x).cumprod(1),
     "logcumsumexp": lambda x: rows(x)[:20].logcumsumexp(1),
-    "max_unpool2d": lambda x: F.max_unpool2d(*F.max_pool2d(images(x), 2, return_indices=True), [2]),
+    "max_unpool2d": lambda x: F.max_unpool2d(
+        *F.max_pool2d(images(x), 2, return_indices=True), [2, 2]
+    ),
     "embedding_bag": lambda x: F.embedding_bag(
         places(200, 20).view(20, 10), x[: 20 * ROW].view(20, ROW)
     ),
