@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 import reproml
 from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.operators import recurrent_steps
 from reproml.errors import NotExactError
 from verification.oracle import same_bits
@@ -44,6 +45,12 @@ def expressions() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recurrent_steps, "_has_node", lambda *operands: False)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another test may have met a device, after which expressions are recorded for it."""
+    monkeypatch.setattr(replay_log, "active", False)
 
 
 @contextmanager
