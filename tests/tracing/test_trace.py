@@ -357,6 +357,7 @@ def test_train_and_run_take_trace_file(tmp_path, monkeypatch):
     tiny.toml(tmp_path)
     (tmp_path / "script.py").write_text(
         "import torch\n"
+        "torch.manual_seed(1)\n"
         "x = torch.nn.Linear(2, 2)\n"
         "optimizer = torch.optim.SGD(x.parameters(), lr=1)\n"
         "x(torch.ones(2)).sum().backward()\n"

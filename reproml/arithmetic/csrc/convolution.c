@@ -436,8 +436,8 @@ integer reproml_transposed(const integer *sizes, const float *x, const float *w,
     integer k = g.o * g.kh * g.kw, outputs = g.groups * g.c;
     if (s.count > 1 << 12) return -1;
     integer low_h, low_w, taps = 2 * (g.stride_h * g.kh + g.stride_w * g.kw);
-    pass *passes = malloc((size_t)s.count * sizeof(pass) + (size_t)(g.stride_h + g.stride_w) * sizeof(phase) +
-                          (size_t)taps * sizeof(integer));
+    pass *passes = calloc(1, (size_t)s.count * sizeof(pass) + (size_t)(g.stride_h + g.stride_w) * sizeof(phase) +
+                                 (size_t)taps * sizeof(integer));
     if (!passes) return -1;
     phase *of_h = (phase *)(passes + s.count), *of_w = of_h + g.stride_h;
     integer *memory = (integer *)(of_w + g.stride_w);

@@ -78,7 +78,7 @@ static void pack(const product *x, const operand *o, integer item, integer first
                  integer depth, int pitch, float *to) {
     const float *from = o->first + item * o->step;
     const integer *term = o->term + begin;
-    integer line[TILE_COLUMNS], end;
+    integer line[TILE_COLUMNS] = {0}, end;
     pieces s;
     for (int j = 0; j < pitch; j++) line[j] = o->line[first + (j < count ? j : count - 1)];
     if (find_pieces(line, count, &s) <= (count + 1) / 2) {

@@ -168,7 +168,7 @@ static void test_again(const state *s, const double *mid, integer count, integer
     const integer each = count / s->rows;
     double x[PAIR_OPERANDS][PAIR_BLOCK], mids[PAIR_BLOCK];
     float results[PAIR_BLOCK];
-    int32_t left[PAIR_BLOCK], at[PAIR_BLOCK];
+    int32_t left[PAIR_BLOCK], at[PAIR_BLOCK] = {0};
     for (integer start = 0; start < count;) {
         integer found = 0;
         for (; start < count && found < PAIR_BLOCK; start++) {
