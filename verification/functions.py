@@ -255,12 +255,6 @@ def floor_divide(x: Any, y: Any) -> Any:
     return Real(NAN)
 
 
-def trunc_divide(x: Any, y: Any) -> Any:
-    if x.finite and y.finite and y.v != 0:
-        return Real(_quotient(x, y, math.trunc), x.minus != y.minus)
-    return x / y
-
-
 def frac(x: Any) -> Any:
     return Real(x.v - math.trunc(x.v)) if x.finite else Real(NAN)
 

@@ -86,20 +86,6 @@ static inline pair pair_sqrt(pair p) {
     return make_pair(s, r / (2 * s), (rounded + p.rad / s) * SLACK);
 }
 
-/* exp(x) for |x| <= 600, where no part of it underflows. With x = k log 2 + r it is 2^k exp(r / 256)^256, and |r / 256| < 0.0014, so that the first
-   term left out of its series is below 2^-150. */
-static inline pair pair_exp(double x) {
-    if (x == 0) return (pair){1, 0, 0};
-    const pair log_2 = {0x1.62e42fefa39efp-1, 0x1.abc9e3b39803fp-56, 0x1p-109};
-    const double k = rint(x * 0x1.71547652b82fep+0);
-    pair r = pair_plus((pair){x, 0, 0}, pair_times(log_2, -k)), y = {1, 0, 0};
-    r = (pair){r.s * 0x1p-8, r.t * 0x1p-8, r.rad * 0x1p-8};
-    for (int j = 12; j; j--) y = pair_plus((pair){1, 0, 0}, pair_over(pair_times_pair(r, y), j));
-    y.rad += 0x1p-140;
-    for (int j = 0; j < 8; j++) y = pair_times_pair(y, y);
-    return (pair){ldexp(y.s, (int)k), ldexp(y.t, (int)k), ldexp(y.rad * SLACK, (int)k)};
-}
-
 /* Round a sum of n terms, each added by add_exact. Sums without any rounding error pass even if they are midpoints or
    zeros, as sums of integers often are. */
 static inline int32_t round_compensated(const compensated *sum, integer n, float *result) {

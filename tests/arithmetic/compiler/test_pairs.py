@@ -270,24 +270,3 @@ def test_exponential_and_logarithm_of_a_pair_stay_within_their_bounds(tmp_path: 
                 exact = o.mp.log1p(value) if log else o.mp.exp(value)
                 error = abs(o.mp.mpf(out[0]) + out[1] - exact)
                 assert error <= out[2] <= exact * 2.0**-49, (x, lost)
-
-
-def test_exponential_of_a_pair(tmp_path: Path) -> None:
-    """pair_exp stays within its own bound, which is below 2^-90 of the value."""
-    library = library_of(
-        '#include "compensated.h"\n'
-        "void exponential(double x, double *out) {\n"
-        "    pair p = pair_exp(x);\n"
-        "    out[0] = p.s, out[1] = p.t, out[2] = p.rad;\n"
-        "}\n",
-        tmp_path,
-    )
-    function = library.exponential
-    function.argtypes = [ctypes.c_double, ctypes.POINTER(ctypes.c_double)]
-    out = (ctypes.c_double * 3)()
-    points = torch.cat([numbers((200,), "normal"), numbers((200,), "normal") * 100])
-    for x in [0.0, 2.0**-149, -1e-20, 600.0, -600.0, *points.tolist()]:
-        function(x, out)
-        exact = o.exp(x).mpf
-        error = abs(o.mp.mpf(out[0]) + out[1] - exact)
-        assert error <= out[2] <= exact * 2.0**-90
