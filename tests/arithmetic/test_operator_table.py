@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 
 import reproml
 from reproml.arithmetic import operator_table
-from reproml.arithmetic.compiler import kernels
 from tests.arithmetic.strategies import (
     ANY,
     FINITE,
@@ -1699,12 +1698,7 @@ ELSEWHERE = {
 }
 
 
-@pytest.fixture(params=["compiled", "reference"], autouse=True)
-def path(request, monkeypatch):
-    if request.param == "reference":
-        monkeypatch.setattr(kernels, "library", None)
-    elif kernels.library is None:
-        pytest.skip("the kernels are not built")
+pytestmark = pytest.mark.usefixtures("path")
 
 
 # Operators for which the sign of an exact zero depends on how the formula is written.

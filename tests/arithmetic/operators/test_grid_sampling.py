@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reproml
-from reproml.arithmetic.compiler import kernels
 from tests.arithmetic.strategies import FINITE, tensors
 from verification.oracle import check, reals, total
 
@@ -29,12 +28,7 @@ PLACES = st.one_of(
 )
 
 
-@pytest.fixture(params=["compiled", "reference"], autouse=True)
-def path(request, monkeypatch):
-    if request.param == "reference":
-        monkeypatch.setattr(kernels, "library", None)
-    elif kernels.library is None:
-        pytest.skip("the kernels are not built")
+pytestmark = pytest.mark.usefixtures("path")
 
 
 def padded(p: Fraction, n: int, padding: int, align: bool) -> tuple[Fraction, int]:

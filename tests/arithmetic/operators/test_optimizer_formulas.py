@@ -14,19 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reproml
-from reproml.arithmetic.compiler import kernels
 from reproml.errors import NotExactError
+from tests.arithmetic.operators.test_optimizers import train
 from tests.arithmetic.strategies import FINITE, MODERATE, tensors
 from verification import oracle as o
 from verification.oracle import Real, check, float32_scalar, real, reals, rounded, same_bits
 
-
-@pytest.fixture(params=["compiled", "reference"], autouse=True)
-def form(request, monkeypatch):
-    if request.param == "reference":
-        monkeypatch.setattr(kernels, "library", None)
-    elif kernels.library is None:
-        pytest.skip("the kernels are not built")
+pytestmark = pytest.mark.usefixtures("path")
 
 
 def power(base: float, exponent: float) -> float:
@@ -158,16 +152,6 @@ NAMES = {
     "ASGD": "ax eta mu",
     "Rprop": "prev step_size",
 }
-
-
-def train(kind: str, start: torch.Tensor, grads: Any, **options: Any) -> Any:
-    p = torch.nn.Parameter(start.clone())
-    optimizer = getattr(torch.optim, kind)([p], **options)
-    with reproml.exact():
-        for g in grads:
-            p.grad = g.clone()
-            optimizer.step()
-    return p.detach(), optimizer.state[p]
 
 
 @pytest.mark.parametrize("kind, step, options, first", CASES)

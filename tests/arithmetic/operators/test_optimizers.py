@@ -26,12 +26,7 @@ from verification.oracle import Real, check, float32_scalar, real, reals, rounde
 few_examples = settings(max_examples=15)
 
 
-@pytest.fixture(params=["compiled", "reference"], autouse=True)
-def form(request, monkeypatch):
-    if request.param == "reference":
-        monkeypatch.setattr(kernels, "library", None)
-    elif kernels.library is None:
-        pytest.skip("the kernels are not built")
+pytestmark = pytest.mark.usefixtures("path")
 
 
 def penalized(p: Any, g: Any, decay: float, maximize: bool) -> Any:
@@ -415,7 +410,7 @@ def test_autograd_detects_a_changed_parameter(kind):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_parameters_sharing_memory_step_in_order(threads, form):
+def test_parameters_sharing_memory_step_in_order(threads, path):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -442,7 +437,7 @@ def test_gradient_may_be_the_parameter():
     assert p[0].isnan() and p[1:].tolist() == [0, 0]
 
 
-def test_negative_epsilon_takes_the_reference_path(form):
+def test_negative_epsilon_takes_the_reference_path(path):
     """The root and epsilon may cancel, which the error bound of the compiled loop excludes."""
     p, m, v = torch.ones(64), torch.zeros(64), torch.zeros(64)
     g = 1 + torch.arange(64) * 2.0**-23
