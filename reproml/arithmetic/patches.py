@@ -37,7 +37,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from reproml.arithmetic import handlers, operator_table, state
 from reproml.arithmetic.dispatch import dispatcher
-from reproml.arithmetic.dispatch.gradients import gradients
+from reproml.arithmetic.dispatch.gradients import differing, gradients
 from reproml.arithmetic.dispatch.interception import ByMode, interception
 from reproml.arithmetic.numerics.libm import EXACT_MATH, ExactPower, exact_functions
 from reproml.arithmetic.operators import optimizers, random
@@ -665,6 +665,10 @@ if isinstance(interception, ByMode):  # which does not see what is hidden from m
     PATCHES.append((torch_c, "_DisableTorchDispatch", _within_exact(_hide_block)))
 
 
+# What this PyTorch differentiates otherwise than the table.
+GRADIENTS = differing(operator_table.GRADIENTS)
+
+
 class _Applied:
     """The patches, applied once for all threads that are within `exact()`."""
 
@@ -685,7 +689,7 @@ class _Applied:
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
                     stack.enter_context(replaced([*PATCHES, *lazy]))
                     stack.enter_context(dispatcher.composites(operator_table.COMPOSITES))
-                    stack.enter_context(gradients(operator_table.GRADIENTS))
+                    stack.enter_context(gradients(GRADIENTS))
                     stack.callback(state.scripts.clear)
                     stack.callback(register_optimizer_step_pre_hook(_check_optimizer).remove)
                     self._undo = stack.pop_all()

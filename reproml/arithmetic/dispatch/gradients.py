@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any, Callable, Optional
 
 import torch
@@ -22,19 +23,38 @@ from reproml.torch_internals import TransformType, get_interpreter_stack, lookup
 Kernel = Callable[..., Any]
 
 
-def _clamp_differs() -> bool:
-    """Return whether a number that equals its bound gets another gradient than in PyTorch 2.8."""
+def differing(table: dict[str, Kernel]) -> dict[str, Kernel]:
+    """Return the lines of a table of gradients that differ from those of this PyTorch.
+
+    Each operator is tried at 1, with bounds or other operands of 0, 1 and 2.
+    """
     with torch.inference_mode(False), torch.enable_grad():
-        x = torch.ones((), device="cpu", dtype=torch.float32, requires_grad=True)
-        return torch.autograd.grad(x.clamp(1.0, 2.0), x)[0].item() != 1.0
+        return {name: line for name, line in table.items() if _differs(name, line)}
 
 
-_CLAMP_DIFFERS = _clamp_differs()
+def _differs(name: str, receivers: Kernel) -> bool:
+    packet, _, overload = name.partition(".")
+    operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    takes_tensor = ["Tensor" in str(a.type) for a in operator._schema.arguments[1:]]
+    for numbers in product((0.0, 1.0, 2.0), repeat=len(takes_tensor)):
+        others = [_scalar(x) if tensor else x for x, tensor in zip(numbers, takes_tensor)]
+        x = _scalar(1.0).requires_grad_()
+        (found,) = torch.autograd.grad(operator(x, *others), x)
+        mask = receivers(x.detach(), *others)[0]
+        if found.item() != (1.0 if mask is None else float(mask)):
+            return True
+    return False
+
+
+def _scalar(x: float) -> Tensor:
+    return torch.full((), x, device="cpu", dtype=torch.float32)
 
 
 @contextmanager
 def gradients(table: dict[str, Kernel]) -> Iterator[None]:
     """Give operators, their in-place and foreach forms the gradients of a table until the block ends.
+
+    table: those lines that `differing` returns, as only newer versions have autograd's own kernels at hand.
 
     The table maps "name" or "name.overload" to a function that takes the operands and returns, for each
     of them, where it gets the gradient: a tensor of bool, or None for all of it or for no tensor.
@@ -48,11 +68,11 @@ def gradients(table: dict[str, Kernel]) -> Iterator[None]:
                 warnings.simplefilter("ignore")
                 library.impl(name, make(original), key, with_keyset=True)
 
-    for name, receivers in table.items() if _CLAMP_DIFFERS else ():
+    for name, receivers in table.items():
         packet, dot, overload = name.partition(".")
         for suffix in ("", "_") if hasattr(torch.ops.aten, packet + "_") else ("",):
             replace(f"{packet}{suffix}{dot}{overload}", partial(_kernel, receivers, bool(suffix)))
-    for packet in {name.partition(".")[0] for name in table} if _CLAMP_DIFFERS else ():
+    for packet in {name.partition(".")[0] for name in table}:
         for foreach in (f"_foreach_{packet}", f"_foreach_{packet}_"):
             for overload in _overloads(foreach):
                 plain = getattr(Tensor, foreach[len("_foreach_") :])
