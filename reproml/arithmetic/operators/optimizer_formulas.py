@@ -53,6 +53,122 @@ def _number(x: float) -> float:
     return float(float32_scalar(x))
 
 
+# --- RMSprop, Adagrad, Adadelta ------------------------------------------------------------------
+
+
+def rmsprop(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    grad_avgs: list[Tensor],
+    buffers: list[Tensor],
+    *,
+    lr: Any,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    centered: bool,
+    maximize: bool,
+) -> None:
+    """Do a step of RMSprop (Hinton 2012; centered: Graves 2013), as PyTorch states it.
+
+    d = grad + weight_decay * param;
+    v' = alpha v + (1 - alpha) d^2 and, centered, a' = alpha a + (1 - alpha) d, each rounded once;
+    u = d / (sqrt(v' - a'^2) + eps); without momentum param' = param - lr u, rounded once; else
+    buffer' = momentum * buffer + u and param' = param - lr * buffer', each rounded once.
+    """
+    rate, keep, rest = float32_scalar(lr), float32_scalar(alpha), float32_scalar(1 - alpha)
+    epsilon, mu = float32_scalar(eps), float32_scalar(momentum)
+    direction = direction_of(float32_scalar(weight_decay), -1 if maximize else 1)
+
+    def update(ctx: Any, p: Any, g: Any, v: Any, a: Any) -> Any:
+        return direction(p, g) / (ctx.sqrt(v - a * a if centered else v) + epsilon)
+
+    def accumulated_update(ctx: Any, p: Any, g: Any, v: Any, a: Any, b: Any) -> Any:
+        return mu * b + update(ctx, p, g, v, a)
+
+    for i, (p, g, v) in enumerate(zip(params, grads, square_avgs)):
+        decayed = decay_operand(weight_decay, p, g)
+        assign(v, lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), decayed, g, v)
+        a = grad_avgs[i] if centered else v
+        if centered:
+            assign(a, lambda ctx, p, g, a: keep * a + rest * direction(p, g), decayed, g, a)
+        if mu:
+            assign(buffers[i], accumulated_update, decayed, g, v, a, buffers[i])
+            assign(p, lambda ctx, p, b: p - rate * b, p, buffers[i])
+        else:
+            assign(p, lambda ctx, p, g, v, a: p - rate * update(ctx, p, g, v, a), p, g, v, a)
+
+
+def adagrad(
+    params: list[Tensor],
+    grads: list[Tensor],
+    state_sums: list[Tensor],
+    steps: list[int],
+    *,
+    lr: Any,
+    weight_decay: float,
+    lr_decay: float,
+    eps: float,
+    maximize: bool,
+) -> None:
+    """Do a step of Adagrad (Duchi, Hazan & Singer 2011).
+
+    d = grad + weight_decay * param;   s' = s + d^2, rounded once;
+    param' = param - lr / (1 + (t - 1) lr_decay) * d / (sqrt(s') + eps), rounded once.
+    """
+    epsilon = float32_scalar(eps)
+    direction = direction_of(float32_scalar(weight_decay), -1 if maximize else 1)
+    for p, g, s, step in zip(params, grads, state_sums, steps):
+        rate = float32_scalar(lr) / (1 + (step - 1) * float32_scalar(lr_decay))
+
+        def update(ctx: Any, p: Any, g: Any, s: Any, rate: Fraction = rate) -> Any:
+            return p - rate * (direction(p, g) / (ctx.sqrt(s) + epsilon))
+
+        assign(
+            s,
+            lambda ctx, p, g, s: s + square(direction(p, g)),
+            decay_operand(weight_decay, p, g),
+            g,
+            s,
+        )
+        assign(p, update, p, g, s)
+
+
+def adadelta(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    acc_deltas: list[Tensor],
+    *,
+    lr: Any,
+    rho: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    """Do a step of Adadelta (Zeiler 2012).
+
+    d = grad + weight_decay * param;   v' = rho v + (1 - rho) d^2, rounded once;
+    u = sqrt(a + eps) / sqrt(v' + eps) * d, rounded once;   a' = rho a + (1 - rho) u^2 and
+    param' = param - lr * u, each rounded once.
+    """
+    rate, keep, rest = float32_scalar(lr), float32_scalar(rho), float32_scalar(1 - rho)
+    epsilon = float32_scalar(eps)
+    direction = direction_of(float32_scalar(weight_decay), -1 if maximize else 1)
+
+    def update(ctx: Any, p: Any, g: Any, v: Any, a: Any) -> Any:
+        return ctx.sqrt(a + epsilon) / ctx.sqrt(v + epsilon) * direction(p, g)
+
+    for p, g, v, a in zip(params, grads, square_avgs, acc_deltas):
+        decayed = decay_operand(weight_decay, p, g)
+        assign(v, lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), decayed, g, v)
+        u = elementwise(update, decayed, g, v, a)
+        assign(a, lambda ctx, a, u: keep * a + rest * (u * u), a, u)
+        assign(p, lambda ctx, p, u: p - rate * u, p, u)
+
+
 # --- NAdam, RAdam, Adamax ------------------------------------------------------------------------
 
 

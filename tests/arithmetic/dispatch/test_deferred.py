@@ -32,7 +32,13 @@ from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.dispatch.schema import tensors
 from reproml.arithmetic.numerics import devices
 from reproml.arithmetic.numerics.rounding import round_sum
-from reproml.arithmetic.operators import indexing, matmul, optimizers, reductions
+from reproml.arithmetic.operators import (
+    indexing,
+    matmul,
+    optimizer_formulas,
+    optimizers,
+    reductions,
+)
 from reproml.pipeline import data, preprocess, recipe
 from reproml.pipeline.train import train as train_recipe
 from tests.arithmetic.test_operator_table import CASES
@@ -530,6 +536,6 @@ def test_no_optimizer_waits_for_the_device(name, monkeypatch):
     states, rest, options = STATES[name]
     with FakeTensorMode(), NoTransfer(), replay_log.collect_outcomes() as outcomes:
         lists = [on_device([torch.empty(3), torch.empty(2, 2)]) for _ in range(2 + states)]
-        step = getattr(optimizers, name)
+        step = getattr(optimizers if hasattr(optimizers, name) else optimizer_formulas, name)
         step(*lists, *rest, lr=0.1, weight_decay=0.01, maximize=False, **options)
     assert outcomes
