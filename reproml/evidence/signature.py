@@ -88,7 +88,7 @@ def differences(folder: Path, public_key: Path) -> list[str]:
         pass
     raise ReproError(
         f"{path} is damaged or forged: its signature does not fit its content; get it again "
-        "from who signed the run"
+        "from the person who signed the run"
     )
 
 
@@ -98,9 +98,9 @@ def read_signature(folder: Path) -> Signature:
     try:
         raw = read_regular(path)
     except FileNotFoundError:
-        raise ReproError(
-            f"{folder} has no {SIGNATURE}; sign it with: reproml sign {folder} --key FILE"
-        ) from None
+        hint = f"it has no {SIGNATURE}; sign it with: reproml sign {folder} --key FILE"
+        reason = hint if folder.is_dir() else "there is no such folder"
+        raise ReproError(f"{folder} is not a signed run: {reason}") from None
     except OSError as error:
         raise ReproError(f"cannot read {path}: {error.strerror}") from None
     try:

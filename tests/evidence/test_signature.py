@@ -239,10 +239,12 @@ def test_a_signature_without_a_key_pair_is_refused(check, run):
 
 def test_a_missing_signature_is_refused(check, run):
     (run / SIGNATURE).unlink()
-    assert check() == (
-        2,
-        f"reproml: {run} has no model.sig; sign it with: reproml sign {run} --key FILE\n",
+    status, line = check()
+    assert status == 2 and line.endswith(
+        f"no model.sig; sign it with: reproml sign {run} --key FILE\n"
     )
+    shutil.rmtree(run)
+    assert check() == (2, f"reproml: {run} is not a signed run: there is no such folder\n")
 
 
 def test_a_link_is_refused(check, run):
