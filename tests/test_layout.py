@@ -71,7 +71,6 @@ def test_a_cycle_is_found(tmp_path):
         ("reproml.arithmetic", "reproml.pipeline"),
         ("reproml.tracing", "reproml.pipeline"),
         ("reproml.pipeline", "reproml.diff"),
-        ("reproml.pipeline", "reproml.evidence"),
         ("reproml", "reproml.cli"),
     ],
 )

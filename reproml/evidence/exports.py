@@ -46,6 +46,7 @@ DESCRIPTIONS = {
     RUN: "what was run: recipe, hashes of the data, versions, machine, times",
     LOG: "what the training printed",
     TRACE: "a record of each step of the training",
+    "provenance.json": "a statement of who trained the weights, from what, and where",
     SIGNATURE: "the signature of all other files",
 }
 RESULTS = {WEIGHTS, METRICS, RUN, LOG, TRACE}

@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,7 +120,7 @@ def test_the_card_of_a_signed_run_has_the_third_command(run):
 
 def test_a_native_run_has_no_card(run, capsys):
     native = {**tiny.run().record, "numerics": "native"}
-    other = write(Path("runs/native"), Run(tiny.run().items, tiny.run().weights, native, []))
+    other = write(Path("runs/native"), replace(tiny.run(), record=native))
     assert "is not an exact run" in refusal(capsys, other)
 
 
@@ -143,11 +145,10 @@ def test_nothing_is_overwritten(run, capsys):
 
 
 def test_damaged_runs_are_refused(run, capsys):
-    items, record = tiny.run().items, tiny.run().record
+    items = tiny.run().items
 
-    def refused(form: str, **changed: object) -> str:
-        parts = {"items": items, "weights": tiny.run().weights, "record": record, "log": []}
-        other = write(Path("runs/other"), Run(**{**parts, **changed}))  # type: ignore[arg-type]
+    def refused(form: str, **changed: Any) -> str:
+        other = write(Path("runs/other"), replace(tiny.run(), **changed))
         return refusal(capsys, other, form=form)
 
     assert "is damaged" in refused("model-card", weights=b"other")

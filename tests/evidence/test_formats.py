@@ -17,6 +17,7 @@ from rocrate_validator.utils.http import HttpRequester
 
 from reproml.cli import main
 from reproml.digest import file_sha256
+from reproml.evidence.exports import RESULTS
 from reproml.pipeline.run import reserve_run_folder
 from tests import tiny
 
@@ -101,7 +102,8 @@ def test_the_crate_describes_every_file(run):
     inputs = {entity["name"]: entity.get("value") for entity in action["object"]}
     data = {k: v for k, v in tiny.run().items.items() if k.startswith("data.")}
     assert inputs == {"recipe.toml": None, **data}
-    assert {entity["name"] for entity in action["result"]} == {path.name for path in run.iterdir()}
+    results = {entity["name"] for entity in action["result"]}
+    assert results == {path.name for path in run.iterdir()} & RESULTS
 
 
 def test_the_same_run_gives_the_same_crate(run):

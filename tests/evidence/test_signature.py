@@ -101,7 +101,8 @@ def edit_statement(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def test_a_signed_run_verifies(check, run):
     status, line = check()
     assert status == 0
-    assert line.startswith(f"{run}: signature verified, 4 files are as the owner of ")
+    count = len([*run.iterdir()]) - 1  # without model.sig
+    assert line.startswith(f"{run}: signature verified, {count} files are as the owner of ")
 
 
 def test_json_has_key_and_files(run, keys, capsys):
@@ -110,7 +111,7 @@ def test_json_has_key_and_files(run, keys, capsys):
     assert main(command) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["verified"] is True and result["differences"] == []
-    assert sorted(result["files"]) == FILES
+    assert {*result["files"], SIGNATURE} == {path.name for path in run.iterdir()}
     weights = tiny.run().items["weights.safetensors.sha256"]
     assert result["files"]["weights.safetensors"] == weights
     assert result["key.sha256"] == file_sha256(keys / "key.pub")
@@ -304,4 +305,4 @@ def test_a_signed_run_is_still_a_run(run, capsys, tmp_path):
     assert "is already a finished run" in capsys.readouterr().out
     assert (run / SIGNATURE).exists()
     assert main(["train", "--recipe", recipe, "--out", str(run)]) == 0
-    assert sorted(path.name for path in run.iterdir()) == FILES  # another run, not signed
+    assert not (run / SIGNATURE).exists()  # another run
