@@ -27,8 +27,16 @@ if TYPE_CHECKING:
     from reproml.pipeline.checkpoint import Checkpoint
     from reproml.pipeline.recipe import Recipe
 
-# The modules of the extra reproml[pipeline], which exact() does without.
-PIPELINE_MODULES = frozenset("jinja2 msgspec platformdirs rich safetensors sklearn tomli".split())
+# The modules that exact() does without, and the extra that has them.
+EXTRAS = {
+    **dict.fromkeys(
+        "jinja2 msgspec platformdirs rich safetensors sklearn tomli".split(), "pipeline"
+    ),
+    "OpenSSL": "sign",
+    "mlflow": "mlflow",
+    "model_signing": "sign",
+    "rocrate": "ro-crate",
+}
 
 Result = tuple[int, dict[str, Any]]  # exit status, and the object that --json prints
 
@@ -170,6 +178,8 @@ def verify_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Train again, or take the run folder --run DIR, and compare every item with the golden file."""
     from reproml.pipeline import golden, run
 
+    if args.signature is not None:
+        return _verify_signature(args, terminal)
     _refuse_native(args)
     device, recipe = _device(args), _recipe(args, args.run)
     path = golden.find_golden(recipe.name)
@@ -203,6 +213,49 @@ def verify_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     }
 
 
+def _verify_signature(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Check a run folder's model.sig with the public key --signature FILE, and every file with it."""
+    from reproml.evidence import signature
+
+    folder = args.run or _default_folder(args, _recipe(args))
+    signed = signature.read_signature(folder)
+    differences = signature.differences(folder, args.signature)
+    for difference in differences:
+        terminal.print(difference)
+    if not differences:
+        terminal.print(
+            f"{folder}: signature verified, {len(signed.files)} files are as the owner of "
+            f"{args.signature} signed them"
+        )
+    return int(bool(differences)), {
+        "run": str(folder),
+        "verified": not differences,
+        "key.sha256": signed.key,
+        "files": signed.files,
+        "differences": differences,
+    }
+
+
+def sign_command(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Sign every file of a run folder with a private key, in its file model.sig."""
+    from reproml.evidence import signature
+    from reproml.pipeline.run import SIGNATURE
+
+    signed = signature.sign(args.run, args.key, args.force)
+    path = args.run / SIGNATURE
+    terminal.print(f"wrote {path}: {len(signed.files)} files, signed by the key {signed.key}")
+    return 0, {"signature": str(path), "key.sha256": signed.key, "files": signed.files}
+
+
+def export_command(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Export a run folder as an RO-Crate, a model card or a run of MLflow."""
+    from reproml.evidence import exports
+
+    where = exports.FORMATS[args.format](args.run, args.out)
+    terminal.print(f"exported {args.run} to {where}")
+    return 0, {"run": str(args.run), "format": args.format, "exported": where}
+
+
 def pipeline_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Run data, train, evaluate and verify in turn; verify checks the run just trained."""
     from reproml.pipeline import golden
@@ -212,7 +265,7 @@ def pipeline_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     recipe = _recipe(args)
     golden.read_golden(golden.find_golden(recipe.name))  # fails now, not after the training
     args.run = args.out or _default_folder(args, recipe)
-    args.steps = args.trace = args.checkpoint_every = args.resume = None
+    args.steps = args.trace = args.checkpoint_every = args.resume = args.signature = None
     status, results = 0, {}
     for verb in ("data", "train", "evaluate", "verify"):
         terminal.print(f"== {verb}")
@@ -382,7 +435,8 @@ def _refuse_useless_workers(args: argparse.Namespace) -> None:
     """Raise ReproError if torchrun started several workers for the work of one process."""
     if this_worker().size == 1:
         return
-    if not VERBS[args.verb].trains or (args.verb == "verify" and args.run is not None):
+    only_reads = args.verb == "verify" and (args.run or args.signature)
+    if not VERBS[args.verb].trains or only_reads:
         raise ReproError(
             f"{args.verb} does not train, so several workers have nothing to share; "
             "start it without torchrun"
@@ -451,7 +505,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--out": {
         "type": Path,
         "metavar": "PATH",
-        "help": "run folder to write, default: runs/RECIPE; for report the page, default: RUN.html",
+        "help": "run folder to write, default: runs/RECIPE; for report the page, default: RUN.html; for "
+        "export the folder, default: RUN-FORMAT or what MLflow is set to",
     },
     "--run": {
         "type": Path,
@@ -485,7 +540,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "DIR",
         "help": "resume the training of this run folder from its newest checkpoint",
     },
-    "--force": {"action": "store_true", "help": "replace an existing golden file"},
+    "--force": {"action": "store_true", "help": "replace an existing golden file or signature"},
     "--json": {"action": "store_true", "help": "print JSON"},
     "--digest": {
         "type": Path,
@@ -518,6 +573,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "a": {"type": Path, "metavar": "A", "help": "trace, run folder, .safetensors or golden .json"},
     "b": {"type": Path, "metavar": "B", "help": "another of the same kind"},
+    "run": {"type": Path, "metavar": "RUN", "help": "run folder"},
+    "--key": {
+        "type": Path,
+        "required": True,
+        "metavar": "FILE",
+        "help": "private key in PEM format, not encrypted, on the curve P-256, P-384 or P-521",
+    },
+    "--signature": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "check only the run folder's model.sig, with this public key in PEM format",
+    },
+    "--format": {
+        "choices": ["ro-crate", "model-card", "mlflow"],
+        "required": True,
+        "help": "ro-crate, model-card or mlflow",
+    },
     "--workers": {
         "type": _positive_integers,
         "default": [],
@@ -557,7 +629,11 @@ VERBS = {
         trains=True,
     ),
     "evaluate": Verb(evaluate_command, "--recipe --data --run --numerics --device --json"),
-    "verify": Verb(verify_command, "--recipe --data --run --numerics --device --json", trains=True),
+    "verify": Verb(
+        verify_command,
+        "--recipe --data --run --numerics --device --signature --json",
+        trains=True,
+    ),
     "pipeline": Verb(
         pipeline_command, "--recipe --data --out --numerics --device --json", trains=True
     ),
@@ -567,6 +643,8 @@ VERBS = {
     "run": Verb(run_command, "--numerics --digest --trace --seed script arguments", trains=True),
     "matrix": Verb(matrix_command, "--recipe --script --data --device --steps --workers --json"),
     "doctor": Verb(doctor_command, "--run --json"),
+    "sign": Verb(sign_command, "run --key --force --json"),
+    "export": Verb(export_command, "run --format --out --json"),
     "report": Verb(report_command, "--recipe --data --run --out --diff --json"),
     "diff": Verb(diff_command, "a b --rerun --script --json"),
 }
@@ -643,9 +721,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
-        if package not in PIPELINE_MODULES:
+        if package not in EXTRAS:
             raise
-        complain(f"{args.verb} needs the package {package}; install reproml[pipeline]")
+        complain(f"{args.verb} needs the package {package}; install reproml[{EXTRAS[package]}]")
         return 2
     except KeyboardInterrupt:
         complain("interrupted")

@@ -5,6 +5,7 @@
     run.json              what was run: recipe, versions, machine, times
     log.txt               the lines that were printed
     trace.jsonl           a record of each step, if the recipe asks for one (docs/trace.md)
+    model.sig             a signature, if the run was signed (docs/signatures.md)
 
 The folder appears complete or not at all: it is written under another name beside it and then renamed.
 Only one process at a time can write it.
@@ -65,8 +66,8 @@ class _Record(msgspec.Struct):
 
 
 WEIGHTS, METRICS, RUN, LOG = "weights.safetensors", "metrics.json", "run.json", "log.txt"
-TRACE = "trace.jsonl"
-_FILES = {WEIGHTS, METRICS, RUN, LOG}
+TRACE, SIGNATURE = "trace.jsonl", "model.sig"
+_FILES, _OPTIONAL_FILES = {WEIGHTS, METRICS, RUN, LOG}, {TRACE, SIGNATURE}
 _WEIGHTS_SHA256 = "weights.safetensors.sha256"  # the item
 
 
@@ -300,6 +301,13 @@ def refuse_damaged(folder: Path, weights_sha256: str) -> None:
         )
 
 
+def read_undamaged(folder: Path) -> tuple[dict[str, Any], Items]:
+    """Return what a run's run.json and metrics.json record, if its weights file is the one they record."""
+    record, items = read_record(folder), read_items(_file_in(folder, METRICS))
+    refuse_damaged(folder, hashlib.sha256(_read_bytes(_file_in(folder, WEIGHTS))).hexdigest())
+    return record, items
+
+
 def recorded_recipe(folder: Path) -> Recipe:
     """Return the recipe that is recorded in a run folder's run.json."""
     path = _file_in(folder, RUN)
@@ -444,7 +452,7 @@ def _write_files(part: Path, run: Run) -> None:
 
 
 def _is_complete(folder: Path) -> bool:
-    return set(os.listdir(folder)) - {TRACE} == _FILES
+    return set(os.listdir(folder)) - _OPTIONAL_FILES == _FILES
 
 
 def _partial_folders(out: Path) -> list[Path]:
