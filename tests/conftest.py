@@ -32,7 +32,7 @@ SLOW_FILES = {
         "tests/diff": "compare pairs",
         "tests/pipeline": "data faults preprocess",
         "tests/tracing": "trace",
-        "tests/verification": "op_db sandbox",
+        "tests/verification": "invariance op_db sandbox summation_order workloads",
     }.items()
     for name in names.split()
 }
