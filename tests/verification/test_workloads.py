@@ -1,4 +1,4 @@
-"""ResNet-50 has the digest that docs/comparison.md records (GPT-2 needs transformers, which is not locked)."""
+"""ResNet-50 has the digest of docs/comparison.md; GPT-2 needs transformers, which is not locked."""
 
 from __future__ import annotations
 
