@@ -33,7 +33,7 @@ SLOW_FILES = {
         "tests/evidence": "exports formats signature",
         "tests/pipeline": "data faults preprocess",
         "tests/tracing": "trace",
-        "tests/verification": "op_db sandbox",
+        "tests/verification": "invariance op_db sandbox summation_order workloads",
     }.items()
     for name in names.split()
 }
