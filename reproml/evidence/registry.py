@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-import msgspec
 import torch
 
 from reproml.errors import ReproError
@@ -17,7 +16,7 @@ from reproml.evidence.provenance import Provenance, read_provenance
 from reproml.pipeline import golden
 from reproml.pipeline.data import SHAPES
 from reproml.pipeline.models import build_model
-from reproml.pipeline.recipe import Recipe, load_recipe, recipe_names
+from reproml.pipeline.recipe import Recipe, load_recipe, recipe_names, stated_recipe
 from reproml.pipeline.run import WEIGHTS
 
 CONFIRMATIONS = "confirmations"
@@ -96,11 +95,7 @@ def _defect(
     """Return what contradicts the golden file, None if the provenance confirms it."""
     if str(confirmation.definitions) != definitions:
         return f"was made with version {confirmation.definitions} of the definitions"
-    try:
-        recipe = msgspec.convert(confirmation.parameters.get("recipe"), Recipe)
-    except msgspec.ValidationError as error:
-        return f"has no valid recipe: {error}"
-    if recipe.sha256 != recipe_sha256:
+    if stated_recipe(confirmation).sha256 != recipe_sha256:
         return "is of another recipe"
     found = confirmation.subjects[0].digest.get("sha256")
     return None if found == sha256 else f"states other weights: {found}"

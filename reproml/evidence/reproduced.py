@@ -98,7 +98,8 @@ def summary_path(given: Path) -> Path:
 
     It is not written into the folder, whose signature covers all files.
     """
-    folder = given.resolve() if given.is_dir() else given.resolve().parent
+    folder = given if given.is_dir() else given.parent
+    folder = folder.resolve() if folder.name in ("", "..") else folder
     return folder.parent / f"{folder.name}.reproduced.json"
 
 
@@ -147,7 +148,7 @@ def _differences(first: Provenance, other: Provenance) -> Iterator[str]:
         dict(_flat("", {k: v for k, v in p.parameters.items() if k not in ignored}))
         for p in (first, other)
     )
-    for name in dict.fromkeys([*mine, *theirs]):
+    for name in dict.fromkeys(["numerics", *mine, *theirs]):
         a, b = mine.get(name, "not stated"), theirs.get(name, "not stated")
         if a != b:
             yield f"{between} {name}: {a} and {b}"

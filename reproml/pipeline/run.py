@@ -71,7 +71,7 @@ class _Record(msgspec.Struct):
 WEIGHTS, METRICS, RUN, LOG = "weights.safetensors", "metrics.json", "run.json", "log.txt"
 TRACE, SIGNATURE = "trace.jsonl", "model.sig"
 _FILES = {WEIGHTS, METRICS, RUN, LOG}
-_OPTIONAL = {PROVENANCE, TRACE, SIGNATURE}  # a run of reproml 0.1.0 has no provenance
+_OPTIONAL_FILES = {TRACE, SIGNATURE, PROVENANCE}  # earlier runs have no provenance
 _WEIGHTS_SHA256 = "weights.safetensors.sha256"  # the item
 
 
@@ -489,7 +489,7 @@ def _provenance(run: Run, digests: dict[str, str]) -> bytes:
 
 
 def _is_complete(folder: Path) -> bool:
-    return set(os.listdir(folder)) - _OPTIONAL == _FILES
+    return set(os.listdir(folder)) - _OPTIONAL_FILES == _FILES
 
 
 def _partial_folders(out: Path) -> list[Path]:
