@@ -29,6 +29,10 @@ HEX = {
 }
 
 
+def texts(value: Any) -> None:
+    assert isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
 def uri(value: Any) -> None:
     assert isinstance(value, str) and URI.fullmatch(value), value
 
@@ -114,7 +118,7 @@ SUMMARY = (
         "resourceUri": uri,
         "policy": ({"uri": uri}, {"digest": digest_set}),
         "verificationResult": one_of("PASSED", "FAILED"),
-        "verifiedLevels": lambda value: [text(level) for level in value],
+        "verifiedLevels": texts,
     },
     {
         "timeVerified": time,

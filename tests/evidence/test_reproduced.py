@@ -13,6 +13,7 @@ import torch
 
 from reproml.cli import main
 from reproml.digest import digest
+from reproml.errors import ReproError
 from reproml.evidence import provenance, reproduced
 from reproml.evidence.provenance import describe, make_provenance
 from tests.evidence.statements import check_statement, parse, rewrite, save_run
@@ -273,8 +274,8 @@ def test_summary_of_one_builder_is_no_status(tmp_path):
 
 def test_summary_of_another_run_is_refused():
     assert main(["reproduced", "a", "b", "--out", "c.reproduced.json"]) == 0
-    with pytest.raises(reproduced.ReproError, match="is about other weights than c/provenance"):
+    with pytest.raises(ReproError, match="is about other weights than c/provenance"):
         reproduced.reproduced_by(Path("c"))
     Path("c.reproduced.json").write_text('{"subject": 1}')
-    with pytest.raises(reproduced.ReproError, match="is not a summary that reproduced wrote"):
+    with pytest.raises(ReproError, match="is not a summary that reproduced wrote"):
         reproduced.reproduced_by(Path("c"))
