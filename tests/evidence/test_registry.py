@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -56,7 +58,7 @@ def test_entry_shows_where_it_was_confirmed(at_work, capsys):
     assert main(["golden", "--list"]) == 0
     out = capsys.readouterr().out
     items = tiny.run().items
-    correct = f"{100 * int(items['test.correct']) / 297:.2f} %"
+    correct = f"{100 * float(str(items['test.correct'])) / 297:.2f} %"
     assert f"  {correct}  " in out and str(items["weights.safetensors.sha256"]) in out
     assert "    confirmed: Python 3." in out and ": urn:reproml:builder:lab" in out
 
@@ -113,3 +115,41 @@ def test_shapes_are_those_of_the_data(name, request):
         request.getfixturevalue("mnist_mirror")
     dataset = load_dataset(name)
     assert SHAPES[name] == (dataset.train.images.shape[1:], dataset.classes)
+
+
+# A reproml that lists nothing, trains `slow` for a minute and finds that `bad` differs.
+FAKE = """#!/bin/sh
+echo "$@" >> calls
+case "$*" in *slow) sleep 60 ;; *bad) exit 1 ;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments", "status"),
+    [
+        ("good", ["9s"], 0),
+        ("good gallery", ["9s"], 0),  # the digests of gallery/ are of no recipe
+        ("bad good", ["9s"], 1),
+        ("good slow", ["1s"], 0),
+        ("good slow", ["1s", "--all"], 1),
+        ("bad slow", ["1s"], 1),
+    ],
+)
+def test_ci_trains_every_golden_file_within_a_limit(tmp_path, names, arguments, status):
+    for path, content in {
+        ".ci/golden": (ROOT / ".ci/golden").read_text(),
+        "bin/reproml": FAKE,
+    }.items():
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_text(content)
+        (tmp_path / path).chmod(0o755)
+    (tmp_path / "golden").mkdir()
+    for name in names.split():
+        (tmp_path / f"golden/{name}.json").write_text("{}")
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    command = [tmp_path / ".ci/golden", *arguments]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert shown.returncode == status, shown.stderr
+    trained = [f"verify --recipe {name}" for name in sorted(names.split()) if name != "gallery"]
+    assert (tmp_path / "calls").read_text().splitlines() == ["golden --list", *trained]
+    assert ("slow takes longer than 1s" in shown.stdout) == ("slow" in names)
