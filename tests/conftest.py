@@ -30,6 +30,7 @@ SLOW_FILES = {
         "tests/arithmetic/operators": "elementary grid_sampling matmul normalization optimizer_formulas "
         "optimizers packed_convolution recurrent upsampling windows",
         "tests/diff": "compare pairs",
+        "tests/evidence": "inputs provenance registry reproduced",
         "tests/pipeline": "data faults preprocess",
         "tests/tracing": "trace",
         "tests/verification": "op_db sandbox",
