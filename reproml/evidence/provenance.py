@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
-import socket
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ def builder_id(name: Optional[str] = None) -> str:
 
     A name that is a URI stays as it is. Raises ReproError for a name that cannot be shown.
     """
-    name = name or os.environ.get(VARIABLE) or socket.gethostname() or "unnamed"
+    name = name or os.environ.get(VARIABLE) or platform.node() or "unnamed"
     if _URI.fullmatch(name):
         return name
     if not name.isprintable() or not name.strip():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
@@ -173,7 +173,7 @@ def test_builder_defaults_to_variable_then_host(monkeypatch):
     monkeypatch.setenv("REPROML_BUILDER", "lab-b")
     assert builder_id() == "urn:reproml:builder:lab-b"
     monkeypatch.delenv("REPROML_BUILDER")
-    monkeypatch.setattr(socket, "gethostname", lambda: "host.example.org")
+    monkeypatch.setattr(platform, "node", lambda: "host.example.org")
     assert builder_id() == "urn:reproml:builder:host.example.org"
 
 
