@@ -127,7 +127,7 @@ def compare(paths: Sequence[Path], same_builder: bool = False) -> Reproduction:
                 f"{twin.path} and {p.path} are of the same builder {p.builder}, so they are not "
                 "independent; --same-builder compares them nevertheless"
             )
-    differences = (d for p in provenances for d in [*_differences(first, p), *_wrong_files(p)])
+    differences = (d for p in provenances for d in [*_differences(first, p), *wrong_files(p)])
     return Reproduction(provenances, next(differences, None))
 
 
@@ -198,7 +198,7 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
 # --- the files beside a provenance -------------------------------------------------------------------
 
 
-def _wrong_files(provenance: Provenance) -> Iterator[str]:
+def wrong_files(provenance: Provenance) -> Iterator[str]:
     """Yield the files beside a provenance that do not have the digests which it states."""
     folder = provenance.path.parent
     for resource in [*provenance.subjects, *provenance.details.byproducts]:
