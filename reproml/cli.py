@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from reproml.errors import NotExactError, ReproError
+from reproml.files import write_atomically
 from reproml.terminal import Terminal, complain, printable
 from reproml.torchrun import this_worker
 
@@ -56,6 +57,7 @@ def train_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     from reproml.pipeline import run
 
     device = _device(args)
+    _refuse_unusable_builder(args)
     if args.steps is not None:
         return _train_steps(args, _recipe(args), device, terminal)
     out, recipe, start = _starting_point(args, terminal)
@@ -129,7 +131,7 @@ def _train_run(
             run.Recording(checkpoints, args.trace or recipe_trace),
             device,
         )
-        save(replace(result, trace=recipe_trace))
+        save(replace(result, trace=recipe_trace, builder=args.builder))
         if checkpoints:
             checkpoints.delete()
         if recipe_trace:  # deleted last, because a checkpoint needs it
@@ -261,6 +263,7 @@ def pipeline_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     from reproml.pipeline import golden
 
     _refuse_native(args)
+    _refuse_unusable_builder(args)
     _device(args)
     recipe = _recipe(args)
     golden.read_golden(golden.find_golden(recipe.name))  # fails now, not after the training
@@ -274,9 +277,11 @@ def pipeline_command(args: argparse.Namespace, terminal: Terminal) -> Result:
 
 
 def golden_command(args: argparse.Namespace, terminal: Terminal) -> Result:
-    """Train the recipe and write its results as the golden file."""
+    """Train the recipe and write its results as the golden file, or list the golden files."""
     from reproml.pipeline import golden as goldens
 
+    if args.list:
+        return _list_golden_files(terminal)
     _refuse_native(args)
     device, recipe = _device(args), _recipe(args)
     path = goldens.golden_path(recipe.name)
@@ -287,6 +292,19 @@ def golden_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     return 0, {"golden": str(path), "items": items}
 
 
+def _list_golden_files(terminal: Terminal) -> Result:
+    """List the golden files; the status is 1 if a recipe or a confirmation contradicts one."""
+    from reproml.evidence import registry
+
+    entries = registry.entries()
+    terminal.print(registry.HEADING)
+    for entry in entries:
+        for line in registry.lines(entry):
+            terminal.print(line)
+    wrong = any(entry.defects for entry in entries)
+    return int(wrong), {"golden": [asdict(entry) for entry in entries]}
+
+
 def run_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Run a training script, unmodified, and print the digests of what it trained and saved."""
     from reproml import script
@@ -294,7 +312,9 @@ def run_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     first = this_worker().rank == 0  # all workers that torchrun started have the same results
     digest = args.digest if first else None
     command = args.script, args.arguments
-    exit_request, result = script.execute(*command, args.numerics, digest, args.trace, args.seed)
+    exit_request, result = script.execute(
+        *command, args.numerics, digest, args.trace, args.seed, args.provenance, args.builder
+    )
     lines = script.lines(result) if first else []
     for line in lines:
         terminal.print(line)
@@ -428,6 +448,39 @@ def diff_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     return int(found is not None), {"differ": found is not None, **(asdict(found) if found else {})}
 
 
+def reproduced_command(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Compare provenances of different builders; if they agree, state it in a verification summary."""
+    from reproml.evidence import provenance, reproduced
+
+    paths = [args.first, args.second, *args.others]
+    provenance.builder_id(args.builder)
+    checked = reproduced.compare(paths, args.same_builder)
+    for p in checked.provenances:
+        beside = "checked" if reproduced.weights_beside(p) else "not beside it"
+        terminal.print(f"{p.path}: by {p.builder}, weights {beside}")
+    builders = [p.builder for p in checked.provenances]
+    result: dict[str, Any] = {
+        "reproduced": checked.difference is None,
+        "difference": checked.difference,
+        "builders": builders,
+        "summary": None,
+    }
+    if checked.difference is not None:
+        terminal.print(f"not reproduced: {checked.difference}")
+        return 1, result
+    out = args.out or reproduced.summary_path(args.first)
+    try:
+        write_atomically(out, checked.summary(args.builder))
+    except OSError as error:
+        raise ReproError(f"cannot write the summary {out}: {error.strerror}") from None
+    count = len(set(builders))
+    terminal.print(
+        f"reproduced by {count} builder{'s' * (count > 1)}: parameters, data and weights agree; "
+        f"wrote {out}"
+    )
+    return 0, {**result, "summary": str(out)}
+
+
 # --- several workers, started by torchrun -----------------------------------------------------------
 
 
@@ -441,8 +494,11 @@ def _refuse_useless_workers(args: argparse.Namespace) -> None:
             f"{args.verb} does not train, so several workers have nothing to share; "
             "start it without torchrun"
         )
-    if getattr(args, "trace", None):
-        raise ReproError("--trace records the training of one process; start it without torchrun")
+    for option in "trace", "provenance":
+        if getattr(args, option, None):
+            raise ReproError(
+                f"--{option} records the training of one process; start it without torchrun"
+            )
 
 
 def _train_with_first_worker(args: argparse.Namespace) -> None:
@@ -506,7 +562,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": Path,
         "metavar": "PATH",
         "help": "run folder to write, default: runs/RECIPE; for report the page, default: RUN.html; for "
-        "export the folder, default: RUN-FORMAT or what MLflow is set to",
+        "export the folder, default: RUN-FORMAT or what MLflow is set to; for reproduced the summary, "
+        "default: FIRST.reproduced.json",
     },
     "--run": {
         "type": Path,
@@ -540,6 +597,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "DIR",
         "help": "resume the training of this run folder from its newest checkpoint",
     },
+    "--list": {
+        "action": "store_true",
+        "help": "list the golden files: task, parameters, accuracy, hash, and where each was confirmed",
+    },
     "--force": {"action": "store_true", "help": "replace an existing golden file or signature"},
     "--json": {"action": "store_true", "help": "print JSON"},
     "--digest": {
@@ -556,6 +617,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "'SCRIPT.py ARGS'",
         "help": "training script to run instead of a recipe, with its arguments in one string; for diff, "
         "the one that --rerun runs",
+    },
+    "--builder": {
+        "metavar": "NAME",
+        "help": "name of this machine in provenance.json or in the summary; default: REPROML_BUILDER, or "
+        "the name of the host",
+    },
+    "--provenance": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "write a statement of script, arguments, data and result to this JSON file",
     },
     "--trace": {
         "type": Path,
@@ -589,6 +660,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "choices": ["ro-crate", "model-card", "mlflow"],
         "required": True,
         "help": "ro-crate, model-card or mlflow",
+    },
+    "first": {"type": Path, "metavar": "FIRST", "help": "provenance.json or its run folder"},
+    "second": {"type": Path, "metavar": "SECOND", "help": "another, of another builder"},
+    "others": {
+        "type": Path,
+        "nargs": "*",
+        "metavar": "OTHERS",
+        "help": "more of them; for invoke in one string",
+    },
+    "--same-builder": {
+        "action": "store_true",
+        "help": "also compare provenances of one builder, which shows no independent reproduction",
     },
     "--workers": {
         "type": _positive_integers,
@@ -625,7 +708,8 @@ VERBS = {
     "data": Verb(data_command, "--recipe --data --json"),
     "train": Verb(
         train_command,
-        "--recipe --data --out --numerics --device --steps --trace --checkpoint-every --resume --json",
+        "--recipe --data --out --numerics --device --steps --trace --checkpoint-every --resume --builder "
+        "--json",
         trains=True,
     ),
     "evaluate": Verb(evaluate_command, "--recipe --data --run --numerics --device --json"),
@@ -635,18 +719,25 @@ VERBS = {
         trains=True,
     ),
     "pipeline": Verb(
-        pipeline_command, "--recipe --data --out --numerics --device --json", trains=True
+        pipeline_command, "--recipe --data --out --numerics --device --builder --json", trains=True
     ),
     "golden": Verb(
-        golden_command, "--recipe --data --numerics --device --force --json", trains=True
+        golden_command, "--recipe --data --numerics --device --force --list --json", trains=True
     ),
-    "run": Verb(run_command, "--numerics --digest --trace --seed script arguments", trains=True),
+    "run": Verb(
+        run_command,
+        "--numerics --digest --provenance --builder --trace --seed script arguments",
+        trains=True,
+    ),
     "matrix": Verb(matrix_command, "--recipe --script --data --device --steps --workers --json"),
     "doctor": Verb(doctor_command, "--run --json"),
     "sign": Verb(sign_command, "run --key --force --json"),
     "export": Verb(export_command, "run --format --out --json"),
     "report": Verb(report_command, "--recipe --data --run --out --diff --json"),
     "diff": Verb(diff_command, "a b --rerun --script --json"),
+    "reproduced": Verb(
+        reproduced_command, "first second others --same-builder --builder --out --json"
+    ),
 }
 
 
@@ -785,6 +876,13 @@ def _train_exactly(
 def _default_folder(args: argparse.Namespace, recipe: Recipe) -> Path:
     suffix = "-native" if getattr(args, "numerics", "exact") == "native" else ""
     return Path("runs") / (recipe.name + suffix)
+
+
+def _refuse_unusable_builder(args: argparse.Namespace) -> None:
+    """Raise ReproError before the training if --builder or REPROML_BUILDER is not a name."""
+    from reproml.evidence import provenance
+
+    provenance.builder_id(args.builder)
 
 
 def _refuse_native(args: argparse.Namespace) -> None:

@@ -356,7 +356,7 @@ def test_actions_are_pinned_by_commit():
         *ROOT.glob("nix/template/.github/workflows/*.yml"),
     ]
     used = [line for f in files for line in f.read_text("utf-8").splitlines() if "uses:" in line]
-    assert len(files) == 5 and used
+    assert len(files) == 6 and used
     assert [u for u in used if not re.search(r"uses: [\w./-]+@[0-9a-f]{40} # v\d", u)] == []
 
 

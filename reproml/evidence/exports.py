@@ -21,6 +21,7 @@ import msgspec
 
 from reproml.digest import file_sha256
 from reproml.errors import ReproError
+from reproml.evidence.provenance import PROVENANCE
 from reproml.files import partial_path
 from reproml.pipeline import golden
 from reproml.pipeline.recipe import Recipe, recipe_toml
@@ -46,10 +47,10 @@ DESCRIPTIONS = {
     RUN: "what was run: recipe, hashes of the data, versions, machine, times",
     LOG: "what the training printed",
     TRACE: "a record of each step of the training",
-    "provenance.json": "a statement of who trained the weights, from what, and where",
+    PROVENANCE: "a statement of who trained the weights, from what, and where",
     SIGNATURE: "the signature of all other files",
 }
-RESULTS = {WEIGHTS, METRICS, RUN, LOG, TRACE}
+RESULTS = {WEIGHTS, METRICS, RUN, LOG, TRACE, PROVENANCE}
 MEDIA_TYPES = {
     ".json": "application/json",
     ".jsonl": "application/jsonl",
