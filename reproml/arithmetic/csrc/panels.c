@@ -12,7 +12,6 @@
 #define SMALL (1 << 20) /* multiplications of one product of a batch that are not worth several threads */
 
 #define TILE (TILE_ROWS * TILE_COLUMNS)
-#define FEW 4    /* lines of a for which preparing panels costs more than it saves */
 #define SHORT 32 /* terms, fewer than which cost less across the columns than along the terms */
 #define WIDE 480 /* columns that are multiplied with few lines of a at once: a multiple of every tile */
 
@@ -259,22 +258,28 @@ static void multiply(integer worker, void *data) {
         double squares[TILE_COLUMNS] = {0};
         for (integer p = 0; p < j->length || !p; p += SLICE) {
             integer depth = smaller(j->length - p, SLICE);
-            pack(x, &x->b, j->item, column, n, j->first + p, depth, x->pitch, panel);
-            add_squares(panel, depth, x->pitch, squares);
+            const float *from = panel;
+            if (x->kept)
+                from = x->kept->panels + (c * x->k + j->first + p) * x->pitch;
+            else {
+                pack(x, &x->b, j->item, column, n, j->first + p, depth, x->pitch, panel);
+                add_squares(panel, depth, x->pitch, squares);
+            }
             for (integer r = 0; r < count; r++) {
                 integer i = begin + r;
                 int m = (int)smaller(x->m - (j->block + i) * x->tiles->rows, x->tiles->rows);
                 double more[TILE], *sums = p ? more : part + r * TILE;
                 x->tiles->across[m][parts(n, x->tiles->lanes)](depth, j->wide + i * x->tiles->rows * j->length + p * m,
-                                                               panel, panel_offset, sums);
+                                                               from, panel_offset, sums);
                 if (p)
                     for (int t = 0; t < m * TILE_COLUMNS; t++) part[r * TILE + t] += more[t];
             }
         }
         if (x->sections == 1) {
-            if (take_roots(squares, n)) set_flag(j->infinite);
+            if (!x->kept && take_roots(squares, n)) set_flag(j->infinite);
+            const double *norms = x->kept ? x->kept->norms + column : squares;
             for (integer r = 0; r < count; r++)
-                store(x, j->item, (j->block + begin + r) * x->tiles->rows, column, part + r * TILE, j->norm_a, squares);
+                store(x, j->item, (j->block + begin + r) * x->tiles->rows, column, part + r * TILE, j->norm_a, norms);
             continue;
         }
         if (!j->block && !begin)
@@ -289,10 +294,31 @@ static void round_column(integer c, void *data) {
     const job *j = data;
     const product *x = j->x;
     integer column = c * x->tiles->columns;
-    if (take_roots(j->norm_b + column, smaller(x->n - column, x->tiles->columns))) set_flag(j->infinite);
+    const double *norms = (x->kept ? x->kept->norms : j->norm_b) + column;
+    if (!x->kept && take_roots(j->norm_b + column, smaller(x->n - column, x->tiles->columns))) set_flag(j->infinite);
     for (integer r = 0; r < x->row_panels; r++)
-        store(x, j->item, r * x->tiles->rows, column, j->sums + (c * x->row_panels + r) * TILE, j->norm_a,
-              j->norm_b + column);
+        store(x, j->item, r * x->tiles->rows, column, j->sums + (c * x->row_panels + r) * TILE, j->norm_a, norms);
+}
+
+static void pack_panel(integer c, void *data) {
+    const job *j = data;
+    const product *x = j->x;
+    integer column = c * x->tiles->columns;
+    int n = (int)smaller(x->n - column, x->tiles->columns);
+    double squares[TILE_COLUMNS] = {0};
+    for (integer p = 0; p < x->k; p += SLICE) {
+        integer depth = smaller(x->k - p, SLICE);
+        float *to = x->kept->panels + (c * x->k + p) * x->pitch;
+        pack(x, &x->b, 0, column, n, p, depth, x->pitch, to);
+        add_squares(to, depth, x->pitch, squares);
+    }
+    take_roots(squares, n);
+    memcpy(x->kept->norms + column, squares, (size_t)n * sizeof(double));
+}
+
+void reproml_pack(const product *x) {
+    job j = {.x = x};
+    run_tasks(pack_panel, &j, x->column_panels, x->workers > 1);
 }
 
 /* ---- few lines of a, which need no panels ---- */
@@ -334,13 +360,13 @@ static void multiply_across(const job *j, integer column, int n, double *sums, d
     static const float zeros[WIDE];
     const product *x = j->x;
     const float *a = x->a.first + j->item * x->a.step, *b = x->b.first + j->item * x->b.step + x->b.line[column];
-    double part[FEW * WIDE];
+    double part[FEW_LINES * WIDE];
     for (integer first = 0; first < x->k; first += SLICE) {
         integer end = smaller(x->k, first + SLICE);
         memset(part, 0, (size_t)(x->m * WIDE) * sizeof(double));
         for (integer p = first; p < end; p += 4) {
             const float *row[4];
-            double four[FEW * 4];
+            double four[FEW_LINES * 4];
             for (int t = 0; t < 4; t++) {
                 row[t] = p + t < end ? b + x->b.term[p + t] : zeros;
                 for (integer i = 0; i < x->m; i++)
@@ -358,7 +384,7 @@ static void multiply_few(integer task, void *data) {
     const product *x = j->x;
     integer column = task * WIDE;
     int n = (int)smaller(x->n - column, WIDE);
-    double sums[FEW * WIDE] = {0}, squares[WIDE] = {0}, tile[TILE];
+    double sums[FEW_LINES * WIDE] = {0}, squares[WIDE] = {0}, tile[TILE];
     (j->along ? multiply_along : multiply_across)(j, column, n, sums, squares);
     if (take_roots(squares, n)) set_flag(j->infinite);
     for (int c = 0; c < n; c += x->tiles->columns) {
@@ -437,7 +463,7 @@ static void multiply_items(integer worker, void *data) {
 
 int reproml_multiply(const product *x, void *memory) {
     whole w = {.x = x, .memory = memory};
-    if (x->m <= FEW && x->k) {
+    if (x->m <= FEW_LINES && x->k) {
         w.along = x->k >= SHORT && is_run(x->a.term, x->k, 1) && is_run(x->b.term, x->k, 1) &&
                   (x->m == 1 || is_run(x->a.line, x->m, x->a.line[1] - x->a.line[0]));
         w.across = !w.along && is_run(x->b.line, x->n, 1);

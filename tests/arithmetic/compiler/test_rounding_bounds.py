@@ -240,9 +240,27 @@ def product(library: Any, terms: list[float], k: int, columns: int) -> list[Foun
     out, failed = torch.empty(columns), integers(*[0] * CAPACITY)
     strides = (k, k, 1, k * columns, *((1, k) if columns > 1 else (1, 1)))
     left = library.reproml_product(
-        1, 1, columns, k, at(a), *strides[:3], at(b), *strides[3:], None, at(out), failed, CAPACITY
+        *(None, 1, 1, columns, k, at(a), *strides[:3], at(b), *strides[3:]),
+        *(None, at(out), failed, CAPACITY),
     )
     return listed(left, failed, out, [ABOVE] * columns)
+
+
+def packed_product(library: Any, terms: list[float], n: int, k: int) -> list[Found]:
+    """A product [n, k] @ [k, n] with panels of the second matrix that are packed before."""
+    pack = library.reproml_pack_matrix
+    pack.restype, pack.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_int64] * 3 + [ctypes.c_void_p] + [ctypes.c_int64] * 2,
+    )
+    a, b, out = row(terms, k).repeat(n, 1), torch.ones(k, n), torch.empty(n, n)
+    panels, failed = pack(n, n, k, at(b), n, 1), integers(*[0] * CAPACITY)
+    assert panels
+    left = library.reproml_product(
+        *(panels, 1, n, n, k, at(a), 0, k, 1, at(b), 0, n, 1, None, at(out), failed, CAPACITY)
+    )
+    ctypes.CDLL(None).free(ctypes.c_void_p(panels))
+    return listed(left, failed, out, [ABOVE] * n * n)
 
 
 def total(library: Any, terms: list[float], n: int, columns: int, factor: bool, divisor: float = 1):
@@ -463,6 +481,8 @@ LOOPS: dict[str, Callable[[Any, list[float]], list[Found]]] = {
     "product": lambda c, v: product(c, v, 32, 1),
     "product along the terms": lambda c, v: product(c, v, 512, 2),
     "product in two passes": lambda c, v: product(c, v, 1100, 1),
+    "product with packed panels": lambda c, v: packed_product(c, v, 5, 32),
+    "product with packed panels in two sections": lambda c, v: packed_product(c, v, 5, 2100),
     "sum along the terms": lambda c, v: total(c, v, 64, 1, False),
     "sum across columns": lambda c, v: total(c, v, 64, 40, False),
     "sum of products": lambda c, v: total(c, v, 64, 40, True),
