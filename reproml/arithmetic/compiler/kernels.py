@@ -51,6 +51,10 @@ _SIGNATURES = {
     "reproml_transposed": (_LONG, [_POINTER] * 6 + [_LONG]),
     "reproml_weight_gradient": (_LONG, [_POINTER] * 5 + [_LONG]),
     "reproml_adam": (_LONG, [_LONG, _POINTER, _POINTER] + [_DOUBLE] * 10 + [_POINTER]),
+    "reproml_optimizer_step": (
+        _LONG,
+        [_INT, _LONG] + [_POINTER] * 2 + [_DOUBLE] * 2 + [_POINTER] * 2,
+    ),
     "reproml_partial_product": (_INT, [_LONG] * 3 + [_POINTER] * 9),
     "reproml_partial_pairs": (None, [_LONG] * 2 + [_POINTER] * 7),
     "reproml_pack_sums": (None, [_LONG] * 2 + [_POINTER] * 3),
