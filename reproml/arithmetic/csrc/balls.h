@@ -30,6 +30,12 @@ INLINE ball times(ball a, ball b) {
 
 /* c x for a number c; the product of two binary32 numbers is exact. */
 INLINE ball scaled(double c, ball x) { return (ball){c * x.mid, U * fabs(c * x.mid) + fabs(c) * x.rad}; }
+/* The same with the rounding error itself, which is 0 for a power of two. */
+INLINE ball scaled_closely(double c, ball x) {
+    const double product = c * x.mid;
+    return (ball){product, fabs(fma(c, x.mid, -product)) + fabs(c) * x.rad};
+}
+
 INLINE ball exact_product(double a, double b) { return exact(a * b); }
 
 /* By the inverse of d, with three roundings. It lies within 2 / |d.mid| if d.rad is at most |d.mid| / 2. */

@@ -140,7 +140,7 @@ INLINE int32_t new_numbers(const int which, const double *c, ball d, float *s) {
         if (which == ASGD_COPY)
             s[1] = s[0];
         else
-            failed |= store(plus(exact(s[1]), scaled(weight, minus(exact(s[0]), exact(s[1])))), &s[1]);
+            failed |= store(plus(exact(s[1]), scaled_closely(weight, minus(exact(s[0]), exact(s[1])))), &s[1]);
         return failed;
     }
     case RPROP: { /* each number has one operation, of which IEEE arithmetic rounds the exact result */

@@ -12,7 +12,7 @@ takes the betas as given.
 To add an optimizer `name`:
 
 1. write its definition in optimizer_formulas.py, `name(params, grads, *states, *, hyperparameters)`, which
-   updates in place; here, if it has a loop in csrc;
+   updates in place; its loop, if it has one, is a case in csrc/optimizer_formulas.c;
 2. add it to `_DEFINITIONS`, with the options it takes from PyTorch's functions, and to `DEFINED`;
 3. add the functions of PyTorch that it replaces to OPTIMIZER_STEPS in reproml/torch_internals.py;
 4. test it against real numbers in tests/arithmetic/operators/test_optimizers.py (test_other_optimizers).

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler import executor, kernels
 from reproml.arithmetic.numerics.rounding import U, nearest
+from reproml.arithmetic.operators import optimizer_formulas
 
 CSRC = Path(kernels.__file__).parents[1] / "csrc"
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -441,6 +442,16 @@ def adam(library: Any, which: int) -> list[Found]:
     return [Found(left != 0, state[which].item(), ABOVE)]
 
 
+def other_optimizer(library: Any) -> list[Found]:
+    """The parameter of ASGD. The loops of all optimizers but Adam and SGD share its rounding test."""
+    p, average, g = torch.ones(1), torch.zeros(1), torch.ones(1)
+    state, failed = (ctypes.c_void_p * 4)(at(p), at(average), None, None), integers(0)
+    numbers = (ctypes.c_double * 9)(1.0, -STEP)  # shrinkage, rate
+    loop = optimizer_formulas._LOOPS["asgd_copy"]
+    left = library.reproml_optimizer_step(loop, 1, state, at(g), 1.0, 0.0, numbers, failed)
+    return [Found(left != 0, p.item(), ABOVE)]
+
+
 def factors() -> tuple[int, int, int]:
     """p, q and p q: an odd multiple of half an ulp whose tie goes up."""
     for n in range(2**24 + 3, 2**24 + 1000, 4):
@@ -515,6 +526,7 @@ SINGLE: dict[str, Callable[[Any], list[Found]]] = {
     "adam": lambda c: adam(c, 0),
     "adam, average": lambda c: adam(c, 2),
     "adam, average of squares": lambda c: adam(c, 3),
+    "other optimizers": other_optimizer,
     "sigmoid gradient": lambda c: small_factor(c, "sigmoid_backward"),
     "softmax gradient": lambda c: small_factor(c, "softmax_backward"),
 }
