@@ -184,7 +184,7 @@ INLINE int32_t run_loop(const int which, const int states, const step *x, intege
 #define LOOP(which, states) \
     case which: return run_loop(which, states, x, at, n, r);
 
-VECTORISED static int32_t run_block(const step *x, integer at, int n, rounded *restrict r) {
+VECTORISED static int32_t optimizer_block(const step *x, integer at, int n, rounded *restrict r) {
     switch (x->loop) {
         LOOP(RMSPROP, 2)
         LOOP(RMSPROP_CENTERED, 3)
@@ -203,14 +203,14 @@ VECTORISED static int32_t run_block(const step *x, integer at, int n, rounded *r
     return 0;
 }
 
-static void run_task(integer task, void *data) {
+static void optimizer_task(integer task, void *data) {
     step *x = data;
     int states = 1;
     while (states < STATES && x->state[states]) states++;
     rounded r;
     for (integer at = task * TASK; at < (task + 1) * TASK && at < x->n; at += BLOCK) {
         int n = (int)(x->n - at < BLOCK ? x->n - at : BLOCK);
-        write_back(at, n, &r, x->state, states, run_block(x, at, n, &r), &x->failed);
+        write_back(at, n, &r, x->state, states, optimizer_block(x, at, n, &r), &x->failed);
     }
 }
 
@@ -221,6 +221,6 @@ integer reproml_optimizer_step(int loop, integer n, float *const *state, const f
     step x = {.n = n, .loop = loop, .sign = sign, .decay = decay, .g = g, .failed = {failed, n, 0}};
     memcpy(x.number, number, sizeof x.number);
     memcpy(x.state, state, sizeof x.state);
-    reproml_parallel(run_task, &x, (n + TASK - 1) / TASK);
+    reproml_parallel(optimizer_task, &x, (n + TASK - 1) / TASK);
     return x.failed.count;
 }

@@ -12,6 +12,7 @@
 #define SMALL (1 << 20) /* multiplications of one product of a batch that are not worth several threads */
 
 #define TILE (TILE_ROWS * TILE_COLUMNS)
+#define MANY 16  /* elements of a tile that fail, from which on they are summed again in rows */
 #define SHORT 32 /* terms, fewer than which cost less across the columns than along the terms */
 #define WIDE 480 /* columns that are multiplied with few lines of a at once: a multiple of every tile */
 
@@ -186,19 +187,71 @@ static void prepare(integer panel, void *data) {
     if (is_last(j) && take_roots(j->norm_a + i, rows)) set_flag(j->infinite);
 }
 
-/* Sum an element that failed the test again, with its rounding errors. */
-static void round_with_errors(const product *x, integer item, integer i, integer j, double sum) {
-    const float *a = x->a.first + item * x->a.step + x->a.line[i], *b = x->b.first + item * x->b.step + x->b.line[j];
+/* Round an element that failed the test by the sum of its terms with its rounding errors. */
+static void round_with_errors(const product *x, integer item, integer i, integer j, compensated s) {
     integer at = item * x->out_step + x->row[i] + x->column[j];
-    compensated s = {0, 0, 0};
-    if (sum != sum) { /* NaN in any order */
-        x->out[at] = (float)sum;
-        return;
-    }
-    for (integer p = 0; p < x->k; p++) add_exact(&s, (double)a[x->a.term[p]] * b[x->b.term[p]]);
     if (x->row_bias) add_exact(&s, x->row_bias[item * x->bias_step + i]);
     if (x->column_bias) add_exact(&s, x->column_bias[item * x->bias_step + j]);
     if (round_compensated(&s, x->k + 1, x->out + at)) add_failure(x->failed, at);
+}
+
+static compensated sum_with_errors(const product *x, integer item, integer i, integer j) {
+    const float *a = x->a.first + item * x->a.step + x->a.line[i], *b = x->b.first + item * x->b.step + x->b.line[j];
+    compensated s = {0, 0, 0};
+    for (integer p = 0; p < x->k; p++) add_exact(&s, (double)a[x->a.term[p]] * b[x->b.term[p]]);
+    return s;
+}
+
+/* The sums of a row of a tile, each as in `compensated`. */
+typedef struct {
+    double s[TILE_COLUMNS], t[TILE_COLUMNS], size[TILE_COLUMNS];
+} row_of_sums;
+
+INLINE void add_rows_with_errors(integer depth, const float *restrict a, const float *restrict b, const int pitch,
+                                 row_of_sums *restrict sums) {
+    double s[TILE_COLUMNS], t[TILE_COLUMNS], size[TILE_COLUMNS];
+    memcpy(s, sums->s, sizeof s), memcpy(t, sums->t, sizeof t), memcpy(size, sums->size, sizeof size);
+    for (integer p = 0; p < depth; p++) {
+        const double v = a[p * TILE_ROWS];
+        for (int j = 0; j < pitch; j++) {
+            double sum, error;
+            two_sum(s[j], v * b[p * pitch + j], &sum, &error);
+            s[j] = sum, t[j] += error, size[j] += fabs(error);
+        }
+    }
+    memcpy(sums->s, s, sizeof s), memcpy(sums->t, t, sizeof t), memcpy(sums->size, size, sizeof size);
+}
+
+VECTORISED static void add_with_errors(integer depth, const float *restrict a, const float *restrict b, int pitch,
+                                       row_of_sums *restrict sums) {
+    if (pitch == 24)
+        add_rows_with_errors(depth, a, b, 24, sums);
+    else if (pitch == 16)
+        add_rows_with_errors(depth, a, b, 16, sums);
+    else
+        add_rows_with_errors(depth, a, b, 8, sums);
+}
+
+/* Round the elements of a tile that failed, of which there are many: whole rows at once. */
+static void round_rows_with_errors(const product *x, integer item, integer i, integer j, int m, int n,
+                                   const int *failed, int count) {
+    float a[SLICE * TILE_ROWS], b[SLICE * TILE_COLUMNS];
+    row_of_sums sums[TILE_ROWS];
+    int used[TILE_ROWS] = {0};
+    memset(sums, 0, sizeof sums);
+    for (int t = 0; t < count; t++) used[failed[t] / TILE_COLUMNS] = 1;
+    for (integer p = 0; p < x->k; p += SLICE) {
+        integer depth = smaller(x->k - p, SLICE);
+        pack(x, &x->a, item, i, m, p, depth, TILE_ROWS, a);
+        pack(x, &x->b, item, j, n, p, depth, x->pitch, b);
+        for (int r = 0; r < m; r++)
+            if (used[r]) add_with_errors(depth, a + r, b, x->pitch, sums + r);
+    }
+    for (int t = 0; t < count; t++) {
+        int r = failed[t] / TILE_COLUMNS, c = failed[t] % TILE_COLUMNS;
+        compensated sum = {sums[r].s[c], sums[r].t[c], sums[r].size[c]};
+        round_with_errors(x, item, i + r, j + c, sum);
+    }
 }
 
 static int is_run(const integer *at, integer n, integer step) {
@@ -237,8 +290,21 @@ static void store(const product *x, integer item, integer i, integer j, const do
             for (int r = 0; r < m; r++)
                 for (int c = 0; c < n; c++) out[row[r] + column[c]] = tile[r * TILE_COLUMNS + c];
     }
-    for (int t = 0; t < count; t++)
-        round_with_errors(x, item, i + failed[t] / TILE_COLUMNS, j + failed[t] % TILE_COLUMNS, sums[failed[t]]);
+    int left = 0;
+    for (int t = 0; t < count; t++) {
+        int r = failed[t] / TILE_COLUMNS, c = failed[t] % TILE_COLUMNS;
+        if (sums[failed[t]] != sums[failed[t]])
+            out[row[r] + column[c]] = (float)sums[failed[t]]; /* NaN in any order */
+        else
+            failed[left++] = failed[t];
+    }
+    if (left >= MANY)
+        round_rows_with_errors(x, item, i, j, m, n, failed, left);
+    else
+        for (int t = 0; t < left; t++) {
+            integer r = i + failed[t] / TILE_COLUMNS, c = j + failed[t] % TILE_COLUMNS;
+            round_with_errors(x, item, r, c, sum_with_errors(x, item, r, c));
+        }
 }
 
 /* Multiply tiles of this section and block; each worker takes a range of the same length. */
