@@ -105,6 +105,11 @@ def redo(
                 x.view(-1)[index] = y
 
 
+def _share_no_memory(state: Sequence[Tensor]) -> bool:
+    """Return whether the tensors share no memory; if they do, the order of the formulas counts."""
+    return len({x.untyped_storage().data_ptr() for x in state}) == len(state)
+
+
 def _update(
     loop: str,
     reference_step: Callable[..., None],
