@@ -119,7 +119,7 @@ def _nearest(value: Callable[[Any], Any], bits: tuple[int, int] = _BITS) -> floa
     return -found if sign else found
 
 
-def rounded_to_odd(value: Callable[[Any], Any]) -> float:
+def rounded_to_odd(value: Callable[[Any], Any], bits: tuple[int, int] = _BITS) -> float:
     """Return the float next to value(mpmath) towards zero if it is odd or exact, else its neighbour.
 
     Rounding that to a format of fewer than 52 bits gives what rounding the value gives: S. Boldo and
@@ -127,9 +127,9 @@ def rounded_to_odd(value: Callable[[Any], Any]) -> float:
     """
     import mpmath
 
-    with mpmath.workprec(_BITS[0]):
+    with mpmath.workprec(bits[0]):
         x = value(mpmath.mp)
-        with mpmath.workprec(_BITS[1]):
+        with mpmath.workprec(bits[1]):
             sign, mantissa, exponent, _ = (+x)._mpf_
     return to_53_bits(-int(mantissa) if sign else int(mantissa), 1, exponent)
 

@@ -107,9 +107,7 @@ def _problem(
         all(0 <= x <= steps for x in lengths[0]),
         f"Expected input_lengths to have values between 0 and {steps}",
     )
-    require(
-        all(x >= 0 for x in lengths[1]), "Expected target_lengths to have values of at least 0"
-    )
+    require(all(x >= 0 for x in lengths[1]), "Expected target_lengths to have values of at least 0")
     longest = max(lengths[1], default=0)
     columns = torch.arange(longest, device=device)
     sizes = torch.tensor(lengths[1], dtype=torch.int64).to(device)
@@ -217,4 +215,3 @@ def ctc_loss_backward(
     result = torch.where((neg_log_likelihood == INFINITY).reshape(1, n, 1), missing, result)
     step = torch.arange(steps, device=log_probs.device).reshape(-1, 1, 1)
     return torch.where(step < problem.inputs.reshape(1, n, 1), result, 0.0)
-
