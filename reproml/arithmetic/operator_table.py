@@ -549,10 +549,12 @@ GRADIENTS: dict[str, Definition] = {
 
 # ALTERNATIVES: why operators that begin with a name are refused, and what to use instead; the first match
 # counts. The names without a namespace are PyTorch's own.
-COMPLEX = "complex numbers have no exact definition; keep the real and the imaginary parts in two float32 tensors"
+COMPLEX = (
+    "complex numbers have no exact definition; keep real and imaginary parts in two float32 tensors"
+)
 SPARSE = (
-    "sparse tensors have no exact definition; use dense tensors, sparse=False in an embedding, and index_add "
-    "or scatter_add in place of a product with a sparse matrix"
+    "sparse tensors have no exact definition; use dense tensors, sparse=False in an embedding, and "
+    "index_add or scatter_add in place of a product with a sparse matrix"
 )
 _FOURIER = (
     "a Fourier transform has no exact definition; multiply by matrices of cosines and sines "
@@ -607,7 +609,7 @@ ALTERNATIVES: dict[str, str] = {
     **dict.fromkeys(["_standard_gamma", "_sample_dirichlet", "_dirichlet_grad"], _REJECTION),
     **dict.fromkeys(["poisson", "binomial"], _REJECTION),
     "log_normal": "it has no definition; use x.normal_(mean, std).exp_()",
-    "geometric": "it has no definition; use torch.ceil(torch.log(1 - u) / math.log1p(-p)) of u = torch.rand",
+    "geometric": "it has no definition; use torch.ceil(torch.log(1 - torch.rand_like(x)) / math.log1p(-p))",
     **dict.fromkeys(
         ["igamma", "special_zeta", "special_bessel_y", "special_modified_bessel_k"], _LONG
     ),

@@ -65,7 +65,8 @@ class Echelon(NamedTuple):
 
 def echelon(m: Array, width: int) -> Echelon:
     """Eliminate the first `width` columns of an integer matrix from all rows but the pivot's."""
-    m, d, sign, columns = m.copy(), 1, 1, []
+    m, d, sign = m.copy(), 1, 1
+    columns: list[int] = []
     for j in range(width):
         k = len(columns)
         if k == len(m):
@@ -168,7 +169,7 @@ class LU(NamedTuple):
 
 
 def lu(a: Array) -> LU:
-    """Factorize a matrix [m, n]: each pivot is the exactly largest number of its column, the first if equal."""
+    """Factorize a matrix [m, n]. A pivot is the largest number of its column, the first if equal."""
     m, e = integers(a)
     m = m.copy()
     rows, width = m.shape

@@ -59,7 +59,10 @@ def logspace(
     device: Any = None,
     **_: Any,
 ) -> Tensor:
-    """Return base^(start + i (end - start) / (steps - 1)), rounded once. Raises NotExactError for base <= 0."""
+    """Return base^(start + i (end - start) / (steps - 1)), rounded once.
+
+    Raises NotExactError unless base > 0.
+    """
     require_float32(dtype or torch.get_default_dtype())
     if not 0 < base < math.inf:
         raise NotExactError(
@@ -136,6 +139,8 @@ def _window(
     return by_long_numbers(value, torch.arange(length).float()).to(device or "cpu")
 
 
-hann_window, hamming_window, blackman_window, bartlett_window, kaiser_window = map(
-    window, (_hann, _hamming, _blackman, _bartlett, _kaiser)
-)
+hann_window = window(_hann)
+hamming_window = window(_hamming)
+blackman_window = window(_blackman)
+bartlett_window = window(_bartlett)
+kaiser_window = window(_kaiser)

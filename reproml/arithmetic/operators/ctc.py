@@ -54,21 +54,19 @@ def ctc_loss(
     blank: int = 0,
     zero_infinity: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute aten._ctc_loss: the losses [n], infinite where there is no path, and alpha [n, t, 2 s + 1]."""
+    """Compute aten._ctc_loss: the losses [n], infinite where no path exists, and alpha [n, t, 2 s + 1]."""
     problem = _problem(log_probs, targets, input_lengths, target_lengths, blank)
     steps = len(log_probs)
     start = torch.arange(problem.labels.shape[1], device=log_probs.device)
     first = (start <= 1) & (start <= problem.last.unsqueeze(1))
-    alphas = []
-    alpha = torch.zeros_like(problem.y[0]) if steps else None
-    for t in range(steps):
-        if t == 0:
-            alpha = torch.where(first, problem.y[0], -INFINITY)
-        else:
-            before = _shifted(alpha, 1)
+    alphas: list[Tensor] = []
+    for y in problem.y:
+        if alphas:
+            alpha = alphas[-1]
             two_before = torch.where(problem.skips, _shifted(alpha, 2), -INFINITY)
-            alpha = _step(alpha, before, two_before, problem.y[t])
-        alphas.append(alpha)
+            alphas.append(_step(alpha, _shifted(alpha, 1), two_before, y))
+        else:
+            alphas.append(torch.where(first, y, -INFINITY))
     shape = (len(problem.last), steps, problem.labels.shape[1])
     log_alpha = torch.stack(alphas, 1) if alphas else log_probs.new_empty(shape)
     return _loss(log_alpha, problem), log_alpha
@@ -188,7 +186,7 @@ def ctc_loss_backward(
     place = torch.arange(problem.labels.shape[1], device=log_probs.device)
     last = problem.last.unsqueeze(1)
     at_end = (place == last) | (place == last - 1)
-    beta = torch.full_like(log_alpha[:, 0], -INFINITY) if steps else None
+    beta = log_alpha.new_full((n, len(place)), -INFINITY)
     follows = _shifted(problem.skips, -2, False)
     loss = neg_log_likelihood.unsqueeze(1)
     sums = []

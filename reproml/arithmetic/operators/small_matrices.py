@@ -268,7 +268,7 @@ def _exchanged(x: Array, steps: Any) -> Array:
 def cholesky_ex(
     a: Tensor, *, upper: bool = False, check_errors: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Compute aten.linalg_cholesky_ex: L with L L^T = a, or L^T, and the order of a minor that is not > 0."""
+    """Compute aten.linalg_cholesky_ex: L with L L^T = a, or L^T; the order of a minor that is not > 0."""
     _require_small(a, square=True)
     found = _batches(exact.cholesky, a.mT if upper else a)
     factor = _tensor([x for x, _ in found], a, a.shape)

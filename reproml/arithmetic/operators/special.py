@@ -83,7 +83,10 @@ i1 = _function(lambda mp, x: mp.besseli(1, x), -100, 100, (-INF, INF))
 
 
 def _scaled_i(order: int) -> Callable[[Any, Any], Any]:
-    """exp(-|x|) I(|x|), with the sign of x for order 1; the first terms of its asymptotic series from 2^60 on."""
+    """exp(-|x|) I(|x|), with the sign of x for order 1.
+
+    From 2^60 on, two terms of its asymptotic series.
+    """
 
     def formula(mp: Any, x: Any) -> Any:
         size = abs(x)
