@@ -498,8 +498,14 @@ def on_device(x: Any) -> Any:
     return type(x)(map(on_device, x)) if isinstance(x, (list, tuple)) else x
 
 
-# linalg_qr reads the lengths of columns, bincount the length of its result, _grouped_mm the offsets.
-READING = ("linalg_qr", "bincount", "_grouped_mm")
+# linalg_qr reads the lengths of columns, bincount the length of its result, _grouped_mm the offsets, and
+# special functions that mpmath computes on the host their operands.
+READING = (
+    *("linalg_qr", "bincount", "_grouped_mm", "i0", "special_i0e", "special_i1"),
+    *("special_i1e", "special_modified_bessel_i0", "special_modified_bessel_i1"),
+    *("special_bessel_j0", "special_bessel_j1", "special_airy_ai", "special_erfcx"),
+    *("special_ndtri", "special_log_ndtr"),
+)
 # They copy a table of weights to the device, from pinned memory (numerics/devices.py), so nothing waits.
 COPYING = ("_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward")
 
