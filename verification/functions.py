@@ -310,7 +310,7 @@ def bessel_j(order: int) -> Callable[[Any], Any]:
 def spherical_bessel_j0(x: Real) -> Real:
     if x.v == 0 or not x.finite:
         return x if x.v != x.v else Real(1 if x.v == 0 else 0)
-    return o.sin(x) / x
+    return real(o.sin(x) / x)
 
 
 def ndtri(p: Real) -> Real:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import ctc_loss
 
 import reproml
 from tests.arithmetic.strategies import tensors
@@ -18,6 +17,7 @@ from verification.oracle import INF, NAN, Real, check, real, reals, rounded, sam
 
 few = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 NOTHING = Real(-INF)
+ctc_loss: Any = torch.nn.functional.ctc_loss  # which takes lists of lengths, too
 
 
 def added(terms: Any, y: Any) -> Any:
@@ -93,7 +93,7 @@ def test_each_step_is_rounded_once(problem, concatenated):
         words = torch.full((len(targets), 4), 1 - min(blank, 1), dtype=torch.int64)
         for i, w in enumerate(targets):
             words[i, : len(w)] = torch.tensor(w, dtype=torch.int64)
-    leaf = x.detach().clone().requires_grad_()
+    leaf: Any = x.detach().clone().requires_grad_()
     weights = torch.tensor([0.75, -1.5])[: len(targets)]
     with reproml.exact():
         loss = ctc_loss(leaf, words, lengths, sizes, blank, "none")
@@ -111,7 +111,7 @@ def test_each_step_is_rounded_once(problem, concatenated):
 
 
 def test_target_without_path_is_infinite():
-    x = torch.zeros(2, 1, 3, requires_grad=True)
+    x: Any = torch.zeros(2, 1, 3, requires_grad=True)
     with reproml.exact():
         loss = ctc_loss(x, torch.tensor([[1, 1]]), [2], [2])
         none = ctc_loss(x, torch.tensor([[1, 1]]), [2], [2], zero_infinity=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def test_higher_polygamma_is_rounded_once(n):
     wanted += [Real(v) for v in (pole, pole, 0, NAN, NAN)]
     with reproml.exact():
         check(torch.polygamma(n, x), wanted)
-        leaf = x[:5].clone().requires_grad_()
+        leaf: Any = x[:5].clone().requires_grad_()
         torch.polygamma(n, leaf).sum().backward()
         assert same_bits(leaf.grad, torch.polygamma(n + 1, x[:5]))
 
