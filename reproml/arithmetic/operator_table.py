@@ -134,7 +134,7 @@ PROMOTING = (layouts.ELEMENTWISE | {"cumsum"}) - FLOAT64
 
 # ROUNDING_INTEGERS: beginnings of the names of operators outside this table that compute with real numbers
 # even if they take and return integers.
-ROUNDING_INTEGERS = ("upsample_", "_upsample_", "logspace")
+ROUNDING_INTEGERS = ("upsample_", "_upsample_")
 
 Definition = Callable[..., Any]
 

@@ -86,9 +86,7 @@ class _Det(torch.autograd.Function):
                 "gradient is an inverse that can be differentiated again."
             )
         (cofactors,) = ctx.saved_tensors
-        if g is None or not cofactors.numel():  # as PyTorch: no gradient of an empty matrix
-            return None
-        return g[..., None, None] * cofactors
+        return None if g is None else g[..., None, None] * cofactors
 
 
 def linalg_slogdet(a: Tensor) -> tuple[Tensor, Tensor]:
