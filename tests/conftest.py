@@ -28,7 +28,8 @@ SLOW_FILES = {
         "tests/arithmetic/dispatch": "deferred dispatcher",
         "tests/arithmetic/distributed": "partial_sums sharded",
         "tests/arithmetic/operators": "creation ctc elementary grid_sampling matmul normalization "
-        "optimizer_formulas optimizers packed_convolution recurrent small_matrices special upsampling windows",
+        "optimizer_formulas optimizers packed_convolution recurrent small_matrices special "
+        "upsampling windows",
         "tests/diff": "compare pairs",
         "tests/pipeline": "data faults preprocess",
         "tests/tracing": "trace",
