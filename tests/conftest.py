@@ -27,8 +27,9 @@ SLOW_FILES = {
         "tests/arithmetic/compiler": "direct evaluate fast pair_program rounding_bounds",
         "tests/arithmetic/dispatch": "deferred dispatcher",
         "tests/arithmetic/distributed": "partial_sums sharded",
-        "tests/arithmetic/operators": "elementary grid_sampling matmul normalization optimizer_formulas "
-        "optimizers packed_convolution recurrent upsampling windows",
+        "tests/arithmetic/operators": "creation ctc elementary grid_sampling matmul normalization "
+        "optimizer_formulas optimizers packed_convolution recurrent small_matrices special "
+        "upsampling windows",
         "tests/diff": "compare pairs",
         "tests/evidence": "exports formats inputs provenance registry reproduced signature",
         "tests/pipeline": "data faults preprocess",

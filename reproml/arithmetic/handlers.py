@@ -165,8 +165,15 @@ def _is_number(x: Any) -> bool:
 
 
 def _refuse_layout(x: Tensor) -> None:
-    if not x.is_meta:
-        raise NotExactError(f"it is not defined for {x.dtype} of layout {x.layout}")
+    if x.is_meta:
+        return
+    if x.is_complex():
+        raise NotExactError(table.COMPLEX)
+    raise NotExactError(table.SPARSE if "sparse" in str(x.layout) else _undefined_layout(x))
+
+
+def _undefined_layout(x: Tensor) -> str:
+    return f"it is not defined for {x.dtype} of layout {x.layout}"
 
 
 def _check_numbers_beside(dtype: torch.dtype, args: Any, values: frozenset[int]) -> None:
@@ -261,12 +268,12 @@ def _runs_natively(name: str, args: list[Any]) -> bool:
     if not operands:
         return False
     if any(isinstance(x, complex) for x in args):
-        raise NotExactError("it is not defined for complex numbers")
+        raise NotExactError(table.COMPLEX)
     beside_float32 = any(x.dtype is torch.float32 and x.dim() for x in operands)
     in_float64 = name in table.FLOAT64
     for x in operands:
-        if x.layout is not torch.strided:
-            raise NotExactError(f"it is not defined for layout {x.layout}")
+        if x.layout is not torch.strided or x.is_complex():
+            _refuse_layout(x)
         if x.dtype is torch.float64 and not x.dim() and beside_float32:
             continue  # beside a float32 tensor it counts like a Python number
         if x.dtype is torch.float64 and in_float64:
@@ -366,19 +373,20 @@ def _decompose(operator: Any) -> Function:
 def _refuse_floats(operator: Any) -> Function:
     """Run it natively, but only if no floating-point number goes in or comes out."""
     takes_float = any(str(x.type) == "float" for x in operator._schema.arguments)
-    name = operator._schema.name.partition("::")[2]
+    namespace, _, name = operator._schema.name.partition("::")
+    reason = _reason(name if namespace == "aten" else operator._schema.name)
     rounds = name.startswith(table.ROUNDING_INTEGERS)
 
     def integers_only(*args: Any, **kwargs: Any) -> Any:
         if _is_on_meta(args, kwargs):
             return operator(*args, **kwargs)
         if rounds or takes_float or any(isinstance(x, (float, complex)) for x in args):
-            raise _not_in_table()
+            raise NotExactError(reason)
         if any(_is_inexact(x) for x in tensors([*args, *kwargs.values()])):
-            raise _not_in_table()
+            raise NotExactError(reason)
         result = operator(*args, **kwargs)
         if any(_is_inexact(x) for x in tensors([result])):
-            raise _not_in_table()
+            raise NotExactError(reason)
         return result
 
     return integers_only
@@ -394,8 +402,10 @@ def _is_inexact(x: Tensor) -> bool:
 # `refuse` completes it.
 
 
-def _not_in_table() -> NotExactError:
-    return NotExactError("it is not in the table of exact operators")
+def _reason(name: str) -> str:
+    """Return why an operator without a definition is refused, with a remedy if the table has one."""
+    known = (text for start, text in table.ALTERNATIVES.items() if name.startswith(start))
+    return next(known, "it is not in the table of exact operators")
 
 
 def refuse(error: NotExactError, operator: Any, args: Any, kwargs: Any) -> Any:

@@ -47,6 +47,12 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     return y if x.dim() == 2 else y.view([*x.shape[:-1], y.shape[-1]])
 
 
+def conv_tbc(x: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
+    """Return the 1-dim convolution of x [time, n, channels] with weight [time, channels, channels]."""
+    y = torch.conv1d(x.permute(1, 2, 0), weight.permute(2, 1, 0), bias, padding=pad)
+    return y.permute(2, 0, 1).contiguous()
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return the product of matrices or vectors, rounded once.
 

@@ -274,6 +274,23 @@ def exponential_(x: Tensor, rate: float = 1, *, generator: Any = None) -> Tensor
     return x.copy_(elementwise(lambda ctx, u: -ctx.log1p(-u) / r, u))
 
 
+def cauchy_(x: Tensor, median: float = 0, sigma: float = 1, *, generator: Any = None) -> Tensor:
+    """Write median + sigma tan(pi (u - 1/2)) to x, rounded once, with u a float64 from `rand`.
+
+    For u = 0 it is minus infinity. Raises RuntimeError unless sigma > 0.
+    """
+    require(sigma > 0, f"cauchy_ expects sigma > 0, not {sigma}")
+    u = _uniform_like(x, torch.float64, generator)
+    m, s = float32_scalar(median), float32_scalar(sigma)
+
+    def formula(ctx: Any, u: Any) -> Any:
+        v = u - Fraction(1, 2)
+        return m + s * ctx.sinpi(v) / ctx.sinpi(Fraction(1, 2) - abs(v))
+
+    y = elementwise(formula, torch.where(u == 0, 0.5, u))
+    return x.copy_(torch.where(u == 0, -torch.inf, y))
+
+
 def multinomial(
     x: Tensor, count: int, replacement: bool = False, *, generator: Any = None
 ) -> Tensor:

@@ -279,6 +279,18 @@ def test_exponential_is_rounded_once(shape, layout, rate):
 
 
 @few
+@given(shapes, st.sampled_from([(0.0, 1.0), (0.3, 7.0)]))
+def test_cauchy_is_rounded_once(shape, parameters):
+    native, exact = both(lambda: torch.empty(shape).cauchy_(*parameters))
+    assert torch.allclose(native, exact, rtol=1e-4, atol=1e-4)
+    torch.manual_seed(5)
+    u = torch.rand(shape, dtype=torch.float64).reshape(-1).tolist()
+    median, sigma = map(float32_scalar, parameters)
+    tangents = [Real(o.mp.tan(o.mp.pi * (o.mp.mpf(v) - 0.5))) for v in u]
+    check(exact.reshape(-1), [median + sigma * t for t in tangents])
+
+
+@few
 @given(shapes, layouts)
 def test_integers_match_pytorch(shape, layout):
     """The bits equal PyTorch's on the CPU."""
