@@ -99,6 +99,8 @@ alias_copy as_strided_copy detach_copy expand_copy narrow_copy permute_copy slic
 split_with_sizes_copy squeeze_copy t_copy transpose_copy unbind_copy unfold_copy unsqueeze_copy view_copy
 as_strided_scatter diagonal_scatter select_scatter slice_scatter
 block_diag rot90 resize_as nonzero_static _chunk_cat lu_unpack
+_efficientzerotensor is_same_size _fw_primal _make_dual _new_zeros_with_same_feature_meta
+_has_same_storage_numel
 """.split())
 
 # UNDEFINED_OVERLOADS: overloads that are refused although their operator is in DATA_MOVEMENT or EXACT.
@@ -123,6 +125,10 @@ add sub rsub mul div sum mean max min amax amin maximum minimum allclose
 index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy round
 """.split())
 # fmt: on
+
+# WITHOUT_FORWARD_MODE: operators in EXACT whose forward-mode derivatives differ between versions of
+# PyTorch. Handlers do not see which operands have a tangent, so a dual level refuses them for all tensors.
+WITHOUT_FORWARD_MODE = frozenset("clamp clamp_min clamp_max maximum minimum fmax fmin".split())
 
 # PROMOTING: operators whose operands of other dtypes are rounded to float32 first, as PyTorch promotes
 # them. The lines of FLOAT64 do so themselves, by their own result's dtype.
