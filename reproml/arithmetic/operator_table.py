@@ -122,7 +122,7 @@ median nanmedian kthvalue mode aminmax bincount _unique2 unique_dim unique_conse
 # what evaluation and comparisons of results take.
 FLOAT64 = frozenset("""
 add sub rsub mul div sum mean max min amax amin maximum minimum allclose
-index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy round
+index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy round multinomial
 """.split())
 # fmt: on
 
@@ -456,6 +456,8 @@ EXACT: dict[str, Definition] = {
     "native_dropout_backward": random.native_dropout_backward,
     "exponential_": random.exponential_,
     "multinomial": random.multinomial,
+    "_standard_gamma": random.standard_gamma,
+    "_sample_dirichlet": random.sample_dirichlet,
     "randperm": random.drawn_on_cpu(torch.randperm),
     "randint": random.drawn_on_cpu(torch.randint),
     "randint_like": random.randint_like,
