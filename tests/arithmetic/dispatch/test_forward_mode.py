@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch.autograd import forward_ad
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import reproml
 from reproml import NotExactError
@@ -54,7 +55,8 @@ def test_derivative_has_the_same_bits_on_both_paths(name, monkeypatch):
     with reproml.exact():
         again = jvp(function, (x,), (t,))
     assert all(map(same_bits, found, again))
-    expected = jvp(function, (x.double(),), (t.double(),))
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
+        expected = jvp(function, (x.double(),), (t.double(),))
     assert all(torch.allclose(a.double(), b, rtol=1e-4, atol=1e-4) for a, b in zip(found, expected))
 
 
