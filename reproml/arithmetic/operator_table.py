@@ -71,7 +71,7 @@ alias as_strided detach diagonal expand permute select slice split split_with_si
 unbind unfold unsqueeze view _reshape_alias _unsafe_view
 flatten reshape narrow chunk contiguous
 empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like
-new_ones lift_fresh empty_permuted
+new_ones lift_fresh empty_permuted _fw_primal
 """.split())
 # COPIES: operators that write some of their operands' numbers to a new tensor, and have no overload that
 # computes.
@@ -99,7 +99,7 @@ alias_copy as_strided_copy detach_copy expand_copy narrow_copy permute_copy slic
 split_with_sizes_copy squeeze_copy t_copy transpose_copy unbind_copy unfold_copy unsqueeze_copy view_copy
 as_strided_scatter diagonal_scatter select_scatter slice_scatter
 block_diag rot90 resize_as nonzero_static _chunk_cat lu_unpack
-_efficientzerotensor is_same_size _fw_primal _make_dual _new_zeros_with_same_feature_meta
+_efficientzerotensor is_same_size _make_dual _new_zeros_with_same_feature_meta
 _has_same_storage_numel
 """.split())
 
