@@ -343,6 +343,7 @@ def teststate_dicts_are_found_below_string_keys():
         "empty": {},
         "sparse": {"x": x.to_sparse()},
         "deep": {"er": {"x": x}},
+        "scores": {os.path.abspath("best.ckpt"): x},
     }
     found = {place: sorted(state) for place, state in state_dicts("f", content)}
     assert found == {

@@ -36,7 +36,7 @@ from reproml.arithmetic.dispatch.dispatcher import Handler, Kind
 from reproml.arithmetic.dispatch.schema import tensors
 from reproml.arithmetic.operators import casts
 from reproml.errors import NotExactError
-from reproml.torch_internals import DispatchKey, UnknownPyTorchError
+from reproml.torch_internals import DispatchKey, UnknownPyTorchError, in_forward_mode
 
 _COMPOSITE = DispatchKey.CompositeImplicitAutograd
 
@@ -229,7 +229,19 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
             _copy_into(out.resize_(result.shape), result)
         return outs[0] if len(outs) == 1 else tuple(outs)
 
-    return exact
+    return _refuse_in_forward_mode(exact) if name in table.WITHOUT_FORWARD_MODE else exact
+
+
+def _refuse_in_forward_mode(run: Function) -> Function:
+    def unless_dual(*args: Any, **kwargs: Any) -> Any:
+        if in_forward_mode() and any(map(_is_inexact, tensors([*args, *kwargs.values()]))):
+            raise NotExactError(
+                "its forward-mode derivative differs between versions of PyTorch; use reverse mode, such "
+                "as torch.func.vjp and jacrev, or torch.where"
+            )
+        return run(*args, **kwargs)
+
+    return unless_dual
 
 
 def _all_of(dtypes: tuple[torch.dtype, ...], args: Any) -> bool:

@@ -75,7 +75,7 @@ alias as_strided detach diagonal expand permute select slice split split_with_si
 unbind unfold unsqueeze view _reshape_alias _unsafe_view
 flatten reshape narrow chunk contiguous
 empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like
-new_ones lift_fresh empty_permuted
+new_ones lift_fresh empty_permuted _fw_primal
 """.split())
 # COPIES: operators that write some of their operands' numbers to a new tensor, and have no overload that
 # computes.
@@ -103,6 +103,8 @@ alias_copy as_strided_copy detach_copy expand_copy narrow_copy permute_copy slic
 split_with_sizes_copy squeeze_copy t_copy transpose_copy unbind_copy unfold_copy unsqueeze_copy view_copy
 as_strided_scatter diagonal_scatter select_scatter slice_scatter
 block_diag rot90 resize_as nonzero_static _chunk_cat lu_unpack
+_efficientzerotensor is_same_size _make_dual _new_zeros_with_same_feature_meta
+_has_same_storage_numel
 """.split())
 
 # UNDEFINED_OVERLOADS: overloads that are refused although their operator is in DATA_MOVEMENT or EXACT.
@@ -124,9 +126,13 @@ median nanmedian kthvalue mode aminmax bincount _unique2 unique_dim unique_conse
 # what evaluation and comparisons of results take.
 FLOAT64 = frozenset("""
 add sub rsub mul div sum mean max min amax amin maximum minimum allclose
-index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy round
+index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy round multinomial
 """.split())
 # fmt: on
+
+# WITHOUT_FORWARD_MODE: operators in EXACT whose forward-mode derivatives differ between versions of
+# PyTorch. Handlers do not see which operands have a tangent, so a dual level refuses them for all tensors.
+WITHOUT_FORWARD_MODE = frozenset("clamp clamp_min clamp_max maximum minimum fmax fmin".split())
 
 # PROMOTING: operators whose operands of other dtypes are rounded to float32 first, as PyTorch promotes
 # them. The lines of FLOAT64 do so themselves, by their own result's dtype.
@@ -497,6 +503,8 @@ EXACT: dict[str, Definition] = {
     "exponential_": random.exponential_,
     "cauchy_": random.cauchy_,
     "multinomial": random.multinomial,
+    "_standard_gamma": random.standard_gamma,
+    "_sample_dirichlet": random.sample_dirichlet,
     "randperm": random.drawn_on_cpu(torch.randperm),
     "randint": random.drawn_on_cpu(torch.randint),
     "randint_like": random.randint_like,
