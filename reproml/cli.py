@@ -120,6 +120,7 @@ def _train_run(
             Output(terminal.print, progress),
             run.Recording(checkpoints, args.trace or recipe_trace),
             device,
+            args.micro_batch,
         )
         save(replace(result, trace=recipe_trace))
         if checkpoints:
@@ -145,7 +146,11 @@ def _train_steps(
     job = recipe, args.numerics, args.steps, None
     with joined(recipe.train.batch_size, job, device), traced, terminal.bar("train") as progress:
         output = Output(terminal.print, progress)
-        trained = train(recipe, prepared, args.numerics, args.steps, output, device=device)
+        trained = train(
+            *(recipe, prepared, args.numerics, args.steps, output),
+            device=device,
+            micro_batch=args.micro_batch,
+        )
     sha256 = digest(trained.model)
     terminal.print(f"digest of the state dict after at most {args.steps} steps: {sha256}")
     return 0, {"weights.state_dict.sha256": sha256}
@@ -212,7 +217,7 @@ def pipeline_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     recipe = _recipe(args)
     golden.read_golden(golden.find_golden(recipe.name))  # fails now, not after the training
     args.run = args.out or _default_folder(args, recipe)
-    args.steps = args.trace = args.checkpoint_every = args.resume = None
+    args.steps = args.trace = args.checkpoint_every = args.resume = args.micro_batch = None
     status, results = 0, {}
     for verb in ("data", "train", "evaluate", "verify"):
         terminal.print(f"== {verb}")
@@ -389,6 +394,22 @@ def _refuse_useless_workers(args: argparse.Namespace) -> None:
         )
     if getattr(args, "trace", None):
         raise ReproError("--trace records the training of one process; start it without torchrun")
+    if getattr(args, "micro_batch", None):
+        raise ReproError(
+            "--micro-batch is for the training of one process; start it without torchrun"
+        )
+
+
+def _refuse_useless_micro_batch(args: argparse.Namespace) -> None:
+    """Raise ReproError if --micro-batch is given where it has no effect or no exact result."""
+    if getattr(args, "micro_batch", None) is None:
+        return
+    if args.numerics == "native":
+        raise ReproError(
+            "--micro-batch gives the same results only in exact numerics; leave it out"
+        )
+    if args.verb == "verify" and args.run is not None:
+        raise ReproError("--run verifies a run without training, so leave out --micro-batch")
 
 
 def _train_with_first_worker(args: argparse.Namespace) -> None:
@@ -475,6 +496,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "stop after N steps and write no run folder",
     },
+    "--micro-batch": {
+        "type": _positive_integer,
+        "metavar": "N",
+        "help": "compute each batch N rows at a time, in less memory, with the same results",
+    },
     "--checkpoint-every": {
         "type": _positive_integer,
         "metavar": "N",
@@ -553,11 +579,16 @@ VERBS = {
     "data": Verb(data_command, "--recipe --data --json"),
     "train": Verb(
         train_command,
-        "--recipe --data --out --numerics --device --steps --trace --checkpoint-every --resume --json",
+        "--recipe --data --out --numerics --device --steps --micro-batch --trace --checkpoint-every "
+        "--resume --json",
         trains=True,
     ),
     "evaluate": Verb(evaluate_command, "--recipe --data --run --numerics --device --json"),
-    "verify": Verb(verify_command, "--recipe --data --run --numerics --device --json", trains=True),
+    "verify": Verb(
+        verify_command,
+        "--recipe --data --run --numerics --device --micro-batch --json",
+        trains=True,
+    ),
     "pipeline": Verb(
         pipeline_command, "--recipe --data --out --numerics --device --json", trains=True
     ),
@@ -612,6 +643,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         )  # shows the verb's usage
     try:
         _refuse_useless_workers(args)
+        _refuse_useless_micro_batch(args)
         worker = this_worker()
         shared = worker.size > 1 and args.verb != "run"  # a script coordinates its own workers
         if shared and worker.rank > 0:
@@ -701,7 +733,10 @@ def _train_exactly(
 
     with terminal.bar("train") as progress:
         output = Output(terminal.print, progress)
-        return run.perform(recipe, args.data, "exact", output, device=device).items
+        micro_batch = getattr(args, "micro_batch", None)
+        return run.perform(
+            recipe, args.data, "exact", output, device=device, micro_batch=micro_batch
+        ).items
 
 
 def _default_folder(args: argparse.Namespace, recipe: Recipe) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
-_VERSION = 13  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
+_VERSION = 14  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
 
 # Function name -> (result type, argument types), as in csrc/*.c.
 _SIGNATURES = {
@@ -53,6 +53,7 @@ _SIGNATURES = {
     "reproml_adam": (_LONG, [_LONG, _POINTER, _POINTER] + [_DOUBLE] * 10 + [_POINTER]),
     "reproml_partial_product": (_INT, [_LONG] * 3 + [_POINTER] * 9),
     "reproml_partial_pairs": (None, [_LONG] * 2 + [_POINTER] * 7),
+    "reproml_add_products": (_LONG, [_LONG] * 3 + [_POINTER] * 9),
     "reproml_pack_sums": (None, [_LONG] * 2 + [_POINTER] * 3),
     "reproml_round_sums": (
         _LONG,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import TENSORS
 from reproml.arithmetic.dispatch.dispatcher import natively
+from reproml.arithmetic.distributed.micro_batches import MicroBatch
 from reproml.arithmetic.distributed.partial_sums import Partial, all_reduce, in_units, row_sums
 from reproml.arithmetic.distributed.pending import reduce_over_batch
 from reproml.arithmetic.distributed.rules.compute import on_gathered_batch, on_single_worker
@@ -83,6 +84,8 @@ def _scaled_sum(operands: Sequence[Tensor], height: int) -> Partial:
 def batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
     """In training, normalize each worker's rows with the statistics of the global batch."""
     x, weight, bias, *running, training, momentum, eps = args
+    if training and isinstance(x, Sharded) and isinstance(x.shard.group, MicroBatch):
+        x.shard.group.refuse_statistics()
     if not isinstance(x, Sharded) or not x.shard.is_leading:
         return on_gathered_batch(func, args, kwargs)
     if not training or x.shard.group.size == 1:

@@ -16,7 +16,6 @@ from reproml.arithmetic.distributed.operands import (
     normalize_dims,
     refuse,
 )
-from reproml.arithmetic.distributed.pending import map_tensors
 from reproml.arithmetic.distributed.rules.compute import on_gathered_batch
 from reproml.arithmetic.distributed.sharded import (
     RoundRobinShard,
@@ -24,6 +23,7 @@ from reproml.arithmetic.distributed.sharded import (
     first_sharded,
     shard_from_right,
 )
+from reproml.arithmetic.distributed.tensors import map_tensors
 from reproml.torch_internals import DisableTorchDispatch
 
 aten = torch.ops.aten
