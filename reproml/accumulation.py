@@ -111,6 +111,9 @@ class _Block:
             self._before[p], p.grad = p.grad, None
         elif self._written[p] is not current:
             p.grad = None  # that of an earlier micro-batch
+        elif current is not None and type(p.grad) is Tensor:  # so that a Later can be added to it
+            grad = p.grad
+            p.grad = Later(grad, lambda: grad, current)
         self._written[p] = current
 
 

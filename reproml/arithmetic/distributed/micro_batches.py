@@ -288,9 +288,9 @@ def _later(func: Any, args: Any, kwargs: Any, micro_batch: MicroBatch) -> Any:
 
 def _refuse_use() -> NoReturn:
     raise NotExactError(
-        "a number that depends on the complete batch, such as its loss or a statistic, was used before all "
-        "micro-batches were computed; use it after `with reproml.accumulate(...)`, or train with the "
-        "complete batch if the model itself depends on it"
+        "a number that depends on the complete batch, such as its loss, a statistic or the number of rows "
+        "that count in a mean, was used before all micro-batches were computed; use it after `with "
+        "reproml.accumulate(...)`, divide a sum by a number, or train with the complete batch"
     )
 
 

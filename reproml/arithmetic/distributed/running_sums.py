@@ -87,8 +87,8 @@ class RunningSum:
         failed = finite & failed & (t != 0)
         if self.divisor != 1:
             failed = finite
-        value = torch.where(failed | (t != 0), value, s.float() + 0.0)
-        value = torch.where(finite, value, s.float())
+        single = torch.where(s == 0, 0.0, s).float()  # an exact zero is +0
+        value = torch.where(finite & (t != 0), value, single)
         for at in {*failed.nonzero().squeeze(1).tolist(), *self.rests}:
             numbers = [float(s[at]), float(t[at]), *self.rests.get(at, ())]
             if math.isfinite(numbers[0]):

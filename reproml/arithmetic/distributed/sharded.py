@@ -108,7 +108,7 @@ class MicroBatchShard(RoundRobinShard):
 
     @property
     def local_sizes(self) -> list[int]:
-        return [self.local_size]
+        return [self.local_size, 1]  # as micro-batches of one row and of several must agree
 
     def is_local_count(self, n: int, device: torch.device) -> bool:
         # A single row that is broadcast gives the micro-batch the same numbers as its own row.

@@ -163,6 +163,8 @@ def select_backward(func: Any, args: Any, kwargs: Any) -> Any:
     dim %= len(shape)
     shard = g.shard.at_dim(g.shard.dim + (g.dim() < len(shape) and dim <= g.shard.dim))
     if dim == shard.dim:
+        if g.dim() == len(shape) and g.shape[dim] == shape[dim]:  # a slice of all rows, x[:, ...]
+            return Sharded(aten.alias(g.local), shard)
         return on_gathered_batch(func, args, kwargs)
     shape[shard.dim] = shard.local_size
     return Sharded(func(g.local, shape, dim, *rest, **kwargs), shard)
