@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from reproml import tracing
 from reproml.arithmetic import state
 from reproml.arithmetic.distributed.micro_batches import Accumulation, Later, MicroBatch
 from reproml.arithmetic.distributed.operands import shard_inputs
@@ -39,6 +40,11 @@ def accumulate(model: nn.Module, batch_size: int) -> Iterator[None]:
     """
     if state.active.depth == 0:
         raise ReproError("reproml.accumulate is exact only within reproml.exact(); put it inside")
+    if tracing.active is not None:
+        raise ReproError(
+            "a trace records complete batches, not micro-batches; record the training without "
+            "reproml.accumulate, which has the same steps"
+        )
     block = _Block(model, batch_size)
     with block.hooks():
         yield

@@ -408,6 +408,8 @@ def _refuse_useless_micro_batch(args: argparse.Namespace) -> None:
         raise ReproError(
             "--micro-batch gives the same results only in exact numerics; leave it out"
         )
+    if getattr(args, "trace", None):
+        raise ReproError("--trace records complete batches; leave out --micro-batch")
     if args.verb == "verify" and args.run is not None:
         raise ReproError("--run verifies a run without training, so leave out --micro-batch")
 

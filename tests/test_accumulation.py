@@ -367,6 +367,13 @@ def test_outside_of_exact_it_is_refused():
             pass
 
 
+def test_traced_training_is_refused(tmp_path):
+    with reproml.exact(), reproml.trace(tmp_path / "t"):
+        with pytest.raises(ReproError, match="a trace records complete batches"):
+            with reproml.accumulate(mlp(), 5):
+                pass
+
+
 def test_loss_of_an_earlier_block_is_a_number():
     with reproml.exact():
         model, x = mlp(), torch.randn(4, 4)

@@ -502,7 +502,8 @@ def _round_pairs(divisors: Sequence[int], received: Tensor) -> Tensor:
     value, failed = round_compensated(s, t + rests.sum(1), e)
     # If e = 0 the total is s, which may be halfway between two numbers.
     failed = (failed | ~e.isfinite()) & (e != 0)
-    return torch.where(failed, math.nan, torch.where(e == 0, s.float() + 0.0, value))
+    exact = torch.where(s == 0, 0.0, s).float()  # a negative sum may underflow to -0
+    return torch.where(failed, math.nan, torch.where(e == 0, exact, value))
 
 
 def _encode_exact(p: Partial, i: Tensor, j: Tensor) -> Tensor:

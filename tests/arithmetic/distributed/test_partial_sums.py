@@ -259,6 +259,18 @@ def test_products_of_three_numbers_fit_the_accumulator(triples):
     assert int.from_bytes(stored, "little", signed=True) == units
 
 
+def test_negative_sum_underflows_to_negative_zero():
+    """Two terms cancel exactly, so that the sum with its errors kept is what remains, -2^-160."""
+    a, b = torch.tensor([[1.0], [2.0**-80], [-1.0]]), torch.tensor([[1.0], [-(2.0**-80)], [1.0]])
+
+    def work(me: Thread) -> list[int]:
+        products = matrix_product(local_rows(a, me), local_rows(b, me), 3)
+        return bits(all_reduce(me, [products.partial()])[0])
+
+    for size in (1, 2, 3):
+        assert together(size, work) == [bits(exact_product(a, b))] * size
+
+
 def test_wrong_sum_within_its_bound_is_corrected():
     """A wrong sum fails the rounding test if its bound is honest; the exact sums decide the result."""
 
