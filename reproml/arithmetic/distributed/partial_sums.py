@@ -34,9 +34,9 @@ from reproml.arithmetic.numerics.rounding import SLACK, gamma, nearest, rounding
 from reproml.errors import ReproError
 
 # A product of four binary32 numbers is a multiple of 2^-596 below 2^512; 2^63 of them fit 1,216 bits.
-UNIT = 600
+_UNIT = 600
 _BYTES = 152
-_CHUNK = 1 << 22  # terms of failed elements that are computed at a time
+CHUNK = 1 << 22  # terms of failed elements that are computed at a time
 _RUN = 256  # products that are added in sequence: RUN of csrc/partial_sums.c
 
 
@@ -79,7 +79,7 @@ class Factors(NamedTuple):
     def terms(self, i: Tensor, j: Tensor) -> Iterator[Tensor]:
         """Yield the terms of these elements, float64 [some, k], a limited number at a time."""
         row, column = self.at(i, j)
-        step = max(1, _CHUNK // max(1, len(self.a_term)))
+        step = max(1, CHUNK // max(1, len(self.a_term)))
         for some, other in zip(row.split(step), column.split(step)):
             left = self.a[some.unsqueeze(1) + self.a_term]
             yield left.double() * self.b[other.unsqueeze(1) + self.b_term].double()
@@ -108,6 +108,8 @@ class Partial:
     # Rows and columns, int64 [f] -> exact sums / 2^-600.
     exact: Optional[Callable[[Tensor, Tensor], list[int]]] = None
     divisor: int = 1  # the total is divided by it; > 0
+    # Numbers whose exact sum along each row is that of this worker, float64 [m, some] at a time; n is 1.
+    terms: Optional[Callable[[], Iterator[Tensor]]] = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -334,7 +336,7 @@ def row_sums(x: Tensor, height: int, factor: Tensor) -> Partial:
 
 def in_units(x: Fraction) -> int:
     """Return x / 2^-600, which is an integer."""
-    return x.numerator * ((1 << UNIT) // x.denominator)
+    return x.numerator * ((1 << _UNIT) // x.denominator)
 
 
 # ---- the exchange: owner o has the rows o * s ... o * s + s - 1 of each matrix -----------------------
@@ -525,5 +527,5 @@ def _round_exact(divisors: Sequence[int], received: Tensor) -> Tensor:
     values = []
     for divisor, parts in zip(divisors, received.transpose(0, 1).cpu().numpy()):
         total = sum(int.from_bytes(x.tobytes(), "little", signed=True) for x in parts)
-        values.append(nearest(Fraction(total, divisor << UNIT)))
+        values.append(nearest(Fraction(total, divisor << _UNIT)))
     return torch.tensor(values, dtype=torch.float64, device=received.device).float()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
-from reproml.arithmetic.distributed.partial_sums import UNIT, Factors, Partial, Products
+from reproml.arithmetic.distributed.partial_sums import Factors, Partial, Products
 from reproml.arithmetic.numerics.exact_sums import round_compensated
 from reproml.arithmetic.numerics.rounding import nearest, two_sum
 
@@ -34,7 +34,7 @@ class RunningSum:
         """Add the terms of a part."""
         self.divisor = sums.divisor
         if isinstance(sums, Partial):
-            self._add_exact(sums)
+            self._add_terms(sums)
             return
         start, count = 0, max(1, _CHUNK // max(1, self.s.shape[1]))
         a_terms, b_terms = sums.factors.a_term.split(count), sums.factors.b_term.split(count)
@@ -59,13 +59,16 @@ class RunningSum:
                 for new in terms.tolist():
                     self._set(next(index), new)
 
-    def _add_exact(self, partial: Partial) -> None:
-        assert partial.exact is not None and self.s.shape[1] == 1
+    def _add_terms(self, partial: Partial) -> None:
+        """Add terms that are not products of two binary32 numbers, to a matrix of one column."""
+        assert partial.terms is not None
         finite = partial.abs_bounds.isfinite()
         self.s += torch.where(finite.unsqueeze(1), 0.0, partial.sums)
         rows = finite.nonzero().squeeze(1)
-        for at, units in zip(rows.tolist(), partial.exact(rows, torch.zeros_like(rows))):
-            self._set(at, _numbers(Fraction(units, 1 << UNIT)))
+        for terms in partial.terms():
+            numbers, complete = _in_three(terms[rows])
+            for k, (at, kept) in enumerate(zip(rows.tolist(), numbers.tolist())):
+                self._set(at, kept if complete[k] else terms[at].tolist())
 
     def _set(self, at: int, terms: list[float]) -> None:
         """Add terms to an element, in as many numbers as the sum needs."""
@@ -144,10 +147,16 @@ def _distill(terms: list[float]) -> list[float]:
     return numbers
 
 
-def _numbers(x: Fraction) -> list[float]:
-    """Return binary64 numbers whose sum is x, an integer multiple of 2^-600."""
+def _in_three(terms: Tensor) -> tuple[Tensor, list[bool]]:
+    """Return three numbers for the sum of each row, float64 [m, 3], and whether they are all of it."""
     numbers = []
-    while x:
-        numbers.append(float(x))
-        x -= Fraction(numbers[-1])
-    return numbers
+    for _ in range(3):
+        errors = [terms.new_zeros(len(terms), 1)]
+        while terms.shape[1] > 1:
+            if terms.shape[1] % 2:
+                terms = torch.nn.functional.pad(terms, (0, 1))
+            terms, lost = two_sum(*terms.split(terms.shape[1] // 2, 1))
+            errors.append(lost)
+        numbers.append(terms.sum(1))
+        terms = torch.cat(errors, 1)
+    return torch.stack(numbers, 1), (terms == 0).all(1).tolist()

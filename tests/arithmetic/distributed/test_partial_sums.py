@@ -254,7 +254,7 @@ def test_element_costs_ten_bytes():
 def test_products_of_three_numbers_fit_the_accumulator(triples):
     total = sum((Fraction(a) * Fraction(b) * Fraction(c) for a, b, c in triples), Fraction(0))
     units = partial_sums.in_units(total)
-    assert Fraction(units, 1 << partial_sums.UNIT) == total
+    assert Fraction(units, 1 << partial_sums._UNIT) == total
     stored = units.to_bytes(partial_sums._BYTES, "little", signed=True)
     assert int.from_bytes(stored, "little", signed=True) == units
 
