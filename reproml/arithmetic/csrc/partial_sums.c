@@ -210,8 +210,8 @@ typedef struct {
 } running;
 
 /* Add the terms of one row and one panel to s + t. lost[j] is not 0 if a sum needs more than two numbers. */
-VECTORISED static void add_terms(const running *x, const float *a, const float *restrict b, int n, double *restrict s,
-                                 double *restrict t, double *restrict lost) {
+VECTORISED static void add_terms_exactly(const running *x, const float *a, const float *restrict b, int n,
+                                         double *restrict s, double *restrict t, double *restrict lost) {
     for (integer p = 0; p < x->k; p++, b += n) {
         double factor = a[x->a_term[p]];
         if (factor == 0 && x->finite) continue;
@@ -231,7 +231,7 @@ static void add_row_of_products(integer i, void *data) {
         double s[PANEL], t[PANEL], lost[PANEL] = {0}, *to_s = x->s + i * x->n + j, *to_t = x->t + i * x->n + j;
         memcpy(s, to_s, (size_t)n * sizeof *s);
         memcpy(t, to_t, (size_t)n * sizeof *t);
-        add_terms(x, x->a + x->a_row[i], x->panels + j * x->k, n, s, t, lost);
+        add_terms_exactly(x, x->a + x->a_row[i], x->panels + j * x->k, n, s, t, lost);
         for (int c = 0; c < n; c++) {
             int finite = fabs(s[c]) <= DBL_MAX, fails = finite && lost[c] != 0;
             x->failed[i * x->n + j + c] = (uint8_t)fails;
