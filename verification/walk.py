@@ -444,7 +444,8 @@ def lacking(message: str) -> str:
         "operator": re.search(r"\b(aten|prims|prim|c10d|quantized|mkldnn\w*|torch)\.\w+", message),
         "line": re.search(r"called at \S+\.py:\d+|^The optimizer", message),
         "way out": re.search(
-            r"; .*\b(use|write|convert|call|move|take|set|pass|draw|leave)\b", message
+            r"; .*\b(use|write|convert|call|move|take|set|pass|draw|leave|compute|multiply|keep|pad|sample)\b",
+            message,
         ),
     }
     return ", ".join(what for what, found in has.items() if not found)
