@@ -436,6 +436,9 @@ def visit(cases: list[list[Case]], place: str) -> Iterator[list[Record]]:
 # --- verdicts ------------------------------------------------------------------------------------
 
 
+_VERBS = "use|write|convert|call|move|take|set|pass|draw|leave|compute|multiply|keep|pad|sample"
+
+
 def lacking(message: str) -> str:
     """Return what the message of a refusal lacks: the operator, the caller's line or a way out.
 
@@ -443,10 +446,7 @@ def lacking(message: str) -> str:
     has = {
         "operator": re.search(r"\b(aten|prims|prim|c10d|quantized|mkldnn\w*|torch)\.\w+", message),
         "line": re.search(r"called at \S+\.py:\d+|^The optimizer", message),
-        "way out": re.search(
-            r"; .*\b(use|write|convert|call|move|take|set|pass|draw|leave|compute|multiply|keep|pad|sample)\b",
-            message,
-        ),
+        "way out": re.search(rf"; .*\b({_VERBS})\b", message),
     }
     return ", ".join(what for what, found in has.items() if not found)
 
