@@ -124,10 +124,7 @@ def _update(
     added to the gradient; all binary32 numbers. sign: -1 for gradients to ascend.
     """
     p, g, *others = state
-    separate = len({x.untyped_storage().data_ptr() for x in state}) == len(state)
-    if not (
-        has_kernel(state) and separate
-    ):  # if they share memory, the order of the formulas counts
+    if not (has_kernel(state) and _share_no_memory(state)):
         return reference_step(*state)
     failed = torch.empty(p.numel(), dtype=torch.int64, device="cpu")
     count = kernels.library.reproml_optimizer_step(
