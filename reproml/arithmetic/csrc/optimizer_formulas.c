@@ -220,7 +220,7 @@ integer reproml_optimizer_step(int loop, integer n, float *const *state, const f
                                const double *number, integer *failed) {
     step x = {.n = n, .loop = loop, .sign = sign, .decay = decay, .g = g, .failed = {failed, n, 0}};
     memcpy(x.number, number, sizeof x.number);
-    memcpy(x.state, state, sizeof x.state);
+    for (size_t i = 0; i < sizeof x.state / sizeof *x.state; i++) x.state[i] = state[i];
     reproml_parallel(optimizer_task, &x, (n + TASK - 1) / TASK);
     return x.failed.count;
 }
