@@ -62,7 +62,7 @@ def handler_of(operator: Any) -> Handler:
         return Handler(Kind.DEFINED, _run_definition(name[:-1], operator, ["self"]))
     if name.startswith("_foreach_"):
         return _foreach_handler(name[len("_foreach_") :], operator)
-    if operator.has_kernel_for_dispatch_key(_COMPOSITE):
+    if operator.has_kernel_for_dispatch_key(_COMPOSITE) or name in table.COMPOSITES:
         return Handler(Kind.DECOMPOSED, _decompose(operator))
     return Handler(Kind.REFUSED, _refuse_floats(operator))
 
@@ -369,11 +369,12 @@ def _decompose(operator: Any) -> Function:
     """Run the operator as the table's COMPOSITES write it or, for others, as PyTorch does."""
     name = str(operator)[len("aten.") :]
     composite = table.COMPOSITES.get(name.replace(".default", ""))
+    apart = operator.decompose if operator.has_kernel_for_dispatch_key(_COMPOSITE) else operator
 
     def decomposed(*args: Any, **kwargs: Any) -> Any:
         with dispatcher.intercept_again():
             if composite is None or _is_on_meta(args, kwargs):
-                return operator.decompose(*args, **kwargs)
+                return apart(*args, **kwargs)
             return composite(*args, **kwargs)
 
     return decomposed

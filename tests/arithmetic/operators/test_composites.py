@@ -105,6 +105,13 @@ CALLS: dict[str, Any] = {
             ((3, 7, 64), (3, 64, 5)), ((2, 3, 7, 64), (3, 64, 5)), ((2, 3, 7, 64), (2, 1, 64, 5)),
         ]
     ],
+    "conv_tbc": [(torch.conv_tbc, ((9, 2, 8), (3, 8, 5), (5,)))],
+    "linalg_det": [(torch.linalg.det, ((2, 3, 3),))],
+    "linalg_slogdet": [(lambda x: torch.linalg.slogdet(x)[1], ((2, 3, 3),))],
+    "linalg_solve_ex": [
+        (lambda a, b: torch.linalg.solve_ex(a, b)[0], shapes)
+        for shapes in [((2, 4, 4), (2, 4, 3)), ((4, 4), (4,))]
+    ],
     "einsum": [
         (lambda *x, equation=equation: torch.einsum(equation, *x), shapes)
         for equation, *shapes in [
@@ -206,7 +213,11 @@ def test_composite_does_not_depend_on_layout(name):
                     assert all(map(same_bits, results, expected))
 
 
-@pytest.mark.parametrize("name", CALLS)
+# PyTorch has kernels for these, and takes none of them apart.
+KERNELS = {"conv_tbc", "linalg_det", "linalg_slogdet", "linalg_solve_ex"}
+
+
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - KERNELS))
 def test_composite_is_what_pytorch_takes_apart(name, monkeypatch):
     """On contiguous operands, so that nobody's model changes where PyTorch has one way."""
     for i, (call, shapes) in enumerate(CALLS[name]):
@@ -540,7 +551,7 @@ def test_composite_is_ours_within_torch_func(name):
         operands = normal(*shapes)
         given = [laid_out(x, "transposed") for x in operands]
         # Functions of autograd, which functionalize does not take.
-        of_autograd = name.startswith(("prod", "cumprod", "atan2"))
+        of_autograd = name.startswith(("prod", "cumprod", "atan2", "linalg"))
         for transform in (vjp,) if of_autograd else (vjp, torch.func.functionalize):
             expected = outcome(call, [x.clone() for x in operands], gradients=False)
             found = outcome(transform(call), [x.detach() for x in given], gradients=False)
