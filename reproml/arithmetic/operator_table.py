@@ -311,7 +311,6 @@ EXACT: dict[str, Definition] = {
     "linalg_lu": small_matrices.lu,
     "linalg_lu_solve": small_matrices.lu_solve,
     "linalg_cholesky_ex": small_matrices.cholesky_ex,
-    "cholesky": small_matrices.cholesky,
     "cholesky_solve": small_matrices.cholesky_solve,
     "cholesky_inverse": small_matrices.cholesky_inverse,
     "linalg_lstsq": small_matrices.lstsq,

@@ -1718,7 +1718,7 @@ ELSEWHERE = {
         _MATRICES + "test_lu_factors_are_rounded_once",
     ),
     **dict.fromkeys(
-        ["linalg_cholesky_ex", "cholesky", "cholesky_solve", "cholesky_inverse"],
+        ["linalg_cholesky_ex", "cholesky_solve", "cholesky_inverse"],
         _MATRICES + "test_cholesky_factor_is_rounded_once",
     ),
     **dict.fromkeys(

@@ -278,13 +278,6 @@ def cholesky_ex(
     return factor.mT if upper else factor, info
 
 
-def cholesky(a: Tensor, upper: bool = False) -> Tensor:
-    """Compute aten.cholesky. Raises PyTorch's error if a matrix is not positive definite."""
-    factor, info = cholesky_ex(a, upper=upper)
-    _check_errors("cholesky", info, a.dim() == 2)
-    return factor
-
-
 def cholesky_solve(b: Tensor, factor: Tensor, upper: bool = False) -> Tensor:
     """Compute aten.cholesky_solve: x with L L^T x = b."""
     _require_small(factor, square=True)
