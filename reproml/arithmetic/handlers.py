@@ -62,7 +62,7 @@ def handler_of(operator: Any) -> Handler:
         return Handler(Kind.DEFINED, _run_definition(name[:-1], operator, ["self"]))
     if name.startswith("_foreach_"):
         return _foreach_handler(name[len("_foreach_") :], operator)
-    if operator.has_kernel_for_dispatch_key(_COMPOSITE) or name in table.COMPOSITES:
+    if operator.has_kernel_for_dispatch_key(_COMPOSITE) or _composite_of(operator):
         return Handler(Kind.DECOMPOSED, _decompose(operator))
     return Handler(Kind.REFUSED, _refuse_floats(operator))
 
@@ -365,10 +365,14 @@ def _element(x: Any, i: int) -> Any:
 # ---- decomposed ----------------------------------------------------------------------------------
 
 
+def _composite_of(operator: Any) -> Optional[Function]:
+    """Return how the table writes this overload in terms of others, if it does."""
+    return table.COMPOSITES.get(str(operator)[len("aten.") :].replace(".default", ""))
+
+
 def _decompose(operator: Any) -> Function:
     """Run the operator as the table's COMPOSITES write it or, for others, as PyTorch does."""
-    name = str(operator)[len("aten.") :]
-    composite = table.COMPOSITES.get(name.replace(".default", ""))
+    composite = _composite_of(operator)
     apart = operator.decompose if operator.has_kernel_for_dispatch_key(_COMPOSITE) else operator
 
     def decomposed(*args: Any, **kwargs: Any) -> Any:

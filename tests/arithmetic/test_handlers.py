@@ -611,6 +611,9 @@ UNKNOWN = [
     lambda: torch.zeros(3).scatter(0, torch.tensor([0, 0]), ones[:2], reduce="add"),
     lambda: torch.kaiser_window(5, dtype=torch.float64),
     lambda: torch.tensor([1, 2]).float_power(0.5),
+    lambda: torch.ops.aten.conv_tbc.out(
+        torch.ones(9, 2, 8), torch.ones(3, 8, 5), torch.ones(5), out=torch.empty(7, 2, 5)
+    ),  # an overload of a composite that has no definition of its own
     lambda: torch.sum(ones, dtype=torch.bfloat16),
     lambda: torch.tensor([1, 2]).sum(dtype=torch.float16),
     lambda: torch.rand(3, dtype=torch.float64),
