@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Optional
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +15,7 @@ from reproml.arithmetic.distributed.micro_batches import Accumulation, Later, Mi
 from reproml.arithmetic.distributed.operands import shard_inputs
 from reproml.arithmetic.distributed.sharded import MicroBatchShard
 from reproml.errors import ReproError
+from reproml.training_state import random_states, set_random_states
 
 
 @contextmanager
@@ -96,10 +95,10 @@ class _Block:
     def _begin(self, rows: int) -> MicroBatchShard:
         micro_batch = self.accumulation.begin(rows)
         if micro_batch.first is None:
-            self._random = _random_states()
+            self._random = random_states()
         else:
-            self._own_random = _random_states()
-            _set_random_states(self._random)
+            self._own_random = random_states()
+            set_random_states(self._random)
         micro_batch.draws = True
         return MicroBatchShard(micro_batch, self.accumulation.batch)
 
@@ -108,7 +107,7 @@ class _Block:
         if micro_batch is not None and micro_batch.draws:
             micro_batch.draws = False
             if micro_batch.first is not None:
-                _set_random_states(self._own_random)
+                set_random_states(self._own_random)
 
     def _before_gradient(self, p: Tensor) -> None:
         """Make room for the gradient of a micro-batch, which is that of the complete batch."""
@@ -121,16 +120,3 @@ class _Block:
             grad = p.grad
             p.grad = Later(grad, lambda: grad, current)
         self._written[p] = current
-
-
-def _random_states() -> tuple[Any, ...]:
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpus
-
-
-def _set_random_states(states: tuple[Any, ...]) -> None:
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
-    if states[3]:
-        torch.cuda.set_rng_state_all(states[3])

@@ -37,7 +37,7 @@ def save(path: Union[str, os.PathLike[str]], **training: Any) -> None:
         "format": _FORMAT,
         "objects": {n: x.state_dict() for n, x in training.items() if hasattr(x, "state_dict")},
         "values": {n: x for n, x in training.items() if not hasattr(x, "state_dict")},
-        "random": _random_states(),
+        "random": random_states(),
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -73,7 +73,7 @@ def load(path: Union[str, os.PathLike[str]], **objects: Any) -> dict[str, Any]:
         )
     for name, x in objects.items():
         x.load_state_dict(content["objects"][name])
-    _set_random_states(content["random"])
+    set_random_states(content["random"])
     values: dict[str, Any] = content["values"]
     return values
 
@@ -94,7 +94,8 @@ def _refuse_unless_loadable(name: str, value: Any) -> None:
         ) from None
 
 
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
+    """Return the states of Python's, NumPy's global and PyTorch's generators, as torch.save takes them."""
     numpy = np.random.get_state(legacy=False)
     gpus = torch.cuda.is_initialized()
     return {
@@ -105,7 +106,8 @@ def _random_states() -> dict[str, Any]:
     }
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
+def set_random_states(states: dict[str, Any]) -> None:
+    """Set the generators to what `random_states` returned."""
     random.setstate(states["python"])
     numpy = states["numpy"]
     keys = np.array(numpy["state"]["key"], np.uint32)

@@ -26,7 +26,6 @@ from reproml.errors import NotExactError, ReproError
 from reproml.torch_internals import (
     current_graph_task_id,
     disabled_torch_function_impl,
-    make_wrapper_subclass,
 )
 
 
@@ -202,9 +201,7 @@ class Later(DistributedTensor):
 
     @staticmethod
     def __new__(cls, like: Tensor, value: Callable[[], Tensor], micro_batch: MicroBatch) -> Later:
-        made: Later = make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
-        )
+        made: Later = cls.without_memory(like)
         made.value, made.micro_batch = _once(value), micro_batch
         return made
 

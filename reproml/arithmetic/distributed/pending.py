@@ -26,7 +26,6 @@ from reproml.torch_internals import (
     current_graph_task_id,
     disabled_torch_function_impl,
     execution_engine,
-    make_wrapper_subclass,
 )
 
 
@@ -37,9 +36,7 @@ class Pending(DistributedTensor):
 
     @staticmethod
     def __new__(cls, like: Tensor, value: Callable[[], Tensor]) -> Pending:
-        made: Pending = make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
-        )
+        made: Pending = cls.without_memory(like)
         made._value = value
         return made
 

@@ -8,7 +8,6 @@ memory does not depend on the number of terms.
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from typing import Optional, Union
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.distributed.partial_sums import Factors, Partial, Products
-from reproml.arithmetic.numerics.exact_sums import round_compensated
+from reproml.arithmetic.numerics.exact_sums import distilled, exact_sum, round_compensated
 from reproml.arithmetic.numerics.rounding import nearest, two_sum
 
 _CHUNK = 1 << 20  # factors that are copied at a time
@@ -76,7 +75,7 @@ class RunningSum:
         if not math.isfinite(flat_s[at]):
             return
         kept = [float(flat_s[at]), float(flat_t[at]), *self.rests.pop(at, ())]
-        s, t, *rest = [*_distill([*kept, *terms]), 0.0, 0.0]
+        s, t, *rest = [*distilled([*kept, *terms]), 0.0, 0.0]
         flat_s[at], flat_t[at] = s, t
         if rest[:-2]:
             self.rests[at] = rest[:-2]
@@ -95,8 +94,7 @@ class RunningSum:
         for at in {*failed.nonzero().squeeze(1).tolist(), *self.rests}:
             numbers = [float(s[at]), float(t[at]), *self.rests.get(at, ())]
             if math.isfinite(numbers[0]):
-                exact = sum(map(Fraction, numbers), Fraction(0))
-                value[at] = nearest(exact / self.divisor)
+                value[at] = nearest(exact_sum(numbers) / self.divisor)
         return value.reshape(self.s.shape)
 
 
@@ -133,18 +131,6 @@ def _add_in_order(factors: Factors, rows: Tensor, columns: Tensor, s: Tensor, t:
     s.copy_(torch.where(failed, s, new_s))
     t.copy_(torch.where(failed, t, torch.where(finite, new_t, 0.0)))
     return failed.view(-1).nonzero().squeeze(1)
-
-
-def _distill(terms: list[float]) -> list[float]:
-    """Return a few numbers, the largest first, whose sum is exactly that of the terms.
-
-    `math.fsum` rounds the exact sum correctly; what remains is a sum again.
-    """
-    terms, numbers = list(terms), []
-    while (part := math.fsum(terms)) != 0:
-        numbers.append(part)
-        terms.append(-part)
-    return numbers
 
 
 def _in_three(terms: Tensor) -> tuple[Tensor, list[bool]]:

@@ -6,6 +6,8 @@ from typing import Any, Callable
 
 from torch import Tensor
 
+from reproml.torch_internals import make_wrapper_subclass
+
 
 def map_tensors(kind: type[Tensor], function: Callable[[Any], Any], data: Any) -> Any:
     """Apply a function to the tensors of a kind in nested lists, tuples and dictionaries.
@@ -31,6 +33,13 @@ class DistributedTensor(Tensor):
         "wrapped model has the parameter: wrap the module that owns this parameter "
         "(reproml.distributed.DistributedDataParallel)."
     )
+
+    @classmethod
+    def without_memory(cls, like: Tensor) -> Any:
+        """Return an instance of this class with the shape, strides, dtype and device of a tensor."""
+        return make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+        )
 
     def full_tensor(self) -> Tensor:
         """Return the plain tensor of the global batch. Collective: every worker has to call it."""

@@ -75,17 +75,19 @@ def _maybe_midpoint(x: Tensor) -> Tensor:
     return half | ((x.abs() < 2.0**-125) & (x != 0))
 
 
-def exact_sum(terms: list[float]) -> Fraction:
-    """Return the exact sum of finite binary64 numbers.
+def distilled(terms: list[float]) -> list[float]:
+    """Return a few numbers, the largest first, whose sum is exactly that of finite binary64 terms.
 
     `math.fsum` rounds the exact sum correctly (Shewchuk, Discrete & Computational Geometry 18, 1997). What
     remains is a sum again, 2^53 times smaller; this is repeated until nothing remains.
     """
-    terms = list(terms)
-    total = Fraction(0)
-    while True:
-        part = math.fsum(terms)
-        if part == 0:
-            return total
-        total += Fraction(part)
+    terms, numbers = list(terms), []
+    while (part := math.fsum(terms)) != 0:
+        numbers.append(part)
         terms.append(-part)
+    return numbers
+
+
+def exact_sum(terms: list[float]) -> Fraction:
+    """Return the exact sum of finite binary64 numbers."""
+    return sum(map(Fraction, distilled(terms)), Fraction(0))

@@ -105,8 +105,8 @@ def redo(
                 x.view(-1)[index] = y
 
 
-def _share_no_memory(state: Sequence[Tensor]) -> bool:
-    """Return whether the tensors share no memory; if they do, the order of the formulas counts."""
+def share_no_memory(state: Sequence[Tensor]) -> bool:
+    """Return whether the tensors share no memory; if they do, the order of formulas counts."""
     return len({x.untyped_storage().data_ptr() for x in state}) == len(state)
 
 
@@ -124,7 +124,7 @@ def _update(
     added to the gradient; all binary32 numbers. sign: -1 for gradients to ascend.
     """
     p, g, *others = state
-    if not (has_kernel(state) and _share_no_memory(state)):
+    if not (has_kernel(state) and share_no_memory(state)):
         return reference_step(*state)
     failed = torch.empty(p.numel(), dtype=torch.int64, device="cpu")
     count = kernels.library.reproml_optimizer_step(

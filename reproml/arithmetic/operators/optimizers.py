@@ -44,6 +44,7 @@ from reproml.arithmetic.operators.optimizer_formulas import (
     direction_of,
     has_kernel,
     redo,
+    share_no_memory,
     square,
 )
 from reproml.errors import NotExactError
@@ -111,7 +112,8 @@ def adam(
         else:
             optimizer.reference_step(steps[i], *state)
     for step, states in compiled.items():
-        for group in [states] if _share_no_memory(states) else [[state] for state in states]:
+        changed = [x for p, g, *others in states for x in (p, *others)]
+        for group in [states] if share_no_memory(changed) else [[state] for state in states]:
             optimizer.compiled_step(step, group)
 
 
@@ -225,12 +227,6 @@ def _adam(
     )
     floats = _Hyperparameters(*map(float, exact))
     return _Adam(exact, floats, (beta1, beta2), -1 if maximize else 1)
-
-
-def _share_no_memory(states: list[tuple[Tensor, ...]]) -> bool:
-    """Return whether parameters and averages share no memory; if they do, their order counts."""
-    storages = [x.untyped_storage().data_ptr() for p, g, *others in states for x in (p, *others)]
-    return len(set(storages)) == len(storages)
 
 
 # --- SGD -----------------------------------------------------------------------------------------
