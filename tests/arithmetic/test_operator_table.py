@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import combinations
 from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
@@ -900,8 +901,16 @@ def norm_of_order(row: Any, p: float) -> Any:
         return Real(0)
     if infinite and (p > 0 or len(infinite) == len(sizes)):
         return Real(o.INF)
-    powers = [o.exp(q * o.log(x)) for x in sizes if x.finite and x.v]
-    return o.exp(o.log(total(powers)) / q) if powers else Real(0)
+    kept = [x for x in sizes if x.finite and x.v]
+    if (
+        len(kept) < 2
+    ):  # these, and the two orders below, may be ties, which a long number would miss
+        return total(kept)
+    if p == -1:
+        return 1 / total([1 / x for x in kept])
+    if p == 0.5:
+        return total([*kept, *(2 * o.sqrt(x * y) for x, y in combinations(kept, 2))])
+    return o.exp(o.log(total([o.exp(q * o.log(x)) for x in kept])) / q)
 
 
 ORDERS = (0, 1, 2, 3, 0.5, 1.3, 6, 100, -1, -2.5, math.inf, -math.inf)
