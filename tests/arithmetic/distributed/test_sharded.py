@@ -178,12 +178,18 @@ def test_loss_is_that_of_global_batch(name, local, rows):
             assert all(map(same, found, expected))
 
 
+def regression_with(bad: float) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """Return a model, inputs and targets, of which one number in two rows is `bad`."""
+    torch.manual_seed(3)
+    model, x, y = mlp(), torch.randn(4, 4), torch.randn(4, 3)
+    x[2, 1] = y[1, 1] = bad
+    return model, x, y
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_infinity_propagate_as_in_single_process(bad):
-    torch.manual_seed(3)
     with reproml.exact():
-        model, x, y = mlp(), torch.randn(4, 4), torch.randn(4, 3)
-        x[2, 1] = y[1, 1] = bad
+        model, x, y = regression_with(bad)
         expected = trained(copy.deepcopy(model), x, y, F.mse_loss)
     for found in by_workers(3, model, x, y, F.mse_loss):
         assert all(map(same, found, expected))
