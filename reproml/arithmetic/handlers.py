@@ -29,7 +29,7 @@ from typing import Any, Callable, Optional
 import torch
 from torch import Tensor
 
-from reproml.arithmetic import layouts, state
+from reproml.arithmetic import dtypes, layouts, state
 from reproml.arithmetic import operator_table as table
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.dispatcher import Handler, Kind
@@ -202,13 +202,28 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
     indices = (torch.float32, torch.int64)
     usual = (torch.float32,) if name in table.PROMOTING else indices
 
+    def narrow(*args: Any, **kwargs: Any) -> Any:
+        if in_place:
+            return args[0].copy_(dtypes.run(definitions[name], args, kwargs, args[0]))
+        outs = [kwargs.pop(output) for output in outputs]
+        results = dtypes.run(definitions[name], args, kwargs, outs[0] if outs else None)
+        if not outs:
+            return arrange(results, args)
+        for out, result in zip(outs, results if len(outs) > 1 else [results]):
+            out.resize_(result.shape).copy_(result)
+        return outs[0] if len(outs) == 1 else tuple(outs)
+
     def exact(*args: Any, **kwargs: Any) -> Any:
         if not kwargs and _all_of(usual, args):
             if not outputs:
                 return arrange(definitions[name](*args), args)
             if in_place and name in table.IN_PLACE:
                 return table.IN_PLACE[name](*args)
-        elif _is_on_meta(args, kwargs) or _runs_natively(name, [*args, *kwargs.values()]):
+        elif _is_on_meta(args, kwargs):
+            return operator(*args, **kwargs)
+        elif dtypes.has_narrow(args, kwargs):
+            return narrow(*args, **kwargs)
+        elif _runs_natively(name, [*args, *kwargs.values()]):
             return operator(*args, **kwargs)
         if name in table.PROMOTING:
             args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)

@@ -193,7 +193,7 @@ static void round_with_errors(const product *x, integer item, integer i, integer
     integer at = item * x->out_step + x->row[i] + x->column[j];
     compensated s = {0, 0, 0};
     if (sum != sum) { /* NaN in any order */
-        x->out[at] = (float)sum;
+        x->out[at] = to_target(sum);
         return;
     }
     for (integer p = 0; p < x->k; p++) add_exact(&s, (double)a[x->a.term[p]] * b[x->b.term[p]]);

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics import devices
+from reproml.arithmetic.numerics.formats import binary32_to_odd
 from reproml.arithmetic.numerics.rationals import to_53_bits
 from reproml.errors import NotExactError
 
@@ -65,9 +66,7 @@ def _prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _float32_to_odd(x: Tensor) -> Tensor:
     """Return a float32 tensor, whose cast to a narrow dtype rounds x once.
 
-    Of the two float32 numbers around a number of x it has the odd one, which lies on the same side of the
-    halfway points of narrower formats (S. Boldo & G. Melquiond, IEEE Transactions on Computers 57(4),
-    2008). Raises NotExactError for unsigned integers of 32 and more bits.
+    Raises NotExactError for unsigned integers of 32 and more bits.
     """
     if x.dtype is torch.int64:
         # The last 12 bits of an integer that binary64 cannot hold only show that it is not a tie.
@@ -77,11 +76,7 @@ def _float32_to_odd(x: Tensor) -> Tensor:
         raise NotExactError(
             f"A cast from {x.dtype} to fewer bits is not defined; cast to int64 first."
         )
-    wide = x.double()
-    near = wide.float()
-    even = near.view(torch.int32) & 1 == 0
-    other = torch.nextafter(near, torch.where(wide > near, torch.inf, -torch.inf).float())
-    return torch.where((near.double() != wide) & even, other, near)
+    return binary32_to_odd(x.double())
 
 
 def is_float32(value: Union[int, float]) -> bool:

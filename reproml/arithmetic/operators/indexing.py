@@ -200,13 +200,13 @@ def compiled_segment_sums(
     index: int64 [planes, n], from 0 to rows - 1, or `padding` for values to be left out.
     values: float32 [planes, n, width]; start: float32 [planes, rows, width]. Returns that shape.
     """
-    if kernels.library is None or not (values.is_cpu and index.numel()):
+    if kernels.loops() is None or not (values.is_cpu and index.numel()):
         return None
     index, values = index.contiguous(), values.contiguous()
     start = None if start is None else start.contiguous()
     width = values.numel() // index.numel()
     out = torch.empty(planes, rows, width, dtype=torch.float32, device="cpu")
-    left = kernels.library.reproml_scatter(
+    left = kernels.loops().reproml_scatter(
         planes,
         index.numel() // planes,
         width,

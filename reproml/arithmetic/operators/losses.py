@@ -233,7 +233,7 @@ def nll_loss(
         return (loss.squeeze(0) if reduction == NONE else loss), total
     if reduction != NONE and _compiled_nll_applies(x, target, weight):
         loss, total = x.new_empty(()), x.new_empty(())
-        if kernels.library.reproml_nll(
+        if kernels.loops().reproml_nll(
             x.data_ptr(),
             target.data_ptr(),
             None if weight is None else weight.data_ptr(),
@@ -306,7 +306,7 @@ def nll_loss_backward(
     if _compiled_nll_applies(x, target, weight) and kernels.usable(g):
         out = torch.empty_like(x)
         divisor = float(total) if reduction == MEAN else 1.0
-        if kernels.library.reproml_nll_backward(
+        if kernels.loops().reproml_nll_backward(
             g.data_ptr(),
             each,
             target.data_ptr(),

@@ -177,7 +177,7 @@ class _Adam(NamedTuple):
         failed = torch.empty(sum(sizes), dtype=torch.int64, device="cpu")
         missing = [0] * (5 - len(states[0]))  # the largest second average
         pointers = [p for state in states for p in (*(x.data_ptr() for x in state), *missing)]
-        count = kernels.library.reproml_adam(
+        count = kernels.loops().reproml_adam(
             len(states),
             (ctypes.c_int64 * len(sizes))(*sizes),
             (ctypes.c_void_p * len(pointers))(*pointers),
@@ -283,7 +283,7 @@ def sgd(
             reference_step(first, *state)
             continue
         failed = torch.empty(p.numel(), dtype=torch.int64, device="cpu")
-        count = kernels.library.reproml_sgd(
+        count = kernels.loops().reproml_sgd(
             p.numel(),
             p.data_ptr(),
             g.data_ptr(),

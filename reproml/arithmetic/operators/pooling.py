@@ -159,7 +159,7 @@ def _compiled_adaptive_backward(g: Tensor, x: Tensor) -> Optional[Tensor]:
         return None
     out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     result = kernels.run_kernel(
-        kernels.library.reproml_adaptive_pool_backward,
+        kernels.loops().reproml_adaptive_pool_backward,
         *(x.shape[:-2].numel(), *x.shape[-2:], *g.shape[-2:], g.data_ptr(), out.data_ptr()),
     )
     return out if result == (True, None) else None
