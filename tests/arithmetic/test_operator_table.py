@@ -41,7 +41,8 @@ from verification.oracle import Real, check, dot, float32_scalar, real, reals, r
 
 aten = torch.ops.aten
 HALF = Fraction(1, 2)
-TESTS = settings(max_examples=12, suppress_health_check=list(HealthCheck))
+from hypothesis import Phase
+TESTS = settings(phases=[Phase.generate], max_examples=12, suppress_health_check=list(HealthCheck))
 
 
 class Case(NamedTuple):
@@ -1722,7 +1723,22 @@ def test_exact_zero_of_row_is_positive():
     assert found[0, 0] == 0 and not found[0, 0].signbit() and not empty.signbit().any()
 
 
-def compare(name: str, case: Case, arguments: Sequence[Any]) -> None:
+def converted(x: Any, dtype: torch.dtype) -> Any:
+    """Return arguments whose float32 tensors are rounded to a dtype."""
+    if isinstance(x, torch.Tensor) and x.dtype is torch.float32:
+        return x.to(dtype)
+    return type(x)(converted(y, dtype) for y in x) if isinstance(x, (list, tuple)) else x
+
+
+def compare(
+    name: str, case: Case, arguments: Sequence[Any], dtype: torch.dtype = torch.float32
+) -> None:
+    arguments = converted(arguments, dtype)
+    with o.rounding_to(dtype):
+        compare_in(name, case, arguments)
+
+
+def compare_in(name: str, case: Case, arguments: Sequence[Any]) -> None:
     expected = case.oracle(*arguments, **case.options)
     with reproml.exact():
         found = getattr(aten, name)(*arguments, **case.options)
@@ -1743,8 +1759,21 @@ def test_operator_is_rounded_once(name, data):
         compare(name, case, data.draw(case.draw))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", [name for name in sorted(CASES) if name in operator_table.EXACT])
+@TESTS
+@given(data=st.data())
+def test_operator_is_rounded_once_to_16_bits(name, dtype, data):
+    for case in CASES[name]:
+        compare(name, case, data.draw(case.draw), dtype)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", [n for n in sorted(CASES) if any(c.fixed for c in CASES[n])])
-def test_operator_is_rounded_once_at_special_values(name):
+def test_operator_is_rounded_once_at_special_values(name, dtype):
     for case in CASES[name]:
         if case.fixed:
-            compare(name, case, case.fixed)
+            compare(name, case, case.fixed, dtype)
