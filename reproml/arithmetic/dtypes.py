@@ -26,7 +26,29 @@ def has_narrow(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     )
 
 
-def run(definition: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], out: Optional[Tensor]) -> Any:
+# Operators of which the results have dtypes of their own: for each result, the operand whose dtype it has, None
+# for float32, or a tuple, of which the first operand that is there counts.
+_RESULTS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        """native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit
+        _native_batch_norm_legit_no_training""".split(),
+        (0, None, None),
+    ),
+    "native_layer_norm_backward": (1, (5, 1), (5, 1)),
+    "native_group_norm_backward": (1, (4, 1), (4, 1)),
+    "native_batch_norm_backward": (1, (2, 1), (2, 1)),
+}
+# Operands that a definition writes; of names that end in "_" the first, which is also their result.
+_WRITTEN = dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), (3, 4))
+
+
+def run(
+    name: str,
+    definition: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    out: Optional[Tensor],
+) -> Any:
     """Run a definition on operands of which some are of 16 bits, and round its results once.
 
     out: the tensor that an in-place or out= form writes; the results are rounded to its dtype.
@@ -34,17 +56,38 @@ def run(definition: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
     asked = kwargs.get("dtype") or next((x for x in args if isinstance(x, torch.dtype)), None)
     if asked is not None and asked.is_floating_point:  # PyTorch converts the operands first
         args = [_converted(x, asked) for x in args]
-    dtype = out.dtype if out is not None else asked or _promoted([*args, *kwargs.values()])
     promoted = _promoted([*args, *kwargs.values()])
-    args = [_widened(x, promoted) for x in args]
-    kwargs = {k: _widened(x, promoted) for k, x in kwargs.items()}
-    with rounding_to(dtype):
-        results = definition(*args, **kwargs)
-    if dtype not in NARROW:
-        return results
-    if isinstance(results, Tensor):
-        return _narrowed(results, dtype)
-    return type(results)(_narrowed(x, dtype) for x in results)
+    wide = {id(x): x.float() for x in tensors([*args, *kwargs.values()]) if x.dtype in NARROW}
+
+    def run_to(dtype: torch.dtype) -> Any:
+        with rounding_to(dtype):
+            return definition(
+                *[_replaced(x, wide) for x in args],
+                **{k: _replaced(x, wide) for k, x in kwargs.items()},
+            )
+
+    if name not in _RESULTS:
+        if name.endswith("_"):
+            out = args[0]
+        dtype = out.dtype if out is not None else asked or promoted
+        results = run_to(dtype)
+        if name.endswith("_"):
+            return args[0].copy_(results)
+        if isinstance(results, Tensor):
+            return _narrowed(results, dtype)
+        return type(results)(_narrowed(x, dtype) for x in results)
+    dtypes = [_dtype_of(source, args) for source in _RESULTS[name]]
+    runs = {dtype: run_to(dtype) for dtype in set(dtypes[:1] if None in _RESULTS[name] else dtypes)}
+    for i in _WRITTEN.get(name, ()):
+        if isinstance(args[i], Tensor):
+            args[i].copy_(wide.get(id(args[i]), args[i]))
+    first = next(iter(runs.values()))
+    return tuple(_narrowed(runs.get(d, first)[i], d) for i, d in enumerate(dtypes))
+
+
+def _dtype_of(source: Any, args: Sequence[Any]) -> torch.dtype:
+    places = source if isinstance(source, tuple) else () if source is None else (source,)
+    return next((args[i].dtype for i in places if isinstance(args[i], Tensor)), torch.float32)
 
 
 def _promoted(values: Sequence[Any]) -> torch.dtype:
@@ -61,14 +104,14 @@ def _converted(x: Any, dtype: torch.dtype) -> Any:
     return casts.to_copy(x, dtype=dtype) if isinstance(x, Tensor) else None if x is dtype else x
 
 
-def _widened(x: Any, promoted: torch.dtype) -> Any:
-    """Return an operand with float32 numbers. An integer tensor is converted to the promoted dtype first."""
+def _replaced(x: Any, wide: dict[int, Tensor]) -> Any:
+    """Return an argument with its tensors of 16 bits replaced by float32 ones."""
     if isinstance(x, Tensor):
-        return x.float() if x.dtype in NARROW else x
+        return wide.get(id(x), x)
     if isinstance(x, torch.dtype) and x in NARROW:
         return torch.float32
     if isinstance(x, (list, tuple)) and any(isinstance(y, Tensor) for y in x):
-        return [_widened(y, promoted) for y in x]
+        return [_replaced(y, wide) for y in x]
     return x
 
 

@@ -125,7 +125,7 @@ def _require_strided(function: Function, rounds_once: bool = False) -> Function:
                 if x.layout is not torch.strided or x.is_complex():
                     _refuse_layout(x)
                 if not rounds_once and x.dtype in casts.NARROW:
-                    _check_numbers_beside(x.dtype, args, values)
+                    args = _numbers_beside(x.dtype, args, values)
             elif isinstance(x, (list, tuple)):
                 for y in tensors(x):
                     if y.layout is not torch.strided or y.is_complex():
@@ -169,20 +169,21 @@ def _refuse_layout(x: Tensor) -> None:
         raise NotExactError(f"it is not defined for {x.dtype} of layout {x.layout}")
 
 
-def _check_numbers_beside(dtype: torch.dtype, args: Any, values: frozenset[int]) -> None:
-    """Raise NotExactError for a number that PyTorch would round to float32 and then to 16 or 8 bits.
+def _numbers_beside(dtype: torch.dtype, args: Any, values: frozenset[int]) -> list[Any]:
+    """Return the operands with each number such that PyTorch, by way of float32, rounds it once to `dtype`.
 
     values: the places of operands that are such numbers; elsewhere an integer is a size or an index. A
     tensor without axes stands for a number.
     """
+    given = list(args)
     for i, x in enumerate(args):
-        if isinstance(x, Tensor) and x.dtype in _WIDE and not x.dim() and not x.is_meta:
-            x = x.item()
-        if (type(x) is float or (type(x) is int and i in values)) and not casts.is_float32(x):
-            raise NotExactError(
-                f"the number {x} would be rounded to float32 and then to {dtype}; give it as a "
-                f"tensor, torch.tensor({x}, dtype={dtype})"
-            )
+        if isinstance(x, Tensor):
+            if x.dtype in _WIDE and not x.dim() and not x.is_meta:
+                given[i] = casts.float32_to_odd(x)
+        elif type(x) is float or (type(x) is int and i in values):
+            if not casts.is_float32(x):
+                given[i] = casts.number_for(x, dtype)
+    return given
 
 
 _WIDE = (torch.float64, torch.int64, torch.int32)
@@ -204,9 +205,9 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
 
     def narrow(*args: Any, **kwargs: Any) -> Any:
         if in_place:
-            return args[0].copy_(dtypes.run(definitions[name], args, kwargs, args[0]))
+            return args[0].copy_(dtypes.run(name, definitions[name], args, kwargs, args[0]))
         outs = [kwargs.pop(output) for output in outputs]
-        results = dtypes.run(definitions[name], args, kwargs, outs[0] if outs else None)
+        results = dtypes.run(name, definitions[name], args, kwargs, outs[0] if outs else None)
         if not outs:
             return arrange(results, args)
         for out, result in zip(outs, results if len(outs) > 1 else [results]):
@@ -221,7 +222,7 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
                 return table.IN_PLACE[name](*args)
         elif _is_on_meta(args, kwargs):
             return operator(*args, **kwargs)
-        elif dtypes.has_narrow(args, kwargs):
+        elif name not in table.FLOAT32_ONLY and dtypes.has_narrow(args, kwargs):
             return narrow(*args, **kwargs)
         elif _runs_natively(name, [*args, *kwargs.values()]):
             return operator(*args, **kwargs)

@@ -122,6 +122,11 @@ FLOAT64 = frozenset("""
 add sub rsub mul div sum mean max min amax amin maximum minimum allclose
 index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy round
 """.split())
+
+# FLOAT32_ONLY: operators in EXACT that PyTorch has no kernel on the CPU for in 16 bits.
+FLOAT32_ONLY = frozenset("""
+_cdist_forward _cdist_backward _euclidean_dist _pdist_forward _pdist_backward linalg_qr
+""".split())
 # fmt: on
 
 # PROMOTING: operators whose operands of other dtypes are rounded to float32 first, as PyTorch promotes

@@ -209,29 +209,29 @@ def test_data_that_is_narrow_already_is_taken_as_it_is():
         torch.set_default_dtype(torch.float32)
 
 
-def test_numbers_beside_narrow_tensors_are_refused():
-    """Where PyTorch would round them twice: 0.1 in float32 is another number."""
+def test_numbers_beside_narrow_tensors_are_rounded_once():
+    """PyTorch rounds them to float32 first; these are not midpoints, but their float32 numbers are."""
     x = torch.ones(2, dtype=torch.bfloat16)
     mask = torch.tensor([True, False])
-    for function in (lambda v: x.masked_fill(mask, v), lambda v: x > v, lambda v: x.eq(v)):
-        assert "0.1" in refused(function, 0.1)
-        exact_path(function, -0.5)
+    for value in (1 + 2**-8 + 2**-40, 2**24 + 2**16 + 1, -(2**24) - 2**16 - 1, 0.1):
+        expected = nearest_narrow(Fraction(value), torch.bfloat16)
+        for function in (
+            lambda v: x.masked_fill(mask, v)[0],
+            lambda v: x.masked_fill(mask, torch.tensor(v, dtype=torch.float64))[0],
+            lambda v: x.index_fill(0, torch.tensor([0]), v)[0],
+            lambda v: torch.nn.functional.pad(x, (1, 1), value=v)[0],
+            lambda v: torch.where(mask, float(v), 0 * x)[0],
+        ):
+            assert exact_path(function, value).item() == expected
+        rounded = torch.full((2,), expected, dtype=torch.bfloat16)
+        assert exact_path(torch.eq, rounded, value).all()
+        assert not exact_path(torch.gt, rounded, value).any()
     large = 2**24 + 2**16 + 1
-    for function in (
-        lambda v: x.masked_fill(mask, v),
-        lambda v: x.masked_fill(mask, torch.tensor(v)),
-        lambda v: x.index_fill(0, torch.tensor([0]), v),
-        lambda v: torch.nn.functional.pad(x, (1, 1), value=v),
-    ):
-        assert str(large) in refused(function, large)
-        exact_path(function, 2**24)
     empty = torch.empty(0, large, dtype=torch.bfloat16)
     assert (
         exact_path(lambda: empty.narrow(1, 0, large)).shape == empty.shape
     )  # a size, not a number
     assert exact_path(torch.where, mask, x, -torch.inf)[1] == -torch.inf
-    value = 1 + 2**-8 + 2**-40
-    assert exact_path(torch.where, mask, 0 * x, value).tolist() == [0, 1.0078125]
 
 
 def test_integers_beside_floats_are_rounded_first():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -59,6 +59,15 @@ def rounding_to(dtype: torch.dtype) -> Iterator[Format]:
         yield _local.target
     finally:
         _local.target = before
+
+
+def storing() -> AbstractContextManager[Format]:
+    """Round to float32 within this block, where the target is narrower.
+
+    It is for the intermediate results of a definition that PyTorch stores in float32 whatever the operands are, such
+    as the statistics of a normalization.
+    """
+    return rounding_to(torch.float32 if _local.target.precision < 24 else _local.target.dtype)
 
 
 def narrow(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.numerics.formats import BINARY32, target
 from reproml.arithmetic.operators import normalization_reference as reference
 from reproml.arithmetic.operators.reductions import reduce_sum
 
@@ -69,7 +70,9 @@ def _group_layout(n: int, c: int, places: int, groups: int) -> Layout:
 
 def _usable(x: Tensor, *others: Optional[Tensor]) -> bool:
     f32 = torch.float32
-    if kernels.loops() is None or not x.is_cpu or x.dtype is not f32 or not x.numel():
+    if kernels.loops() is None or target() is not BINARY32:  # it rounds statistics as it does results
+        return False
+    if not x.is_cpu or x.dtype is not f32 or not x.numel():
         return False
     for t in others:
         if t is not None and not (t.is_cpu and t.dtype is f32 and t.is_contiguous()):
