@@ -70,7 +70,9 @@ def _group_layout(n: int, c: int, places: int, groups: int) -> Layout:
 
 def _usable(x: Tensor, *others: Optional[Tensor]) -> bool:
     f32 = torch.float32
-    if kernels.loops() is None or target() is not BINARY32:  # it rounds statistics as it does results
+    if (
+        kernels.loops() is None or target() is not BINARY32
+    ):  # it rounds statistics as it does results
         return False
     if not x.is_cpu or x.dtype is not f32 or not x.numel():
         return False
