@@ -210,7 +210,7 @@ def struct_float32(x: float) -> float:
 
 # Precision in bits, exponent of the smallest number, exponent of the first power of two that is too large,
 # and the integer dtypes of PyTorch and NumPy of the same width.
-FORMATS = {
+FORMATS: dict[torch.dtype, tuple[Any, ...]] = {
     torch.float32: (24, -149, 128, torch.int32, np.uint32, np.float32),
     torch.float64: (53, -1074, 1024, torch.int64, np.uint64, np.float64),
     torch.float16: (11, -24, 16, torch.int16, np.uint16, np.float16),
@@ -270,7 +270,7 @@ def float_of(x: Real, dtype: Any = None) -> float:
     if dtype is torch.bfloat16:
         bits, dtype = bits << 16 if bits >= 0 else bits, torch.float32
     integer, number = FORMATS[dtype][4:]
-    return math.nan if bits < 0 else float(integer(bits).view(number))
+    return math.nan if bits < 0 else float(np.array(bits, integer).view(number))
 
 
 def rounded(x: Any) -> Any:

@@ -26,8 +26,8 @@ def has_narrow(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     )
 
 
-# Operators of which the results have dtypes of their own: for each result, the operand whose dtype it has, None
-# for float32, or a tuple, of which the first operand that is there counts.
+# Operators of which the results have dtypes of their own: for each result, the operand whose dtype it has,
+# None for float32, or a tuple, of which the first operand that is there counts.
 _RESULTS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         """native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit

@@ -125,7 +125,7 @@ def _require_strided(function: Function, rounds_once: bool = False) -> Function:
                 if x.layout is not torch.strided or x.is_complex():
                     _refuse_layout(x)
                 if not rounds_once and x.dtype in casts.NARROW:
-                    args = _numbers_beside(x.dtype, args, values)
+                    args = tuple(_numbers_beside(x.dtype, args, values))
             elif isinstance(x, (list, tuple)):
                 for y in tensors(x):
                     if y.layout is not torch.strided or y.is_complex():

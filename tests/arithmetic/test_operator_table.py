@@ -41,9 +41,8 @@ from verification.oracle import Real, check, dot, float32_scalar, real, reals, r
 
 aten = torch.ops.aten
 HALF = Fraction(1, 2)
-from hypothesis import Phase
 
-TESTS = settings(phases=[Phase.generate], max_examples=12, suppress_health_check=list(HealthCheck))
+TESTS = settings(max_examples=12, suppress_health_check=list(HealthCheck))
 
 
 class Case(NamedTuple):
