@@ -234,8 +234,8 @@ def bits_of(x: Real, dtype: Any = None) -> int:
     """Return the bit pattern of the nearest number of a dtype, ties to even; -1 for NaN."""
     precision, lowest, top, *_ = FORMATS[dtype or target]
     v = x.v
-    infinity = (top - lowest - precision + 2) << (precision - 1)
-    sign = (infinity + (1 << (precision - 1))) * x.minus  # the bit above the largest exponent
+    infinity: int = (top - lowest - precision + 2) << (precision - 1)
+    sign: int = (infinity + (1 << (precision - 1))) * x.minus  # the bit above the largest exponent
     if isinstance(v, Fraction):
         # v = m 2^e with a sticky last bit, 64 bits long or exact
         n, d = abs(v.numerator), v.denominator
