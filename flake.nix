@@ -65,6 +65,14 @@
       templates.default = {
         path = ./nix/template;
         description = "A training of your own: a recipe, its golden file, and a check";
+        welcomeText = ''
+          Next, with ADDRESS as you gave it to `nix flake init -t`:
+
+              nix flake lock --override-input reproml ADDRESS
+              nix flake check
+
+          In a git repository run `git add .` first, because Nix sees only files that git knows.
+        '';
       };
 
       packages = lib.genAttrs systems (

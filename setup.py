@@ -23,6 +23,10 @@ class BuildWithGoldenFiles(build_py):
             raise SystemExit("there are no golden files to copy: build in the project's folder")
         for file in files:
             shutil.copy(file, folder)
+        for file in glob("golden/confirmations/*/*.json"):
+            target = folder / Path(file).relative_to("golden")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
 
 
 # The loops round to binary32; built again with another PRECISION, to bfloat16 and float16.

@@ -40,7 +40,7 @@ def verb_task(verb: str) -> Task[Any]:
         settings = cli.OPTIONS[option]
         helps[name] = settings["help"]
         default: Any = False if settings.get("action") == "store_true" else ""
-        if not option.startswith("-"):
+        if not option.startswith("-") and "nargs" not in settings:
             default = Parameter.empty
         parameters.append(Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default))
     signature = Signature(parameters)
@@ -49,7 +49,9 @@ def verb_task(verb: str) -> Task[Any]:
         arguments = [verb]
         for name, value in list(signature.bind(*args, **kwargs).arguments.items())[1:]:
             option = options[name]
-            if value:
+            if value and "nargs" in cli.OPTIONS[option]:
+                arguments += shlex.split(value)
+            elif value:
                 arguments += [option] * option.startswith("-") + [value] * (value is not True)
         if status := cli.main(arguments):
             raise Exit(code=status)

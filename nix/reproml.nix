@@ -87,5 +87,5 @@ in
 environment "" ''
   mkdir -p $package/recipes
   cp ${recipes}/*.toml $package/recipes
-  cp ${golden}/*.json $package/golden_files
+  cp -r ${golden}/* $package/golden_files
 ''

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from reproml.errors import NotExactError, ReproError
+from reproml.files import write_atomically
 from reproml.terminal import Terminal, complain, printable
 from reproml.torchrun import this_worker
 
@@ -27,8 +28,16 @@ if TYPE_CHECKING:
     from reproml.pipeline.checkpoint import Checkpoint
     from reproml.pipeline.recipe import Recipe
 
-# The modules of the extra reproml[pipeline], which exact() does without.
-PIPELINE_MODULES = frozenset("jinja2 msgspec platformdirs rich safetensors sklearn tomli".split())
+# The modules that exact() does without, and the extra that has them.
+EXTRAS = {
+    **dict.fromkeys(
+        "jinja2 msgspec platformdirs rich safetensors sklearn tomli".split(), "pipeline"
+    ),
+    "OpenSSL": "sign",
+    "mlflow": "mlflow",
+    "model_signing": "sign",
+    "rocrate": "ro-crate",
+}
 
 Result = tuple[int, dict[str, Any]]  # exit status, and the object that --json prints
 
@@ -48,6 +57,7 @@ def train_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     from reproml.pipeline import run
 
     device = _device(args)
+    _refuse_unusable_builder(args)
     if args.steps is not None:
         return _train_steps(args, _recipe(args), device, terminal)
     out, recipe, start = _starting_point(args, terminal)
@@ -121,7 +131,7 @@ def _train_run(
             run.Recording(checkpoints, args.trace or recipe_trace),
             device,
         )
-        save(replace(result, trace=recipe_trace))
+        save(replace(result, trace=recipe_trace, builder=args.builder))
         if checkpoints:
             checkpoints.delete()
         if recipe_trace:  # deleted last, because a checkpoint needs it
@@ -170,6 +180,8 @@ def verify_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Train again, or take the run folder --run DIR, and compare every item with the golden file."""
     from reproml.pipeline import golden, run
 
+    if args.signature is not None:
+        return _verify_signature(args, terminal)
     _refuse_native(args)
     device, recipe = _device(args), _recipe(args, args.run)
     path = golden.find_golden(recipe.name)
@@ -203,16 +215,60 @@ def verify_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     }
 
 
+def _verify_signature(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Check a run folder's model.sig with the public key --signature FILE, and every file with it."""
+    from reproml.evidence import signature
+
+    folder = args.run or _default_folder(args, _recipe(args))
+    signed = signature.read_signature(folder)
+    differences = signature.differences(folder, args.signature)
+    for difference in differences:
+        terminal.print(difference)
+    if not differences:
+        terminal.print(
+            f"{folder}: signature verified, {len(signed.files)} files are as the owner of "
+            f"{args.signature} signed them"
+        )
+    return int(bool(differences)), {
+        "run": str(folder),
+        "verified": not differences,
+        "key.sha256": signed.key,
+        "files": signed.files,
+        "differences": differences,
+    }
+
+
+def sign_command(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Sign every file of a run folder with a private key, in its file model.sig."""
+    from reproml.evidence import signature
+    from reproml.pipeline.run import SIGNATURE
+
+    signed = signature.sign(args.run, args.key, args.force)
+    path = args.run / SIGNATURE
+    terminal.print(f"wrote {path}: {len(signed.files)} files, signed by the key {signed.key}")
+    return 0, {"signature": str(path), "key.sha256": signed.key, "files": signed.files}
+
+
+def export_command(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Export a run folder as an RO-Crate, a model card or a run of MLflow."""
+    from reproml.evidence import exports
+
+    where = exports.FORMATS[args.format](args.run, args.out)
+    terminal.print(f"exported {args.run} to {where}")
+    return 0, {"run": str(args.run), "format": args.format, "exported": where}
+
+
 def pipeline_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Run data, train, evaluate and verify in turn; verify checks the run just trained."""
     from reproml.pipeline import golden
 
     _refuse_native(args)
+    _refuse_unusable_builder(args)
     _device(args)
     recipe = _recipe(args)
     golden.read_golden(golden.find_golden(recipe.name))  # fails now, not after the training
     args.run = args.out or _default_folder(args, recipe)
-    args.steps = args.trace = args.checkpoint_every = args.resume = None
+    args.steps = args.trace = args.checkpoint_every = args.resume = args.signature = None
     status, results = 0, {}
     for verb in ("data", "train", "evaluate", "verify"):
         terminal.print(f"== {verb}")
@@ -221,9 +277,11 @@ def pipeline_command(args: argparse.Namespace, terminal: Terminal) -> Result:
 
 
 def golden_command(args: argparse.Namespace, terminal: Terminal) -> Result:
-    """Train the recipe and write its results as the golden file."""
+    """Train the recipe and write its results as the golden file, or list the golden files."""
     from reproml.pipeline import golden as goldens
 
+    if args.list:
+        return _list_golden_files(terminal)
     _refuse_native(args)
     device, recipe = _device(args), _recipe(args)
     path = goldens.golden_path(recipe.name)
@@ -234,6 +292,19 @@ def golden_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     return 0, {"golden": str(path), "items": items}
 
 
+def _list_golden_files(terminal: Terminal) -> Result:
+    """List the golden files; the status is 1 if a recipe or a confirmation contradicts one."""
+    from reproml.evidence import registry
+
+    entries = registry.entries()
+    terminal.print(registry.HEADING)
+    for entry in entries:
+        for line in registry.lines(entry):
+            terminal.print(line)
+    wrong = any(entry.defects for entry in entries)
+    return int(wrong), {"golden": [asdict(entry) for entry in entries]}
+
+
 def run_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     """Run a training script, unmodified, and print the digests of what it trained and saved."""
     from reproml import script
@@ -241,7 +312,9 @@ def run_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     first = this_worker().rank == 0  # all workers that torchrun started have the same results
     digest = args.digest if first else None
     command = args.script, args.arguments
-    exit_request, result = script.execute(*command, args.numerics, digest, args.trace, args.seed)
+    exit_request, result = script.execute(
+        *command, args.numerics, digest, args.trace, args.seed, args.provenance, args.builder
+    )
     lines = script.lines(result) if first else []
     for line in lines:
         terminal.print(line)
@@ -375,6 +448,39 @@ def diff_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     return int(found is not None), {"differ": found is not None, **(asdict(found) if found else {})}
 
 
+def reproduced_command(args: argparse.Namespace, terminal: Terminal) -> Result:
+    """Compare provenances of different builders; if they agree, state it in a verification summary."""
+    from reproml.evidence import provenance, reproduced
+
+    paths = [args.first, args.second, *args.others]
+    provenance.builder_id(args.builder)
+    checked = reproduced.compare(paths, args.same_builder)
+    for p in checked.provenances:
+        beside = "checked" if reproduced.weights_beside(p) else "not beside it"
+        terminal.print(f"{p.path}: by {p.builder}, weights {beside}")
+    builders = [p.builder for p in checked.provenances]
+    result: dict[str, Any] = {
+        "reproduced": checked.difference is None,
+        "difference": checked.difference,
+        "builders": builders,
+        "summary": None,
+    }
+    if checked.difference is not None:
+        terminal.print(f"not reproduced: {checked.difference}")
+        return 1, result
+    out = args.out or reproduced.summary_path(args.first)
+    try:
+        write_atomically(out, checked.summary(args.builder))
+    except OSError as error:
+        raise ReproError(f"cannot write the summary {out}: {error.strerror}") from None
+    count = len(set(builders))
+    terminal.print(
+        f"reproduced by {count} builder{'s' * (count > 1)}: parameters, data and weights agree; "
+        f"wrote {out}"
+    )
+    return 0, {**result, "summary": str(out)}
+
+
 # --- several workers, started by torchrun -----------------------------------------------------------
 
 
@@ -382,13 +488,17 @@ def _refuse_useless_workers(args: argparse.Namespace) -> None:
     """Raise ReproError if torchrun started several workers for the work of one process."""
     if this_worker().size == 1:
         return
-    if not VERBS[args.verb].trains or (args.verb == "verify" and args.run is not None):
+    only_reads = args.verb == "verify" and (args.run or args.signature)
+    if not VERBS[args.verb].trains or only_reads:
         raise ReproError(
             f"{args.verb} does not train, so several workers have nothing to share; "
             "start it without torchrun"
         )
-    if getattr(args, "trace", None):
-        raise ReproError("--trace records the training of one process; start it without torchrun")
+    for option in "trace", "provenance":
+        if getattr(args, option, None):
+            raise ReproError(
+                f"--{option} records the training of one process; start it without torchrun"
+            )
 
 
 def _train_with_first_worker(args: argparse.Namespace) -> None:
@@ -451,7 +561,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--out": {
         "type": Path,
         "metavar": "PATH",
-        "help": "run folder to write, default: runs/RECIPE; for report the page, default: RUN.html",
+        "help": "run folder to write, default: runs/RECIPE; for report the page, default: RUN.html; for "
+        "export the folder, default: RUN-FORMAT or what MLflow is set to; for reproduced the summary, "
+        "default: FIRST.reproduced.json",
     },
     "--run": {
         "type": Path,
@@ -485,7 +597,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "DIR",
         "help": "resume the training of this run folder from its newest checkpoint",
     },
-    "--force": {"action": "store_true", "help": "replace an existing golden file"},
+    "--list": {
+        "action": "store_true",
+        "help": "list the golden files: task, parameters, accuracy, hash, and where each was confirmed",
+    },
+    "--force": {"action": "store_true", "help": "replace an existing golden file or signature"},
     "--json": {"action": "store_true", "help": "print JSON"},
     "--digest": {
         "type": Path,
@@ -501,6 +617,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "'SCRIPT.py ARGS'",
         "help": "training script to run instead of a recipe, with its arguments in one string; for diff, "
         "the one that --rerun runs",
+    },
+    "--builder": {
+        "metavar": "NAME",
+        "help": "name of this machine in provenance.json or in the summary; default: REPROML_BUILDER, or "
+        "the name of the host",
+    },
+    "--provenance": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "write a statement of script, arguments, data and result to this JSON file",
     },
     "--trace": {
         "type": Path,
@@ -518,6 +644,35 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "a": {"type": Path, "metavar": "A", "help": "trace, run folder, .safetensors or golden .json"},
     "b": {"type": Path, "metavar": "B", "help": "another of the same kind"},
+    "run": {"type": Path, "metavar": "RUN", "help": "run folder"},
+    "--key": {
+        "type": Path,
+        "required": True,
+        "metavar": "FILE",
+        "help": "private key in PEM format, not encrypted, on the curve P-256, P-384 or P-521",
+    },
+    "--signature": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "check only the run folder's model.sig, with this public key in PEM format",
+    },
+    "--format": {
+        "choices": ["ro-crate", "model-card", "mlflow"],
+        "required": True,
+        "help": "ro-crate, model-card or mlflow",
+    },
+    "first": {"type": Path, "metavar": "FIRST", "help": "provenance.json or its run folder"},
+    "second": {"type": Path, "metavar": "SECOND", "help": "another, of another builder"},
+    "others": {
+        "type": Path,
+        "nargs": "*",
+        "metavar": "OTHERS",
+        "help": "more of them; for invoke in one string",
+    },
+    "--same-builder": {
+        "action": "store_true",
+        "help": "also compare provenances of one builder, which shows no independent reproduction",
+    },
     "--workers": {
         "type": _positive_integers,
         "default": [],
@@ -553,22 +708,36 @@ VERBS = {
     "data": Verb(data_command, "--recipe --data --json"),
     "train": Verb(
         train_command,
-        "--recipe --data --out --numerics --device --steps --trace --checkpoint-every --resume --json",
+        "--recipe --data --out --numerics --device --steps --trace --checkpoint-every --resume --builder "
+        "--json",
         trains=True,
     ),
     "evaluate": Verb(evaluate_command, "--recipe --data --run --numerics --device --json"),
-    "verify": Verb(verify_command, "--recipe --data --run --numerics --device --json", trains=True),
+    "verify": Verb(
+        verify_command,
+        "--recipe --data --run --numerics --device --signature --json",
+        trains=True,
+    ),
     "pipeline": Verb(
-        pipeline_command, "--recipe --data --out --numerics --device --json", trains=True
+        pipeline_command, "--recipe --data --out --numerics --device --builder --json", trains=True
     ),
     "golden": Verb(
-        golden_command, "--recipe --data --numerics --device --force --json", trains=True
+        golden_command, "--recipe --data --numerics --device --force --list --json", trains=True
     ),
-    "run": Verb(run_command, "--numerics --digest --trace --seed script arguments", trains=True),
+    "run": Verb(
+        run_command,
+        "--numerics --digest --provenance --builder --trace --seed script arguments",
+        trains=True,
+    ),
     "matrix": Verb(matrix_command, "--recipe --script --data --device --steps --workers --json"),
     "doctor": Verb(doctor_command, "--run --json"),
+    "sign": Verb(sign_command, "run --key --force --json"),
+    "export": Verb(export_command, "run --format --out --json"),
     "report": Verb(report_command, "--recipe --data --run --out --diff --json"),
     "diff": Verb(diff_command, "a b --rerun --script --json"),
+    "reproduced": Verb(
+        reproduced_command, "first second others --same-builder --builder --out --json"
+    ),
 }
 
 
@@ -643,9 +812,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
-        if package not in PIPELINE_MODULES:
+        if package not in EXTRAS:
             raise
-        complain(f"{args.verb} needs the package {package}; install reproml[pipeline]")
+        complain(f"{args.verb} needs the package {package}; install reproml[{EXTRAS[package]}]")
         return 2
     except KeyboardInterrupt:
         complain("interrupted")
@@ -707,6 +876,13 @@ def _train_exactly(
 def _default_folder(args: argparse.Namespace, recipe: Recipe) -> Path:
     suffix = "-native" if getattr(args, "numerics", "exact") == "native" else ""
     return Path("runs") / (recipe.name + suffix)
+
+
+def _refuse_unusable_builder(args: argparse.Namespace) -> None:
+    """Raise ReproError before the training if --builder or REPROML_BUILDER is not a name."""
+    from reproml.evidence import provenance
+
+    provenance.builder_id(args.builder)
 
 
 def _refuse_native(args: argparse.Namespace) -> None:

@@ -58,11 +58,7 @@ def describe() -> dict[str, Any]:
     cudnn: Any = torch.backends.cudnn
     build = torch.__config__.show()
     return {
-        "versions": {
-            "reproml": __version__,
-            "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
-        },
+        "versions": versions(),
         "machine": {
             "system": platform.platform(),
             "architecture": platform.machine(),
@@ -88,6 +84,12 @@ def describe() -> dict[str, Any]:
         "arithmetic": {"compiled_loops": kernels.library is not None},
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIXES)},
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of reproml, Python and the packages that it uses."""
+    packages = {name: _version(name) for name in _PACKAGES}
+    return {"reproml": __version__, "python": platform.python_version(), **packages}
 
 
 def _gpu() -> str:

@@ -32,6 +32,8 @@ from reproml.arithmetic.context import exact
 from reproml.diff import compare
 from reproml.diff.compare import Divergence
 from reproml.errors import ReproError
+from reproml.evidence import reproduced
+from reproml.evidence.provenance import PROVENANCE, SOURCE, read_provenance
 from reproml.files import write_atomically
 from reproml.pipeline import golden, run
 from reproml.pipeline.data import Split
@@ -236,6 +238,8 @@ def contents(
         "total": len(predicted),
         "mistakes": _frequent_mistakes(counts),
         "most_wrong": _most_wrong(dataset.test, dataset.levels, probabilities),
+        "evidence": _evidence(folder, sha256),
+        "checks": _checks(folder, numerics),
         "settings": list(_flat("", record.get("recipe", {}))),
         "environment": _grouped(facts),
         "hashes": _hashes(
@@ -386,6 +390,66 @@ def _most_wrong(test: Split, levels: int, probabilities: NDArray[Any]) -> list[d
             }
         )
     return mistakes
+
+
+def _evidence(folder: Path, weights_sha256: str) -> list[tuple[str, str]]:
+    """Return what is known about provenance, signature and reproduction of the run."""
+    signed = (folder / run.SIGNATURE).is_file()
+    signature = f"{run.SIGNATURE}, not checked for this page" if signed else "not signed"
+    return [
+        ("provenance", _provenance_status(folder, weights_sha256)),
+        ("signature", signature),
+        ("reproduction", _reproduction_status(folder)),
+    ]
+
+
+def _provenance_status(folder: Path, weights_sha256: str) -> str:
+    if not (folder / PROVENANCE).is_file():
+        return f"no {PROVENANCE}: the run is of an earlier reproml"
+    try:
+        stated = read_provenance(folder)
+    except ReproError as error:
+        return str(error)
+    found = stated.subjects[0].digest.get("sha256")
+    if found != weights_sha256:
+        return f"{PROVENANCE} states other weights: {found}"
+    revisions = [
+        d.digest.get("gitCommit", "") + " with changes" * (not d.annotations.get("clean"))
+        for d in stated.definition.resolved_dependencies
+        if d.annotations.get("kind") == SOURCE and "gitCommit" in d.digest
+    ]
+    text = f"{PROVENANCE}, unchanged, by {stated.builder}, SHA-256 {stated.sha256}"
+    return ", revision ".join([text, *revisions])
+
+
+def _reproduction_status(folder: Path) -> str:
+    try:
+        builders = reproduced.reproduced_by(folder)
+    except ReproError as error:
+        return str(error)
+    if builders is None:
+        return "not compared with a run of another machine"
+    return f"by {len(builders)} builders: {', '.join(builders)}"
+
+
+def _checks(folder: Path, numerics: str) -> list[tuple[str, str]]:
+    """Return commands that check the run, each with what it does."""
+    named = folder.resolve() if folder.name in ("", "..") else folder
+    again = shlex.quote(str(named.with_name(f"{named.name}-again")))
+    quoted = shlex.quote(str(folder))
+    weights = shlex.quote(str(folder / run.WEIGHTS))
+    provenance = shlex.quote(str(folder / PROVENANCE))
+    train = f"python -m reproml train --recipe {provenance} --out {again}"
+    checks = [("Compute the SHA-256 of the weights", f"sha256sum {weights}")]
+    if (folder / PROVENANCE).is_file():
+        checks += [
+            ("Train again", train + " --numerics native" * (numerics == "native")),
+            ("Compare the two", f"python -m reproml reproduced {quoted} {again}"),
+        ]
+    if (folder / run.SIGNATURE).is_file():
+        verify = f"python -m reproml verify --run {quoted} --signature PUBLIC_KEY.pem"
+        checks.append(("Check the signature", verify))
+    return checks
 
 
 def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:

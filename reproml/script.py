@@ -12,15 +12,19 @@ working directory, its exit status and tracebacks. Two things are observed while
 
 If there is neither, as with a library that has optimizers of its own and no saved file, the modules among
 the script's global variables are digested at the end, also those that an object has as its `model`.
+
+With a file for the provenance, the files that the script reads are recorded as well (evidence/inputs.py).
 """
 
 from __future__ import annotations
 
 import builtins
 import functools
+import hashlib
 import io
 import json
 import os
+import platform
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -36,8 +40,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from reproml.arithmetic.patches import replaced
-from reproml.digest import digest
+from reproml.digest import digest, file_sha256
+from reproml.environment import versions
 from reproml.errors import ReproError
+from reproml.evidence import provenance
+from reproml.evidence.inputs import Inputs
 from reproml.files import write_atomically
 from reproml.pipeline.train import numerics_mode
 from reproml.seeding import Generators
@@ -95,9 +102,11 @@ class Observer:
     def _recording_save(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def save(content: Any, to: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(to, (str, os.PathLike)):  # the writers in C++ and Rust report nothing
+                sys.audit("open", to, "wb", os.O_WRONLY)
             result = original(content, to, *args, **kwargs)
             name = to if isinstance(to, (str, os.PathLike)) else getattr(to, "name", "(no name)")
-            for place, state in _state_dicts(str(name), content):
+            for place, state in state_dicts(str(name), content):
                 self.saved.append({"file": place, "state_dict.sha256": digest(state)})
             return result
 
@@ -114,7 +123,7 @@ class Observer:
                     continue
                 known.add(id(model))
                 try:
-                    found = [(p, digest(state)) for p, state in _state_dicts(place, model)]
+                    found = [(p, digest(state)) for p, state in state_dicts(place, model)]
                 except Exception as error:  # the script has succeeded, with whatever it made
                     complain(f"no digest of the variable {place}: {error}")
                     continue
@@ -146,12 +155,15 @@ def execute(
     digest_file: Optional[Path] = None,
     trace_file: Optional[Path] = None,
     seed: Optional[int] = None,
+    provenance_file: Optional[Path] = None,
+    builder: Optional[str] = None,
 ) -> tuple[Optional[SystemExit], dict[str, Any]]:
     """Run the script as `__main__` of this process, which cannot be undone.
 
     Return the SystemExit that the script raised, if any, and the digests, which are also written to
     `digest_file` as JSON. `trace_file` records the steps of its training. `seed` seeds the generators of
     Python, NumPy and PyTorch before; the result names those that the script drew from without a seed.
+    `provenance_file` is written with a statement of the training by the machine with the name `builder`.
 
     An exception that the script does not catch is printed with its traceback and raises SystemExit(1);
     there are no digests then, as a training that failed half-way has no result. Raises ReproError if the
@@ -164,6 +176,8 @@ def execute(
     except OSError as error:
         raise ReproError(f"cannot read the script {script}: {error.strerror}") from None
     target = digest_file and _writable(digest_file)  # absolute: the script may change the folder
+    statement = provenance_file and _writable(provenance_file)
+    about = _About(script, source, arguments, numerics, seed, builder) if statement else None
     observer = Observer()
     # The trace is opened before sys.argv is set: its header records this process's command line.
     # Its numerics show `diff --rerun` that this verb recorded it and not the script.
@@ -171,7 +185,8 @@ def execute(
     with traced as recorder:
         main = _main_module(script, arguments, path)
         generators = Generators(seed)
-        with observer.observing(), generators.watching():
+        reading = about.inputs.watching() if about else nullcontext()
+        with observer.observing(), generators.watching(), reading:
             exit_request = _execute_source(source, path, main, numerics)
         if recorder and not recorder.steps:
             complain(f"{trace_file} has no step: no optimizer of torch.optim took one")
@@ -181,7 +196,84 @@ def execute(
             result["unseeded"] = generators.unseeded
         if target:
             _write_json(target, result)
+    if about and statement:
+        _write(statement, about.provenance(result, recorder))
     return exit_request, result
+
+
+class _About:
+    """What the provenance of a script states: made before the script is run, and completed after it."""
+
+    def __init__(
+        self,
+        script: str,
+        source: bytes,
+        arguments: list[str],
+        numerics: str,
+        seed: Optional[int],
+        builder: Optional[str],
+    ) -> None:
+        self.inputs = Inputs(script)
+        self._builder = provenance.builder_id(builder)  # an invalid name is an error now
+        self._started = provenance.timestamp()
+        self._parameters = {
+            "script": Path(script).as_posix(),
+            "arguments": arguments,
+            "seed": seed,
+            "numerics": numerics,
+        }
+        sha256 = {"sha256": hashlib.sha256(source).hexdigest()}
+        self._dependencies = [
+            provenance.describe(Path(script).as_posix(), sha256, kind=provenance.SCRIPT),
+            *provenance.revision(Path(os.path.abspath(script)), "revision of the script"),
+            *provenance.source_dependencies(),
+        ]
+
+    def provenance(self, result: dict[str, Any], recorder: Any) -> bytes:
+        """Return the content of the provenance file. Raises ReproError if nothing was trained."""
+        parameters = [
+            _digested(f"parameters of optimizer {i}: {o['optimizer']}", o["parameters.sha256"])
+            for i, o in enumerate(result["optimizers"], 1)
+        ]
+        states = {s["file"]: s["state_dict.sha256"] for s in result["saved"]}  # the last of each
+        states.update({v["variable"]: v["state_dict.sha256"] for v in result.get("variables", [])})
+        subjects = [_digested(*state) for state in states.items()] or parameters
+        if not subjects:
+            raise ReproError(
+                "no provenance was written: the script trained and saved nothing; save its model with "
+                "torch.save(model.state_dict(), FILE)"
+            )
+        head = recorder.head() if recorder else {}
+        traced = {"sha256": head.get("sha256", "")}
+        return provenance.make_provenance(
+            subjects,
+            "script",
+            self._parameters,
+            [*self._dependencies, *self.inputs.dependencies()],
+            internal={
+                "architecture": platform.machine(),
+                "unseeded": result.get("unseeded", []),
+            },
+            builder=self._builder,
+            versions=versions(),
+            times=(self._started, provenance.timestamp()),
+            byproducts=[
+                *(parameters if states else []),
+                *(
+                    [provenance.describe("head of the trace", traced)]
+                    if head.get("entries")
+                    else []
+                ),
+            ],
+        )
+
+
+def _digested(name: str, digest: str) -> provenance.Descriptor:
+    """Describe a state dict by its digest; a file of nothing else by its SHA-256 as well."""
+    digests = {provenance.STATE_DICT: digest}
+    if name.endswith(".safetensors") and os.path.isfile(name):
+        digests["sha256"] = file_sha256(Path(name))
+    return provenance.describe(name, digests)
 
 
 def _main_module(script: str, arguments: list[str], path: str) -> types.ModuleType:
@@ -239,7 +331,7 @@ def _models(name: str, value: Any) -> Iterator[tuple[str, torch.nn.Module]]:
             yield place, model
 
 
-def _state_dicts(place: str, content: Any) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
+def state_dicts(place: str, content: Any) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
     """Yield the state dicts in what is saved: itself, a module's, or those inside a checkpoint.
 
     Only below keys that are strings: an optimizer's state, with a number for each parameter, is skipped.
@@ -252,7 +344,7 @@ def _state_dicts(place: str, content: Any) -> Iterator[tuple[str, Mapping[str, t
         yield place, content
         return
     for key, value in content.items():
-        yield from _state_dicts(f"{place}[{key!r}]", value)
+        yield from state_dicts(f"{place}[{key!r}]", value)
 
 
 def _dense(value: Any) -> bool:
@@ -273,7 +365,11 @@ def _writable(path: Path) -> Path:
 
 
 def _write_json(path: Path, result: dict[str, Any]) -> None:
+    _write(path, (json.dumps(result, indent=2) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
     try:
-        write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
+        write_atomically(path, content)
     except OSError as error:
         raise ReproError(f"cannot write {path}: {error.strerror}") from None

@@ -30,9 +30,10 @@ SLOW_FILES = {
         "tests/arithmetic/operators": "elementary grid_sampling matmul normalization optimizer_formulas "
         "optimizers packed_convolution recurrent upsampling windows",
         "tests/diff": "compare pairs",
+        "tests/evidence": "exports formats inputs provenance registry reproduced signature",
         "tests/pipeline": "data faults preprocess",
         "tests/tracing": "trace",
-        "tests/verification": "op_db sandbox",
+        "tests/verification": "invariance op_db sandbox summation_order workloads",
     }.items()
     for name in names.split()
 }

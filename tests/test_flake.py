@@ -223,6 +223,38 @@ def test_golden_files_state_the_weights_of_their_recipes(name):
     assert golden["recipe.canonical_json.sha256"] == recipe.load_recipe(name).sha256
 
 
+def test_the_template_is_a_pipeline_that_verifies_at_once():
+    """Recipe, golden file, flake and one workflow; the golden file is that of the recipe."""
+    flake = (ROOT / "flake.nix").read_text("utf-8")
+    assert "templates.default = {\n        path = ./nix/template;\n" in flake
+    folder = ROOT / "nix/template"
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        ".github/workflows/check.yml",
+        "README.md",
+        "flake.nix",
+        "golden/my-mlp.json",
+        "recipes/my-mlp.toml",
+    }
+    assert "run: nix flake check" in (folder / ".github/workflows/check.yml").read_text("utf-8")
+    golden = json.loads((folder / "golden/my-mlp.json").read_text("utf-8"))
+    recipe_sha256 = recipe.load_recipe(str(folder / "recipes/my-mlp.toml")).sha256
+    assert golden["recipe.canonical_json.sha256"] == recipe_sha256
+    # The two commands that are printed after `nix flake init` are those of the manual.
+    commands = re.findall("^ +(nix flake (?:lock|check).*)$", flake, re.MULTILINE)
+    manual = (ROOT / "docs/nix.md").read_text("utf-8")
+    assert len(commands) == 2 and "\n".join(commands) in manual
+
+
+def test_the_image_is_layered_and_has_no_date():
+    """dockerTools' default date is 1970; `created = "now"` would give each image another digest."""
+    flake = (ROOT / "flake.nix").read_text("utf-8")
+    assert "inherit (pkgs) image;" in flake and "image-cuda = cuda.image;" in flake
+    image = (ROOT / "nix/image.nix").read_text("utf-8")
+    assert "dockerTools.streamLayeredImage {" in image
+    assert not re.search(r"\b(created|mtime)\s*=", image)
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what `nix flake init -t` writes."""
@@ -324,7 +356,7 @@ def test_actions_are_pinned_by_commit():
         *ROOT.glob("nix/template/.github/workflows/*.yml"),
     ]
     used = [line for f in files for line in f.read_text("utf-8").splitlines() if "uses:" in line]
-    assert len(files) == 5 and used
+    assert len(files) == 6 and used
     assert [u for u in used if not re.search(r"uses: [\w./-]+@[0-9a-f]{40} # v\d", u)] == []
 
 

@@ -133,7 +133,10 @@ def test_wheel_of_the_sdist_is_complete(sdist, tmp_path):
         for path in project_files()
         if path.is_relative_to(ROOT / "reproml") and path.suffix not in (".c", ".h")
     }
-    golden = {f"reproml/pipeline/golden_files/{path.name}" for path in ROOT.glob("golden/*.json")}
+    golden = {
+        f"reproml/pipeline/golden_files/{path.relative_to(ROOT / 'golden').as_posix()}"
+        for path in ROOT.glob("golden/**/*.json")
+    }
     licence = f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/licenses/LICENSE"
     assert golden and {"reproml/py.typed", "reproml/report.html"} <= package
     assert inside >= package | golden | {licence, "reproml/arithmetic/_kernels.abi3.so"}

@@ -30,11 +30,13 @@ from reproml.cli import main
 from reproml.diff import compare
 from reproml.diff.ulps import Distance
 from reproml.errors import ReproError
+from reproml.evidence.provenance import read_provenance
 from reproml.pipeline import golden
 from reproml.pipeline import run as runs
 from reproml.pipeline.run import TRACE, Recording, Run, perform, reserve_run_folder
 from tests import browser as browsers
 from tests import tiny
+from tests.evidence.statements import rewrite, save_run
 
 TINY = ["--recipe", "tiny.toml"]
 FOLDER = Path("runs/tiny")
@@ -48,11 +50,6 @@ def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_run(FOLDER)
     golden.write_golden(tiny.run().items, golden.golden_path("tiny"), force=False)
     return tmp_path
-
-
-def save_run(folder: Path) -> None:
-    with reserve_run_folder(folder) as save:
-        save(tiny.run())
 
 
 @functools.cache
@@ -226,6 +223,60 @@ def checked_hashes(html: str, capsys: Any) -> int:
             shown = compared[command]
         assert sha256 in shown, command
     return len(entries)
+
+
+def evidence(folder: Path = FOLDER) -> dict[str, str]:
+    return dict(report.contents(folder, None, None, None)["evidence"])
+
+
+def test_page_shows_provenance_signature_and_reproduction(monkeypatch, capsys):
+    shown = evidence()
+    stated = read_provenance(FOLDER)
+    assert stated.sha256 in shown["provenance"] and stated.builder in shown["provenance"]
+    assert shown["signature"] == "not signed"
+    assert shown["reproduction"] == "not compared with a run of another machine"
+    save_run(Path("runs/other"), builder="another")
+    assert main(["reproduced", str(FOLDER), "runs/other"]) == 0
+    assert (
+        evidence()["reproduction"]
+        == f"by 2 builders: {stated.builder}, urn:reproml:builder:another"
+    )
+    (FOLDER / "model.sig").write_text("{}")
+    assert evidence()["signature"] == "model.sig, not checked for this page"
+    assert main(["report", "--run", str(FOLDER)]) == 0
+    text = Parsed(Path("runs/tiny.html").read_text()).text
+    assert "by 2 builders" in text and stated.sha256 in text
+    assert "python -m reproml verify --run runs/tiny --signature PUBLIC_KEY.pem" in text
+
+
+def test_commands_of_the_page_check_the_run(monkeypatch, capsys):
+    save_run(FOLDER, builder="another")
+    first, train, compare_runs = (c for _, c in report.contents(FOLDER, None, None, None)["checks"])
+    printed = subprocess.run(shlex.split(first), capture_output=True, text=True).stdout
+    assert printed.split()[0] == tiny.run().items["weights.safetensors.sha256"]
+    for command in train, compare_runs:
+        assert command.startswith("python -m reproml ")
+        assert main(shlex.split(command)[3:]) == 0
+    assert "reproduced by 2 builders" in capsys.readouterr().out
+    assert evidence()["reproduction"].startswith("by 2 builders: ")
+
+
+def test_page_names_what_is_wrong_with_the_evidence():
+    save_run(Path("runs/other"), builder="another")
+    assert main(["reproduced", str(FOLDER), "runs/other"]) == 0
+    path = FOLDER / "provenance.json"
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"digits", b"digitz"))
+    shown = evidence()
+    assert "provenance.json is damaged" in shown["provenance"]
+    assert "provenance.json is damaged" in shown["reproduction"]
+    rewrite(path, lambda v: v["subject"][0]["digest"].update(sha256="0" * 64))
+    shown = evidence()
+    assert shown["provenance"] == f"provenance.json states other weights: {'0' * 64}"
+    assert "is about other weights" in shown["reproduction"]
+    path.unlink()
+    assert evidence()["provenance"].startswith("no provenance.json")
+    assert len(report.contents(FOLDER, None, None, None)["checks"]) == 1
 
 
 def test_most_wrong_agree_with_golden_predictions():
@@ -512,7 +563,7 @@ def test_report_is_written_beside_run(capsys, at_work):
 def test_report_of_dot_is_written_beside_run(capsys, at_work, monkeypatch):
     monkeypatch.chdir(FOLDER)
     assert main(["report", "--recipe", "../../tiny.toml", "--run", "."]) == 0
-    assert (at_work / "runs/tiny.html").is_file() and len(os.listdir(".")) == 4
+    assert (at_work / "runs/tiny.html").is_file() and len(os.listdir(".")) == 5
     assert main(["report", "--run", "/"]) == 2
     assert "/ is not a complete run" in capsys.readouterr().err
 

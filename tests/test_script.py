@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import reproml
 from reproml.diff.compare import compare
-from reproml.script import Observer, _state_dicts
+from reproml.script import Observer, state_dicts
 from verification.subprocesses import Completed, Reproml, environment
 
 TRAIN = """
@@ -73,7 +73,7 @@ def trained() -> torch.nn.Linear:
     return model
 
 
-def test_run_digests_parameters_and_state_dicts(tmp_path):
+def test_run_digests_parameters_andstate_dicts(tmp_path):
     source = TRAIN + (
         "from safetensors.torch import save_file\n"
         "torch.save(model.state_dict(), 'plain.pt')\n"
@@ -331,7 +331,7 @@ def test_interrupt_prints_one_line(tmp_path):
     assert (child.returncode, errors) == (130, "reproml: interrupted\n")
 
 
-def test_state_dicts_are_found_below_string_keys():
+def teststate_dicts_are_found_below_string_keys():
     x = torch.ones(2)
     linear = torch.nn.Linear(1, 1)
     content = {
@@ -344,13 +344,13 @@ def test_state_dicts_are_found_below_string_keys():
         "sparse": {"x": x.to_sparse()},
         "deep": {"er": {"x": x}},
     }
-    found = {place: sorted(state) for place, state in _state_dicts("f", content)}
+    found = {place: sorted(state) for place, state in state_dicts("f", content)}
     assert found == {
         "f['model']": ["bias", "weight"],
         "f['ema']": ["x"],
         "f['deep']['er']": ["x"],
     }
-    assert list(_state_dicts("f", x)) == []
+    assert list(state_dicts("f", x)) == []
 
 
 def test_observer_restores_what_it_replaces(tmp_path):

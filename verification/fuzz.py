@@ -99,6 +99,8 @@ diff runs/fuzzed/weights.safetensors runs/other/weights.safetensors | runs/*/wei
 diff odd.safetensors odd.again.safetensors --json | odd*
 diff golden/fuzzed.json runs/fuzzed/metrics.json | golden/* runs/fuzzed/metrics.json
 diff golden/fuzzed.json runs/other/metrics.json --json | golden/* runs/other/metrics.json
+golden --list | golden/*
+reproduced runs/fuzzed runs/other --same-builder | runs/fuzzed/* runs/other/*
 report --run runs/other | runs/other/* golden/*
 report DIGITS --run runs/fuzzed | digits.toml runs/fuzzed/* golden/*
 report --run runs/fuzzed --diff runs/other | runs/fuzzed/* runs/other/* golden/*
@@ -106,7 +108,11 @@ report --run runs/other --diff one.trace --json | runs/other/* one.trace golden/
 report --run ODD --diff runs/other | runs/new*/* runs/other/* golden/*
 """.replace("NATIVE", NATIVE).replace("DIGITS", DIGITS)
 WRITES = {"train": ("runs", "one.trace", "begun.trace"), "pipeline": ("runs",)}
-WRITES |= {"golden": ("golden",), "report": ("runs",)}  # all other verbs write nothing
+WRITES |= {
+    "golden": ("golden",),
+    "report": ("runs",),
+    "reproduced": ("runs",),
+}  # all other verbs write nothing
 # fmt: off
 WORDS = [
     "", "-1", "0", "1", "9" * 20, "nan", "é", "/", "..", "../..", "/dev/null", "runs", "runs/fuzzed",

@@ -3,9 +3,9 @@
     dataset = load_dataset("mnist")    # from REPROML_DATA_DIR, else the cache, else a mirror
     dataset = load_dataset("digits")   # bundled with scikit-learn: needs no download
 
-To add a data set, write a function here that returns a `Dataset`, enter it in `_LOADERS` at the end of
-this file, and add its name to `Data` in recipe.py. Images have the shape [n, h, w]; preprocess.py
-and models.py need no change for them.
+To add a data set, write a function here that returns a `Dataset`, enter it in `_LOADERS` and `SHAPES` at
+the end of this file, and add its name to `Data` in recipe.py. Images have the shape [n, h, w];
+preprocess.py and models.py need no change for them.
 
 Nothing is decoded or kept before its hash has been checked. The bytes that are hashed are the bytes that
 are decoded: each file is read once.
@@ -376,5 +376,6 @@ def _digits(folder: Optional[Path]) -> Dataset:
     )
 
 
-# To add a data set: a line here, and its name in recipe.Data.
+# To add a data set: a line in both, and its name in recipe.Data.
 _LOADERS = {"mnist": _mnist, "digits": _digits}
+SHAPES = {"mnist": ((28, 28), 10), "digits": ((8, 8), 10)}  # of an image, and the number of classes

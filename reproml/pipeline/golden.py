@@ -48,6 +48,12 @@ def find_golden(recipe_name: str) -> Path:
     )
 
 
+def registry_folder() -> Path:
+    """Return the folder golden/ in the working directory, otherwise the one installed with reproml."""
+    here = Path("golden")
+    return here if here.is_dir() else _INSTALLED
+
+
 def differs_from_installed(path: Path) -> bool:
     """Return whether reproml has a golden file of the same name, with other content."""
     installed = _INSTALLED / path.name

@@ -22,6 +22,7 @@ import msgspec
 from msgspec import Meta
 
 from reproml.errors import ReproError
+from reproml.evidence.provenance import Provenance, read_provenance
 
 _FOLDER = Path(__file__).parent / "recipes"
 _MAX_BYTES = 1 << 20  # a recipe is a page of text
@@ -160,8 +161,9 @@ def load_recipe(name_or_path: str) -> Recipe:
     """Read and check a recipe.
 
     The argument is a path if it contains a `/`, ends in `.toml` or is an existing file; otherwise it must
-    be one of `recipe_names()`. Raises ReproError with the reason: no such recipe, not readable, not TOML,
-    or the key that is unknown, missing, of the wrong type or out of range.
+    be one of `recipe_names()`. A path that ends in `.json` is a provenance, which states a recipe. Raises
+    ReproError with the reason: no such recipe, not readable, not TOML, or the key that is unknown, missing,
+    of the wrong type or out of range.
     """
     if "/" in name_or_path or "\\" in name_or_path or name_or_path.endswith(".toml"):
         path = Path(name_or_path)
@@ -174,6 +176,8 @@ def load_recipe(name_or_path: str) -> Recipe:
             f"no recipe is named {name_or_path!r}; the names are {', '.join(recipe_names())}, "
             "or give the path of a .toml file"
         )
+    if path.suffix == ".json":
+        return stated_recipe(read_provenance(path))
     content = _read_bytes(path).removeprefix(codecs.BOM_UTF8)  # Windows' editors write this mark
     try:
         return _decode(content)
@@ -184,6 +188,14 @@ def load_recipe(name_or_path: str) -> Recipe:
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         reason = f"not TOML: {error}"
     raise ReproError(f"recipe {path}: {reason}")
+
+
+def stated_recipe(provenance: Provenance) -> Recipe:
+    """Return the recipe of a provenance. Raises ReproError if it has none."""
+    try:
+        return msgspec.convert(provenance.parameters.get("recipe"), Recipe)
+    except msgspec.ValidationError as error:
+        raise ReproError(f"{provenance.path} states no valid recipe: {error}") from None
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -3,8 +3,10 @@
     weights.safetensors   the final weights
     metrics.json          every item of a golden file, under the same names
     run.json              what was run: recipe, versions, machine, times
+    provenance.json       a statement of all this for others, with digests (docs/provenance.md)
     log.txt               the lines that were printed
     trace.jsonl           a record of each step, if the recipe asks for one (docs/trace.md)
+    model.sig             a signature, if the run was signed (docs/signatures.md)
 
 The folder appears complete or not at all: it is written under another name beside it and then renamed.
 Only one process at a time can write it.
@@ -34,8 +36,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from reproml import distributed, environment
-from reproml.digest import digest
+from reproml.digest import digest, file_sha256
 from reproml.errors import ReproError
+from reproml.evidence import provenance
+from reproml.evidence.provenance import PROVENANCE
 from reproml.files import locked, partial_path, read_regular, sync_folder, write_and_sync
 from reproml.pipeline.checkpoint import Checkpoint, Checkpoints, TraceHead
 from reproml.pipeline.data import Dataset, load_dataset
@@ -45,6 +49,7 @@ from reproml.pipeline.preprocess import Prepared, preprocess
 from reproml.pipeline.recipe import Recipe
 from reproml.pipeline.train import SILENT, Output, Trained, Training, dtypes_and_shapes, train
 from reproml.tracing import trace as start_trace
+from reproml.tracing.chain import last_head
 from reproml.versions import DEFINITIONS
 
 if TYPE_CHECKING:
@@ -65,8 +70,9 @@ class _Record(msgspec.Struct):
 
 
 WEIGHTS, METRICS, RUN, LOG = "weights.safetensors", "metrics.json", "run.json", "log.txt"
-TRACE = "trace.jsonl"
+TRACE, SIGNATURE = "trace.jsonl", "model.sig"
 _FILES = {WEIGHTS, METRICS, RUN, LOG}
+_OPTIONAL_FILES = {TRACE, SIGNATURE, PROVENANCE}  # earlier runs have no provenance
 _WEIGHTS_SHA256 = "weights.safetensors.sha256"  # the item
 
 
@@ -78,7 +84,9 @@ class Run:
     weights: bytes  # content of weights.safetensors
     record: dict[str, Any]  # content of run.json
     log: list[str]
+    dependencies: list[provenance.Descriptor]  # of provenance.json: data, source and lock
     trace: Optional[Path] = None  # a file to copy into the folder as trace.jsonl
+    builder: Optional[str] = None  # the name of the machine in provenance.json
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,7 @@ def perform(
     """
     start = recording.start
     times = {"started": _now()}
+    source = provenance.source_dependencies()
     log = _Log(output, start)
     resumed = f", from the checkpoint of step {start.head.step} on" if start else ""
     on_device = "" if device == CPU else f" on {device}"
@@ -151,7 +160,12 @@ def perform(
     items.update(_training_items(trained, weights))
     items.update(score(trained.model, prepared, numerics, log))
     times["finished"] = _now()
-    return Run(items, weights, _record(recipe, numerics, dataset, device, times), log.lines)
+    record = _record(recipe, numerics, dataset, device, times)
+    data = [
+        provenance.describe(name, {"sha256": sha256}, kind=provenance.DATA)
+        for name, sha256 in sorted(dataset.hashes.items())
+    ]
+    return Run(items, weights, record, log.lines, [*data, *source])
 
 
 def _trace_head(recording: Recording, log: Callable[[str], None]) -> Optional[TraceHead]:
@@ -300,6 +314,13 @@ def refuse_damaged(folder: Path, weights_sha256: str) -> None:
         )
 
 
+def read_undamaged(folder: Path) -> tuple[dict[str, Any], Items]:
+    """Return what a run's run.json and metrics.json record, if its weights file is the one they record."""
+    record, items = read_record(folder), read_items(_file_in(folder, METRICS))
+    refuse_damaged(folder, hashlib.sha256(_read_bytes(_file_in(folder, WEIGHTS))).hexdigest())
+    return record, items
+
+
 def recorded_recipe(folder: Path) -> Recipe:
     """Return the recipe that is recorded in a run folder's run.json."""
     path = _file_in(folder, RUN)
@@ -431,20 +452,52 @@ class _Writer:
 
 
 def _write_files(part: Path, run: Run) -> None:
-    record = json.dumps(run.record, indent=2, sort_keys=True) + "\n"
-    write_and_sync(part / WEIGHTS, run.weights)
-    write_and_sync(part / METRICS, items_json(run.items).encode())
-    write_and_sync(part / RUN, record.encode())
+    contents = {
+        WEIGHTS: run.weights,
+        METRICS: items_json(run.items).encode(),
+        RUN: (json.dumps(run.record, indent=2, sort_keys=True) + "\n").encode(),
+        LOG: "".join(line + "\n" for line in run.log).encode(),
+    }
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     if run.trace:
-        shutil.copyfile(
-            run.trace, part / TRACE
-        )  # not moved: after a kill, training resumes with it
-    write_and_sync(part / LOG, "".join(line + "\n" for line in run.log).encode())
+        # not moved: after a kill, training resumes with it
+        shutil.copyfile(run.trace, part / TRACE)
+        digests[TRACE] = file_sha256(part / TRACE)
+        if head := last_head(part / TRACE):
+            digests["head of the trace"] = head
+    contents[PROVENANCE] = _provenance(run, digests)
+    for name in (WEIGHTS, METRICS, RUN, PROVENANCE, LOG):  # LOG last: then the folder is complete
+        write_and_sync(part / name, contents[name])
     sync_folder(part)
 
 
+def _provenance(run: Run, digests: dict[str, str]) -> bytes:
+    """Return the content of provenance.json, given the SHA-256 of all other files of the folder."""
+    record, recipe = run.record, dict(run.record["recipe"])
+    del recipe["trace"]  # the weights do not depend on it
+    byproducts = [
+        provenance.describe(name, {"sha256": sha256})
+        for name, sha256 in sorted(digests.items())
+        if name != WEIGHTS
+    ]
+    return provenance.make_provenance(
+        [provenance.describe(WEIGHTS, {"sha256": digests[WEIGHTS]})],
+        "recipe",
+        {"recipe": recipe, "numerics": record["numerics"]},
+        run.dependencies,
+        internal={
+            "device": record["device"],
+            "architecture": record["machine"]["architecture"],
+        },
+        builder=run.builder,
+        versions=record["versions"],
+        times=(record["times"]["started"], record["times"]["finished"]),
+        byproducts=byproducts,
+    )
+
+
 def _is_complete(folder: Path) -> bool:
-    return set(os.listdir(folder)) - {TRACE} == _FILES
+    return set(os.listdir(folder)) - _OPTIONAL_FILES == _FILES
 
 
 def _partial_folders(out: Path) -> list[Path]:

@@ -220,6 +220,15 @@ class Reader:
                 yield entry
 
 
+def last_head(path: Path) -> Optional[str]:
+    """Return the head of a trace's last entry, None if there is none. It does not check the chain."""
+    with open_regular(path) as file:
+        file.seek(max(0, os.path.getsize(path) - _TAIL))
+        end = file.read()
+    head = end[-67:-3].decode("ascii", "replace")
+    return head if end == _tail(head) else None
+
+
 def is_trace(path: Path) -> bool:
     """Return whether the file begins like a trace, damaged or not."""
     with open_regular(path) as file:

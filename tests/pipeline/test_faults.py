@@ -15,13 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reproml import cli
+from reproml.evidence import reproduced
+from reproml.evidence.provenance import read_provenance
 from reproml.pipeline import golden
 from reproml.pipeline.checkpoint import Checkpoints, checkpoint_folder, checkpoint_paths
 from reproml.pipeline.run import Run, items_json, perform, reserve_run_folder
 from tests import tiny
 from verification.subprocesses import Reproml
 
-FILES = ["log.txt", "metrics.json", "run.json", "weights.safetensors"]
+FILES = ["log.txt", "metrics.json", "provenance.json", "run.json", "weights.safetensors"]
 TINY = ["--recipe", "./tiny.toml"]
 TRAIN = [
     "train",
@@ -57,6 +59,7 @@ def is_complete(out: Path, run: Run) -> bool:
     contents = {path.name: path.read_bytes() for path in out.iterdir()}
     return (
         sorted(contents) == FILES
+        and not any(reproduced.wrong_files(read_provenance(out)))
         and contents["metrics.json"] == items_json(run.items).encode()
         and contents["weights.safetensors"] == run.weights
         and contents["run.json"].endswith(b"\n}\n")
@@ -82,7 +85,7 @@ def test_kill_at_each_folder_change_loses_nothing(reproml, other, monkeypatch):
             assert cli.main(TRAIN) == 0
             assert is_complete(out, tiny.run())
             assert checkpoint_paths(checkpoint_folder(out)) == []
-    assert status == 0 and call > 30  # three checkpoints and four files
+    assert status == 0 and call > 30  # three checkpoints and five files
 
 
 @given(kills=st.lists(st.floats(0.001, 0.4), max_size=3), every=st.integers(1, 6))

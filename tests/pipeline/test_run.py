@@ -28,7 +28,7 @@ from reproml.pipeline.run import (
 )
 from tests import tiny
 
-FILES = ["log.txt", "metrics.json", "run.json", "weights.safetensors"]
+FILES = ["log.txt", "metrics.json", "provenance.json", "run.json", "weights.safetensors"]
 
 
 def save(out: Path, run: Run) -> None:

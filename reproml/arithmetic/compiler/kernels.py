@@ -21,14 +21,14 @@ from reproml.arithmetic.numerics import formats
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
-_VERSION = 13  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
+_VERSION = 14  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
 
 # Function name -> (result type, argument types), as in csrc/*.c.
 _SIGNATURES = {
     "reproml_limit_vectors": (None, [_INT]),
     "reproml_product": (
         _LONG,
-        [_LONG] * 4 + ([_POINTER] + [_LONG] * 3) * 2 + [_POINTER] * 3 + [_LONG],
+        [_POINTER] + [_LONG] * 4 + ([_POINTER] + [_LONG] * 3) * 2 + [_POINTER] * 3 + [_LONG],
     ),
     "reproml_program": (_LONG, [_POINTER, _LONG] + [_POINTER] * 4 + [_LONG, _INT]),
     "reproml_fast": (_LONG, [_INT, _LONG] + [_POINTER] * 4 + [_LONG]),
@@ -54,6 +54,10 @@ _SIGNATURES = {
     "reproml_transposed": (_LONG, [_POINTER] * 6 + [_LONG]),
     "reproml_weight_gradient": (_LONG, [_POINTER] * 5 + [_LONG]),
     "reproml_adam": (_LONG, [_LONG, _POINTER, _POINTER] + [_DOUBLE] * 10 + [_POINTER]),
+    "reproml_optimizer_step": (
+        _LONG,
+        [_INT, _LONG] + [_POINTER] * 2 + [_DOUBLE] * 2 + [_POINTER] * 2,
+    ),
     "reproml_partial_product": (_INT, [_LONG] * 3 + [_POINTER] * 9),
     "reproml_partial_pairs": (None, [_LONG] * 2 + [_POINTER] * 7),
     "reproml_pack_sums": (None, [_LONG] * 2 + [_POINTER] * 3),

@@ -6,6 +6,8 @@
 
 #include "panels.h"
 
+#include <stdlib.h>
+
 VECTORISED static double squares(const float *restrict x, integer n, integer stride) {
     double part[16] = {0}, sum = 0;
     integer i = 0;
@@ -68,31 +70,59 @@ int reproml_round_tile(const double *sums, int m, int n, double g, const double 
     return count;
 }
 
+/* Fill the tables of offsets, 2 (m + n + k) integers, of out [m, n] = a @ b, or of its transpose if `swapped`. */
+static void describe(product *x, int swapped, integer m, integer n, integer k, operand a, integer a_row,
+                     integer a_column, operand b, integer b_row, integer b_column, integer *tables) {
+    integer *row = tables, *column = row + m, *a_line = column + n, *b_line = a_line + m;
+    integer *a_term = b_line + n, *b_term = a_term + k;
+    for (integer i = 0; i < m; i++) row[i] = i * n, a_line[i] = i * a_row;
+    for (integer i = 0; i < n; i++) column[i] = i, b_line[i] = i * b_column;
+    for (integer i = 0; i < k; i++) a_term[i] = i * a_column, b_term[i] = i * b_row;
+    a.line = a_line, a.term = a_term, b.line = b_line, b.term = b_term;
+    x->a = swapped ? b : a, x->b = swapped ? a : b;
+    x->row = swapped ? column : row, x->column = swapped ? row : column;
+}
+
 /* out = a @ b + bias. a [batch, m, k] and b [batch, k, n] with any strides; bias null or [n]; out contiguous; no
-   size but k is 0. failed: memory for `capacity` flat indices. Returns the number of elements for which the test
-   failed. If that exceeds `capacity`, or is negative for lack of memory, the caller has to calculate the entire
-   result. */
-integer reproml_product(integer batch, integer m, integer n, integer k, const float *a, integer a_batch, integer a_row,
-                        integer a_column, const float *b, integer b_batch, integer b_row, integer b_column,
-                        const float *bias, float *out, integer *failed, integer capacity) {
+   size but k is 0. kept: the panels of b, or null. failed: memory for `capacity` flat indices. Returns the number of
+   elements for which the test failed. If that exceeds `capacity`, or is negative for lack of memory, the caller has to
+   calculate the entire result. */
+integer reproml_product(const packed *kept, integer batch, integer m, integer n, integer k, const float *a,
+                        integer a_batch, integer a_row, integer a_column, const float *b, integer b_batch,
+                        integer b_row, integer b_column, const float *bias, float *out, integer *failed,
+                        integer capacity) {
     failure_list list = {failed, capacity, 0};
     product x = {.batch = batch, .k = k, .out = out, .out_step = m * n, .failed = &list};
     /* The operand with fewer lines is widened, and kept while the other is multiplied with it. */
     int swapped = m > n;
     x.m = swapped ? n : m, x.n = swapped ? m : n;
+    x.kept = swapped ? NULL : kept;
     *(swapped ? &x.row_bias : &x.column_bias) = bias;
     size_t bytes = reproml_plan(&x);
     char *work = reproml_scratch(bytes + (size_t)(2 * (m + n + k)) * sizeof(integer));
     if (!work) return -1;
-    integer *row = (integer *)(work + bytes), *column = row + m, *a_line = column + n, *b_line = a_line + m;
-    integer *a_term = b_line + n, *b_term = a_term + k;
-    for (integer i = 0; i < m; i++) row[i] = i * n, a_line[i] = i * a_row;
-    for (integer i = 0; i < n; i++) column[i] = i, b_line[i] = i * b_column;
-    for (integer i = 0; i < k; i++) a_term[i] = i * a_column, b_term[i] = i * b_row;
     if (!k) a = b = out; /* an operand without terms has no memory */
-    operand rows = {a, a_batch, a_line, a_term}, columns = {b, b_batch, b_line, b_term};
-    x.a = swapped ? columns : rows, x.b = swapped ? rows : columns;
-    x.row = swapped ? column : row, x.column = swapped ? row : column;
+    operand rows = {.first = a, .step = a_batch}, columns = {.first = b, .step = b_batch};
+    describe(&x, swapped, m, n, k, rows, a_row, a_column, columns, b_row, b_column, (integer *)(work + bytes));
     reproml_multiply(&x, work);
     return list.count;
+}
+
+/* Pack b [k, n] for several products with m rows. Returns its panels, in memory to free, or null where the products would
+   not use them and for lack of memory. */
+packed *reproml_pack_matrix(integer m, integer n, integer k, const float *b, integer b_row, integer b_column) {
+    product x = {.batch = 1, .m = m, .n = n, .k = k};
+    if (m <= FEW_LINES || m > n) return NULL;
+    reproml_plan(&x);
+    integer *tables = reproml_scratch((size_t)(2 * (m + n + k)) * sizeof(integer));
+    size_t head = (sizeof(packed) + (size_t)n * sizeof(double) + 63) / 64 * 64;
+    void *memory;
+    if (!tables || posix_memalign(&memory, 64, head + (size_t)(x.column_panels * k * x.pitch) * sizeof(float)))
+        return NULL;
+    packed *kept = memory;
+    kept->norms = (double *)(kept + 1), kept->panels = (float *)((char *)memory + head);
+    x.kept = kept;
+    describe(&x, 0, m, n, k, (operand){.first = b}, 0, 0, (operand){.first = b}, b_row, b_column, tables);
+    reproml_pack(&x);
+    return kept;
 }

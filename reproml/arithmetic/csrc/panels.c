@@ -12,7 +12,7 @@
 #define SMALL (1 << 20) /* multiplications of one product of a batch that are not worth several threads */
 
 #define TILE (TILE_ROWS * TILE_COLUMNS)
-#define FEW 4    /* lines of a for which preparing panels costs more than it saves */
+#define MANY 16  /* elements of a tile that fail, from which on they are summed again in rows */
 #define SHORT 32 /* terms, fewer than which cost less across the columns than along the terms */
 #define WIDE 480 /* columns that are multiplied with few lines of a at once: a multiple of every tile */
 
@@ -187,19 +187,71 @@ static void prepare(integer panel, void *data) {
     if (is_last(j) && take_roots(j->norm_a + i, rows)) set_flag(j->infinite);
 }
 
-/* Sum an element that failed the test again, with its rounding errors. */
-static void round_with_errors(const product *x, integer item, integer i, integer j, double sum) {
-    const float *a = x->a.first + item * x->a.step + x->a.line[i], *b = x->b.first + item * x->b.step + x->b.line[j];
+/* Round an element that failed the test by the sum of its terms with its rounding errors. */
+static void round_with_errors(const product *x, integer item, integer i, integer j, compensated s) {
     integer at = item * x->out_step + x->row[i] + x->column[j];
-    compensated s = {0, 0, 0};
-    if (sum != sum) { /* NaN in any order */
-        x->out[at] = to_target(sum);
-        return;
-    }
-    for (integer p = 0; p < x->k; p++) add_exact(&s, (double)a[x->a.term[p]] * b[x->b.term[p]]);
     if (x->row_bias) add_exact(&s, x->row_bias[item * x->bias_step + i]);
     if (x->column_bias) add_exact(&s, x->column_bias[item * x->bias_step + j]);
     if (round_compensated(&s, x->k + 1, x->out + at)) add_failure(x->failed, at);
+}
+
+static compensated sum_with_errors(const product *x, integer item, integer i, integer j) {
+    const float *a = x->a.first + item * x->a.step + x->a.line[i], *b = x->b.first + item * x->b.step + x->b.line[j];
+    compensated s = {0, 0, 0};
+    for (integer p = 0; p < x->k; p++) add_exact(&s, (double)a[x->a.term[p]] * b[x->b.term[p]]);
+    return s;
+}
+
+/* The sums of a row of a tile, each as in `compensated`. */
+typedef struct {
+    double s[TILE_COLUMNS], t[TILE_COLUMNS], size[TILE_COLUMNS];
+} row_of_sums;
+
+INLINE void add_rows_with_errors(integer depth, const float *restrict a, const float *restrict b, const int pitch,
+                                 row_of_sums *restrict sums) {
+    double s[TILE_COLUMNS], t[TILE_COLUMNS], size[TILE_COLUMNS];
+    memcpy(s, sums->s, sizeof s), memcpy(t, sums->t, sizeof t), memcpy(size, sums->size, sizeof size);
+    for (integer p = 0; p < depth; p++) {
+        const double v = a[p * TILE_ROWS];
+        for (int j = 0; j < pitch; j++) {
+            double sum, error;
+            two_sum(s[j], v * b[p * pitch + j], &sum, &error);
+            s[j] = sum, t[j] += error, size[j] += fabs(error);
+        }
+    }
+    memcpy(sums->s, s, sizeof s), memcpy(sums->t, t, sizeof t), memcpy(sums->size, size, sizeof size);
+}
+
+VECTORISED static void add_with_errors(integer depth, const float *restrict a, const float *restrict b, int pitch,
+                                       row_of_sums *restrict sums) {
+    if (pitch == 24)
+        add_rows_with_errors(depth, a, b, 24, sums);
+    else if (pitch == 16)
+        add_rows_with_errors(depth, a, b, 16, sums);
+    else
+        add_rows_with_errors(depth, a, b, 8, sums);
+}
+
+/* Round the elements of a tile that failed, of which there are many: whole rows at once. */
+static void round_rows_with_errors(const product *x, integer item, integer i, integer j, int m, int n,
+                                   const int *failed, int count) {
+    float a[SLICE * TILE_ROWS], b[SLICE * TILE_COLUMNS];
+    row_of_sums sums[TILE_ROWS];
+    int used[TILE_ROWS] = {0};
+    memset(sums, 0, sizeof sums);
+    for (int t = 0; t < count; t++) used[failed[t] / TILE_COLUMNS] = 1;
+    for (integer p = 0; p < x->k; p += SLICE) {
+        integer depth = smaller(x->k - p, SLICE);
+        pack(x, &x->a, item, i, m, p, depth, TILE_ROWS, a);
+        pack(x, &x->b, item, j, n, p, depth, x->pitch, b);
+        for (int r = 0; r < m; r++)
+            if (used[r]) add_with_errors(depth, a + r, b, x->pitch, sums + r);
+    }
+    for (int t = 0; t < count; t++) {
+        int r = failed[t] / TILE_COLUMNS, c = failed[t] % TILE_COLUMNS;
+        compensated sum = {sums[r].s[c], sums[r].t[c], sums[r].size[c]};
+        round_with_errors(x, item, i + r, j + c, sum);
+    }
 }
 
 static int is_run(const integer *at, integer n, integer step) {
@@ -238,8 +290,21 @@ static void store(const product *x, integer item, integer i, integer j, const do
             for (int r = 0; r < m; r++)
                 for (int c = 0; c < n; c++) out[row[r] + column[c]] = tile[r * TILE_COLUMNS + c];
     }
-    for (int t = 0; t < count; t++)
-        round_with_errors(x, item, i + failed[t] / TILE_COLUMNS, j + failed[t] % TILE_COLUMNS, sums[failed[t]]);
+    int left = 0;
+    for (int t = 0; t < count; t++) {
+        int r = failed[t] / TILE_COLUMNS, c = failed[t] % TILE_COLUMNS;
+        if (sums[failed[t]] != sums[failed[t]])
+            out[row[r] + column[c]] = to_target(sums[failed[t]]); /* NaN in any order */
+        else
+            failed[left++] = failed[t];
+    }
+    if (left >= MANY)
+        round_rows_with_errors(x, item, i, j, m, n, failed, left);
+    else
+        for (int t = 0; t < left; t++) {
+            integer r = i + failed[t] / TILE_COLUMNS, c = j + failed[t] % TILE_COLUMNS;
+            round_with_errors(x, item, r, c, sum_with_errors(x, item, r, c));
+        }
 }
 
 /* Multiply tiles of this section and block; each worker takes a range of the same length. */
@@ -259,22 +324,28 @@ static void multiply(integer worker, void *data) {
         double squares[TILE_COLUMNS] = {0};
         for (integer p = 0; p < j->length || !p; p += SLICE) {
             integer depth = smaller(j->length - p, SLICE);
-            pack(x, &x->b, j->item, column, n, j->first + p, depth, x->pitch, panel);
-            add_squares(panel, depth, x->pitch, squares);
+            const float *from = panel;
+            if (x->kept)
+                from = x->kept->panels + (c * x->k + j->first + p) * x->pitch;
+            else {
+                pack(x, &x->b, j->item, column, n, j->first + p, depth, x->pitch, panel);
+                add_squares(panel, depth, x->pitch, squares);
+            }
             for (integer r = 0; r < count; r++) {
                 integer i = begin + r;
                 int m = (int)smaller(x->m - (j->block + i) * x->tiles->rows, x->tiles->rows);
                 double more[TILE], *sums = p ? more : part + r * TILE;
                 x->tiles->across[m][parts(n, x->tiles->lanes)](depth, j->wide + i * x->tiles->rows * j->length + p * m,
-                                                               panel, panel_offset, sums);
+                                                               from, panel_offset, sums);
                 if (p)
                     for (int t = 0; t < m * TILE_COLUMNS; t++) part[r * TILE + t] += more[t];
             }
         }
         if (x->sections == 1) {
-            if (take_roots(squares, n)) set_flag(j->infinite);
+            if (!x->kept && take_roots(squares, n)) set_flag(j->infinite);
+            const double *norms = x->kept ? x->kept->norms + column : squares;
             for (integer r = 0; r < count; r++)
-                store(x, j->item, (j->block + begin + r) * x->tiles->rows, column, part + r * TILE, j->norm_a, squares);
+                store(x, j->item, (j->block + begin + r) * x->tiles->rows, column, part + r * TILE, j->norm_a, norms);
             continue;
         }
         if (!j->block && !begin)
@@ -289,10 +360,31 @@ static void round_column(integer c, void *data) {
     const job *j = data;
     const product *x = j->x;
     integer column = c * x->tiles->columns;
-    if (take_roots(j->norm_b + column, smaller(x->n - column, x->tiles->columns))) set_flag(j->infinite);
+    const double *norms = (x->kept ? x->kept->norms : j->norm_b) + column;
+    if (!x->kept && take_roots(j->norm_b + column, smaller(x->n - column, x->tiles->columns))) set_flag(j->infinite);
     for (integer r = 0; r < x->row_panels; r++)
-        store(x, j->item, r * x->tiles->rows, column, j->sums + (c * x->row_panels + r) * TILE, j->norm_a,
-              j->norm_b + column);
+        store(x, j->item, r * x->tiles->rows, column, j->sums + (c * x->row_panels + r) * TILE, j->norm_a, norms);
+}
+
+static void pack_panel(integer c, void *data) {
+    const job *j = data;
+    const product *x = j->x;
+    integer column = c * x->tiles->columns;
+    int n = (int)smaller(x->n - column, x->tiles->columns);
+    double squares[TILE_COLUMNS] = {0};
+    for (integer p = 0; p < x->k; p += SLICE) {
+        integer depth = smaller(x->k - p, SLICE);
+        float *to = x->kept->panels + (c * x->k + p) * x->pitch;
+        pack(x, &x->b, 0, column, n, p, depth, x->pitch, to);
+        add_squares(to, depth, x->pitch, squares);
+    }
+    take_roots(squares, n);
+    memcpy(x->kept->norms + column, squares, (size_t)n * sizeof(double));
+}
+
+void reproml_pack(const product *x) {
+    job j = {.x = x};
+    run_tasks(pack_panel, &j, x->column_panels, x->workers > 1);
 }
 
 /* ---- few lines of a, which need no panels ---- */
@@ -334,13 +426,13 @@ static void multiply_across(const job *j, integer column, int n, double *sums, d
     static const float zeros[WIDE];
     const product *x = j->x;
     const float *a = x->a.first + j->item * x->a.step, *b = x->b.first + j->item * x->b.step + x->b.line[column];
-    double part[FEW * WIDE];
+    double part[FEW_LINES * WIDE];
     for (integer first = 0; first < x->k; first += SLICE) {
         integer end = smaller(x->k, first + SLICE);
         memset(part, 0, (size_t)(x->m * WIDE) * sizeof(double));
         for (integer p = first; p < end; p += 4) {
             const float *row[4];
-            double four[FEW * 4];
+            double four[FEW_LINES * 4];
             for (int t = 0; t < 4; t++) {
                 row[t] = p + t < end ? b + x->b.term[p + t] : zeros;
                 for (integer i = 0; i < x->m; i++)
@@ -358,7 +450,7 @@ static void multiply_few(integer task, void *data) {
     const product *x = j->x;
     integer column = task * WIDE;
     int n = (int)smaller(x->n - column, WIDE);
-    double sums[FEW * WIDE] = {0}, squares[WIDE] = {0}, tile[TILE];
+    double sums[FEW_LINES * WIDE] = {0}, squares[WIDE] = {0}, tile[TILE];
     (j->along ? multiply_along : multiply_across)(j, column, n, sums, squares);
     if (take_roots(squares, n)) set_flag(j->infinite);
     for (int c = 0; c < n; c += x->tiles->columns) {
@@ -437,7 +529,7 @@ static void multiply_items(integer worker, void *data) {
 
 int reproml_multiply(const product *x, void *memory) {
     whole w = {.x = x, .memory = memory};
-    if (x->m <= FEW && x->k) {
+    if (x->m <= FEW_LINES && x->k) {
         w.along = x->k >= SHORT && is_run(x->a.term, x->k, 1) && is_run(x->b.term, x->k, 1) &&
                   (x->m == 1 || is_run(x->a.line, x->m, x->a.line[1] - x->a.line[0]));
         w.across = !w.along && is_run(x->b.line, x->n, 1);

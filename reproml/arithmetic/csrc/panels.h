@@ -7,6 +7,8 @@
 
 #include "tile.h"
 
+#define FEW_LINES 4 /* lines of a for which preparing panels costs more than it saves */
+
 /* Number p of line i is first[line[i] + term[p]]. A line is a row of a or a column of b. */
 typedef struct {
     const float *first;
@@ -14,10 +16,17 @@ typedef struct {
     const integer *line, *term;
 } operand;
 
+/* All panels of an operand b that several products share, [column panels, k, pitch], and the norms of its lines. */
+typedef struct {
+    float *panels;
+    double *norms;
+} packed;
+
 typedef struct {
     integer batch, m, n, k; /* k may be 0 */
     operand a, b;
-    float *out; /* element i, j is out[row[i] + column[j]] */
+    const packed *kept; /* the panels of b, or null */
+    float *out;         /* element i, j is out[row[i] + column[j]] */
     integer out_step;
     const integer *row, *column;
     const float *row_bias, *column_bias; /* of each row or column, or null */
@@ -33,8 +42,11 @@ typedef struct {
 /* Choose how to calculate a product. Returns the bytes of memory that it needs. */
 size_t reproml_plan(product *x);
 
-/* Calculate it; `memory` is aligned to 8 bytes. Returns 0 if an operand has a NaN or an infinity; the result is then
-   that of IEEE arithmetic in any order. */
+/* Pack b of a product without a batch into the panels of `kept`, which is then multiplied in place of b. */
+void reproml_pack(const product *x);
+
+/* Calculate it; `memory` is aligned to 8 bytes. Returns 0 if an operand, other than `kept`, has a NaN or an infinity;
+   the result is then that of IEEE arithmetic in any order. */
 int reproml_multiply(const product *x, void *memory);
 
 #endif

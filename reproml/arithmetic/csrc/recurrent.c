@@ -4,6 +4,8 @@
 
 #include "activations.h"
 
+#include <stdlib.h>
+
 #ifdef __clang__
 #pragma clang fp contract(off)
 #elif defined(__GNUC__)
@@ -15,9 +17,11 @@ enum { LSTM, GRU, RNN_TANH, RNN_RELU };
 
 #define SERIAL (1 << 12) /* gates that are computed in a few microseconds, too few for a second thread */
 
-integer reproml_product(integer batch, integer m, integer n, integer k, const float *a, integer a_batch, integer a_row,
-                        integer a_column, const float *b, integer b_batch, integer b_row, integer b_column,
-                        const float *bias, float *out, integer *failed, integer capacity);
+integer reproml_product(const void *kept, integer batch, integer m, integer n, integer k, const float *a,
+                        integer a_batch, integer a_row, integer a_column, const float *b, integer b_batch,
+                        integer b_row, integer b_column, const float *bias, float *out, integer *failed,
+                        integer capacity);
+void *reproml_pack_matrix(integer m, integer n, integer k, const float *b, integer b_row, integer b_column);
 integer reproml_sum(const float *x, const float *y, const integer *axes, int dims, integer reduced, double divisor,
                     float *out);
 
@@ -243,11 +247,12 @@ int reproml_cell_backward(int cell, integer rows, integer n, float *const *p) {
 
 /* ---- all steps of a layer ---- */
 
-/* c = a @ b, a [m, k] and b [k, n] with these strides. Returns nonzero if an element failed its tests. */
-static int product(integer m, integer n, integer k, const float *a, integer a_row, integer a_column, const float *b,
-                   const float *bias, float *c) {
+/* c = a @ b, a [m, k] and b [k, n] with these strides; panels: those of b, or null. Returns nonzero if an element
+   failed its tests. */
+static int product(const void *panels, integer m, integer n, integer k, const float *a, integer a_row, integer a_column,
+                   const float *b, const float *bias, float *c) {
     integer failed[1];
-    return reproml_product(1, m, n, k, a, 0, a_row, a_column, b, 0, n, 1, bias, c, failed, 1) != 0;
+    return reproml_product(panels, 1, m, n, k, a, 0, a_row, a_column, b, 0, n, 1, bias, c, failed, 1) != 0;
 }
 
 /* Run the steps from `first` on. pointers: x [steps, rows, gates n]; the transposed weight [n, gates n] and its bias or
@@ -255,7 +260,9 @@ static int product(integer m, integer n, integer k, const float *a, integer a_ro
    the last; h of the last step; c of the last step. Returns the number of steps that are done. */
 integer reproml_layer(int cell, integer steps, integer rows, integer n, integer first, float *const *p) {
     const integer wide = gates_of(cell) * n, size = rows * n, size_x = rows * wide;
-    for (integer t = first; t < steps; t++) {
+    void *const panels = steps - first > 1 ? reproml_pack_matrix(rows, wide, n, p[1], wide, 1) : NULL;
+    integer t = first;
+    for (; t < steps; t++) {
         const int last = t == steps - 1;
         step s = {.cell = cell, .rows = rows, .n = n, .x = p[0] + t * size_x, .z = p[3]};
         s.h = t ? p[9] + (t - 1) * size : p[4];
@@ -263,9 +270,10 @@ integer reproml_layer(int cell, integer steps, integer rows, integer n, integer 
         if (cell <= GRU) s.gates = p[6] + t * size_x, s.kept = p[8] + t * size;
         if (cell <= GRU) s.new_c = last && cell == LSTM ? p[11] : p[7] + t * size;
         s.new_h = last ? p[10] : p[9] + t * size;
-        if (product(rows, wide, n, s.h, n, 1, p[1], p[2], p[3]) || run_step(&s)) return t;
+        if (product(panels, rows, wide, n, s.h, n, 1, p[1], p[2], p[3]) || run_step(&s)) break;
     }
-    return steps;
+    free(panels);
+    return t;
 }
 
 /* Run the last `left` steps that are left backward, from the last to the first. pointers: the weight [gates n, n]; h and
@@ -280,7 +288,9 @@ integer reproml_layer_backward(int cell, integer steps, integer rows, integer n,
     const integer wide = gates_of(cell) * n, size = rows * n, size_x = rows * wide;
     const float *weight = p[0], *g_y = p[9];
     float *g_h = p[10], *through = p[14];
-    for (integer t = left - 1; t >= 0; t--) {
+    void *const panels = left > 1 ? reproml_pack_matrix(rows, n, wide, weight, n, 1) : NULL;
+    integer t = left - 1;
+    for (; t >= 0; t--) {
         const int last = t == steps - 1;
         const float *h = t ? p[6] + (t - 1) * size : p[1];
         gradient s = {.cell = cell, .rows = rows, .n = n, .g_h = g_h, .g_x = p[12] + t * size_x};
@@ -290,13 +300,13 @@ integer reproml_layer_backward(int cell, integer steps, integer rows, integer n,
         if (cell == LSTM) s.c = t ? p[4] + (t - 1) * size : p[2];
         if (cell == LSTM && (has_state || !last)) s.g_c = p[11] + (t + 1) % 2 * size;
         if (cell == GRU) s.c = p[4] + t * size, s.g_z = p[13] + t * size_x;
-        if (run_gradient(&s)) return t + 1;
+        if (run_gradient(&s)) break;
         const float *g_z = p[13] + t * size_x;
         const integer axes[] = {rows, wide, wide, 1, wide, 1};
-        if ((t || with_h) && product(rows, n, wide, g_z, wide, 1, weight, NULL, through)) return t + 1;
-        if (p[15] && product(wide, n, rows, g_z, 1, wide, h, NULL, p[15] + t * wide * n)) return t + 1;
-        if (p[16] && reproml_sum(g_z, NULL, axes, 2, 1, 1, p[16] + t * wide)) return t + 1;
-        if (!t) break;
+        if ((t || with_h) && product(panels, rows, n, wide, g_z, wide, 1, weight, NULL, through)) break;
+        if (p[15] && product(NULL, wide, n, rows, g_z, 1, wide, h, NULL, p[15] + t * wide * n)) break;
+        if (p[16] && reproml_sum(g_z, NULL, axes, 2, 1, 1, p[16] + t * wide)) break;
+        if (!t) continue;
         if (cell == GRU)
             g_y ? add(g_y + (t - 1) * size, s.g_state, g_h, size) : (void)memcpy(g_h, s.g_state, (size_t)size * 4);
         else if (g_y)
@@ -306,5 +316,6 @@ integer reproml_layer_backward(int cell, integer steps, integer rows, integer n,
         else
             memcpy(g_h, through, (size_t)size * 4);
     }
-    return 0;
+    free(panels);
+    return t + 1;
 }

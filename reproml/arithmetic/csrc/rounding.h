@@ -39,6 +39,7 @@
    softmax.c: backward                    round_normal_ball  result 2 (log_softmax 1); + 1  3 (2)
    optimizers.c: averages                 round_padded_ball  2; + 1                         3; Adam's second average 4
    optimizers.c: parameters               round_padded_ball  Adam 3 and 12, SGD 2; + 1      Adam 5 and 20, SGD 6
+   optimizer_formulas.c                   round_padded_ball  those of balls.h; + 1          SLACK and 2 more
    panels.c, convolution.c                round_sum          h, bias 1; + 1                 h + 8 (relative_bound)
    reductions.c: sums                     round_sum          h, divisor 1; + 1              h + 4
    reductions.c: few terms                round_sum          divisor 1; + 1                 4; 0 if nothing was rounded

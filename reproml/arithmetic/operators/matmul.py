@@ -115,7 +115,7 @@ def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
     out = a.new_empty(shape)
     result = kernels.run_kernel(
         kernels.loops().reproml_product,
-        *(batch, m, n, k),
+        *(None, batch, m, n, k),
         *(a.data_ptr(), a_batch, of_a[-2], of_a[-1], b.data_ptr(), b_batch, of_b[-2], of_b[-1]),
         *(None if bias is None else bias.data_ptr(), out.data_ptr()),
     )

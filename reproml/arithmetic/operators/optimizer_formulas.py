@@ -1,20 +1,28 @@
-"""The steps of torch.optim that have no compiled loop, and what all definitions of a step share.
+"""The steps of torch.optim other than Adam and SGD, and what all definitions of a step share.
 
 A number that depends on the step, such as a bias correction, is computed in binary64 as PyTorch writes it,
 with correctly rounded powers, and rounded to binary32 where it meets a tensor. So it is the same in every
 form of an optimizer and on every machine.
+
+A step is a function of one parameter, its gradient and its states, which it updates in place. All but
+Adafactor have a loop in csrc/optimizer_formulas.c, which computes the same formulas. The function computes
+what the loop leaves: the elements that fail a rounding test (`_update`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+from collections.abc import Sequence
 from fractions import Fraction
-from functools import lru_cache
-from typing import Any, Callable, Optional
+from functools import lru_cache, partial
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
+from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.libm import power
 from reproml.arithmetic.numerics.scalars import float32_scalar
@@ -53,6 +61,90 @@ def _number(x: float) -> float:
     return float(float32_scalar(x))
 
 
+# --- compiled loops ------------------------------------------------------------------------------
+
+# In the order of csrc/optimizer_formulas.c.
+_LOOPS = {
+    name: i
+    for i, name in enumerate(
+        """rmsprop rmsprop_centered rmsprop_momentum rmsprop_centered_momentum adagrad adadelta
+        nadam radam radam_plain adamax asgd asgd_copy rprop""".split()
+    )
+}
+_States, _Numbers = ctypes.c_void_p * 4, ctypes.c_double * 9
+
+
+def has_kernel(state: Sequence[Tensor]) -> bool:
+    """Return whether a compiled loop can update one parameter, given its gradient and its states.
+
+    Raises RuntimeError if their shapes differ.
+    """
+    shape = state[0].shape
+    for x in state:
+        if x.shape != shape:
+            raise RuntimeError(
+                f"a parameter of shape {list(shape)} has a gradient or a state of shape {list(x.shape)}"
+            )
+    return kernels.usable(*state)
+
+
+def redo(
+    reference_step: Callable[..., None], states: Sequence[Sequence[Tensor]], failed: Tensor
+) -> None:
+    """Repeat a step, which left them unchanged, for the elements that failed the rounding test.
+
+    states: parameter, gradient and states of each parameter. failed: 2^40 times the parameter's number
+    plus the element's flat index.
+    """
+    for i, (p, g, *others) in enumerate(states):
+        index = failed[failed >> 40 == i] & (1 << 40) - 1
+        if len(index):
+            few = [x.view(-1)[index] for x in (p, g, *others)]
+            reference_step(*few)
+            for x, y in zip((p, *others), (few[0], *few[2:])):
+                x.view(-1)[index] = y
+
+
+def _share_no_memory(state: Sequence[Tensor]) -> bool:
+    """Return whether the tensors share no memory; if they do, the order of the formulas counts."""
+    return len({x.untyped_storage().data_ptr() for x in state}) == len(state)
+
+
+def _update(
+    loop: str,
+    reference_step: Callable[..., None],
+    state: Sequence[Tensor],
+    numbers: Sequence[Any],
+    decay: Any = 0,
+    sign: int = 1,
+) -> None:
+    """Do a step by a compiled loop, and by `reference_step(*state)` for what it leaves.
+
+    state: parameter, gradient and states. numbers: the constants of the loop; decay: weight decay that is
+    added to the gradient; all binary32 numbers. sign: -1 for gradients to ascend.
+    """
+    p, g, *others = state
+    separate = len({x.untyped_storage().data_ptr() for x in state}) == len(state)
+    if not (
+        has_kernel(state) and separate
+    ):  # if they share memory, the order of the formulas counts
+        return reference_step(*state)
+    failed = torch.empty(p.numel(), dtype=torch.int64, device="cpu")
+    count = kernels.loops().reproml_optimizer_step(
+        _LOOPS[loop],
+        p.numel(),
+        _States(p.data_ptr(), *[x.data_ptr() for x in others]),
+        g.data_ptr(),
+        sign,
+        float(decay),
+        _Numbers(*map(float, numbers)),
+        failed.data_ptr(),
+    )
+    increment_version([p, *others])
+    if count:
+        redo(reference_step, [state], failed[:count])
+
+
 # --- RMSprop, Adagrad, Adadelta ------------------------------------------------------------------
 
 
@@ -79,8 +171,9 @@ def rmsprop(
     buffer' = momentum * buffer + u and param' = param - lr * buffer', each rounded once.
     """
     rate, keep, rest = float32_scalar(lr), float32_scalar(alpha), float32_scalar(1 - alpha)
-    epsilon, mu = float32_scalar(eps), float32_scalar(momentum)
-    direction = direction_of(float32_scalar(weight_decay), -1 if maximize else 1)
+    epsilon, mu, decay = float32_scalar(eps), float32_scalar(momentum), float32_scalar(weight_decay)
+    sign = -1 if maximize else 1
+    direction = direction_of(decay, sign)
 
     def update(ctx: Any, p: Any, g: Any, v: Any, a: Any) -> Any:
         return direction(p, g) / (ctx.sqrt(v - a * a if centered else v) + epsilon)
@@ -88,17 +181,26 @@ def rmsprop(
     def accumulated_update(ctx: Any, p: Any, g: Any, v: Any, a: Any, b: Any) -> Any:
         return mu * b + update(ctx, p, g, v, a)
 
-    for i, (p, g, v) in enumerate(zip(params, grads, square_avgs)):
+    def step(p: Tensor, g: Tensor, v: Tensor, *others: Tensor) -> None:
         decayed = decay_operand(weight_decay, p, g)
         assign(v, lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), decayed, g, v)
-        a = grad_avgs[i] if centered else v
+        a = others[0] if centered else v
         if centered:
             assign(a, lambda ctx, p, g, a: keep * a + rest * direction(p, g), decayed, g, a)
         if mu:
-            assign(buffers[i], accumulated_update, decayed, g, v, a, buffers[i])
-            assign(p, lambda ctx, p, b: p - rate * b, p, buffers[i])
+            b = others[-1]
+            assign(b, accumulated_update, decayed, g, v, a, b)
+            assign(p, lambda ctx, p, b: p - rate * b, p, b)
         else:
             assign(p, lambda ctx, p, g, v, a: p - rate * update(ctx, p, g, v, a), p, g, v, a)
+
+    loop = "rmsprop" + "_centered" * centered + "_momentum" * bool(mu)
+    for i, state in enumerate(map(list, zip(params, grads, square_avgs))):
+        if centered:
+            state.append(grad_avgs[i])
+        if mu:
+            state.append(buffers[i])
+        _update(loop, step, state, (rate, keep, rest, epsilon, mu), decay, sign)
 
 
 def adagrad(
@@ -118,22 +220,21 @@ def adagrad(
     d = grad + weight_decay * param;   s' = s + d^2, rounded once;
     param' = param - lr / (1 + (t - 1) lr_decay) * d / (sqrt(s') + eps), rounded once.
     """
-    epsilon = float32_scalar(eps)
-    direction = direction_of(float32_scalar(weight_decay), -1 if maximize else 1)
-    for p, g, s, step in zip(params, grads, state_sums, steps):
-        rate = float32_scalar(lr) / (1 + (step - 1) * float32_scalar(lr_decay))
+    epsilon, decay = float32_scalar(eps), float32_scalar(weight_decay)
+    sign = -1 if maximize else 1
+    direction = direction_of(decay, sign)
 
-        def update(ctx: Any, p: Any, g: Any, s: Any, rate: Fraction = rate) -> Any:
+    def step(rate: Fraction, p: Tensor, g: Tensor, s: Tensor) -> None:
+        def update(ctx: Any, p: Any, g: Any, s: Any) -> Any:
             return p - rate * (direction(p, g) / (ctx.sqrt(s) + epsilon))
 
-        assign(
-            s,
-            lambda ctx, p, g, s: s + square(direction(p, g)),
-            decay_operand(weight_decay, p, g),
-            g,
-            s,
-        )
+        decayed = decay_operand(weight_decay, p, g)
+        assign(s, lambda ctx, p, g, s: s + square(direction(p, g)), decayed, g, s)
         assign(p, update, p, g, s)
+
+    for *state, count in zip(params, grads, state_sums, steps):
+        rate = float32_scalar(lr) / (1 + (count - 1) * float32_scalar(lr_decay))
+        _update("adagrad", partial(step, rate), state, (rate, epsilon), decay, sign)
 
 
 def adadelta(
@@ -155,41 +256,61 @@ def adadelta(
     param' = param - lr * u, each rounded once.
     """
     rate, keep, rest = float32_scalar(lr), float32_scalar(rho), float32_scalar(1 - rho)
-    epsilon = float32_scalar(eps)
-    direction = direction_of(float32_scalar(weight_decay), -1 if maximize else 1)
+    epsilon, decay = float32_scalar(eps), float32_scalar(weight_decay)
+    sign = -1 if maximize else 1
+    direction = direction_of(decay, sign)
 
     def update(ctx: Any, p: Any, g: Any, v: Any, a: Any) -> Any:
         return ctx.sqrt(a + epsilon) / ctx.sqrt(v + epsilon) * direction(p, g)
 
-    for p, g, v, a in zip(params, grads, square_avgs, acc_deltas):
+    def step(p: Tensor, g: Tensor, v: Tensor, a: Tensor) -> None:
         decayed = decay_operand(weight_decay, p, g)
         assign(v, lambda ctx, p, g, v: keep * v + rest * square(direction(p, g)), decayed, g, v)
         u = elementwise(update, decayed, g, v, a)
         assign(a, lambda ctx, a, u: keep * a + rest * (u * u), a, u)
         assign(p, lambda ctx, p, u: p - rate * u, p, u)
 
+    for state in zip(params, grads, square_avgs, acc_deltas):
+        _update("adadelta", step, state, (rate, keep, rest, epsilon), decay, sign)
+
 
 # --- NAdam, RAdam, Adamax ------------------------------------------------------------------------
 
 
+class _Averages(NamedTuple):
+    """The two averages of Adam, with a weight decay that is part of the direction, or decoupled."""
+
+    keep1: Fraction
+    rest1: Fraction
+    keep2: Fraction
+    rest2: Fraction
+    shrinkage: Fraction  # the factor of the parameter
+    decay: Fraction
+    sign: int
+
+    def operand(self, p: Tensor, g: Tensor) -> Tensor:
+        return p if self.decay else g
+
+    def update(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> None:
+        """m' = beta1 m + (1 - beta1) d and v' = beta2 v + (1 - beta2) d^2, each rounded once."""
+        keep1, rest1, keep2, rest2, _, decay, sign = self
+        direction, operand = direction_of(decay, sign), self.operand(p, g)
+        assign(v, lambda ctx, p, g, v: keep2 * v + rest2 * square(direction(p, g)), operand, g, v)
+        assign(m, lambda ctx, p, g, m: keep1 * m + rest1 * direction(p, g), operand, g, m)
+
+
 def _averages(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
-    decay: float,
-    sign: int,
-) -> None:
-    """Update m' = beta1 m + (1 - beta1) d and v' = beta2 v + (1 - beta2) d^2, each rounded once."""
-    keep1, rest1 = float32_scalar(beta1), float32_scalar(1 - beta1)
-    keep2, rest2 = float32_scalar(beta2), float32_scalar(1 - beta2)
-    direction = direction_of(float32_scalar(decay), sign)
-    operand = decay_operand(decay, p, g)
-    assign(v, lambda ctx, p, g, v: keep2 * v + rest2 * square(direction(p, g)), operand, g, v)
-    assign(m, lambda ctx, p, g, m: keep1 * m + rest1 * direction(p, g), operand, g, m)
+    lr: float, beta1: float, beta2: float, weight_decay: float, decoupled: bool, maximize: bool
+) -> _Averages:
+    return _Averages(
+        keep1=float32_scalar(beta1),
+        rest1=float32_scalar(1 - beta1),
+        keep2=float32_scalar(beta2),
+        rest2=float32_scalar(1 - beta2),
+        shrinkage=float32_scalar(1 - lr * weight_decay if decoupled else 1.0),
+        decay=float32_scalar(0.0 if decoupled else weight_decay),
+        sign=-1 if maximize else 1,
+    )
 
 
 def nadam(
@@ -218,10 +339,12 @@ def nadam(
     c = 1 - beta2^t.
     """
     lr, beta1, beta2 = float(lr), float(beta1), float(beta2)
-    decay = 0.0 if decoupled_weight_decay else weight_decay
-    shrinkage = float32_scalar(1 - lr * weight_decay if decoupled_weight_decay else 1.0)
-    epsilon, sign = float32_scalar(eps), -1 if maximize else 1
-    direction = direction_of(float32_scalar(decay), sign)
+    of = _averages(lr, beta1, beta2, weight_decay, decoupled_weight_decay, maximize)
+    epsilon, shrinkage, direction = (
+        float32_scalar(eps),
+        of.shrinkage,
+        direction_of(of.decay, of.sign),
+    )
 
     def momentum(step: int) -> float:
         factor: float = beta1 * (1.0 - 0.5 * _power(0.96, step * momentum_decay))
@@ -230,17 +353,20 @@ def nadam(
     def update(ctx: Any, p: Any, q: Any, g: Any, m: Any, v: Any, a: Any, b: Any, c: Any) -> Any:
         return shrinkage * p - (a * direction(q, g) + b * m) / (ctx.sqrt(v / c) + epsilon)
 
-    for p, g, m, v, product, step in zip(params, grads, exp_avgs, exp_avg_sqs, mu_products, steps):
-        _averages(p, g, m, v, beta1=beta1, beta2=beta2, decay=decay, sign=sign)
-        mu, following = momentum(step), momentum(step + 1)
+    def step(a: float, b: float, c: float, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> None:
+        of.update(p, g, m, v)
+        assign(p, update, p, of.operand(p, g), g, m, v, a, b, c)
+
+    for *state, product, count in zip(params, grads, exp_avgs, exp_avg_sqs, mu_products, steps):
+        mu, following = momentum(count), momentum(count + 1)
         assign(product, lambda ctx, x, y: x * y, product, _number(mu))
         reached = float(product)
-        numbers = (
-            lr * (1.0 - mu) / (1.0 - reached),
-            lr * following / (1.0 - reached * following),
-            1 - _power(beta2, step),
+        a = _number(lr * (1.0 - mu) / (1.0 - reached))
+        b = _number(lr * following / (1.0 - reached * following))
+        c = _number(1 - _power(beta2, count))
+        _update(
+            "nadam", partial(step, a, b, c), state, (*of[:5], b, epsilon, a, c), of.decay, of.sign
         )
-        assign(p, update, p, decay_operand(decay, p, g), g, m, v, *map(_number, numbers))
 
 
 def radam(
@@ -267,26 +393,33 @@ def radam(
     (rho - 2) rho_t)) * sqrt(1 - beta2^t); elsewhere param' = param (...) - lr / (1 - beta1^t) m'.
     """
     lr, beta1, beta2 = float(lr), float(beta1), float(beta2)
-    decay = 0.0 if decoupled_weight_decay else weight_decay
-    shrinkage = float32_scalar(1 - lr * weight_decay if decoupled_weight_decay else 1.0)
-    epsilon, sign = float32_scalar(eps), -1 if maximize else 1
+    of = _averages(lr, beta1, beta2, weight_decay, decoupled_weight_decay, maximize)
+    epsilon, shrinkage = float32_scalar(eps), of.shrinkage
     longest = 2 / (1 - beta2) - 1
 
     def update(ctx: Any, p: Any, m: Any, v: Any, a: Any) -> Any:
         return shrinkage * p - a * (m / (ctx.sqrt(v) + epsilon))
 
-    for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps):
-        _averages(p, g, m, v, beta1=beta1, beta2=beta2, decay=decay, sign=sign)
-        power2 = _power(beta2, step)
-        rate = lr / (1 - _power(beta1, step))
-        length = longest - 2 * step * power2 / (1 - power2)
-        if length > 5.0:
+    def step(rectified: bool, rate: float, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> None:
+        of.update(p, g, m, v)
+        if rectified:
+            assign(p, update, p, m, v, rate)
+        else:
+            assign(p, lambda ctx, p, m, a: shrinkage * p - a * m, p, m, rate)
+
+    for *state, count in zip(params, grads, exp_avgs, exp_avg_sqs, steps):
+        power2 = _power(beta2, count)
+        rate = lr / (1 - _power(beta1, count))
+        length = longest - 2 * count * power2 / (1 - power2)
+        rectified = length > 5.0
+        if rectified:
             rectification = (length - 4) * (length - 2) * longest
             rectification /= (longest - 4) * (longest - 2) * length
             rate = rate * math.sqrt(rectification) * math.sqrt(1 - power2)
-            assign(p, update, p, m, v, _number(rate))
-        else:
-            assign(p, lambda ctx, p, m, a: shrinkage * p - a * m, p, m, _number(rate))
+        rate = _number(rate)
+        loop = "radam" if rectified else "radam_plain"
+        numbers = (*of[:5], rate, epsilon)
+        _update(loop, partial(step, rectified, rate), state, numbers, of.decay, of.sign)
 
 
 def adamax(
@@ -310,15 +443,22 @@ def adamax(
     param' = param - lr / (1 - beta1^t) * m' / u', rounded once.
     """
     keep, rest = float32_scalar(beta1), float32_scalar(1 - float(beta1))
-    fade, epsilon = float32_scalar(beta2), float32_scalar(eps)
-    direction = direction_of(float32_scalar(weight_decay), -1 if maximize else 1)
-    for p, g, m, u, step in zip(params, grads, exp_avgs, exp_infs, steps):
+    fade, epsilon, decay = float32_scalar(beta2), float32_scalar(eps), float32_scalar(weight_decay)
+    sign = -1 if maximize else 1
+    direction = direction_of(decay, sign)
+
+    def step(rate: float, p: Tensor, g: Tensor, m: Tensor, u: Tensor) -> None:
         operand = decay_operand(weight_decay, p, g)
         assign(m, lambda ctx, p, g, m: keep * m + rest * direction(p, g), operand, g, m)
         size = elementwise(lambda ctx, p, g: abs(direction(p, g)) + epsilon, operand, g)
         torch.maximum(elementwise(lambda ctx, u: fade * u, u), size, out=u)
-        rate = _number(float(lr) / (1 - _power(float(beta1), step)))
         assign(p, lambda ctx, p, m, u, a: p - a * (m / u), p, m, u, rate)
+
+    for *state, count in zip(params, grads, exp_avgs, exp_infs, steps):
+        rate = _number(float(lr) / (1 - _power(float(beta1), count)))
+        _update(
+            "adamax", partial(step, rate), state, (keep, rest, fade, epsilon, rate), decay, sign
+        )
 
 
 # --- ASGD, Rprop ---------------------------------------------------------------------------------
@@ -345,22 +485,29 @@ def asgd(
     average' = average + mu (param' - average), rounded once;
     eta' = lr / (1 + lambd lr t)^alpha and mu' = 1 / max(1, t - t0), each rounded to binary32.
     """
-    lr = float(lr)
-    direction = direction_of(float32_scalar(weight_decay), -1 if maximize else 1)
+    lr, sign = float(lr), -1 if maximize else 1
+    decay = float32_scalar(weight_decay)
+    direction = direction_of(decay, sign)
 
     def update(ctx: Any, p: Any, q: Any, g: Any, shrinkage: Any, eta: Any) -> Any:
         return shrinkage * p - eta * direction(q, g)
 
-    for p, g, ax, mu, eta, step in zip(params, grads, axs, mus, etas, steps):
-        rate, weight = float(eta), float(mu)
-        numbers = _number(1 - lambd * rate), _number(rate)
-        assign(p, update, p, decay_operand(weight_decay, p, g), g, *numbers)
+    def step(
+        shrinkage: float, rate: float, weight: float, p: Tensor, g: Tensor, ax: Tensor
+    ) -> None:
+        assign(p, update, p, decay_operand(weight_decay, p, g), g, shrinkage, rate)
         if weight == 1:
             ax.copy_(p)
         else:
-            assign(ax, lambda ctx, x, p, mu: x + mu * (p - x), ax, p, _number(weight))
-        eta.fill_(_number(lr / _power(1 + lambd * lr * step, alpha)))
-        mu.fill_(_number(1 / max(1, step - t0)))
+            assign(ax, lambda ctx, x, p, mu: x + mu * (p - x), ax, p, weight)
+
+    for *state, mu, eta, count in zip(params, grads, axs, mus, etas, steps):
+        rate, weight = float(eta), float(mu)
+        numbers = _number(1 - lambd * rate), _number(rate), _number(weight)
+        loop = "asgd_copy" if weight == 1 else "asgd"
+        _update(loop, partial(step, *numbers), state, numbers, decay, sign)
+        eta.fill_(_number(lr / _power(1 + lambd * lr * count, alpha)))
+        mu.fill_(_number(1 / max(1, count - t0)))
 
 
 def rprop(
@@ -383,17 +530,23 @@ def rprop(
     becomes 0, elsewhere the gradient.
     """
     low, high = _number(step_size_min), _number(step_size_max)
-    for p, g, prev, size in zip(params, grads, prevs, step_sizes):
+    increase, decrease = _number(etaplus), _number(etaminus)
+
+    def step(p: Tensor, g: Tensor, prev: Tensor, size: Tensor) -> None:
         g = -g if maximize else g
         turned = g.sign() * prev.sign()  # the sign of a product, which could underflow
         factor = torch.where(
-            turned > 0, _number(etaplus), torch.where(turned < 0, _number(etaminus), turned * 0 + 1)
+            turned > 0, increase, torch.where(turned < 0, decrease, turned * 0 + 1)
         )
         assign(size, lambda ctx, x, y: x * y, size, factor)
         size.clamp_(low, high)
         g = torch.where(turned < 0, 0.0, g)
         assign(p, lambda ctx, p, s, x: p - s * x, p, g.sign(), size)
         prev.copy_(g)
+
+    numbers = increase, decrease, low, high
+    for state in zip(params, grads, prevs, step_sizes):
+        _update("rprop", step, state, numbers, sign=-1 if maximize else 1)
 
 
 # --- Adafactor -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ takes the betas as given.
 To add an optimizer `name`:
 
 1. write its definition in optimizer_formulas.py, `name(params, grads, *states, *, hyperparameters)`, which
-   updates in place; here, if it has a loop in csrc;
+   updates in place; its loop, if it has one, is a case in csrc/optimizer_formulas.c;
 2. add it to `_DEFINITIONS`, with the options it takes from PyTorch's functions, and to `DEFINED`;
 3. add the functions of PyTorch that it replaces to OPTIMIZER_STEPS in reproml/torch_internals.py;
 4. test it against real numbers in tests/arithmetic/operators/test_optimizers.py (test_other_optimizers).
@@ -42,6 +42,8 @@ from reproml.arithmetic.operators.optimizer_formulas import (
     assign,
     decay_operand,
     direction_of,
+    has_kernel,
+    redo,
     square,
 )
 from reproml.errors import NotExactError
@@ -104,7 +106,7 @@ def adam(
     compiled: dict[int, list[tuple[Tensor, ...]]] = {}  # by step, which few parameters differ in
     for i, averages in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
         state = (*averages, max_exp_avg_sqs[i]) if amsgrad else averages
-        if _has_kernel(state) and eps >= 0:
+        if has_kernel(state) and eps >= 0:
             compiled.setdefault(steps[i], []).append(state)
         else:
             optimizer.reference_step(steps[i], *state)
@@ -198,7 +200,7 @@ class _Adam(NamedTuple):
             for state in states:
                 self.reference_step(step, *state)
         elif count:
-            _redo(partial(self.reference_step, step), states, failed[:count])
+            redo(partial(self.reference_step, step), states, failed[:count])
 
 
 @lru_cache(maxsize=64)
@@ -279,7 +281,7 @@ def sgd(
         if first:
             buffer = buffers[i] = torch.zeros_like(p)
         state = (p, g) if buffer is None else (p, g, buffer)
-        if not _has_kernel(state):
+        if not has_kernel(state):
             reference_step(first, *state)
             continue
         failed = torch.empty(p.numel(), dtype=torch.int64, device="cpu")
@@ -294,40 +296,10 @@ def sgd(
         )
         increment_version([p, *state[2:]])
         if count:
-            _redo(partial(reference_step, first), [state], failed[:count])
+            redo(partial(reference_step, first), [state], failed[:count])
 
 
-# --- what the definitions share ------------------------------------------------------------------
-
-
-def _has_kernel(state: Sequence[Tensor]) -> bool:
-    """Return whether a compiled loop can update one parameter, given its gradient and its states.
-
-    Raises RuntimeError if their shapes differ.
-    """
-    shape = state[0].shape
-    for x in state:
-        if x.shape != shape:
-            raise RuntimeError(
-                f"a parameter of shape {list(shape)} has a gradient or a state of shape {list(x.shape)}"
-            )
-    return kernels.usable(*state)
-
-
-def _redo(reference_step: Step, states: Sequence[Sequence[Tensor]], failed: Tensor) -> None:
-    """Repeat a step, which left them unchanged, for the elements that failed the rounding test.
-
-    states: parameter, gradient and states of each parameter. failed: 2^40 times the parameter's number
-    plus the element's flat index.
-    """
-    for i, (p, g, *others) in enumerate(states):
-        index = failed[failed >> 40 == i] & (1 << 40) - 1
-        if len(index):
-            few = [x.view(-1)[index] for x in (p, g, *others)]
-            reference_step(*few)
-            for x, y in zip((p, *others), (few[0], *few[2:])):
-                x.view(-1)[index] = y
-
+# --- what is refused -----------------------------------------------------------------------------
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 

@@ -2,8 +2,10 @@
 
 A factor is m 2^e with 1/2 <= |m| < 1. The m are multiplied in binary64 and the e are added, so that a
 product of n factors has a relative error of at most gamma_n, in any order (Higham, Accuracy and Stability
-of Numerical Algorithms, section 3.1). Products that fail the rounding test are multiplied as integers. A
-zero has the sign that the signs of its factors give.
+of Numerical Algorithms, section 3.1). It is exact if the odd parts of all factors have up to 53 bits
+together. So are all ties, whose odd part has up to 25 bits: that of k numbers of b_i > 1 bits has more than
+the sum of b_i - 1 bits, which is at least half of the sum of b_i. Products that fail the rounding test are
+multiplied as integers. A zero has the sign that the signs of its factors give.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def row_products(rows: Tensor) -> Tensor:
             nearest(exact_product(row)) for row in rows.reshape(-1, rows.shape[-1])[failed].tolist()
         ]
 
-    return round_ball(mid, mid.abs() * gamma(rows.shape[-1]), resolve)
+    return round_ball(mid, _error(mid, _odd_bits(rows).sum(-1), gamma(rows.shape[-1])), resolve)
 
 
 def cumprod(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
@@ -78,7 +80,7 @@ def cumprod(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
         pairs = zip((failed // n).tolist(), (failed % n).tolist())
         return [nearest(exact_product(flat[i, : j + 1].tolist())) for i, j in pairs]
 
-    result = round_ball(mid, mid.abs() * gamma(n), resolve)
+    result = round_ball(mid, _error(mid, _odd_bits(rows).cumsum(-1), gamma(n)), resolve)
     return result.movedim(-1, dim).reshape(x.shape)
 
 
@@ -91,13 +93,15 @@ def segment_product(index: Tensor, values: Tensor, size: int) -> Tensor:
     m, change = _normalized(m)
     e = (ones * 0).long().scatter_add(0, index, e) + change
     mid = _scaled(m, e)
-    # More factors may underflow on the way: their product is computed exactly.
-    unknown = torch.where((counts > 2 * _BLOCK - 24) & (mid == 0), torch.inf, 0.0)
+    # More factors may lose bits by underflow on the way: their product is computed exactly, unless it is 0.
+    zeros = (ones * 0).scatter_add(0, index, (values == 0).double())
+    unknown = torch.where((counts > 2 * _BLOCK - 24) & (zeros == 0), torch.inf, 0.0)
 
     def resolve(failed: Tensor) -> Sequence[float]:
         return [nearest(exact_product(group)) for group in groups(index, values, failed)]
 
-    return round_ball(mid, mid.abs() * gamma(counts) + unknown, resolve)
+    bits = (ones * 0).long().scatter_add(0, index, _odd_bits(values))
+    return round_ball(mid, _error(mid, bits, gamma(counts)) + unknown, resolve)
 
 
 def groups(index: Tensor, values: Tensor, wanted: Tensor) -> Iterator[list[Any]]:
@@ -126,6 +130,18 @@ def exact_product(factors: Sequence[float]) -> Fraction:
 def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return m in float64 and e in int64 with x = m 2^e; m is x itself if that is 0, infinite or NaN."""
     return _normalized(x.double())
+
+
+def _odd_bits(x: Tensor) -> Tensor:
+    """Return how many bits the odd part of each number has; 0 for a power of two and for 0: int64."""
+    m = (_parts(x)[0] * 2.0**24).nan_to_num(1.0, 1.0, 1.0).long()
+    lowest = torch.frexp((m & -m).double())[1].long()  # 1 for an odd number
+    return torch.where(m.abs() == m & -m, 0, 25 - lowest)
+
+
+def _error(mid: Tensor, bits: Tensor, bound: Any) -> Tensor:
+    """Return the error of products whose factors have `bits` bits in their odd parts."""
+    return torch.where(bits <= 53, 0.0, mid.abs() * bound)
 
 
 def _normalized(x: Tensor) -> tuple[Tensor, Tensor]:

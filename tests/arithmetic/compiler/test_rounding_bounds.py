@@ -22,6 +22,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler import executor, kernels
 from reproml.arithmetic.numerics.rounding import U, nearest
+from reproml.arithmetic.operators import optimizer_formulas
 
 CSRC = Path(kernels.__file__).parents[1] / "csrc"
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -240,9 +241,27 @@ def product(library: Any, terms: list[float], k: int, columns: int) -> list[Foun
     out, failed = torch.empty(columns), integers(*[0] * CAPACITY)
     strides = (k, k, 1, k * columns, *((1, k) if columns > 1 else (1, 1)))
     left = library.reproml_product(
-        1, 1, columns, k, at(a), *strides[:3], at(b), *strides[3:], None, at(out), failed, CAPACITY
+        *(None, 1, 1, columns, k, at(a), *strides[:3], at(b), *strides[3:]),
+        *(None, at(out), failed, CAPACITY),
     )
     return listed(left, failed, out, [ABOVE] * columns)
+
+
+def packed_product(library: Any, terms: list[float], n: int, k: int) -> list[Found]:
+    """A product [n, k] @ [k, n] with panels of the second matrix that are packed before."""
+    pack = library.reproml_pack_matrix
+    pack.restype, pack.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_int64] * 3 + [ctypes.c_void_p] + [ctypes.c_int64] * 2,
+    )
+    a, b, out = row(terms, k).repeat(n, 1), torch.ones(k, n), torch.empty(n, n)
+    panels, failed = pack(n, n, k, at(b), n, 1), integers(*[0] * CAPACITY)
+    assert panels
+    left = library.reproml_product(
+        *(panels, 1, n, n, k, at(a), 0, k, 1, at(b), 0, n, 1, None, at(out), failed, CAPACITY)
+    )
+    ctypes.CDLL(None).free(ctypes.c_void_p(panels))
+    return listed(left, failed, out, [ABOVE] * n * n)
 
 
 def total(library: Any, terms: list[float], n: int, columns: int, factor: bool, divisor: float = 1):
@@ -423,6 +442,16 @@ def adam(library: Any, which: int) -> list[Found]:
     return [Found(left != 0, state[which].item(), ABOVE)]
 
 
+def other_optimizer(library: Any) -> list[Found]:
+    """The parameter of ASGD. The loops of all optimizers but Adam and SGD share its rounding test."""
+    p, average, g = torch.ones(1), torch.zeros(1), torch.ones(1)
+    state, failed = (ctypes.c_void_p * 4)(at(p), at(average), None, None), integers(0)
+    numbers = (ctypes.c_double * 9)(1.0, -STEP)  # shrinkage, rate
+    loop = optimizer_formulas._LOOPS["asgd_copy"]
+    left = library.reproml_optimizer_step(loop, 1, state, at(g), 1.0, 0.0, numbers, failed)
+    return [Found(left != 0, p.item(), ABOVE)]
+
+
 def factors() -> tuple[int, int, int]:
     """p, q and p q: an odd multiple of half an ulp whose tie goes up."""
     for n in range(2**24 + 3, 2**24 + 1000, 4):
@@ -463,6 +492,8 @@ LOOPS: dict[str, Callable[[Any, list[float]], list[Found]]] = {
     "product": lambda c, v: product(c, v, 32, 1),
     "product along the terms": lambda c, v: product(c, v, 512, 2),
     "product in two passes": lambda c, v: product(c, v, 1100, 1),
+    "product with packed panels": lambda c, v: packed_product(c, v, 5, 32),
+    "product with packed panels in two sections": lambda c, v: packed_product(c, v, 5, 2100),
     "sum along the terms": lambda c, v: total(c, v, 64, 1, False),
     "sum across columns": lambda c, v: total(c, v, 64, 40, False),
     "sum of products": lambda c, v: total(c, v, 64, 40, True),
@@ -495,6 +526,7 @@ SINGLE: dict[str, Callable[[Any], list[Found]]] = {
     "adam": lambda c: adam(c, 0),
     "adam, average": lambda c: adam(c, 2),
     "adam, average of squares": lambda c: adam(c, 3),
+    "other optimizers": other_optimizer,
     "sigmoid gradient": lambda c: small_factor(c, "sigmoid_backward"),
     "softmax gradient": lambda c: small_factor(c, "softmax_backward"),
 }

@@ -82,6 +82,25 @@ def test_product_is_rounded_once(kind, bias):
         )
 
 
+@pytest.mark.parametrize("failing", [0.05, 0.6])
+def test_rows_that_fail_together_are_rounded_once(failing):
+    """Few or many elements of a tile fail, in several slices of terms and in tiles that are not full."""
+    random = torch.Generator().manual_seed(4)
+    m, k, n = 19, 300, 29
+    a, b = (torch.randn(s, generator=random) for s in ((m, k), (k, n)))
+    columns = torch.rand(n, generator=random) < failing
+    b = torch.where(
+        columns, b, b * 0
+    )  # the products with these columns are almost 0, the others are not
+    b = torch.cat([b, b + 2.0**-10 * ~columns])
+    a, c = torch.cat([a, -a * (1 + 2.0**-23)], 1), torch.randn(n, generator=random) * 2.0**-40
+    for bias in (None, c):
+        expected = exact_product(a, b, bias)
+        check(matmul.matmul(a, b, bias), expected)
+        if bias is None:
+            check(matmul.matmul(b.t(), a.t()), expected.T)
+
+
 @pytest.mark.parametrize(
     "m, n", [(1, 1), (8, 24), (9, 25), (3, 48), (17, 31), (40, 7), (4, 5), (2, 485)]
 )

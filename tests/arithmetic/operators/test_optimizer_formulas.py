@@ -1,4 +1,4 @@
-"""Tests of the optimizers without a compiled loop: parameters and states, against the definitions."""
+"""Tests of the optimizers other than Adam and SGD: parameters and states, against the definitions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import reproml
+from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.operators import optimizer_formulas as formulas
 from reproml.errors import NotExactError
-from tests.arithmetic.operators.test_optimizers import train
-from tests.arithmetic.strategies import FINITE, MODERATE, tensors
+from tests.arithmetic.operators.test_optimizers import OTHERS, train
+from tests.arithmetic.strategies import FINITE, MODERATE, NOT_FINITE, SPECIAL, tensors
 from verification import oracle as o
 from verification.oracle import Real, check, float32_scalar, real, reals, rounded, same_bits
 
@@ -171,6 +174,92 @@ def test_parameter_and_states_are_rounded_once(kind, step, options, first, value
         check(found, p, any_zero=True)
         for name in NAMES[kind].split():
             check(state[name].expand(4), [s[name] for s in states], any_zero=True)
+
+
+LOOPS: list[tuple[str, Any]] = [
+    *[(kind, options) for kind, _, options, _ in CASES],
+    *[(kind, options) for kind, _, _, options in OTHERS],
+    ("RMSprop", {"alpha": 0.5, "weight_decay": 0.5, "maximize": True}),
+    ("RMSprop", {"alpha": 0.9, "centered": True, "momentum": 0.5}),
+    ("Adagrad", {"lr": 0.5, "eps": 0.0}),
+    ("Adadelta", {"rho": 0.5, "weight_decay": 0.25}),
+    ("NAdam", {"betas": (0.5, 0.75), "eps": 0.0, "maximize": True}),
+    ("RAdam", {"betas": (0.5, 0.875)}),
+    ("Adamax", {"betas": (0.5, 0.5), "eps": 0.0}),
+    ("ASGD", {"lr": 0.5, "lambd": 0.0, "t0": 0.0}),
+    ("Rprop", {"lr": 2.0**-140, "step_sizes": (0.0, 2.0**-130)}),
+]
+
+
+def hard_numbers(n: int, seed: int) -> Tensor:
+    """Ties, zeros of both signs, subnormals, huge numbers, infinities, NaN, and random numbers."""
+    torch.manual_seed(seed)
+    kinds = [
+        torch.randn(n),
+        torch.randint(-4, 5, (n,)) / 4,
+        torch.tensor(SPECIAL + NOT_FINITE)[torch.randint(len(SPECIAL + NOT_FINITE), (n,))],
+        torch.randn(n) * 2.0**-140,
+        torch.randn(n) * 2.0**100,
+    ]
+    return torch.stack(kinds)[torch.randint(len(kinds), (n,)), torch.arange(n)]
+
+
+@pytest.mark.skipif(kernels.library is None, reason="needs the C library")
+@pytest.mark.parametrize("kind, options", LOOPS)
+def test_loop_has_the_bits_of_its_definition(kind, options, monkeypatch):
+    n = 1200
+    start, grads = hard_numbers(n, 0), [hard_numbers(n, seed) for seed in (1, 2, 3)]
+    grads[2][:600] = grads[1][:600]
+    found, state = train(kind, start, grads, **options)
+    monkeypatch.setattr(formulas, "has_kernel", lambda state: False)
+    expected, states = train(kind, start, grads, **options)
+    assert same_bits(found, expected)
+    assert all(
+        same_bits(torch.as_tensor(state[name]), torch.as_tensor(x)) for name, x in states.items()
+    )
+
+
+@pytest.mark.parametrize("kind, options", LOOPS)
+def test_loop_leaves_few_numbers(kind, options, monkeypatch, request):
+    if "reference" in request.node.name:
+        return
+    left: list[Any] = []
+    redo = formulas.redo
+
+    def counted(step: Any, states: Any, failed: Any) -> None:
+        left.extend(failed)
+        redo(step, states, failed)
+
+    monkeypatch.setattr(formulas, "redo", counted)
+    torch.manual_seed(0)
+    grads = [torch.randn(5000) for _ in range(7)]
+    train(kind, torch.randn(5000), grads, **options)
+    assert len(left) < 20
+
+
+def test_a_gradient_in_the_memory_of_a_state_takes_the_definition():
+    """Its formulas are evaluated one after the other, and one of them overwrites the gradient."""
+    results = []
+    for shared in (False, True):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.RMSprop([p])
+        with reproml.exact():
+            p.grad = torch.full((3,), 0.5)
+            optimizer.step()
+            average = optimizer.state[p]["square_avg"]
+            p.grad = average if shared else average.clone()
+            optimizer.step()
+        results.append((p.detach().clone(), average.clone()))
+    assert same_bits(results[0][1], results[1][1]) and not same_bits(results[0][0], results[1][0])
+
+
+def test_a_step_raises_the_version_of_what_it_changes():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adagrad([p])
+    p.grad, before = torch.ones(3), p._version
+    with reproml.exact():
+        optimizer.step()
+    assert p._version > before
 
 
 def adafactor(p, g, s, t, c):

@@ -88,12 +88,12 @@ def weighted(results: list[Tensor]) -> Tensor:
     return total
 
 
-def run(name: str, loss: Any, steps: int = 6) -> list[Tensor]:
+def run(name: str, loss: Any, steps: int = 6, batch: int = 4) -> list[Tensor]:
     """Return the results of a layer, and the gradients of a loss (layer, x, states) -> (loss, results)."""
     torch.manual_seed(0)
     layer = LAYERS[name]()
-    x = torch.randn(steps, 4, layer.input_size, requires_grad=True)
-    states = states_of(layer, steps if layer.batch_first else 4)
+    x = torch.randn(steps, batch, layer.input_size, requires_grad=True)
+    states = states_of(layer, steps if layer.batch_first else batch)
     operands = [x, *flat(states), *layer.parameters()]
     with reproml.exact():
         torch.manual_seed(1)
@@ -168,6 +168,27 @@ def test_layer_has_the_bits_of_its_expression(name, loss):
         assert [x.shape for x in found] == [x.shape for x in expected]
         assert [x.stride() for x in found] == [x.stride() for x in expected]
         assert [same_bits(a, b) for a, b in zip(found, expected)] == [True] * len(found)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "tanh", "wide lstm", "two sections"])
+def test_packed_weight_has_the_bits_of_its_products(name, monkeypatch):
+    """From five rows on, the steps of a layer share the panels of the weight."""
+    monkeypatch.setitem(LAYERS, "two sections", lambda: nn.LSTM(2, 520, bias=False))  # 2,080 terms
+
+    def update(layer: Any, x: Tensor, states: Any) -> Any:
+        first, results = plain(layer, x, states)
+        with torch.no_grad():
+            changed = [w * 1.5 for w in layer.parameters()]
+            for w, y in zip(layer.parameters(), changed):
+                w.data = y
+        second, more = plain(layer, x, states)
+        return second, [first, *results, *more]
+
+    with expressions():
+        expected = run(name, update, 3, batch=7)
+    with nodes():
+        found = run(name, update, 3, batch=7)
+    assert all(map(same_bits, found, expected))
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "tanh", "relu"])

@@ -1,0 +1,284 @@
+"""Compare provenances of different machines, and state that they reproduced a training.
+
+    checked = compare([Path("runs/mine"), Path("theirs/provenance.json")])
+    checked.difference                # None, or the first difference in one sentence
+    checked.summary("my-laptop")      # a verification summary, as bytes
+
+The summary is an in-toto Statement v1 with a SLSA verification summary v1 (docs/provenance.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from reproml.digest import digest, file_sha256
+from reproml.errors import ReproError
+from reproml.evidence.provenance import (
+    ADDRESS,
+    DATA,
+    MODULE,
+    PROVENANCE,
+    SCRIPT,
+    STATE_DICT,
+    STATEMENT,
+    Provenance,
+    builder_id,
+    describe,
+    encode,
+    read_provenance,
+    timestamp,
+)
+from reproml.files import read_regular
+from reproml.versions import __version__
+
+SUMMARY = "https://slsa.dev/verification_summary/v1"
+REPRODUCED = "SLSA_BUILD_REPRODUCED"
+SAME_BUILDER = "REPROML_REPEATED_BY_ONE_BUILDER"  # which SLSA's property does not allow
+SLSA_VERSION = "1.2"
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """Provenances that were compared: those of two or more trainings."""
+
+    provenances: list[Provenance]
+    difference: Optional[str]  # the first, in one sentence
+
+    def summary(self, verifier: Optional[str]) -> bytes:
+        """Return the verification summary of provenances without a difference."""
+        assert self.difference is None
+        first = self.provenances[0]
+        builders = {p.builder for p in self.provenances}
+        return encode(
+            {
+                "_type": STATEMENT,
+                "subject": [describe(s.name, s.digest) for s in first.subjects],
+                "predicateType": SUMMARY,
+                "predicate": {
+                    "verifier": {"id": builder_id(verifier), "version": {"reproml": __version__}},
+                    "timeVerified": timestamp(),
+                    "resourceUri": _resource(first),
+                    "policy": {"uri": f"{ADDRESS}:policy:reproduced:1"},
+                    "inputAttestations": [
+                        {"digest": {"sha256": p.sha256}, "annotations": {"builder": p.builder}}
+                        for p in self.provenances
+                    ],
+                    "verificationResult": "PASSED",
+                    "verifiedLevels": [REPRODUCED if len(builders) > 1 else SAME_BUILDER],
+                    "slsaVersion": SLSA_VERSION,
+                },
+            }
+        )
+
+
+def _resource(provenance: Provenance) -> str:
+    """Return the package URL of the first subject, which any holder of the file can compute."""
+    first = provenance.subjects[0]
+    algorithm = "sha256" if "sha256" in first.digest else STATE_DICT
+    return f"pkg:generic/weights?checksum={algorithm}:{first.digest[algorithm]}"
+
+
+def weights_beside(provenance: Provenance) -> bool:
+    """Return whether results that a provenance states are beside it; `compare` has checked these."""
+    folder = provenance.path.parent
+    return any(
+        _digest_of(folder, s.name, algorithm) is not None
+        for s in provenance.subjects
+        for algorithm in s.digest
+    )
+
+
+def summary_path(given: Path) -> Path:
+    """Return where the summary of a run folder or provenance is written: beside the folder.
+
+    It is not written into the folder, whose signature covers all files.
+    """
+    folder = given if given.is_dir() else given.parent
+    folder = folder.resolve() if folder.name in ("", "..") else folder
+    return folder.parent / f"{folder.name}.reproduced.json"
+
+
+def compare(paths: Sequence[Path], same_builder: bool = False) -> Reproduction:
+    """Compare provenances, or those of run folders, with one another and with the files beside them.
+
+    Raises ReproError if one is damaged or not a provenance, if they are of one builder without
+    `same_builder`, or if they are of different definitions: these cannot be compared.
+    """
+    provenances = [read_provenance(path) for path in paths]
+    if len(provenances) < 2:
+        raise ReproError("one provenance shows nothing; name two or more, of different builders")
+    first = provenances[0]
+    for other in provenances[1:]:
+        _refuse_incomparable(first, other)
+    by_content: dict[str, Provenance] = {}
+    by_builder: dict[str, Provenance] = {}
+    for p in provenances:
+        twin = by_content.setdefault(p.sha256, p)
+        if twin is not p:
+            raise ReproError(f"{twin.path} and {p.path} are the same provenance")
+        twin = by_builder.setdefault(p.builder, p)
+        if twin is not p and not same_builder:
+            raise ReproError(
+                f"{twin.path} and {p.path} are of the same builder {p.builder}, so they are not "
+                "independent; --same-builder compares them nevertheless"
+            )
+    differences = (d for p in provenances for d in [*_differences(first, p), *wrong_files(p)])
+    return Reproduction(provenances, next(differences, None))
+
+
+def _refuse_incomparable(first: Provenance, other: Provenance) -> None:
+    versions = first.definitions, other.definitions
+    if None not in versions and versions[0] != versions[1]:
+        raise ReproError(
+            f"{first.path} was made with version {versions[0]} of the definitions and {other.path} "
+            f"with version {versions[1]}; only trainings with the same definitions can agree"
+        )
+
+
+def _differences(first: Provenance, other: Provenance) -> Iterator[str]:
+    """Yield what differs between two provenances: parameters, then dependencies, then results."""
+    between = f"{first.path} and {other.path} differ in"
+    ignored = {"script"}  # its name: the content is compared as a dependency
+    mine, theirs = (
+        dict(_flat("", {k: v for k, v in p.parameters.items() if k not in ignored}))
+        for p in (first, other)
+    )
+    for name in dict.fromkeys(["numerics", *mine, *theirs]):
+        a, b = mine.get(name, "not stated"), theirs.get(name, "not stated")
+        if a != b:
+            yield f"{between} {name}: {a} and {b}"
+    for kind in (SCRIPT, MODULE, DATA):
+        yield from _differing_dependencies(first, other, kind)
+    if len(first.subjects) != len(other.subjects):
+        yield f"{between} the number of results: {len(first.subjects)} and {len(other.subjects)}"
+    for x, y in zip(first.subjects, other.subjects):
+        shared = [a for a in x.digest if a in y.digest]
+        if not shared:
+            yield f"{between} the digests of {x.name}, of which they have none in common"
+        for algorithm in shared:
+            if x.digest[algorithm] != y.digest[algorithm]:
+                pair = f"{x.digest[algorithm]} and {y.digest[algorithm]}"
+                yield f"{between} the {algorithm} of {x.name}: {pair}"
+
+
+def _differing_dependencies(first: Provenance, other: Provenance, kind: str) -> Iterator[str]:
+    """Yield dependencies that only one of two has. Names are of no account: folders may differ."""
+    sides = [
+        {
+            json.dumps(d.digest, sort_keys=True): d
+            for d in p.definition.resolved_dependencies
+            if d.annotations.get("kind") == kind
+        }
+        for p in (first, other)
+    ]
+    for has, lacks, (here, there) in (
+        (first, other, (sides[0], sides[1])),
+        (other, first, (sides[1], sides[0])),
+    ):
+        for key in here:
+            if key not in there:
+                listed = ", ".join(f"{a} {value}" for a, value in here[key].digest.items())
+                name = here[key].name
+                yield f"{has.path} depends on the {kind} {name} ({listed}), and {lacks.path} does not"
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for name in sorted(value):
+            yield from _flat(f"{prefix}.{name}" if prefix else name, value[name])
+    else:
+        yield prefix, json.dumps(value)
+
+
+# --- the files beside a provenance -------------------------------------------------------------------
+
+
+def wrong_files(provenance: Provenance) -> Iterator[str]:
+    """Yield the files beside a provenance that do not have the digests which it states."""
+    folder = provenance.path.parent
+    for resource in [*provenance.subjects, *provenance.details.byproducts]:
+        for algorithm, stated in resource.digest.items():
+            found = _digest_of(folder, resource.name, algorithm)
+            if found not in (None, stated):
+                yield (
+                    f"{folder / resource.name} is not the file that {provenance.path} states: its "
+                    f"{algorithm} is {found}, not {stated}"
+                )
+
+
+def _digest_of(folder: Path, name: str, algorithm: str) -> Optional[str]:
+    """Return the digest of a result that is in the folder, None if it is not there."""
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return None  # it is not beside the provenance
+    if algorithm == "sha256":
+        try:
+            return file_sha256(path) if path.is_file() else None
+        except OSError as error:
+            raise ReproError(f"cannot read {path}: {error.strerror}") from None
+    # A state dict in a file, such as model.pt['model']: the file's name is followed by keys.
+    ends = [len(name), *(i for i, character in enumerate(name) if character == "[")]
+    for end in ends:
+        if algorithm == STATE_DICT and end and (folder / name[:end]).is_file():
+            return _state_dicts(folder / name[:end], name[:end]).get(name, "missing")
+    return None
+
+
+def _state_dicts(path: Path, name: str) -> Mapping[str, str]:
+    """Return the digest of each state dict in a file of PyTorch or safetensors."""
+    import safetensors.torch
+    import torch
+
+    from reproml.script import state_dicts
+
+    try:
+        if name.endswith(".safetensors"):
+            content: Any = safetensors.torch.load(read_regular(path))
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of the pickle, of the archive or of the file
+        reason = str(error).partition("\n")[0]
+        raise ReproError(f"{path} cannot be read to check its digest: {reason}") from None
+    return {place: digest(state) for place, state in state_dicts(name, content)}
+
+
+# --- the status of a run folder ----------------------------------------------------------------------
+
+
+def reproduced_by(folder: Path) -> Optional[list[str]]:
+    """Return the builders that a run folder's summary names, None without a summary.
+
+    Raises ReproError if the summary beside the folder is of other weights or of another provenance.
+    """
+    path = summary_path(folder)
+    if not path.is_file():
+        return None
+    try:
+        summary = json.loads(read_regular(path))
+        inputs = summary["predicate"]["inputAttestations"]
+        digests = {entry["digest"]["sha256"] for entry in inputs}
+        builders = [str(entry["annotations"]["builder"]) for entry in inputs]
+        subjects = [subject["digest"] for subject in summary["subject"]]
+        passed = (
+            summary["predicateType"] == SUMMARY
+            and summary["predicate"]["verifiedLevels"] == [REPRODUCED]
+            and len(set(builders)) > 1
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ReproError(f"{path} is not a summary that reproduced wrote; delete it") from None
+    if not passed:
+        return None
+    here = read_provenance(folder)
+    raw = read_regular(here.path)
+    if hashlib.sha256(raw).hexdigest() not in digests or subjects != [
+        s.digest for s in here.subjects
+    ]:
+        raise ReproError(
+            f"{path} is about other weights than {folder / PROVENANCE}; run reproduced again"
+        )
+    return builders
