@@ -118,7 +118,8 @@ class Inputs:
         return safe_open
 
     def _is_excluded(self, path: str) -> bool:
-        return path.startswith(self._excluded)
+        metadata = os.path.dirname(path).endswith((".dist-info", ".egg-info"))  # of an installed package
+        return metadata or path.startswith(self._excluded)
 
     def _name(self, path: str) -> str:
         """Return the path, relative to the working folder for a file below it."""
