@@ -22,6 +22,7 @@ from reproml.tracing import trace as trace
 from reproml.versions import __version__ as __version__
 
 if TYPE_CHECKING:
+    from reproml.accumulation import accumulate as accumulate
     from reproml.arithmetic.context import exact as exact
     from reproml.arithmetic.numerics.libm import EXACT_MATH
     from reproml.samples import SeededDataset as SeededDataset
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 # Name -> the module that has it, and its name there. They need PyTorch.
 _LAZY = {
+    "accumulate": ("accumulation", "accumulate"),
     "exact": ("arithmetic.context", "exact"),
     "math": (
         "arithmetic.numerics.libm",

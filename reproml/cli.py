@@ -130,6 +130,7 @@ def _train_run(
             Output(terminal.print, progress),
             run.Recording(checkpoints, args.trace or recipe_trace),
             device,
+            args.micro_batch,
         )
         save(replace(result, trace=recipe_trace, builder=args.builder))
         if checkpoints:
@@ -155,7 +156,11 @@ def _train_steps(
     job = recipe, args.numerics, args.steps, None
     with joined(recipe.train.batch_size, job, device), traced, terminal.bar("train") as progress:
         output = Output(terminal.print, progress)
-        trained = train(recipe, prepared, args.numerics, args.steps, output, device=device)
+        trained = train(
+            *(recipe, prepared, args.numerics, args.steps, output),
+            device=device,
+            micro_batch=args.micro_batch,
+        )
     sha256 = digest(trained.model)
     terminal.print(f"digest of the state dict after at most {args.steps} steps: {sha256}")
     return 0, {"weights.state_dict.sha256": sha256}
@@ -268,7 +273,8 @@ def pipeline_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     recipe = _recipe(args)
     golden.read_golden(golden.find_golden(recipe.name))  # fails now, not after the training
     args.run = args.out or _default_folder(args, recipe)
-    args.steps = args.trace = args.checkpoint_every = args.resume = args.signature = None
+    args.steps = args.trace = args.checkpoint_every = args.resume = None
+    args.signature = args.micro_batch = None
     status, results = 0, {}
     for verb in ("data", "train", "evaluate", "verify"):
         terminal.print(f"== {verb}")
@@ -499,6 +505,24 @@ def _refuse_useless_workers(args: argparse.Namespace) -> None:
             raise ReproError(
                 f"--{option} records the training of one process; start it without torchrun"
             )
+    if getattr(args, "micro_batch", None):
+        raise ReproError(
+            "--micro-batch is for the training of one process; start it without torchrun"
+        )
+
+
+def _refuse_useless_micro_batch(args: argparse.Namespace) -> None:
+    """Raise ReproError if --micro-batch is given where it has no effect or no exact result."""
+    if getattr(args, "micro_batch", None) is None:
+        return
+    if args.numerics == "native":
+        raise ReproError(
+            "--micro-batch gives the same results only in exact numerics; leave it out"
+        )
+    if getattr(args, "trace", None):
+        raise ReproError("--trace records complete batches; leave out --micro-batch")
+    if args.verb == "verify" and args.run is not None:
+        raise ReproError("--run verifies a run without training, so leave out --micro-batch")
 
 
 def _train_with_first_worker(args: argparse.Namespace) -> None:
@@ -586,6 +610,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": _positive_integer,
         "metavar": "N",
         "help": "stop after N steps and write no run folder",
+    },
+    "--micro-batch": {
+        "type": _positive_integer,
+        "metavar": "N",
+        "help": "compute each batch N rows at a time, in less memory, with the same results",
     },
     "--checkpoint-every": {
         "type": _positive_integer,
@@ -708,14 +737,14 @@ VERBS = {
     "data": Verb(data_command, "--recipe --data --json"),
     "train": Verb(
         train_command,
-        "--recipe --data --out --numerics --device --steps --trace --checkpoint-every --resume --builder "
-        "--json",
+        "--recipe --data --out --numerics --device --steps --micro-batch --trace --checkpoint-every "
+        "--resume --builder --json",
         trains=True,
     ),
     "evaluate": Verb(evaluate_command, "--recipe --data --run --numerics --device --json"),
     "verify": Verb(
         verify_command,
-        "--recipe --data --run --numerics --device --signature --json",
+        "--recipe --data --run --numerics --device --micro-batch --signature --json",
         trains=True,
     ),
     "pipeline": Verb(
@@ -781,6 +810,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         )  # shows the verb's usage
     try:
         _refuse_useless_workers(args)
+        _refuse_useless_micro_batch(args)
         worker = this_worker()
         shared = worker.size > 1 and args.verb != "run"  # a script coordinates its own workers
         if shared and worker.rank > 0:
@@ -870,7 +900,10 @@ def _train_exactly(
 
     with terminal.bar("train") as progress:
         output = Output(terminal.print, progress)
-        return run.perform(recipe, args.data, "exact", output, device=device).items
+        micro_batch = getattr(args, "micro_batch", None)
+        return run.perform(
+            recipe, args.data, "exact", output, device=device, micro_batch=micro_batch
+        ).items
 
 
 def _default_folder(args: argparse.Namespace, recipe: Recipe) -> Path:

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from reproml.arithmetic import state
 from reproml.arithmetic.dispatch.dispatcher import natively
-from reproml.arithmetic.distributed.sharded import RoundRobinShard, Sharded, shard_batch
-from reproml.errors import NotExactError, ReproError
-from reproml.torch_internals import tree_leaves, tree_map_only
+from reproml.arithmetic.distributed.operands import shard_inputs
+from reproml.arithmetic.distributed.sharded import RoundRobinShard, shard_batch
+from reproml.errors import ReproError
 from reproml.torchrun import this_worker
 
 # Newer versions of PyTorch have another name for it.
@@ -174,41 +174,19 @@ class DistributedDataParallel(nn.Module):
 
     def _shard_inputs(self, inputs: Any) -> Any:
         """Return the inputs with tensors of this worker's rows as Sharded tensors."""
-        lengths = {len(x) for x in tree_leaves(inputs) if _has_rows(x)}
-        if not lengths:
-            return inputs
-        if len(lengths) > 1:
-            raise ReproError(
-                f"the model's inputs have {sorted(lengths)} rows, but all must have the same number, "
-                "one for each row of the batch"
-            )
+        return shard_inputs(inputs, self._shard)
+
+    def _shard(self, rows: int) -> RoundRobinShard:
+        """Return the shard of which this worker has this number of rows."""
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        counts = (
-            self.workers.all_gather(torch.tensor([lengths.pop()]).to(device)).squeeze(1).tolist()
-        )
+        counts = self.workers.all_gather(torch.tensor([rows]).to(device)).squeeze(1).tolist()
         shard = RoundRobinShard(self.workers, sum(counts))
         if counts != [shard.local_count(r) for r in range(self.workers.size)]:
             raise ReproError(
                 f"the workers have {counts} rows of the global batch of {shard.batch}; shard it "
                 "round-robin (worker r of N takes the rows r, r + N, ...), as DistributedSampler does"
             )
-
-        def shard_input(x: Tensor) -> Tensor:
-            if not _has_rows(x):
-                return x
-            if x.requires_grad and torch.is_grad_enabled():
-                raise NotExactError(
-                    "an input of the wrapped model requires a gradient, which would be lost: "
-                    "wrap the module that computes it as well, or detach it"
-                )
-            return Sharded(x, shard)
-
-        return tree_map_only(Tensor, shard_input, inputs)
-
-
-def _has_rows(x: Any) -> bool:
-    """Whether an input is a plain tensor with rows, so of this worker."""
-    return isinstance(x, Tensor) and not isinstance(x, Sharded) and x.dim() > 0
+        return shard
 
 
 # ---- recipes under torchrun ------------------------------------------------------------------------

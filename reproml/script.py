@@ -334,14 +334,16 @@ def _models(name: str, value: Any) -> Iterator[tuple[str, torch.nn.Module]]:
 def state_dicts(place: str, content: Any) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
     """Yield the state dicts in what is saved: itself, a module's, or those inside a checkpoint.
 
-    Only below keys that are strings: an optimizer's state, with a number for each parameter, is skipped.
+    Only below keys that are strings: an optimizer's state, with a number for each parameter, is skipped. So
+    are scores by file, such as those of Lightning's checkpoints, whose absolute paths differ between runs.
     """
     if isinstance(content, torch.nn.Module):
         content = content.state_dict()
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         return
     if content and all(_dense(value) for value in content.values()):
-        yield place, content
+        if not any(map(os.path.isabs, content)):
+            yield place, content
         return
     for key, value in content.items():
         yield from state_dicts(f"{place}[{key!r}]", value)

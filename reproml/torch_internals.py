@@ -362,6 +362,18 @@ attribute(
 )
 
 
+internal(
+    "torch.autograd.forward_ad._current_level",
+    "determines whether tensors may have tangents, as within torch.func.jvp",
+    "forward-mode derivatives that differ between versions of PyTorch would not be refused",
+)
+
+
+def in_forward_mode() -> bool:
+    """Return whether torch.func.jvp or a block of forward_ad.dual_level() is active."""
+    return bool(torch.autograd.forward_ad._current_level >= 0)
+
+
 def is_compiled(module: torch.nn.Module) -> bool:
     """Return whether torch.compile(module) made the module, or module.compile() has compiled it."""
     return type(module).__name__ == "OptimizedModule" or bool(module._compiled_call_impl)

@@ -115,6 +115,18 @@ def test_steps_print_digest_and_write_nothing(capsys, at_work):
     assert line in capsys.readouterr().out.splitlines()
 
 
+def test_micro_batches_give_the_same_run(capsys, at_work):
+    """Batches of 500 and 437 rows, each computed 200 rows at a time."""
+    assert main(["train", *TINY, "--micro-batch", "200", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["items"] == json.loads(json.dumps(tiny.run().items))
+    assert (at_work / "runs/tiny/weights.safetensors").read_bytes() == tiny.run().weights
+    assert "micro-batches of 200" in (at_work / "runs/tiny/log.txt").read_text()
+    assert main(["train", *TINY, "--micro-batch", "499", "--steps", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["train", *TINY, "--steps", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+
+
 def test_native_run_has_own_folder_no_golden_file(capsys, at_work):
     assert main(["train", *TINY, "--numerics", "native"]) == 0
     assert os.listdir(at_work / "runs") == ["tiny-native"]
@@ -304,6 +316,18 @@ def test_conflicting_options_are_refused(capsys):
     for more in (resume[3:], EVERY):
         error = refused(["train", *TINY, *more, "--steps", "1"], capsys)
         assert "leave out --checkpoint-every and --resume" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--numerics", "native"], "only in exact numerics"),
+        (["train", "--trace", "t"], "--trace records complete batches"),
+        (["verify", "--run", "runs/tiny"], "leave out --micro-batch"),
+    ],
+)
+def test_useless_micro_batch_is_refused(arguments, words, capsys):
+    assert words in refused([*arguments, "--micro-batch", "7"], capsys)
 
 
 # --- the recipe of a run, and a run that is damaged -----------------------------------------------

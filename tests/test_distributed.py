@@ -248,3 +248,9 @@ def test_verb_without_training_is_refused_under_torchrun(monkeypatch, capsys, ve
     set_variables(monkeypatch, {"WORLD_SIZE": "2", "RANK": rank, **ADDRESS})
     assert main(verb) == 2
     assert f"reproml: {verb[0]} does not train" in capsys.readouterr().err
+
+
+def test_micro_batches_are_refused_under_torchrun(monkeypatch, capsys):
+    set_variables(monkeypatch, {"WORLD_SIZE": "2", "RANK": "0", **ADDRESS})
+    assert main(["train", "--micro-batch", "7"]) == 2
+    assert "--micro-batch is for the training of one process" in capsys.readouterr().err

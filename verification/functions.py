@@ -265,3 +265,61 @@ def frac(x: Any) -> Any:
 def copysign(x: Any, y: Any) -> Any:
     size = abs(x) if x.v == x.v else x
     return _signed(size, y.minus and y.v == y.v)
+
+
+# ---- special functions -----------------------------------------------------------------------------
+
+
+def _special_function(value: Callable[[Any], Any], low: Any, high: Any) -> Callable[[Any], Any]:
+    """Return a function on real numbers from one on mpmath numbers, and its limits."""
+
+    def function(x: Any) -> Any:
+        x = real(x)
+        if x.v != x.v:
+            return x
+        if not x.finite:
+            return Real(high if x.v > 0 else low)
+        return Real(value(x.mpf))
+
+    return function
+
+
+def _bessel_i(order: int, x: Any) -> Any:
+    """Sum the power series; beyond 200 the function overflows in binary32."""
+    x = min(max(x, mp.mpf(-200)), mp.mpf(200))
+    total, term, k = mp.mpf(0), (x / 2) ** order, 0
+    while abs(term) > mp.mpf(2) ** -2000:
+        total, k = total + term, k + 1
+        term = term * (x / 2) ** 2 / (k * (k + order))
+    return total
+
+
+i0 = _special_function(lambda x: _bessel_i(0, x), INF, INF)
+i1 = _special_function(lambda x: _bessel_i(1, x), -INF, INF)
+i0e = _special_function(lambda x: _bessel_i(0, x) * mp.exp(-abs(x)), 0, 0)
+i1e = _special_function(lambda x: _bessel_i(1, x) * mp.exp(-abs(x)), 0, 0)
+airy_ai = _special_function(mp.airyai, NAN, 0)
+erfcx = _special_function(lambda x: mp.exp(x * x) * mp.erfc(x), INF, 0)
+log_ndtr = _special_function(lambda x: mp.log(mp.erfc(-x / mp.sqrt(2)) / 2), -INF, 0)
+
+
+def bessel_j(order: int) -> Callable[[Any], Any]:
+    return _special_function(lambda x: mp.besselj(order, x), 0, 0)
+
+
+def spherical_bessel_j0(x: Real) -> Real:
+    if x.v == 0 or not x.finite:
+        return x if x.v != x.v else Real(1 if x.v == 0 else 0)
+    return real(o.sin(x) / x)
+
+
+def ndtri(p: Real) -> Real:
+    if p.v in (0, 1):
+        return Real(-INF if p.v == 0 else INF)
+    return Real(mp.sqrt(2) * mp.erfinv(2 * p.mpf - 1))
+
+
+def nextafter(x: Real, y: Real) -> Real:
+    with np.errstate(all="ignore"):
+        a, b = np.float32(as_float(x)), np.float32(as_float(y))
+        return Real(float(np.nextafter(a, b)))

@@ -36,7 +36,7 @@ from reproml.arithmetic.dispatch.dispatcher import Handler, Kind
 from reproml.arithmetic.dispatch.schema import tensors
 from reproml.arithmetic.operators import casts
 from reproml.errors import NotExactError
-from reproml.torch_internals import DispatchKey, UnknownPyTorchError
+from reproml.torch_internals import DispatchKey, UnknownPyTorchError, in_forward_mode
 
 _COMPOSITE = DispatchKey.CompositeImplicitAutograd
 
@@ -165,8 +165,15 @@ def _is_number(x: Any) -> bool:
 
 
 def _refuse_layout(x: Tensor) -> None:
-    if not x.is_meta:
-        raise NotExactError(f"it is not defined for {x.dtype} of layout {x.layout}")
+    if x.is_meta:
+        return
+    if x.is_complex():
+        raise NotExactError(table.COMPLEX)
+    raise NotExactError(table.SPARSE if "sparse" in str(x.layout) else _undefined_layout(x))
+
+
+def _undefined_layout(x: Tensor) -> str:
+    return f"it is not defined for {x.dtype} of layout {x.layout}"
 
 
 def _numbers_beside(dtype: torch.dtype, args: Any, values: frozenset[int]) -> list[Any]:
@@ -238,7 +245,19 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
             _copy_into(out.resize_(result.shape), result)
         return outs[0] if len(outs) == 1 else tuple(outs)
 
-    return exact
+    return _refuse_in_forward_mode(exact) if name in table.WITHOUT_FORWARD_MODE else exact
+
+
+def _refuse_in_forward_mode(run: Function) -> Function:
+    def unless_dual(*args: Any, **kwargs: Any) -> Any:
+        if in_forward_mode() and any(map(_is_inexact, tensors([*args, *kwargs.values()]))):
+            raise NotExactError(
+                "its forward-mode derivative differs between versions of PyTorch; use reverse mode, such "
+                "as torch.func.vjp and jacrev, or torch.where"
+            )
+        return run(*args, **kwargs)
+
+    return unless_dual
 
 
 def _all_of(dtypes: tuple[torch.dtype, ...], args: Any) -> bool:
@@ -277,12 +296,12 @@ def _runs_natively(name: str, args: list[Any]) -> bool:
     if not operands:
         return False
     if any(isinstance(x, complex) for x in args):
-        raise NotExactError("it is not defined for complex numbers")
+        raise NotExactError(table.COMPLEX)
     beside_float32 = any(x.dtype is torch.float32 and x.dim() for x in operands)
     in_float64 = name in table.FLOAT64
     for x in operands:
-        if x.layout is not torch.strided:
-            raise NotExactError(f"it is not defined for layout {x.layout}")
+        if x.layout is not torch.strided or x.is_complex():
+            _refuse_layout(x)
         if x.dtype is torch.float64 and not x.dim() and beside_float32:
             continue  # beside a float32 tensor it counts like a Python number
         if x.dtype is torch.float64 and in_float64:
@@ -382,19 +401,20 @@ def _decompose(operator: Any) -> Function:
 def _refuse_floats(operator: Any) -> Function:
     """Run it natively, but only if no floating-point number goes in or comes out."""
     takes_float = any(str(x.type) == "float" for x in operator._schema.arguments)
-    name = operator._schema.name.partition("::")[2]
+    namespace, _, name = operator._schema.name.partition("::")
+    reason = _reason(name if namespace == "aten" else operator._schema.name)
     rounds = name.startswith(table.ROUNDING_INTEGERS)
 
     def integers_only(*args: Any, **kwargs: Any) -> Any:
         if _is_on_meta(args, kwargs):
             return operator(*args, **kwargs)
         if rounds or takes_float or any(isinstance(x, (float, complex)) for x in args):
-            raise _not_in_table()
+            raise NotExactError(reason)
         if any(_is_inexact(x) for x in tensors([*args, *kwargs.values()])):
-            raise _not_in_table()
+            raise NotExactError(reason)
         result = operator(*args, **kwargs)
         if any(_is_inexact(x) for x in tensors([result])):
-            raise _not_in_table()
+            raise NotExactError(reason)
         return result
 
     return integers_only
@@ -410,8 +430,10 @@ def _is_inexact(x: Tensor) -> bool:
 # `refuse` completes it.
 
 
-def _not_in_table() -> NotExactError:
-    return NotExactError("it is not in the table of exact operators")
+def _reason(name: str) -> str:
+    """Return why an operator without a definition is refused, with a remedy if the table has one."""
+    known = (text for start, text in table.ALTERNATIVES.items() if name.startswith(start))
+    return next(known, "it is not in the table of exact operators")
 
 
 def refuse(error: NotExactError, operator: Any, args: Any, kwargs: Any) -> Any:

@@ -21,7 +21,10 @@ add sub rsub mul div reciprocal sqrt maximum minimum clamp clamp_min clamp_max s
 addcmul addcdiv lerp pow rsqrt hypot copysign fmax fmin frac fmod remainder floor_divide
 xlogy special_xlog1py exp2 log2 log10 logaddexp logaddexp2 logit logit_backward
 tan asin acos atan atan2 sinh cosh asinh acosh atanh sinc lgamma digamma polygamma
-round deg2rad rad2deg angle special_entr mvlgamma
+round deg2rad rad2deg angle special_entr mvlgamma nextafter frexp
+i0 special_i0e special_i1 special_i1e special_modified_bessel_i0 special_modified_bessel_i1
+special_bessel_j0 special_bessel_j1 special_spherical_bessel_j0 special_airy_ai special_erfcx
+special_ndtri special_log_ndtr
 exp expm1 log log1p sin cos tanh sigmoid erf erfc erfinv
 tanh_backward sigmoid_backward gelu gelu_backward silu silu_backward softplus softplus_backward mish
 mish_backward log_sigmoid_backward leaky_relu leaky_relu_backward _prelu_kernel _prelu_kernel_backward

@@ -31,12 +31,14 @@ from reproml.arithmetic.operators import (
     composites,
     convolution,
     creation,
+    ctc,
     elementary,
     embedding_bag,
     grid_sampling,
     histograms,
     indexing,
     linalg,
+    linear_systems,
     losses,
     margin_losses,
     matmul,
@@ -53,7 +55,9 @@ from reproml.arithmetic.operators import (
     remainders,
     scatter,
     selection,
+    small_matrices,
     softmax,
+    special,
     upsampling,
     windows,
 )
@@ -71,7 +75,7 @@ alias as_strided detach diagonal expand permute select slice split split_with_si
 unbind unfold unsqueeze view _reshape_alias _unsafe_view
 flatten reshape narrow chunk contiguous
 empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like
-new_ones lift_fresh empty_permuted
+new_ones lift_fresh empty_permuted _fw_primal
 """.split())
 # COPIES: operators that write some of their operands' numbers to a new tensor, and have no overload that
 # computes.
@@ -99,6 +103,8 @@ alias_copy as_strided_copy detach_copy expand_copy narrow_copy permute_copy slic
 split_with_sizes_copy squeeze_copy t_copy transpose_copy unbind_copy unfold_copy unsqueeze_copy view_copy
 as_strided_scatter diagonal_scatter select_scatter slice_scatter
 block_diag rot90 resize_as nonzero_static _chunk_cat lu_unpack
+_efficientzerotensor is_same_size _make_dual _new_zeros_with_same_feature_meta
+_has_same_storage_numel
 """.split())
 
 # UNDEFINED_OVERLOADS: overloads that are refused although their operator is in DATA_MOVEMENT or EXACT.
@@ -120,7 +126,7 @@ median nanmedian kthvalue mode aminmax bincount _unique2 unique_dim unique_conse
 # what evaluation and comparisons of results take.
 FLOAT64 = frozenset("""
 add sub rsub mul div sum mean max min amax amin maximum minimum allclose
-index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy round
+index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy round multinomial
 """.split())
 
 # FLOAT32_ONLY: operators in EXACT that PyTorch has no kernel on the CPU for in 16 bits.
@@ -130,13 +136,17 @@ histogram multilabel_margin_loss_forward multilabel_margin_loss_backward
 """.split())
 # fmt: on
 
+# WITHOUT_FORWARD_MODE: operators in EXACT whose forward-mode derivatives differ between versions of
+# PyTorch. Handlers do not see which operands have a tangent, so a dual level refuses them for all tensors.
+WITHOUT_FORWARD_MODE = frozenset("clamp clamp_min clamp_max maximum minimum fmax fmin".split())
+
 # PROMOTING: operators whose operands of other dtypes are rounded to float32 first, as PyTorch promotes
 # them. The lines of FLOAT64 do so themselves, by their own result's dtype.
 PROMOTING = (layouts.ELEMENTWISE | {"cumsum"}) - FLOAT64
 
 # ROUNDING_INTEGERS: beginnings of the names of operators outside this table that compute with real numbers
 # even if they take and return integers.
-ROUNDING_INTEGERS = ("upsample_", "_upsample_", "logspace")
+ROUNDING_INTEGERS = ("upsample_", "_upsample_")
 
 Definition = Callable[..., Any]
 
@@ -155,6 +165,7 @@ CASTS: dict[str, Definition] = {
     "fill": casts.fill,
     "fill_": casts.fill_,
     "scalar_tensor": casts.scalar_tensor,
+    "_efficientzerotensor": casts.zero_tensor,
     **{
         f"upsample_nearest{n}d": upsampling.nearest(getattr(_aten, f"upsample_nearest{n}d"))
         for n in (1, 2, 3)
@@ -193,6 +204,8 @@ EXACT: dict[str, Definition] = {
     "fmax": pointwise.fmax,
     "fmin": pointwise.fmin,
     "frac": remainders.frac,
+    "nextafter": pointwise.nextafter,
+    "frexp": pointwise.frexp,
     "allclose": pointwise.allclose,
     # ---- short expressions -----------------------------------------------------------------------
     "addcmul": pointwise.addcmul,
@@ -207,6 +220,12 @@ EXACT: dict[str, Definition] = {
     "round": remainders.round_to_decimals,
     "arange": creation.arange,
     "linspace": creation.linspace,
+    "logspace": creation.logspace,
+    "hann_window": creation.hann_window,
+    "hamming_window": creation.hamming_window,
+    "blackman_window": creation.blackman_window,
+    "bartlett_window": creation.bartlett_window,
+    "kaiser_window": creation.kaiser_window,
     # ---- sums ------------------------------------------------------------------------------------
     "sum": reductions.sum_dims,
     "mean": reductions.mean,
@@ -224,6 +243,8 @@ EXACT: dict[str, Definition] = {
     "_index_put_impl_": indexing.index_put_,
     "_unsafe_index_put": indexing.index_put,
     "put": indexing.put,
+    "_unsafe_masked_index": indexing.unsafe_masked_index,
+    "_unsafe_masked_index_put_accumulate": indexing.unsafe_masked_index_put_accumulate,
     "unfold_backward": indexing.unfold_backward,
     "reflection_pad1d_backward": indexing.padding_backward(torch.ops.aten.reflection_pad1d),
     "reflection_pad2d_backward": indexing.padding_backward(torch.ops.aten.reflection_pad2d),
@@ -285,6 +306,22 @@ EXACT: dict[str, Definition] = {
     "_trilinear": linalg.trilinear,
     "linalg_cross": linalg.cross,
     "linalg_qr": linalg.qr,
+    # ---- small matrices --------------------------------------------------------------------------
+    "linalg_inv_ex": small_matrices.inv,
+    "_linalg_solve_ex": small_matrices.solve,
+    "linalg_solve_triangular": small_matrices.solve_triangular,
+    "triangular_solve": small_matrices.triangular_solve,
+    "_linalg_det": small_matrices.det,
+    "_linalg_slogdet": small_matrices.slogdet,
+    "linalg_lu_factor_ex": small_matrices.lu_factor,
+    "linalg_lu": small_matrices.lu,
+    "linalg_lu_solve": small_matrices.lu_solve,
+    "linalg_cholesky_ex": small_matrices.cholesky_ex,
+    "cholesky": small_matrices.cholesky,
+    "cholesky_solve": small_matrices.cholesky_solve,
+    "cholesky_inverse": small_matrices.cholesky_inverse,
+    "linalg_lstsq": small_matrices.lstsq,
+    "linalg_pinv": small_matrices.pinv,
     # ---- convolution and pooling -----------------------------------------------------------------
     "convolution": convolution.convolution,
     "convolution_backward": convolution.convolution_backward,
@@ -382,6 +419,19 @@ EXACT: dict[str, Definition] = {
     "digamma": elementary.digamma,
     "polygamma": elementary.polygamma,
     "mvlgamma": elementary.mvlgamma,
+    "i0": special.i0,
+    "special_modified_bessel_i0": special.i0,
+    "special_i0e": special.i0e,
+    "special_i1": special.i1,
+    "special_modified_bessel_i1": special.i1,
+    "special_i1e": special.i1e,
+    "special_bessel_j0": special.bessel_j0,
+    "special_bessel_j1": special.bessel_j1,
+    "special_spherical_bessel_j0": special.spherical_bessel_j0,
+    "special_airy_ai": special.airy_ai,
+    "special_erfcx": special.erfcx,
+    "special_ndtri": special.ndtri,
+    "special_log_ndtr": special.log_ndtr,
     # ---- activations -----------------------------------------------------------------------------
     "tanh_backward": activations.tanh_backward,
     "sigmoid_backward": activations.sigmoid_backward,
@@ -441,6 +491,8 @@ EXACT: dict[str, Definition] = {
     "multi_margin_loss": margin_losses.multi_margin_loss,
     "multi_margin_loss_backward": margin_losses.multi_margin_loss_backward,
     "multilabel_margin_loss_forward": margin_losses.multilabel_margin_loss,
+    "_ctc_loss": ctc.ctc_loss,
+    "_ctc_loss_backward": ctc.ctc_loss_backward,
     "multilabel_margin_loss_backward": margin_losses.multilabel_margin_loss_backward,
     # ---- random numbers --------------------------------------------------------------------------
     "rand": random.rand,
@@ -455,7 +507,10 @@ EXACT: dict[str, Definition] = {
     "native_dropout": random.native_dropout,
     "native_dropout_backward": random.native_dropout_backward,
     "exponential_": random.exponential_,
+    "cauchy_": random.cauchy_,
     "multinomial": random.multinomial,
+    "_standard_gamma": random.standard_gamma,
+    "_sample_dirichlet": random.sample_dirichlet,
     "randperm": random.drawn_on_cpu(torch.randperm),
     "randint": random.drawn_on_cpu(torch.randint),
     "randint_like": random.randint_like,
@@ -471,6 +526,7 @@ EXACT: dict[str, Definition] = {
 # differentiates the operators that they consist of.
 COMPOSITES: dict[str, Definition] = {
     "linear": composites.linear,
+    "conv_tbc": composites.conv_tbc,
     "matmul": composites.matmul,
     "einsum": composites.einsum,
     "scaled_dot_product_attention": composites.scaled_dot_product_attention,
@@ -482,6 +538,9 @@ COMPOSITES: dict[str, Definition] = {
     "cumprod": composites.cumprod,
     "atan2": composites.atan2,
     "atan2_": composites.atan2_,
+    "linalg_solve_ex": linear_systems.linalg_solve_ex,
+    "linalg_det": linear_systems.linalg_det,
+    "linalg_slogdet": linear_systems.linalg_slogdet,
     "lstm_cell": recurrent.lstm_cell,
     "gru_cell": recurrent.gru_cell,
     "rnn_tanh_cell": recurrent.rnn_tanh_cell,
@@ -500,4 +559,87 @@ GRADIENTS: dict[str, Definition] = {
     "clamp_max.Tensor": pointwise.clamp_max_gradient,
     "fmax": pointwise.fmax_gradient,
     "fmin": pointwise.fmin_gradient,
+}
+
+# ALTERNATIVES: why operators that begin with a name are refused, and what to use instead; the first match
+# counts. The names without a namespace are PyTorch's own.
+COMPLEX = (
+    "complex numbers have no exact definition; keep real and imaginary parts in two float32 tensors"
+)
+SPARSE = (
+    "sparse tensors have no exact definition; use dense tensors, sparse=False in an embedding, and "
+    "index_add or scatter_add in place of a product with a sparse matrix"
+)
+_FOURIER = (
+    "a Fourier transform has no exact definition; multiply by matrices of cosines and sines "
+    "(torch.matmul, or torch.nn.functional.conv1d for frames of a signal), or transform the data before "
+    "reproml.exact()"
+)
+_SPECTRUM = (
+    "eigenvalues and singular values have no exact definition; use torch.linalg.cholesky, qr or solve, or "
+    "power iterations of matrix products, as torch.nn.utils.parametrizations.spectral_norm does"
+)
+_REJECTION = (
+    "its algorithm draws until it accepts a number, and accepting depends on rounding; draw these numbers "
+    "before reproml.exact(), or use rand, randn, exponential_ or bernoulli"
+)
+_QUANTIZED = "quantized tensors have no exact definition; use torch.round(x / scale) * scale"
+_NESTED = (
+    "nested tensors have no exact definition; pad to one length and mask the rest "
+    "(torch.nn.utils.rnn.pad_sequence)"
+)
+_RECURRENCE = "it has no definition; write its recurrence with mul and sub, whose steps are rounded"
+_LONG = "it has no definition; compute it before reproml.exact()"
+_POOLED_REGIONS = (
+    "it has no definition; sample the regions by torch.nn.functional.grid_sample, then average them by "
+    "torch.nn.functional.avg_pool2d"
+)
+ALTERNATIVES: dict[str, str] = {
+    "_fft": _FOURIER,
+    **dict.fromkeys(
+        ["complex", "view_as_complex", "view_as_real", "polar", "real", "imag"], COMPLEX
+    ),
+    **dict.fromkeys(["_conj", "conj", "resolve_conj", "_neg_view"], COMPLEX),
+    **dict.fromkeys(
+        ["_to_sparse", "to_sparse", "sparse_", "_sparse_", "_coalesce", "coalesce"], SPARSE
+    ),
+    **dict.fromkeys(
+        ["crow_indices", "ccol_indices", "col_indices", "row_indices", "hspmm"], SPARSE
+    ),
+    **dict.fromkeys(["_indices", "_values", "indices", "values", "_to_dense", "_nnz"], SPARSE),
+    **dict.fromkeys(["_nested", "nested_", "_jagged_to", "_padded_dense"], _NESTED),
+    **dict.fromkeys(["quantize", "dequantize", "fake_quantize", "_fake_quantize"], _QUANTIZED),
+    **dict.fromkeys(
+        ["quantized_", "_make_per", "q_scale", "q_per_channel", "int_repr"], _QUANTIZED
+    ),
+    **dict.fromkeys(["_linalg_svd", "_linalg_eigh", "linalg_eig", "_linalg_eigvals"], _SPECTRUM),
+    **dict.fromkeys(["linalg_matrix_sqrth", "linalg_polar", "lobpcg"], _SPECTRUM),
+    "linalg_matrix_exp": "it has no definition; write its power series with torch.matmul",
+    **dict.fromkeys(
+        ["geqrf", "ormqr", "orgqr", "linalg_householder_product"],
+        "it has no definition; use torch.linalg.qr, which returns Q and R",
+    ),
+    "linalg_ldl": "it has no definition; use torch.linalg.lu_factor or torch.linalg.cholesky",
+    **dict.fromkeys(["_standard_gamma", "_sample_dirichlet", "_dirichlet_grad"], _REJECTION),
+    **dict.fromkeys(["poisson", "binomial"], _REJECTION),
+    "log_normal": "it has no definition; use x.normal_(mean, std).exp_()",
+    "geometric": "it has no definition; use torch.ceil(torch.log(1 - torch.rand_like(x)) / math.log1p(-p))",
+    **dict.fromkeys(
+        ["igamma", "special_zeta", "special_bessel_y", "special_modified_bessel_k"], _LONG
+    ),
+    "special_scaled_modified_bessel_k": _LONG,
+    **dict.fromkeys(
+        ["special_chebyshev", "special_shifted_chebyshev", "special_hermite"], _RECURRENCE
+    ),
+    **dict.fromkeys(["special_laguerre", "special_legendre"], _RECURRENCE),
+    "torchvision::nms": "it has no definition; compare the boxes by torchvision.ops.box_iou in a loop over "
+    "the sorted scores, or select boxes outside of reproml.exact()",
+    **dict.fromkeys(
+        [f"torchvision::{name}" for name in ("_roi", "roi", "_ps_roi", "ps_roi")], _POOLED_REGIONS
+    ),
+    **dict.fromkeys(
+        ["torchvision::deform_conv2d", "torchvision::_deform_conv2d"],
+        "it has no definition; sample the displaced places by torch.nn.functional.grid_sample and multiply "
+        "by the weight with torch.matmul",
+    ),
 }

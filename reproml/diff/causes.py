@@ -129,7 +129,9 @@ _SUMS = re.compile(
     "sum|mean|mm|dot|conv|norm|softmax|loss|var|linear|matmul|index_add|addmv|scatter_add|dense_backward"
     "|pool|attention|lstm|gru"
 )
-_RANDOM = re.compile("dropout|bernoulli|normal_|rand|uniform|multinomial|exponential")
+_RANDOM = re.compile(
+    "dropout|bernoulli|normal_|rand|uniform|multinomial|exponential|gamma|dirichlet"
+)
 
 _FROM_LOADER = ("batch", "epoch", "operator")
 _FROM_ARITHMETIC = ("loss", "gradients", "weights", "operator", "initial weights", "item")

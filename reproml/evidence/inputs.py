@@ -118,7 +118,9 @@ class Inputs:
         return safe_open
 
     def _is_excluded(self, path: str) -> bool:
-        metadata = os.path.dirname(path).endswith((".dist-info", ".egg-info"))  # of an installed package
+        metadata = os.path.dirname(path).endswith(
+            (".dist-info", ".egg-info")
+        )  # of an installed package
         return metadata or path.startswith(self._excluded)
 
     def _name(self, path: str) -> str:

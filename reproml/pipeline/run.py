@@ -130,12 +130,13 @@ def perform(
     output: Output = SILENT,
     recording: Recording = NOTHING_RECORDED,
     device: torch.device = CPU,
+    micro_batch: Optional[int] = None,
 ) -> Run:
     """Run the complete recipe in memory: data, preprocessing, training, evaluation.
 
     With checkpoints in `recording`, the training resumes from their `start` and saves new ones. Its trace
     covers the training from the beginning, so a resumed training continues the same file. The model is
-    trained and evaluated on `device`.
+    trained and evaluated on `device`, with `micro_batch` rows at a time.
     """
     start = recording.start
     times = {"started": _now()}
@@ -143,7 +144,8 @@ def perform(
     log = _Log(output, start)
     resumed = f", from the checkpoint of step {start.head.step} on" if start else ""
     on_device = "" if device == CPU else f" on {device}"
-    log(f"{recipe.name}: {numerics} numerics{on_device}{resumed}")
+    in_parts = f", micro-batches of {micro_batch}" if micro_batch else ""
+    log(f"{recipe.name}: {numerics} numerics{on_device}{in_parts}{resumed}")
     dataset, prepared, items = prepare(recipe, data_folder, numerics)
     times["resumed" if start else "data_ready"] = _now()  # what follows is only the rest if resumed
 
@@ -153,7 +155,7 @@ def perform(
     traced = trace_training(recording.trace, recipe, numerics, dataset, device, head)
     with distributed.joined(recipe.train.batch_size, job, device), traced as recorder:
         save, output = recording.saving(log.lines, recorder), output._replace(log=log)
-        trained = train(recipe, prepared, numerics, None, output, state, save, device)
+        trained = train(recipe, prepared, numerics, None, output, state, save, device, micro_batch)
     times["trained"] = _now()
     weights: bytes = safetensors.torch.save(trained.model.state_dict())
 

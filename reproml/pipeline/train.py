@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from reproml import distributed
+from reproml.accumulation import accumulate
 from reproml.arithmetic.context import exact
 from reproml.digest import digest
 from reproml.errors import ReproError
@@ -89,24 +90,25 @@ def train(
     start: Optional[State] = None,
     after_step: Callable[[Training], None] = _discard,
     device: torch.device = CPU,
+    micro_batch: Optional[int] = None,
 ) -> Trained:
     """Train on `prepared.train`: x float32 [n, h, w], y int64 [n].
 
     `numerics` is "exact" or "native"; `steps` ends the training early, also within an epoch. `output`
     receives a line for each epoch and the progress after each step. With `start` the training resumes
     from that state, to the same bits. `after_step` is called with the training after each step. The
-    trained model stays on `device`.
+    trained model stays on `device`. With `micro_batch`, a batch is computed that many rows at a time.
     Raises NotExactError if the model needs an operator that has no exact definition, ReproError if
     `start` is not a state of this training.
     """
     with ExitStack() as stack:
         if start is None:
             stack.enter_context(numerics_mode(numerics))
-            training = Training(recipe, prepared, device)
+            training = Training(recipe, prepared, device, micro_batch)
         else:
             with restoring() as record_restored:  # not steps that a trace should record
                 stack.enter_context(numerics_mode(numerics))
-                training = Training(recipe, prepared, device)
+                training = Training(recipe, prepared, device, micro_batch)
                 training.restore(start)
                 record_restored(training.model, training.optimizer)
         total = step_count(recipe, len(prepared.train.y))
@@ -125,9 +127,16 @@ def train(
 class Training:
     """A training in progress, between two steps. To be used within `numerics_mode`."""
 
-    def __init__(self, recipe: Recipe, prepared: Prepared, device: torch.device = CPU) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        prepared: Prepared,
+        device: torch.device = CPU,
+        micro_batch: Optional[int] = None,
+    ) -> None:
         self._x, self._y = (torch.from_numpy(array).to(device) for array in prepared.train)
         self._recipe = recipe
+        self._micro_batch = micro_batch
         torch.manual_seed(recipe.seed)
         # Made on the CPU: its initial weights are then the same natively, too.
         model = models.build_model(recipe, tuple(self._x.shape[1:]), prepared.classes)
@@ -153,13 +162,25 @@ class Training:
         inputs, labels = self._rows(self._batches[len(self._losses)])
         record_batch(inputs, labels)
         self.optimizer.zero_grad()
-        inputs, labels = distributed.shard(inputs), distributed.shard(labels)
-        loss = torch.nn.functional.cross_entropy(self._wrapped(inputs), labels)
-        loss.backward()
+        loss = self._backward(inputs, labels)
         self.optimizer.step()
         self._losses.append(
             loss.detach()
         )  # read at the end of the epoch: the loop does not wait for it
+
+    def _backward(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Compute the gradients of a batch, and return its loss."""
+        size = self._micro_batch
+        if size is None or size >= len(labels):
+            inputs, labels = distributed.shard(inputs), distributed.shard(labels)
+            loss = torch.nn.functional.cross_entropy(self._wrapped(inputs), labels)
+            loss.backward()
+            return loss
+        with accumulate(self.model, len(labels)):
+            for x, y in zip(inputs.split(size), labels.split(size)):
+                loss = torch.nn.functional.cross_entropy(self.model(x), y)
+                loss.backward()
+        return loss
 
     def end_epoch(self) -> Epoch:
         """Finish the epoch whose last step was taken, and return it."""

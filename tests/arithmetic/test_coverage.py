@@ -180,8 +180,8 @@ def takes_tensors(func: Any) -> bool:
 
 
 REGISTERED = set(torch._C._dispatch_get_all_op_names())
-# Their forms with `unbiased` are written in terms of those with `correction`.
-STD = ("std", "var", "std_mean", "var_mean")
+# Their forms with `unbiased` or `rcond` are written in terms of those with `correction` or `rtol`.
+STD = ("std", "var", "std_mean", "var_mean", "linalg_pinv")
 
 
 @pytest.mark.parametrize(

@@ -514,6 +514,13 @@ def halves(x: Any, dim: int) -> Any:
     return np.split(reals(x), 2, dim)
 
 
+def zip_fractions(x: Any) -> Any:
+    """Return the fractions and the exponents of frexp, by Python's math."""
+    pairs = [math.frexp(v) if math.isfinite(v) else (v, 0) for v in x.reshape(-1).tolist()]
+    fractions = array([Real(m) for m, _ in pairs]).reshape(x.shape)
+    return fractions, torch.tensor([e for _, e in pairs], dtype=torch.int32).reshape(x.shape)
+
+
 def glu_backward(g: Any, x: Any, dim: int) -> Any:
     a, b = halves(x, dim)
     s = lambda b: o.sigmoid(b) * o.sigmoid(-b)  # noqa: E731
@@ -1424,6 +1431,14 @@ CASES: dict[str, list[Case]] = {
     "index_put_": [Case(indexed(True), index_put)],
     "_index_put_impl_": [Case(indexed(True), index_put)],
     "_unsafe_index_put": [Case(indexed(True), index_put)],
+    "_unsafe_masked_index": [drawn(
+        tensors((3, 2)), torch.tensor([True, False, True]),
+        [torch.tensor([2, -9, -3]), torch.tensor([0, 7, 1])], 0.1,
+        oracle=lambda x, *_: array([reals(x)[2, 0], float32_scalar(0.1), reals(x)[0, 1]]))],
+    "_unsafe_masked_index_put_accumulate": [drawn(
+        tensors((3,), FINITE), torch.tensor([True, False, True, True]), [torch.tensor([2, 1, -1, 0])],
+        tensors((4,), FINITE), oracle=lambda x, m, i, v: (lambda a, b: array(
+            [a[0] + b[3], a[1] + 0, a[2] + b[0] + b[2]]))(reals(x), reals(v)))],
     "put": [Case(indexed(True).map(lambda t: (t[0], t[1][0], t[2][:, 0].contiguous(), True)), put)],
     "unfold_backward": [
         drawn(tensors((3, 2, 2), FINITE), [4, 2], 0, 2, 1, oracle=lambda g, shape, *window: sum_of_copies(
@@ -1478,6 +1493,21 @@ CASES: dict[str, list[Case]] = {
     "tanh": [each(o.tanh)],
     "sigmoid": [each(o.sigmoid)],
     "erf": [each(o.erf)],
+    "i0": [each(f.i0, 1, FINITE)],
+    "special_modified_bessel_i0": [each(f.i0, 1, MODERATE)],
+    "special_i0e": [each(f.i0e, 1, MODERATE)],
+    "special_i1": [each(f.i1, 1, FINITE)],
+    "special_modified_bessel_i1": [each(f.i1, 1, MODERATE)],
+    "special_i1e": [each(f.i1e, 1, MODERATE)],
+    "special_bessel_j0": [each(f.bessel_j(0), 1, MODERATE)],
+    "special_bessel_j1": [each(f.bessel_j(1), 1, MODERATE)],
+    "special_spherical_bessel_j0": [each(f.spherical_bessel_j0)],
+    "special_airy_ai": [each(f.airy_ai, 1, MODERATE)],
+    "special_erfcx": [each(f.erfcx, 1, MODERATE)],
+    "special_ndtri": [each(f.ndtri, 1, UNIT)],
+    "special_log_ndtr": [each(f.log_ndtr, 1, MODERATE)],
+    "nextafter": [each(f.nextafter, 2)],
+    "frexp": [Case(broadcast(1), lambda x: tuple(zip_fractions(x)))],
     "erfc": [each(o.erfc)],
     "pow": [drawn(tensors((5,)), 2, oracle=lambda x, p: reals(x) * reals(x)),
             drawn(tensors((5,)), 3, oracle=lambda x, p: reals(x) * reals(x) * reals(x)),
@@ -1619,6 +1649,7 @@ CASES: dict[str, list[Case]] = {
 }  # fmt: skip
 
 # Operators that are tested elsewhere: the module and a test function in it.
+_MATRICES = "operators.test_small_matrices."
 _UPSAMPLING, _WINDOWS = "operators.test_upsampling.", "operators.test_windows."
 ELSEWHERE = {
     "_unique2": "operators.test_selection.test_unique_elements_are_sorted",
@@ -1671,6 +1702,40 @@ ELSEWHERE = {
         for name in ("upsample_nearest", "_upsample_nearest_exact")
         for n in (1, 2, 3)
     },
+    **dict.fromkeys(
+        ["linalg_inv_ex", "_linalg_solve_ex"],
+        _MATRICES + "test_inverse_and_solution_are_rounded_once",
+    ),
+    **dict.fromkeys(
+        ["linalg_solve_triangular", "triangular_solve"],
+        _MATRICES + "test_triangular_solution_is_rounded_once",
+    ),
+    **dict.fromkeys(
+        ["_linalg_det", "_linalg_slogdet"],
+        _MATRICES + "test_determinant_and_its_gradient_are_rounded_once",
+    ),
+    **dict.fromkeys(
+        ["linalg_lu_factor_ex", "linalg_lu", "linalg_lu_solve"],
+        _MATRICES + "test_lu_factors_are_rounded_once",
+    ),
+    **dict.fromkeys(
+        ["linalg_cholesky_ex", "cholesky", "cholesky_solve", "cholesky_inverse"],
+        _MATRICES + "test_cholesky_factor_is_rounded_once",
+    ),
+    **dict.fromkeys(
+        ["linalg_lstsq", "linalg_pinv"],
+        _MATRICES + "test_least_squares_and_pseudoinverse_are_rounded_once",
+    ),
+    **dict.fromkeys(
+        ["_ctc_loss", "_ctc_loss_backward"],
+        "operators.test_ctc.test_each_step_is_rounded_once",
+    ),
+    **dict.fromkeys(
+        [f"{name}_window" for name in ("hann", "hamming", "blackman", "bartlett", "kaiser")],
+        "operators.test_creation.test_windows_are_rounded_once",
+    ),
+    "logspace": "operators.test_creation.test_logspace_is_rounded_once",
+    "cauchy_": "operators.test_random.test_cauchy_is_rounded_once",
     "arange": "operators.test_random.test_arange_is_rounded_once",
     "linspace": "operators.test_random.test_linspace_is_rounded_once",
     "allclose": "test_handlers.test_evaluation_code_works",
@@ -1680,6 +1745,8 @@ ELSEWHERE = {
     "random_": "operators.test_random.test_integers_match_pytorch",
     "randperm": "operators.test_random.test_integers_match_pytorch",
     "multinomial": "operators.test_random.test_multinomial_matches_pytorch",
+    "_standard_gamma": "operators.test_random.test_gamma_is_the_rejection_method_in_rounded_steps",
+    "_sample_dirichlet": "operators.test_random.test_dirichlet_is_a_ratio_of_gammas_rounded_once",
     "rand": "operators.test_random.test_rand_matches_pytorch",
     "rand_like": "operators.test_random.test_rand_matches_pytorch",
     "native_dropout": "operators.test_random.test_native_dropout_matches_cpu_dropout",

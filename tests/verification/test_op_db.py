@@ -48,9 +48,9 @@ def test_enough_samples_are_compared():
         outcomes, calls = first_outcomes(index)
         passed.append(sum(x.status == "passed" for x in outcomes))
         compared.update(calls)
-    assert sum(n > 0 for n in passed) >= 320
-    assert sum(passed) >= 1000
-    assert len(compared) >= 110
+    assert sum(n > 0 for n in passed) >= 590
+    assert sum(passed) >= 2050
+    assert len(compared) >= 250
     assert set(compared) <= set(operator_table.EXACT)
 
 

@@ -60,6 +60,7 @@ _SIGNATURES = {
     ),
     "reproml_partial_product": (_INT, [_LONG] * 3 + [_POINTER] * 9),
     "reproml_partial_pairs": (None, [_LONG] * 2 + [_POINTER] * 7),
+    "reproml_add_products": (_LONG, [_LONG] * 3 + [_POINTER] * 9),
     "reproml_pack_sums": (None, [_LONG] * 2 + [_POINTER] * 3),
     "reproml_round_sums": (
         _LONG,

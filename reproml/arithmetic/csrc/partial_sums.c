@@ -1,5 +1,6 @@
 /* Sums of products whose terms are spread over several workers (distributed/partial_sums.py): the binary64 sums of one
-   worker's terms, how they are packed for the exchange, and the sums over all workers, each rounded once. */
+   worker's terms, how they are packed for the exchange, and the sums over all workers, each rounded once. Or they are
+   spread over several micro-batches (distributed/running_sums.py). */
 
 #include "tile.h"
 
@@ -191,6 +192,78 @@ void reproml_partial_pairs(integer count, integer k, const float *a, const integ
         out[1] = sum.t;
         out[2] = compensated_pair(&sum, k).rad;
     }
+}
+
+/* ---- sums of products that continue over several calls, without any rounding error ---- */
+
+#define PANEL 32 /* columns that are added to at a time */
+
+typedef struct {
+    integer m, n, k;
+    const float *a;
+    const integer *a_row, *a_term;
+    const float *panels; /* [panels, k, columns of the panel]: the factors of b */
+    int finite;          /* whether all of these are, so that a factor 0 of a adds nothing */
+    double *s, *t;       /* [m, n] */
+    uint8_t *failed;     /* [m, n] */
+    integer count;       /* of the failed elements */
+} running;
+
+/* Add the terms of one row and one panel to s + t. lost[j] is not 0 if a sum needs more than two numbers. */
+VECTORISED static void add_terms_exactly(const running *x, const float *a, const float *restrict b, int n,
+                                         double *restrict s, double *restrict t, double *restrict lost) {
+    for (integer p = 0; p < x->k; p++, b += n) {
+        double factor = a[x->a_term[p]];
+        if (factor == 0 && x->finite) continue;
+        for (int j = 0; j < n; j++) {
+            double rest, more;
+            two_sum(s[j], factor * b[j], s + j, &rest);
+            two_sum(t[j], rest, t + j, &more);
+            lost[j] += fabs(more);
+        }
+    }
+}
+
+static void add_row_of_products(integer i, void *data) {
+    running *x = data;
+    for (integer j = 0; j < x->n; j += PANEL) {
+        int n = smaller(x->n - j, PANEL);
+        double s[PANEL], t[PANEL], lost[PANEL] = {0}, *to_s = x->s + i * x->n + j, *to_t = x->t + i * x->n + j;
+        memcpy(s, to_s, (size_t)n * sizeof *s);
+        memcpy(t, to_t, (size_t)n * sizeof *t);
+        add_terms_exactly(x, x->a + x->a_row[i], x->panels + j * x->k, n, s, t, lost);
+        for (int c = 0; c < n; c++) {
+            int finite = fabs(s[c]) <= DBL_MAX, fails = finite && lost[c] != 0;
+            x->failed[i * x->n + j + c] = (uint8_t)fails;
+            if (fails)
+                __atomic_fetch_add(&x->count, 1, __ATOMIC_RELAXED);
+            else {
+                to_s[c] = s[c];
+                to_t[c] = finite ? t[c] : 0; /* infinity and NaN remain what they are */
+            }
+        }
+    }
+}
+
+/* Add sum over p < k of a[a_row[i] + a_term[p]] * b[b_term[p] + b_column[j]] to s[i, j] + t[i, j], exactly, but for the
+   elements whose sum needs more than two numbers: they keep what they have and are marked in `failed`. No size is 0.
+   Returns the number of failed elements, -1 for lack of memory. */
+integer reproml_add_products(integer m, integer n, integer k, const float *a, const integer *a_row,
+                             const integer *a_term, const float *b, const integer *b_term, const integer *b_column,
+                             double *s, double *t, uint8_t *failed) {
+    running x = {.m = m, .n = n, .k = k, .a = a, .a_row = a_row, .a_term = a_term, .s = s, .t = t, .failed = failed};
+    float *to = reproml_scratch((size_t)(k * n) * sizeof *to);
+    if (!to) return -1;
+    x.panels = to;
+    x.finite = 1;
+    for (integer j = 0; j < n; j += PANEL)
+        for (integer p = 0; p < k; p++)
+            for (integer c = j; c < n && c < j + PANEL; c++, to++) {
+                *to = b[b_term[p] + b_column[c]];
+                x.finite &= fabsf(*to) <= FLT_MAX;
+            }
+    run_tasks(add_row_of_products, &x, m, m * n * k > SERIAL);
+    return x.count;
 }
 
 /* ---- the exchange ----

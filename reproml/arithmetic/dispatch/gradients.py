@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.dispatch.interception import interception
-from reproml.errors import NotExactError
-from reproml.torch_internals import TransformType, get_interpreter_stack, lookup
+from reproml.torch_internals import get_interpreter_stack, lookup
 
 Kernel = Callable[..., Any]
 
@@ -94,10 +93,6 @@ def _kernel(receivers: Kernel, in_place: bool, original: Any) -> Kernel:
         if not interception.is_active():
             return call(*operands)
         transforms = get_interpreter_stack() or ()
-        if any(each.key() == TransformType.Jvp for each in transforms):
-            raise NotExactError(
-                "forward-mode derivatives of clamp differ between versions of PyTorch; use reverse mode"
-            )
         recorded = any(isinstance(x, Tensor) and x.requires_grad for x in operands)
         if not (recorded and torch.is_grad_enabled()):
             return call(*operands)

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.dispatch.schema import tensors
-from reproml.arithmetic.distributed.pending import Pending, map_tensors
+from reproml.arithmetic.distributed.pending import Pending
 from reproml.arithmetic.distributed.sharded import (
     RoundRobinShard,
     Sharded,
     first_sharded,
     shard_from_right,
 )
-from reproml.errors import NotExactError
+from reproml.arithmetic.distributed.tensors import map_tensors
+from reproml.errors import NotExactError, ReproError
+from reproml.torch_internals import tree_leaves, tree_map_only
 
 
 def refuse(func: Any, why: str) -> NoReturn:
@@ -96,6 +98,39 @@ def shard_like(y: Any, x: Any) -> Any:
         return Sharded(local, x.shard)
 
 
+def shard_inputs(inputs: Any, shard_of: Callable[[int], RoundRobinShard]) -> Any:
+    """Return the inputs of a model with their tensors, which have the rows of this worker, Sharded.
+
+    shard_of: called with the number of rows; it returns the shard.
+    """
+    lengths = {len(x) for x in tree_leaves(inputs) if _has_rows(x)}
+    if not lengths:
+        return inputs
+    if len(lengths) > 1:
+        raise ReproError(
+            f"the model's inputs have {sorted(lengths)} rows, but all must have the same number, "
+            "one for each row of the batch"
+        )
+    shard = shard_of(lengths.pop())
+
+    def shard_input(x: Tensor) -> Tensor:
+        if not _has_rows(x):
+            return x
+        if x.requires_grad and torch.is_grad_enabled():
+            raise NotExactError(
+                "an input of the wrapped model requires a gradient, which would be lost: "
+                "wrap the module that computes it as well, or detach it"
+            )
+        return Sharded(x, shard)
+
+    return tree_map_only(Tensor, shard_input, inputs)
+
+
+def _has_rows(x: Any) -> bool:
+    """Whether an input is a plain tensor with rows, so of this worker."""
+    return isinstance(x, Tensor) and not isinstance(x, Sharded) and x.dim() > 0
+
+
 # ---- functions of torch: (function, args, kwargs) -> (args, kwargs), plain tensors made Sharded -------
 
 Prepare = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -147,13 +182,9 @@ def _is_local(y: Tensor, shard: RoundRobinShard) -> bool:
     if y.requires_grad or y.dim() < -shard.dim or shard.group.size == 1:
         return False
     n = y.shape[shard.dim]
-    sizes = shard.local_sizes
     if n not in (1, shard.local_size) or n == shard.global_size != 1:
         return False
-    if 1 not in sizes:
-        return bool(n == shard.local_size)
-    with natively():  # a single row looks like a broadcast operand: the sizes on all workers decide
-        return shard.group.all_gather(torch.tensor(n, device=y.device)).tolist() == sizes
+    return shard.is_local_count(n, y.device)
 
 
 def shard_hidden_state(dim: int) -> Prepare:

@@ -36,7 +36,7 @@ from reproml.errors import ReproError
 # A product of four binary32 numbers is a multiple of 2^-596 below 2^512; 2^63 of them fit 1,216 bits.
 _UNIT = 600
 _BYTES = 152
-_CHUNK = 1 << 22  # terms of failed elements that are computed at a time
+CHUNK = 1 << 22  # terms of failed elements that are computed at a time
 _RUN = 256  # products that are added in sequence: RUN of csrc/partial_sums.c
 
 
@@ -79,7 +79,7 @@ class Factors(NamedTuple):
     def terms(self, i: Tensor, j: Tensor) -> Iterator[Tensor]:
         """Yield the terms of these elements, float64 [some, k], a limited number at a time."""
         row, column = self.at(i, j)
-        step = max(1, _CHUNK // max(1, len(self.a_term)))
+        step = max(1, CHUNK // max(1, len(self.a_term)))
         for some, other in zip(row.split(step), column.split(step)):
             left = self.a[some.unsqueeze(1) + self.a_term]
             yield left.double() * self.b[other.unsqueeze(1) + self.b_term].double()
@@ -108,6 +108,44 @@ class Partial:
     # Rows and columns, int64 [f] -> exact sums / 2^-600.
     exact: Optional[Callable[[Tensor, Tensor], list[int]]] = None
     divisor: int = 1  # the total is divided by it; > 0
+    # Numbers whose exact sum along each row is that of this worker, float64 [m, some] at a time; n is 1.
+    terms: Optional[Callable[[], Iterator[Tensor]]] = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the matrix."""
+        return self.sums.shape[0], self.sums.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums are."""
+        return self.sums.device
+
+
+class Products(NamedTuple):
+    """A matrix of sums of products, of which this worker has some terms."""
+
+    factors: Factors
+    # Consecutive rows that have the same columns: the offsets of these rows, and of these columns.
+    blocks: Sequence[tuple[Tensor, Tensor]]
+    height: int  # as in Partial
+    divisor: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the matrix."""
+        return sum(len(row) for row, _ in self.blocks), len(self.blocks[0][1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.factors.a.device
+
+    def partial(self) -> Partial:
+        """Return the sums of this worker's terms."""
+        parts = [sum_products(self.factors, row, column) for row, column in self.blocks]
+        sums, bounds = (torch.cat(part) for part in zip(*parts))
+        return Partial(sums, bounds, self.height, self.factors, divisor=self.divisor)
 
 
 class Exchange:
@@ -212,7 +250,7 @@ def check_agreement(checksums: Tensor) -> None:
         )
 
 
-def matrix_product(a: Tensor, b: Tensor, height: int) -> Partial:
+def matrix_product(a: Tensor, b: Tensor, height: int) -> Products:
     """Return sum_k a[k, i] b[k, j], k over all workers' rows.
 
     a, b: float32 [k, m], [k, n], the rows of this worker. height: the number of rows of all workers.
@@ -221,11 +259,10 @@ def matrix_product(a: Tensor, b: Tensor, height: int) -> Partial:
     row, a_term = offsets((m, a.stride(1))), offsets((k, a.stride(0)))
     b_term, column = offsets((k, b.stride(0))), offsets((n, b.stride(1)))
     factors = Factors(flat(a), flat(b), a_term, b_term, lambda i, j: (row[i], column[j]))
-    sums, bounds = sum_products(factors, row, column)
-    return Partial(sums, bounds, product_height(height), factors)
+    return Products(factors, [(row, column)], product_height(height))
 
 
-def sum_over(x: Tensor, dims: Sequence[int], height: int, divisor: int = 1) -> Partial:
+def sum_over(x: Tensor, dims: Sequence[int], height: int, divisor: int = 1) -> Products:
     """Return the sum of x over `dims`, of all workers, divided by `divisor`: a matrix [m, 1].
 
     x: float32, the elements of this worker. height: the number of elements of all workers in a sum.
@@ -237,8 +274,7 @@ def sum_over(x: Tensor, dims: Sequence[int], height: int, divisor: int = 1) -> P
     factors = Factors(
         flat(x), x.new_ones(1), term, zeros, lambda i, j: (row[i], torch.zeros_like(i))
     )
-    sums, bounds = sum_products(factors, row, zeros.new_zeros(1))
-    return Partial(sums, bounds, product_height(height), factors, divisor=divisor)
+    return Products(factors, [(row, zeros.new_zeros(1))], product_height(height), divisor)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -468,7 +504,8 @@ def _round_pairs(divisors: Sequence[int], received: Tensor) -> Tensor:
     value, failed = round_compensated(s, t + rests.sum(1), e)
     # If e = 0 the total is s, which may be halfway between two numbers.
     failed = (failed | ~e.isfinite()) & (e != 0)
-    return torch.where(failed, math.nan, torch.where(e == 0, s.float() + 0.0, value))
+    exact = torch.where(s == 0, 0.0, s).float()  # a negative sum may underflow to -0
+    return torch.where(failed, math.nan, torch.where(e == 0, exact, value))
 
 
 def _encode_exact(p: Partial, i: Tensor, j: Tensor) -> Tensor:

@@ -5,56 +5,29 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Sequence
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Union
 
 import torch
 from torch import Tensor
 
 from reproml.arithmetic.dispatch.dispatcher import natively
+from reproml.arithmetic.distributed.micro_batches import MicroBatch
 from reproml.arithmetic.distributed.partial_sums import (
     Exchange,
     Group,
     Partial,
+    Products,
     all_reduce,
     check_agreement,
     finish,
 )
+from reproml.arithmetic.distributed.tensors import DistributedTensor, map_tensors
 from reproml.torch_internals import (
     current_graph_task_id,
     disabled_torch_function_impl,
     execution_engine,
     make_wrapper_subclass,
 )
-
-
-def map_tensors(kind: type[Tensor], function: Callable[[Any], Any], data: Any) -> Any:
-    """Apply a function to the tensors of a kind in nested lists, tuples and dictionaries.
-
-    PyTorch's tree_map_only knows more containers and takes several times as long.
-    """
-    if isinstance(data, kind):
-        return function(data)
-    if isinstance(data, (list, tuple)):
-        mapped = [map_tensors(kind, function, x) for x in data]
-        return mapped if isinstance(data, list) else tuple(mapped)
-    if isinstance(data, dict):
-        return {name: map_tensors(kind, function, x) for name, x in data.items()}
-    return data
-
-
-class DistributedTensor(Tensor):
-    """A tensor whose value is not on this worker alone: Pending, or Sharded (sharded.py)."""
-
-    # Why the step of an optimizer refuses such a tensor (operators/optimizers.py).
-    optimizer_refusal = (
-        "The optimizer's step met a gradient that backward() did not write, as it does where a "
-        "wrapped model has the parameter: wrap the module that owns this parameter "
-        "(reproml.distributed.DistributedDataParallel)."
-    )
-
-    def full_tensor(self) -> Tensor:
-        """Return the plain tensor of all workers. Collective: every worker has to call it."""
-        raise NotImplementedError
 
 
 class Pending(DistributedTensor):
@@ -163,6 +136,9 @@ _backward = _Backward()
 def exchange_at_end(group: Group) -> int:
     """Have the running backward pass exchange its sums at its end; return its number, -1 if none runs."""
     task = int(current_graph_task_id())
+    if isinstance(group, MicroBatch):
+        group.went_backward |= task != -1
+        return task
     if task not in (-1, _backward.graph_task):
         execution_engine.queue_callback(lambda: _end_of_backward(group))
         _backward.graph_task = task
@@ -183,8 +159,14 @@ def _end_of_backward(group: Group) -> None:
                 p.grad = p.grad.full_tensor()
 
 
-def add_to_checksum(data: bytes) -> None:
-    """Have the next exchange of gradients raise ReproError unless all workers added the same data."""
+def add_to_checksum(group: Group, data: bytes) -> None:
+    """Have the next exchange of gradients raise ReproError unless all workers added the same data.
+
+    For micro-batches, the beginning of the next one does.
+    """
+    if isinstance(group, MicroBatch):
+        group.checksum = zlib.crc32(data, group.checksum)
+        return
     _backward.checksum = zlib.crc32(data, _backward.checksum)
 
 
@@ -193,12 +175,17 @@ def without_exchange(group: Group, total: Tensor) -> Tensor:
     return total if exchange_at_end(group) == -1 else Pending(total, lambda: total)
 
 
-def reduce_over_batch(group: Group, partial: Partial, shape: Sequence[int]) -> Tensor:
+def reduce_over_batch(group: Group, sums: Union[Products, Partial], shape: Sequence[int]) -> Tensor:
     """Return the sum over all workers, float32 of this shape.
 
-    Within a backward pass the result is Pending until its end; else the sum is exchanged now.
+    Within a backward pass the result is Pending until its end; else the sum is exchanged now. With
+    micro-batches it is Later.
     """
+    if isinstance(group, MicroBatch):
+        return group.reduce(sums, shape)
     task = exchange_at_end(group)
+    with natively():
+        partial = sums.partial() if isinstance(sums, Products) else sums
     if task == -1:
         with natively():
             return all_reduce(group, [partial])[0].reshape(shape)

@@ -13,14 +13,10 @@ from torch.nn import Parameter
 
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.dispatch.schema import tensors
+from reproml.arithmetic.distributed.micro_batches import Later, MicroBatch
 from reproml.arithmetic.distributed.partial_sums import Group
-from reproml.arithmetic.distributed.pending import (
-    DistributedTensor,
-    Pending,
-    add_to_checksum,
-    exchange_at_end,
-    map_tensors,
-)
+from reproml.arithmetic.distributed.pending import Pending, add_to_checksum, exchange_at_end
+from reproml.arithmetic.distributed.tensors import DistributedTensor, map_tensors
 from reproml.torch_internals import (
     DisableTorchFunctionSubclass,
     make_wrapper_subclass,
@@ -42,6 +38,11 @@ class RoundRobinShard(NamedTuple):
     def local_count(self, worker: int) -> int:
         """Return the number of rows that a worker holds."""
         return len(range(worker, self.batch, self.group.size))
+
+    @property
+    def local_slice(self) -> slice:
+        """The rows of the batch that this worker holds."""
+        return slice(self.group.rank, None, self.group.size)
 
     def size_for(self, rows: int) -> int:
         """Return the size of the dimension for this number of rows."""
@@ -79,10 +80,39 @@ class RoundRobinShard(NamedTuple):
     def local_rows(self, x: Tensor, dim: int) -> Tensor:
         """Return this worker's rows of a tensor that has the global batch in `dim`."""
         split: Tensor = x.unflatten(dim, (self.before, self.batch, self.after))
-        index: list[Any] = [slice(None)] * (dim + 1) + [
-            slice(self.group.rank, None, self.group.size)
-        ]
+        index: list[Any] = [slice(None)] * (dim + 1) + [self.local_slice]
         return split[tuple(index)].flatten(dim, dim + 2)
+
+    def is_local_count(self, n: int, device: torch.device) -> bool:
+        """Whether a tensor of n rows on this worker has the rows of this worker. Collective."""
+        if 1 not in self.local_sizes:
+            return n == self.local_size
+        with (
+            natively()
+        ):  # a single row looks like a broadcast operand: the sizes on all workers decide
+            counts = self.group.all_gather(torch.tensor(n, device=device))
+        return counts.tolist() == self.local_sizes
+
+
+class MicroBatchShard(RoundRobinShard):
+    """How the rows of a micro-batch lie in a tensor. The group is the MicroBatch."""
+
+    group: MicroBatch
+
+    def local_count(self, worker: int) -> int:
+        return self.group.rows
+
+    @property
+    def local_slice(self) -> slice:
+        return slice(self.group.start, self.group.start + self.group.rows)
+
+    @property
+    def local_sizes(self) -> list[int]:
+        return [self.local_size, 1]  # as micro-batches of one row and of several must agree
+
+    def is_local_count(self, n: int, device: torch.device) -> bool:
+        # A single row that is broadcast gives the micro-batch the same numbers as its own row.
+        return n == self.local_size
 
 
 class Rule(NamedTuple):
@@ -127,6 +157,8 @@ class Sharded(DistributedTensor):
         shard = self.shard
         if shard.group.size == 1:
             return self.local
+        if isinstance(shard, MicroBatchShard):
+            return shard.group.gather(self, shard.dim, shard.before, shard.after)
         most = shard.local_count(0)
         with natively():
             local = self.local.unflatten(
@@ -154,8 +186,9 @@ class Sharded(DistributedTensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if Pending in types:
-            args, kwargs = map_tensors(Pending, Pending.full_tensor, (args, kwargs))
+        for kind in (Pending, Later):
+            if kind in types:
+                args, kwargs = map_tensors(kind, kind.full_tensor, (args, kwargs))
         rule = _rule_of(func)
         with DisableTorchFunctionSubclass():  # a method like dim() is ten times as fast without it
             _checksum_operands(args, kwargs, rule.takes_local_rows)
@@ -212,12 +245,12 @@ def _checksum_operands(args: Any, kwargs: Any, takes_local_rows: bool) -> None:
     sizes = shard.local_sizes
     for x in args:
         if type(x) is float:
-            add_to_checksum(struct.pack("<d", x))
+            add_to_checksum(shard.group, struct.pack("<d", x))
         elif type(x) in (Tensor, Parameter) and x.is_floating_point() and x.is_cpu and x.numel():
             # Local rows differ. All workers have to decide alike, so the sizes of all of them count.
             if takes_local_rows and x.dim() >= -shard.dim and x.shape[shard.dim] in sizes:
                 continue
             with natively():
                 value = float(x[(0,) * x.dim()])
-            add_to_checksum(struct.pack("<d", value) if value == value else b"nan")
+            add_to_checksum(shard.group, struct.pack("<d", value) if value == value else b"nan")
     exchange_at_end(shard.group)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from fractions import Fraction
 from functools import wraps
 from types import BuiltinFunctionType, ModuleType
 from typing import Any, Callable
@@ -118,7 +119,7 @@ def _nearest(value: Callable[[Any], Any], bits: tuple[int, int] = _BITS) -> floa
     return -found if sign else found
 
 
-def rounded_to_odd(value: Callable[[Any], Any]) -> float:
+def rounded_to_odd(value: Callable[[Any], Any], bits: tuple[int, int] = _BITS) -> float:
     """Return the float next to value(mpmath) towards zero if it is odd or exact, else its neighbour.
 
     Rounding that to a format of fewer than 52 bits gives what rounding the value gives: S. Boldo and
@@ -126,11 +127,19 @@ def rounded_to_odd(value: Callable[[Any], Any]) -> float:
     """
     import mpmath
 
-    with mpmath.workprec(_BITS[0]):
+    with mpmath.workprec(bits[0]):
         x = value(mpmath.mp)
-        with mpmath.workprec(_BITS[1]):
+        with mpmath.workprec(bits[1]):
             sign, mantissa, exponent, _ = (+x)._mpf_
     return to_53_bits(-int(mantissa) if sign else int(mantissa), 1, exponent)
+
+
+def log_of_fraction(x: Fraction) -> float:
+    """Return the logarithm of a positive rational number; rounding it to binary32 rounds it once.
+
+    A number within 2^-400 of 1 gives 0, as its logarithm is less than half of the least binary32 number.
+    """
+    return rounded_to_odd(lambda mp: mp.log(mp.mpf(x.numerator) / mp.mpf(x.denominator)))
 
 
 class ExactPower(float):

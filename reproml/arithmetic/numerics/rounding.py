@@ -21,14 +21,15 @@ the roundings that it does not count:
 | evaluate._multi_precision | Ball.error             | ctx.u     | ctx.u     | -     | both ends'     |
 | partial_sums._round_totals| size gamma(height + W) | `gamma`   | `gamma`   | -     | both ends', +0 |
 |                           | + what packing lost    |           |           |       |                |
+| running_sums.total        | 0: the sum is exact    | -         | -         | -     | +0             |
 | batch norm, distributed   | Ball.error             | `widened` | `widened` | added | both ends'     |
 
 "size" is a bound of the sum of absolute values, "lost" the sum of the absolute rounding errors that TwoSum
 kept, W the number of workers. "both ends'": ends of different signs fail. "+0": an exact zero is +0.
 
 Why some need no room ("-"): the terms of a sum are products of at most four binary32 numbers, multiples of
-2^-596, so no sum underflows. `_by_two_sum` rounds each end once, and fails where that gives a midpoint.
-mpmath's exponents are unbounded, and ctx.u is twice its unit roundoff.
+2^-596, so no sum underflows. `_by_two_sum` and `total` round each end once, and fail where that gives a
+midpoint. mpmath's exponents are unbounded, and ctx.u is twice its unit roundoff.
 
 The kernels in csrc have the same test with the same constants. tests/arithmetic/numerics/test_rounding.py
 shows for each bound in Python that the ends enclose the exact value.

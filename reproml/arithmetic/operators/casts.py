@@ -149,3 +149,8 @@ def number_for(value: Any, dtype: torch.dtype) -> Any:
     if dtype not in NARROW or isinstance(value, complex):
         return value
     return float32_to_odd(_as_tensor(value)).item()
+
+
+def zero_tensor(size: Any, **options: Any) -> Tensor:
+    """Compute aten._efficientzerotensor, a tensor of zeros without memory, as a tensor with memory."""
+    return torch.zeros(size, **options)

@@ -15,6 +15,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from reproml.arithmetic.operators.arguments import require
 from reproml.torch_internals import (
@@ -45,6 +46,12 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         bias = None
     y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
     return y if x.dim() == 2 else y.view([*x.shape[:-1], y.shape[-1]])
+
+
+def conv_tbc(x: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
+    """Return the 1-dim convolution of x [time, n, channels] with weight [time, channels, channels]."""
+    y = torch.conv1d(x.permute(1, 2, 0), weight.permute(2, 1, 0), bias, padding=pad)
+    return y.permute(2, 0, 1).contiguous()
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -338,7 +345,8 @@ def prod(x: Tensor, *, dtype: Any = None) -> Tensor:
 def prod_dim(x: Tensor, dim: int, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     """Return the product over one axis.
 
-    The gradient is g (p s), where p and s are the products of the elements before and after an element.
+    The gradient is g (p s), where p and s are the products of the elements before and after an element. The
+    forward-mode derivative is the sum of t (p s), with the tangent t.
     """
     if _is_recorded(x):
         product: Tensor = _Prod.apply(x if dtype is None else x.to(dtype), dim, keepdim)
@@ -352,7 +360,8 @@ def cumprod(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
     """Return the products of the elements up to each element along `dim`.
 
     The gradient is p t, where p is the product of the elements before an element x[i], and
-    t[i] = g[i] + x[i + 1] t[i + 1], which is rounded once.
+    t[i] = g[i] + x[i + 1] t[i + 1], which is rounded once. In forward mode the derivative is
+    d[i] = p t + x[i] d[i - 1], with the tangent t.
     """
     if _is_recorded(x):
         products: Tensor = _Cumprod.apply(x if dtype is None else x.to(dtype), dim)
@@ -365,7 +374,8 @@ def cumprod(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
 def _is_recorded(*operands: Tensor) -> bool:
     """Return whether autograd or a transform of torch.func has to see the operator."""
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
-    return recorded or bool(get_interpreter_stack())
+    has_tangent = any(unpack_dual(x).tangent is not None for x in operands)
+    return recorded or has_tangent or bool(get_interpreter_stack())
 
 
 def _empty_product(x: Tensor, dtype: Any) -> Tensor:
@@ -382,6 +392,12 @@ def _products_before(x: Tensor, dim: int) -> Tensor:
     return torch.cumprod(shifted, dim)
 
 
+def _products_of_others(x: Tensor, dim: int) -> Tensor:
+    """Return the product of all elements but one, for each element."""
+    after = _products_before(x.flip(dim), dim).flip(dim)
+    return _products_before(x, dim) * after
+
+
 class _Prod(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, dim: int, keepdim: bool) -> Tensor:
@@ -391,6 +407,16 @@ class _Prod(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, ctx.dim, ctx.keepdim = inputs
         ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor, *_: Any) -> Tensor:
+        (x,) = ctx.saved_tensors
+        if not x.dim():
+            return t.clone()
+        terms = t * _products_of_others(x, ctx.dim)
+        total: Tensor = terms.sum(ctx.dim, keepdim=ctx.keepdim)
+        return total
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, dim: int, keepdim: bool) -> Any:
@@ -403,8 +429,7 @@ class _Prod(torch.autograd.Function):
         if not x.dim():
             return g.clone(), None, None
         g = g if ctx.keepdim else g.unsqueeze(dim)
-        after = _products_before(x.flip(dim), dim).flip(dim)
-        return g * (_products_before(x, dim) * after), None, None
+        return g * _products_of_others(x, dim), None, None
 
 
 class _Cumprod(torch.autograd.Function):
@@ -416,6 +441,18 @@ class _Cumprod(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, ctx.dim = inputs
         ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor, *_: Any) -> Tensor:
+        (x,), dim = ctx.saved_tensors, ctx.dim
+        if not x.numel() or not x.dim():
+            return t.clone()
+        terms, factors = (t * _products_before(x, dim)).unbind(dim), x.unbind(dim)
+        sums = [terms[0]]
+        for term, factor in zip(terms[1:], factors[1:]):
+            sums.append(torch.addcmul(term, factor, sums[-1]))
+        return torch.stack(sums, dim)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, dim: int) -> Any:
@@ -448,7 +485,7 @@ def atan2(y: Tensor, x: Tensor) -> Tensor:
     """Return the angle of the point (x, y).
 
     The gradients are (g x) r and (g (-y)) r, where r = 1 / (y y + x x) in rounded steps, and 0 if that is
-    infinite.
+    infinite. In forward mode the derivative is the sum of the same products with the tangents.
     """
     angle: Tensor = _Atan2.apply(y, x) if _is_recorded(y, x) else _Atan2.forward(y, x)
     return angle
@@ -457,6 +494,12 @@ def atan2(y: Tensor, x: Tensor) -> Tensor:
 def atan2_(y: Tensor, x: Tensor) -> Tensor:
     """Overwrite y with the angle of the point (x, y)."""
     return y.copy_(atan2(y.clone(), x))
+
+
+def _inverse_square(y: Tensor, x: Tensor) -> Tensor:
+    """Return 1 / (y y + x x) in rounded steps, and 0 if that is infinite."""
+    r = (y * y + x * x).reciprocal()
+    return torch.where(r.isinf(), 0.0, r)
 
 
 class _Atan2(torch.autograd.Function):
@@ -468,6 +511,14 @@ class _Atan2(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, of_y: Tensor, of_x: Tensor) -> Tensor:
+        y, x = ctx.saved_tensors
+        r = _inverse_square(y, x)
+        total: Tensor = of_y * x * r + of_x * -y * r
+        return total
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, y: Tensor, x: Tensor) -> Any:
@@ -484,6 +535,5 @@ class _Atan2(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         y, x = ctx.saved_tensors
-        r = (y * y + x * x).reciprocal()
-        r = torch.where(r.isinf(), 0.0, r)
+        r = _inverse_square(y, x)
         return (g * x * r).sum_to_size(y.shape), (g * -y * r).sum_to_size(x.shape)

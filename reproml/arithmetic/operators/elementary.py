@@ -15,8 +15,8 @@ from torch import Tensor
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.balls import Formula
 from reproml.arithmetic.numerics.scalars import float32_scalar
-from reproml.arithmetic.operators.arguments import float32_operands
-from reproml.errors import NotExactError
+from reproml.arithmetic.operators.arguments import float32_operands, require
+from reproml.arithmetic.operators.special import higher_polygamma
 
 _HALF = Fraction(1, 2)
 _PI = 3.141592653589793
@@ -276,14 +276,13 @@ def digamma(x: Any) -> Tensor:
 
 
 def polygamma(n: int, x: Any) -> Tensor:
-    """Return the n-th derivative of digamma, for n = 0 or 1; the latter is infinite at its poles."""
+    """Return the n-th derivative of digamma, which for n > 0 is infinite at its poles."""
     if n == 0:
         return digamma(x)
-    if n != 1:
-        raise NotExactError(
-            f"polygamma({n}, x) has no exact definition, only n = 0 and n = 1 have."
-        )
+    require(n > 0, "polygamma(n, x) does not support negative n.")
     (x,) = float32_operands(x)
+    if n > 1:
+        return higher_polygamma(n, x)
     pole = (x <= 0) & (x == x.trunc()) & x.isfinite()
     y = elementwise(lambda ctx, x: ctx.trigamma(x), torch.where(pole | x.isinf(), 1.0, x))
     y = torch.where(pole, torch.inf, y)

@@ -218,3 +218,20 @@ def compiled_segment_sums(
         out.data_ptr(),
     )
     return None if left else out
+
+
+def unsafe_masked_index(
+    x: Tensor, mask: Tensor, indices: Sequence[Optional[Tensor]], fill: Any
+) -> Tensor:
+    """Compute aten._unsafe_masked_index: x at the indices where the mask is true, elsewhere a number."""
+    return torch.ops.aten._unsafe_masked_index(x, mask, indices, fill)  # type: ignore[no-any-return]
+
+
+def unsafe_masked_index_put_accumulate(
+    x: Tensor, mask: Tensor, indices: Sequence[Optional[Tensor]], values: Tensor
+) -> Tensor:
+    """Return x + the sum of all values that are put there where the mask is true."""
+    inside = [
+        None if i is None else i.clamp(-x.shape[d], x.shape[d] - 1) for d, i in enumerate(indices)
+    ]
+    return index_put(x, inside, values.masked_fill(~mask, 0.0), True)

@@ -290,3 +290,15 @@ def elementary_function(name: str) -> Callable[..., Any]:
 
     complete = reference if odd or name in _CONSTANT_BEYOND else None
     return lambda x: elementwise(formula, *float32_operands(x), reference=complete, fast=name)
+
+
+def nextafter(x: Tensor, y: Tensor) -> Tensor:
+    """Return the float32 number next to x in the direction of y."""
+    return torch.nextafter(*float32_operands(x, y))
+
+
+def frexp(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return m and e with x = m 2^e and 1/2 <= |m| < 1; x and 0 if x is 0, infinite or NaN."""
+    m, e = torch.frexp(x)
+    ordinary = x.isfinite() & (x != 0)
+    return torch.where(ordinary, m, x), torch.where(ordinary, e, 0)

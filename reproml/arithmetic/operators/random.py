@@ -13,8 +13,10 @@ a tensor raise NotExactError for another dtype, and all of them for a generator 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any, Optional
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics.devices import is_on_accelerator, to_device
-from reproml.arithmetic.numerics.libm import EXACT_MATH, rounded_to_odd
+from reproml.arithmetic.numerics.libm import EXACT_MATH, power, rounded_to_odd
 from reproml.arithmetic.numerics.rounding import nearest
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.activations import leaky_relu
@@ -274,20 +276,44 @@ def exponential_(x: Tensor, rate: float = 1, *, generator: Any = None) -> Tensor
     return x.copy_(elementwise(lambda ctx, u: -ctx.log1p(-u) / r, u))
 
 
+def cauchy_(x: Tensor, median: float = 0, sigma: float = 1, *, generator: Any = None) -> Tensor:
+    """Write median + sigma tan(pi (u - 1/2)) to x, rounded once, with u a float64 from `rand`.
+
+    For u = 0 it is minus infinity. Raises RuntimeError unless sigma > 0.
+    """
+    require(sigma > 0, f"cauchy_ expects sigma > 0, not {sigma}")
+    u = _uniform_like(x, torch.float64, generator)
+    m, s = float32_scalar(median), float32_scalar(sigma)
+
+    def formula(ctx: Any, u: Any) -> Any:
+        v = u - Fraction(1, 2)
+        return m + s * ctx.sinpi(v) / ctx.sinpi(Fraction(1, 2) - abs(v))
+
+    y = elementwise(formula, torch.where(u == 0, 0.5, u))
+    return x.copy_(torch.where(u == 0, -torch.inf, y))
+
+
 def multinomial(
     x: Tensor, count: int, replacement: bool = False, *, generator: Any = None
 ) -> Tensor:
-    """Return the int64 indices of the largest x / q, where q is exponentially distributed.
+    """Draw int64 indices with the probabilities x / sum(x), for each row of x.
 
-    This is PyTorch's algorithm for one sample, or several without replacement. Raises NotExactError for
-    several with replacement, RuntimeError if x is not a tensor of probabilities or has too few of them.
+    One sample, or several without replacement: the indices of the largest x / q, where q is exponentially
+    distributed; x is float32 then. Several with replacement: for each a float64 u from `rand`, and the
+    first index whose prefix sum of x, which is exact, is positive and at least u sum(x). These are
+    PyTorch's algorithms.
+
+    Raises RuntimeError if x is not a tensor of probabilities or has too few of them.
     """
-    if replacement and count > 1:
-        raise NotExactError(
-            "multinomial with replacement=True is defined for one sample only; draw one at a time."
-        )
+    _require_cpu(generator)
     require((x >= 0) & x.isfinite(), "multinomial: a probability is inf, NaN or negative")
     require(x.sum(-1) > 0, "multinomial: the sum of the probabilities is 0")
+    if replacement and count > 1:
+        return _multinomial_with_replacement(x, count, generator)
+    if x.dtype is torch.float64:
+        raise NotExactError(
+            "one sample, and samples without replacement, are defined for float32; convert x to float32"
+        )
     require(
         count <= x.shape[-1],
         f"multinomial cannot draw {count} samples from {x.shape[-1]} without replacement",
@@ -296,6 +322,96 @@ def multinomial(
     ratio = (x.double() / q.double()).float()
     order: Tensor = ratio.sort(dim=-1, descending=True, stable=True).indices
     return order[..., :count]
+
+
+def _multinomial_with_replacement(x: Tensor, count: int, generator: Any) -> Tensor:
+    """Return the indices, which the CPU computes with integers of any length."""
+    rows = _numbers(x.reshape(-1, x.shape[-1]))
+    u = torch.rand(len(rows), count, generator=generator, dtype=torch.float64, device="cpu")
+    indices = []
+    for row, draws in zip(rows, (u * 2.0**53).long().tolist()):
+        ratios = [p.as_integer_ratio() for p in row]
+        scale = max(denominator for _, denominator in ratios)
+        sums = list(accumulate(n * (scale // denominator) for n, denominator in ratios))
+        bounds = [-(-draw * sums[-1] >> 53) for draw in draws]  # u sum(x), rounded up
+        indices.append([bisect_left(sums, max(bound, 1)) for bound in bounds])
+    return _to(torch.tensor(indices, device="cpu").reshape(*x.shape[:-1], count), x.device)
+
+
+def standard_gamma(x: Tensor, generator: Any = None) -> Tensor:
+    """Draw from the gamma distribution with the shapes x and scale 1.
+
+    Each number is one of `_gamma`, rounded and at least the smallest normal number. Raises RuntimeError
+    unless 0 <= x < inf.
+    """
+    _require_cpu(generator)
+    require(
+        (x >= 0) & x.isfinite(), "_standard_gamma expects shapes that are finite and not negative"
+    )
+    draws = [_gamma(a, generator) for a in _numbers(x.reshape(-1))]
+    smallest = torch.finfo(torch.float32).tiny
+    result = torch.tensor(draws, dtype=torch.float64, device="cpu").float().clamp(min=smallest)
+    return _to(result.reshape(x.shape), x.device)
+
+
+def sample_dirichlet(x: Tensor, generator: Any = None) -> Tensor:
+    """Draw from the Dirichlet distributions with the concentrations in the last axis of x.
+
+    The numbers g / sum(g), with g of `_gamma`, are rounded once, but at least the smallest normal number
+    and below 1. Raises RuntimeError unless 0 < x < inf.
+    """
+    _require_cpu(generator)
+    require(
+        (x > 0) & x.isfinite(), "_sample_dirichlet expects concentrations that are finite and > 0"
+    )
+    smallest, largest = torch.finfo(torch.float32).tiny, 1 - 2.0**-24
+    result = []
+    for row in _numbers(x.reshape(-1, x.shape[-1])):
+        draws = [Fraction(_gamma(a, generator)) for a in row]
+        total = sum(draws) or 1
+        result.append([min(largest, max(smallest, nearest(g / total))) for g in draws])
+    return _to(torch.tensor(result, dtype=torch.float32, device="cpu").reshape(x.shape), x.device)
+
+
+def _gamma(shape: float, generator: Any) -> float:
+    """Draw a binary64 number from the gamma distribution, by rejection.
+
+    G. Marsaglia and W. W. Tsang, A simple method for generating gamma variables, ACM Transactions on
+    Mathematical Software 26(3), 2000, in binary64 numbers: each operation, log and power is rounded once,
+    from left to right. PyTorch does the same; it first tries a bound that makes most logarithms
+    superfluous and accepts no other numbers.
+    """
+    if not shape:
+        return 0.0
+    scale = 1.0
+    if shape < 1:
+        scale = power(1 - _uniform(generator), 1 / shape)
+        shape += 1
+    d = shape - 1 / 3
+    c = 1 / math.sqrt(9 * d)
+    while True:
+        z = _standard_normal(generator)
+        y = 1 + c * z
+        if y <= 0:
+            continue
+        v = y * y * y
+        u = 1 - _uniform(generator)
+        if EXACT_MATH.log(u) < 0.5 * (z * z) + d * (1 - v + EXACT_MATH.log(v)):
+            return scale * d * v
+
+
+def _uniform(generator: Any) -> float:
+    return torch.rand((), generator=generator, dtype=torch.float64, device="cpu").item()
+
+
+def _standard_normal(generator: Any) -> float:
+    """Draw one number as `normal_` does, rounded to binary64 to odd."""
+    spare: list[float] = _take_spare(generator).tolist()
+    if spare:
+        return spare[0]
+    v, u = _uniform(generator), _uniform(generator)
+    _keep_spare(generator, v, u)
+    return rounded_to_odd(lambda mp: mp.sqrt(-2 * mp.log1p(-mp.mpf(u))) * mp.cospi(2 * mp.mpf(v)))
 
 
 # ---- integers ----------------------------------------------------------------------------------------
@@ -336,6 +452,13 @@ def _uniform_like(x: Tensor, dtype: torch.dtype, generator: Any) -> Tensor:
     _require_cpu(generator)
     u = torch.rand(x.shape, generator=generator, dtype=dtype, device="cpu")
     return _to(u, x.device)
+
+
+def _numbers(x: Tensor) -> Any:
+    """Return the numbers of a tensor, after all those of a device have been confirmed."""
+    if is_on_accelerator(x):
+        replay_log.flush()
+    return x.tolist()
 
 
 def _require_float32(dtype: Any) -> None:

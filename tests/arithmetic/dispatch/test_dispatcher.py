@@ -98,7 +98,7 @@ def test_operators_called_by_a_mode_are_exact():
 
 
 def test_unknown_operator_is_refused_inside_a_mode():
-    for operation in (torch.special.bessel_j0, lambda x: torch.linalg.svd(x.expand(2, 2))):
+    for operation in (torch.special.bessel_y0, lambda x: torch.linalg.svd(x.expand(2, 2))):
         with pytest.raises(reproml.NotExactError), reproml.exact(), RecordingMode():
             operation(torch.ones(2))
     with reproml.exact(), RecordingMode():
@@ -110,7 +110,7 @@ def test_operators_called_by_a_subclass_are_exact():
     with reproml.exact():
         assert torch.sum(x).held.item() == EXACT_SUM  # type: ignore[attr-defined]
         with pytest.raises(reproml.NotExactError):
-            torch.special.bessel_j0(x)
+            torch.special.bessel_y0(x)
 
 
 def test_not_implemented_passes_to_the_next():
@@ -152,7 +152,7 @@ def test_subclass_calling_super_is_exact():
         assert float(torch.sum(x)) == EXACT_SUM
         assert float(torch.mul(x, 1.0).sum()) == EXACT_SUM
         with pytest.raises(reproml.NotExactError):
-            torch.special.bessel_j0(x)
+            torch.special.bessel_y0(x)
 
 
 @pytest.mark.parametrize("compiled_before", [False, True])
@@ -185,7 +185,7 @@ def test_natively_and_intercept_again():
         exact = torch.exp(x)
         with dispatcher.natively():
             assert same_bits(torch.exp(x), native)
-            torch.special.bessel_j0(x)
+            torch.special.bessel_y0(x)
             with dispatcher.intercept_again():
                 assert same_bits(torch.exp(x), exact)
         assert same_bits(torch.exp(x), exact)
@@ -197,7 +197,7 @@ def test_interception_continues_after_an_error():
             with pytest.raises(RuntimeError):
                 torch.mm(torch.ones(2, 3), torch.ones(2, 3))
         with pytest.raises(reproml.NotExactError):
-            torch.special.bessel_j0(torch.ones(2))
+            torch.special.bessel_y0(torch.ones(2))
         assert torch.tensor(TERMS).sum().item() == EXACT_SUM
 
 

@@ -76,7 +76,8 @@ def test_matrix_product_is_correctly_rounded_on_every_worker(case, divisor, with
     def work(me: Thread) -> torch.Tensor:
         with some_without_kernels(me, without):
             mine = replace(
-                matrix_product(local_rows(a, me), local_rows(b, me), len(a)), divisor=divisor
+                matrix_product(local_rows(a, me), local_rows(b, me), len(a)).partial(),
+                divisor=divisor,
             )
             exchange = Exchange(me, [mine])
         with some_without_kernels(me, without):
@@ -102,7 +103,7 @@ def test_sums_of_one_worker_are_within_their_bound(m, n, k, random, density):
 
     a, b = numbers(m), numbers(n)
     a = a if random.getrandbits(1) else a.contiguous()
-    found = matrix_product(a, b, k)
+    found = matrix_product(a, b, k).partial()
     terms = a.long().t().unsqueeze(2) * b.long()
     totals, sizes = terms.sum(1), terms.abs().sum(1)
     assert found.sums.long().equal(totals) and found.sums.double().equal(found.sums)
@@ -155,8 +156,8 @@ def test_several_sums_are_exchanged_together(one, other, data):
 
     def work(me: Thread) -> list[torch.Tensor]:
         sums = (
-            sum_over(local_rows(x, me), (0,), len(x)),
-            matrix_product(local_rows(a, me), local_rows(b, me), len(a)),
+            sum_over(local_rows(x, me), (0,), len(x)).partial(),
+            matrix_product(local_rows(a, me), local_rows(b, me), len(a)).partial(),
         )
         return all_reduce(me, [sums[1], sums[0], sums[1]])
 
@@ -173,7 +174,9 @@ def test_nan_and_infinity_follow_ieee_754(case, without):
 
     def work(me: Thread) -> torch.Tensor:
         with some_without_kernels(me, without):
-            exchange = Exchange(me, [matrix_product(local_rows(a, me), local_rows(b, me), len(a))])
+            exchange = Exchange(
+                me, [matrix_product(local_rows(a, me), local_rows(b, me), len(a)).partial()]
+            )
         with some_without_kernels(me, without):
             exchange.send_results()
         return finish([exchange])[0]
@@ -199,7 +202,7 @@ def test_any_number_of_failures_is_resolved(count):
     a[2] = decide
 
     def work(me: Thread) -> tuple[torch.Tensor, int]:
-        found = all_reduce(me, [sum_over(local_rows(a, me), (0,), 3)])[0]
+        found = all_reduce(me, [sum_over(local_rows(a, me), (0,), 3).partial()])[0]
         return found, len(me.sent)
 
     for found, exchanges in together(2, work):
@@ -213,7 +216,7 @@ def test_without_failures_there_are_two_exchanges():
     a = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
 
     def work(me: Thread) -> int:
-        all_reduce(me, [sum_over(local_rows(a, me), (0,), 8)])
+        all_reduce(me, [sum_over(local_rows(a, me), (0,), 8).partial()])
         return len(me.sent)
 
     assert together(3, work) == [2, 2, 2]
@@ -224,7 +227,9 @@ def test_sums_of_zeros_pass_the_rounding_test():
     a = torch.tensor([[-0.0, 0.0, 1.0], [-0.0, -0.0, 0.0]])
 
     def work(me: Thread, b: list[list[float]]) -> tuple[list[int], int]:
-        return bits(all_reduce(me, [matrix_product(a, torch.tensor(b), 4)])[0]), len(me.sent)
+        return bits(all_reduce(me, [matrix_product(a, torch.tensor(b), 4).partial()])[0]), len(
+            me.sent
+        )
 
     assert together(2, lambda me: work(me, [[0.0], [-3.0]])) == [([0] * 3, 2)] * 2
     cancels = together(2, lambda me: work(me, [[1.0 - 2 * me.rank], [-3.0]]))
@@ -236,7 +241,7 @@ def test_element_costs_ten_bytes():
     a, b, size = torch.rand(4, 300), torch.rand(4, 200), 4
 
     def work(me: Thread) -> float:
-        all_reduce(me, [matrix_product(local_rows(a, me), local_rows(b, me), 4)])
+        all_reduce(me, [matrix_product(local_rows(a, me), local_rows(b, me), 4).partial()])
         sums, results = me.sent[:2]
         return (sums[1] + 4 * results[0]) * (size - 1) / (300 * 200)
 
@@ -254,11 +259,23 @@ def test_products_of_three_numbers_fit_the_accumulator(triples):
     assert int.from_bytes(stored, "little", signed=True) == units
 
 
+def test_negative_sum_underflows_to_negative_zero():
+    """Two terms cancel exactly, so that the sum with its errors kept is what remains, -2^-160."""
+    a, b = torch.tensor([[1.0], [2.0**-80], [-1.0]]), torch.tensor([[1.0], [-(2.0**-80)], [1.0]])
+
+    def work(me: Thread) -> list[int]:
+        products = matrix_product(local_rows(a, me), local_rows(b, me), 3)
+        return bits(all_reduce(me, [products.partial()])[0])
+
+    for size in (1, 2, 3):
+        assert together(size, work) == [bits(exact_product(a, b))] * size
+
+
 def test_wrong_sum_within_its_bound_is_corrected():
     """A wrong sum fails the rounding test if its bound is honest; the exact sums decide the result."""
 
     def work(me: Thread) -> float:
-        honest = sum_over(torch.tensor([[1.0, 2.0**-30]]), (1,), 4)
+        honest = sum_over(torch.tensor([[1.0, 2.0**-30]]), (1,), 4).partial()
         off = Partial(honest.sums + 2.0**-25, honest.abs_bounds + 2.0**28, 4, honest.factors)
         return float(all_reduce(me, [off])[0])
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -276,6 +277,10 @@ def test_gradients_of_products_are_the_defined_ones(zeros):
     for i in (3, 2, 1, 0):
         sums.insert(0, rounded(gs[i] + values[i + 1] * sums[0]))
     of_cumprod = [a * b for a, b in zip(before, sums)]
+    terms = [rounded(t * rounded(a * b)) for t, a, b in zip(gs, before, after)]
+    forward = [rounded(t * a) for t, a in zip(gs, before)]
+    for i in range(1, 5):
+        forward[i] = rounded(forward[i] + values[i] * forward[i - 1])
     for mode in (nullcontext, Unchanged):
         with reproml.exact(), mode():
             y = x.clone().requires_grad_()
@@ -283,6 +288,22 @@ def test_gradients_of_products_are_the_defined_ones(zeros):
             check(found, of_prod, any_zero=True)
             (found,) = torch.autograd.grad(y.cumprod(0), y, g)
             check(found, of_cumprod, any_zero=True)
+            _, found = torch.func.jvp(torch.prod, (x,), (g,))
+            check(found.reshape(1), [sum(terms[1:], terms[0])], any_zero=True)
+            _, found = torch.func.jvp(lambda x: x.cumprod(0), (x,), (g,))
+            check(found, forward, any_zero=True)
+
+
+def test_forward_derivative_of_an_angle_is_the_sum_of_its_gradients():
+    y, x, of_y, of_x = normal((4, 6), (6,), (4, 6), (6,))
+    for mode in (nullcontext, Unchanged):
+        with reproml.exact(), mode(), forward_ad.dual_level():
+            duals = forward_ad.make_dual(y, of_y), forward_ad.make_dual(x, of_x)
+            found = forward_ad.unpack_dual(torch.atan2(*duals)).tangent
+            r = (y * y + x * x).reciprocal()
+            assert same_bits(found, of_y * x * r + of_x * -y * r)
+            found = forward_ad.unpack_dual(torch.atan2(y, duals[1])).tangent
+            assert same_bits(found, 0 * x * r + of_x * -y * r)
 
 
 def test_gradients_of_products_are_those_of_torch_func():

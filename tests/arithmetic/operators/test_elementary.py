@@ -98,11 +98,3 @@ def test_many_rational_values_are_exact(name, values, exact):
     expected = torch.tensor([float(exact(v)) for v in values]).repeat(2000)
     with reproml.exact():
         assert same_bits(getattr(aten, name)(x), expected)
-
-
-def test_second_derivative_of_digamma_is_refused():
-    x = torch.ones(2, requires_grad=True)
-    with reproml.exact():
-        y = aten.polygamma(1, x)
-        with pytest.raises(reproml.NotExactError, match=r"only n = 0 and n = 1"):
-            y.sum().backward()

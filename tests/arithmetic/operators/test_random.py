@@ -279,6 +279,18 @@ def test_exponential_is_rounded_once(shape, layout, rate):
 
 
 @few
+@given(shapes, st.sampled_from([(0.0, 1.0), (0.3, 7.0)]))
+def test_cauchy_is_rounded_once(shape, parameters):
+    native, exact = both(lambda: torch.empty(shape).cauchy_(*parameters))
+    assert torch.allclose(native, exact, rtol=1e-4, atol=1e-4)
+    torch.manual_seed(5)
+    u = torch.rand(shape, dtype=torch.float64).reshape(-1).tolist()
+    median, sigma = map(float32_scalar, parameters)
+    tangents = [Real(o.mp.tan(o.mp.pi * (o.mp.mpf(v) - 0.5))) for v in u]
+    check(exact.reshape(-1), [median + sigma * t for t in tangents])
+
+
+@few
 @given(shapes, layouts)
 def test_integers_match_pytorch(shape, layout):
     """The bits equal PyTorch's on the CPU."""
@@ -301,8 +313,131 @@ def test_multinomial_matches_pytorch():
     for count in (1, 2, 3):
         native, exact = both(lambda count=count: torch.multinomial(weights, count))
         assert torch.equal(native, exact)
-    with pytest.raises(reproml.NotExactError), reproml.exact():
-        torch.multinomial(weights, 2, replacement=True)
+    with pytest.raises(reproml.NotExactError, match="convert"), reproml.exact():
+        torch.multinomial(weights.double(), 2)
+
+
+@few
+@given(
+    st.lists(st.floats(0, 1e6), min_size=1, max_size=9),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_multinomial_with_replacement_is_the_exact_inverse(weights, dtype):
+    p = torch.stack(
+        [torch.tensor([*weights, 1e-3], dtype=dtype), torch.ones(len(weights) + 1, dtype=dtype)]
+    )
+    _, exact = both(lambda: torch.multinomial(p, 40, replacement=True))
+    torch.manual_seed(5)
+    draws = torch.rand(2, 40, dtype=torch.float64)
+    for row, us, found in zip(p.tolist(), draws.tolist(), exact.tolist()):
+        sums = [sum(map(Fraction, row[: i + 1])) for i in range(len(row))]
+        reached = [[s >= Fraction(u) * sums[-1] and s > 0 for s in sums] for u in us]
+        assert found == [each.index(True) for each in reached]
+
+
+def test_samplers_and_categorical_distributions_match_pytorch():
+    sampler = torch.utils.data.WeightedRandomSampler([0.25, 0.5, 0.0, 0.25], 60)
+    native, exact = both(lambda: torch.tensor(list(sampler)))
+    assert torch.equal(native, exact) and set(exact.tolist()) == {0, 1, 3}
+    categorical = torch.distributions.Categorical(torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
+    native, exact = both(lambda: categorical.sample((30,)))
+    assert torch.equal(native, exact) and exact.shape == (30, 2)
+
+
+class GammaOracle:
+    """Draw as `_gamma` is documented, with mpmath's numbers and roundings of our own."""
+
+    def __init__(self):
+        self.spare = None
+
+    def round(self, x):
+        with o.mp.workprec(53):
+            return +x
+
+    def to_odd(self, x):
+        if not x:
+            return x
+        exponent = o.mp.mpf(2) ** (o.mp.floor(o.mp.log(abs(x), 2)) - 52)
+        quotient = abs(x) / exponent
+        digits = int(o.mp.floor(quotient))
+        digits += digits % 2 == 0 and quotient != digits
+        return o.mp.sign(x) * digits * exponent
+
+    def uniform(self):
+        return o.mp.mpf(torch.rand((), dtype=torch.float64).item())
+
+    def normal(self):
+        found, self.spare = self.spare, None
+        if found is not None:
+            return found
+        v, u = self.uniform(), self.uniform()
+        radius = o.mp.sqrt(-2 * o.mp.log1p(-u))
+        self.spare = self.to_odd(radius * o.mp.sinpi(2 * v))
+        return self.to_odd(radius * o.mp.cospi(2 * v))
+
+    def draw(self, shape):
+        r, mp = self.round, o.mp
+        a, scale = mp.mpf(shape), mp.mpf(1)
+        if not a:
+            return a
+        if a < 1:
+            scale = r(mp.power(r(1 - self.uniform()), r(1 / a)))
+            a = r(a + 1)
+        d = r(a - r(mp.mpf(1) / 3))
+        c = r(1 / r(mp.sqrt(r(9 * d))))
+        while True:
+            z = self.normal()
+            y = r(1 + r(c * z))
+            if y <= 0:
+                continue
+            v = r(r(y * y) * y)
+            u = r(1 - self.uniform())
+            right = r(r(r(1 - v) + r(mp.log(v))) * d)
+            if r(mp.log(u)) < r(r(r(z * z) / 2) + right):
+                return r(r(scale * d) * v)
+
+
+SHAPES = torch.tensor([[0.3, 1.0, 2.5], [40.0, 0.05, 1e-3], [1e6, 3.0, 0.9]])
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_gamma_is_the_rejection_method_in_rounded_steps(seed):
+    tiny = torch.finfo(torch.float32).tiny
+    x = SHAPES if seed else torch.cat([SHAPES, torch.zeros(1, 3)])
+    native, exact = both(lambda: torch._standard_gamma(x), seed=seed)
+    assert torch.allclose(native, exact, rtol=1e-5)
+    torch.manual_seed(seed)
+    oracle = GammaOracle()
+    expected = [max(oracle.draw(a), tiny) for a in x.reshape(-1).tolist()]
+    check(exact.reshape(-1), [Real(v) for v in expected])
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_dirichlet_is_a_ratio_of_gammas_rounded_once(seed):
+    native, exact = both(lambda: torch._sample_dirichlet(SHAPES), seed=seed)
+    assert torch.allclose(native, exact, rtol=1e-5, atol=1e-37)
+    torch.manual_seed(seed)
+    oracle, tiny = GammaOracle(), o.mp.mpf(torch.finfo(torch.float32).tiny)
+    expected = []
+    for row in SHAPES.tolist():
+        draws = [oracle.draw(a) for a in row]
+        expected += [min(max(g / sum(draws), tiny), 1 - o.mp.mpf(2) ** -24) for g in draws]
+    check(exact.reshape(-1), [Real(v) for v in expected])
+
+
+def test_distributions_that_draw_gammas_run():
+    one, half = torch.ones(3), torch.full((3,), 0.5)
+    D = torch.distributions  # noqa: N806
+    for distribution in (D.Gamma(half, one), D.Beta(half, one), D.Dirichlet(half), D.StudentT(one)):
+        native, exact = both(lambda distribution=distribution: distribution.sample((4,)))
+        assert torch.allclose(native, exact, rtol=1e-5)
+    with reproml.exact():
+        for x in (-one, one * math.inf, one * math.nan):
+            for draw in (torch._standard_gamma, torch._sample_dirichlet):
+                with pytest.raises(RuntimeError, match="expects"):
+                    draw(x)
+        for tiny in (torch.full((2,), 1e-40), torch.full((2,), 1e-30)):
+            assert ((torch._sample_dirichlet(tiny) > 0) & (torch._sample_dirichlet(tiny) < 1)).all()
 
 
 numbers = st.one_of(st.integers(-20, 20), st.floats(-20, 20).map(lambda x: round(x, 2)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Optional
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.functional import pad
 
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.dispatch.schema import tensors
+from reproml.arithmetic.distributed.micro_batches import MicroBatch
 from reproml.arithmetic.distributed.operands import (
     arguments_by_name,
     as_sharded,
@@ -22,20 +24,19 @@ from reproml.arithmetic.distributed.operands import (
 )
 from reproml.arithmetic.distributed.partial_sums import (
     Factors,
-    Partial,
+    Products,
     matrix_product,
     offsets,
     product_height,
     sum_over,
-    sum_products,
 )
 from reproml.arithmetic.distributed.pending import (
     add_to_checksum,
-    map_tensors,
     reduce_over_batch,
     without_exchange,
 )
 from reproml.arithmetic.distributed.sharded import Sharded, first_sharded, shard_from_right
+from reproml.arithmetic.distributed.tensors import map_tensors
 from reproml.torch_internals import compute_elementwise_output_strides
 
 aten = torch.ops.aten
@@ -86,8 +87,14 @@ def _elementwise_strides(args: Any) -> Optional[Sequence[int]]:
     batches = [x for x in tensors(args) if isinstance(x, Sharded)]
     if len({x.shape for x in batches}) > 1:
         return None
+    return _strides_of(*[(tuple(x.shape), x.stride()) for x in batches])
+
+
+@lru_cache(maxsize=256)
+def _strides_of(*layouts: Any) -> Sequence[int]:
+    """Return the strides of an elementwise result. layouts: shape and strides of each operand."""
     with natively():
-        plain = [torch.empty_strided(x.shape, x.stride(), device="meta") for x in batches]
+        plain = [torch.empty_strided(*layout, device="meta") for layout in layouts]
         strides: Sequence[int] = compute_elementwise_output_strides(*plain)
         return strides
 
@@ -134,6 +141,8 @@ def sum_or_mean(func: Any, args: Any, kwargs: Any) -> Any:
         return along_dims(func, args, kwargs)
     group = x.shard.group
     if not x.is_floating_point() and dtype in (None, torch.int64):  # exact in integers
+        if isinstance(group, MicroBatch):
+            return on_gathered_batch(func, args, kwargs)
         with natively():
             local = func(*map_tensors(Sharded, lambda y: y.local, args), **kwargs)
             return group.all_gather(local).sum(0)
@@ -145,10 +154,10 @@ def sum_or_mean(func: Any, args: Any, kwargs: Any) -> Any:
     shape = [x.shape[d] for d in kept]
     count = math.prod(x.shape[d] for d in dims)
     with natively():
-        partial = sum_over(x.local, dims, count, count if "mean" in func._schema.name else 1)
+        products = sum_over(x.local, dims, count, count if "mean" in func._schema.name else 1)
     if named.get("keepdim", False):
         shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
-    return reduce_over_batch(group, partial, shape)
+    return reduce_over_batch(group, products, shape)
 
 
 def matmul(func: Any, args: Any, kwargs: Any) -> Any:
@@ -161,8 +170,8 @@ def matmul(func: Any, args: Any, kwargs: Any) -> Any:
             if shard_a.group.size == 1:
                 return on_single_worker(func, args, kwargs)
             with natively():
-                partial = matrix_product(a.local.t(), b.local, a.shape[1])
-            return reduce_over_batch(shard_a.group, partial, (a.shape[0], b.shape[1]))
+                products = matrix_product(a.local.t(), b.local, a.shape[1])
+            return reduce_over_batch(shard_a.group, products, (a.shape[0], b.shape[1]))
     elif dims in ((-2, None), (None, -1), (-3, -3), (-3, None), (None, -3)):
         shard = shard_a or shard_b
         assert shard is not None
@@ -198,14 +207,14 @@ def convolution_backward(func: Any, args: Any, kwargs: Any) -> Any:
     if mask[1]:
         image, output = (g, x) if transposed else (x, g)
         with natively():
-            partial = _weight_partial(image, output, w, stride, padding, dilation, groups)
-        grad_w = reduce_over_batch(x.shard.group, partial, w.shape)
+            products = _weight_products(image, output, w, stride, padding, dilation, groups)
+        grad_w = reduce_over_batch(x.shard.group, products, w.shape)
     if mask[2]:
         grad_b = aten.sum.dim_IntList(g, [0, *range(2, g.dim())])
     return grad_x, grad_w, grad_b
 
 
-def _weight_partial(
+def _weight_products(
     image: Sharded,
     output: Sharded,
     w: Tensor,
@@ -213,8 +222,8 @@ def _weight_partial(
     padding: Any,
     dilation: Any,
     groups: int,
-) -> Partial:
-    """Return the partial sums of the weight's gradient, [o, c / groups * kh * kw].
+) -> Products:
+    """Return the sums of the weight's gradient, [o, c / groups * kh * kw].
 
     The kernel slides over `image`. A term is a place of the kernel on one image; factors are found by their
     offsets in memory, so that no patches are copied.
@@ -242,10 +251,8 @@ def _weight_partial(
         return rows[i], columns[i // o * length + j]
 
     factors = Factors(g.view(-1), x.view(-1), g_terms, x_terms, at)
-    parts = zip(rows.split(o), columns.split(length))
-    sums, bounds = zip(*[sum_products(factors, row, column) for row, column in parts])
-    height = product_height(places * image.shard.batch)
-    return Partial(torch.cat(sums), torch.cat(bounds), height, factors)
+    blocks = list(zip(rows.split(o), columns.split(length)))
+    return Products(factors, blocks, product_height(places * image.shard.batch))
 
 
 def new_tensor(func: Any, args: Any, kwargs: Any) -> Any:
@@ -258,10 +265,12 @@ def random_numbers(func: Any, args: Any, kwargs: Any) -> Any:
     x, *rest = args
     if any(isinstance(y, Sharded) for y in tensors(rest)):
         refuse(func, "its parameters depend on the batch")
+    if isinstance(x.shard.group, MicroBatch):
+        x.shard.group.before_draw(kwargs.get("generator"))
     with natively():
         like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         if kwargs.get("generator") is None and x.is_cpu and x.shard.group.size > 1:
-            add_to_checksum(torch.get_rng_state().numpy().tobytes())
+            add_to_checksum(x.shard.group, torch.get_rng_state().numpy().tobytes())
     result = func(like, *rest, **kwargs)
     with natively():
         local = x.shard.local_rows(result, x.shard.dim)

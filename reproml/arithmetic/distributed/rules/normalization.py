@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -12,12 +12,19 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import TENSORS
 from reproml.arithmetic.dispatch.dispatcher import natively
-from reproml.arithmetic.distributed.partial_sums import Partial, all_reduce, in_units, row_sums
+from reproml.arithmetic.distributed.micro_batches import MicroBatch
+from reproml.arithmetic.distributed.partial_sums import (
+    CHUNK,
+    Partial,
+    all_reduce,
+    in_units,
+    row_sums,
+)
 from reproml.arithmetic.distributed.pending import reduce_over_batch
 from reproml.arithmetic.distributed.rules.compute import on_gathered_batch, on_single_worker
 from reproml.arithmetic.distributed.sharded import Sharded
 from reproml.arithmetic.numerics.balls import Ball
-from reproml.arithmetic.numerics.rounding import TINY, gamma, rounding_test, widened
+from reproml.arithmetic.numerics.rounding import TINY, gamma, rounding_test, two_sum, widened
 from reproml.arithmetic.operators import normalization
 from reproml.arithmetic.operators.normalization_reference import (
     element_backward,
@@ -76,13 +83,35 @@ def _scaled_sum(operands: Sequence[Tensor], height: int) -> Partial:
             for rows in zip(*picked)
         ]
 
+    def exact_terms() -> Iterator[Tensor]:
+        step = max(1, CHUNK // max(1, 12 * len(g)))
+        for a, b, m, *others in zip(*(t.split(step, 1) for t in (g, x, mean, *factors))):
+            difference, rest = two_sum(b, -m)
+            parts = [rest * a, *(part * a for part in _halves(difference))]
+            for factor in others:
+                parts = [half * factor for part in parts for half in _halves(part)]
+            yield torch.cat(parts, 1)
+
     # A term is rounded up to four times before it is added.
-    return Partial(terms.sum(1, keepdim=True), terms.abs().sum(1), height + 4, exact=exact)
+    sums, bounds = terms.sum(1, keepdim=True), terms.abs().sum(1)
+    return Partial(sums, bounds, height + 4, exact=exact, terms=exact_terms)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two numbers of at most 26 bits whose sum is x: a binary32 number times each is exact.
+
+    Source: T. Dekker, Numerische Mathematik 18, 1971.
+    """
+    scaled = x * (2.0**27 + 1)
+    high = scaled - (scaled - x)
+    return high, x - high
 
 
 def batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
     """In training, normalize each worker's rows with the statistics of the global batch."""
     x, weight, bias, *running, training, momentum, eps = args
+    if training and isinstance(x, Sharded) and isinstance(x.shard.group, MicroBatch):
+        x.shard.group.refuse_statistics()
     if not isinstance(x, Sharded) or not x.shard.is_leading:
         return on_gathered_batch(func, args, kwargs)
     if not training or x.shard.group.size == 1:

@@ -64,6 +64,7 @@ OPERATORS.update({
         "native_batch_norm _native_batch_norm_legit": normalization.batch_norm,
         "native_batch_norm_backward": normalization.batch_norm_backward,
         "nll_loss_forward": losses.nll_loss,
+        "nll_loss2d_forward": losses.nll_loss2d,
         "nll_loss_backward nll_loss2d_backward": losses.nll_loss_backward,
         """
             mse_loss_backward smooth_l1_loss_backward huber_loss_backward soft_margin_loss_backward

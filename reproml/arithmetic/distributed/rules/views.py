@@ -16,7 +16,6 @@ from reproml.arithmetic.distributed.operands import (
     normalize_dims,
     refuse,
 )
-from reproml.arithmetic.distributed.pending import map_tensors
 from reproml.arithmetic.distributed.rules.compute import on_gathered_batch
 from reproml.arithmetic.distributed.sharded import (
     RoundRobinShard,
@@ -24,6 +23,7 @@ from reproml.arithmetic.distributed.sharded import (
     first_sharded,
     shard_from_right,
 )
+from reproml.arithmetic.distributed.tensors import map_tensors
 from reproml.torch_internals import DisableTorchDispatch
 
 aten = torch.ops.aten
@@ -163,6 +163,8 @@ def select_backward(func: Any, args: Any, kwargs: Any) -> Any:
     dim %= len(shape)
     shard = g.shard.at_dim(g.shard.dim + (g.dim() < len(shape) and dim <= g.shard.dim))
     if dim == shard.dim:
+        if g.dim() == len(shape) and g.shape[dim] == shape[dim]:  # a slice of all rows, x[:, ...]
+            return Sharded(aten.alias(g.local), shard)
         return on_gathered_batch(func, args, kwargs)
     shape[shard.dim] = shard.local_size
     return Sharded(func(g.local, shape, dim, *rest, **kwargs), shard)

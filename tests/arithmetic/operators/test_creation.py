@@ -1,0 +1,76 @@
+"""Windows and logspace against mpmath."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reproml
+from verification.functions import i0
+from verification.oracle import Real, check, mp, sqrt
+
+few = settings(max_examples=20, deadline=None)
+numbers = st.floats(-40, 40, width=32)
+
+
+def cosine(t: Fraction, times: int = 1) -> Real:
+    return Real(mp.cospi(2 * times * mp.mpf(t.numerator) / t.denominator))
+
+
+# name -> the window as a function of the place in it, from 0 to 1
+WINDOWS = {
+    "hann": lambda t: (1 - cosine(t)) / 2,
+    "hamming": lambda t: Real(0.54) - Real(0.46) * cosine(t),
+    "blackman": lambda t: Fraction(42, 100) - cosine(t) / 2 + cosine(t, 2) * Fraction(8, 100),
+    "bartlett": lambda t: Real(1 - abs(2 * t - 1)),
+    "kaiser": lambda t: i0(12 * sqrt(Real(4 * t * (1 - t)))) / i0(Real(12)),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("periodic", [True, False])
+def test_windows_are_rounded_once(name, periodic):
+    window = getattr(torch, f"{name}_window")
+    with reproml.exact():
+        assert window(0).shape == (0,) and window(1).tolist() == [1.0]
+        for length in (2, 3, 16, 25):
+            last = length if periodic else length - 1
+            wanted = [WINDOWS[name](Fraction(i, last)) for i in range(length)]
+            check(window(length, periodic), wanted, True)
+        with pytest.raises(reproml.NotExactError, match=r"use dtype=torch\.float32"):
+            window(4, dtype=torch.float64)
+    close = torch.tensor([float(x.mpf) for x in wanted])
+    assert torch.allclose(window(25, periodic), close, atol=1e-6)
+
+
+def test_parameters_of_windows_are_used():
+    with reproml.exact():
+        hamming = torch.hamming_window(4, True, 0.75, 0.25)
+        kaiser = torch.kaiser_window(4, False, 2.5)
+    assert hamming.tolist() == [0.5, 0.75, 1.0, 0.75]
+    places = [Fraction(i, 3) for i in range(4)]
+    check(kaiser, [i0(2.5 * sqrt(Real(4 * t * (1 - t)))) / i0(Real(2.5)) for t in places])
+
+
+@few
+@given(numbers, numbers, st.integers(0, 8), st.sampled_from([10.0, 2.0, 0.3, 1.0]))
+def test_logspace_is_rounded_once(start, end, steps, base):
+    with reproml.exact():
+        x = torch.logspace(start, end, steps, base)
+        assert torch.equal(x, torch.logspace(torch.tensor(start), end, steps, base))
+    slope = (Fraction(end) - Fraction(start)) / max(steps - 1, 1)
+    powers = [Fraction(start) + i * slope for i in range(steps)]
+    wanted = [
+        mp.mpf(base) ** int(p) if p.denominator == 1 else mp.exp(Real(p).mpf * mp.log(base))
+        for p in powers
+    ]
+    check(x, [Real(v) for v in wanted])
+
+
+def test_logspace_needs_positive_base():
+    with reproml.exact(), pytest.raises(reproml.NotExactError, match="use a positive base"):
+        torch.logspace(0, 2, 3, -2.0)

@@ -1,0 +1,348 @@
+"""Small matrices against Gaussian elimination on fractions, each number rounded once."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import reproml
+from tests.arithmetic.strategies import FINITE, MODERATE, SMALL_INTEGERS, tensors
+from verification import oracle as o
+from verification.oracle import NAN, Real, check, dot, reals, rounded, same_bits
+
+LinAlgError: Any = vars(torch.linalg)["LinAlgError"]
+few = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@st.composite
+def matrices(draw: Any, rows: Any = None, columns: Any = None, kinds: Any = None) -> Any:
+    m = draw(st.integers(1, 4)) if rows is None else rows
+    n = m if columns is None else columns
+    kind = draw(st.sampled_from(kinds or [MODERATE, FINITE, SMALL_INTEGERS]))
+    batch = draw(st.sampled_from([(), (2,), (0,)]))
+    return draw(tensors((*batch, m, n), kind))
+
+
+def each_matrix(x: torch.Tensor) -> list[Any]:
+    """Return the fractions of each matrix of a batch."""
+    values = np.vectorize(Fraction, otypes=[object])
+    return [values(m.double().numpy()) for m in x.reshape(-1, *x.shape[-2:])] if x.numel() else []
+
+
+def eliminated(a: Any, b: Any) -> Any:
+    """Return a^-1 b by Gauss-Jordan elimination, or None if a is singular."""
+    m = np.concatenate([a, b], 1)
+    for k in range(len(a)):
+        rows = [i for i in range(k, len(a)) if m[i, k] != 0]
+        if not rows:
+            return None
+        m[[k, rows[0]]] = m[[rows[0], k]]
+        m[k] = m[k] / m[k, k]
+        for i in range(len(a)):
+            if i != k:
+                m[i] = m[i] - m[i, k] * m[k]
+    return m[:, len(a) :]
+
+
+def eye(n: int) -> Any:
+    return np.vectorize(Fraction, otypes=[object])(np.eye(n))
+
+
+def determinant(a: Any) -> Fraction:
+    """Expand along the first row."""
+    if not len(a):
+        return Fraction(1)
+    minors = (np.delete(a[1:], j, 1) for j in range(len(a)))
+    return sum(
+        ((-1) ** j * x * determinant(m) for j, (x, m) in enumerate(zip(a[0], minors))), Fraction(0)
+    )
+
+
+def as_reals(a: Any, shape: Any) -> Any:
+    if a is None:
+        return np.full(shape, Real(NAN), dtype=object)
+    return np.vectorize(Real, otypes=[object])(a)
+
+
+def check_each(found: torch.Tensor, wanted: list[Any]) -> None:
+    if not wanted:
+        return
+    for x, y in zip(found.reshape(len(wanted), *found.shape[-2:]), wanted):
+        check(x, as_reals(y, x.shape))
+
+
+@few
+@given(st.data())
+def test_inverse_and_solution_are_rounded_once(data):
+    a = data.draw(matrices())
+    n, k = a.shape[-1], data.draw(st.integers(0, 3))
+    b = data.draw(tensors((n, k), MODERATE))
+    batch = b.expand(*a.shape[:-2], n, k)
+    with reproml.exact():
+        inverse, info = torch.linalg.inv_ex(a)
+        x, info2 = torch.linalg.solve_ex(a, batch)
+        y, _ = torch.linalg.solve_ex(a, batch.mT, left=False)
+        v, _ = torch.linalg.solve_ex(a, b[:, 0]) if k and a.dim() == 2 else (None, None)
+    exact = [eliminated(m, eye(n)) for m in each_matrix(a)]
+    check_each(inverse, exact)
+    right = each_matrix(b)[0] if k else np.empty((n, 0), dtype=object)
+    check_each(x, [eliminated(m, right) for m in each_matrix(a)])
+    transposed = [eliminated(m.T, right) for m in each_matrix(a)]
+    check_each(y, [None if z is None else z.T for z in transposed])
+    if v is not None:
+        assert same_bits(v, x[:, 0])
+    assert torch.equal(info, info2)
+    assert [i > 0 for i in info.reshape(-1).tolist()] == [z is None for z in exact]
+
+
+def test_inverse_of_64_rows_is_rounded_once():
+    torch.manual_seed(0)
+    signs = torch.randint(-2, 3, (64, 64)).float() + 70 * torch.eye(64)
+    with reproml.exact():
+        found = torch.linalg.inv(signs)
+        with pytest.raises(reproml.NotExactError, match="up to 64 rows and columns, not for"):
+            torch.linalg.inv(torch.eye(65))
+        with pytest.raises(LinAlgError, match="singular"):
+            torch.linalg.inv(torch.zeros(2, 2))
+        with pytest.raises(LinAlgError, match="singular"):
+            torch.linalg.solve(torch.ones(2, 2), torch.ones(2))
+        with pytest.raises(reproml.NotExactError, match="infinities or NaN"):
+            torch.linalg.det(torch.full((2, 2), torch.inf))
+    column = eliminated(each_matrix(signs)[0], eye(64)[:, 5:6])
+    check(found[:, 5:6], as_reals(column, None))
+
+
+@few
+@given(matrices())
+def test_determinant_and_its_gradient_are_rounded_once(a):
+    a.requires_grad_()
+    with reproml.exact():
+        value = torch.linalg.det(a)
+        sign, log = torch.linalg.slogdet(a)
+        value.sum().backward()
+    exact = [determinant(m) for m in each_matrix(a.detach())]
+    check(value.detach().reshape(-1), [Real(x) for x in exact])
+    check(log.detach().reshape(-1), [o.log(Real(abs(x))) for x in exact])
+    assert sign.reshape(-1).tolist() == [(x > 0) - (x < 0) for x in exact]
+    cofactors = []
+    for m in each_matrix(a.detach()):
+        minors = [
+            [
+                (-1) ** (i + j) * determinant(np.delete(np.delete(m, i, 0), j, 1))
+                for j in range(len(m))
+            ]
+            for i in range(len(m))
+        ]
+        cofactors.append(np.array(minors, dtype=object).reshape(len(m), len(m)))
+    if cofactors:
+        check_each(a.grad, cofactors)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_gradient_of_singular_determinant(rank):
+    torch.manual_seed(rank)
+    a: Any = (
+        (torch.randint(-3, 4, (4, rank)) @ torch.randint(-3, 4, (rank, 4))).float().requires_grad_()
+    )
+    with reproml.exact():
+        torch.linalg.det(a).backward()
+        with pytest.raises(reproml.NotExactError, match="use slogdet"):
+            torch.func.jacrev(torch.func.grad(torch.linalg.det))(a.detach())
+    (m,) = each_matrix(a.detach())
+    minors = [determinant(np.delete(np.delete(m, i, 0), j, 1)) for i in range(4) for j in range(4)]
+    signs = [(-1) ** (i + j) for i in range(4) for j in range(4)]
+    check(a.grad.reshape(-1), [Real(s * x) for s, x in zip(signs, minors)])
+    assert (rank < 3) == (not a.grad.any())
+
+
+def test_gradients_of_systems_are_solutions():
+    """Two right sides, so that each element of the gradient of a is a sum of two products."""
+    torch.manual_seed(0)
+    a, b, g = torch.randn(3, 3), torch.randn(3, 2), torch.randn(3, 2)
+    for left in (True, False):
+        u, v = a.clone().requires_grad_(), (b if left else b.T.contiguous()).requires_grad_()
+        with reproml.exact():
+            x = torch.linalg.solve(u, v, left=left)
+            of_a, of_b = torch.autograd.grad(x, [u, v], g if left else g.T)
+            logs = torch.linalg.slogdet(u)[1]
+            (of_log,) = torch.autograd.grad(logs, u)
+            inverse = torch.linalg.inv(a)
+        assert same_bits(of_log, inverse.T)
+        (m,), (right,) = each_matrix(a), each_matrix(g)
+        h = rounded(as_reals(eliminated(m.T if left else m, right), None))
+        check(of_b if left else of_b.T, h)
+        y = reals(x.detach() if left else x.detach().T)
+        outer = [[-dot(p, q) for q in y] for p in h]
+        check(of_a if left else of_a.T, np.array(outer, dtype=object))
+        v.requires_grad_(False)
+
+
+@few
+@given(matrices(kinds=[MODERATE, SMALL_INTEGERS]), st.booleans(), st.booleans())
+def test_triangular_solution_is_rounded_once(a, upper, unit):
+    n = a.shape[-1]
+    b = torch.arange(2 * n).float().reshape(n, 2) - 1.5
+    with reproml.exact():
+        x = torch.linalg.solve_triangular(a, b, upper=upper, unitriangular=unit)
+        y = torch.linalg.solve_triangular(
+            a, b.T.contiguous(), upper=upper, left=False, unitriangular=unit
+        )
+        old = torch.triangular_solve(b, a, upper, True, unit)[0]
+    wanted, from_right = [], []
+    for m in each_matrix(a):
+        m = np.triu(m) if upper else np.tril(m)
+        if unit:
+            m[np.arange(n), np.arange(n)] = Fraction(1)
+        wanted.append(eliminated(m, each_matrix(b)[0]))
+        from_right.append(eliminated(m.T, each_matrix(b)[0]))
+    check_each(x, wanted)
+    check_each(y, [None if z is None else z.T for z in from_right])
+    check_each(old, from_right)
+
+
+def factors(a: Any) -> Any:
+    """Return the pivots, L and U of exact elimination with the largest pivots."""
+    m, lower = a.copy(), np.zeros_like(a)
+    lower[:] = Fraction(0)
+    pivots = []
+    for k in range(min(m.shape)):
+        best = max(range(k, len(m)), key=lambda i: (abs(m[i, k]), -i))
+        pivots.append(best + 1)
+        m[[k, best]], lower[[k, best]] = m[[best, k]], lower[[best, k]]
+        for i in range(k + 1, len(m)):
+            if m[k, k] != 0:
+                lower[i, k] = m[i, k] / m[k, k]
+                m[i] = m[i] - lower[i, k] * m[k]
+    return pivots, lower, m
+
+
+@few
+@given(st.data())
+def test_lu_factors_are_rounded_once(data):
+    a = data.draw(matrices(data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))))
+    b = torch.ones(a.shape[-2], 1)
+    with reproml.exact():
+        lu, pivots, info = torch.linalg.lu_factor_ex(a)
+        p, lower, upper = torch.linalg.lu(a)
+        if a.shape[-1] == a.shape[-2]:
+            x = torch.linalg.lu_solve(lu, pivots, b)
+            y = torch.linalg.lu_solve(lu, pivots, b, adjoint=True)
+    exact = [factors(m) for m in each_matrix(a)]
+    check_each(lu, [np.triu(u) + np.tril(low, -1) for _, low, u in exact])
+    assert pivots.reshape(-1).tolist() == [i for p, _, _ in exact for i in p]
+    zero = [next((k + 1 for k in range(min(u.shape)) if u[k, k] == 0), 0) for _, _, u in exact]
+    assert info.reshape(-1).tolist() == zero
+    assert same_bits(upper, lu[..., : upper.shape[-2], :].triu())
+    if a.shape[-1] == a.shape[-2]:
+        given_factors = zip(each_matrix(lu), each_matrix(p))
+        products = [q.dot((np.tril(m, -1) + eye(len(m))).dot(np.triu(m))) for m, q in given_factors]
+        right = each_matrix(b)[0]
+        check_each(x, [eliminated(m, right) for m in products])
+        check_each(y, [eliminated(m.T, right) for m in products])
+
+
+def root_factor(a: Any) -> Any:
+    """Return L with L L^T = a in real numbers, or None."""
+    n = len(a)
+    lower = np.full((n, n), Real(0), dtype=object)
+    m = a.copy()
+    for k in range(n):
+        if m[k, k] <= 0:
+            return None
+        for i in range(k, n):
+            lower[i, k] = Real(m[i, k]) / o.sqrt(Real(m[k, k]))
+        for i in range(k + 1, n):
+            for j in range(k + 1, n):
+                if j <= i:
+                    m[i, j] -= m[i, k] * m[j, k] / m[k, k]
+    return lower
+
+
+@few
+@given(matrices(kinds=[MODERATE, SMALL_INTEGERS]), st.sampled_from([0.0, 1.0, 30.0]))
+def test_cholesky_factor_is_rounded_once(x, more):
+    a = x @ x.mT + more * torch.eye(x.shape[-1])
+    with reproml.exact():
+        lower, info = torch.linalg.cholesky_ex(a)
+        upper, _ = torch.linalg.cholesky_ex(a, upper=True)
+        b = torch.ones(a.shape[-1], 1)
+        y = torch.cholesky_solve(b, lower)
+        inverse = torch.cholesky_inverse(upper, upper=True)
+        if not info.any():
+            assert same_bits(torch.linalg.cholesky(a), lower)
+            assert same_bits(torch.cholesky(a), lower)
+    for matrix, found, of_upper, failed in zip(
+        a.reshape(-1, *a.shape[-2:]),
+        lower.reshape(-1, *a.shape[-2:]),
+        upper.reshape(-1, *a.shape[-2:]),
+        info.reshape(-1).tolist(),
+    ):
+        wanted = root_factor(each_matrix(matrix)[0])
+        assert (wanted is None) == (failed > 0)
+        if wanted is not None:
+            check(found, wanted)
+        # The upper factor is that of the upper triangle, which holds the same numbers if a is symmetric.
+        if torch.equal(matrix, matrix.mT):
+            assert same_bits(of_upper, found.mT)
+    products = [low.dot(low.T) for low in each_matrix(lower)]
+    check_each(y, [eliminated(m, each_matrix(b)[0]) for m in products])
+    products = [up.T.dot(up) for up in each_matrix(upper)]
+    check_each(inverse, [eliminated(m, eye(len(m))) for m in products])
+
+
+@few
+@given(st.data())
+def test_least_squares_and_pseudoinverse_are_rounded_once(data):
+    m, n = data.draw(st.sampled_from([(3, 2), (2, 3), (3, 3), (4, 1)]))
+    a = data.draw(tensors((m, n), st.floats(-1, 1, width=32))) + 4 * torch.eye(m, n)
+    b = data.draw(tensors((m, 2), MODERATE))
+    with reproml.exact():
+        x, residuals, _, _ = torch.linalg.lstsq(a, b, driver="gels")
+        same, none, rank, _ = torch.linalg.lstsq(a, b)
+        inverse = torch.linalg.pinv(a)
+    assert same_bits(x, same) and not none.numel() and int(rank) == min(m, n)
+    (f,), (right,) = each_matrix(a), each_matrix(b)
+    if m >= n:
+        exact = eliminated(f.T.dot(f), f.T)
+    else:
+        exact = eliminated(f.dot(f.T), eye(m))
+        exact = f.T.dot(exact)
+    check(inverse, as_reals(exact, None))
+    solution = exact.dot(right)
+    check(x, as_reals(solution, None))
+    if m > n:
+        check(residuals, as_reals(((f.dot(solution) - right) ** 2).sum(0), None))
+
+
+def test_rank_that_depends_on_rounding_is_refused():
+    nearly = torch.tensor([[1.0, 1.0], [1.0, 1 + 2.0**-23]])
+    deficient = torch.ones(3, 2)
+    with reproml.exact():
+        assert same_bits(torch.linalg.pinv(deficient), torch.full((2, 3), 1 / 6))
+        for function in (torch.linalg.pinv, lambda x: torch.linalg.lstsq(x, torch.ones(2, 1))):
+            with pytest.raises(reproml.NotExactError, match="no certain rank"):
+                function(nearly)
+        with pytest.raises(reproml.NotExactError, match="no certain rank"):
+            torch.linalg.lstsq(deficient, torch.ones(3, 1))
+        with pytest.raises(reproml.NotExactError, match="use driver='gelsy'"):
+            torch.linalg.lstsq(nearly, torch.ones(2, 1), driver="gelsd")
+        with pytest.raises(reproml.NotExactError, match="no certain rank"):
+            torch.linalg.pinv(torch.diag(torch.tensor([1.0, 0.1])), rtol=0.2)
+
+
+def test_transforms_of_determinants_and_systems():
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 4, 4), torch.randn(3, 4)
+    with reproml.exact():
+        assert same_bits(torch.func.vmap(torch.linalg.det)(a), torch.linalg.det(a))
+        assert same_bits(torch.func.vmap(torch.linalg.solve)(a, b), torch.linalg.solve(a, b))
+        gradients = torch.func.vmap(torch.func.grad(torch.linalg.det))(a)
+        leaf: Any = a.clone().requires_grad_()
+        torch.linalg.det(leaf).sum().backward()
+    assert same_bits(gradients, leaf.grad)

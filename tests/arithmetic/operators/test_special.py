@@ -1,0 +1,67 @@
+"""Functions that mpmath computes: orders of polygamma, arguments far from 0, and values near midpoints."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import special
+
+import reproml
+from verification import functions as f
+from verification.oracle import INF, NAN, Real, check, mp, reals, same_bits
+
+FAR = torch.tensor([2.0**58, 2.0**70, 3.0e38, 1e4, 50.0, 2.0**-149, 2.0**-140, 3 * 2.0**-149])
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_higher_polygamma_is_rounded_once(n):
+    x = torch.tensor([0.5, 3.0, -1.25, 40.0, 1e-3, 0.0, -2.0, math.inf, -math.inf, math.nan])
+    pole = INF if n % 2 else -INF
+    wanted = [Real(mp.psi(n, v)) for v in x[:5].tolist()]
+    wanted += [Real(v) for v in (pole, pole, 0, NAN, NAN)]
+    with reproml.exact():
+        check(torch.polygamma(n, x), wanted)
+        leaf: Any = x[:5].clone().requires_grad_()
+        torch.polygamma(n, leaf).sum().backward()
+        assert same_bits(leaf.grad, torch.polygamma(n + 1, x[:5]))
+
+
+def test_first_order_has_value_half_of_smallest_numbers():
+    """I1(x) = x / 2 (1 + x^2 / 8 + ...) lies just above x / 2, which is a midpoint for odd multiples."""
+    x = torch.tensor([1.0, 3.0, 5.0]) * 2.0**-149
+    with reproml.exact():
+        assert (special.i1(x) / 2.0**-149).tolist() == [1.0, 2.0, 3.0]
+        assert (special.i1e(x) / 2.0**-149).tolist() == [0.0, 1.0, 2.0]
+
+
+def test_values_far_from_zero():
+    x = torch.cat([FAR, -FAR])
+    with reproml.exact():
+        scaled, one, normal = special.i0e(x), special.i1e(x), special.log_ndtr(x)
+        error = special.erfcx(x)
+    for y, function in ((scaled, _scaled(0)), (one, _scaled(1))):
+        check(y, [Real(function(v.mpf)) for v in reals(x)])
+    for v, found in zip(reals(x), error):
+        if v.mpf > 2.0**50:  # 1 / (x sqrt pi), within 1 / (2 x^2) of it
+            check(found.reshape(1), [Real(1 / (v.mpf * mp.sqrt(mp.pi)) * (1 - 1 / (2 * v.mpf**2)))])
+        elif abs(v.mpf) < 100:
+            check(found.reshape(1), [f.erfcx(v)])
+    big = reals(x[8:10])
+    check(normal[8:10], [Real(-(v.mpf**2) / 2 - mp.log(-v.mpf * mp.sqrt(2 * mp.pi))) for v in big])
+    assert normal[0] == 0 and bool(normal[0].signbit())
+
+
+def _scaled(order):
+    def value(x):
+        size = abs(x)
+        if size > 2.0**50:
+            terms = 1 - mp.mpf(4 * order**2 - 1) / (8 * size)
+            y = terms / mp.sqrt(2 * mp.pi * size)
+        else:
+            y = mp.besseli(order, size) * mp.exp(-size)
+        return -y if order and x < 0 else y
+
+    return value
