@@ -162,8 +162,9 @@ def _gelu_inner(ctx: Any, x: Any) -> Any:
 
 
 def silu(x: Tensor) -> Tensor:
-    """Return x sigmoid(x)."""
-    return elementwise(_silu, x, reference=half_near_zero(_silu), fast="silu")
+    """Return x sigmoid(x); NaN where x is minus infinity, which is multiplied by 0."""
+    y = elementwise(_silu, x, reference=half_near_zero(_silu), fast="silu")
+    return torch.where(x == -torch.inf, torch.nan, y)
 
 
 def _silu(ctx: Any, x: Any) -> Any:
