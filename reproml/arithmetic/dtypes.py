@@ -7,7 +7,7 @@ operands of one of these dtypes and of float32, or of both of them, give float32
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Callable, Optional
 
 import torch
@@ -66,10 +66,8 @@ def run(
     """Run a definition on operands of which some are of 16 bits, and round its results once.
 
     out: the tensor that an in-place or out= form writes; the results are rounded to its dtype.
-    Raises NotExactError for operands of other floating-point dtypes.
     """
-    _require_defined([*args, *kwargs.values()])
-    asked = kwargs.get("dtype") or next((x for x in args if isinstance(x, torch.dtype)), None)
+    asked = _asked(args, kwargs)
     if asked is not None and asked.is_floating_point and name not in _RESULT_DTYPE:
         args = [_converted(x, asked) for x in args]
     promoted = _promoted([*args, *kwargs.values()])
@@ -107,6 +105,28 @@ def run(
         x.copy_(wide.get(id(x), x))
     first = next(iter(runs.values()))
     return tuple(_narrowed(runs.get(d, first)[i], d) for i, d in enumerate(dtypes))
+
+
+def is_float64(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Return whether operands, of which some are of 16 bits, are promoted or converted to float64.
+
+    Raises NotExactError for operands of other dtypes.
+    """
+    values = [*args, *kwargs.values()]
+    _require_defined(values)
+    return (_asked(args, kwargs) or _promoted(values)) is torch.float64
+
+
+def as_float64(values: Iterable[Any]) -> list[Any]:
+    """Return arguments with their tensors of 16 bits converted to float64."""
+    every = list(values)
+    wide = {id(x): x.double() for x in tensors(every) if x.dtype in NARROW}
+    return [_replaced(x, wide) if not isinstance(x, torch.dtype) else x for x in every]
+
+
+def _asked(args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[torch.dtype]:
+    """Return the argument `dtype` of an operator."""
+    return kwargs.get("dtype") or next((x for x in args if isinstance(x, torch.dtype)), None)
 
 
 def _require_defined(values: Sequence[Any]) -> None:

@@ -214,6 +214,13 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
             out.resize_(result.shape).copy_(result)
         return outs[0] if len(outs) == 1 else tuple(outs)
 
+    def wide(*args: Any, **kwargs: Any) -> Any:
+        for x in args[:1] if in_place else [kwargs[output] for output in outputs]:
+            if x.dtype in dtypes.NARROW:
+                raise NotExactError(f"its result would be rounded to float64 and then to {x.dtype}")
+        names, values = list(kwargs), dtypes.as_float64(kwargs.values())
+        return exact(*dtypes.as_float64(args), **dict(zip(names, values)))
+
     def exact(*args: Any, **kwargs: Any) -> Any:
         if not kwargs and _all_of(usual, args):
             if not outputs:
@@ -223,6 +230,8 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
         elif _is_on_meta(args, kwargs):
             return operator(*args, **kwargs)
         elif name not in table.FLOAT32_ONLY and dtypes.has_narrow(args, kwargs):
+            if dtypes.is_float64(args, {k: x for k, x in kwargs.items() if k not in outputs}):
+                return wide(*args, **kwargs)
             return narrow(*args, **kwargs)
         elif _runs_natively(name, [*args, *kwargs.values()]):
             return operator(*args, **kwargs)
