@@ -46,6 +46,8 @@ _RESULTS: dict[str, tuple[Any, ...]] = {
 _WRITTEN = dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), (3, 4))
 # Operators whose argument `dtype` is that of their result alone; others convert their operands to it first.
 _RESULT_DTYPE = ("_softmax_backward_data", "_log_softmax_backward_data")
+# Operators of which the result has the default dtype, whatever the tensors among their operands.
+_FACTORIES = ("arange", "linspace")
 # Operators that round any float32 operands once to a narrower dtype, that of the tensor that they write. The
 # definitions of others use that a number of an operand is one of the result, too.
 _FROM_WIDER = frozenset(
@@ -71,7 +73,9 @@ def run(
     if asked is not None and asked.is_floating_point and name not in _RESULT_DTYPE:
         args = [_converted(x, asked) for x in args]
     promoted = _promoted([*args, *kwargs.values()])
-    if name in layouts.ELEMENTWISE:  # integers become numbers of the dtype in which PyTorch computes
+    if (
+        name in layouts.ELEMENTWISE
+    ):  # integers become numbers of the dtype in which PyTorch computes
         args = [_float_operand(x, promoted) for x in args]
     wide = {id(x): x.float() for x in tensors([*args, *kwargs.values()]) if x.dtype in NARROW}
     written = [args[i] for i in _WRITTEN.get(name, ()) if isinstance(args[i], Tensor)]
@@ -86,7 +90,7 @@ def run(
     if name not in _RESULTS:
         if name.endswith("_"):
             out = args[0]
-        dtype = asked or promoted
+        dtype = asked or (torch.get_default_dtype() if name in _FACTORIES else promoted)
         if name in ("_softmax", "_log_softmax") and args[2]:
             dtype = torch.float32
         if out is not None and out.dtype is not dtype:

@@ -116,8 +116,10 @@ def _require_strided(function: Function, rounds_once: bool = False) -> Function:
     """
     run = getattr(function, "_op", function)  # saves a Python frame
     schema = getattr(function, "_schema", None)
-    types = [str(x.type) for x in schema.arguments] if schema else []
-    values = frozenset(i for i, kind in enumerate(types) if kind in ("number", "Tensor"))
+    arguments = enumerate(schema.arguments) if schema else ()
+    values = frozenset(
+        i for i, x in arguments if str(x.type) in ("number", "Tensor") and x.name[:3] != "ind"
+    )
 
     def strided(*args: Any, **kwargs: Any) -> Any:
         for x in args:  # every operator takes this path: no generator for what is not a list
@@ -172,13 +174,13 @@ def _refuse_layout(x: Tensor) -> None:
 def _numbers_beside(dtype: torch.dtype, args: Any, values: frozenset[int]) -> list[Any]:
     """Return the operands with each number such that PyTorch, by way of float32, rounds it once to `dtype`.
 
-    values: the places of operands that are such numbers; elsewhere an integer is a size or an index. A
+    values: the places of operands that may be such numbers; elsewhere an integer is a size or an index. A
     tensor without axes stands for a number.
     """
     given = list(args)
     for i, x in enumerate(args):
         if isinstance(x, Tensor):
-            if x.dtype in _WIDE and not x.dim() and not x.is_meta:
+            if i in values and x.dtype in _WIDE and not x.dim() and not x.is_meta:
                 given[i] = casts.float32_to_odd(x)
         elif type(x) is float or (type(x) is int and i in values):
             if not casts.is_float32(x):

@@ -1730,7 +1730,12 @@ def test_exact_zero_of_row_is_positive():
 
 
 # results that are float32 whatever the operands are
-STORED = {(name, i) for name in CASES if name.endswith(("norm", "norm_legit", "no_training")) for i in (1, 2)}
+STORED = {
+    (name, i)
+    for name in CASES
+    if name.endswith(("norm", "norm_legit", "no_training"))
+    for i in (1, 2)
+}
 STORED |= {("_weight_norm_interface", 1)}
 
 

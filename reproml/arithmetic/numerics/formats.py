@@ -52,9 +52,7 @@ def target() -> Format:
 
 
 @contextmanager
-def rounding_to(
-    dtype: torch.dtype, written: Optional[torch.dtype] = None
-) -> Iterator[Format]:
+def rounding_to(dtype: torch.dtype, written: Optional[torch.dtype] = None) -> Iterator[Format]:
     """Round to the format of a dtype within this block: float32, bfloat16, float16 or float64.
 
     written: the dtype of operands that the definition writes, such as running statistics.

@@ -282,7 +282,9 @@ def _reference_nll(
     picked = torch.where(counted, x.gather(1, index.unsqueeze(1)).squeeze(1), 0.0)
     w = counted.float() if weight is None else torch.where(counted, weight[index], 0.0)
     if reduction == NONE:
-        return torch.where(counted, -operate(torch.mul, picked, w), 0.0), torch.zeros((), device=x.device)
+        return torch.where(counted, -operate(torch.mul, picked, w), 0.0), torch.zeros(
+            (), device=x.device
+        )
     total = reduce_sum(w, ())
     if reduction == SUM:
         return -reduce_sum(picked, (), y=w), total
