@@ -22,7 +22,7 @@ SLOW_FILES = {
     for folder, names in {
         "tests": "cli distributed examples gallery layout matrix package readme report samples script "
         "seeding torch_internals training_state windows",
-        "tests/arithmetic": "context operator_table patches selftest",
+        "tests/arithmetic": "context dtypes operator_table patches selftest",
         "tests/arithmetic/numerics": "libm",
         "tests/arithmetic/compiler": "direct evaluate fast pair_program rounding_bounds",
         "tests/arithmetic/dispatch": "deferred dispatcher",

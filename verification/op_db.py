@@ -1,14 +1,14 @@
 """Compare PyTorch's own operator samples under exact arithmetic with a float64 reference.
 
-    python -m verification.op_db [--dtype bfloat16] [NAME ...]      # default: float32, every operator of op_db
+    python -m verification.op_db [--dtype DTYPE] [NAME ...]     # default: float32, every operator of op_db
 
 Three things are compared for each sample of this dtype of
 `torch.testing._internal.common_methods_invocations.op_db` that exact() does not refuse, forward and
 backward:
 
 1. every call of an operator of the table with PyTorch's own operator on the same operands in float64.
-   The distance is at most half an ulp of the result's dtype, plus the error of the float64 reference. For the
-   operators of COMPOSITE, which round more than once, it is a few ulps of the largest element;
+   The distance is at most half an ulp of the result's dtype, plus the error of the float64 reference. For
+   the operators of COMPOSITE, which round more than once, it is a few ulps of the largest element;
 2. the results and the gradients with float64 autograd, from end to end, within COARSE, as several
    roundings may lie between;
 3. the shapes, dtypes, devices and layouts of the results and the gradients with native PyTorch.
@@ -48,7 +48,7 @@ COMPOSITE = frozenset(
 STEPS = 2.0**5  # units of the last place
 
 dtype = torch.float32  # of the samples
-# Precision in bits, exponent of the smallest normal number, exponent of the first power of two that is too large.
+# Precision in bits, exponents of the smallest normal number and of the first power of two that overflows.
 FORMATS = {
     torch.float32: (24, -126, 128),
     torch.bfloat16: (8, -126, 128),

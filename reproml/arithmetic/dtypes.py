@@ -28,8 +28,8 @@ def has_narrow(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     )
 
 
-# Operators of which the results have dtypes of their own: for each result, the operand whose dtype it has, None
-# for float32, or a tuple, of which the first operand that is there counts.
+# Operators of which the results have dtypes of their own: for each result, the operand whose dtype it has,
+# None for float32, or a tuple, of which the first operand that is there counts.
 _RESULTS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         """native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit
@@ -48,8 +48,8 @@ _WRITTEN = dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), (3, 
 _RESULT_DTYPE = ("_softmax_backward_data", "_log_softmax_backward_data")
 # Operators of which the result has the default dtype, whatever the tensors among their operands.
 _FACTORIES = ("arange", "linspace")
-# Operators that round any float32 operands once to a narrower dtype, that of the tensor that they write. The
-# definitions of others use that a number of an operand is one of the result, too.
+# Operators that round any float32 operands once to a narrower dtype, that of the tensor that they write.
+# The definitions of others use that a number of an operand is one of the result, too.
 _FROM_WIDER = frozenset(
     """
     add sub rsub mul div addcmul addcdiv lerp mm bmm addmm baddbmm mv addmv addbmm addr dot sum mean cumsum
@@ -162,7 +162,7 @@ def _dtype_written(name: str, out: torch.dtype, result: torch.dtype) -> torch.dt
 
 
 def _float_operand(x: Any, dtype: torch.dtype) -> Any:
-    """Return an integer operand in the dtype to which PyTorch promotes; a 0-dim one like a Python number."""
+    """Return an integer operand in the dtype to which PyTorch promotes, and a 0-dim one in float32."""
     if not isinstance(x, Tensor) or x.dtype in NARROW or x.dtype is torch.float32:
         return x
     return x.float() if not x.dim() else casts.to_copy(x, dtype=dtype)

@@ -45,7 +45,7 @@ def _nearest_even(x: Any) -> Any:
 
 
 float32 = np.float32
-# name of the table or of DATA_MOVEMENT -> other arguments, a binary64 evaluation on finite numbers other than 0
+# name of the table -> other arguments, a binary64 evaluation on finite numbers other than 0
 UNARY: dict[str, tuple[tuple[Any, ...], Callable[[Any], Any]]] = {
     "exp": ((), np.exp),
     "exp2": ((), np.exp2),
@@ -391,6 +391,11 @@ def test_activations_have_their_limits(dtype):
         assert torch.nn.functional.silu(x).isnan().tolist() == [True, False]
 
 
+def moved_by_a_tenth(old: Any, new: Any) -> Any:
+    m = float32_scalar(0.1)
+    return (1 - m) * old + m * new
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.usefixtures("path")
 def test_batch_norm_writes_statistics_in_their_dtype(dtype):
@@ -403,6 +408,5 @@ def test_batch_norm_writes_statistics_in_their_dtype(dtype):
             exact_mean = torch.mean(x.float(), (0, 2))
         assert y.dtype is dtype and mean.dtype is of_statistics
         start = reals(torch.full((2,), 0.1, dtype=of_statistics))
-        m = float32_scalar(0.1)
         with o.rounding_to(of_statistics):
-            check(mean, every(lambda old, new: (1 - m) * old + m * new, start, reals(exact_mean)))
+            check(mean, every(moved_by_a_tenth, start, reals(exact_mean)))

@@ -359,8 +359,8 @@ class TensorContext(Binary64Context):
     def plus(self, x: Ball, y: Ball) -> Ball:
         """x + y, the last step of a formula in which y may be much smaller than x.
 
-        If x + y rounds to a midpoint of the target in binary64, the sign of TwoSum's error is the side of the
-        midpoint on which x + y lies. No other midpoint is within an ulp of binary64, so every number on
+        If x + y rounds to a midpoint of the target in binary64, the sign of TwoSum's error is the side of
+        the midpoint on which x + y lies. No other midpoint is within an ulp of binary64, so every number on
         that side rounds like the exact one.
         """
         s, t = two_sum(x.mid, y.mid)

@@ -70,8 +70,8 @@ def rounding_to(dtype: torch.dtype, written: Optional[torch.dtype] = None) -> It
 def storing() -> AbstractContextManager[Format]:
     """Round to float32 within this block, where the target is narrower.
 
-    It is for the intermediate results of a definition that PyTorch stores in float32 whatever the operands are, such
-    as the statistics of a normalization.
+    It is for the intermediate results of a definition that PyTorch stores in float32 whatever the operands
+    are, such as the statistics of a normalization.
     """
     return rounding_to(torch.float32 if _local.target.precision < 24 else _local.target.dtype)
 

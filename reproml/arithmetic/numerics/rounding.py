@@ -3,7 +3,7 @@
 The target is binary32, or that of an operator on other tensors (formats.py).
 
 The rounding test (A. Ziv, ACM TOMS 17(3), 1991): if an exact value lies between two binary64 numbers, and
-both of these ends round to the same number of the target format, then so does the exact value, as rounding is
+both of these ends round to the same number of the target, then so does the exact value, as rounding is
 monotone. `rounding_test` is the only place in Python where the test is written. It assumes that the exact
 value lies between the ends as they were computed, so each caller must give its error bound enough room for
 the roundings that it does not count:
@@ -72,8 +72,8 @@ def rounding_test(low: Tensor, high: Tensor, zeros_agree: bool = False) -> tuple
     low, high: float64 tensors of one shape, the computed ends. See the module's docstring for what they
     must enclose.
     zeros_agree: whether the ends may round to zeros of different signs; the caller then decides the sign.
-    Returns (rounded, failed): of the target's container, correct wherever `failed`, a bool tensor, is False. A NaN at both
-    ends is a failure with `zeros_agree`; otherwise the result is NaN.
+    Returns (rounded, failed): of the target's container, correct wherever `failed`, a bool tensor, is
+    False. A NaN at both ends is a failure with `zeros_agree`; otherwise the result is NaN.
     """
     rounded, below = narrow(high), narrow(low)
     if zeros_agree:
@@ -110,8 +110,8 @@ def round_ball(mid: Tensor, error: Tensor, resolve: Resolve) -> Tensor:
 
     mid, error: float64 tensors of one shape, error >= 0. A NaN or infinite midpoint is the result itself.
     resolve: called for the elements that fail the test.
-    Returns a tensor of the target's container. A zero has the sign of `mid`. On a device, failed elements may be resolved
-    later (see `defer_test`).
+    Returns a tensor of the target's container. A zero has the sign of `mid`. On a device, failed elements
+    may be resolved later (see `defer_test`).
     """
     size = mid.abs()
     error = torch.where(error == 0, error, widened(error, size)) + TINY
