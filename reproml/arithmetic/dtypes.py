@@ -44,10 +44,10 @@ _RESULTS: dict[str, tuple[Any, ...]] = {
 }
 # Operands that a definition writes; of names that end in "_" the first, which is also their result.
 _WRITTEN = dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), (3, 4))
-# Operators whose argument `dtype` is that of their result alone; others convert their operands to it first.
-_RESULT_DTYPE = ("_softmax_backward_data", "_log_softmax_backward_data")
 # Operators of which the result has the default dtype, whatever the tensors among their operands.
 _FACTORIES = ("arange", "linspace")
+# Operators whose argument `dtype` is that of their result alone; others convert their operands to it first.
+_RESULT_DTYPE = (*_FACTORIES, "_softmax_backward_data", "_log_softmax_backward_data")
 # Operators that round any float32 operands once to a narrower dtype, that of the tensor that they write.
 # The definitions of others use that a number of an operand is one of the result, too.
 _FROM_WIDER = frozenset(

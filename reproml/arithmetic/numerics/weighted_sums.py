@@ -168,9 +168,10 @@ def nearest_of_quotients(terms: Tensor, divisors: Tensor) -> Any:
 
     A row becomes s + t exactly, by TwoSum (Knuth, The Art of Computer Programming 2, section 4.2.2). Let m
     be the number nearest to s / d that has one bit more than the target's. If it is a midpoint of numbers
-    of the target, the sign of s + t - m d decides: m d is exact, s - m d too as the two are close (Sterbenz),
-    and the sign of a rounded sum is right. Otherwise no midpoint is near, and s / d rounds correctly. Rows
-    that are too long for two numbers, and results that may be subnormal, are computed by fractions.
+    of the target, the sign of s + t - m d decides: m d is exact, s - m d too as the two are close
+    (Sterbenz), and the sign of a rounded sum is right. Otherwise no midpoint is near, and s / d rounds
+    correctly. Rows that are too long for two numbers, and results that may be subnormal, are computed by
+    fractions.
     """
     s, t = terms[:, 0], torch.zeros_like(divisors)
     inexact = torch.zeros_like(divisors, dtype=torch.bool)
