@@ -270,7 +270,7 @@ def float_of(x: Real, dtype: Any = None) -> float:
     if dtype is torch.bfloat16:
         bits, dtype = bits << 16 if bits >= 0 else bits, torch.float32
     integer, number = FORMATS[dtype][4:]
-    return math.nan if bits < 0 else float(integer(bits).view(number))
+    return math.nan if bits < 0 else float(np.array(bits, integer).view(number))
 
 
 def rounded(x: Any) -> Any:

@@ -34,6 +34,7 @@ from reproml.arithmetic import operator_table as table
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.dispatcher import Handler, Kind
 from reproml.arithmetic.dispatch.schema import tensors
+from reproml.arithmetic.numerics.formats import NARROW
 from reproml.arithmetic.operators import casts
 from reproml.errors import NotExactError
 from reproml.torch_internals import DispatchKey, UnknownPyTorchError
@@ -127,7 +128,7 @@ def _require_strided(function: Function, rounds_once: bool = False) -> Function:
                 if x.layout is not torch.strided or x.is_complex():
                     _refuse_layout(x)
                 if not rounds_once and x.dtype in casts.NARROW:
-                    args = _numbers_beside(x.dtype, args, values)
+                    args = tuple(_numbers_beside(x.dtype, args, values))
             elif isinstance(x, (list, tuple)):
                 for y in tensors(x):
                     if y.layout is not torch.strided or y.is_complex():
@@ -218,7 +219,7 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
 
     def wide(*args: Any, **kwargs: Any) -> Any:
         for x in args[:1] if in_place else [kwargs[output] for output in outputs]:
-            if x.dtype in dtypes.NARROW:
+            if x.dtype in NARROW:
                 raise NotExactError(f"its result would be rounded to float64 and then to {x.dtype}")
         names, values = list(kwargs), dtypes.as_float64(kwargs.values())
         return exact(*dtypes.as_float64(args), **dict(zip(names, values)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any, Callable
 
 import numpy as np
@@ -196,7 +197,7 @@ def test_gelu_by_tanh_is_exact_for_all_numbers(dtype):
         found = torch.nn.functional.gelu(x, approximate="tanh")
     assert np.array_equal(bits(found)[decided], bits(torch.from_numpy(low).to(dtype))[decided])
     c = o.sqrt(real(2) / o.Real(o.mp.pi + 0))
-    coefficient = o.Fraction(44715, 1000000)
+    coefficient = Fraction(44715, 1000000)
     with o.rounding_to(dtype):
         values = [r * o.sigmoid(2 * c * (r + coefficient * r * r * r)) for r in reals(x[~decided])]
         check(found[~decided], values)

@@ -300,8 +300,8 @@ def test_arithmetic_of_8_bits_is_refused(dtype, beside):
         y = x if beside is None else torch.ones(3, dtype=beside)
         assert str(dtype).replace("torch.", "") in refused(function, x, y)
         assert str(dtype).replace("torch.", "") in refused(function, y, x)
-    for function in (torch.sum, torch.exp, torch.sqrt, lambda x: x.softmax(0)):
-        assert str(dtype).replace("torch.", "") in refused(function, x)
+    for unary in (torch.sum, torch.exp, torch.sqrt, lambda x: x.softmax(0)):
+        assert str(dtype).replace("torch.", "") in refused(unary, x)
 
 
 FRACTIONS = st.lists(st.floats(-1e300, 1e300), min_size=3, max_size=3)
@@ -622,7 +622,7 @@ UNKNOWN = [
     lambda: torch.ones(2, dtype=torch.bfloat16).exp() ** torch.ones(2, dtype=torch.float64),
     lambda: torch.ones(2, dtype=torch.bfloat16).to_sparse() * 2,
     lambda: torch.histogram(torch.ones(2, dtype=torch.bfloat16), 3),
-    lambda: torch.cdist(*[torch.ones(2, 2, dtype=torch.float16)] * 2),
+    lambda: torch.pdist(torch.ones(2, 2, dtype=torch.float16)),
 ]
 
 
