@@ -20,9 +20,10 @@ settings.load_profile("reproml")
 SLOW_FILES = {
     f"{folder}/test_{name}.py"
     for folder, names in {
-        "tests": "accumulation cli distributed examples gallery layout matrix package readme report "
-        "samples script seeding torch_internals training_state windows",
-        "tests/arithmetic": "context operator_table patches selftest",
+        "tests": "accumulation cli distributed examples gallery layout matrix package "
+        "readme report samples script seeding torch_internals training_state "
+        "windows",
+        "tests/arithmetic": "context dtypes operator_table patches selftest",
         "tests/arithmetic/numerics": "libm",
         "tests/arithmetic/compiler": "direct evaluate fast pair_program rounding_bounds",
         "tests/arithmetic/dispatch": "deferred dispatcher",

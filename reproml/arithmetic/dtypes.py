@@ -7,15 +7,17 @@ operands of one of these dtypes and of float32, or of both of them, give float32
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
 
+from reproml.arithmetic import layouts
 from reproml.arithmetic.dispatch.schema import tensors
-from reproml.arithmetic.numerics.formats import NARROW, rounding_to
+from reproml.arithmetic.numerics.formats import FORMATS, NARROW, rounding_to
 from reproml.arithmetic.operators import casts
+from reproml.errors import NotExactError
 
 
 def has_narrow(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -37,9 +39,23 @@ _RESULTS: dict[str, tuple[Any, ...]] = {
     "native_layer_norm_backward": (1, (5, 1), (5, 1)),
     "native_group_norm_backward": (1, (4, 1), (4, 1)),
     "native_batch_norm_backward": (1, (2, 1), (2, 1)),
+    "_weight_norm_interface": (0, None),
+    "_weight_norm_interface_backward": (1, 2),
 }
 # Operands that a definition writes; of names that end in "_" the first, which is also their result.
 _WRITTEN = dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), (3, 4))
+# Operators of which the result has the default dtype, whatever the tensors among their operands.
+_FACTORIES = ("arange", "linspace")
+# Operators whose argument `dtype` is that of their result alone; others convert their operands to it first.
+_RESULT_DTYPE = (*_FACTORIES, "_softmax_backward_data", "_log_softmax_backward_data")
+# Operators that round any float32 operands once to a narrower dtype, that of the tensor that they write.
+# The definitions of others use that a number of an operand is one of the result, too.
+_FROM_WIDER = frozenset(
+    """
+    add sub rsub mul div addcmul addcdiv lerp mm bmm addmm baddbmm mv addmv addbmm addr dot sum mean cumsum
+    copysign maximum minimum clamp clamp_min clamp_max index_put index_put_ index_add scatter_add
+    """.split()
+)
 
 
 def run(
@@ -53,14 +69,19 @@ def run(
 
     out: the tensor that an in-place or out= form writes; the results are rounded to its dtype.
     """
-    asked = kwargs.get("dtype") or next((x for x in args if isinstance(x, torch.dtype)), None)
-    if asked is not None and asked.is_floating_point:  # PyTorch converts the operands first
+    asked = _asked(args, kwargs)
+    if asked is not None and asked.is_floating_point and name not in _RESULT_DTYPE:
         args = [_converted(x, asked) for x in args]
     promoted = _promoted([*args, *kwargs.values()])
+    if (
+        name in layouts.ELEMENTWISE
+    ):  # integers become numbers of the dtype in which PyTorch computes
+        args = [_float_operand(x, promoted) for x in args]
     wide = {id(x): x.float() for x in tensors([*args, *kwargs.values()]) if x.dtype in NARROW}
+    written = [args[i] for i in _WRITTEN.get(name, ()) if isinstance(args[i], Tensor)]
 
     def run_to(dtype: torch.dtype) -> Any:
-        with rounding_to(dtype):
+        with rounding_to(dtype, written[0].dtype if written else dtype):
             return definition(
                 *[_replaced(x, wide) for x in args],
                 **{k: _replaced(x, wide) for k, x in kwargs.items()},
@@ -69,20 +90,82 @@ def run(
     if name not in _RESULTS:
         if name.endswith("_"):
             out = args[0]
-        dtype = out.dtype if out is not None else asked or promoted
+        dtype = asked or (torch.get_default_dtype() if name in _FACTORIES else promoted)
+        if name in ("_softmax", "_log_softmax") and args[2]:
+            dtype = torch.float32
+        if out is not None and out.dtype is not dtype:
+            dtype = _dtype_written(name, out.dtype, dtype)
         results = run_to(dtype)
         if name.endswith("_"):
             return args[0].copy_(results)
         if isinstance(results, Tensor):
             return _narrowed(results, dtype)
+        if not isinstance(results, (list, tuple)):
+            return results
         return type(results)(_narrowed(x, dtype) for x in results)
     dtypes = [_dtype_of(source, args) for source in _RESULTS[name]]
     runs = {dtype: run_to(dtype) for dtype in set(dtypes[:1] if None in _RESULTS[name] else dtypes)}
-    for i in _WRITTEN.get(name, ()):
-        if isinstance(args[i], Tensor):
-            args[i].copy_(wide.get(id(args[i]), args[i]))
+    for x in written:
+        x.copy_(wide.get(id(x), x))
     first = next(iter(runs.values()))
     return tuple(_narrowed(runs.get(d, first)[i], d) for i, d in enumerate(dtypes))
+
+
+def is_float64(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Return whether operands, of which some are of 16 bits, are promoted or converted to float64.
+
+    Raises NotExactError for operands of other dtypes.
+    """
+    values = [*args, *kwargs.values()]
+    _require_defined(values)
+    return (_asked(args, kwargs) or _promoted(values)) is torch.float64
+
+
+def as_float64(values: Iterable[Any]) -> list[Any]:
+    """Return arguments with their tensors of 16 bits converted to float64."""
+    every = list(values)
+    wide = {id(x): x.double() for x in tensors(every) if x.dtype in NARROW}
+    return [_replaced(x, wide) if not isinstance(x, torch.dtype) else x for x in every]
+
+
+def _asked(args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[torch.dtype]:
+    """Return the argument `dtype` of an operator."""
+    return kwargs.get("dtype") or next((x for x in args if isinstance(x, torch.dtype)), None)
+
+
+def _require_defined(values: Sequence[Any]) -> None:
+    if any(isinstance(x, complex) for x in values):
+        raise NotExactError("it is not defined for complex numbers")
+    for x in tensors(values):
+        if x.layout is not torch.strided:
+            raise NotExactError(f"it is not defined for layout {x.layout}")
+        if x.is_complex() or (x.is_floating_point() and x.dtype not in FORMATS):
+            raise NotExactError(
+                f"it is defined for float32, bfloat16 and float16, not for {x.dtype}; convert its "
+                "operands to one of these"
+            )
+
+
+def _dtype_written(name: str, out: torch.dtype, result: torch.dtype) -> torch.dtype:
+    """Return the dtype to which results of dtype `result` are rounded for a tensor of dtype `out`."""
+    if not torch.can_cast(result, out):
+        raise RuntimeError(f"result type {result} can't be cast to the output type {out}")
+    if out not in FORMATS:
+        raise NotExactError(f"a result of {out} has no exact definition")
+    if torch.promote_types(result, out) is out:  # each number of the result is one of `out`
+        return result
+    if name not in _FROM_WIDER:
+        raise NotExactError(
+            f"its result would be rounded to {result} and then to {out}; write it to a {result} tensor"
+        )
+    return out
+
+
+def _float_operand(x: Any, dtype: torch.dtype) -> Any:
+    """Return an integer operand in the dtype to which PyTorch promotes, and a 0-dim one in float32."""
+    if not isinstance(x, Tensor) or x.dtype in NARROW or x.dtype is torch.float32:
+        return x
+    return x.float() if not x.dim() else casts.to_copy(x, dtype=dtype)
 
 
 def _dtype_of(source: Any, args: Sequence[Any]) -> torch.dtype:

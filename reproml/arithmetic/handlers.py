@@ -34,6 +34,7 @@ from reproml.arithmetic import operator_table as table
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.dispatcher import Handler, Kind
 from reproml.arithmetic.dispatch.schema import tensors
+from reproml.arithmetic.numerics.formats import NARROW
 from reproml.arithmetic.operators import casts
 from reproml.errors import NotExactError
 from reproml.torch_internals import DispatchKey, UnknownPyTorchError, in_forward_mode
@@ -116,8 +117,10 @@ def _require_strided(function: Function, rounds_once: bool = False) -> Function:
     """
     run = getattr(function, "_op", function)  # saves a Python frame
     schema = getattr(function, "_schema", None)
-    types = [str(x.type) for x in schema.arguments] if schema else []
-    values = frozenset(i for i, kind in enumerate(types) if kind in ("number", "Tensor"))
+    arguments = enumerate(schema.arguments) if schema else ()
+    values = frozenset(
+        i for i, x in arguments if str(x.type) in ("number", "Tensor") and x.name[:3] != "ind"
+    )
 
     def strided(*args: Any, **kwargs: Any) -> Any:
         for x in args:  # every operator takes this path: no generator for what is not a list
@@ -179,13 +182,13 @@ def _undefined_layout(x: Tensor) -> str:
 def _numbers_beside(dtype: torch.dtype, args: Any, values: frozenset[int]) -> list[Any]:
     """Return the operands with each number such that PyTorch, by way of float32, rounds it once to `dtype`.
 
-    values: the places of operands that are such numbers; elsewhere an integer is a size or an index. A
+    values: the places of operands that may be such numbers; elsewhere an integer is a size or an index. A
     tensor without axes stands for a number.
     """
     given = list(args)
     for i, x in enumerate(args):
         if isinstance(x, Tensor):
-            if x.dtype in _WIDE and not x.dim() and not x.is_meta:
+            if i in values and x.dtype in _WIDE and not x.dim() and not x.is_meta:
                 given[i] = casts.float32_to_odd(x)
         elif type(x) is float or (type(x) is int and i in values):
             if not casts.is_float32(x):
@@ -221,6 +224,13 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
             out.resize_(result.shape).copy_(result)
         return outs[0] if len(outs) == 1 else tuple(outs)
 
+    def wide(*args: Any, **kwargs: Any) -> Any:
+        for x in args[:1] if in_place else [kwargs[output] for output in outputs]:
+            if x.dtype in NARROW:
+                raise NotExactError(f"its result would be rounded to float64 and then to {x.dtype}")
+        names, values = list(kwargs), dtypes.as_float64(kwargs.values())
+        return exact(*dtypes.as_float64(args), **dict(zip(names, values)))
+
     def exact(*args: Any, **kwargs: Any) -> Any:
         if not kwargs and _all_of(usual, args):
             if not outputs:
@@ -230,6 +240,8 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
         elif _is_on_meta(args, kwargs):
             return operator(*args, **kwargs)
         elif name not in table.FLOAT32_ONLY and dtypes.has_narrow(args, kwargs):
+            if dtypes.is_float64(args, {k: x for k, x in kwargs.items() if k not in outputs}):
+                return wide(*args, **kwargs)
             return narrow(*args, **kwargs)
         elif _runs_natively(name, [*args, *kwargs.values()]):
             return operator(*args, **kwargs)

@@ -129,10 +129,11 @@ add sub rsub mul div sum mean max min amax amin maximum minimum allclose
 index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy round multinomial
 """.split())
 
-# FLOAT32_ONLY: operators in EXACT that PyTorch has no kernel on the CPU for in 16 bits.
+# FLOAT32_ONLY: operators in EXACT that PyTorch has no kernel on the CPU for in 16 bits; the result of
+# bincount would be float64.
 FLOAT32_ONLY = frozenset("""
 _cdist_forward _cdist_backward _euclidean_dist _pdist_forward _pdist_backward linalg_qr
-histogram multilabel_margin_loss_forward multilabel_margin_loss_backward
+histogram multilabel_margin_loss_forward multilabel_margin_loss_backward bincount
 """.split())
 # fmt: on
 

@@ -13,7 +13,7 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ NARROW = (torch.bfloat16, torch.float16)  # dtypes whose operands are widened to
 
 class _Local(threading.local):
     target = BINARY32
+    written = BINARY32
 
 
 _local = _Local()
@@ -51,23 +52,33 @@ def target() -> Format:
 
 
 @contextmanager
-def rounding_to(dtype: torch.dtype) -> Iterator[Format]:
-    """Round to the format of a dtype within this block: float32, bfloat16, float16 or float64."""
-    before = _local.target
+def rounding_to(dtype: torch.dtype, written: Optional[torch.dtype] = None) -> Iterator[Format]:
+    """Round to the format of a dtype within this block: float32, bfloat16, float16 or float64.
+
+    written: the dtype of operands that the definition writes, such as running statistics.
+    """
+    before = _local.target, _local.written
     _local.target = FORMATS[dtype]
+    if written is not None:
+        _local.written = FORMATS[written]
     try:
         yield _local.target
     finally:
-        _local.target = before
+        _local.target, _local.written = before
 
 
 def storing() -> AbstractContextManager[Format]:
     """Round to float32 within this block, where the target is narrower.
 
-    It is for intermediate results of a definition that PyTorch stores in float32 whatever the operands are,
-    such as the statistics of a normalization.
+    It is for the intermediate results of a definition that PyTorch stores in float32 whatever the operands
+    are, such as the statistics of a normalization.
     """
     return rounding_to(torch.float32 if _local.target.precision < 24 else _local.target.dtype)
+
+
+def writing() -> AbstractContextManager[Format]:
+    """Round within this block to the dtype of the operands that the definition writes."""
+    return rounding_to(_local.written.dtype)
 
 
 def narrow(x: Tensor) -> Tensor:
@@ -98,12 +109,15 @@ def binary32_to_odd(x: Tensor) -> Tensor:
 
 
 def operate(operation: Callable[[Tensor, Tensor], Tensor], x: Any, y: Any) -> Tensor:
-    """Return torch.add, sub, mul, div or aten.rsub of float32 operands, rounded once to 16 bits.
+    """Return torch.add, sub, mul, div or aten.rsub of float32 operands, rounded once to the target format.
 
-    One of them may be a Python number, which is rounded to float32 first, as in PyTorch. Binary64 holds a
-    product exactly, and a sum rounded to odd; a quotient of numbers of 24 bits that is not a midpoint of 12
-    bits differs from each of these by more than binary64 rounds it.
+    That is one IEEE 754 operation, unless the target has 16 bits. One of the operands may be a Python
+    number, which is rounded to float32 first, as in PyTorch. Binary64 holds a product exactly, and a sum
+    rounded to odd; a quotient of numbers of 24 bits that is not a midpoint of 12 bits differs from each of
+    these by more than binary64 rounds it.
     """
+    if _local.target.precision >= 24:
+        return operation(x, y)
     x, y = (t.double() if isinstance(t, Tensor) else ctypes.c_float(t).value for t in (x, y))
     if operation is torch.ops.aten.rsub:
         operation, x, y = torch.add, -x, y

@@ -25,7 +25,7 @@ from reproml.errors import NotExactError
 def add(x: Any, y: Any, alpha: float = 1) -> Tensor:
     """Return x + alpha y."""
     if alpha == 1:
-        return _operation(torch.add, x, y)
+        return operate(torch.add, x, y)
     if _is_float64(x, y):
         raise NotExactError(f"with alpha={alpha} it is defined for float32, not for torch.float64")
     a = float32_scalar(alpha)
@@ -36,17 +36,17 @@ def add(x: Any, y: Any, alpha: float = 1) -> Tensor:
 
 def sub(x: Any, y: Any, alpha: float = 1) -> Tensor:
     """Return x - alpha y."""
-    return _operation(torch.sub, x, y) if alpha == 1 else add(x, y, alpha=-alpha)
+    return operate(torch.sub, x, y) if alpha == 1 else add(x, y, alpha=-alpha)
 
 
 def rsub(x: Tensor, y: Any, alpha: float = 1) -> Tensor:
     """Return y - alpha x."""
-    return _operation(torch.ops.aten.rsub, x, y) if alpha == 1 else add(y, x, alpha=-alpha)
+    return operate(torch.ops.aten.rsub, x, y) if alpha == 1 else add(y, x, alpha=-alpha)
 
 
 def mul(x: Any, y: Any) -> Tensor:
     """Return x y: one IEEE 754 operation."""
-    return _operation(torch.mul, x, y)
+    return operate(torch.mul, x, y)
 
 
 def div(x: Any, y: Any, *, rounding_mode: Optional[str] = None) -> Tensor:
@@ -72,13 +72,8 @@ def div(x: Any, y: Any, *, rounding_mode: Optional[str] = None) -> Tensor:
         return torch.div(x, y)
     a, b = float32_operands(x, y)
     if a.is_cpu and b.is_cpu:
-        return _operation(torch.div, a, b)
+        return operate(torch.div, a, b)
     return narrow(a.double() / b.double())
-
-
-def _operation(operation: Callable[..., Tensor], x: Any, y: Any) -> Tensor:
-    """Return torch.add, sub, mul or div: one IEEE 754 operation, or one rounding to a narrower target."""
-    return operate(operation, x, y) if target().precision < 24 else operation(x, y)
 
 
 def _is_float(x: Any) -> bool:
@@ -123,7 +118,12 @@ def allclose(
     x: Tensor, y: Tensor, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
 ) -> bool:
     """Return whether |x - y| <= atol + rtol |y| for all elements, where each operation rounds."""
-    return bool(torch.isclose(x, y, rtol, atol, equal_nan).all())
+    if target().precision >= 24:
+        return bool(torch.isclose(x, y, rtol, atol, equal_nan).all())
+    close = (x == y) | (x.isnan() & y.isnan() & equal_nan)
+    difference = sub(x, y).abs()
+    near = difference <= add(mul(y, rtol).abs(), atol)
+    return bool((close | (near & difference.isfinite())).all())
 
 
 # ---- comparisons -------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.numerics.formats import narrow
 from reproml.arithmetic.operators import windows
 from reproml.arithmetic.operators.arguments import pair, require, require_shape
 from reproml.arithmetic.operators.convolution import dilate_and_pad
@@ -119,7 +120,7 @@ def _divide_among_windows(g: Tensor, kernel: Sequence[int], divisor: int) -> Ten
     The quotient in binary64 rounds to binary32 like the exact one (see pointwise.div). An exact zero is +0.
     """
     *outer, rows, columns = g.shape
-    each = ((g.double() + 0.0) / divisor).float().reshape(*outer, rows, 1, columns, 1)
+    each = narrow((g.double() + 0.0) / divisor).reshape(*outer, rows, 1, columns, 1)
     shared = each.expand(*outer, rows, kernel[0], columns, kernel[1]).contiguous()
     return shared.reshape(*outer, rows * kernel[0], columns * kernel[1])
 
