@@ -34,6 +34,7 @@ from reproml.arithmetic import operator_table as table
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.dispatcher import Handler, Kind
 from reproml.arithmetic.dispatch.schema import tensors
+from reproml.arithmetic.numerics.formats import NARROW
 from reproml.arithmetic.operators import casts
 from reproml.errors import NotExactError
 from reproml.torch_internals import DispatchKey, UnknownPyTorchError
@@ -223,9 +224,12 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
         elif _is_on_meta(args, kwargs):
             return operator(*args, **kwargs)
         elif name not in table.FLOAT32_ONLY and dtypes.has_narrow(args, kwargs):
-            return narrow(*args, **kwargs)
+            if name not in table.ANY_FORMAT:
+                return narrow(*args, **kwargs)
         elif _runs_natively(name, [*args, *kwargs.values()]):
             return operator(*args, **kwargs)
+        elif dtypes.is_narrow_by_default(args, kwargs) and name not in table.ANY_FORMAT:
+            return narrow(*args, **kwargs)
         if name in table.PROMOTING:
             args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
         if in_place:
@@ -297,7 +301,7 @@ def _runs_natively(name: str, args: list[Any]) -> bool:
     if name in table.INTEGER and not any(isinstance(x, float) for x in args):
         return result is None or not result.is_floating_point
     result = result or torch.get_default_dtype()  # to which PyTorch converts the integers
-    if result.is_floating_point and result is not torch.float32:
+    if result.is_floating_point and result is not torch.float32 and result not in NARROW:
         if result is not torch.float64 or not in_float64:
             raise NotExactError(f"it is defined for float32, not for {result}")
     return False
@@ -325,8 +329,9 @@ def _foreach_handler(name: str, operator: Any) -> Handler:
     name = "linalg_vector_norm" if name == "norm" else name
     if name in ("maximum", "minimum") and operator._overloadname.startswith("Scalar"):
         name = {"maximum": "clamp_min", "minimum": "clamp_max"}[name]  # which take numbers
+    outputs = ["self"] if in_place else [x.name for x in operator._schema.arguments if x.is_out]
     if name in table.EXACT:
-        function = _run_definition(name, getattr(torch.ops.aten, name))
+        function = _run_definition(name, getattr(torch.ops.aten, name), outputs)
     elif name in table.DATA_MOVEMENT:
         function = _require_strided(getattr(torch.ops.aten, name))
     elif name == "copy" and in_place:
@@ -335,11 +340,13 @@ def _foreach_handler(name: str, operator: Any) -> Handler:
         return Handler(Kind.REFUSED, _refuse_floats(operator))
 
     def foreach(*args: Any, **kwargs: Any) -> Any:
-        outs = args[0] if in_place else kwargs.pop("out", None)
+        outs = args[0] if in_place else kwargs.get("out")
         if "scalars" in kwargs:
             kwargs["value"] = kwargs.pop("scalars")
         if name in ("addcdiv", "addcmul"):  # a tensor may hold the numbers
             args = tuple(x.tolist() if isinstance(x, Tensor) else x for x in args)
+        if name not in table.EXACT:
+            kwargs.pop("out", None)
         count = next(len(x) for x in args if isinstance(x, (list, tuple)))
         results = []
         for i in range(count):
@@ -348,7 +355,7 @@ def _foreach_handler(name: str, operator: Any) -> Handler:
             )
             if outs is None:
                 results.append(result)
-            else:  # before the next element, which may share its memory
+            elif result is not outs[i]:  # before the next element, which may share its memory
                 _copy_into(outs[i] if in_place else outs[i].resize_(result.shape), result)
         return results if outs is None else None
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.numerics.formats import NARROW
 from reproml.arithmetic.operators.arguments import require_float32
 
 
@@ -20,7 +21,7 @@ def arange(*bounds: float, dtype: Any = None, device: Any = None, **_: Any) -> T
     """
     integers = all(isinstance(b, int) for b in bounds)
     if dtype is None and not integers:
-        dtype = torch.get_default_dtype()
+        dtype = _default_dtype()
     if dtype is not torch.float32:
         if dtype is not None and dtype.is_floating_point and not integers:
             require_float32(dtype)
@@ -40,7 +41,13 @@ def linspace(
 
     Raises NotExactError unless dtype is float32.
     """
-    require_float32(dtype or torch.get_default_dtype())
+    require_float32(dtype or _default_dtype())
     a, b = Fraction(float(start)), Fraction(float(end))
     i = torch.arange(steps, dtype=torch.int64)
     return elementwise(lambda ctx, i: a + i * ((b - a) / max(steps - 1, 1)), i).to(device or "cpu")
+
+
+def _default_dtype() -> torch.dtype:
+    """Return the default dtype, or float32 for one of 16 bits, to which the result is rounded then."""
+    dtype = torch.get_default_dtype()
+    return torch.float32 if dtype in NARROW else dtype

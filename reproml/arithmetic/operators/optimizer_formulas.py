@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.numerics import formats
 from reproml.arithmetic.numerics.libm import power
+from reproml.arithmetic.numerics.rounding import nearest
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.norms import vector_norm
 from reproml.arithmetic.operators.reductions import reduce_sum
@@ -233,7 +235,8 @@ def nadam(
     for p, g, m, v, product, step in zip(params, grads, exp_avgs, exp_avg_sqs, mu_products, steps):
         _averages(p, g, m, v, beta1=beta1, beta2=beta2, decay=decay, sign=sign)
         mu, following = momentum(step), momentum(step + 1)
-        assign(product, lambda ctx, x, y: x * y, product, _number(mu))
+        with formats.storing():
+            assign(product, lambda ctx, x, y: x * y, product, _number(mu))
         reached = float(product)
         numbers = (
             lr * (1.0 - mu) / (1.0 - reached),
@@ -382,13 +385,13 @@ def rprop(
     sign(grad) * size', rounded once, and unchanged where the product is negative: there the predecessor
     becomes 0, elsewhere the gradient.
     """
-    low, high = _number(step_size_min), _number(step_size_max)
+    low, high, down, up = (  # which PyTorch converts to the dtype
+        nearest(Fraction(x)) for x in (step_size_min, step_size_max, etaminus, etaplus)
+    )
     for p, g, prev, size in zip(params, grads, prevs, step_sizes):
         g = -g if maximize else g
         turned = g.sign() * prev.sign()  # the sign of a product, which could underflow
-        factor = torch.where(
-            turned > 0, _number(etaplus), torch.where(turned < 0, _number(etaminus), turned * 0 + 1)
-        )
+        factor = torch.where(turned > 0, up, torch.where(turned < 0, down, turned * 0 + 1))
         assign(size, lambda ctx, x, y: x * y, size, factor)
         size.clamp_(low, high)
         g = torch.where(turned < 0, 0.0, g)
@@ -426,7 +429,7 @@ def adafactor(
     """
     lr = float(lr)
     shrinkage = float32_scalar(1 - lr * weight_decay)
-    eps1 = torch.finfo(torch.float32).eps if eps1 is None else eps1
+    eps1 = torch.finfo(formats.target().dtype).eps if eps1 is None else eps1
     smallest, smallest_square = _number(eps1), _number(eps1 * eps1)
 
     def moved(ctx: Any, average: Any, target: Any, w: Any) -> Any:
