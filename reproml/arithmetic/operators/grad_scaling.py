@@ -36,10 +36,10 @@ def unscale_(grads: Sequence[Tensor], found_inf: Tensor, inverse: Tensor) -> Non
 def update_scale_(
     scale: Tensor, tracker: Tensor, found_inf: Tensor, growth: float, backoff: float, interval: int
 ) -> Tensor:
-    """Write the next scale: times `backoff` after infinities, times `growth` after `interval` steps without.
+    """Multiply the scale by `backoff` after infinities, by `growth` after `interval` steps without any.
 
-    scale, found_inf: float32, with one element; tracker: int32, the steps since the last change. The factors are
-    rounded to float32 and each product once. A product that overflows is not taken.
+    scale, found_inf: float32, with one element; tracker: int32, the steps since the last change. The
+    factors are rounded to float32 and each product once. A product that overflows is not taken.
     """
     one = tracker + 1
     found, due = found_inf != 0, one == interval

@@ -148,9 +148,10 @@ def normal_(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None
 
     Each number is rounded once. If x has at least 16 elements, PyTorch draws as many numbers of `rand`; of
     each 16 the first 8 are u and the others v. If 16 does not divide the number of elements, it draws 16
-    new numbers for the last 16 elements; for 16-bit numbers it draws only those that it uses. If x has fewer, it draws pairs (v, u) of float64 numbers; if the
-    last result is one too many, its value for mean 0 and std 1 stays in the generator, rounded to binary64
-    to odd, and is the first number of the next such call.
+    new numbers for the last 16 elements; for 16-bit elements it draws only the numbers that it uses. If x
+    has fewer, it draws pairs (v, u) of float64 numbers; if the last result is one too many, its value for
+    mean 0 and std 1 stays in the generator, rounded to binary64 to odd, and is the first number of the next
+    such call.
 
     Raises RuntimeError for std < 0.
     """
@@ -389,7 +390,7 @@ def _require_narrow_bounds(dtype: Any, bounds: Sequence[Any]) -> None:
     """Raise NotExactError for integers that PyTorch would round to float32 and then to 16 bits."""
     if dtype in NARROW and any(type(x) is int and abs(x) > 1 << 24 for x in bounds):
         raise NotExactError(
-            f"Random integers of {dtype} are defined for bounds up to 2^24; draw int64 numbers and cast them."
+            f"Random integers of {dtype} are defined for bounds up to 2^24; draw int64 and cast it."
         )
 
 

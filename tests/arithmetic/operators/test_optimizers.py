@@ -536,5 +536,6 @@ def test_learning_rate_may_be_a_tensor(kind, dtype):
     torch.manual_seed(0)
     start, grads = narrowed([torch.randn(9), [torch.randn(9)]], dtype)
     expected = train(kind, start, grads, lr=0.1)[0]
-    for form in ({"fused": True}, {"foreach": False}):
-        assert same_bits(train(kind, start, grads, lr=torch.tensor(0.1), **form)[0], expected)
+    for form in ("fused", "foreach"):
+        options = {form: form == "fused"}
+        assert same_bits(train(kind, start, grads, lr=torch.tensor(0.1), **options)[0], expected)

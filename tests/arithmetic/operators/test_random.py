@@ -371,7 +371,7 @@ in_16_bits = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
 def made_of_float32(dtype):
-    """Return whether this PyTorch makes 16-bit numbers of 24 random bits, as it does since 2.15 at least."""
+    """Return whether this PyTorch makes 16-bit numbers of 24 random bits, as 2.15 does."""
     x = torch.rand(64, dtype=dtype, generator=torch.Generator().manual_seed(0)).double() * 2**11
     return not torch.equal(x, x.round())
 
@@ -405,7 +405,7 @@ def test_uniform_16_bit_numbers_are_rounded_once(dtype, low, high):
 @pytest.mark.parametrize("n", [1, 5, 16, 40])
 def test_normal_16_bit_numbers_are_rounded_once(dtype, n):
     torch.manual_seed(1)
-    expected = []
+    expected: list[Real] = []
     if n < 16:
         while len(expected) < n:
             expected += box_muller(*torch.rand(2, dtype=torch.float64).tolist())
@@ -494,8 +494,8 @@ def test_multinomial_rounds_the_ratio_to_16_bits(dtype):
         torch.manual_seed(seed)
         q = torch.rand(200, dtype=torch.float64)
         with o.rounding_to(dtype):
-            q = [Real(o.float_of(-o.log1p(-y))) for y in reals(q)]
-            ratios = [o.float_of(w / y) for w, y in zip(reals(weights), q)]
+            waits = [Real(o.float_of(-o.log1p(-y))) for y in reals(q)]
+            ratios = [o.float_of(w / y) for w, y in zip(reals(weights), waits)]
         torch.manual_seed(seed)
         with reproml.exact():
             found = torch.multinomial(weights, 3)
