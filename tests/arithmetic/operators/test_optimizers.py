@@ -204,7 +204,7 @@ def test_ties_round_to_even():
     check(found, reals(p) - reals(g) * Fraction(1, 2))
 
 
-OPTIONS = [
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"lr": 0.1}),
     ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
     ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "maximize": True}),
