@@ -28,6 +28,16 @@ def has_narrow(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     )
 
 
+def is_narrow_by_default(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Return whether the default dtype is of 16 bits, and neither operands nor `dtype` decide instead."""
+    if torch.get_default_dtype() not in NARROW:
+        return False
+    values = [*args, *kwargs.values()]
+    return not any(isinstance(x, torch.dtype) for x in values) and not any(
+        x.is_floating_point() for x in tensors(values)
+    )
+
+
 # Operators of which the results have dtypes of their own: for each result, the operand whose dtype it has,
 # None for float32, or a tuple, of which the first operand that is there counts.
 _RESULTS: dict[str, tuple[Any, ...]] = {
@@ -43,7 +53,10 @@ _RESULTS: dict[str, tuple[Any, ...]] = {
     "_weight_norm_interface_backward": (1, 2),
 }
 # Operands that a definition writes; of names that end in "_" the first, which is also their result.
-_WRITTEN = dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), (3, 4))
+_WRITTEN = {
+    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), (3, 4)),
+    "rrelu_with_noise": (1,),
+}
 # Operators of which the result has the default dtype, whatever the tensors among their operands.
 _FACTORIES = ("arange", "linspace")
 # Operators whose argument `dtype` is that of their result alone; others convert their operands to it first.
@@ -87,6 +100,11 @@ def run(
                 **{k: _replaced(x, wide) for k, x in kwargs.items()},
             )
 
+    def write_back() -> None:
+        for i in _WRITTEN.get(name, ()):
+            if isinstance(args[i], Tensor):
+                args[i].copy_(wide.get(id(args[i]), args[i]))
+
     if name not in _RESULTS:
         if name.endswith("_"):
             out = args[0]
@@ -96,6 +114,7 @@ def run(
         if out is not None and out.dtype is not dtype:
             dtype = _dtype_written(name, out.dtype, dtype)
         results = run_to(dtype)
+        write_back()
         if name.endswith("_"):
             return args[0].copy_(results)
         if isinstance(results, Tensor):
@@ -105,8 +124,7 @@ def run(
         return type(results)(_narrowed(x, dtype) for x in results)
     dtypes = [_dtype_of(source, args) for source in _RESULTS[name]]
     runs = {dtype: run_to(dtype) for dtype in set(dtypes[:1] if None in _RESULTS[name] else dtypes)}
-    for x in written:
-        x.copy_(wide.get(id(x), x))
+    write_back()
     first = next(iter(runs.values()))
     return tuple(_narrowed(runs.get(d, first)[i], d) for i, d in enumerate(dtypes))
 
@@ -180,7 +198,7 @@ def _promoted(values: Sequence[Any]) -> torch.dtype:
         if x.is_floating_point():
             known = found.get(bool(x.dim()))
             found[bool(x.dim())] = x.dtype if known is None else torch.promote_types(known, x.dtype)
-    return found.get(True) or found.get(False) or torch.float32
+    return found.get(True) or found.get(False) or torch.get_default_dtype()
 
 
 def _converted(x: Any, dtype: torch.dtype) -> Any:

@@ -242,9 +242,12 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
         elif name not in table.FLOAT32_ONLY and dtypes.has_narrow(args, kwargs):
             if dtypes.is_float64(args, {k: x for k, x in kwargs.items() if k not in outputs}):
                 return wide(*args, **kwargs)
-            return narrow(*args, **kwargs)
+            if name not in table.ANY_FORMAT:
+                return narrow(*args, **kwargs)
         elif _runs_natively(name, [*args, *kwargs.values()]):
             return operator(*args, **kwargs)
+        elif dtypes.is_narrow_by_default(args, kwargs) and name not in table.ANY_FORMAT:
+            return narrow(*args, **kwargs)
         if name in table.PROMOTING:
             args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
         if in_place:
@@ -328,7 +331,7 @@ def _runs_natively(name: str, args: list[Any]) -> bool:
     if name in table.INTEGER and not any(isinstance(x, float) for x in args):
         return result is None or not result.is_floating_point
     result = result or torch.get_default_dtype()  # to which PyTorch converts the integers
-    if result.is_floating_point and result is not torch.float32:
+    if result.is_floating_point and result is not torch.float32 and result not in NARROW:
         if result is not torch.float64 or not in_float64:
             raise NotExactError(f"it is defined for float32, not for {result}")
     return False
@@ -356,8 +359,9 @@ def _foreach_handler(name: str, operator: Any) -> Handler:
     name = "linalg_vector_norm" if name == "norm" else name
     if name in ("maximum", "minimum") and operator._overloadname.startswith("Scalar"):
         name = {"maximum": "clamp_min", "minimum": "clamp_max"}[name]  # which take numbers
+    outputs = ["self"] if in_place else [x.name for x in operator._schema.arguments if x.is_out]
     if name in table.EXACT:
-        function = _run_definition(name, getattr(torch.ops.aten, name))
+        function = _run_definition(name, getattr(torch.ops.aten, name), outputs)
     elif name in table.DATA_MOVEMENT:
         function = _require_strided(getattr(torch.ops.aten, name))
     elif name == "copy" and in_place:
@@ -366,11 +370,13 @@ def _foreach_handler(name: str, operator: Any) -> Handler:
         return Handler(Kind.REFUSED, _refuse_floats(operator))
 
     def foreach(*args: Any, **kwargs: Any) -> Any:
-        outs = args[0] if in_place else kwargs.pop("out", None)
+        outs = args[0] if in_place else kwargs.get("out")
         if "scalars" in kwargs:
             kwargs["value"] = kwargs.pop("scalars")
         if name in ("addcdiv", "addcmul"):  # a tensor may hold the numbers
             args = tuple(x.tolist() if isinstance(x, Tensor) else x for x in args)
+        if name not in table.EXACT:
+            kwargs.pop("out", None)
         count = next(len(x) for x in args if isinstance(x, (list, tuple)))
         results = []
         for i in range(count):
@@ -379,7 +385,7 @@ def _foreach_handler(name: str, operator: Any) -> Handler:
             )
             if outs is None:
                 results.append(result)
-            else:  # before the next element, which may share its memory
+            elif result is not outs[i]:  # before the next element, which may share its memory
                 _copy_into(outs[i] if in_place else outs[i].resize_(result.shape), result)
         return results if outs is None else None
 

@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 
 import reproml
 from reproml.arithmetic import handlers, operator_table
+from reproml.arithmetic.numerics.formats import rounding_to
+from reproml.arithmetic.numerics.rounding import nearest
 from reproml.errors import NotExactError
 from tests.arithmetic.strategies import ANY, LAYOUTS, MODERATE, lay_out, tensors
 from verification import oracle as o
@@ -1095,3 +1097,25 @@ def test_indexing_with_all_of_a_dimension_writes_in_order():
     with reproml.exact():
         x[..., mask] = values
     assert x.tolist() == [[1.0, 0.0, 2.0]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_foreach_elements_in_place_round_once_to_their_dtype(dtype):
+    """Also beside float32 tensors: a product of 1 + 2^-p and 1 + 2^-20 is just above a midpoint."""
+    ulp = torch.finfo(dtype).eps
+    start = torch.tensor([1.0, 1 + ulp, 3.0]).to(dtype)
+    factor = torch.tensor([1 + ulp / 2 + 2.0**-23, 1 + 2.0**-20, 0.1])
+    products = [Fraction(a) * Fraction(b) for a, b in zip(start.tolist(), factor.tolist())]
+    with rounding_to(dtype):
+        expected = [nearest(x) for x in products]
+    x, wide = start.clone(), torch.tensor([1.0, 2.0, 3.0])
+    out = torch.empty(3, dtype=dtype)
+    with reproml.exact():
+        torch._foreach_mul_([x, wide], [factor, torch.full((3,), 2.0, dtype=dtype)])
+        torch.ops.aten._foreach_mul.List_out([start], [factor], out=[out])
+        mixed = torch._foreach_mul([start, wide], [factor, factor])
+        norms = torch._foreach_norm([start, factor])
+    assert x.dtype is dtype and x.tolist() == expected and out.tolist() == expected
+    assert wide.dtype is torch.float32 and wide.tolist() == [2.0, 4.0, 6.0]
+    assert [m.dtype for m in mixed] == [torch.float32, torch.float32]
+    assert [n.dtype for n in norms] == [dtype, torch.float32]

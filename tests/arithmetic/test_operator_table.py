@@ -1658,6 +1658,9 @@ CASES: dict[str, list[Case]] = {
 _MATRICES = "operators.test_small_matrices."
 _UPSAMPLING, _WINDOWS = "operators.test_upsampling.", "operators.test_windows."
 ELSEWHERE = {
+    "_amp_foreach_non_finite_check_and_unscale_": "operators.test_grad_scaling"
+    ".test_unscaled_gradients_are_rounded_once",
+    "_amp_update_scale_": "operators.test_grad_scaling.test_scale_is_updated_as_in_pytorch",
     "_unique2": "operators.test_selection.test_unique_elements_are_sorted",
     "unique_dim": "operators.test_selection.test_unique_slices_are_sorted",
     "unique_consecutive": "operators.test_selection.test_unique_consecutive_ignores_the_sign_of_zero",

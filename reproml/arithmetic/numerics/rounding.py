@@ -150,7 +150,7 @@ def _overwrite_failures(result: Tensor, mid: Tensor, index: Tensor, resolve: Res
     finite = at.isfinite()
     if finite.any():
         exact = torch.tensor(resolve(index[finite]), dtype=torch.float64, device=value.device)
-        value[finite] = exact.to(value.dtype)
+        value[finite] = narrow(exact)  # what follows an infinity is not rounded yet
     result[where] = value
     return None
 
