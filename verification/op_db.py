@@ -286,7 +286,9 @@ def _wrong_outputs(
         allowed = (_largest(y) + size * size) * REFERENCE_OFF.get(name, REFERENCE)
         if name in COMPOSITE:
             unit = 2.0 ** -FORMATS[x.dtype][0]
-            limit = torch.full_like(y, max(_largest(y), 1.0) * STEPS_OF.get(name, STEPS) * unit + allowed)
+            limit = torch.full_like(
+                y, max(_largest(y), 1.0) * STEPS_OF.get(name, STEPS) * unit + allowed
+            )
         else:
             limit = ulp(y, x.dtype) / 2 * (1 + 2.0**-20) + allowed
         message = difference(x, y, limit)

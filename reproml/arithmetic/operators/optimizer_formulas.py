@@ -537,9 +537,7 @@ def rprop(
     def step(p: Tensor, g: Tensor, prev: Tensor, size: Tensor) -> None:
         g = -g if maximize else g
         turned = g.sign() * prev.sign()  # the sign of a product, which could underflow
-        factor = torch.where(
-            turned > 0, up, torch.where(turned < 0, down, turned * 0 + 1)
-        )
+        factor = torch.where(turned > 0, up, torch.where(turned < 0, down, turned * 0 + 1))
         assign(size, lambda ctx, x, y: x * y, size, factor)
         size.clamp_(low, high)
         g = torch.where(turned < 0, 0.0, g)
