@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Callable, NamedTuple, Optional
@@ -154,7 +154,8 @@ class Training:
         record_batch(inputs, labels)
         self.optimizer.zero_grad()
         inputs, labels = distributed.shard(inputs), distributed.shard(labels)
-        loss = torch.nn.functional.cross_entropy(self._wrapped(inputs), labels)
+        with autocast(self._recipe.precision, self._x.device):
+            loss = torch.nn.functional.cross_entropy(self._wrapped(inputs), labels)
         loss.backward()
         self.optimizer.step()
         self._losses.append(
@@ -281,6 +282,13 @@ def _native() -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = saved[1:]
         if workspace is None:
             del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which a model runs in this precision of a recipe."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def build_optimizer(chosen: Optimizer, model: torch.nn.Module) -> torch.optim.Optimizer:

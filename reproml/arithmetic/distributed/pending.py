@@ -82,7 +82,8 @@ class Pending(DistributedTensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func._schema.name[len("aten::") :] in _VIEWS:
+        name = func._schema.name[len("aten::") :]
+        if name in _VIEWS or (name == "_to_copy" and _casts_once(args[0], kwargs)):
             x, rest = args[0], args[1:]
             with natively():
                 like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
@@ -90,6 +91,13 @@ class Pending(DistributedTensor):
             return Pending(like, lambda: func(x.full_tensor(), *rest, **kwargs))
         args, kwargs = map_tensors(Pending, Pending.full_tensor, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _casts_once(x: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Return whether a cast on the CPU has one rounding natively: that of a gradient within autocast."""
+    formats = (torch.float32, torch.bfloat16, torch.float16)
+    given = {name for name, value in kwargs.items() if value not in (None, False)}
+    return x.dtype in formats and kwargs.get("dtype") in formats and given == {"dtype"}
 
 
 # Operators that do not read the elements: their result is pending as well.
@@ -194,7 +202,7 @@ def without_exchange(group: Group, total: Tensor) -> Tensor:
 
 
 def reduce_over_batch(group: Group, partial: Partial, shape: Sequence[int]) -> Tensor:
-    """Return the sum over all workers, float32 of this shape.
+    """Return the sum over all workers in this shape.
 
     Within a backward pass the result is Pending until its end; else the sum is exchanged now.
     """
@@ -207,5 +215,5 @@ def reduce_over_batch(group: Group, partial: Partial, shape: Sequence[int]) -> T
         bucket = _backward.bucket = _Bucket(group, task)
     result = bucket.add(partial)
     with natively():
-        like = partial.sums.new_empty(shape, dtype=torch.float32)
+        like = partial.sums.new_empty(shape, dtype=partial.dtype)
     return Pending(like, lambda: result().reshape(shape))

@@ -36,6 +36,7 @@ from reproml.arithmetic.distributed.pending import (
     without_exchange,
 )
 from reproml.arithmetic.distributed.sharded import Sharded, first_sharded, shard_from_right
+from reproml.arithmetic.numerics.formats import NARROW
 from reproml.torch_internals import compute_elementwise_output_strides
 
 aten = torch.ops.aten
@@ -137,7 +138,8 @@ def sum_or_mean(func: Any, args: Any, kwargs: Any) -> Any:
         with natively():
             local = func(*map_tensors(Sharded, lambda y: y.local, args), **kwargs)
             return group.all_gather(local).sum(0)
-    if x.dtype is not torch.float32 or dtype not in (None, torch.float32):
+    wide = dtype in (None, torch.float32) and x.dtype in (torch.float32, *NARROW)
+    if not wide and (dtype not in NARROW or x.dtype is not dtype):
         return on_gathered_batch(func, args, kwargs)
     if group.size == 1:
         return on_single_worker(func, args, kwargs)
@@ -145,7 +147,8 @@ def sum_or_mean(func: Any, args: Any, kwargs: Any) -> Any:
     shape = [x.shape[d] for d in kept]
     count = math.prod(x.shape[d] for d in dims)
     with natively():
-        partial = sum_over(x.local, dims, count, count if "mean" in func._schema.name else 1)
+        divisor = count if "mean" in func._schema.name else 1
+        partial = sum_over(x.local, dims, count, divisor, dtype or x.dtype)
     if named.get("keepdim", False):
         shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
     return reduce_over_batch(group, partial, shape)
@@ -219,7 +222,7 @@ def _weight_partial(
     The kernel slides over `image`. A term is a place of the kernel on one image; factors are found by their
     offsets in memory, so that no patches are copied.
     """
-    x, g = image.local, output.local
+    x, g = image.local.float(), output.local.float()
     if w.dim() == 3:  # one dimension is two with a height of 1
         x, g, w = (t.unsqueeze(2) for t in (x, g, w))
         stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
@@ -245,7 +248,7 @@ def _weight_partial(
     parts = zip(rows.split(o), columns.split(length))
     sums, bounds = zip(*[sum_products(factors, row, column) for row, column in parts])
     height = product_height(places * image.shard.batch)
-    return Partial(torch.cat(sums), torch.cat(bounds), height, factors)
+    return Partial(torch.cat(sums), torch.cat(bounds), height, factors, dtype=w.dtype)
 
 
 def new_tensor(func: Any, args: Any, kwargs: Any) -> Any:

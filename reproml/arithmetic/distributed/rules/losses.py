@@ -32,7 +32,7 @@ def nll_loss(func: Any, args: Any, kwargs: Any) -> Any:
         picked = x.local.gather(1, index).double()
         pairs = torch.cat([picked, target.local.unsqueeze(1).double()], 1)
         picked, target = Sharded(pairs, x.shard).full_tensor().split(1, 1)
-        picked, target = picked.float(), target.squeeze(1).long()
+        picked, target = picked.to(x.dtype), target.squeeze(1).long()
         if weight is None:  # one class for all rows that count
             scores, target = picked, torch.where(target != ignored, 0, -100)
             ignored = -100
