@@ -19,6 +19,7 @@ from reproml.arithmetic.distributed.partial_sums import (
     check_agreement,
     finish,
 )
+from reproml.arithmetic.numerics.formats import NARROW
 from reproml.torch_internals import (
     current_graph_task_id,
     disabled_torch_function_impl,
@@ -94,12 +95,13 @@ class Pending(DistributedTensor):
 
 
 def _casts_once(x: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Return whether a cast on the CPU has one rounding natively: that of a gradient within autocast."""
-    formats = (torch.float32, torch.bfloat16, torch.float16)
-    given = {name for name, value in kwargs.items() if value not in (None, False)}
-    return x.dtype in formats and kwargs.get("dtype") in formats and given == {"dtype"}
+    """Return whether a copy is a cast that has one rounding natively, as of a gradient within autocast."""
+    if (kwargs.get("device") or x.device) != x.device:
+        return False
+    return x.dtype in _CASTS and kwargs.get("dtype") in _CASTS
 
 
+_CASTS = (torch.float32, *NARROW)
 # Operators that do not read the elements: their result is pending as well.
 _VIEWS = frozenset("detach alias t transpose permute view _unsafe_view".split())
 
