@@ -63,7 +63,7 @@ def measure(of: Sequence[Tensor], summed: int) -> list[tuple[int, int]]:
     if kernels.library is None:
         found = [_reference(_elements(x)) for x in of]
         return found[:summed] + [(fingerprint, 0) for fingerprint, _ in found[summed:]]
-    kept = [x if _is_hashable_memory(x) else torch.from_numpy(_elements(x)) for x in of]
+    kept = [x if _is_hashable_memory(x) else _copied(x) for x in of]
     table: list[int] = []  # for each: address, number of bytes, whether it is float32
     for x in kept:
         table += x.data_ptr(), x.nbytes, x.dtype is torch.float32
@@ -125,6 +125,11 @@ def _is_hashable_memory(x: Tensor) -> bool:
 def _elements(x: Tensor) -> NDArray[Any]:
     with unseen():
         return canonical_array(x)
+
+
+def _copied(x: Tensor) -> Tensor:
+    with unseen():
+        return torch.from_numpy(canonical_array(x))
 
 
 def _reference(array: NDArray[np.generic]) -> tuple[int, int]:
