@@ -37,6 +37,8 @@ from reproml.arithmetic.numerics.formats import narrow, rounding_to
 from reproml.arithmetic.numerics.rounding import SLACK, gamma, nearest, rounding_test
 from reproml.errors import ReproError
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the terms and of the totals
+
 # A product of four binary32 numbers is a multiple of 2^-596 below 2^512; 2^63 of them fit 1,216 bits.
 _UNIT = 600
 _BYTES = 152
@@ -112,7 +114,7 @@ class Partial:
     # Rows and columns, int64 [f] -> exact sums / 2^-600.
     exact: Optional[Callable[[Tensor, Tensor], list[int]]] = None
     divisor: int = 1  # the total is divided by it; > 0
-    dtype: torch.dtype = torch.float32  # of the totals: float32, bfloat16 or float16
+    dtype: torch.dtype = torch.float32  # of the totals, one of DTYPES
 
 
 class Exchange:

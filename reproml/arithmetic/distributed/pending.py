@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.distributed.partial_sums import (
+    DTYPES,
     Exchange,
     Group,
     Partial,
@@ -19,7 +20,6 @@ from reproml.arithmetic.distributed.partial_sums import (
     check_agreement,
     finish,
 )
-from reproml.arithmetic.numerics.formats import NARROW
 from reproml.torch_internals import (
     current_graph_task_id,
     disabled_torch_function_impl,
@@ -98,10 +98,9 @@ def _casts_once(x: Tensor, kwargs: dict[str, Any]) -> bool:
     """Return whether a copy is a cast that has one rounding natively, as of a gradient within autocast."""
     if (kwargs.get("device") or x.device) != x.device:
         return False
-    return x.dtype in _CASTS and kwargs.get("dtype") in _CASTS
+    return x.dtype in DTYPES and kwargs.get("dtype") in DTYPES
 
 
-_CASTS = (torch.float32, *NARROW)
 # Operators that do not read the elements: their result is pending as well.
 _VIEWS = frozenset("detach alias t transpose permute view _unsafe_view".split())
 

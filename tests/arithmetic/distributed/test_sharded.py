@@ -278,6 +278,7 @@ OF_THE_BATCH: dict[str, Program] = {
     "sum of bfloat16 as float": lambda x: x.bfloat16().sum(0, dtype=torch.float32),
     "mean of bfloat16": lambda x: x.bfloat16().mean(0),
     "mean of float16 as bfloat16": lambda x: x.half().mean(0, dtype=torch.bfloat16),
+    "product of integers": lambda x: (x * 8).long().t() @ (x * 4).long(),
     "two dtypes": lambda x: (x.half() * x.bfloat16()).sum(0),
     "halves": lambda x: torch.cat([y * 3 for y in x.chunk(2, 1)], 1).sum(0),
 }
@@ -322,6 +323,7 @@ REFUSED: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
         "aten.cat.default .*concatenates rows",
     ),
     "double": (lambda x: x.double().exp(), "float64"),
+    "product of doubles": (lambda x: x.double().t() @ x.double(), "float64"),
 }
 
 

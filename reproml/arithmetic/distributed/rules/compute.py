@@ -21,6 +21,7 @@ from reproml.arithmetic.distributed.operands import (
     shard_like,
 )
 from reproml.arithmetic.distributed.partial_sums import (
+    DTYPES,
     Factors,
     Partial,
     matrix_product,
@@ -36,7 +37,6 @@ from reproml.arithmetic.distributed.pending import (
     without_exchange,
 )
 from reproml.arithmetic.distributed.sharded import Sharded, first_sharded, shard_from_right
-from reproml.arithmetic.numerics.formats import NARROW
 from reproml.torch_internals import compute_elementwise_output_strides
 
 aten = torch.ops.aten
@@ -138,8 +138,7 @@ def sum_or_mean(func: Any, args: Any, kwargs: Any) -> Any:
         with natively():
             local = func(*map_tensors(Sharded, lambda y: y.local, args), **kwargs)
             return group.all_gather(local).sum(0)
-    wide = dtype in (None, torch.float32) and x.dtype in (torch.float32, *NARROW)
-    if not wide and (dtype not in NARROW or x.dtype is not dtype):
+    if x.dtype not in DTYPES or dtype not in (None, torch.float32, x.dtype):
         return on_gathered_batch(func, args, kwargs)
     if group.size == 1:
         return on_single_worker(func, args, kwargs)
@@ -160,7 +159,8 @@ def matmul(func: Any, args: Any, kwargs: Any) -> Any:
     shard_a, shard_b = (shard_from_right(x) if isinstance(x, Sharded) else None for x in (a, b))
     dims = shard_a.dim if shard_a else None, shard_b.dim if shard_b else None
     if dims == (-1, -2) and shard_a and shard_b and a.dim() == 2 and not bias:
-        if shard_a.at_dim(-2) == shard_b:  # the product sums over the batch
+        if shard_a.at_dim(-2) == shard_b and a.dtype is b.dtype and a.dtype in DTYPES:
+            # The product sums over the batch.
             if shard_a.group.size == 1:
                 return on_single_worker(func, args, kwargs)
             with natively():
@@ -189,7 +189,7 @@ def convolution_backward(func: Any, args: Any, kwargs: Any) -> Any:
     g, x, w, sizes, stride, padding, dilation, transposed, output_padding, groups, mask = args
     if not (isinstance(g, Sharded) and isinstance(x, Sharded)) or isinstance(w, Sharded):
         return on_gathered_batch(func, args, kwargs)
-    if g.shard != x.shard or x.shard.dim:
+    if g.shard != x.shard or x.shard.dim or x.dtype not in DTYPES:
         return on_gathered_batch(func, args, kwargs)
     if x.shard.group.size == 1:
         return on_single_worker(func, args, kwargs)

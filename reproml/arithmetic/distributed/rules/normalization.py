@@ -13,12 +13,17 @@ from torch import Tensor
 from reproml.arithmetic.compiler.evaluate import TENSORS
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.dispatch.schema import tensors
-from reproml.arithmetic.distributed.partial_sums import Partial, all_reduce, in_units, row_sums
+from reproml.arithmetic.distributed.partial_sums import (
+    DTYPES,
+    Partial,
+    all_reduce,
+    in_units,
+    row_sums,
+)
 from reproml.arithmetic.distributed.pending import map_tensors, reduce_over_batch
 from reproml.arithmetic.distributed.rules.compute import on_gathered_batch, on_single_worker
 from reproml.arithmetic.distributed.sharded import RoundRobinShard, Sharded, shard_batch
 from reproml.arithmetic.numerics.balls import Ball
-from reproml.arithmetic.numerics.formats import NARROW
 from reproml.arithmetic.numerics.rounding import TINY, gamma, rounding_test, widened
 from reproml.arithmetic.operators import normalization
 from reproml.arithmetic.operators.normalization_reference import (
@@ -41,7 +46,8 @@ def layer_norm(func: Any, args: Any, kwargs: Any) -> Any:
 
 def layer_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
     g, x, shape, mean, rstd, w, b, mask = args
-    if not all(isinstance(t, Sharded) and t.shard == x.shard for t in (g, x, mean, rstd)):
+    sharded = all(isinstance(t, Sharded) and t.shard == x.shard for t in (g, x, mean, rstd))
+    if not sharded or x.dtype not in DTYPES:
         return on_gathered_batch(func, args, kwargs)
     if x.shard.group.size == 1:
         return on_single_worker(func, args, kwargs)
@@ -91,12 +97,12 @@ def _scaled_sum(
 def batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
     """In training, normalize each worker's rows with the statistics of the global batch.
 
-    A batch of 16 bits is gathered instead.
+    A batch that is not float32 is gathered instead.
     """
     x, weight, bias, *running, training, momentum, eps = args
     if not isinstance(x, Sharded) or not x.shard.is_leading:
         return on_gathered_batch(func, args, kwargs)
-    if training and x.shard.group.size > 1 and _has_16_bits(args):
+    if training and x.shard.group.size > 1 and not _is_float32(args):
         return _sharded_again(func, args, x.shard)
     if not training or x.shard.group.size == 1:
         return on_single_worker(func, args, kwargs)
@@ -111,8 +117,8 @@ def batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
     return Sharded(out, x.shard), mean, rstd
 
 
-def _has_16_bits(args: Sequence[Any]) -> bool:
-    return any(x.dtype in NARROW for x in tensors(args))
+def _is_float32(args: Sequence[Any]) -> bool:
+    return all(x.dtype is torch.float32 for x in tensors(args) if x.is_floating_point())
 
 
 def _sharded_again(func: Any, args: Any, shard: RoundRobinShard) -> Any:
@@ -194,7 +200,7 @@ def batch_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
         return on_gathered_batch(func, args, kwargs)
     if not x.shard.is_leading:
         return on_gathered_batch(func, args, kwargs)
-    if x.shard.group.size > 1 and _has_16_bits(args):
+    if x.shard.group.size > 1 and not _is_float32(args):
         return _sharded_again(func, args, x.shard)
     if x.shard.group.size == 1:
         return on_single_worker(func, args, kwargs)
@@ -228,7 +234,8 @@ def group_norm(func: Any, args: Any, kwargs: Any) -> Any:
 
 def group_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
     g, x, mean, rstd, w, n, c, hw, groups, mask = args
-    if not all(isinstance(t, Sharded) and t.shard == x.shard for t in (g, x, mean, rstd)):
+    sharded = all(isinstance(t, Sharded) and t.shard == x.shard for t in (g, x, mean, rstd))
+    if not sharded or x.dtype not in DTYPES:
         return on_gathered_batch(func, args, kwargs)
     if x.shard.group.size == 1:
         return on_single_worker(func, args, kwargs)
