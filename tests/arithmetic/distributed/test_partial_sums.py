@@ -183,6 +183,31 @@ def test_several_sums_are_exchanged_together(one, other, dtype, data):
         assert [bits(t) for t in found] == expected
 
 
+BIG = [
+    (2.0**7, 2.0**7),
+    (-(2.0**7), 2.0**7),
+]  # their sum is 0, but binary32 sums of 48 bits lose more
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(("dtype", "half"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
+@pytest.mark.parametrize(("cancelling", "divisor"), [([], 1), (BIG, 1), (BIG, 3)])
+def test_sums_beside_midpoints_are_rounded_once(dtype, half, size, sign, cancelling, divisor):
+    """1 + half + sign 2^-36 is a midpoint of 16 bits in binary32, which must not round it first.
+
+    The first test resolves it, the sums with their errors kept, or the exact sums.
+    """
+    terms = [*cancelling, (divisor, 1), (divisor * half, 1), (sign * 2.0**-12, 2.0**-24)]
+    a, b = torch.tensor(terms, dtype=dtype).split(1, 1)
+
+    def work(me: Thread) -> float:
+        product = matrix_product(local_rows(a, me), local_rows(b, me), len(a))
+        return all_reduce(me, [replace(product, divisor=divisor)])[0].item()
+
+    assert together(size, work) == [1 + half * (1 + sign)] * size
+
+
 @settings(max_examples=60, deadline=None)
 @given(matrices(ANY), DTYPES, st.integers(0, 15))
 def test_nan_and_infinity_follow_ieee_754(case, dtype, without):
