@@ -78,6 +78,14 @@ def test_bfloat16_changes_weights_but_not_their_dtype():
 
 
 @PRECISIONS
+def test_micro_batches_do_not_change_weights(precision):
+    recipe = tiny.recipe(precision=precision)
+    expected = train(recipe, tiny.prepared(), steps=2)
+    found = train(recipe, tiny.prepared(), steps=2, micro_batch=200)
+    assert digest(found.model) == digest(expected.model)
+
+
+@PRECISIONS
 def test_threads_do_not_change_weights(precision):
     before = torch.get_num_threads()
     try:

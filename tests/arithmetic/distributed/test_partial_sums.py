@@ -302,9 +302,15 @@ def test_products_of_three_numbers_fit_the_accumulator(triples):
     assert int.from_bytes(stored, "little", signed=True) == units
 
 
-def test_negative_sum_underflows_to_negative_zero():
-    """Two terms cancel exactly, so that the sum with its errors kept is what remains, -2^-160."""
-    a, b = torch.tensor([[1.0], [2.0**-80], [-1.0]]), torch.tensor([[1.0], [-(2.0**-80)], [1.0]])
+@pytest.mark.parametrize(
+    ("dtype", "tiny"),
+    [(torch.float32, 2.0**-80), (torch.bfloat16, 2.0**-80), (torch.float16, 2.0**-20)],
+)
+def test_negative_sum_underflows_to_negative_zero(dtype, tiny):
+    """Two terms cancel exactly, so that the sum with its errors kept is what remains, -tiny^2."""
+    a = torch.tensor([[1.0], [tiny], [-1.0]], dtype=dtype)
+    b = torch.tensor([[1.0], [-tiny], [1.0]], dtype=dtype)
+    assert exact_product(a, b).signbit()
 
     def work(me: Thread) -> list[int]:
         products = matrix_product(local_rows(a, me), local_rows(b, me), 3)
