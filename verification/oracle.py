@@ -260,7 +260,8 @@ def bits_of(x: Real, dtype: Any = None) -> int:
         q, rest, half = m >> (last - e), m & ((1 << (last - e)) - 1), 1 << (last - e - 1)
         q += rest > half or (rest == half and q & 1)
     # q has the hidden bit, which adds 1 to the exponent field; a subnormal number has neither
-    return sign | min(q + ((last - lowest) << (precision - 1)), infinity)
+    magnitude: int = min(q + ((last - lowest) << (precision - 1)), infinity)
+    return sign | magnitude
 
 
 def float_of(x: Real, dtype: Any = None) -> float:
