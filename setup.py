@@ -29,21 +29,26 @@ class BuildWithGoldenFiles(build_py):
             shutil.copy(file, target)
 
 
-LOOPS = Extension(
-    "reproml.arithmetic._kernels",
-    sorted(glob("reproml/arithmetic/csrc/*.c")),
-    depends=sorted(glob("reproml/arithmetic/csrc/*.h")),
-    extra_compile_args=[
-        "-O3",
-        "-ffp-contract=off",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-Wno-psabi",  # vectors are passed between inlined functions only
-    ],
-    libraries=["m", "pthread"],
-    py_limited_api=True,  # one library for every Python version, whose interface it does not use
-    optional=True,  # without a compiler the package installs too and is slower
-)
+# The loops round to binary32; built again with another PRECISION, to bfloat16 and float16.
+LOOPS = [
+    Extension(
+        f"reproml.arithmetic._kernels{name}",
+        sorted(glob("reproml/arithmetic/csrc/*.c")),
+        depends=sorted(glob("reproml/arithmetic/csrc/*.h")),
+        define_macros=[("PRECISION", precision)],
+        extra_compile_args=[
+            "-O3",
+            "-ffp-contract=off",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-Wno-psabi",  # vectors are passed between inlined functions only
+        ],
+        libraries=["m", "pthread"],
+        py_limited_api=True,  # one library for every Python version, whose interface it does not use
+        optional=True,  # without a compiler the package installs too and is slower
+    )
+    for name, precision in (("", "24"), ("_bfloat16", "8"), ("_float16", "11"))
+]
 
 # One wheel for every Python since 3.9, except those without the global lock: they have no stable interface.
 ONE_WHEEL = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp39"}
@@ -51,6 +56,6 @@ ONE_WHEEL = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_
 setup(
     cmdclass={"build_py": BuildWithGoldenFiles},
     # The loops are written in GNU C, which Microsoft's compiler does not read.
-    ext_modules=[] if sys.platform == "win32" else [LOOPS],
+    ext_modules=[] if sys.platform == "win32" else LOOPS,
     options={"bdist_wheel": ONE_WHEEL},
 )

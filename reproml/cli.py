@@ -177,7 +177,7 @@ def evaluate_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     run.refuse_damaged(folder, sha256)
     return 0, {
         "run": str(folder),
-        "items": run.score(model, prepared, args.numerics, terminal.print),
+        "items": run.score(model, recipe, prepared, args.numerics, terminal.print),
     }
 
 

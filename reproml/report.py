@@ -40,7 +40,7 @@ from reproml.pipeline.data import Split
 from reproml.pipeline.golden import Comparison
 from reproml.pipeline.recipe import Recipe, load_recipe, recipe_names
 from reproml.pipeline.run import Items, Number
-from reproml.pipeline.train import step_count
+from reproml.pipeline.train import autocast, step_count
 from reproml.terminal import printable
 from reproml.tracing.chain import Reader
 
@@ -137,13 +137,15 @@ def write_page(html: str, path: Path) -> None:
         raise ReproError(f"cannot write the report {path}: {error.strerror}") from None
 
 
-def predict(model: torch.nn.Module, x: NDArray[Any]) -> NDArray[np.float32]:
+def predict(
+    model: torch.nn.Module, x: NDArray[Any], precision: str = "float32"
+) -> NDArray[np.float32]:
     """Return the probability of each class, float32 [n, classes], for images x, float32 [n, h, w].
 
     The softmax is exact, so that the most wrong images are the same on any machine.
     """
     model.eval()
-    with exact(), torch.no_grad():
+    with exact(), torch.no_grad(), autocast(precision, torch.device("cpu")):
         parts = [
             torch.softmax(model(torch.from_numpy(x[start : start + _BATCH])), 1).numpy()
             for start in range(0, len(x), _BATCH)
@@ -202,12 +204,15 @@ def contents(
     model, _, sha256 = run.load_run_model(folder, recipe, prepared, numerics)
     if numerics == "native":
         run.refuse_damaged(folder, sha256)
-        found = {**run.read_items(folder / run.METRICS), **run.score(model, prepared, "exact")}
+        found = {
+            **run.read_items(folder / run.METRICS),
+            **run.score(model, recipe, prepared, "exact"),
+        }
         verdict = Verdict(None, [])
     else:
         found, recorded = run.recompute(folder, recipe, data_folder)
         verdict = _verdict(folder, recipe, found, recorded)
-    probabilities = predict(model, prepared.test.x)
+    probabilities = predict(model, prepared.test.x, recipe.precision)
     predicted = probabilities.argmax(1)
     counts = confusion_counts(dataset.test.labels, predicted, dataset.classes)
     losses, step_losses = _losses(found), _step_losses(folder)

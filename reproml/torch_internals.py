@@ -175,6 +175,11 @@ DisableTorchDispatch = internal(
     "hides a block from modes and subclasses",
     "a trace would contain the operators of its own fingerprints",
 )
+DisableAutocast = internal(
+    "torch._C._DisableAutocast",
+    "computes an operator that autocast has seen before, after the last micro-batch",
+    "autocast would cast operands that it does not cast in the complete batch",
+)
 AutoDispatchBelowAutograd = internal(
     "torch._C._AutoDispatchBelowAutograd",
     "runs an operator whose gradient has a definition of its own without autograd's",

@@ -20,17 +20,18 @@ settings.load_profile("reproml")
 SLOW_FILES = {
     f"{folder}/test_{name}.py"
     for folder, names in {
-        "tests": "accumulation cli distributed examples gallery layout matrix package readme report "
-        "samples script seeding torch_internals training_state windows",
-        "tests/arithmetic": "context operator_table patches selftest",
+        "tests": "accumulation cli distributed examples gallery layout matrix package "
+        "readme report samples script seeding torch_internals training_state "
+        "windows",
+        "tests/arithmetic": "autocast context dtypes operator_table patches selftest",
         "tests/arithmetic/numerics": "libm",
         "tests/arithmetic/compiler": "direct evaluate fast pair_program rounding_bounds",
         "tests/arithmetic/dispatch": "deferred dispatcher",
         "tests/arithmetic/distributed": "partial_sums running_sums sharded",
-        "tests/arithmetic/operators": "creation ctc elementary grid_sampling matmul "
-        "normalization optimizer_formulas optimizers "
-        "packed_convolution recurrent small_matrices special "
-        "upsampling windows",
+        "tests/arithmetic/operators": "creation ctc elementary grad_scaling grid_sampling "
+        "matmul normalization optimizer_formulas optimizers "
+        "packed_convolution random recurrent small_matrices "
+        "special upsampling windows",
         "tests/diff": "compare pairs",
         "tests/evidence": "exports formats inputs provenance registry reproduced signature",
         "tests/pipeline": "data faults preprocess",

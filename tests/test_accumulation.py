@@ -18,10 +18,12 @@ import reproml
 from reproml import accumulation
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.distributed.micro_batches import Accumulation
+from reproml.arithmetic.numerics.formats import NARROW
 from reproml.errors import ReproError
 from tests.arithmetic.distributed.test_sharded import (
     LOSSES,
     MODELS,
+    Autocast,
     classes,
     cnn,
     mlp,
@@ -66,6 +68,68 @@ def test_model_has_gradients_of_complete_batch(name):
             assert len(found) == len(expected) and all(map(same, found, expected))
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in WITH_STATISTICS])
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("weights", [False, True])
+def test_model_in_16_bits_has_gradients_of_complete_batch(name, dtype, weights):
+    """By autocast, or with weights of 16 bits."""
+    make, data = MODELS[name]
+    torch.manual_seed(1)
+    with reproml.exact():
+        x, y = data(7), classes(7)
+        model = make().to(dtype) if weights else Autocast(make(), dtype)
+        if weights and x.is_floating_point():
+            x = x.to(dtype)
+        expected = complete(copy.deepcopy(model), x, y, F.cross_entropy)
+        found = in_parts(model, x, y, F.cross_entropy, 3)
+        assert len(found) == len(expected) and all(map(same, found, expected))
+
+
+class Factored(nn.Module):
+    """A layer whose weight is a product that autocast does not cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(s)) for s in ((3, 2), (2, 4)))
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            weight = self.a @ self.b
+        return F.linear(x, weight)
+
+
+def test_autocast_at_the_end_of_the_block_casts_nothing():
+    """Operators that were not within autocast when they were called are not when they are computed."""
+
+    def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        value = F.cross_entropy(model(x), y)
+        with torch.autocast("cpu", enabled=False):
+            value.backward()
+        return value.detach()
+
+    torch.manual_seed(1)
+    with reproml.exact(), torch.autocast("cpu", torch.bfloat16):
+        model, x, y = Factored(), torch.randn(5, 4), classes(5)
+        other = copy.deepcopy(model)
+        expected = [loss(model, x, y), *gradients(model)]
+        with reproml.accumulate(other, 5):
+            for rows, target in zip(x.split(2), y.split(2)):
+                value = loss(other, rows, target)
+        assert all(map(same, [value.detach(), *gradients(other)], expected))
+
+
+def test_numbers_are_added_in_place_in_the_dtype_of_the_loss():
+    def loss(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        value = F.cross_entropy(out, y)
+        value += torch.tensor([2.0**-20]).sum()
+        return value
+
+    with reproml.exact():
+        model, x, y = mlp().bfloat16(), torch.randn(5, 4).bfloat16(), classes(5)
+        expected = complete(copy.deepcopy(model), x, y, loss)
+        assert all(map(same, in_parts(model, x, y, loss, 2), expected))
+
+
 # Those that divide by a total of the batch which a micro-batch does not know.
 UNKNOWN_TOTAL = {
     "weights": "reduction='sum' and divide by the total",
@@ -84,6 +148,18 @@ def test_loss_is_that_of_complete_batch(name):
         for sizes in (1, 2, [4, 1]):
             found = in_parts(copy.deepcopy(model), x, y, loss, sizes)
             assert all(map(same, found, expected))
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in UNKNOWN_TOTAL])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_loss_in_16_bits_is_that_of_complete_batch(name, dtype):
+    loss, target = LOSSES[name]
+    torch.manual_seed(2)
+    with reproml.exact():
+        model, x, y = mlp().to(dtype), torch.randn(5, 4).to(dtype), target(5)
+        y = y.to(dtype) if y.is_floating_point() else y
+        expected = complete(copy.deepcopy(model), x, y, loss)
+        assert all(map(same, in_parts(model, x, y, loss, 2), expected))
 
 
 @settings(max_examples=25)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -26,6 +27,7 @@ from reproml import distributed
 from reproml.cli import main
 from reproml.distributed import DistributedDataParallel, joined
 from reproml.errors import ReproError
+from reproml.pipeline.train import train
 from tests import tiny
 from tests.arithmetic.distributed.together import together
 from tests.test_torchrun import ADDRESS, set_variables
@@ -67,6 +69,15 @@ def test_recipe_writes_run_of_single_process(tmp_path):
     assert json.loads(first[1])["items"] == json.loads(json.dumps(tiny.run().items))
     assert (tmp_path / "run" / "weights.safetensors").read_bytes() == tiny.run().weights
     assert [(status, out) for status, out, _ in others] == [(0, "")] * 2
+
+
+def test_bfloat16_recipe_has_weights_of_single_process(tmp_path):
+    arguments = ["train", "--recipe", str(tiny.toml(tmp_path, precision="bfloat16"))]
+    shown = launch(3, "-m", "reproml", *arguments, "--out", "run", folder=tmp_path)
+    assert [status for status, *_ in shown] == [0] * 3, shown
+    alone = train(tiny.recipe(precision="bfloat16"), tiny.prepared())
+    weights = safetensors.torch.load_file(tmp_path / "run" / "weights.safetensors")
+    assert reproml.digest(weights) == reproml.digest(alone.model)
 
 
 def test_example_has_same_digest_with_two_workers(tmp_path):

@@ -99,6 +99,31 @@ def test_generators_continue_where_they_were_saved(tmp_path):
     assert draws() == first
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_and_states_keep_their_dtypes(tmp_path, dtype):
+    def make() -> dict[str, Any]:
+        torch.manual_seed(1)
+        model = torch.nn.Linear(3, 2).to(dtype)
+        return {"model": model, "optimizer": torch.optim.Adam(model.parameters(), lr=0.1)}
+
+    def step(model: Any, optimizer: Any) -> None:
+        model(torch.ones(3, dtype=dtype)).sum().backward()
+        optimizer.step()
+
+    saved, loaded = make(), make()
+    step(**saved)
+    reproml.save(tmp_path / "state", **saved)
+    reproml.load(tmp_path / "state", **loaded)
+    for each in (saved, loaded):
+        each["optimizer"].zero_grad()
+        step(**each)
+    states = [list(each["optimizer"].state.values()) for each in (saved, loaded)]
+    assert {x["exp_avg"].dtype for x in states[1]} == {dtype}
+    assert reproml.digest(saved["model"]) == reproml.digest(loaded["model"])
+    for x, y in zip(*states):
+        assert reproml.digest(x) == reproml.digest(y)
+
+
 def test_objects_must_be_those_that_were_saved(tmp_path):
     reproml.save(tmp_path / "state", **parts(), epoch=7)
     state = torch.get_rng_state()

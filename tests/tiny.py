@@ -18,6 +18,7 @@ from reproml.pipeline.run import Run, perform
 TOML = """
 name = "tiny"
 seed = {seed}
+precision = "{precision}"
 [data]
 name = "digits"
 [preprocess]
@@ -35,17 +36,29 @@ ADAMW = 'kind = "adamw"\nlearning_rate = 0.001'
 
 
 def toml(
-    folder: Path, seed: int = 1, hidden: str = "[8]", epochs: int = 2, optimizer: str = ADAMW
+    folder: Path,
+    seed: int = 1,
+    hidden: str = "[8]",
+    epochs: int = 2,
+    optimizer: str = ADAMW,
+    precision: str = "float32",
 ) -> Path:
     path = folder / "tiny.toml"
-    path.write_text(TOML.format(seed=seed, hidden=hidden, epochs=epochs, optimizer=optimizer))
+    values = {"hidden": hidden, "epochs": epochs, "optimizer": optimizer, "precision": precision}
+    path.write_text(TOML.format(seed=seed, **values))
     return path
 
 
 @functools.cache
-def recipe(seed: int = 1, hidden: str = "[8]", epochs: int = 2, optimizer: str = ADAMW) -> Recipe:
+def recipe(
+    seed: int = 1,
+    hidden: str = "[8]",
+    epochs: int = 2,
+    optimizer: str = ADAMW,
+    precision: str = "float32",
+) -> Recipe:
     with tempfile.TemporaryDirectory() as folder:
-        return load_recipe(str(toml(Path(folder), seed, hidden, epochs, optimizer)))
+        return load_recipe(str(toml(Path(folder), seed, hidden, epochs, optimizer, precision)))
 
 
 @functools.cache

@@ -1,21 +1,22 @@
 """Compare PyTorch's own operator samples under exact arithmetic with a float64 reference.
 
-    python -m verification.op_db [NAME ...]            # default: every operator of op_db
+    python -m verification.op_db [--dtype DTYPE] [NAME ...]     # default: float32, every operator of op_db
 
-Three things are compared for each float32 sample of
+Three things are compared for each sample of this dtype of
 `torch.testing._internal.common_methods_invocations.op_db` that exact() does not refuse, forward and
 backward:
 
 1. every call of an operator of the table with PyTorch's own operator on the same operands in float64.
-   The distance is at most half an ulp of binary32, plus the error of the float64 reference. For the
-   operators of COMPOSITE, which round more than once, it is a few ulps of the largest element;
+   The distance is at most half an ulp of the result's dtype, plus the error of the float64 reference. For
+   the operators of COMPOSITE, which round more than once, it is a few ulps of the largest element;
 2. the results and the gradients with float64 autograd, from end to end, within COARSE, as several
    roundings may lie between;
-3. the shapes, dtypes, devices and layouts of the results and the gradients with native float32.
+3. the shapes, dtypes, devices and layouts of the results and the gradients with native PyTorch.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 import warnings
@@ -31,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import reproml
-from reproml.arithmetic import operator_table
+from reproml.arithmetic import layouts, operator_table
 from reproml.arithmetic.dispatch import dispatcher
 
 # Expressions of several rounded steps (docs/operators.md names the steps). STEPS is their allowed error,
@@ -44,8 +45,18 @@ COMPOSITE = frozenset(
     histogram _ctc_loss _ctc_loss_backward
     """.split()
 )
-STEPS = 2.0**-19
-STEPS_OF = {"_ctc_loss_backward": 2.0**-11}  # exponentials of sums of many steps
+STEPS = 2.0**5  # units of the last place
+STEPS_OF = {"_ctc_loss_backward": 2.0**13}  # exponentials of sums of many steps
+
+dtype = torch.float32  # of the samples
+# Precision in bits, exponents of the smallest normal number and of the first power of two that overflows.
+FORMATS = {
+    torch.float32: (24, -126, 128),
+    torch.bfloat16: (8, -126, 128),
+    torch.float16: (11, -14, 16),
+}
+# Their statistics are float32 also beside weights of 16 bits, as on an accelerator.
+STATISTICS = frozenset({"native_layer_norm", "native_batch_norm", "_native_batch_norm_legit"})
 
 FACTORIES = frozenset({"arange", "linspace", "logspace"})  # made of Python numbers alone
 
@@ -61,7 +72,7 @@ AS_GIVEN = (
 # Error of the float64 reference, relative to its largest element and its operands.
 REFERENCE = 2.0**-46
 # Allowed error from end to end, relative to the largest element, or to 1.
-COARSE = 2.0**-13
+COARSE = {torch.float32: 2.0**-13, torch.bfloat16: 2.0**-2, torch.float16: 2.0**-5}
 # The gradient consists of logarithms and exponentials, whose errors grow with the numbers.
 COARSE_OF = {"logcumsumexp": 2.0**-9, "nn.functional.ctc_loss": 2.0**-9}
 
@@ -120,13 +131,13 @@ def name_of(func: Any) -> str:
 
 
 def _double(x: Any) -> Any:
-    """Copy a tree, with every float32 tensor and dtype in it converted to float64."""
+    """Copy a tree, with every tensor and dtype of FORMATS in it converted to float64."""
 
     def convert(x: Any) -> Any:
         if isinstance(x, Tensor):
             y = x.detach().clone()
-            return (y.double() if y.dtype is torch.float32 else y).requires_grad_(x.requires_grad)
-        return torch.float64 if x is torch.float32 else x
+            return (y.double() if y.dtype in FORMATS else y).requires_grad_(x.requires_grad)
+        return torch.float64 if isinstance(x, torch.dtype) and x in FORMATS else x
 
     return tree_map(convert, x)
 
@@ -153,6 +164,12 @@ def _as_operands(x: Any) -> Any:
     return tree_map(convert, x)
 
 
+def _converted(x: Any) -> Any:
+    """Convert a tensor of integers to the dtype in which PyTorch computes beside one of 16 bits."""
+    integers = isinstance(x, Tensor) and x.dim() and not x.is_floating_point()
+    return x.to(dtype).double() if integers else x
+
+
 def all_tensors(x: Any) -> list[Tensor]:
     return [t for t in tree_flatten(x)[0] if isinstance(t, Tensor)]
 
@@ -173,10 +190,11 @@ def _largest(x: Tensor) -> float:
     return float(x.max()) if x.numel() else 0.0
 
 
-def ulp(x: Tensor) -> Tensor:
-    """Return the distance between binary32 numbers around each element of x, as float64."""
-    exponent = torch.frexp(x.abs().clamp(min=2.0**-126))[1]
-    return torch.ldexp(torch.ones_like(x), exponent - 24)
+def ulp(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the distance between numbers of a dtype around each element of x, as float64."""
+    precision, smallest, _ = FORMATS[dtype]
+    exponent = torch.frexp(x.abs().clamp(min=2.0**smallest))[1]
+    return torch.ldexp(torch.ones_like(x), exponent - precision)
 
 
 def difference(got: Tensor, reference: Tensor, allowed: Tensor) -> str:
@@ -186,7 +204,11 @@ def difference(got: Tensor, reference: Tensor, allowed: Tensor) -> str:
     if not got.numel():
         return ""
     x, y = got.detach().double(), reference.detach()
-    y = torch.where(y.abs() >= 2.0**128 * (1 - 2.0**-25), y.sign() * torch.inf, y)  # overflows
+    if got.dtype in FORMATS:
+        precision, _, top = FORMATS[got.dtype]
+        y = torch.where(
+            y.abs() >= 2.0**top * (1 - 2.0 ** -(precision + 1)), y.sign() * torch.inf, y
+        )
     both = (x == y) | (x.isnan() & y.isnan())
     off = torch.where(both, 0.0, ((x - y).abs() - allowed).nan_to_num(torch.inf, torch.inf))
     if not bool((off > 0).any()):
@@ -214,9 +236,11 @@ class Checker(TorchDispatchMode):
             wide_args, wide_kwargs = list(args), kwargs
             if name not in AS_GIVEN:
                 wide_args, wide_kwargs = _as_operands([wide_args, wide_kwargs])
+            if name in layouts.ELEMENTWISE and dtype is not torch.float32:
+                wide_args = tree_map(_converted, wide_args)
             wide_args, wide_kwargs = _double([wide_args, wide_kwargs])
         result = func(*args, **kwargs)
-        if name in FACTORIES and result.dtype is not torch.float32:
+        if name in FACTORIES and result.dtype not in FORMATS:
             return result
         with dispatcher.natively():
             self.calls[name] += 1
@@ -227,12 +251,12 @@ class Checker(TorchDispatchMode):
 
 
 def _is_compared(func: Any, operands: list[Tensor]) -> bool:
-    """Return whether it is a deterministic operator of the table, on float32 operands."""
+    """Return whether it is a deterministic operator of the table, on operands of FORMATS."""
     name = name_of(func)
     return (
         name in operator_table.EXACT
         and torch.Tag.nondeterministic_seeded not in func.tags
-        and (any(x.dtype is torch.float32 for x in operands) or name in FACTORIES)
+        and (any(x.dtype in FORMATS for x in operands) or name in FACTORIES)
         and not any(x.dtype is torch.float64 and x.dim() for x in operands)
     )
 
@@ -255,15 +279,18 @@ def _wrong_outputs(
     for i, (x, y) in enumerate(zip(all_tensors(result), all_tensors(reference))):
         if (name, i) in UNUSED:
             continue
-        if x.dtype is not torch.float32:
+        if x.dtype not in FORMATS:
             if x.dtype is not y.dtype or not torch.equal(x, y):
                 yield i, f"{x.dtype} differs from {y.dtype}"
             continue
         allowed = (_largest(y) + size * size) * REFERENCE_OFF.get(name, REFERENCE)
         if name in COMPOSITE:
-            limit = torch.full_like(y, max(_largest(y), 1.0) * STEPS_OF.get(name, STEPS) + allowed)
+            unit = 2.0 ** -FORMATS[x.dtype][0]
+            limit = torch.full_like(
+                y, max(_largest(y), 1.0) * STEPS_OF.get(name, STEPS) * unit + allowed
+            )
         else:
-            limit = ulp(y) / 2 * (1 + 2.0**-20) + allowed
+            limit = ulp(y, x.dtype) / 2 * (1 + 2.0**-20) + allowed
         message = difference(x, y, limit)
         if message:
             yield i, message
@@ -321,11 +348,19 @@ def check(op: Any, sample: Any, backward: bool) -> tuple[Outcome, Counter[str]]:
             all_tensors(theirs),
             all_tensors(references),
             random,
-            COARSE_OF.get(op.name, COARSE),
+            _coarse(op.name),
+            op.name in STATISTICS,
         )
         if message:
             return Outcome("failed", f"{kind} {message}"), checker.calls
     return Outcome("passed"), checker.calls
+
+
+def _coarse(name: str) -> float:
+    """Return the allowed error from end to end; none is known in 16 bits where errors grow."""
+    if name not in COARSE_OF or dtype is torch.float32:
+        return COARSE_OF.get(name, COARSE[dtype])
+    return math.inf
 
 
 def _compare(
@@ -334,15 +369,21 @@ def _compare(
     references: list[Tensor],
     random: bool,
     coarse: float,
+    has_statistics: bool = False,
 ) -> str:
     if len(ours) != len(theirs):
         return f"has {len(ours)} tensors, not {len(theirs)}"
     for i, (x, native, wide) in enumerate(zip(ours, theirs, references)):
         for what in ("shape", "dtype", "device", "layout"):
+            if what == "dtype" and has_statistics and i and dtype is not torch.float32:
+                continue
             if getattr(x, what) != getattr(native, what):
                 return f"{i}: {what} {getattr(x, what)}, not {getattr(native, what)}"
         if random or not x.is_floating_point() or not wide.is_floating_point():
             continue
+        if dtype is not torch.float32:  # what overflows on the way does so natively, too
+            same = (x == native) | (x.isnan() & native.isnan())
+            wide = torch.where(same & ~x.isfinite(), x.double(), wide.double())
         allowed = torch.full_like(wide, coarse * max(1.0, _largest(wide)), dtype=torch.float64)
         message = difference(x, wide.double(), allowed)
         if message:
@@ -351,7 +392,7 @@ def _compare(
 
 
 def operators(names: Any = ()) -> Iterator[Any]:
-    """Yield op_db's operators for float32 on the CPU, all of them or those named."""
+    """Yield op_db's operators for the dtype on the CPU, all of them or those named."""
     # PyTorch's samples import expecttest for a base class of tests, which are not used here. It has to be
     # a module, as hypothesis reads all of sys.modules.
     expecttest = ModuleType("expecttest")
@@ -361,7 +402,7 @@ def operators(names: Any = ()) -> Iterator[Any]:
         from torch.testing._internal.common_methods_invocations import op_db
 
     for op in op_db:
-        if (not names or op.name in names) and torch.float32 in op.supported_dtypes("cpu"):
+        if (not names or op.name in names) and dtype in op.supported_dtypes("cpu"):
             yield op
 
 
@@ -371,12 +412,18 @@ def title(op: Any) -> str:
 
 def samples(op: Any) -> Iterator[tuple[Any, bool]]:
     """Yield each sample, and whether it has a backward pass."""
-    backward = op.supports_autograd and op.supports_dtype(torch.float32, "cpu")
-    for sample in op.sample_inputs("cpu", torch.float32, requires_grad=backward):
+    backward = op.supports_autograd and dtype in op.supported_backward_dtypes("cpu")
+    for sample in op.sample_inputs("cpu", dtype, requires_grad=backward):
         yield sample, backward
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    global dtype
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dtype", default="float32", choices=[str(x)[6:] for x in FORMATS])
+    parser.add_argument("names", nargs="*")
+    options = parser.parse_args(arguments)
+    names, dtype = options.names, getattr(torch, options.dtype)
     warnings.simplefilter("ignore")
     counts: Counter[str] = Counter()
     calls: Counter[str] = Counter()

@@ -2,13 +2,15 @@
 
 `Real` is a real number: a fraction as long as it is rational, otherwise an mpmath number of 1,200 bits. It
 also represents the infinities, NaN, and the sign that IEEE 754 gives an exact zero, step by step. `bits_of`
-rounds it once to binary32, with integers. `check` compares an operator's result with it bit by bit; all
+rounds it once to a dtype, with integers. `check` compares an operator's result with it bit by bit; all
 NaNs are equal.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, Callable
 
@@ -204,10 +206,36 @@ def struct_float32(x: float) -> float:
     return float(np.float64(x).astype(np.float32))
 
 
-def bits_of(x: Real) -> int:
-    """Return the bit pattern of the nearest binary32 number, ties to even; -1 for NaN."""
+# ---- rounding ------------------------------------------------------------------------------------
+
+# Precision in bits, exponent of the smallest number, exponent of the first power of two that is too large,
+# and the integer dtypes of PyTorch and NumPy of the same width.
+FORMATS: dict[torch.dtype, tuple[Any, ...]] = {
+    torch.float32: (24, -149, 128, torch.int32, np.uint32, np.float32),
+    torch.float64: (53, -1074, 1024, torch.int64, np.uint64, np.float64),
+    torch.float16: (11, -24, 16, torch.int16, np.uint16, np.float16),
+    torch.bfloat16: (8, -133, 128, torch.int16, np.uint16, None),
+}
+target = torch.float32  # the dtype to which `check` and `rounded` round
+
+
+@contextmanager
+def rounding_to(dtype: torch.dtype) -> Iterator[None]:
+    """Round to this dtype within the block."""
+    global target
+    before, target = target, dtype
+    try:
+        yield
+    finally:
+        target = before
+
+
+def bits_of(x: Real, dtype: Any = None) -> int:
+    """Return the bit pattern of the nearest number of a dtype, ties to even; -1 for NaN."""
+    precision, lowest, top, *_ = FORMATS[dtype or target]
     v = x.v
-    sign = (1 << 31) * x.minus
+    infinity: int = (top - lowest - precision + 2) << (precision - 1)
+    sign: int = (infinity + (1 << (precision - 1))) * x.minus  # the bit above the largest exponent
     if isinstance(v, Fraction):
         # v = m 2^e with a sticky last bit, 64 bits long or exact
         n, d = abs(v.numerator), v.denominator
@@ -217,32 +245,37 @@ def bits_of(x: Real) -> int:
     elif v != v:
         return -1
     elif not mp.isfinite(v):
-        return sign | 0x7F800000
+        return sign | infinity
     else:
         _, m, e, _ = v._mpf_
         m, e = int(m), int(e)
-    if m == 0 or m.bit_length() + e < -160:
+    if m == 0 or m.bit_length() + e < lowest - 11:
         return sign
-    if m.bit_length() + e > 200:
-        return sign | 0x7F800000
-    last = max(m.bit_length() + e - 24, -149)  # exponent of the last place
+    if m.bit_length() + e > top + 72:
+        return sign | infinity
+    last = max(m.bit_length() + e - precision, lowest)  # exponent of the last place
     if last <= e:
         q = m << (e - last)
     else:
         q, rest, half = m >> (last - e), m & ((1 << (last - e)) - 1), 1 << (last - e - 1)
         q += rest > half or (rest == half and q & 1)
     # q has the hidden bit, which adds 1 to the exponent field; a subnormal number has neither
-    return sign | min(q + ((last + 149) << 23), 0x7F800000)
+    magnitude: int = min(q + ((last - lowest) << (precision - 1)), infinity)
+    return sign | magnitude
 
 
-def float_of(x: Real) -> float:
-    """Return the nearest binary32 number as a Python float."""
-    bits = bits_of(x)
-    return math.nan if bits < 0 else float(np.uint32(bits).view(np.float32))
+def float_of(x: Real, dtype: Any = None) -> float:
+    """Return the nearest number of a dtype as a Python float."""
+    dtype = dtype or target
+    bits = bits_of(x, dtype)
+    if dtype is torch.bfloat16:
+        bits, dtype = bits << 16 if bits >= 0 else bits, torch.float32
+    integer, number = FORMATS[dtype][4:]
+    return math.nan if bits < 0 else float(np.array(bits, integer).view(number))
 
 
 def rounded(x: Any) -> Any:
-    """Round a `Real`, or an array of them, to binary32."""
+    """Round a `Real`, or an array of them, to the target."""
     if isinstance(x, Real):
         return Real(float_of(x))
     return np.vectorize(rounded, otypes=[object])(x) if x.size else x
@@ -258,10 +291,10 @@ def reals(x: torch.Tensor) -> Any:
 
 
 def bits_of_tensor(x: torch.Tensor) -> list[int]:
-    assert x.dtype is torch.float32, x.dtype
     values = x.detach().contiguous().reshape(-1)
-    patterns = values.view(torch.int32).tolist()
-    return [-1 if n else b & 0xFFFFFFFF for b, n in zip(patterns, values.isnan().tolist())]
+    patterns = values.view(FORMATS[x.dtype][3]).tolist()
+    mask = (1 << 8 * x.element_size()) - 1
+    return [-1 if n else b & mask for b, n in zip(patterns, values.isnan().tolist())]
 
 
 def check(actual: torch.Tensor, expected: Any, any_zero: bool = False) -> None:
@@ -271,9 +304,11 @@ def check(actual: torch.Tensor, expected: Any, any_zero: bool = False) -> None:
     """
     expected = np.asarray(expected, dtype=object)
     assert tuple(actual.shape) == expected.shape, (tuple(actual.shape), expected.shape)
+    assert actual.dtype is target, actual.dtype
     found, wanted = bits_of_tensor(actual), [bits_of(real(x)) for x in expected.ravel()]
+    sign = 1 << (8 * actual.element_size() - 1)
     for i, (f, w) in enumerate(zip(found, wanted)):
-        zero = any_zero and real(expected.ravel()[i]).v == 0 and f & 0x7FFFFFFF == 0
+        zero = any_zero and real(expected.ravel()[i]).v == 0 and f in (0, sign)
         if f != w and not zero:
             at = np.unravel_index(i, expected.shape)
             value = actual.detach().contiguous().reshape(-1)[i].item()
@@ -286,6 +321,6 @@ def check(actual: torch.Tensor, expected: Any, any_zero: bool = False) -> None:
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape or a.dtype is not b.dtype:
         return False
-    if a.dtype is torch.float32:
+    if a.dtype in FORMATS:
         return bits_of_tensor(a) == bits_of_tensor(b)
-    return torch.equal(a, b) if not a.is_floating_point() else torch.allclose(a, b, 0, 0, True)
+    return torch.equal(a, b)

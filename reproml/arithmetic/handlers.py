@@ -29,11 +29,12 @@ from typing import Any, Callable, Optional
 import torch
 from torch import Tensor
 
-from reproml.arithmetic import layouts, state
+from reproml.arithmetic import dtypes, layouts, state
 from reproml.arithmetic import operator_table as table
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.dispatcher import Handler, Kind
 from reproml.arithmetic.dispatch.schema import tensors
+from reproml.arithmetic.numerics.formats import NARROW
 from reproml.arithmetic.operators import casts
 from reproml.errors import NotExactError
 from reproml.torch_internals import DispatchKey, UnknownPyTorchError, in_forward_mode
@@ -116,8 +117,10 @@ def _require_strided(function: Function, rounds_once: bool = False) -> Function:
     """
     run = getattr(function, "_op", function)  # saves a Python frame
     schema = getattr(function, "_schema", None)
-    types = [str(x.type) for x in schema.arguments] if schema else []
-    values = frozenset(i for i, kind in enumerate(types) if kind in ("number", "Tensor"))
+    arguments = enumerate(schema.arguments) if schema else ()
+    values = frozenset(
+        i for i, x in arguments if str(x.type) in ("number", "Tensor") and x.name[:3] != "ind"
+    )
 
     def strided(*args: Any, **kwargs: Any) -> Any:
         for x in args:  # every operator takes this path: no generator for what is not a list
@@ -125,7 +128,7 @@ def _require_strided(function: Function, rounds_once: bool = False) -> Function:
                 if x.layout is not torch.strided or x.is_complex():
                     _refuse_layout(x)
                 if not rounds_once and x.dtype in casts.NARROW:
-                    _check_numbers_beside(x.dtype, args, values)
+                    args = tuple(_numbers_beside(x.dtype, args, values))
             elif isinstance(x, (list, tuple)):
                 for y in tensors(x):
                     if y.layout is not torch.strided or y.is_complex():
@@ -176,20 +179,21 @@ def _undefined_layout(x: Tensor) -> str:
     return f"it is not defined for {x.dtype} of layout {x.layout}"
 
 
-def _check_numbers_beside(dtype: torch.dtype, args: Any, values: frozenset[int]) -> None:
-    """Raise NotExactError for a number that PyTorch would round to float32 and then to 16 or 8 bits.
+def _numbers_beside(dtype: torch.dtype, args: Any, values: frozenset[int]) -> list[Any]:
+    """Return the operands with each number such that PyTorch, by way of float32, rounds it once to `dtype`.
 
-    values: the places of operands that are such numbers; elsewhere an integer is a size or an index. A
+    values: the places of operands that may be such numbers; elsewhere an integer is a size or an index. A
     tensor without axes stands for a number.
     """
+    given = list(args)
     for i, x in enumerate(args):
-        if isinstance(x, Tensor) and x.dtype in _WIDE and not x.dim() and not x.is_meta:
-            x = x.item()
-        if (type(x) is float or (type(x) is int and i in values)) and not casts.is_float32(x):
-            raise NotExactError(
-                f"the number {x} would be rounded to float32 and then to {dtype}; give it as a "
-                f"tensor, torch.tensor({x}, dtype={dtype})"
-            )
+        if isinstance(x, Tensor):
+            if i in values and x.dtype in _WIDE and not x.dim() and not x.is_meta:
+                given[i] = casts.float32_to_odd(x)
+        elif type(x) is float or (type(x) is int and i in values):
+            if not casts.is_float32(x):
+                given[i] = casts.number_for(x, dtype)
+    return given
 
 
 _WIDE = (torch.float64, torch.int64, torch.int32)
@@ -209,14 +213,41 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
     indices = (torch.float32, torch.int64)
     usual = (torch.float32,) if name in table.PROMOTING else indices
 
+    def narrow(*args: Any, **kwargs: Any) -> Any:
+        if in_place:
+            return args[0].copy_(dtypes.run(name, definitions[name], args, kwargs, args[0]))
+        outs = [kwargs.pop(output) for output in outputs]
+        results = dtypes.run(name, definitions[name], args, kwargs, outs[0] if outs else None)
+        if not outs:
+            return arrange(results, args)
+        for out, result in zip(outs, results if len(outs) > 1 else [results]):
+            out.resize_(result.shape).copy_(result)
+        return outs[0] if len(outs) == 1 else tuple(outs)
+
+    def wide(*args: Any, **kwargs: Any) -> Any:
+        for x in args[:1] if in_place else [kwargs[output] for output in outputs]:
+            if x.dtype in NARROW:
+                raise NotExactError(f"its result would be rounded to float64 and then to {x.dtype}")
+        names, values = list(kwargs), dtypes.as_float64(kwargs.values())
+        return exact(*dtypes.as_float64(args), **dict(zip(names, values)))
+
     def exact(*args: Any, **kwargs: Any) -> Any:
         if not kwargs and _all_of(usual, args):
             if not outputs:
                 return arrange(definitions[name](*args), args)
             if in_place and name in table.IN_PLACE:
                 return table.IN_PLACE[name](*args)
-        elif _is_on_meta(args, kwargs) or _runs_natively(name, [*args, *kwargs.values()]):
+        elif _is_on_meta(args, kwargs):
             return operator(*args, **kwargs)
+        elif name not in table.FLOAT32_ONLY and dtypes.has_narrow(args, kwargs):
+            if dtypes.is_float64(args, {k: x for k, x in kwargs.items() if k not in outputs}):
+                return wide(*args, **kwargs)
+            if name not in table.ANY_FORMAT:
+                return narrow(*args, **kwargs)
+        elif _runs_natively(name, [*args, *kwargs.values()]):
+            return operator(*args, **kwargs)
+        elif dtypes.is_narrow_by_default(args, kwargs) and name not in table.ANY_FORMAT:
+            return narrow(*args, **kwargs)
         if name in table.PROMOTING:
             args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
         if in_place:
@@ -300,7 +331,7 @@ def _runs_natively(name: str, args: list[Any]) -> bool:
     if name in table.INTEGER and not any(isinstance(x, float) for x in args):
         return result is None or not result.is_floating_point
     result = result or torch.get_default_dtype()  # to which PyTorch converts the integers
-    if result.is_floating_point and result is not torch.float32:
+    if result.is_floating_point and result is not torch.float32 and result not in NARROW:
         if result is not torch.float64 or not in_float64:
             raise NotExactError(f"it is defined for float32, not for {result}")
     return False
@@ -328,8 +359,9 @@ def _foreach_handler(name: str, operator: Any) -> Handler:
     name = "linalg_vector_norm" if name == "norm" else name
     if name in ("maximum", "minimum") and operator._overloadname.startswith("Scalar"):
         name = {"maximum": "clamp_min", "minimum": "clamp_max"}[name]  # which take numbers
+    outputs = ["self"] if in_place else [x.name for x in operator._schema.arguments if x.is_out]
     if name in table.EXACT:
-        function = _run_definition(name, getattr(torch.ops.aten, name))
+        function = _run_definition(name, getattr(torch.ops.aten, name), outputs)
     elif name in table.DATA_MOVEMENT:
         function = _require_strided(getattr(torch.ops.aten, name))
     elif name == "copy" and in_place:
@@ -338,11 +370,13 @@ def _foreach_handler(name: str, operator: Any) -> Handler:
         return Handler(Kind.REFUSED, _refuse_floats(operator))
 
     def foreach(*args: Any, **kwargs: Any) -> Any:
-        outs = args[0] if in_place else kwargs.pop("out", None)
+        outs = args[0] if in_place else kwargs.get("out")
         if "scalars" in kwargs:
             kwargs["value"] = kwargs.pop("scalars")
         if name in ("addcdiv", "addcmul"):  # a tensor may hold the numbers
             args = tuple(x.tolist() if isinstance(x, Tensor) else x for x in args)
+        if name not in table.EXACT:
+            kwargs.pop("out", None)
         count = next(len(x) for x in args if isinstance(x, (list, tuple)))
         results = []
         for i in range(count):
@@ -351,7 +385,7 @@ def _foreach_handler(name: str, operator: Any) -> Handler:
             )
             if outs is None:
                 results.append(result)
-            else:  # before the next element, which may share its memory
+            elif result is not outs[i]:  # before the next element, which may share its memory
                 _copy_into(outs[i] if in_place else outs[i].resize_(result.shape), result)
         return results if outs is None else None
 

@@ -34,6 +34,7 @@ from reproml.arithmetic.operators import (
     ctc,
     elementary,
     embedding_bag,
+    grad_scaling,
     grid_sampling,
     histograms,
     indexing,
@@ -125,8 +126,21 @@ median nanmedian kthvalue mode aminmax bincount _unique2 unique_dim unique_conse
 # FLOAT64: operators in EXACT that are also defined for float64 tensors, rounded once to binary64. They are
 # what evaluation and comparisons of results take.
 FLOAT64 = frozenset("""
-add sub rsub mul div sum mean max min amax amin maximum minimum allclose
+add sub rsub mul div reciprocal sum mean max min amax amin maximum minimum allclose
 index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy round multinomial
+""".split())
+
+# ANY_FORMAT: operators in EXACT whose definitions take tensors of 16 bits as they are.
+ANY_FORMAT = frozenset("""
+randint randint_like randperm random_ _fused_adam_ _fused_adamw_ _fused_sgd_
+_amp_foreach_non_finite_check_and_unscale_ _amp_update_scale_
+""".split())
+
+# FLOAT32_ONLY: operators in EXACT that PyTorch has no kernel on the CPU for in 16 bits; the result of
+# bincount would be float64.
+FLOAT32_ONLY = frozenset("""
+_cdist_forward _cdist_backward _euclidean_dist _pdist_forward _pdist_backward linalg_qr
+histogram multilabel_margin_loss_forward multilabel_margin_loss_backward bincount
 """.split())
 # fmt: on
 
@@ -512,6 +526,8 @@ EXACT: dict[str, Definition] = {
     "_fused_adam_": optimizers.fused_adam,
     "_fused_adamw_": optimizers.fused_adamw,
     "_fused_sgd_": optimizers.fused_sgd,
+    "_amp_foreach_non_finite_check_and_unscale_": grad_scaling.unscale_,
+    "_amp_update_scale_": grad_scaling.update_scale_,
 }
 
 # COMPOSITES: operators that PyTorch writes in terms of others, written by us, as "name" or "name.overload",

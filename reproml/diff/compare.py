@@ -14,7 +14,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from itertools import chain, zip_longest
@@ -171,7 +171,7 @@ def compare_traces(a: Reader, b: Reader, again: Optional[Again] = None) -> Optio
         return None
     for side, last in zip(sides, (difference.a, difference.b)):
         side.diverged_at(last)
-    rest = _Remainder(difference, left, right, draws)
+    rest = _Remainder(difference, left, right, draws, sides)
     entry = difference.a or difference.b or {}
     step = 1 if entry["entry"] == "optimizer" else entry["step"]
     found = Divergence(
@@ -181,7 +181,7 @@ def compare_traces(a: Reader, b: Reader, again: Optional[Again] = None) -> Optio
         step,
         _tensor(difference, optimizers),
         difference.differing,
-        _loss_distance(difference),
+        _loss_distance(difference, sides),
         _operator(operators),
         rest.growth,
         notes=[f"{r.path} is truncated after entry {r.entries}" for r in (a, b) if r.cut],
@@ -225,6 +225,9 @@ class _Side:
         self.step = 0  # the last
         self.stepped = False  # whether an optimizer has taken a step
         self.ended = False  # whether the training ended, and was not interrupted
+        self.sampled: dict[
+            int, str
+        ] = {}  # optimizer -> dtype and shape of the tensor that is sampled
         self._diverged = self._complete = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -233,6 +236,8 @@ class _Side:
             if entry["entry"] == "op":
                 continue
             self.stepped = self.stepped or entry["entry"] in ("optimizer", "step")
+            if entry["entry"] == "optimizer":
+                self.sampled[entry["optimizer"]] = (_kinds(entry) or [""])[-1]
             if entry["entry"] == "step":
                 self.step = entry["step"]
             if not self._complete:
@@ -353,6 +358,7 @@ class _Remainder:
         left: Iterator[dict[str, Any]],
         right: Iterator[dict[str, Any]],
         draws: _Draws,
+        sides: tuple[_Side, _Side],
     ) -> None:
         self.growth: list[tuple[int, int]] = []
         self.same_random: Optional[bool] = None
@@ -371,7 +377,8 @@ class _Remainder:
             if self.same_random is None:
                 self.same_random = x["random"] == y["random"]
                 epoch = x["epoch"]
-            self.growth.append((x["step"], _largest_ulps(x["sample"], y["sample"])))
+            kinds = [side.sampled.get(step["optimizer"], "") for side, step in zip(sides, (x, y))]
+            self.growth.append((x["step"], _largest_ulps(x["sample"], y["sample"], kinds)))
             for total, step in zip(sums, (x, y)):
                 for i, (_, words) in enumerate(step["batch"] if step["epoch"] == epoch else []):
                     total[i] = (total.get(i, 0) + int(words, 16)) % 2**64
@@ -388,24 +395,34 @@ def _steps(
             yield entry
 
 
-def _largest_ulps(a: list[Optional[float]], b: list[Optional[float]]) -> int:
-    """Return the largest distance, in ulps of float32, of two lists of numbers; None represents NaN."""
+def _largest_ulps(a: list[Optional[float]], b: list[Optional[float]], kinds: Sequence[str]) -> int:
+    """Return the largest distance of two lists of numbers, in ulps; None represents NaN.
+
+    kinds: what facts.tensor returns for the tensors of both sides. Their dtype, or the one to which PyTorch
+    promotes two dtypes, has the ulps.
+    """
+    dtype = torch.promote_types(*(_FLOATS.get(kind.split("[")[0], torch.float32) for kind in kinds))
     x, y = (
-        torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float32)
+        torch.tensor([math.nan if v is None else v for v in values], dtype=dtype)
         for values in (a, b)
     )
     found = ulps.distance(x, y)
     return found.ulps or 0 if found else 0
 
 
-def _loss_distance(difference: _FirstDifference) -> Optional[Distance]:
+_FLOATS = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
+
+
+def _loss_distance(difference: _FirstDifference, sides: tuple[_Side, _Side]) -> Optional[Distance]:
     if difference.part != "loss":
         return None
     assert difference.a and difference.b
-    pairs = zip(difference.a["loss"], difference.b["loss"])
+    losses = difference.a["loss"], difference.b["loss"]
+    kinds = [side.facts.get("losses") or ["float32"] * len(x) for side, x in zip(sides, losses)]
     with contextlib.suppress(ValueError):  # losses that are not single numbers
-        for x, y in ((float(x), float(y)) for x, y in pairs if x != y):
-            return Distance(_largest_ulps([x], [y]), 1, 1)
+        for x, y, *kind in zip(*losses, *kinds):
+            if x != y:
+                return Distance(_largest_ulps([float(x)], [float(y)], kind), 1, 1)
     return None
 
 

@@ -17,14 +17,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-import msgspec
-
 from reproml.digest import file_sha256
 from reproml.errors import ReproError
 from reproml.evidence.provenance import PROVENANCE
 from reproml.files import partial_path
 from reproml.pipeline import golden
-from reproml.pipeline.recipe import Recipe, recipe_toml
+from reproml.pipeline.recipe import Recipe, recipe_toml, recipe_values
 from reproml.pipeline.run import (
     LOG,
     METRICS,
@@ -319,7 +317,7 @@ def export_mlflow(folder: Path, out: Optional[Path]) -> str:
             experiment.experiment_id if experiment else client.create_experiment(source.recipe.name)
         )
         run = client.create_run(experiment_id, started, run_name=source.folder.name).info.run_id
-        for key, value in _flat(msgspec.to_builtins(source.recipe)):
+        for key, value in _flat(recipe_values(source.recipe)):
             client.log_param(run, key, value)
         for item, value in source.items.items():
             if "sha256" in item or item == "definitions.version":

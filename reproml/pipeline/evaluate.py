@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from reproml.pipeline.device import CPU
-from reproml.pipeline.train import numerics_mode
+from reproml.pipeline.train import autocast, numerics_mode
 
 _BATCH = 1024  # limits the memory; exact results do not depend on it
 
@@ -29,20 +29,24 @@ class Score:
 
 
 def evaluate(
-    model: torch.nn.Module, x: NDArray[Any], y: NDArray[Any], numerics: str = "exact"
+    model: torch.nn.Module,
+    x: NDArray[Any],
+    y: NDArray[Any],
+    numerics: str = "exact",
+    precision: str = "float32",
 ) -> Score:
     """Score `model` on x float32 [n, h, w] and y int64 [n].
 
-    It runs on the model's device. The prediction is the class with the largest logit, the first one if
-    several are equal.
+    It runs on the model's device; `precision` is that of a recipe. The prediction is the class with the
+    largest logit, the first one if several are equal.
     """
     model.eval()
     device = next((p.device for p in model.parameters()), CPU)
     predictions = []
-    with numerics_mode(numerics), torch.no_grad():
+    with numerics_mode(numerics), torch.no_grad(), autocast(precision, device):
         for start in range(0, len(x), _BATCH):
             logits = model(torch.from_numpy(x[start : start + _BATCH]).to(device))
-            predictions.append(logits.cpu().numpy().argmax(axis=1).astype("<i8"))
+            predictions.append(logits.float().cpu().numpy().argmax(axis=1).astype("<i8"))
     predicted = np.concatenate(predictions)
     sha256 = hashlib.sha256(predicted.tobytes()).hexdigest()
     return Score(int((predicted == y).sum()), len(y), sha256)

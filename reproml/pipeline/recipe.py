@@ -124,6 +124,7 @@ class Recipe(_Table, frozen=True):
     model: Model
     train: Train
     optimizer: Optimizer
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast, float32 weights
     trace: Optional[Literal["epoch", "step", "op"]] = (
         None  # recorded at this level; changes no result
     )
@@ -136,14 +137,25 @@ class Recipe(_Table, frozen=True):
 
 def canonical_json(recipe: Recipe) -> str:
     """Return everything that the weights depend on as ASCII JSON, keys sorted, without white space."""
-    values = msgspec.to_builtins(recipe)
+    values = recipe_values(recipe)
     del values["trace"]
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as dictionaries and lists.
+
+    `precision` is left out where it is float32: recipes are older than this key, and keep their hashes.
+    """
+    values: dict[str, Any] = msgspec.to_builtins(recipe)
+    if recipe.precision == "float32":
+        del values["precision"]
+    return values
+
+
 def recipe_toml(recipe: Recipe) -> str:
     """Return a recipe as the TOML file that `load_recipe` reads. JSON's values are also TOML's."""
-    values = msgspec.to_builtins(recipe)
+    values = recipe_values(recipe)
     tables = {name: value for name, value in values.items() if isinstance(value, dict)}
     plain = {k: v for k, v in values.items() if k not in tables and v is not None}
     lines = [f"{name} = {json.dumps(value)}" for name, value in plain.items()]
@@ -239,6 +251,8 @@ def _allowed(message: str, content: bytes) -> str:
         )
     if (table, key) == ("data", "name") and "enum" in what:
         return f"; allowed: {', '.join(get_args(get_type_hints(Data)['name']))}"
+    if table == "precision":
+        return f"; allowed: {', '.join(get_args(get_type_hints(Recipe)['precision']))}"
     tables: dict[str, Any] = {"": Recipe, "data": Data, "preprocess": Preprocess, "model": Model}
     tables.update(train=Train, optimizer=Optimizer)
     if table not in tables:

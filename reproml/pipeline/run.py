@@ -46,7 +46,7 @@ from reproml.pipeline.data import Dataset, load_dataset
 from reproml.pipeline.device import CPU
 from reproml.pipeline.evaluate import evaluate
 from reproml.pipeline.preprocess import Prepared, preprocess
-from reproml.pipeline.recipe import Recipe
+from reproml.pipeline.recipe import Recipe, recipe_values
 from reproml.pipeline.train import SILENT, Output, Trained, Training, dtypes_and_shapes, train
 from reproml.tracing import trace as start_trace
 from reproml.tracing.chain import last_head
@@ -160,7 +160,7 @@ def perform(
     weights: bytes = safetensors.torch.save(trained.model.state_dict())
 
     items.update(_training_items(trained, weights))
-    items.update(score(trained.model, prepared, numerics, log))
+    items.update(score(trained.model, recipe, prepared, numerics, log))
     times["finished"] = _now()
     record = _record(recipe, numerics, dataset, device, times)
     data = [
@@ -212,7 +212,7 @@ def _record(
 def _about(recipe: Recipe, numerics: str, dataset: Dataset, device: torch.device) -> dict[str, Any]:
     """Return what run.json and the header of a trace both record about a training."""
     return {
-        "recipe": msgspec.to_builtins(recipe),
+        "recipe": recipe_values(recipe),
         "recipe.sha256": recipe.sha256,
         "numerics": numerics,
         "device": str(device),
@@ -258,6 +258,7 @@ def prepare(
 
 def score(
     model: nn.Module,
+    recipe: Recipe,
     prepared: Prepared,
     numerics: str,
     log: Callable[[str], None] = SILENT.log,
@@ -265,7 +266,7 @@ def score(
     """Evaluate the model on the training and the test set; return the items of both."""
     items: Items = {}
     for split, (x, y) in {"train": prepared.train, "test": prepared.test}.items():
-        result = evaluate(model, x, y, numerics)
+        result = evaluate(model, x, y, numerics, recipe.precision)
         log(f"{split}: {result}")
         items[f"{split}.correct"] = result.correct
         items[f"{split}.total"] = result.total
@@ -374,7 +375,7 @@ def recompute(
     items.update({name: value for name, value in recorded.items() if name.startswith("epoch.")})
     items[f"epoch.{recipe.train.epochs}.state_dict.sha256"] = digest(model)
     items[_WEIGHTS_SHA256] = file_sha256
-    items.update(score(model, prepared, "exact"))
+    items.update(score(model, recipe, prepared, "exact"))
     unknown = {name: value for name, value in recorded.items() if name not in items}
     return {**items, **unknown}, recorded
 

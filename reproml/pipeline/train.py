@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Callable, NamedTuple, Optional
@@ -173,13 +173,18 @@ class Training:
         size = self._micro_batch
         if size is None or size >= len(labels):
             inputs, labels = distributed.shard(inputs), distributed.shard(labels)
-            loss = torch.nn.functional.cross_entropy(self._wrapped(inputs), labels)
-            loss.backward()
-            return loss
+            return self._backward_of_rows(self._wrapped, inputs, labels)
         with accumulate(self.model, len(labels)):
             for x, y in zip(inputs.split(size), labels.split(size)):
-                loss = torch.nn.functional.cross_entropy(self.model(x), y)
-                loss.backward()
+                loss = self._backward_of_rows(self.model, x, y)
+        return loss
+
+    def _backward_of_rows(
+        self, model: torch.nn.Module, inputs: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        with autocast(self._recipe.precision, self._x.device):
+            loss = torch.nn.functional.cross_entropy(model(inputs), labels)
+        loss.backward()
         return loss
 
     def end_epoch(self) -> Epoch:
@@ -302,6 +307,13 @@ def _native() -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = saved[1:]
         if workspace is None:
             del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which a model runs in this precision of a recipe."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def build_optimizer(chosen: Optimizer, model: torch.nn.Module) -> torch.optim.Optimizer:

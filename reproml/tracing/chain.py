@@ -55,6 +55,7 @@ class _About(msgspec.Struct):
 
     loaders: list[dict[str, Union[str, int, bool, None]]] = []
     batch: list[str] = []
+    losses: list[str] = []  # dtypes and shapes; none if all losses so far are float32
     lr: list[Optional[float]] = []
     seed: str = ""
     threads: _Count = 0

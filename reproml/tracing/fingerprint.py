@@ -17,17 +17,24 @@ import ctypes
 import hashlib
 import struct
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import Parameter
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.digest import canonical_array
-from reproml.torch_internals import DisableTorchDispatch
+from reproml.errors import ReproError
+from reproml.torch_internals import (
+    DisableTorchDispatch,
+    len_torch_dispatch_stack,
+    pop_mode_temporarily,
+)
 
 WORDS = 1024
 KEY = np.frombuffer(
@@ -52,10 +59,11 @@ def measure(of: Sequence[Tensor], summed: int) -> list[tuple[int, int]]:
 
     The sum does not depend on the order of the samples if a sample has a multiple of 32 bits.
     """
+    of = [readable(x) for x in of]
     if kernels.library is None:
         found = [_reference(_elements(x)) for x in of]
         return found[:summed] + [(fingerprint, 0) for fingerprint, _ in found[summed:]]
-    kept = [x if _is_hashable_memory(x) else torch.from_numpy(_elements(x)) for x in of]
+    kept = [x if _is_hashable_memory(x) else _copied(x) for x in of]
     table: list[int] = []  # for each: address, number of bytes, whether it is float32
     for x in kept:
         table += x.data_ptr(), x.nbytes, x.dtype is torch.float32
@@ -69,12 +77,41 @@ def measure(of: Sequence[Tensor], summed: int) -> list[tuple[int, int]]:
 
 def first(x: Tensor, count: int) -> list[Any]:
     """Return at most the first `count` elements as Python numbers."""
+    x = readable(x)
     if x.dtype is torch.float32 and _is_hashable_memory(x):  # several times faster than an operator
         count = min(count, x.numel())
         return (ctypes.c_float * count).from_address(x.data_ptr())[:] if count else []
     with unseen():
         elements: list[Any] = x.detach().reshape(-1)[:count].tolist()
         return elements
+
+
+def readable(x: Tensor) -> Tensor:
+    """Return x, or a plain copy of a tensor subclass that has its numbers in other tensors.
+
+    The memory of such a tensor must not be read: it has none. Raises ReproError if the subclass cannot copy
+    its numbers into a plain tensor.
+    """
+    if type(x) in (Tensor, Parameter) or not _is_wrapper(x):
+        return x
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(dispatcher.natively())
+            for _ in range(len_torch_dispatch_stack()):  # like `unseen`, but the subclass is called
+                stack.enter_context(pop_mode_temporarily())
+            return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x.detach())
+    except Exception as error:
+        raise ReproError(
+            f"a trace cannot read the numbers of a {type(x).__name__} ({error}); convert it to a plain "
+            "tensor, or train without a trace"
+        ) from None
+
+
+def _is_wrapper(x: Tensor) -> bool:
+    try:
+        return bool(x.numel()) and not x.is_meta and x.data_ptr() == 0
+    except RuntimeError:  # it has no storage
+        return True
 
 
 _SAME_BYTES = {torch.float32, torch.int64, torch.int32, torch.uint8, torch.bool}
@@ -88,6 +125,11 @@ def _is_hashable_memory(x: Tensor) -> bool:
 def _elements(x: Tensor) -> NDArray[Any]:
     with unseen():
         return canonical_array(x)
+
+
+def _copied(x: Tensor) -> Tensor:
+    with unseen():
+        return torch.from_numpy(canonical_array(x))
 
 
 def _reference(array: NDArray[np.generic]) -> tuple[int, int]:

@@ -43,7 +43,7 @@ from reproml.digest import digest
 from reproml.torch_internals import BaseDataLoaderIter
 from reproml.tracing import facts
 from reproml.tracing.chain import Writer
-from reproml.tracing.fingerprint import fingerprints, first, measure, unseen
+from reproml.tracing.fingerprint import fingerprints, first, measure, readable, unseen
 from reproml.tracing.operators import Operators
 from reproml.versions import DEFINITIONS
 
@@ -100,6 +100,7 @@ class Recorder:
         self._origins: list[bool] = []  # whether a tensor of the batch is only a module's input
         self._batch_found: list[tuple[int, int]] = []  # fingerprint, sum
         self._loss: list[str] = []
+        self._loss_kinds: list[str] = []
         self._gradients: list[Optional[str]] = []
         self._gradient: list[Any] = []
         self._random = ""
@@ -248,6 +249,7 @@ class Recorder:
             for x in tensors(roots):
                 loss = repr(first(x, 1)[0]) if x.numel() == 1 else fingerprints([x])[0]
                 self._loss.append(loss)
+                self._loss_kinds.append(facts.tensor(x))
             return original(roots, *args, **kwargs)
 
         return backward
@@ -304,7 +306,8 @@ class Recorder:
         """Return how this step was computed, as far as it differs from what the file has already."""
         process, loaders, self._loaders = facts.process(), self._loaders, []
         rates = [facts.number(group.get("lr")) for group in optimizer.param_groups]
-        made_of = process, rates, self._calls, self._batch_kinds, loaders
+        losses = self._loss_kinds
+        made_of = process, rates, self._calls, self._batch_kinds, loaders, losses
         if made_of == self._made_of:  # ten times as fast as what follows
             return {}
         self._made_of = made_of
@@ -313,6 +316,7 @@ class Recorder:
             **self._calls,
             "lr": rates,
             "batch": self._batch_kinds,
+            **({"losses": losses} if "losses" in self._about or _not_float32(losses) else {}),
             **({"loaders": loaders} if loaders else {}),
         }
         new = {key: value for key, value in found.items() if self._about.get(key) != value}
@@ -339,7 +343,7 @@ class Recorder:
                     **self._new_facts(optimizer),
                 }
             )
-            self._loss = []
+            self._loss, self._loss_kinds = [], []
         if self._rerun:
             with unseen():
                 self._end_rerun(optimizer)
@@ -384,7 +388,7 @@ class Recorder:
                 "kinds": [facts.tensor(p) for p in _parameters(optimizer)],
                 "modules": [line for root in self._roots for line in facts.modules(root)],
                 "weights": fingerprints(_parameters(optimizer)),
-                "weights.sha256": digest(self._named(optimizer)),
+                "weights.sha256": _digest(self._named(optimizer)),
             }
         )
 
@@ -396,7 +400,7 @@ class Recorder:
                     "epoch": self._epoch,
                     "step": self._step,
                     "weights": [fingerprints(list(o.named.values())) for o in self._optimizers],
-                    "weights.sha256": [digest(o.named) for o in self._optimizers],
+                    "weights.sha256": [_digest(o.named) for o in self._optimizers],
                 }
             )
 
@@ -427,8 +431,16 @@ class Recorder:
 def save(path: Path, values: dict[str, Tensor]) -> None:
     """Write tensors of any layout and device; tensors that share memory are written separately."""
     safetensors.torch.save_file(
-        {name: x.detach().cpu().contiguous().clone() for name, x in values.items()}, path
+        {name: readable(x).detach().cpu().contiguous().clone() for name, x in values.items()}, path
     )
+
+
+def _digest(values: dict[str, Tensor]) -> str:
+    return digest({name: readable(x) for name, x in values.items()})
+
+
+def _not_float32(kinds: list[str]) -> bool:
+    return not all(kind.startswith("float32") for kind in kinds)
 
 
 def _command_line() -> dict[str, Any]:

@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 
 import reproml
 from reproml.arithmetic import handlers, operator_table
+from reproml.arithmetic.numerics.formats import rounding_to
+from reproml.arithmetic.numerics.rounding import nearest
 from reproml.errors import NotExactError
 from tests.arithmetic.strategies import ANY, LAYOUTS, MODERATE, lay_out, tensors
 from verification import oracle as o
@@ -209,29 +211,29 @@ def test_data_that_is_narrow_already_is_taken_as_it_is():
         torch.set_default_dtype(torch.float32)
 
 
-def test_numbers_beside_narrow_tensors_are_refused():
-    """Where PyTorch would round them twice: 0.1 in float32 is another number."""
+def test_numbers_beside_narrow_tensors_are_rounded_once():
+    """PyTorch rounds them to float32 first; these are not midpoints, but their float32 numbers are."""
     x = torch.ones(2, dtype=torch.bfloat16)
     mask = torch.tensor([True, False])
-    for function in (lambda v: x.masked_fill(mask, v), lambda v: x > v, lambda v: x.eq(v)):
-        assert "0.1" in refused(function, 0.1)
-        exact_path(function, -0.5)
+    for value in (1 + 2**-8 + 2**-40, 2**24 + 2**16 + 1, -(2**24) - 2**16 - 1, 0.1):
+        expected = nearest_narrow(Fraction(value), torch.bfloat16)
+        for function in (
+            lambda v: x.masked_fill(mask, v)[0],
+            lambda v: x.masked_fill(mask, torch.tensor(v, dtype=torch.float64))[0],
+            lambda v: x.index_fill(0, torch.tensor([0]), v)[0],
+            lambda v: torch.nn.functional.pad(x, (1, 1), value=v)[0],
+            lambda v: torch.where(mask, float(v), 0 * x)[0],
+        ):
+            assert exact_path(function, value).item() == expected
+        rounded = torch.full((2,), expected, dtype=torch.bfloat16)
+        assert exact_path(torch.eq, rounded, value).all()
+        assert not exact_path(torch.gt, rounded, value).any()
     large = 2**24 + 2**16 + 1
-    for function in (
-        lambda v: x.masked_fill(mask, v),
-        lambda v: x.masked_fill(mask, torch.tensor(v)),
-        lambda v: x.index_fill(0, torch.tensor([0]), v),
-        lambda v: torch.nn.functional.pad(x, (1, 1), value=v),
-    ):
-        assert str(large) in refused(function, large)
-        exact_path(function, 2**24)
     empty = torch.empty(0, large, dtype=torch.bfloat16)
     assert (
         exact_path(lambda: empty.narrow(1, 0, large)).shape == empty.shape
     )  # a size, not a number
     assert exact_path(torch.where, mask, x, -torch.inf)[1] == -torch.inf
-    value = 1 + 2**-8 + 2**-40
-    assert exact_path(torch.where, mask, 0 * x, value).tolist() == [0, 1.0078125]
 
 
 def test_integers_beside_floats_are_rounded_first():
@@ -277,10 +279,7 @@ def test_python_numbers_are_rounded_to_float32(x, n, f):
     check(exact_path(lambda: x + torch.tensor(True)), a + 1)
 
 
-WIDE = [torch.float64, torch.float16, torch.bfloat16, torch.complex64]
-
-
-@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
 @pytest.mark.parametrize("shape", [(3,), ()])
 @pytest.mark.parametrize("function", [
     lambda x: x.exp(), lambda x: x.sqrt(), lambda x: x.add(x, alpha=2), lambda x: x.uniform_(),
@@ -295,12 +294,16 @@ def test_other_dtypes_are_refused(dtype, shape, function):
         assert str(dtype).replace("torch.", "") in refused(function, x)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("function", [
-    lambda x: x + x, lambda x: x.sum(), lambda x: x / 3, lambda x: x.mean(), lambda x: x * 2,
-], ids=str)  # fmt: skip
-def test_arithmetic_of_16_bits_is_refused(dtype, function):
-    assert str(dtype).replace("torch.", "") in refused(function, torch.ones(3, dtype=dtype))
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("beside", [None, torch.float32, torch.bfloat16], ids=str)
+def test_arithmetic_of_8_bits_is_refused(dtype, beside):
+    x = torch.ones(3).to(dtype)
+    for function in (torch.add, torch.mul, torch.div, torch.pow):
+        y = x if beside is None else torch.ones(3, dtype=beside)
+        assert str(dtype).replace("torch.", "") in refused(function, x, y)
+        assert str(dtype).replace("torch.", "") in refused(function, y, x)
+    for unary in (torch.sum, torch.exp, torch.sqrt, lambda x: x.softmax(0)):
+        assert str(dtype).replace("torch.", "") in refused(unary, x)
 
 
 FRACTIONS = st.lists(st.floats(-1e300, 1e300), min_size=3, max_size=3)
@@ -614,10 +617,16 @@ UNKNOWN = [
     lambda: torch.ops.aten.conv_tbc.out(
         torch.ones(9, 2, 8), torch.ones(3, 8, 5), torch.ones(5), out=torch.empty(7, 2, 5)
     ),  # an overload of a composite that has no definition of its own
-    lambda: torch.sum(ones, dtype=torch.bfloat16),
-    lambda: torch.tensor([1, 2]).sum(dtype=torch.float16),
+    lambda: torch.sum(ones, dtype=torch.float8_e5m2),
+    lambda: torch.tensor([1, 2]).sum(dtype=torch.float8_e5m2),
     lambda: torch.rand(3, dtype=torch.float64),
-    lambda: torch.ones(2, dtype=torch.int64).to(torch.float16) + 1,
+    lambda: torch.ones(2, dtype=torch.int64).to(torch.float8_e5m2) + 1,
+    lambda: torch.ones(2, dtype=torch.bfloat16) + torch.ones(2, dtype=torch.complex64),
+    lambda: torch.ones(2, dtype=torch.bfloat16) * 1j,
+    lambda: torch.ones(2, dtype=torch.bfloat16).exp() ** torch.ones(2, dtype=torch.float64),
+    lambda: torch.ones(2, dtype=torch.bfloat16).to_sparse() * 2,
+    lambda: torch.histogram(torch.ones(2, dtype=torch.bfloat16), 3),
+    lambda: torch.pdist(torch.ones(2, 2, dtype=torch.float16)),
 ]
 
 
@@ -1091,3 +1100,25 @@ def test_indexing_with_all_of_a_dimension_writes_in_order():
     with reproml.exact():
         x[..., mask] = values
     assert x.tolist() == [[1.0, 0.0, 2.0]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_foreach_elements_in_place_round_once_to_their_dtype(dtype):
+    """Also beside float32 tensors: a product of 1 + 2^-p and 1 + 2^-20 is just above a midpoint."""
+    ulp = torch.finfo(dtype).eps
+    start = torch.tensor([1.0, 1 + ulp, 3.0]).to(dtype)
+    factor = torch.tensor([1 + ulp / 2 + 2.0**-23, 1 + 2.0**-20, 0.1])
+    products = [Fraction(a) * Fraction(b) for a, b in zip(start.tolist(), factor.tolist())]
+    with rounding_to(dtype):
+        expected = [nearest(x) for x in products]
+    x, wide = start.clone(), torch.tensor([1.0, 2.0, 3.0])
+    out = torch.empty(3, dtype=dtype)
+    with reproml.exact():
+        torch._foreach_mul_([x, wide], [factor, torch.full((3,), 2.0, dtype=dtype)])
+        torch.ops.aten._foreach_mul.List_out([start], [factor], out=[out])
+        mixed = torch._foreach_mul([start, wide], [factor, factor])
+        norms = torch._foreach_norm([start, factor])
+    assert x.dtype is dtype and x.tolist() == expected and out.tolist() == expected
+    assert wide.dtype is torch.float32 and wide.tolist() == [2.0, 4.0, 6.0]
+    assert [m.dtype for m in mixed] == [torch.float32, torch.float32]
+    assert [n.dtype for n in norms] == [dtype, torch.float32]

@@ -979,12 +979,13 @@ def pdist_backward(g: Any, x: Any, p: float, distance: Any) -> Any:
     return distance_slopes(gs, reals(x), reals(x), p, lengths)
 
 
-def limited(row: Any, p: float, largest: float) -> Any:
+def limited(row: Any, p: float, largest: float, of_table: bool = False) -> Any:
     """Scale a row down to a norm of at most `largest`, in rounded steps."""
-    n, bound = rounded(norm_of_order(row, p)), float32_scalar(largest)
+    n, bound = norm_of_order(row, p), float32_scalar(largest)
+    n = rounded(n) if of_table else stored(n)
     if not n > bound:
         return row
-    factor = rounded(bound / rounded(n + float32_scalar(1e-7)))
+    factor = rounded(bound / stored(n + float32_scalar(1e-7)))
     return row * factor
 
 
@@ -1175,8 +1176,14 @@ EPS = 1e-5
 
 
 def statistics(row: Any) -> Any:
-    """Return the mean and 1 / sqrt(variance + eps), each rounded."""
-    return rounded(mean(row)), rounded(1 / o.sqrt(variance(row, 0) + real(EPS)))
+    """Return the mean and 1 / sqrt(variance + eps), each rounded to float32."""
+    return stored(mean(row)), stored(1 / o.sqrt(variance(row, 0) + real(EPS)))
+
+
+def stored(x: Any) -> Any:
+    """Round an intermediate result that is stored in float32 whatever the operands are."""
+    with o.rounding_to(torch.float32):
+        return rounded(x)
 
 
 def affine(weight: Any, bias: Any, count: int) -> Any:
@@ -1219,8 +1226,8 @@ def normalized_backward(
     of_b: Any = [[] for _ in range(count)]
     for row, (m, r) in zip(groups.rows(), stats):
         wg = [w[groups.weight(i)] * gs[i] for i in row]
-        p = rounded(total(wg))
-        q = rounded(total([v * (a[i] - m) * r for v, i in zip(wg, row)]))
+        p = stored(total(wg))
+        q = stored(total([v * (a[i] - m) * r for v, i in zip(wg, row)]))
         for v, i in zip(wg, row):
             grad_x[i] = v * r if fixed else r * (v - (p + (a[i] - m) * r * q) / len(row))
             of_w[groups.weight(i)].append(gs[i] * (a[i] - m) * r)
@@ -1276,7 +1283,7 @@ def batch_norm(x: Any, w: Any, b: Any, mean_: Any, var_: Any, *rest: Any) -> Any
     if training:
         out, stats = normalized(groups, x, w, b)
         return (out, *stat_arrays(stats, (2,)))
-    fixed = list(zip(reals(mean_), [rounded(1 / o.sqrt(v + real(EPS))) for v in reals(var_)]))
+    fixed = list(zip(reals(mean_), [stored(1 / o.sqrt(v + real(EPS))) for v in reals(var_)]))
     empty = np.empty(0, dtype=object)
     return normalized(groups, x, w, b, fixed)[0], empty, empty
 
@@ -1361,7 +1368,7 @@ CASES: dict[str, list[Case]] = {
     "embedding_renorm": [
         drawn(tensors((3, 4), MODERATE), torch.tensor([2, 0, 2]), 5.1, 2,
               oracle=lambda x, i, m, p: np.array([row if n == 1 else limited(
-                  row, p, m) for n, row in enumerate(reals(x))], dtype=object))],
+                  row, p, m, True) for n, row in enumerate(reals(x))], dtype=object))],
     "_cdist_forward": [drawn(tensors((3, 2), MODERATE), tensors((4, 2), MODERATE), p, None, oracle=cdist)
                        for p in (0.0, 0.5, 1.0, 2.0, 3.0, math.inf)],
     "_euclidean_dist": [drawn(tensors((3, 2), MODERATE), tensors((4, 2), MODERATE),
@@ -1660,6 +1667,9 @@ CASES: dict[str, list[Case]] = {
 _MATRICES = "operators.test_small_matrices."
 _UPSAMPLING, _WINDOWS = "operators.test_upsampling.", "operators.test_windows."
 ELSEWHERE = {
+    "_amp_foreach_non_finite_check_and_unscale_": "operators.test_grad_scaling"
+    ".test_unscaled_gradients_are_rounded_once",
+    "_amp_update_scale_": "operators.test_grad_scaling.test_scale_is_updated_as_in_pytorch",
     "_unique2": "operators.test_selection.test_unique_elements_are_sorted",
     "unique_dim": "operators.test_selection.test_unique_slices_are_sorted",
     "unique_consecutive": "operators.test_selection.test_unique_consecutive_ignores_the_sign_of_zero",
@@ -1798,15 +1808,46 @@ def test_exact_zero_of_row_is_positive():
     assert found[0, 0] == 0 and not found[0, 0].signbit() and not empty.signbit().any()
 
 
-def compare(name: str, case: Case, arguments: Sequence[Any]) -> None:
+# results that are float32 whatever the operands are
+STORED = {
+    (name, i)
+    for name in CASES
+    if name.endswith(("norm", "norm_legit", "no_training"))
+    for i in (1, 2)
+}
+STORED |= {("_weight_norm_interface", 1)}
+
+
+def converted(x: Any, dtype: torch.dtype) -> Any:
+    """Return arguments with their float32 tensors rounded to a dtype, and that dtype."""
+    if isinstance(x, torch.Tensor) and x.dtype is torch.float32:
+        top = torch.finfo(dtype).max
+        return torch.where(x.isfinite(), x.clamp(-top, top), x).to(dtype)  # stays finite
+    if x is torch.float32:
+        return dtype
+    return type(x)(converted(y, dtype) for y in x) if isinstance(x, (list, tuple)) else x
+
+
+def compare(
+    name: str, case: Case, arguments: Sequence[Any], dtype: torch.dtype = torch.float32
+) -> None:
+    arguments = converted(arguments, dtype)
+    with o.rounding_to(dtype):
+        compare_in(name, case, arguments)
+
+
+def compare_in(name: str, case: Case, arguments: Sequence[Any]) -> None:
     expected = case.oracle(*arguments, **case.options)
     with reproml.exact():
         found = getattr(aten, name)(*arguments, **case.options)
     wanted = expected if isinstance(expected, tuple) else (expected,)
     got = found if isinstance(found, tuple) else (found,)
-    for x, y in zip(got, wanted):
+    for i, (x, y) in enumerate(zip(got, wanted)):
         if isinstance(y, torch.Tensor):  # indices
             assert torch.equal(x, y), (x, y)
+        elif (name, i) in STORED:
+            with o.rounding_to(torch.float32):
+                check(x, y, name in ANY_ZERO)
         else:
             check(x, y, name in ANY_ZERO)
 
@@ -1819,8 +1860,23 @@ def test_operator_is_rounded_once(name, data):
         compare(name, case, data.draw(case.draw))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "name", sorted(CASES.keys() & operator_table.EXACT.keys() - operator_table.FLOAT32_ONLY)
+)
+@TESTS
+@given(data=st.data())
+def test_operator_is_rounded_once_to_16_bits(name, dtype, data):
+    for case in CASES[name]:
+        compare(name, case, data.draw(case.draw), dtype)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", [n for n in sorted(CASES) if any(c.fixed for c in CASES[n])])
-def test_operator_is_rounded_once_at_special_values(name):
+def test_operator_is_rounded_once_at_special_values(name, dtype):
     for case in CASES[name]:
         if case.fixed:
-            compare(name, case, case.fixed)
+            compare(name, case, case.fixed, dtype)

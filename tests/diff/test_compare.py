@@ -127,6 +127,41 @@ def test_growth_of_the_difference(tmp_path):
     assert [step for step, _ in found.growth] == [4, 5, 6]
 
 
+FORMATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_ulps_are_those_of_the_dtype(tmp_path, dtype):
+    """Losses and weights that are neighbours in their format."""
+
+    def train(path: Path, factor: float) -> None:
+        with reproml.trace(path):
+            model = nn.Linear(1, 1, bias=False).to(dtype)
+            nn.init.zeros_(model.weight)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1)
+            number = torch.tensor([factor], dtype=dtype)
+            ((model(torch.ones(1, dtype=dtype)) + 1) * number).sum().backward()
+            optimizer.step()
+
+    train(tmp_path / "a", 1.0)
+    train(tmp_path / "b", 1.0 + torch.finfo(dtype).eps)
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert found is not None and (found.part, found.distance) == ("loss", Distance(1, 1, 1))
+    assert found.growth == [(1, 1)]
+    about = [entry.get("about", {}) for entry in Reader(tmp_path / "a")]
+    losses = [a["losses"] for a in about if "losses" in a]
+    assert losses == ([] if dtype is torch.float32 else [[f"{str(dtype)[6:]}[]"]])
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_files_of_weights_in_every_format(tmp_path, dtype):
+    for name, number in (("a", 1.0), ("b", 1.0 + torch.finfo(dtype).eps)):
+        weights = {"x": torch.ones(3, dtype=dtype), "y": torch.tensor([number, 2.0], dtype=dtype)}
+        safetensors.torch.save_file(weights, tmp_path / f"{name}.safetensors")
+    found = compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert found is not None and (found.tensor, found.distance) == ("y", Distance(1, 1, 2))
+
+
 def test_op_level_names_operator_and_line(tmp_path):
     found = planted(tmp_path, level="op", initial=2**-20)
     assert found.part == "initial weights" and found.operator is not None and found.step == 1

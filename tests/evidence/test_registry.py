@@ -19,6 +19,7 @@ from tests import tiny
 from tests.evidence.statements import rewrite, save_run
 
 ROOT = Path(__file__).resolve().parents[2]
+NAMES = ["digits-mlp", "mnist-cnn", "mnist-mlp-bf16", "mnist-mlp"]  # in the order of the files
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_golden_files_of_the_project_are_listed(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert main(["golden", "--list", "--json"]) == 0
     listed = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)["golden"]}
-    assert set(listed) == {"digits-mlp", "mnist-cnn", "mnist-mlp"}
+    assert list(listed) == NAMES
     assert (listed["mnist-cnn"]["task"], listed["mnist-cnn"]["parameters"]) == ("mnist", 61706)
     assert listed["mnist-mlp"]["accuracy"] == "97.18 %"
     for name, entry in listed.items():
@@ -51,7 +52,7 @@ def test_golden_files_of_the_project_are_listed(monkeypatch, capsys):
 
 def test_installed_golden_files_are_listed_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert [e.name for e in registry.entries()] == ["digits-mlp", "mnist-cnn", "mnist-mlp"]
+    assert [e.name for e in registry.entries()] == NAMES
 
 
 def test_entry_shows_where_it_was_confirmed(at_work, capsys):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import reproml
 from reproml.pipeline import evaluate as module
 from reproml.pipeline.evaluate import Score, evaluate
 from reproml.pipeline.train import train
@@ -38,6 +39,19 @@ def test_evaluate_equals_plain_loop(rows):
     assert score.total == len(rows)
     packed = struct.pack(f"<{len(rows)}q", *predictions)
     assert score.predictions_sha256 == hashlib.sha256(packed).hexdigest()
+
+
+def test_bfloat16_logits_are_those_of_autocast():
+    """Rounded to bfloat16, several logits are equal more often: then the first one counts."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 500))
+    x = tiny.prepared().test.x
+    with reproml.exact(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.from_numpy(x)).tolist()
+    y = np.array([row.index(max(row)) for row in logits])
+    found, other = (evaluate(model, x, y, "exact", p) for p in ("bfloat16", "float32"))
+    assert found.correct == len(y) > other.correct
+    assert found.predictions_sha256 == hashlib.sha256(y.astype("<i8").tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("numerics", ["exact", "native"])

@@ -51,7 +51,7 @@ def write(tmp_path: Path):
 
 
 def test_bundled_recipe_names_equal_file_names() -> None:
-    assert recipe.recipe_names() == ["digits-mlp", "mnist-cnn", "mnist-mlp"]
+    assert recipe.recipe_names() == ["digits-mlp", "mnist-cnn", "mnist-mlp", "mnist-mlp-bf16"]
     for name in recipe.recipe_names():
         assert recipe.load_recipe(name).name == name
 
@@ -66,6 +66,12 @@ def test_mnist_mlp_has_documented_values() -> None:
         train=recipe.Train(epochs=2, batch_size=64),
         optimizer=recipe.AdamW(learning_rate=0.001),
     )
+
+
+def test_mnist_mlp_bf16_differs_in_name_and_precision() -> None:
+    changes = {"name": "mnist-mlp-bf16", "precision": "bfloat16"}
+    expected = msgspec.structs.replace(recipe.load_recipe("mnist-mlp"), **changes)
+    assert recipe.load_recipe("mnist-mlp-bf16") == expected
 
 
 def test_mnist_cnn_has_documented_values() -> None:
@@ -153,6 +159,13 @@ REFUSED = [
     ("0.001", "0.001\neps = nan", "optimizer.eps: expected `float` >= 0"),
     ("0.001", "0.001\nweight_decay = nan", "optimizer.weight_decay: expected `float` >= 0"),
     ('"adamw"', '"sgd"\nnesterov = true', "optimizer: nesterov needs a momentum above 0"),
+    (
+        "seed = 1",
+        'seed = 1\nprecision = "float16"',
+        "precision: invalid enum value 'float16'; allowed: float32, bfloat16",
+    ),
+    ("seed = 1", "seed = 1\nprecision = 16", "precision: expected `str`, got `int`"),
+    ("seed = 1", "seed = 1\nprecison = 1", "its keys are name, seed"),
     ('"mine"', '"../mine"', "name: expected `str` matching"),
     ('"mine"', '"mine\\n"', "name: expected `str` matching"),
     ('"mine"', '"-mine"', "name: expected `str` matching"),
@@ -182,7 +195,9 @@ def test_custom_recipe_is_loaded(write) -> None:
 
 
 def test_unknown_name_lists_bundled_recipes() -> None:
-    with pytest.raises(ReproError, match="'mnist-mpl'.*digits-mlp, mnist-cnn, mnist-mlp"):
+    with pytest.raises(
+        ReproError, match="'mnist-mpl'.*digits-mlp, mnist-cnn, mnist-mlp, mnist-mlp-bf16"
+    ):
         recipe.load_recipe("mnist-mpl")
 
 
@@ -248,6 +263,7 @@ def test_sha256_ignores_formatting(write) -> None:
         "\n[".join([head, *reversed(tables)]),
         changed("0.001", "1e-3"),
         changed("0.001", "0.001\nweight_decay = 0.01"),  # the default
+        changed("seed = 1", 'seed = 1\nprecision = "float32"'),
     ]:
         assert recipe.load_recipe(write(same)).sha256 == recipe.load_recipe(write(TEXT)).sha256
 
@@ -257,6 +273,7 @@ def test_sha256_ignores_formatting(write) -> None:
     [
         ('"mine"', '"yours"'),
         ("seed = 1", "seed = 2"),
+        ("seed = 1", 'seed = 1\nprecision = "bfloat16"'),
         ("digits", "mnist"),
         ("[128]", "[128, 128]"),
         ("epochs = 2", "epochs = 3"),

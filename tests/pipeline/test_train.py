@@ -29,8 +29,10 @@ from reproml.pipeline.train import (
 )
 from tests import tiny
 
+PRECISIONS = pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 
-def plain_script() -> tuple[str, list[str]]:
+
+def plain_script(precision: str) -> tuple[str, list[str]]:
     """Train as a user would, without reproml; return the initial digest and that of each epoch."""
     x, y = (torch.from_numpy(array) for array in tiny.prepared().train)
     torch.manual_seed(1)
@@ -41,35 +43,57 @@ def plain_script() -> tuple[str, list[str]]:
     for _ in range(2):
         for inputs, labels in loader:
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(inputs), labels).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                loss = nn.functional.cross_entropy(model(inputs), labels)
+            loss.backward()
             optimizer.step()
         digests.append(digest(model))
     return initial, digests
 
 
-def test_plain_script_reaches_same_weights():
-    trained = train(tiny.recipe(), tiny.prepared())
+@PRECISIONS
+def test_plain_script_reaches_same_weights(precision):
+    trained = train(tiny.recipe(precision=precision), tiny.prepared())
     with exact():
-        initial, digests = plain_script()
+        initial, digests = plain_script(precision)
     assert trained.initial_state_dict_sha256 == initial
     assert [epoch.state_dict_sha256 for epoch in trained.epochs] == digests
     assert digest(trained.model) == digests[-1]
 
 
-def test_native_equals_plain_script():
-    trained = train(tiny.recipe(), tiny.prepared(), "native")
+@PRECISIONS
+def test_native_equals_plain_script(precision):
+    trained = train(tiny.recipe(precision=precision), tiny.prepared(), "native")
     with numerics_mode("native"):
-        _, digests = plain_script()
+        _, digests = plain_script(precision)
     assert [epoch.state_dict_sha256 for epoch in trained.epochs] == digests
 
 
-def test_threads_do_not_change_weights():
+def test_bfloat16_changes_weights_but_not_their_dtype():
+    trained = train(tiny.recipe(precision="bfloat16"), tiny.prepared(), steps=1)
+    other = train(tiny.recipe(), tiny.prepared(), steps=1)
+    assert trained.initial_state_dict_sha256 == other.initial_state_dict_sha256
+    assert digest(trained.model) != digest(other.model)
+    assert {p.dtype for p in trained.model.parameters()} == {torch.float32}
+
+
+@PRECISIONS
+def test_micro_batches_do_not_change_weights(precision):
+    recipe = tiny.recipe(precision=precision)
+    expected = train(recipe, tiny.prepared(), steps=2)
+    found = train(recipe, tiny.prepared(), steps=2, micro_batch=200)
+    assert digest(found.model) == digest(expected.model)
+
+
+@PRECISIONS
+def test_threads_do_not_change_weights(precision):
     before = torch.get_num_threads()
     try:
         digests = set()
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            digests.add(digest(train(tiny.recipe(), tiny.prepared()).model))
+            recipe = tiny.recipe(precision=precision)
+            digests.add(digest(train(recipe, tiny.prepared()).model))
     finally:
         torch.set_num_threads(before)
     assert len(digests) == 1
@@ -207,7 +231,7 @@ def noisy(recipe: Recipe, input_shape: tuple[int, ...], classes: int) -> nn.Modu
 
 
 @pytest.mark.parametrize("numerics", ["exact", "native"])
-@pytest.mark.parametrize("model", ["mlp", "noisy"])
+@pytest.mark.parametrize("model", ["mlp", "noisy", "mlp in bfloat16"])
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -222,7 +246,8 @@ def test_resumed_training_equals_unbroken_training(monkeypatch, numerics, model,
     """Weights, optimizer, generator and losses are compared after every later step."""
     if model == "noisy":
         monkeypatch.setattr("reproml.pipeline.models.build_model", noisy)
-    recipe = tiny.recipe(optimizer=optimizer)
+    precision = "bfloat16" if model == "mlp in bfloat16" else "float32"
+    recipe = tiny.recipe(optimizer=optimizer, precision=precision)
     states: list[State] = []
     unbroken = train(
         recipe, tiny.prepared(), numerics, after_step=lambda t: states.append(copy(t.state()))

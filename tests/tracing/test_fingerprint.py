@@ -1,26 +1,36 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reproml
+from reproml.arithmetic.compiler import kernels
 from reproml.digest import canonical_array
+from reproml.errors import ReproError
+from reproml.torch_internals import (
+    TorchDispatchMode,
+    disabled_torch_function_impl,
+    make_wrapper_subclass,
+)
 from reproml.tracing.fingerprint import (
     KEY,
     MULTIPLIER,
     WORDS,
     _reference,
     fingerprints,
+    first,
     measure,
     unseen,
 )
 
 LENGTHS = st.sampled_from([0, 1, 2, 3, 5, 1000, 1023, 1024, 1025, 2048, 5000])
-DTYPES = st.sampled_from(
-    [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
-)
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+DTYPES = st.sampled_from([*FLOATS, torch.int64, torch.uint8, torch.bool])
 
 
 def oracle(raw: bytes) -> int:
@@ -88,15 +98,64 @@ def test_sum_ignores_order_of_samples(order):
     assert measure([x], 1)[0][1] == measure([x[order]], 1)[0][1]
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_first_elements_are_numbers(dtype):
+    x = torch.tensor([[1 / 3, 2.0], [float("inf"), -0.0]], dtype=dtype).t()
+    assert [repr(v) for v in first(x, 3)] == [repr(v) for v in x.reshape(-1).tolist()[:3]]
+    assert first(x, 0) == first(x[:0], 3) == []
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that has its numbers in another one, and no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapper:
+        options: Any = {"dtype": inner.dtype, "strides": inner.stride()}
+        made: Wrapper = make_wrapper_subclass(cls, inner.shape, **options)
+        made.held = inner
+        return made
+
+    held: torch.Tensor
+    __torch_function__: Any = disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+        if func not in (torch.ops.aten.detach.default, torch.ops.aten.copy_.default):
+            raise NotImplementedError(f"{func} is not implemented")
+        result = func(*[x.held if isinstance(x, Wrapper) else x for x in args])
+        return Wrapper(result) if isinstance(args[0], Wrapper) else result
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("library", [kernels.library, None])
+def test_numbers_of_wrapped_tensors_are_read(monkeypatch, dtype, library):
+    monkeypatch.setattr(kernels, "library", library)
+    x = random(dtype, 1500, 1).view(3, 500).t()
+    none = x[:0]
+    wrapped, empty = Wrapper(x), Wrapper(none)
+    assert wrapped.data_ptr() == 0
+    with reproml.exact(), Refuse():
+        assert fingerprints([wrapped, empty]) == fingerprints([x, none])
+        assert first(wrapped, 8) == first(x, 8)
+
+
+def test_unreadable_tensor_is_refused():
+    class Opaque(Wrapper):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+            raise NotImplementedError(f"{func} is not implemented")
+
+    for read in (lambda x: first(x, 1), lambda x: measure([x], 0)):
+        with pytest.raises(ReproError, match="cannot read the numbers of a Opaque"):
+            read(Opaque(torch.ones(3)))
+
+
+class Refuse(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise AssertionError(func)
+
+
 def test_modes_do_not_see_unseen_work():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    import reproml
-
-    class Refuse(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            raise AssertionError(func)
-
     x = torch.ones(3)
     with reproml.exact(), Refuse():
         with unseen():

@@ -28,7 +28,7 @@ def run_directly(name: str, *operands: Tensor, scalar: float = 0.0) -> Optional[
     It takes contiguous operands of one shape, of which all but the first may also be single numbers.
     """
     first = operands[0]
-    if kernels.library is None or name not in _LOOPS or not first.numel():
+    if kernels.loops() is None or name not in _LOOPS or not first.numel():
         return None
     steps = []
     for x in operands:
@@ -39,7 +39,7 @@ def run_directly(name: str, *operands: Tensor, scalar: float = 0.0) -> Optional[
             return None
     missing = 3 - len(operands)
     n, out = first.numel(), torch.empty_like(first)
-    kernels.library.reproml_direct(
+    kernels.loops().reproml_direct(
         _LOOPS[name],
         n,
         _Pointers(*[x.data_ptr() for x in operands], *[first.data_ptr()] * missing),

@@ -109,7 +109,7 @@ _MAX_ROW, _FAST_STEPS = 2048, 16
 
 def run(call: FormulaCall, operands: Sequence[Any]) -> Optional[Tensor]:
     """Evaluate a formula by its program or fast loop; None where neither is available."""
-    library = kernels.library
+    library = kernels.loops()
     if library is None:
         return None
     try:

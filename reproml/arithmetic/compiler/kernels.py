@@ -1,7 +1,8 @@
 """Load and call the compiled loops of csrc/.
 
 `library` is None if they were not built: every result keeps its bits and only takes longer. The loops
-are a shared library loaded with ctypes, which depends on no binary interface of PyTorch or Python.
+are a shared library loaded with ctypes, which depends on no binary interface of PyTorch or Python. The same
+loops, built to round to bfloat16 and float16, are two more libraries; `loops()` chooses by the target.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+
+from reproml.arithmetic.numerics import formats
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
@@ -75,10 +78,10 @@ _SIGNATURES = {
 }
 
 
-def _load_library() -> Any:
+def _load_library(name: str) -> Any:
     if os.environ.get("REPROML_KERNELS") == "off":
         return None
-    spec = importlib.util.find_spec("reproml.arithmetic._kernels")
+    spec = importlib.util.find_spec(f"reproml.arithmetic.{name}")
     if spec is None or spec.origin is None:
         if sys.platform == "win32":
             return _warn("are not built for Windows")
@@ -101,7 +104,23 @@ def _warn(problem: str) -> None:
     )
 
 
-library = _load_library()
+library = _load_library("_kernels")  # rounds to binary32
+_narrow = {  # rounds to the other formats, by their precision; loaded when first used
+    formats.BFLOAT16.precision: "_kernels_bfloat16",
+    formats.FLOAT16.precision: "_kernels_float16",
+}
+_loaded: dict[int, Any] = {}
+
+
+def loops() -> Any:
+    """Return the library whose loops round to the target format; None if there is none."""
+    precision = formats.target().precision
+    if precision == 24 or library is None:
+        return library
+    if precision not in _loaded:
+        name = _narrow.get(precision)
+        _loaded[precision] = _load_library(name) if name else None
+    return _loaded[precision]
 
 
 class KernelResult(NamedTuple):
@@ -133,4 +152,4 @@ def usable(*tensors: Tensor) -> bool:
     for x in tensors:
         if not (x.is_cpu and x.is_contiguous()):
             return False
-    return library is not None
+    return loops() is not None

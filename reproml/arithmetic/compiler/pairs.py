@@ -38,7 +38,7 @@ def rows_by_pairs(
     length = 1 if kind in _ONE_FOR_EACH_ROW else n
     out = x.new_empty(*x.shape[:-1], length)
     failed = torch.empty(out.shape, dtype=torch.bool, device="cpu")
-    if kernels.library.reproml_rows(
+    if kernels.loops().reproml_rows(
         _KINDS.index(kind),
         x.data_ptr(),
         y.data_ptr(),
@@ -67,7 +67,7 @@ def sum_by_pairs(formula: Formula, divisor: int, *operands: Tensor) -> Optional[
         return None
     out = operands[0].new_empty((), dtype=torch.float32)
     pointers = (ctypes.c_void_p * len(operands))(*[x.data_ptr() for x in operands])
-    passed = kernels.library.reproml_pair_sum(
+    passed = kernels.loops().reproml_pair_sum(
         program.address, operands[0].numel(), pointers, divisor, out.data_ptr()
     )
     return out if passed else None

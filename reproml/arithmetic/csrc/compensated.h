@@ -90,7 +90,7 @@ static inline pair pair_sqrt(pair p) {
    zeros, as sums of integers often are. */
 static inline int32_t round_compensated(const compensated *sum, integer n, float *result) {
     pair value = {sum->s, sum->t, sum->size * ((double)n + 4) * U * SLACK};
-    *result = (float)sum->s;
+    *result = to_target(sum->s);
     if (!(fabs(sum->s) <= DBL_MAX)) return 0; /* infinite or NaN in any order */
     return round_pair(value, result);
 }

@@ -48,7 +48,7 @@ INLINE double sum(double a, double b) {
 INLINE float or_mid(double value, double mid) {
     const double zero = mid == 0 ? mid : 0.0;
     value = value == 0 ? zero : value;
-    return (float)(fabs(value) <= DBL_MAX ? value : mid);
+    return to_target(fabs(value) <= DBL_MAX ? value : mid);
 }
 
 INLINE double sum_of_3(double a, double b, double c) {
@@ -109,14 +109,14 @@ VECTORISED static void run_block(int which, const float *restrict x, const float
     const float narrow = (float)scalar;
     const double inverse = 1 / scalar;
     switch (which) {
-        LOOP(ADD_SCALED, (float)sum(a, scalar * b))
+        LOOP(ADD_SCALED, to_target(sum(a, scalar * b)))
         LOOP(ADDCMUL, or_mid(product_plus(scalar * b, c, a), a + scalar * b * c))
         LOOP(ADDCDIV, or_mid(quotient(a * c, scalar * b, c, 1 / c), a + scalar * b * (1 / c)))
         LOOP(LERP, or_mid(sum_of_3(a, -c * a, c * b), a + c * (b - a)))
-        LOOP(LEAKY_RELU, xf > 0 ? xf : xf * narrow)
-        LOOP(LEAKY_RELU_BACKWARD, yf > 0 ? xf : xf * narrow)
+        LOOP(LEAKY_RELU, xf > 0 ? xf : to_target(a * narrow))
+        LOOP(LEAKY_RELU_BACKWARD, yf > 0 ? xf : to_target(a * narrow))
         LOOP(HARDSIGMOID, hardsigmoid(a))
-        LOOP(HARDSIGMOID_BACKWARD, ((yf > -3) & (yf < 3)) ? xf / 6 : 0.0f)
+        LOOP(HARDSIGMOID_BACKWARD, ((yf > -3) & (yf < 3)) ? to_target(a / 6) : 0.0f)
         LOOP(HARDSWISH, hardswish(a))
         LOOP(HARDSWISH_BACKWARD, hardswish_backward(xf, yf))
         LOOP(MSE_LOSS_BACKWARD, or_mid(quotient(2 * c * a, -2 * c * b, scalar, inverse), c * (a - b)))

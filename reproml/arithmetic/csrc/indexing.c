@@ -38,7 +38,7 @@ INLINE void begin(sum_array sum, const float *start, integer n) {
 /* Returns nonzero if the test failed for one of the sums. */
 INLINE int32_t round_sums(sum_array sum, integer n, double terms, float *restrict out) {
     int32_t failed = 0;
-    for (integer i = 0; i < n; i++) out[i] = (float)sum.s[i];
+    for (integer i = 0; i < n; i++) out[i] = to_target(sum.s[i]);
     for (integer i = 0; i < n; i++)
         if (sum.size[i] != 0 && fabs(sum.s[i]) <= DBL_MAX)
             failed |= round_pair(make_pair(sum.s[i], sum.t[i], sum.size[i] * (terms + 2) * U * SLACK), out + i);

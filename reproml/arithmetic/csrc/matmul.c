@@ -63,7 +63,7 @@ int reproml_round_tile(const double *sums, int m, int n, double g, const double 
                 const double sum = sums[i * TILE_COLUMNS + j];
                 const float bias = row_bias ? row_bias[i] : column_bias ? column_bias[j] : 0;
                 if (fabs(sum) == INFINITY)
-                    out[i * stride + j] = (float)sum + bias; /* in any order */
+                    out[i * stride + j] = to_target(sum) + bias; /* in any order */
                 else
                     failed[count++] = i * TILE_COLUMNS + j;
             }

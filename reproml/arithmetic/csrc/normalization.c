@@ -139,7 +139,7 @@ INLINE int32_t round_twice(double mid, double minus_rad, pair value, int32_t zer
     float first, second;
     int32_t failed = round_signed_sum(mid, minus_rad, &first), left = round_pair(value, &second);
     int32_t finite = fabs(mid) <= DBL_MAX;
-    *result = !failed ? first : finite ? second : (float)mid;
+    *result = !failed ? first : finite ? second : to_target(mid);
     return (failed != 0) & finite & ((left != 0) | (zero_fails & (second == 0)));
 }
 

@@ -312,10 +312,10 @@ VECTORISED static void round_all(const pairs *restrict y, integer count, const d
                                  int32_t *failed) {
     EACH {
         const double s = y->s[i], t = y->t[i], rad = y->rad[i] * SLACK + fabs(t) * (2 * U);
-        const float low = (float)(add_to_odd(s, t - rad) + 0.0), high = (float)(add_to_odd(s, t + rad) + 0.0);
+        const float low = to_target(add_to_odd(s, t - rad) + 0.0), high = to_target(add_to_odd(s, t + rad) + 0.0);
         const int far_apart = (t != 0) & (fabs(t) < LEAST * fabs(s));
         failed[i] = (patterns_differ(low, high) != 0) | !(fabs(s) + fabs(t) + rad <= DBL_MAX) | far_apart;
-        value[i] = ((bits(high) == 0) & (mid[i] == 0)) ? (float)mid[i] : high;
+        value[i] = ((bits(high) == 0) & (mid[i] == 0)) ? to_target(mid[i]) : high;
     }
 }
 

@@ -294,7 +294,7 @@ static void store(const product *x, integer item, integer i, integer j, const do
     for (int t = 0; t < count; t++) {
         int r = failed[t] / TILE_COLUMNS, c = failed[t] % TILE_COLUMNS;
         if (sums[failed[t]] != sums[failed[t]])
-            out[row[r] + column[c]] = (float)sums[failed[t]]; /* NaN in any order */
+            out[row[r] + column[c]] = to_target(sums[failed[t]]); /* NaN in any order */
         else
             failed[left++] = failed[t];
     }

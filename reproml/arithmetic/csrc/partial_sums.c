@@ -374,7 +374,7 @@ integer reproml_round_sums(const char *received, integer workers, integer step, 
         for (integer j = 0; j < n; j++) {
             double mid = sums[j] / divisor;
             if (!(fabs(mid) <= DBL_MAX))
-                out[j] = (float)mid; /* infinite or NaN in any order */
+                out[j] = to_target(mid); /* infinite or NaN in any order */
             else if (pattern(mid) == INT64_MIN)
                 out[j] = 0;
             else if (round_sum(mid, radius, out + j) || !(radius <= DBL_MAX))

@@ -65,7 +65,7 @@ static void add_windows(integer plane, void *data) {
                     add_exact(&sum, rows->factor[i] * columns->factor[j] * g[i * columns->windows + j]);
             const double mid = sum.s / denominator;
             if (!(fabs(sum.s) <= DBL_MAX)) {
-                c->out[at] = (float)sum.s; /* infinite or NaN in any order */
+                c->out[at] = to_target(sum.s); /* infinite or NaN in any order */
                 continue;
             }
             /* One rounding, and what the additions lost. */

@@ -123,7 +123,7 @@ INLINE integer across_columns(const sums *ctx, const float *x, const float *y, i
 static integer locate(const sums *ctx, integer chunk, const float **x, const float **y, integer *out) {
     integer row = chunk / ctx->chunks, i = chunk % ctx->chunks * ctx->width;
     *out = row * ctx->column.size + i;
-    *x = ctx->x + i * ctx->column.x;
+    *x = ctx->x ? ctx->x + i * ctx->column.x : 0;
     *y = ctx->y ? ctx->y + i * ctx->column.y : 0;
     for (int d = ctx->outer - 1; d >= 0; d--) {
         integer at = row % ctx->kept[d].size;
@@ -172,7 +172,7 @@ INLINE void round_chunk(sums *ctx, integer chunk, const double *s, const double 
     for (integer i = 0; failed && i < count; i++) {
         double mid = s[i] / divisor, rad = bound(ctx, s[i], a[i], g, power_of_two);
         if (!(fabs(s[i]) <= DBL_MAX))
-            out[i] = (float)mid; /* infinite or NaN in any order */
+            out[i] = to_target(mid); /* infinite or NaN in any order */
         else if (round_sum(mid, rad, out + i) &&
                  round_with_errors(ctx, x + i * ctx->column.x, y ? y + i * ctx->column.y : 0, out + i))
             add_failure(&ctx->failed, first + i);

@@ -76,12 +76,35 @@
 #define TINY 0x1p-1000      /* rounding.TINY: absolute error of an operation that underflows in binary64 */
 #define SLACK (1 + 0x1p-20) /* rounding.SLACK: bounds are themselves computed in binary64 */
 
+/* ---- the target format (numerics/formats.py) ---- */
+
+#ifndef PRECISION
+#define PRECISION 24 /* binary32; 8 for bfloat16 and 11 for float16, whose numbers are binary32 numbers too */
+#endif
+
+/* x, rounded once to the target format. */
+#if PRECISION == 24
+INLINE float to_target(double x) { return (float)x; }
+#else
+INLINE float to_target(double x) {
+    enum { BELOW = 53 - PRECISION }; /* bits of binary64 below the last place */
+    const double least = PRECISION == 8 ? 0x1p-126 : 0x1p-14, top = PRECISION == 8 ? 0x1p128 : 0x1p16;
+    const double to_integer =
+        0x1.8p52 * (PRECISION == 8 ? 0x1p-133 : 0x1p-24); /* an ulp is that of subnormal numbers */
+    const uint64_t b = (uint64_t)pattern(x), half = ((uint64_t)1 << (BELOW - 1)) - 1;
+    const double normal = from_pattern((int64_t)((b + half + (b >> BELOW & 1)) & ~(2 * half + 1)));
+    const double subnormal = copysign((x + to_integer) - to_integer, x);
+    const double rounded = fabs(x) < least ? subnormal : fabs(normal) >= top ? copysign(INFINITY, x) : normal;
+    return (float)(x == x ? rounded : x);
+}
+#endif
+
 /* ---- the two comparisons ---- */
 
 /* As numbers. *result is the rounded `mid`. If |mid| <= rad, a result of 0 may have either sign. */
 INLINE int32_t numbers_differ(double mid, double rad, float *result) {
-    float low = (float)(mid - rad), high = (float)(mid + rad);
-    *result = (float)mid;
+    float low = to_target(mid - rad), high = to_target(mid + rad);
+    *result = to_target(mid);
     return (low != high) | ((*result == 0) & (fabs(mid) <= rad) & (rad > 2 * TINY));
 }
 
@@ -105,7 +128,7 @@ INLINE int32_t round_padded_ball(double mid, double rad, float *result) {
 /* The same in few instructions, for normal numbers and exact zeros, which are the most frequent results. mid - rad has
    the sign of a zero mid. */
 INLINE int32_t round_normal_ball(double mid, double rad, float *result) {
-    float low = (float)(mid - rad), high = (float)(mid + rad);
+    float low = to_target(mid - rad), high = to_target(mid + rad);
     uint32_t above = ((uint32_t)bits(low) & 0x7FFFFFFF) - 0x00800000; /* the smallest normal number */
     *result = low;
     return (low != high) | !((above < 0x7F000000) | (fabs(mid) + rad == 0));
@@ -115,14 +138,14 @@ INLINE int32_t round_normal_ball(double mid, double rad, float *result) {
 
 /* rounding.round_sum: for a `rad` that has room for the test. */
 INLINE int32_t round_sum(double mid, double rad, float *result) {
-    float low = (float)(mid - rad), high = (float)(mid + rad);
+    float low = to_target(mid - rad), high = to_target(mid + rad);
     *result = high;
     return patterns_differ(low, high);
 }
 
 /* The same, but an exact -0 passes as -0: with these signs neither end turns into +0. */
 INLINE int32_t round_signed_sum(double mid, double minus_rad, float *result) {
-    float low = (float)(minus_rad + mid), high = -(float)(minus_rad - mid);
+    float low = to_target(minus_rad + mid), high = -to_target(minus_rad - mid);
     *result = high;
     return patterns_differ(low, high);
 }
@@ -168,7 +191,7 @@ static inline pair make_pair(double s, double t, double rad) {
 /* Fails also if the number or its bound is not finite. */
 static inline int32_t round_pair(pair p, float *result) {
     double rad = p.rad * SLACK + fabs(p.t) * (2 * U); /* t - rad and t + rad are rounded */
-    float low = (float)(add_to_odd(p.s, p.t - rad) + 0.0), high = (float)(add_to_odd(p.s, p.t + rad) + 0.0);
+    float low = to_target(add_to_odd(p.s, p.t - rad) + 0.0), high = to_target(add_to_odd(p.s, p.t + rad) + 0.0);
     *result = high;
     return (patterns_differ(low, high) != 0) | !(fabs(p.s) + p.rad <= DBL_MAX);
 }

@@ -24,6 +24,7 @@ from reproml.arithmetic.distributed.running_sums import RunningSum
 from reproml.arithmetic.distributed.tensors import DistributedTensor, map_tensors
 from reproml.errors import NotExactError, ReproError
 from reproml.torch_internals import (
+    DisableAutocast,
     current_graph_task_id,
     disabled_torch_function_impl,
 )
@@ -120,13 +121,14 @@ class MicroBatch:
         self.models: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
 
     def reduce(self, sums: Union[Products, Partial], shape: Sequence[int]) -> Tensor:
-        """Return the sum over the batch, to which this micro-batch adds, float32 of this shape."""
+        """Return the sum over the batch, to which this micro-batch adds, in this shape."""
         m, n = sums.shape
         device = sums.device
         with natively():
-            running = self._running(("sum", m, n), lambda: RunningSum(m, n, device))
+            kind = ("sum", m, n, sums.dtype)
+            running = self._running(kind, lambda: RunningSum(m, n, device, sums.dtype))
             running.add(sums)
-            like = torch.empty(shape, device=device)
+            like = torch.empty(shape, dtype=sums.dtype, device=device)
         return Later(like, lambda: _natively(lambda: running.total().reshape(shape)), self)
 
     def gather(self, x: Tensor, dim: int, before: int, after: int) -> Later:
@@ -137,7 +139,7 @@ class MicroBatch:
         local: Tensor = x.local  # type: ignore[attr-defined]
         with natively():
             rows = local.detach().unflatten(dim, (before, self.rows, after)).movedim(dim + 1, 0)
-            running = self._running(("rows", *rows.shape[1:]), _RunningRows)
+            running = self._running(("rows", *rows.shape[1:], rows.dtype), _RunningRows)
             running.add(rows)
             like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
@@ -250,18 +252,21 @@ def _later(func: Any, args: Any, kwargs: Any, micro_batch: MicroBatch) -> Any:
     """Return the result of an operator, which is computed when the values of its operands are known."""
     name = func._schema.name[len("aten::") :]
     device = next(x.device for x in tensors([*args, *kwargs.values()]) if isinstance(x, Later))
+    device = kwargs.get("device") or device
     if name in _NEW:
         with natively():
             args, kwargs = map_tensors(Later, lambda x: _empty(x, device), (args, kwargs))
         return func(*args, **kwargs)
     if name == "add_" and isinstance(args[0], Later):
         x, before, rest = args[0], args[0].value, args[1:]
-        x.value = _once(lambda: _exactly(torch.ops.aten.add.Tensor, (before(), *rest), kwargs))
+        x.value = _once(lambda: _exactly(func, (before().clone(), *rest), kwargs))
         return x
     if func._schema.is_mutable:
         _refuse_use()
     with natively():
         meta = map_tensors(Tensor, lambda x: _empty(x, torch.device("meta")), (args, kwargs))
+        if kwargs.get("device"):  # of a cast, as of a gradient within autocast
+            meta[1]["device"] = torch.device("meta")
         try:
             results = func(*meta[0], **meta[1])
         except RuntimeError:  # an operator that reads elements, such as `item`
@@ -296,9 +301,12 @@ def _empty(x: Tensor, device: torch.device) -> Tensor:
 
 
 def _exactly(func: Any, args: Any, kwargs: Any) -> Any:
-    """Compute an operator within exact(), when the values of its operands are known."""
+    """Compute an operator within exact(), when the values of its operands are known.
+
+    It ran within autocast already, if at all: its operands are cast.
+    """
     args, kwargs = map_tensors(Later, Later.full_tensor, (args, kwargs))
-    with intercept_again(), torch.no_grad():
+    with intercept_again(), torch.no_grad(), DisableAutocast():
         return func(*args, **kwargs)
 
 

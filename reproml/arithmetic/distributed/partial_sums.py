@@ -2,8 +2,11 @@
 
 Each worker has the binary64 sum of its own terms. Every element of the result has an owner among the
 workers. The owner adds the sums of all workers, applies the rounding test to the total (a tree of
-additions like any other, see operators/matmul.py) and sends the binary32 number to all workers. A sum is
+additions like any other, see operators/matmul.py) and sends the rounded number to all workers. A sum is
 sent as an integer of 48 bits in units of its row's bound: what that loses is part of the tested bound.
+
+The totals are rounded once, to the dtype of the result: float32, or bfloat16 and float16, whose operands
+are widened to float32. Rounded totals are binary32 numbers in any case, and travel as such.
 
 For the few totals that fail the test, every worker sends the owner its sum with the rounding errors kept;
 for those that fail again, the exact sum of its terms, an integer multiple of 2^-600.
@@ -17,7 +20,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Callable, NamedTuple, Optional, Protocol
 from weakref import WeakKeyDictionary
 
@@ -30,8 +33,11 @@ from reproml.arithmetic.numerics.exact_sums import (
     exact_sum,
     round_compensated,
 )
+from reproml.arithmetic.numerics.formats import narrow, rounding_to
 from reproml.arithmetic.numerics.rounding import SLACK, gamma, nearest, rounding_test
 from reproml.errors import ReproError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the terms and of the totals
 
 # A product of four binary32 numbers is a multiple of 2^-596 below 2^512; 2^63 of them fit 1,216 bits.
 _UNIT = 600
@@ -86,12 +92,12 @@ class Factors(NamedTuple):
 
     def pairs(self, i: Tensor, j: Tensor) -> Tensor:
         """Return sums with their errors kept: float64 [f, 3], s, t, e with |s + t - exact| <= e."""
-        if kernels.library is None or not self.a.is_cpu:
+        if kernels.loops() is None or not self.a.is_cpu:
             return torch.cat([torch.stack(compensated_sums(x), 1) for x in self.terms(i, j)])
         row, column = self.at(i, j)
         operands = (self.a, row, self.a_term, self.b, column, self.b_term)
         pairs = torch.empty(len(row), 3, dtype=torch.float64)
-        kernels.library.reproml_partial_pairs(
+        kernels.loops().reproml_partial_pairs(
             len(row), len(self.a_term), *[x.data_ptr() for x in (*operands, pairs)]
         )
         return pairs
@@ -110,6 +116,7 @@ class Partial:
     divisor: int = 1  # the total is divided by it; > 0
     # Numbers whose exact sum along each row is that of this worker, float64 [m, some] at a time; n is 1.
     terms: Optional[Callable[[], Iterator[Tensor]]] = None
+    dtype: torch.dtype = torch.float32  # of the totals, one of DTYPES
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -130,6 +137,7 @@ class Products(NamedTuple):
     blocks: Sequence[tuple[Tensor, Tensor]]
     height: int  # as in Partial
     divisor: int = 1
+    dtype: torch.dtype = torch.float32
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -145,7 +153,9 @@ class Products(NamedTuple):
         """Return the sums of this worker's terms."""
         parts = [sum_products(self.factors, row, column) for row, column in self.blocks]
         sums, bounds = (torch.cat(part) for part in zip(*parts))
-        return Partial(sums, bounds, self.height, self.factors, divisor=self.divisor)
+        return Partial(
+            sums, bounds, self.height, self.factors, divisor=self.divisor, dtype=self.dtype
+        )
 
 
 class Exchange:
@@ -177,7 +187,8 @@ class Exchange:
         values, places, owned = [], [], 0
         for p, (s, record) in zip(self.partials, self._layouts):
             part = received[:, start : start + s * record]
-            value, failed = _round_totals(p, part.unflatten(1, (s, record)))
+            with rounding_to(p.dtype):
+                value, failed = _round_totals(p, part.unflatten(1, (s, record)))
             values.append(value)
             places.append(failed + owned)
             start, owned = start + s * record, owned + len(value)
@@ -219,15 +230,19 @@ class Exchange:
 
 
 def all_reduce(group: Group, partials: Sequence[Partial], checksum: int = 0) -> list[Tensor]:
-    """Return the sums over all workers, each rounded once: float32 [m, n], the same on every worker."""
+    """Return the sums over all workers, each rounded once: [m, n], the same on every worker."""
     exchange = Exchange(group, partials)
     exchange.send_results(checksum)
     return finish([exchange])
 
 
 def finish(exchanges: Sequence[Exchange]) -> list[Tensor]:
-    """Return the matrices of exchanges whose results were sent, with those that failed resolved."""
+    """Return the matrices of exchanges whose results were sent, with those that failed resolved.
+
+    Each matrix has the dtype of its sums.
+    """
     group = exchanges[0].group
+    partials = [p for e in exchanges for p in e.partials]
     results: list[Tensor] = []
     failures: list[list[tuple[int, int, int]]] = [[] for _ in range(group.size)]
     for exchange in exchanges:
@@ -236,8 +251,8 @@ def finish(exchanges: Sequence[Exchange]) -> list[Tensor]:
             failures[owner] += exchange.locate(owner, failed, len(results))
         results += matrices
     if any(failures):
-        _resolve(group, [p for e in exchanges for p in e.partials], results, failures)
-    return results
+        _resolve(group, partials, results, failures)
+    return [x.to(p.dtype) for x, p in zip(results, partials)]
 
 
 def check_agreement(checksums: Tensor) -> None:
@@ -253,20 +268,29 @@ def check_agreement(checksums: Tensor) -> None:
 def matrix_product(a: Tensor, b: Tensor, height: int) -> Products:
     """Return sum_k a[k, i] b[k, j], k over all workers' rows.
 
-    a, b: float32 [k, m], [k, n], the rows of this worker. height: the number of rows of all workers.
+    a, b: [k, m], [k, n] of one dtype, the rows of this worker. height: the number of rows of all workers.
     """
+    dtype, a, b = a.dtype, a.float(), b.float()
     (k, m), n = a.shape, b.shape[1]
     row, a_term = offsets((m, a.stride(1))), offsets((k, a.stride(0)))
     b_term, column = offsets((k, b.stride(0))), offsets((n, b.stride(1)))
     factors = Factors(flat(a), flat(b), a_term, b_term, lambda i, j: (row[i], column[j]))
-    return Products(factors, [(row, column)], product_height(height))
+    return Products(factors, [(row, column)], product_height(height), dtype=dtype)
 
 
-def sum_over(x: Tensor, dims: Sequence[int], height: int, divisor: int = 1) -> Products:
+def sum_over(
+    x: Tensor,
+    dims: Sequence[int],
+    height: int,
+    divisor: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Products:
     """Return the sum of x over `dims`, of all workers, divided by `divisor`: a matrix [m, 1].
 
-    x: float32, the elements of this worker. height: the number of elements of all workers in a sum.
+    x: the elements of this worker. height: the number of elements of all workers in a sum. dtype: of the
+    sums, at least as wide as x's.
     """
+    x = x.float()
     kept = [d for d in range(x.dim()) if d not in dims]
     row = offsets(*[(x.shape[d], x.stride(d)) for d in kept])
     term = offsets(*[(x.shape[d], x.stride(d)) for d in dims])
@@ -274,7 +298,8 @@ def sum_over(x: Tensor, dims: Sequence[int], height: int, divisor: int = 1) -> P
     factors = Factors(
         flat(x), x.new_ones(1), term, zeros, lambda i, j: (row[i], torch.zeros_like(i))
     )
-    return Products(factors, [(row, zeros.new_zeros(1))], product_height(height), divisor)
+    column = zeros.new_zeros(1)
+    return Products(factors, [(row, column)], product_height(height), divisor, dtype)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -305,9 +330,9 @@ def sum_products(factors: Factors, row: Tensor, column: Tensor) -> tuple[Tensor,
     m, n, k = len(row), len(column), len(a_term)
     sums = a.new_empty(m, n, dtype=torch.float64)
     norms = [sums.new_empty(m), sums.new_empty(n)]
-    compiled = kernels.library is not None and a.is_cpu and m and n and k
+    compiled = kernels.loops() is not None and a.is_cpu and m and n and k
     operands = (a, row, a_term, b, b_term, column, sums, *norms)
-    if not compiled or kernels.library.reproml_partial_product(
+    if not compiled or kernels.loops().reproml_partial_product(
         m, n, k, *[x.data_ptr() for x in operands]
     ):
         left, right = a[row.unsqueeze(1) + a_term], b[b_term.unsqueeze(1) + column]
@@ -365,7 +390,7 @@ def _pack(p: Partial, first: int, records: Tensor) -> None:
     if not m:
         return
     if kernels.usable(sums, bounds, records):
-        kernels.library.reproml_pack_sums(
+        kernels.loops().reproml_pack_sums(
             m, n, *(sums.data_ptr(), bounds.data_ptr(), records.data_ptr())
         )
         return
@@ -392,10 +417,10 @@ def _units(bounds: Tensor) -> Tensor:
 
 
 def _round_totals(p: Partial, records: Tensor) -> tuple[Tensor, Tensor]:
-    """Round the totals of one matrix. records: uint8 [size, s, bytes], with any stride between workers.
+    """Round the totals of one matrix to the target format.
 
-    Returns the float32 values, flat [s * n], and the int32 places of those that fail the test. The test
-    assumes of the bound:
+    records: uint8 [size, s, bytes], with any stride between workers. Returns the float32 values, flat
+    [s * n], and the int32 places of those that fail the test. The test assumes of the bound:
     - It has room for the roundings of the division, of its own computation and of mid - radius and
       mid + radius: `gamma` provides it.
     - mid is a sum in any order, so the sign of a zero is not known: the test compares bit patterns, so that
@@ -404,11 +429,11 @@ def _round_totals(p: Partial, records: Tensor) -> tuple[Tensor, Tensor]:
     """
     (size, s, _), n = records.shape, p.sums.shape[1]
     relative = gamma(p.height + size)
-    if kernels.library is not None and records.is_cpu:
+    if kernels.loops() is not None and records.is_cpu:
         value = torch.empty(s * n)
         places = torch.empty(s * n, dtype=torch.int32)
         work = torch.empty(n, dtype=torch.float64)
-        count = kernels.library.reproml_round_sums(
+        count = kernels.loops().reproml_round_sums(
             *(records.data_ptr(), size, records.stride(0), s, n, relative, p.divisor),
             *(work.data_ptr(), value.data_ptr(), places.data_ptr()),
         )
@@ -430,7 +455,7 @@ def _round_totals(p: Partial, records: Tensor) -> tuple[Tensor, Tensor]:
     radius = ((bound * relative + 0.5625 * units) / p.divisor * SLACK).unsqueeze(1)
     mid = total / p.divisor
     value, failed = rounding_test(mid - radius, mid + radius)
-    value = torch.where(mid.isfinite(), value, mid.float())
+    value = torch.where(mid.isfinite(), value, narrow(mid))
     failed = mid.isfinite() & (failed | ~radius.isfinite())
     empty = (mid == 0) & mid.signbit()
     value, failed = torch.where(empty, 0.0, value).float(), failed & ~empty
@@ -451,27 +476,32 @@ def _resolve(
         longest = max(map(len, failures))
         if not longest:
             return
-        index = [at for places in failures for at in places]
+        index = [place for places in failures for place in places]
         owners = [owner for owner, places in enumerate(failures) for _ in places]
         slots = [slot for places in failures for slot in range(len(places))]
         groups = _by_matrix(index, results[0].device)
         rows = torch.cat([encode(partials[number], i, j) for number, i, j, _ in groups])
         sent = rows.new_zeros(group.size, longest, rows.shape[1])
-        order = [at for *_, listed in groups for at in listed]
-        sent[[owners[at] for at in order], [slots[at] for at in order]] = rows
+        order = [k for *_, listed in groups for k in listed]
+        sent[[owners[k] for k in order], [slots[k] for k in order]] = rows
         mine = failures[group.rank]
         received = group.start_all_to_all(sent)()[:, : len(mine)]
         values = results[0].new_zeros(longest)
-        values[: len(mine)] = decode([partials[number].divisor for number, *_ in mine], received)
+        at = 0
+        for number, times in groupby(number for number, *_ in mine):
+            p, end = partials[number], at + len(list(times))
+            with rounding_to(p.dtype):
+                values[at:end] = decode(p.divisor, received[:, at:end])
+            at = end
         gathered = group.all_gather(values)
         found = torch.cat([row[: len(places)] for row, places in zip(gathered, failures)])
         for number, i, j, listed in groups:
             results[number][i, j] = found[listed]
         again = zip(found.isnan().tolist(), owners, index)
         failures = [[] for _ in failures]
-        for fails, owner, at in again:
+        for fails, owner, place in again:
             if fails:
-                failures[owner].append(at)
+                failures[owner].append(place)
 
 
 def _by_matrix(
@@ -495,8 +525,11 @@ def _encode_pairs(p: Partial, i: Tensor, j: Tensor) -> Tensor:
     return p.factors.pairs(i, j).view(torch.uint8)
 
 
-def _round_pairs(divisors: Sequence[int], received: Tensor) -> Tensor:
-    """Return the totals, rounded once, float32 [f]; NaN where the test fails. received: [size, f, 24]."""
+def _round_pairs(divisor: int, received: Tensor) -> Tensor:
+    """Return the totals, rounded to the target, float32 [f]; NaN where the test fails.
+
+    divisor: 1, or none of the sums is finite. received: [size, f, 24].
+    """
     sums, rests, errors = received.contiguous().view(torch.float64).permute(2, 1, 0)  # [f, size]
     s, t, e = compensated_sums(sums)
     size = t.abs() + rests.abs().sum(1)
@@ -504,7 +537,7 @@ def _round_pairs(divisors: Sequence[int], received: Tensor) -> Tensor:
     value, failed = round_compensated(s, t + rests.sum(1), e)
     # If e = 0 the total is s, which may be halfway between two numbers.
     failed = (failed | ~e.isfinite()) & (e != 0)
-    exact = torch.where(s == 0, 0.0, s).float()  # a negative sum may underflow to -0
+    exact = narrow(torch.where(s == 0, 0.0, s))  # a negative sum may underflow to -0
     return torch.where(failed, math.nan, torch.where(e == 0, exact, value))
 
 
@@ -522,10 +555,10 @@ def _encode_exact(p: Partial, i: Tensor, j: Tensor) -> Tensor:
     return encoded.reshape(-1, _BYTES).to(p.sums.device)
 
 
-def _round_exact(divisors: Sequence[int], received: Tensor) -> Tensor:
-    """Return the totals, rounded once, float32 [f]. received: [size, f, 152]."""
+def _round_exact(divisor: int, received: Tensor) -> Tensor:
+    """Return the totals / divisor, rounded to the target, float32 [f]. received: [size, f, 152]."""
     values = []
-    for divisor, parts in zip(divisors, received.transpose(0, 1).cpu().numpy()):
+    for parts in received.transpose(0, 1).cpu().numpy():
         total = sum(int.from_bytes(x.tobytes(), "little", signed=True) for x in parts)
         values.append(nearest(Fraction(total, divisor << _UNIT)))
     return torch.tensor(values, dtype=torch.float64, device=received.device).float()

@@ -13,6 +13,7 @@ from torch import Tensor
 from reproml.arithmetic.dispatch.dispatcher import natively
 from reproml.arithmetic.distributed.micro_batches import MicroBatch
 from reproml.arithmetic.distributed.partial_sums import (
+    DTYPES,
     Exchange,
     Group,
     Partial,
@@ -52,7 +53,8 @@ class Pending(DistributedTensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func._schema.name[len("aten::") :] in _VIEWS:
+        name = func._schema.name[len("aten::") :]
+        if name in _VIEWS or (name == "_to_copy" and _casts_once(args[0], kwargs)):
             x, rest = args[0], args[1:]
             with natively():
                 like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
@@ -60,6 +62,13 @@ class Pending(DistributedTensor):
             return Pending(like, lambda: func(x.full_tensor(), *rest, **kwargs))
         args, kwargs = map_tensors(Pending, Pending.full_tensor, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _casts_once(x: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Return whether a copy is a cast that has one rounding natively, as of a gradient within autocast."""
+    if (kwargs.get("device") or x.device) != x.device:
+        return False
+    return x.dtype in DTYPES and kwargs.get("dtype") in DTYPES
 
 
 # Operators that do not read the elements: their result is pending as well.
@@ -173,7 +182,7 @@ def without_exchange(group: Group, total: Tensor) -> Tensor:
 
 
 def reduce_over_batch(group: Group, sums: Union[Products, Partial], shape: Sequence[int]) -> Tensor:
-    """Return the sum over all workers, float32 of this shape.
+    """Return the sum over all workers in this shape.
 
     Within a backward pass the result is Pending until its end; else the sum is exchanged now. With
     micro-batches it is Later.
@@ -191,5 +200,5 @@ def reduce_over_batch(group: Group, sums: Union[Products, Partial], shape: Seque
         bucket = _backward.bucket = _Bucket(group, task)
     result = bucket.add(partial)
     with natively():
-        like = partial.sums.new_empty(shape, dtype=torch.float32)
+        like = partial.sums.new_empty(shape, dtype=partial.dtype)
     return Pending(like, lambda: result().reshape(shape))

@@ -16,6 +16,7 @@ from torch import Tensor
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.distributed.partial_sums import Factors, Partial, Products
 from reproml.arithmetic.numerics.exact_sums import distilled, exact_sum, round_compensated
+from reproml.arithmetic.numerics.formats import narrow, rounding_to
 from reproml.arithmetic.numerics.rounding import nearest, two_sum
 
 _CHUNK = 1 << 20  # factors that are copied at a time
@@ -24,10 +25,13 @@ _CHUNK = 1 << 20  # factors that are copied at a time
 class RunningSum:
     """A matrix of exact sums."""
 
-    def __init__(self, m: int, n: int, device: torch.device) -> None:
+    def __init__(
+        self, m: int, n: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.s, self.t = torch.zeros(2, m, n, dtype=torch.float64, device=device)
         self.rests: dict[int, list[float]] = {}  # flat index -> numbers that are added to s + t
         self.divisor = 1
+        self.dtype = dtype  # of the total, one of DTYPES
 
     def add(self, sums: Union[Products, Partial]) -> None:
         """Add the terms of a part."""
@@ -81,7 +85,12 @@ class RunningSum:
             self.rests[at] = rest[:-2]
 
     def total(self) -> Tensor:
-        """Return the sums, divided by the divisor and rounded once: float32 [m, n]."""
+        """Return the sums, divided by the divisor and rounded once: [m, n]."""
+        with rounding_to(self.dtype):
+            return self._rounded().to(self.dtype)
+
+    def _rounded(self) -> Tensor:
+        """Return the total, rounded to the target format."""
         s, t = two_sum(self.s.reshape(-1), self.t.reshape(-1))
         finite = s.isfinite()
         t = torch.where(finite, t, 0.0)
@@ -89,7 +98,7 @@ class RunningSum:
         failed = finite & failed & (t != 0)
         if self.divisor != 1:
             failed = finite
-        single = torch.where(s == 0, 0.0, s).float()  # an exact zero is +0
+        single = narrow(torch.where(s == 0, 0.0, s))  # an exact zero is +0
         value = torch.where(finite & (t != 0), value, single)
         for at in {*failed.nonzero().squeeze(1).tolist(), *self.rests}:
             numbers = [float(s[at]), float(t[at]), *self.rests.get(at, ())]

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from reproml.arithmetic.numerics import elementary, special
+from reproml.arithmetic.numerics.formats import target
 from reproml.arithmetic.numerics.rationals import Number, Rationals
 from reproml.arithmetic.numerics.rounding import U, gamma, two_sum
 
@@ -358,14 +359,16 @@ class TensorContext(Binary64Context):
     def plus(self, x: Ball, y: Ball) -> Ball:
         """x + y, the last step of a formula in which y may be much smaller than x.
 
-        If x + y rounds to a midpoint of binary32 in binary64, the sign of TwoSum's error is the side of the
-        midpoint on which x + y lies. No other midpoint is within an ulp of binary64, so every number on
+        If x + y rounds to a midpoint of the target in binary64, the sign of TwoSum's error is the side of
+        the midpoint on which x + y lies. No other midpoint is within an ulp of binary64, so every number on
         that side rounds like the exact one.
         """
         s, t = two_sum(x.mid, y.mid)
         error = x.error + y.error
         toward = torch.nextafter(s, torch.where(t > 0, torch.inf, -torch.inf).to(s))
-        sided = ((s.contiguous().view(torch.int64) & 0x1FFFFFFF) == 0x10000000) & (t.abs() > error)
+        half = 1 << 53 - target().precision >> 1
+        is_midpoint = (s.contiguous().view(torch.int64) & (2 * half - 1)) == half
+        sided = is_midpoint & (t.abs() > error)
         sided &= (
             t.abs() > 2.0**-900 * s.abs()
         )  # smaller terms may count as zero: see evaluate._BITS

@@ -8,6 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.numerics.formats import may_be_midpoint
 from reproml.arithmetic.numerics.rounding import gamma, nearest, rounding_test, two_sum
 
 ONE = Fraction(1)
@@ -59,20 +60,14 @@ def compensated_sums(terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def round_compensated(s: Tensor, t: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-    """Round to binary32 real numbers within e of s + t; return the values and where the test fails.
+    """Round to the target real numbers within e of s + t; return the values and where the test fails.
 
-    It fails also where an end s + (t - e) or s + (t + e) rounds to a midpoint of binary32 in binary64,
+    It fails also where an end s + (t - e) or s + (t + e) rounds to a midpoint of the target in binary64,
     because such an end would be rounded twice.
     """
     low, high = s + (t - e), s + (t + e)
     result, failed = rounding_test(low, high, zeros_agree=True)
-    return result + 0.0, failed | _maybe_midpoint(low) | _maybe_midpoint(high)
-
-
-def _maybe_midpoint(x: Tensor) -> Tensor:
-    """Whether float64 x may be halfway between two binary32 numbers (all subnormal ones may)."""
-    half = (x.view(torch.int64) & 0x1FFFFFFF) == 0x10000000
-    return half | ((x.abs() < 2.0**-125) & (x != 0))
+    return result + 0.0, failed | may_be_midpoint(low) | may_be_midpoint(high)
 
 
 def distilled(terms: list[float]) -> list[float]:

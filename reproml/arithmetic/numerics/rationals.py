@@ -11,6 +11,10 @@ from fractions import Fraction
 from typing import Any, Union
 
 import numpy as np
+import torch
+
+from reproml.arithmetic.numerics.formats import BINARY64, narrow, target
+from reproml.arithmetic.numerics.rounding import nearest
 
 Number = Union[int, Fraction]
 
@@ -54,10 +58,11 @@ class Rationals:
         return _fraction(np.atleast_1d(self.n), self.d) * scale
 
     def nearest(self) -> Any:
-        """Return the nearest binary32 numbers, as float64; infinity on overflow."""
+        """Return the nearest numbers of the target format, as float64; infinity on overflow."""
+        if target() is BINARY64:
+            return _nearest(self.fractions()).astype(np.float64)
         odd = _odd(np.atleast_1d(self.n), self.d, self.exponent).astype(np.float64)
-        with np.errstate(over="ignore"):
-            return odd.astype(np.float32).astype(np.float64)
+        return narrow(torch.from_numpy(odd)).double().numpy()
 
     def __getitem__(self, at: Any) -> Rationals:
         if isinstance(self.d, int):
@@ -142,5 +147,6 @@ def to_53_bits(n: int, d: int, exponent: int) -> float:
 _sign: Any = np.frompyfunc(lambda n: -1 if n < 0 else 1, 1, 1)
 _odd: Any = np.frompyfunc(to_53_bits, 3, 1)
 _fraction: Any = np.frompyfunc(Fraction, 2, 1)
+_nearest: Any = np.frompyfunc(nearest, 1, 1)
 _numerator: Any = np.frompyfunc(lambda x: x.numerator, 1, 1)
 _denominator: Any = np.frompyfunc(lambda x: x.denominator, 1, 1)

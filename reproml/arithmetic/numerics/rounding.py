@@ -1,7 +1,9 @@
-"""Rounding of real numbers to binary32, to nearest with ties to even.
+"""Rounding of real numbers to the target format, to nearest with ties to even.
+
+The target is binary32, or that of an operator on other tensors (formats.py).
 
 The rounding test (A. Ziv, ACM TOMS 17(3), 1991): if an exact value lies between two binary64 numbers, and
-both of these ends round to the same binary32 number, then so does the exact value, as rounding is
+both of these ends round to the same number of the target, then so does the exact value, as rounding is
 monotone. `rounding_test` is the only place in Python where the test is written. It assumes that the exact
 value lies between the ends as they were computed, so each caller must give its error bound enough room for
 the roundings that it does not count:
@@ -43,6 +45,8 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.numerics.formats import narrow, target
+
 U = 2.0**-53  # unit roundoff of binary64
 # Bounds are themselves computed in binary64; this factor covers their own rounding errors.
 SLACK = 1 + 2.0**-20
@@ -50,7 +54,7 @@ SLACK = 1 + 2.0**-20
 TINY = 2.0**-1000
 
 # Computes the correctly rounded values of the elements that failed the test, on the exact path. Takes
-# their flat indices, int64 [k]; returns k binary32 numbers.
+# their flat indices, int64 [k]; returns k numbers of the target format.
 Resolve = Callable[[Tensor], Sequence[float]]
 
 
@@ -64,18 +68,22 @@ defer_test: Callable[[Tensor, Tensor], bool] = _never_defer
 
 
 def rounding_test(low: Tensor, high: Tensor, zeros_agree: bool = False) -> tuple[Tensor, Tensor]:
-    """Round to binary32 the exact values that lie in [low, high], and find those that it cannot round.
+    """Round to the target the exact values that lie in [low, high], and find those that it cannot round.
 
     low, high: float64 tensors of one shape, the computed ends. See the module's docstring for what they
     must enclose.
     zeros_agree: whether the ends may round to zeros of different signs; the caller then decides the sign.
-    Returns (rounded, failed): float32, correct wherever `failed`, a bool tensor, is False. A NaN at both
-    ends is a failure with `zeros_agree`; otherwise the result is NaN.
+    Returns (rounded, failed): of the target's container, correct wherever `failed`, a bool tensor, is
+    False. A NaN at both ends is a failure with `zeros_agree`; otherwise the result is NaN.
     """
-    rounded, below = high.float(), low.float()
+    rounded, below = narrow(high), narrow(low)
     if zeros_agree:
         return rounded, below != rounded
-    return rounded, below.view(torch.int32) != rounded.view(torch.int32)
+    return rounded, _bits(below) != _bits(rounded)
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int64 if x.dtype is torch.float64 else torch.int32)
 
 
 def gamma(n: Any) -> Any:
@@ -99,17 +107,17 @@ def widened(error: Tensor, size: Tensor) -> Tensor:
 
 
 def round_ball(mid: Tensor, error: Tensor, resolve: Resolve) -> Tensor:
-    """Round to binary32 the real numbers that lie within `error` of `mid`.
+    """Round to the target the real numbers that lie within `error` of `mid`.
 
     mid, error: float64 tensors of one shape, error >= 0. A NaN or infinite midpoint is the result itself.
     resolve: called for the elements that fail the test.
-    Returns a float32 tensor. A zero has the sign of `mid`. On a device, failed elements may be resolved
-    later (see `defer_test`).
+    Returns a tensor of the target's container. A zero has the sign of `mid`. On a device, failed elements
+    may be resolved later (see `defer_test`).
     """
     size = mid.abs()
     error = torch.where(error == 0, error, widened(error, size)) + TINY
     _, failed = rounding_test(mid - error, mid + error, zeros_agree=True)
-    result = mid.float()
+    result = narrow(mid)
     # Where the result underflows to zero, its sign must be certain as well.
     failed |= (result == 0) & (size <= error) & (error > 2 * TINY)
     if not defer_test(failed, mid) and failed.any():
@@ -126,7 +134,7 @@ def round_sum(mid: Tensor, error: Tensor, resolve: Resolve) -> Tensor:
     result, failed = rounding_test(mid - error, mid + error)
     if defer_test(failed, mid):
         # Until the failures are resolved: mostly right, as a failure is often a tie or an exact zero.
-        return torch.where(failed, (mid + 0.0).float(), result)
+        return torch.where(failed, narrow(mid + 0.0), result)
     if failed.any():
         _overwrite_failures(result, mid, failed.reshape(-1).nonzero().squeeze(1), resolve)
     return result
@@ -138,31 +146,32 @@ def _overwrite_failures(result: Tensor, mid: Tensor, index: Tensor, resolve: Res
         return _overwrite_failures(result.view(1), mid.view(1), index, resolve)
     where = torch.unravel_index(index, result.shape)
     at = mid[where]
-    value = at.float()  # right where the midpoint is NaN or infinite
+    value = narrow(at)  # right where the midpoint is NaN or infinite
     finite = at.isfinite()
     if finite.any():
         exact = torch.tensor(resolve(index[finite]), dtype=torch.float64, device=value.device)
-        value[finite] = exact.float()
+        value[finite] = narrow(exact)  # what follows an infinity is not rounded yet
     result[where] = value
     return None
 
 
 def nearest(x: Fraction) -> float:
-    """Return the binary32 number nearest to x, ties to even, as a Python float; infinity on overflow."""
+    """Return the number of the target that is nearest to x, ties to even; infinity on overflow."""
     if x == 0:
         return 0.0
+    to = target()
     n, d = abs(x.numerator), x.denominator
-    # The exponent of the last place: 24 bits, and not below that of the subnormal numbers.
-    last = max(n.bit_length() - d.bit_length() - 24, -149)
+    # The exponent of the last place: `precision` bits, and not below that of the subnormal numbers.
+    last = max(n.bit_length() - d.bit_length() - to.precision, to.lowest)
     while True:
         q, r = divmod(n << max(-last, 0), d << max(last, 0))
-        if q < 1 << 24:
+        if q < 1 << to.precision:
             break
         last += 1
     rest = 2 * r - (d << max(last, 0))
     if rest > 0 or (rest == 0 and q % 2):
         q += 1
-    value = math.ldexp(q, last) if q.bit_length() + last <= 128 else math.inf
+    value = math.ldexp(q, last) if q.bit_length() + last <= to.top else math.inf
     return -value if x < 0 else value
 
 

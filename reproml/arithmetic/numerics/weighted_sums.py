@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.numerics.devices import to_device
+from reproml.arithmetic.numerics.formats import narrow, target
 from reproml.arithmetic.numerics.rounding import gamma, nearest, round_sum, two_sum
 
 _CHUNK = 1 << 17  # elements at once, so that the temporaries stay in a processor's cache
@@ -163,13 +164,14 @@ def _exact_values(x: Tensor, matrices: Sequence[SparseMatrix], at: Tensor) -> An
 def nearest_of_quotients(terms: Tensor, divisors: Tensor) -> Any:
     """Return the correctly rounded sums of rows of finite float64 terms [k, n], divided by integers [k].
 
-    divisors: float64, positive and below _DIVISOR. Returns a float64 numpy array of binary32 numbers.
+    divisors: float64, positive and below _DIVISOR. Returns a float64 numpy array of numbers of the target.
 
-    A row becomes s + t exactly, by TwoSum (Knuth, The Art of Computer Programming 2, section 4.2.2). If the
-    25-bit number m nearest to s / d is a midpoint of binary32 numbers, the sign of s + t - m d decides: m d
-    is exact, s - m d too as the two are close (Sterbenz), and the sign of a rounded sum is right. Otherwise
-    no midpoint is near, and s / d rounds correctly. Rows that are too long for two numbers, and results
-    that may be subnormal, are computed by fractions.
+    A row becomes s + t exactly, by TwoSum (Knuth, The Art of Computer Programming 2, section 4.2.2). Let m
+    be the number nearest to s / d that has one bit more than the target's. If it is a midpoint of numbers
+    of the target, the sign of s + t - m d decides: m d is exact, s - m d too as the two are close
+    (Sterbenz), and the sign of a rounded sum is right. Otherwise no midpoint is near, and s / d rounds
+    correctly. Rows that are too long for two numbers, and results that may be subnormal, are computed by
+    fractions.
     """
     s, t = terms[:, 0], torch.zeros_like(divisors)
     inexact = torch.zeros_like(divisors, dtype=torch.bool)
@@ -179,14 +181,16 @@ def nearest_of_quotients(terms: Tensor, divisors: Tensor) -> Any:
         inexact |= rest != 0
     s, t = two_sum(s, t)
     quotient = s / divisors
-    middle = ((quotient.view(torch.int64) + (1 << 27)) & -(1 << 28)).view(torch.float64)
-    is_midpoint = (middle.view(torch.int64) & 0x10000000) != 0
+    to = target()
+    last = 1 << (52 - to.precision)  # the last place of a midpoint
+    middle = ((quotient.view(torch.int64) + last // 2) & -last).view(torch.float64)
+    is_midpoint = (middle.view(torch.int64) & last) != 0
     beyond = (s - middle * divisors) + t
     side = torch.nextafter(middle, beyond.sign() * torch.inf)
     value = torch.where(is_midpoint, torch.where(beyond == 0, middle, side), quotient)
     value = torch.where(s == 0, 0.0, value)  # an exact zero is +0
-    values = value.float().double().numpy()
-    inexact |= (quotient.abs() < 2.0**-125) & ((s != 0) | (t != 0))
+    values = narrow(value).double().numpy()
+    inexact |= (quotient.abs() < 2.0 ** (to.lowest + to.precision)) & ((s != 0) | (t != 0))
     for i in inexact.nonzero().squeeze(1).tolist():
         total = sum(map(Fraction, terms[i].tolist()), Fraction(0))
         values[i] = nearest(total / int(divisors[i]))

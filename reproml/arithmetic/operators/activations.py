@@ -17,6 +17,7 @@ from torch import Tensor
 from reproml.arithmetic.compiler.direct import run_directly
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.balls import Formula
+from reproml.arithmetic.numerics.formats import narrow, operate
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import require
 from reproml.arithmetic.operators.pointwise import formula_operator
@@ -45,7 +46,7 @@ def half_near_zero(formula: Formula) -> Callable[[Tensor], Tensor]:
         half = x.double() * 0.5
         above_half = torch.nextafter(half, torch.full_like(half, torch.inf))
         return torch.where(
-            tiny, above_half.float(), elementwise(formula, torch.where(tiny, 1.0, x))
+            tiny, narrow(above_half), elementwise(formula, torch.where(tiny, 1.0, x))
         )
 
     return definition
@@ -96,7 +97,7 @@ def _half_gradient_near_zero(definition: Definition) -> Definition:
         half = g.double() * 0.5
         end = torch.copysign(torch.where(x > 0, torch.inf, 0.0).double(), half)
         y = definition(g, torch.where(tiny, 1.0, x))
-        return torch.where(tiny, torch.nextafter(half, end).float(), y)
+        return torch.where(tiny, narrow(torch.nextafter(half, end)), y)
 
     return complete
 
@@ -161,8 +162,9 @@ def _gelu_inner(ctx: Any, x: Any) -> Any:
 
 
 def silu(x: Tensor) -> Tensor:
-    """Return x sigmoid(x)."""
-    return elementwise(_silu, x, reference=half_near_zero(_silu), fast="silu")
+    """Return x sigmoid(x); NaN where x is minus infinity, which is multiplied by 0."""
+    y = elementwise(_silu, x, reference=half_near_zero(_silu), fast="silu")
+    return torch.where(x == -torch.inf, torch.nan, y)
 
 
 def _silu(ctx: Any, x: Any) -> Any:
@@ -189,6 +191,7 @@ def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     """Return log(1 + exp(beta x)) / beta; x itself where beta x > threshold."""
     b = float32_scalar(beta)
     y = elementwise(lambda ctx, x: softplus_formula(ctx, b * x) / b, x)
+    y = torch.where(x.isinf(), 0.0 / float(b), y)  # where beta x is minus infinity
     return torch.where(x * float(b) > threshold, x, y)
 
 
@@ -220,7 +223,8 @@ def mish_backward(g: Tensor, x: Tensor) -> Tensor:
 
 def log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return -softplus(-x), and an empty tensor in place of PyTorch's buffer (aten.log_sigmoid_forward)."""
-    return elementwise(lambda ctx, x: -softplus_formula(ctx, -x), x), x.new_empty(0)
+    y = elementwise(lambda ctx, x: -softplus_formula(ctx, -x), x)
+    return torch.where(x == torch.inf, -0.0, y), x.new_empty(0)
 
 
 def log_sigmoid_backward(g: Tensor, x: Tensor, buffer: Tensor) -> Tensor:
@@ -257,7 +261,7 @@ def _glu_slope_near_zero(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
     tiny = (b.abs() < 2.0**-64) & quarter.isfinite()
     below = torch.nextafter(quarter, torch.copysign(torch.zeros_like(quarter), quarter))
     y = elementwise(_glu_slope, g, a, torch.where(tiny, 1.0, b))
-    return torch.where(tiny, torch.where(b == 0, quarter, below).float(), y)
+    return torch.where(tiny, narrow(torch.where(b == 0, quarter, below)), y)
 
 
 def _halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -273,23 +277,24 @@ def _halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def leaky_relu(x: Tensor, slope: float = 0.01) -> Tensor:
     """Return x, or slope * x where x <= 0."""
     y = run_directly("leaky_relu", x, scalar=slope)
-    return torch.where(x > 0, x, x * slope) if y is None else y
+    return torch.where(x > 0, x, operate(torch.mul, x, slope)) if y is None else y
 
 
 def leaky_relu_backward(g: Tensor, x: Tensor, slope: float, is_result: bool) -> Tensor:
     """Return g, or slope * g where x <= 0; x may be the result of leaky_relu, which has the same sign."""
     y = run_directly("leaky_relu_backward", g, x, scalar=slope)
-    return torch.where(x > 0, g, g * slope) if y is None else y
+    return torch.where(x > 0, g, operate(torch.mul, g, slope)) if y is None else y
 
 
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
     """Compute aten._prelu_kernel: x, or weight * x where x <= 0."""
-    return torch.where(x > 0, x, x * weight)
+    return torch.where(x > 0, x, operate(torch.mul, x, weight))
 
 
 def prelu_backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Compute aten._prelu_kernel_backward: the gradients of x and, not yet summed, of weight."""
-    return torch.where(x > 0, g, g * weight), torch.where(x > 0, 0.0, g * x)
+    of_x, of_weight = operate(torch.mul, g, weight), operate(torch.mul, g, x)
+    return torch.where(x > 0, g, of_x), torch.where(x > 0, 0.0, of_weight)
 
 
 def elu(x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
@@ -297,7 +302,7 @@ def elu(x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -
     a, s, i = float32_scalar(alpha), float32_scalar(scale), float32_scalar(input_scale)
     fast = "expm1" if s * a == i == 1 else None
     below = elementwise(lambda ctx, x: s * a * ctx.expm1(i * x), x.clamp(max=0), fast=fast)
-    return torch.where(x > 0, x * float(s), below)
+    return torch.where(x > 0, operate(torch.mul, x, float(s)), below)
 
 
 def celu(x: Tensor, alpha: float = 1) -> Tensor:
@@ -318,14 +323,15 @@ def elu_backward(
         below = elementwise(lambda ctx, g, y: g * i * (y + s * a), g, low)
     else:
         below = elementwise(lambda ctx, g, x: g * i * s * a * ctx.exp(i * x), g, low)
-    return torch.where(x > 0, g * float(s), below)
+    return torch.where(x > 0, operate(torch.mul, g, float(s)), below)
 
 
 def softshrink(x: Tensor, bound: float = 0.5) -> Tensor:
     """Return x - bound where x > bound, x + bound where x < -bound, else a zero with x's sign."""
     require(bound >= 0, f"lambda must be greater or equal to 0, but found to be {bound}.")
     b = float(float32_scalar(bound))
-    return torch.where(x > b, x - b, torch.where(x < -b, x + b, x * 0.0))
+    above, below = operate(torch.sub, x, b), operate(torch.add, x, b)
+    return torch.where(x > b, above, torch.where(x < -b, below, x * 0.0))
 
 
 def hardshrink(x: Tensor, bound: float = 0.5) -> Tensor:
@@ -343,7 +349,7 @@ def rrelu_backward(
 ) -> Tensor:
     """Compute aten.rrelu_with_noise_backward: g noise, or that of leaky_relu by the mean slope."""
     if training and high - low > 1e-6:
-        return g * noise
+        return operate(torch.mul, g, noise)
     return leaky_relu_backward(g, x, (low + high) / 2, is_result)
 
 

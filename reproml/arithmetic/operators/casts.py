@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics import devices
+from reproml.arithmetic.numerics.formats import binary32_to_odd
 from reproml.arithmetic.numerics.rationals import to_53_bits
 from reproml.errors import NotExactError
 
@@ -44,7 +45,7 @@ def _prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
     becomes whatever integer the processor returns. Below the range of int64 that is its lowest number.
     """
     if dtype in NARROW and x.dtype.itemsize >= 4 and x.dtype is not torch.float32:
-        return _float32_to_odd(x)
+        return float32_to_odd(x)
     if x.is_floating_point() and not (
         dtype.is_floating_point or dtype.is_complex or dtype is torch.bool
     ):
@@ -62,12 +63,10 @@ def _prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x
 
 
-def _float32_to_odd(x: Tensor) -> Tensor:
+def float32_to_odd(x: Tensor) -> Tensor:
     """Return a float32 tensor, whose cast to a narrow dtype rounds x once.
 
-    Of the two float32 numbers around a number of x it has the odd one, which lies on the same side of the
-    halfway points of narrower formats (S. Boldo & G. Melquiond, IEEE Transactions on Computers 57(4),
-    2008). Raises NotExactError for unsigned integers of 32 and more bits.
+    Raises NotExactError for unsigned integers of 32 and more bits.
     """
     if x.dtype is torch.int64:
         # The last 12 bits of an integer that binary64 cannot hold only show that it is not a tie.
@@ -77,11 +76,7 @@ def _float32_to_odd(x: Tensor) -> Tensor:
         raise NotExactError(
             f"A cast from {x.dtype} to fewer bits is not defined; cast to int64 first."
         )
-    wide = x.double()
-    near = wide.float()
-    even = near.view(torch.int32) & 1 == 0
-    other = torch.nextafter(near, torch.where(wide > near, torch.inf, -torch.inf).float())
-    return torch.where((near.double() != wide) & even, other, near)
+    return binary32_to_odd(x.double())
 
 
 def is_float32(value: Union[int, float]) -> bool:
@@ -117,24 +112,24 @@ def _as_tensor(x: Any) -> Tensor:
 
 def full(size: Any, value: Any, *, dtype: Any = None, **options: Any) -> Tensor:
     """Return a tensor that is filled with a number, which is rounded once."""
-    value = _for_dtype(value, dtype or torch.get_default_dtype())
+    value = number_for(value, dtype or torch.get_default_dtype())
     return torch.full(size, value, dtype=dtype, **options)
 
 
 def scalar_tensor(value: Any, *, dtype: Any = None, **options: Any) -> Tensor:
     """Return a 0-dim tensor of a number, which is rounded once."""
-    value = _for_dtype(value, dtype or torch.get_default_dtype())
+    value = number_for(value, dtype or torch.get_default_dtype())
     return torch.ops.aten.scalar_tensor(value, dtype=dtype, **options)  # type: ignore[no-any-return]
 
 
 def full_like(x: Tensor, value: Any, *, dtype: Any = None, **options: Any) -> Tensor:
     """Return a tensor like x that is filled with a number, which is rounded once."""
-    return torch.full_like(x, _for_dtype(value, dtype or x.dtype), dtype=dtype, **options)
+    return torch.full_like(x, number_for(value, dtype or x.dtype), dtype=dtype, **options)
 
 
 def new_full(x: Tensor, size: Any, value: Any, *, dtype: Any = None, **options: Any) -> Tensor:
     """Return a tensor of x's dtype that is filled with a number, which is rounded once."""
-    return x.new_full(size, _for_dtype(value, dtype or x.dtype), dtype=dtype, **options)
+    return x.new_full(size, number_for(value, dtype or x.dtype), dtype=dtype, **options)
 
 
 def fill(x: Tensor, value: Any) -> Tensor:
@@ -146,14 +141,14 @@ def fill_(x: Tensor, value: Any) -> Tensor:
     """Fill x with a number, which is rounded once."""
     if isinstance(value, Tensor):
         return x.fill_(_prepared(value, x.dtype))
-    return x.fill_(_for_dtype(value, x.dtype))
+    return x.fill_(number_for(value, x.dtype))
 
 
-def _for_dtype(value: Any, dtype: torch.dtype) -> Any:
+def number_for(value: Any, dtype: torch.dtype) -> Any:
     """Return a number that PyTorch rounds to the nearest number of `dtype`, by way of float32."""
     if dtype not in NARROW or isinstance(value, complex):
         return value
-    return _float32_to_odd(_as_tensor(value)).item()
+    return float32_to_odd(_as_tensor(value)).item()
 
 
 def zero_tensor(size: Any, **options: Any) -> Tensor:

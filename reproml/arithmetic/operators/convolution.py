@@ -308,7 +308,7 @@ def _compiled(
     if not out.numel():
         return reference()
     pointers = [None if x is None else x.data_ptr() for x in (*given, out)]
-    result = kernels.run_kernel(getattr(kernels.library, kernel), sizes, *pointers)
+    result = kernels.run_kernel(getattr(kernels.loops(), kernel), sizes, *pointers)
     if not result.complete:
         return reference()
     if result.failed is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.numerics.formats import NARROW
 from reproml.arithmetic.operators.arguments import require, require_float32
 from reproml.arithmetic.operators.special import by_long_numbers
 from reproml.errors import NotExactError
@@ -23,7 +24,7 @@ def arange(*bounds: float, dtype: Any = None, device: Any = None, **_: Any) -> T
     """
     integers = all(isinstance(b, int) for b in bounds)
     if dtype is None and not integers:
-        dtype = torch.get_default_dtype()
+        dtype = _default_dtype()
     if dtype is not torch.float32:
         if dtype is not None and dtype.is_floating_point and not integers:
             require_float32(dtype)
@@ -43,7 +44,7 @@ def linspace(
 
     Raises NotExactError unless dtype is float32.
     """
-    require_float32(dtype or torch.get_default_dtype())
+    require_float32(dtype or _default_dtype())
     a, b = Fraction(float(start)), Fraction(float(end))
     i = torch.arange(steps, dtype=torch.int64)
     return elementwise(lambda ctx, i: a + i * ((b - a) / max(steps - 1, 1)), i).to(device or "cpu")
@@ -63,7 +64,7 @@ def logspace(
 
     Raises NotExactError unless base > 0.
     """
-    require_float32(dtype or torch.get_default_dtype())
+    require_float32(dtype or _default_dtype())
     if not 0 < base < math.inf:
         raise NotExactError(
             f"logspace has no exact definition for base={base}; use a positive base"
@@ -127,7 +128,7 @@ def _window(
     device: Any = None,
     **_: Any,
 ) -> Tensor:
-    require_float32(dtype or torch.get_default_dtype())
+    require_float32(dtype or _default_dtype())
     require(length >= 0, f"a window needs a length of at least 0, not {length}")
     if length == 1:
         return torch.ones(1, dtype=torch.float32, device=device)
@@ -144,3 +145,9 @@ hamming_window = window(_hamming)
 blackman_window = window(_blackman)
 bartlett_window = window(_bartlett)
 kaiser_window = window(_kaiser)
+
+
+def _default_dtype() -> torch.dtype:
+    """Return the default dtype, or float32 for one of 16 bits, to which the result is rounded then."""
+    dtype = torch.get_default_dtype()
+    return torch.float32 if dtype in NARROW else dtype

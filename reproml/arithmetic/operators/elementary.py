@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.balls import Formula
+from reproml.arithmetic.numerics.formats import operate
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import float32_operands, require
 from reproml.arithmetic.operators.special import higher_polygamma
@@ -61,7 +62,7 @@ def logaddexp(x: Tensor, y: Tensor) -> Tensor:
 def logaddexp2(x: Tensor, y: Tensor) -> Tensor:
     """Return log2(2^x + 2^y), which is x + 1 where x = y."""
     equal = x == y
-    x, y = torch.where(equal, x + 1, x), torch.where(equal, -torch.inf, y)
+    x, y = torch.where(equal, operate(torch.add, x, 1.0), x), torch.where(equal, -torch.inf, y)
     return _log_of_sum(x, y, lambda ctx, d: ctx.log1p(ctx.exp(-d * ctx.ln2)) / ctx.ln2)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import TENSORS, elementwise, rowwise
 from reproml.arithmetic.numerics.balls import Formula, RationalContext
+from reproml.arithmetic.numerics.formats import operate
 from reproml.arithmetic.numerics.rationals import Rationals
 from reproml.arithmetic.numerics.rounding import SLACK, gamma, nearest, round_sum, two_sum
 from reproml.arithmetic.operators.arguments import require_shape
@@ -275,7 +276,8 @@ def affine_grid(theta: Tensor, size: Sequence[int], align: bool) -> Tensor:
     columns: list[Tensor] = []
     for axis, n in enumerate(out):
         line = linspace(-1, 1, n, device=theta.device) if n > 1 else theta.new_zeros(1)
-        line = line if align or n == 1 else line * (n - 1) / n
+        if not align and n > 1:
+            line = operate(torch.div, operate(torch.mul, line, n - 1), n)
         shape = [n if a == axis else 1 for a in range(axes)]
         columns.insert(0, line.reshape(shape).expand(out))  # x first
     places = torch.stack([*columns, torch.ones_like(columns[0])], -1).reshape(1, -1, axes + 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import rowwise
 from reproml.arithmetic.numerics.devices import to_device
+from reproml.arithmetic.numerics.formats import narrow, storing
 from reproml.arithmetic.numerics.rounding import nearest
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import require_float32
@@ -42,12 +43,13 @@ def histc(x: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
         raise RuntimeError("bins must be > 0")
     ends = [float32_scalar(min), float32_scalar(max)]
     low, high = _bounds(x, None if ends[0] == ends[1] and x.numel() else ends, Fraction(1))
-    inner = [_round_up(e) for e in _edges(low, high, bins)[1:-1]]
+    with storing():
+        inner = [_round_up(e) for e in _edges(low, high, bins)[1:-1]]
     edges = _on_device(inner, x.device)
     inside = (x >= float(low)) & (x <= float(high))
     at = torch.where(inside, torch.bucketize(x, edges, right=True), bins).reshape(-1)
     counts = torch.zeros(bins + 1, dtype=torch.int64, device=x.device)
-    return counts.scatter_add(0, at, torch.ones_like(at))[:-1].float()
+    return narrow(counts.scatter_add(0, at, torch.ones_like(at))[:-1].double())
 
 
 def histogram(

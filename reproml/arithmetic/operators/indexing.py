@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.numerics.exact_sums import nearest_of_rows
+from reproml.arithmetic.numerics.formats import operate
 from reproml.arithmetic.numerics.rounding import gamma, round_sum
 from reproml.arithmetic.operators.arguments import require_shape
 from reproml.errors import NotExactError
@@ -48,7 +49,7 @@ def scattered(x: Tensor, dim: int, index: Tensor, source: Tensor) -> tuple[Tenso
 
 def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
     """Return x + the sum of alpha * source at each index along `dim`; the products are rounded first."""
-    source = source if alpha == 1 else source * alpha
+    source = source if alpha == 1 else operate(torch.mul, source, alpha)
     if x.dim():
         sizes = list(x.shape)
         sizes[dim] = index.numel()
@@ -200,13 +201,13 @@ def compiled_segment_sums(
     index: int64 [planes, n], from 0 to rows - 1, or `padding` for values to be left out.
     values: float32 [planes, n, width]; start: float32 [planes, rows, width]. Returns that shape.
     """
-    if kernels.library is None or not (values.is_cpu and index.numel()):
+    if kernels.loops() is None or not (values.is_cpu and index.numel()):
         return None
     index, values = index.contiguous(), values.contiguous()
     start = None if start is None else start.contiguous()
     width = values.numel() // index.numel()
     out = torch.empty(planes, rows, width, dtype=torch.float32, device="cpu")
-    left = kernels.library.reproml_scatter(
+    left = kernels.loops().reproml_scatter(
         planes,
         index.numel() // planes,
         width,

@@ -17,6 +17,7 @@ from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.direct import run_directly
 from reproml.arithmetic.compiler.evaluate import elementwise, rowwise, rowwise_by_balls
 from reproml.arithmetic.compiler.pairs import sum_by_pairs
+from reproml.arithmetic.numerics.formats import narrow, operate
 from reproml.arithmetic.numerics.rounding import two_sum
 from reproml.arithmetic.operators.activations import HALF
 from reproml.arithmetic.operators.arguments import require, require_shape
@@ -47,7 +48,7 @@ def mse_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor
         factor = g.double() * (2 / max(n, 1))
         power_of_two = (torch.frexp(factor)[0].abs() == 0.5) & (n & (n - 1) == 0)
         exact = power_of_two & (lost == 0) & difference.isfinite()
-        value = (difference * factor).float()
+        value = narrow(difference * factor)
         return torch.where(exact, value, elementwise(formula, g, torch.where(exact, 1.0, x), y))
 
     return elementwise(formula, g, x, y, reference=exact_products)
@@ -233,7 +234,7 @@ def nll_loss(
         return (loss.squeeze(0) if reduction == NONE else loss), total
     if reduction != NONE and _compiled_nll_applies(x, target, weight):
         loss, total = x.new_empty(()), x.new_empty(())
-        if kernels.library.reproml_nll(
+        if kernels.loops().reproml_nll(
             x.data_ptr(),
             target.data_ptr(),
             None if weight is None else weight.data_ptr(),
@@ -281,7 +282,9 @@ def _reference_nll(
     picked = torch.where(counted, x.gather(1, index.unsqueeze(1)).squeeze(1), 0.0)
     w = counted.float() if weight is None else torch.where(counted, weight[index], 0.0)
     if reduction == NONE:
-        return torch.where(counted, -(picked * w), 0.0), torch.zeros((), device=x.device)
+        return torch.where(counted, -operate(torch.mul, picked, w), 0.0), torch.zeros(
+            (), device=x.device
+        )
     total = reduce_sum(w, ())
     if reduction == SUM:
         return -reduce_sum(picked, (), y=w), total
@@ -306,7 +309,7 @@ def nll_loss_backward(
     if _compiled_nll_applies(x, target, weight) and kernels.usable(g):
         out = torch.empty_like(x)
         divisor = float(total) if reduction == MEAN else 1.0
-        if kernels.library.reproml_nll_backward(
+        if kernels.loops().reproml_nll_backward(
             g.data_ptr(),
             each,
             target.data_ptr(),
@@ -325,7 +328,7 @@ def nll_loss_backward(
     if reduction == MEAN:
         value = elementwise(lambda ctx, g, w, t: -(g * w / t), g, w, total)
     else:
-        value = -(g * w)
+        value = -operate(torch.mul, g, w)
     values = torch.where(counted, value, 0.0).unsqueeze(1)
     return torch.zeros_like(rows).scatter(1, index.unsqueeze(1), values).reshape(x.shape)
 

@@ -36,7 +36,7 @@ def matmul(
 
     Raises NotExactError for another dtype, RuntimeError for shapes that cannot be multiplied.
     """
-    if alpha is ONE and beta is ONE and kernels.library is not None:
+    if alpha is ONE and beta is ONE and kernels.loops() is not None:
         product = _compiled(a, b, bias)  # first, because the checks below take as long
         if product is not None:
             return product
@@ -114,7 +114,7 @@ def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
         return None
     out = a.new_empty(shape)
     result = kernels.run_kernel(
-        kernels.library.reproml_product,
+        kernels.loops().reproml_product,
         *(None, batch, m, n, k),
         *(a.data_ptr(), a_batch, of_a[-2], of_a[-1], b.data_ptr(), b_batch, of_b[-2], of_b[-1]),
         *(None if bias is None else bias.data_ptr(), out.data_ptr()),

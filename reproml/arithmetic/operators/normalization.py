@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.numerics.formats import storing, writing
 from reproml.arithmetic.operators.arguments import require_shape
 from reproml.arithmetic.operators.normalization_compiled import (
     compiled_batch_norm,
@@ -63,7 +64,9 @@ def batch_norm(
         if running_mean is not None:
             update_running_stat(running_mean, mean.squeeze(1), momentum)
         if running_var is not None:
-            update_running_stat(running_var, row_variance(rows, 1).squeeze(1), momentum)
+            with storing():
+                variance = row_variance(rows, 1).squeeze(1)
+            update_running_stat(running_var, variance, momentum)
     else:
         assert running_mean is not None and running_var is not None
         mean, rstd = running_mean.unsqueeze(1), _rstd(running_var, eps).unsqueeze(1)
@@ -150,12 +153,14 @@ def _require_statistics(mean: Optional[Tensor], variance: Optional[Tensor]) -> N
 def update_running_stat(running: Tensor, new: Tensor, momentum: float) -> None:
     """Write (1 - momentum) * running + momentum * new to `running`, rounded once."""
     m = Fraction(torch.tensor(momentum, dtype=torch.float32).item())
-    running.copy_(elementwise(lambda ctx, old, new: (1 - m) * old + m * new, running, new))
+    with writing():
+        running.copy_(elementwise(lambda ctx, old, new: (1 - m) * old + m * new, running, new))
 
 
 def _rstd(variance: Tensor, eps: float) -> Tensor:
     """Return 1 / sqrt(variance + eps), rounded once."""
-    return elementwise(lambda ctx, v: 1 / ctx.sqrt(v + Fraction(eps)), variance)
+    with storing():
+        return elementwise(lambda ctx, v: 1 / ctx.sqrt(v + Fraction(eps)), variance)
 
 
 def channel_rows(x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 The mean and rstd = 1 / sqrt(variance + eps) of each group of numbers are rounded once, from the exact
 mean and variance; then each output element is rounded once, from these. Backward likewise: the sums over
-a group are rounded, then each element. `rows` are float32 [groups, n]; mean and rstd are float32 [groups,
+a group are rounded, then each element. Statistics and sums are float32 also where the elements have 16
+bits. `rows` are float32 [groups, n]; mean and rstd are float32 [groups,
 1].
 
 normalization.py applies these steps to entire tensors; normalization_compiled.py only to single elements
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
+from reproml.arithmetic.numerics.formats import storing
 from reproml.arithmetic.operators.reductions import reduce_sum, variance_formula
 
 
@@ -28,7 +30,8 @@ def mean_and_rstd(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     def rstd(ctx: Any, x: Any) -> Any:
         return 1 / ctx.sqrt(variance_formula(ctx, x, n, Fraction(0)) + epsilon)
 
-    return reduce_sum(rows, (1,), keepdim=True, divisor=n), rowwise(rstd, 1, rows)
+    with storing():
+        return reduce_sum(rows, (1,), keepdim=True, divisor=n), rowwise(rstd, 1, rows)
 
 
 def normalize(
@@ -51,10 +54,11 @@ def rows_backward(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tens
     if n == 1:
         return torch.zeros_like(x)
     weight = weight.expand(x.shape)
-    a = reduce_sum(g, (1,), keepdim=True, y=weight)
-    b = rowwise(
-        lambda ctx, g, w, x, m, r: ctx.sum(w * g * (x - m) * r), 1, g, weight, x, mean, rstd
-    )
+    with storing():
+        a = reduce_sum(g, (1,), keepdim=True, y=weight)
+        b = rowwise(
+            lambda ctx, g, w, x, m, r: ctx.sum(w * g * (x - m) * r), 1, g, weight, x, mean, rstd
+        )
     return element_backward(n, g, weight, x, mean, rstd, a, b)
 
 

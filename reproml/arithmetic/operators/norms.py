@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
+from reproml.arithmetic.numerics.formats import operate, storing
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import dims_tuple, require_float32, require_shape
 from reproml.arithmetic.operators.reductions import apply_to_rows, reduce_sum
@@ -60,6 +61,7 @@ def row_norms(x: Tensor, y: Tensor, order: float) -> Tensor:
         return reduce_sum((x != y).float(), (-1,), True)
     size = (x - y).abs()  # 0 only if x = y
     if order in (INFINITY, -INFINITY):
+        size = operate(torch.sub, x, y).abs()
         return size.amax(-1, True) if order > 0 else size.amin(-1, True)
     if not x.shape[-1]:
         return x.new_full((*x.shape[:-1], 1), 0.0 if order > 0 else INFINITY)
@@ -173,14 +175,17 @@ def pdist_backward(g: Tensor, x: Tensor, p: float, distance: Tensor) -> Tensor:
 def renorm(x: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
     """Return x with each slice along `dim` scaled down to a norm of at most `maxnorm`."""
     others = [d for d in range(x.dim()) if d != dim % x.dim()]
-    return x * _factor(vector_norm(x, p, others, True), maxnorm)
+    with storing():
+        norm = vector_norm(x, p, others, True)
+    return operate(torch.mul, x, _factor(norm, maxnorm))
 
 
 def embedding_renorm(x: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
     """Return x with the rows at the indices scaled down to a norm of at most `max_norm`."""
     at = indices.reshape(-1)
     rows = x[at]
-    scaled = rows * _factor(vector_norm(rows, norm_type, [1], True), max_norm)
+    norm = vector_norm(rows, norm_type, [1], True)
+    scaled = operate(torch.mul, rows, _factor(norm, max_norm))
     return x.index_put([at], scaled)
 
 
@@ -194,7 +199,8 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     """Compute aten._weight_norm_interface: g v / |v| for each slice along `dim`, and the norms."""
     rows, of_rows = _slices(v, g, dim)
     w = rowwise(lambda ctx, v, g: g * v / ctx.sqrt(ctx.sum(v * v)), 1, rows, of_rows)
-    norms = vector_norm(rows, 2, [1]).reshape(g.shape)
+    with storing():
+        norms = vector_norm(rows, 2, [1]).reshape(g.shape)
     return _from_slices(w, v, dim), norms
 
 

@@ -24,7 +24,9 @@ from torch.autograd.graph import increment_version
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.numerics import formats
 from reproml.arithmetic.numerics.libm import power
+from reproml.arithmetic.numerics.rounding import nearest
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.norms import vector_norm
 from reproml.arithmetic.operators.reductions import reduce_sum
@@ -124,10 +126,11 @@ def _update(
     added to the gradient; all binary32 numbers. sign: -1 for gradients to ascend.
     """
     p, g, *others = state
-    if not (has_kernel(state) and share_no_memory(state)):
+    narrow = formats.target() is not formats.BINARY32  # the loops round each step to binary32
+    if narrow or not (has_kernel(state) and share_no_memory(state)):
         return reference_step(*state)
     failed = torch.empty(p.numel(), dtype=torch.int64, device="cpu")
-    count = kernels.library.reproml_optimizer_step(
+    count = kernels.loops().reproml_optimizer_step(
         _LOOPS[loop],
         p.numel(),
         _States(p.data_ptr(), *[x.data_ptr() for x in others]),
@@ -356,7 +359,8 @@ def nadam(
 
     for *state, product, count in zip(params, grads, exp_avgs, exp_avg_sqs, mu_products, steps):
         mu, following = momentum(count), momentum(count + 1)
-        assign(product, lambda ctx, x, y: x * y, product, _number(mu))
+        with formats.storing():
+            assign(product, lambda ctx, x, y: x * y, product, _number(mu))
         reached = float(product)
         a = _number(lr * (1.0 - mu) / (1.0 - reached))
         b = _number(lr * following / (1.0 - reached * following))
@@ -526,22 +530,21 @@ def rprop(
     sign(grad) * size', rounded once, and unchanged where the product is negative: there the predecessor
     becomes 0, elsewhere the gradient.
     """
-    low, high = _number(step_size_min), _number(step_size_max)
-    increase, decrease = _number(etaplus), _number(etaminus)
+    low, high, down, up = (  # which PyTorch converts to the dtype
+        nearest(Fraction(x)) for x in (step_size_min, step_size_max, etaminus, etaplus)
+    )
 
     def step(p: Tensor, g: Tensor, prev: Tensor, size: Tensor) -> None:
         g = -g if maximize else g
         turned = g.sign() * prev.sign()  # the sign of a product, which could underflow
-        factor = torch.where(
-            turned > 0, increase, torch.where(turned < 0, decrease, turned * 0 + 1)
-        )
+        factor = torch.where(turned > 0, up, torch.where(turned < 0, down, turned * 0 + 1))
         assign(size, lambda ctx, x, y: x * y, size, factor)
         size.clamp_(low, high)
         g = torch.where(turned < 0, 0.0, g)
         assign(p, lambda ctx, p, s, x: p - s * x, p, g.sign(), size)
         prev.copy_(g)
 
-    numbers = increase, decrease, low, high
+    numbers = up, down, low, high
     for state in zip(params, grads, prevs, step_sizes):
         _update("rprop", step, state, numbers, sign=-1 if maximize else 1)
 
@@ -576,7 +579,7 @@ def adafactor(
     """
     lr = float(lr)
     shrinkage = float32_scalar(1 - lr * weight_decay)
-    eps1 = torch.finfo(torch.float32).eps if eps1 is None else eps1
+    eps1 = torch.finfo(formats.target().dtype).eps if eps1 is None else eps1
     smallest, smallest_square = _number(eps1), _number(eps1 * eps1)
 
     def moved(ctx: Any, average: Any, target: Any, w: Any) -> Any:

@@ -9,6 +9,9 @@ number that meets a float32 tensor; 1 - h is computed before that, in binary64. 
 9/10 - 2^-55, and 0.9 m would be that close to a tie for every tenth m.) Only the bias correction of Adam
 takes the betas as given.
 
+A bfloat16 or float16 parameter has gradients and states of its dtype, to which each new value is rounded
+once. Its tensors are widened to float32, which holds their numbers, for the duration of the step.
+
 To add an optimizer `name`:
 
 1. write its definition in optimizer_formulas.py, `name(params, grads, *states, *, hyperparameters)`, which
@@ -25,7 +28,6 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import chain
 from typing import Any, Callable, NamedTuple, Optional
 
 import torch
@@ -36,6 +38,7 @@ from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics import devices
+from reproml.arithmetic.numerics.formats import NARROW, operate, rounding_to
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators import optimizer_formulas as formulas
 from reproml.arithmetic.operators.optimizer_formulas import (
@@ -181,7 +184,7 @@ class _Adam(NamedTuple):
         failed = torch.empty(sum(sizes), dtype=torch.int64, device="cpu")
         missing = [0] * (5 - len(states[0]))  # the largest second average
         pointers = [p for state in states for p in (*(x.data_ptr() for x in state), *missing)]
-        count = kernels.library.reproml_adam(
+        count = kernels.loops().reproml_adam(
             len(states),
             (ctypes.c_int64 * len(sizes))(*sizes),
             (ctypes.c_void_p * len(pointers))(*pointers),
@@ -281,7 +284,7 @@ def sgd(
             reference_step(first, *state)
             continue
         failed = torch.empty(p.numel(), dtype=torch.int64, device="cpu")
-        count = kernels.library.reproml_sgd(
+        count = kernels.loops().reproml_sgd(
             p.numel(),
             p.data_ptr(),
             g.data_ptr(),
@@ -295,36 +298,85 @@ def sgd(
             redo(partial(reference_step, first), [state], failed[:count])
 
 
+# --- other formats -------------------------------------------------------------------------------
+
+
+def _each_in_its_format(definition: Step) -> Step:
+    """Return the step, which is defined for float32 tensors, for parameters of 16 bits too.
+
+    It updates each of the latter by itself, on widened copies of its tensors.
+    """
+
+    def step(*lists: Any, **options: Any) -> None:
+        params = lists[0]
+        if not any(p.dtype in NARROW for p in params):
+            definition(*lists, **options)
+            return
+        wide = [i for i, p in enumerate(params) if p.dtype not in NARROW]
+        for chosen in [wide] * bool(wide) + [
+            [i] for i, p in enumerate(params) if p.dtype in NARROW
+        ]:
+            dtype = params[chosen[0]].dtype
+            given = [[_widened(x[i]) for i in chosen] if x else [] for x in lists]
+            with rounding_to(dtype):
+                definition(*given, **options)
+            for number, (old, new) in enumerate(zip(lists, given)):
+                for i, x in zip(chosen, new):
+                    if old[i] is None and x is not None:  # the first buffer of SGD
+                        old[i] = x.to(dtype)
+                    elif number != 1 and isinstance(x, Tensor) and x is not old[i]:
+                        old[i].copy_(x)
+
+    return step
+
+
+def _widened(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) else x
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_DTYPES = (torch.float32, *NARROW)
 
 
 # Raises for a number that is not finite in float32; it is called with the same few at every step.
 _check_number = lru_cache(maxsize=64)(float32_scalar)
 
 
-def _check(*lists: Sequence[Optional[Tensor]]) -> None:
+def _check(params: Sequence[Tensor], *others: Sequence[Optional[Tensor]]) -> None:
     """Raise NotExactError unless all tensors are ones that a definition can update: before it does."""
-    for x in chain.from_iterable(lists):
-        if x is None:  # a buffer of SGD before the first step
-            continue
-        if x.dtype is torch.float32 and x.layout is torch.strided and type(x) in _PLAIN_TYPES:
-            continue
-        refusal = getattr(type(x), "optimizer_refusal", None)
-        if refusal is not None:
-            raise NotExactError(refusal)
-        if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            raise NotExactError(
-                f"The optimizer's step is defined for plain tensors, not for {type(x).__name__}; "
-                "take the step out of reproml.exact()."
-            )
-        if x.dtype is not torch.float32 or x.is_sparse:
-            kind = "a sparse gradient" if x.is_sparse else f"{x.dtype}"
-            raise NotExactError(
-                f"The optimizer's step is defined for dense float32 tensors, not for {kind} "
-                f"of shape {list(x.shape)}; convert it or take the step out of reproml.exact()."
-            )
+    for p in params:
+        _check_tensor(p)
+    for tensors in others:
+        for p, x in zip(params, tensors):
+            if x is None:  # a buffer of SGD before the first step
+                continue
+            _check_tensor(x)
+            if x.dtype is not p.dtype and (x.dim() or x.dtype is not torch.float32):
+                raise NotExactError(
+                    f"The optimizer's step is defined for gradients and states of the parameter's dtype "
+                    f"{p.dtype}, not of {x.dtype}; convert them or take the step out of reproml.exact()."
+                )
+
+
+def _check_tensor(x: Tensor) -> None:
+    if x.dtype in _DTYPES and x.layout is torch.strided and type(x) in _PLAIN_TYPES:
+        return
+    refusal = getattr(type(x), "optimizer_refusal", None)
+    if refusal is not None:
+        raise NotExactError(refusal)
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise NotExactError(
+            f"The optimizer's step is defined for plain tensors, not for {type(x).__name__}; "
+            "take the step out of reproml.exact()."
+        )
+    if x.dtype not in _DTYPES or x.is_sparse:
+        kind = "a sparse gradient" if x.is_sparse else f"{x.dtype}"
+        raise NotExactError(
+            f"The optimizer's step is defined for dense tensors of float32, bfloat16 or float16, not for "
+            f"{kind} of shape {list(x.shape)}; convert it or take the step out of reproml.exact()."
+        )
 
 
 def _refuse_unless(ok: bool, what: str) -> None:
@@ -347,6 +399,7 @@ def _python_step(
     """
 
     names = options.split()
+    formats_step = _each_in_its_format(definition)
 
     def step(*lists: Any, **given: Any) -> None:
         _refuse_unless(not given.get("has_complex"), "complex parameters")
@@ -361,9 +414,25 @@ def _python_step(
                 count += 1
             if takes_steps:
                 lists = (*lists, _integers(counts))
-        definition(*lists, **{name: given[name] for name in names})
+        formats_step(*lists, **{name: given[name] for name in names})
 
     return step
+
+
+def _skips(lists: Sequence[Any], grad_scale: Any, found_inf: Any) -> bool:
+    """Return whether a gradient scaler found infinities; otherwise divide the gradients by its scale.
+
+    A fused step takes the scaler's tensors, or None for each. The quotients are rounded once.
+    """
+    if found_inf is not None and float(found_inf):
+        return True
+    if grad_scale is not None:
+        params, grads = lists[:2]
+        _check(params, grads)
+        for g in grads:
+            with rounding_to(g.dtype):
+                g.copy_(operate(torch.div, g, grad_scale) if g.dtype in NARROW else g / grad_scale)
+    return False
 
 
 def _integers(counts: Sequence[Tensor]) -> list[int]:
@@ -377,12 +446,12 @@ def _checked(step: Step) -> Step:
     """Return the step, which refuses what no definition has, and which runs natively."""
 
     def checked(*lists: Any, **options: Any) -> None:
-        scaler = options.pop("grad_scale", None), options.pop("found_inf", None)
-        _refuse_unless(scaler == (None, None), "a gradient scaler")
+        grad_scale, found_inf = options.pop("grad_scale", None), options.pop("found_inf", None)
         options.pop("differentiable", None)
         _refuse_unless(not torch.is_grad_enabled(), "differentiable=True")
         with dispatcher.natively():
-            replay_log.run_step(step, lists, options)
+            if not _skips(lists, grad_scale, found_inf):
+                replay_log.run_step(step, lists, options)
 
     return checked
 
@@ -451,9 +520,10 @@ def fused_adam(
     found_inf: Any = None,
     **options: Any,
 ) -> None:
-    _refuse_unless(grad_scale is None and found_inf is None, "a gradient scaler")
     _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-    adam(
+    if _skips((params, grads), grad_scale, found_inf):
+        return
+    _each_in_its_format(adam)(
         params,
         grads,
         exp_avgs,
@@ -479,13 +549,15 @@ def fused_sgd(
     found_inf: Any = None,
     **options: Any,
 ) -> None:
-    _refuse_unless(grad_scale is None and found_inf is None, "a gradient scaler")
     _check(params, grads, buffers)
+    if _skips((params, grads), grad_scale, found_inf):
+        return
+    step = _each_in_its_format(sgd)
     if is_first_step:
         firsts: list[Optional[Tensor]] = [None] * len(params)
-        sgd(params, grads, firsts, **options)
+        step(params, grads, firsts, **options)
         for buffer, first in zip(buffers, firsts):
             if first is not None:
                 buffer.copy_(first)
     else:
-        sgd(params, grads, buffers, **options)
+        step(params, grads, buffers, **options)

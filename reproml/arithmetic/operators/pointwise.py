@@ -13,6 +13,7 @@ from torch import Tensor
 from reproml.arithmetic.compiler.direct import run_directly
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.devices import to_device
+from reproml.arithmetic.numerics.formats import narrow, operate, target
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import float32_operands
 from reproml.arithmetic.operators.remainders import rounded_quotient
@@ -24,7 +25,7 @@ from reproml.errors import NotExactError
 def add(x: Any, y: Any, alpha: float = 1) -> Tensor:
     """Return x + alpha y."""
     if alpha == 1:
-        return torch.add(x, y)  # one IEEE 754 operation
+        return operate(torch.add, x, y)
     if _is_float64(x, y):
         raise NotExactError(f"with alpha={alpha} it is defined for float32, not for torch.float64")
     a = float32_scalar(alpha)
@@ -35,17 +36,17 @@ def add(x: Any, y: Any, alpha: float = 1) -> Tensor:
 
 def sub(x: Any, y: Any, alpha: float = 1) -> Tensor:
     """Return x - alpha y."""
-    return torch.sub(x, y) if alpha == 1 else add(x, y, alpha=-alpha)
+    return operate(torch.sub, x, y) if alpha == 1 else add(x, y, alpha=-alpha)
 
 
 def rsub(x: Tensor, y: Any, alpha: float = 1) -> Tensor:
     """Return y - alpha x."""
-    return torch.ops.aten.rsub(x, y) if alpha == 1 else add(y, x, alpha=-alpha)
+    return operate(torch.ops.aten.rsub, x, y) if alpha == 1 else add(y, x, alpha=-alpha)
 
 
 def mul(x: Any, y: Any) -> Tensor:
     """Return x y: one IEEE 754 operation."""
-    return torch.mul(x, y)
+    return operate(torch.mul, x, y)
 
 
 def div(x: Any, y: Any, *, rounding_mode: Optional[str] = None) -> Tensor:
@@ -71,8 +72,8 @@ def div(x: Any, y: Any, *, rounding_mode: Optional[str] = None) -> Tensor:
         return torch.div(x, y)
     a, b = float32_operands(x, y)
     if a.is_cpu and b.is_cpu:
-        return torch.div(a, b)
-    return (a.double() / b.double()).float()
+        return operate(torch.div, a, b)
+    return narrow(a.double() / b.double())
 
 
 def _is_float(x: Any) -> bool:
@@ -99,7 +100,7 @@ def sqrt(x: Tensor) -> Tensor:
     binary32 numbers: in units in which m is an odd integer below 2^25, x is an integer too and differs
     from m^2, so |sqrt(x) - m| >= 1 / (sqrt(x) + m).
     """
-    return x.double().sqrt().float()
+    return narrow(x.double().sqrt())
 
 
 def signbit(x: Tensor) -> Tensor:
@@ -117,7 +118,12 @@ def allclose(
     x: Tensor, y: Tensor, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
 ) -> bool:
     """Return whether |x - y| <= atol + rtol |y| for all elements, where each operation rounds."""
-    return bool(torch.isclose(x, y, rtol, atol, equal_nan).all())
+    if target().precision >= 24:
+        return bool(torch.isclose(x, y, rtol, atol, equal_nan).all())
+    close = (x == y) | (x.isnan() & y.isnan() & equal_nan)
+    difference = sub(x, y).abs()
+    near = difference <= add(mul(y, rtol).abs(), atol)
+    return bool((close | (near & difference.isfinite())).all())
 
 
 # ---- comparisons -------------------------------------------------------------------------------------

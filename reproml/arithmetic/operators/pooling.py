@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.numerics.formats import narrow
 from reproml.arithmetic.operators import windows
 from reproml.arithmetic.operators.arguments import pair, require, require_shape
 from reproml.arithmetic.operators.convolution import dilate_and_pad
@@ -119,7 +120,7 @@ def _divide_among_windows(g: Tensor, kernel: Sequence[int], divisor: int) -> Ten
     The quotient in binary64 rounds to binary32 like the exact one (see pointwise.div). An exact zero is +0.
     """
     *outer, rows, columns = g.shape
-    each = ((g.double() + 0.0) / divisor).float().reshape(*outer, rows, 1, columns, 1)
+    each = narrow((g.double() + 0.0) / divisor).reshape(*outer, rows, 1, columns, 1)
     shared = each.expand(*outer, rows, kernel[0], columns, kernel[1]).contiguous()
     return shared.reshape(*outer, rows * kernel[0], columns * kernel[1])
 
@@ -159,7 +160,7 @@ def _compiled_adaptive_backward(g: Tensor, x: Tensor) -> Optional[Tensor]:
         return None
     out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     result = kernels.run_kernel(
-        kernels.library.reproml_adaptive_pool_backward,
+        kernels.loops().reproml_adaptive_pool_backward,
         *(x.shape[:-2].numel(), *x.shape[-2:], *g.shape[-2:], g.data_ptr(), out.data_ptr()),
     )
     return out if result == (True, None) else None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics import elementary
+from reproml.arithmetic.numerics.formats import narrow, operate
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import float32_operands
 from reproml.errors import NotExactError
@@ -48,7 +49,7 @@ def _power_of_tensors(x: Tensor, y: Tensor) -> Tensor:
     regular = log_of_power.abs() <= 150
     base, exponent = torch.where(regular, size, 1.0), torch.where(regular, y, 1.0)
     power = elementwise(lambda ctx, x, y: ctx.exp(y * ctx.log(x)), base, exponent)
-    power = torch.where(y == 2, x * x, power)  # ties are frequent
+    power = torch.where(y == 2, operate(torch.mul, x, x), power)  # ties are frequent
     power = torch.where(regular, power, torch.where(log_of_power > 0, torch.inf, 0.0))
     power = torch.where((y == 0) | (size == 1), 1.0, power)
     half = y * 0.5
@@ -62,7 +63,7 @@ def _power_of_number(x: Tensor, exponent: float) -> Tensor:
     """Return x^p. If p is an integer up to 64 it is a product, any other is exp(p log x)."""
     p = float32_scalar(exponent)
     if p == 2:
-        return x * x
+        return operate(torch.mul, x, x)
     if p == 0:
         return torch.ones_like(x)
     if p.denominator == 1 and abs(p) <= 64:
@@ -95,7 +96,7 @@ def _large_integer_power(x: Tensor, p: int) -> Tensor:
     fraction, exponent = torch.frexp(size)
     is_power_of_two = fraction == 0.5
     places = ((exponent.long() - 1) * p).clamp(-1000, 1000)
-    power_of_two = (places + 1023 << 52).view(torch.float64).float()
+    power_of_two = narrow((places + 1023 << 52).view(torch.float64))
     # The powers of numbers beyond these bounds overflow or underflow, like those of the bounds.
     largest = max(1 + 2.0**-23, 2.0 ** (256 / abs(p)))
     smallest = min(1 - 2.0**-24, 2.0 ** (-256 / abs(p)))

@@ -8,6 +8,9 @@ indices, however it lies in memory.
 
 Functions are named like PyTorch's operators and return float32 unless stated otherwise. Those that create
 a tensor raise NotExactError for another dtype, and all of them for a generator that is not on the CPU.
+
+Uniform and normal numbers of bfloat16 and float16 are made of the same integers as those of float32 and
+rounded once. This is the algorithm of PyTorch 2.15; before, PyTorch made them of 8 and 11 bits.
 """
 
 from __future__ import annotations
@@ -25,6 +28,15 @@ from torch import Tensor
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics.devices import is_on_accelerator, to_device
+from reproml.arithmetic.numerics.formats import (
+    BINARY32,
+    NARROW,
+    narrow,
+    narrow_float32,
+    operate,
+    storing,
+    target,
+)
 from reproml.arithmetic.numerics.libm import EXACT_MATH, power, rounded_to_odd
 from reproml.arithmetic.numerics.rounding import nearest
 from reproml.arithmetic.numerics.scalars import float32_scalar
@@ -39,18 +51,29 @@ from reproml.torch_internals import UnknownPyTorchError
 def rand(
     size: Sequence[int], *, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any
 ) -> Tensor:
-    """Draw multiples of 2^-24 in [0, 1)."""
+    """Draw multiples of 2^-24 in [0, 1), or 16-bit numbers nearest to them, with 0 in place of 1."""
     _require_float32(dtype)
     _require_cpu(generator)
-    return _to(torch.rand(size, generator=generator, dtype=torch.float32, device="cpu"), device)
+    u = torch.rand(size, generator=generator, dtype=torch.float32, device="cpu")
+    return _to(u if target() is BINARY32 else _below(narrow_float32(u), 0.0, 1.0), device)
 
 
 def uniform_(x: Tensor, low: float = 0, high: float = 1, *, generator: Any = None) -> Tensor:
-    """Write u (high - low) + low to x, with u from `rand`. Raises RuntimeError for low > high."""
+    """Write u (high - low) + low to x, with u from `rand`. Raises RuntimeError for low > high.
+
+    A 16-bit number that is rounded to `high` becomes `low`.
+    """
     require(low <= high, f"uniform_ expects low <= high, not low={low} and high={high}")
     u = _uniform_like(x, torch.float32, generator)
     a, b = float32_scalar(low), float32_scalar(high)
+    if target() is not BINARY32:
+        y = elementwise(lambda ctx, u: u * (b - a) + a, u)
+        return x.copy_(_below(y, nearest(a), nearest(b)))
     return x.copy_(u if (low, high) == (0, 1) else elementwise(lambda ctx, u: u * (b - a) + a, u))
+
+
+def _below(x: Tensor, low: float, high: float) -> Tensor:
+    return torch.where(x == high, low, x)
 
 
 def rrelu(
@@ -75,9 +98,17 @@ def rrelu(
     count = int(negative.sum())
     u = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
     a, b = Fraction(low), Fraction(high)
-    r = elementwise(lambda ctx, u: u * (b - a) + a, u)
-    noise.copy_(torch.ones_like(noise).masked_scatter(negative, _to(r, x.device)))
-    return torch.where(negative, x * noise, x)
+
+    def noise_of(ctx: Any, u: Any) -> Any:
+        return u * (b - a) + a
+
+    ones = torch.ones_like(noise)
+    noise.copy_(ones.masked_scatter(negative, _to(elementwise(noise_of, u), x.device)))
+    if target() is BINARY32:
+        return torch.where(negative, x * noise, x)
+    with storing():  # as PyTorch keeps r in float32 for the product
+        r = ones.masked_scatter(negative, _to(elementwise(noise_of, u), x.device))
+    return torch.where(negative, operate(torch.mul, x, r), x)
 
 
 def randn(
@@ -119,9 +150,10 @@ def normal_(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None
 
     Each number is rounded once. If x has at least 16 elements, PyTorch draws as many numbers of `rand`; of
     each 16 the first 8 are u and the others v. If 16 does not divide the number of elements, it draws 16
-    new numbers for the last 16 elements. If x has fewer, it draws pairs (v, u) of float64 numbers; if the
-    last result is one too many, its value for mean 0 and std 1 stays in the generator, rounded to binary64
-    to odd, and is the first number of the next such call.
+    new numbers for the last 16 elements; for 16-bit elements it draws only the numbers that it uses. If x
+    has fewer, it draws pairs (v, u) of float64 numbers; if the last result is one too many, its value for
+    mean 0 and std 1 stays in the generator, rounded to binary64 to odd, and is the first number of the next
+    such call.
 
     Raises RuntimeError for std < 0.
     """
@@ -140,8 +172,11 @@ def normal_(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None
 
     n = x.numel()
     if n >= 16:
-        u = torch.rand(n, generator=generator, dtype=torch.float32, device="cpu")
-        flat = torch.cat([blocks_of_16(u[: n - n % 16]), u[n - n % 16 :]])
+        count = n if target() is BINARY32 else n - n % 16
+        u = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
+        flat = torch.cat(
+            [blocks_of_16(u[: n - n % 16]), torch.empty(n % 16, dtype=torch.float32, device="cpu")]
+        )
         if n % 16:
             flat[-16:] = blocks_of_16(
                 torch.rand(16, generator=generator, dtype=torch.float32, device="cpu")
@@ -319,7 +354,7 @@ def multinomial(
         f"multinomial cannot draw {count} samples from {x.shape[-1]} without replacement",
     )
     q = exponential_(torch.empty_like(x), generator=generator)
-    ratio = (x.double() / q.double()).float()
+    ratio = narrow(x.double() / q.double())
     order: Tensor = ratio.sort(dim=-1, descending=True, stable=True).indices
     return order[..., :count]
 
@@ -422,6 +457,7 @@ def drawn_on_cpu(draw: Any) -> Any:
 
     def drawn(*args: Any, device: Any = None, pin_memory: Any = None, **options: Any) -> Tensor:
         _require_cpu(options.get("generator"))
+        _require_narrow_bounds(options.get("dtype"), args)
         return _to(draw(*args, **options), device)
 
     return drawn
@@ -433,6 +469,7 @@ def randint_like(
     """Return random integers in the shape of x, as randint draws them."""
     _require_cpu(generator)
     low, high = map(int, bounds if len(bounds) > 1 else (0, *bounds))
+    _require_narrow_bounds(dtype or x.dtype, (low, high))
     draws = torch.randint(low, high, x.shape, generator=generator, dtype=dtype or x.dtype)
     return _to(draws, device or x.device)
 
@@ -440,6 +477,7 @@ def randint_like(
 def random_(x: Tensor, *bounds: int, generator: Any = None) -> Tensor:
     """Write random integers within the bounds to x."""
     _require_cpu(generator)
+    _require_narrow_bounds(x.dtype, bounds)
     draws = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     return x.copy_(_to(draws.random_(*bounds, generator=generator), x.device))
 
@@ -462,10 +500,21 @@ def _numbers(x: Tensor) -> Any:
 
 
 def _require_float32(dtype: Any) -> None:
-    """Raise NotExactError unless a new tensor of this dtype (None: the default dtype) is float32."""
+    """Raise NotExactError unless a new tensor of this dtype is float32.
+
+    None is the default dtype; where that has 16 bits, the result is rounded to it.
+    """
     dtype = dtype or torch.get_default_dtype()
-    if dtype is not torch.float32:
+    if dtype is not torch.float32 and dtype not in NARROW:
         raise NotExactError(f"Random numbers of {dtype} have no exact definition; use float32.")
+
+
+def _require_narrow_bounds(dtype: Any, bounds: Sequence[Any]) -> None:
+    """Raise NotExactError for integers that PyTorch would round to float32 and then to 16 bits."""
+    if dtype in NARROW and any(type(x) is int and abs(x) > 1 << 24 for x in bounds):
+        raise NotExactError(
+            f"Random integers of {dtype} are defined for bounds up to 2^24; draw int64 and cast it."
+        )
 
 
 def _require_cpu(generator: Optional[torch.Generator]) -> None:

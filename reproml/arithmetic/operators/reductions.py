@@ -151,7 +151,7 @@ def reduce_sum(
         raise RuntimeError(
             f"operands of shapes {list(x.shape)} and {list(y.shape)} cannot be multiplied elementwise"
         )
-    if kernels.library and x.is_cpu and (y is None or y.is_cpu):
+    if kernels.loops() and x.is_cpu and (y is None or y.is_cpu):
         total = _compiled_sum(x, dims or range(x.dim()), keepdim, divisor, y)
         if total is not None:
             return total
@@ -195,7 +195,7 @@ def _compiled_sum(
     strides = x.stride()
     axes = (ctypes.c_int64 * (3 * rank))(*shape, *strides, *(strides if y is None else y.stride()))
     factor = None if y is None else y.data_ptr()
-    left = kernels.library.reproml_sum(
+    left = kernels.loops().reproml_sum(
         x.data_ptr(), factor, axes, rank, reduced, divisor, out.data_ptr()
     )
     if left < 0:  # too many axes that cannot be merged for the kernel's loops

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.elementary import power_of_two
+from reproml.arithmetic.numerics.formats import narrow, operate
 from reproml.arithmetic.operators.arguments import float32_operands, require_float32
 from reproml.errors import NotExactError
 
@@ -32,7 +33,7 @@ def remainder(x: Any, y: Any) -> Tensor:
     """Return x - y floor(x / y), whose sign is that of y; a zero has the sign of x."""
     x, y = float32_operands(x, y)
     r = fmod(x, y)
-    return torch.where(_is_rounded_up(r, y), r + y, r)
+    return torch.where(_is_rounded_up(r, y), operate(torch.add, r, y), r)
 
 
 def floor_divide(x: Any, y: Any) -> Tensor:
@@ -68,7 +69,7 @@ def round_to_decimals(x: Tensor, *, decimals: int = 0) -> Tensor:
         n = (kept * power).round()
         y = elementwise(lambda ctx, n: n / power, n.to(torch.int64))
     else:
-        y = ((kept / power).round() * power).float()
+        y = narrow((kept / power).round() * power)
     return torch.where(regular, torch.copysign(y, x), x)
 
 

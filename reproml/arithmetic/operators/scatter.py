@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.exact_sums import exact_sum
+from reproml.arithmetic.numerics.formats import operate
 from reproml.arithmetic.numerics.rounding import gamma, nearest, round_sum
 from reproml.arithmetic.operators.arguments import require_shape
 from reproml.arithmetic.operators.indexing import flat_indices, index_put, scattered, segment_sum
@@ -195,7 +196,9 @@ def segment_reduce_backward(
         start = x.new_full((size + 1,), 1.0 if initial is None else initial)
         every = torch.cat([torch.arange(size + 1, device=x.device), at.reshape(-1)])
         product = segment_product(every, torch.cat([start, others]), size + 1)
-        at_zero = torch.where(of_elements(count(is_zero)) > 1, 0.0, of_elements(g) * product[at])
+        at_zero = torch.where(
+            of_elements(count(is_zero)) > 1, 0.0, operate(torch.mul, of_elements(g), product[at])
+        )
         quotient = elementwise(
             lambda ctx, g, y, x: g * y / x,
             of_elements(g),

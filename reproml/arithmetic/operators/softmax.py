@@ -24,6 +24,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import rowwise, rowwise_by_balls
 from reproml.arithmetic.compiler.pairs import rows_by_pairs
+from reproml.arithmetic.numerics.formats import operate
 from reproml.arithmetic.operators.arguments import dims_tuple, require_shape
 from reproml.arithmetic.operators.reductions import apply_to_rows
 
@@ -120,7 +121,7 @@ def _reference_log_softmax(x: Tensor) -> Tensor:
     second = torch.where(weight > 0, x, -torch.inf).amax(-1, keepdim=True)
     alone = (largest.double() - second.double() > 1000) & second.isfinite() & largest.isfinite()
     y = rowwise(formula, -1, torch.where(alone, 0.0, finite), weight)
-    y = torch.where(alone, torch.where(x == largest, -0.0, x - largest), y)
+    y = torch.where(alone, torch.where(x == largest, -0.0, operate(torch.sub, x, largest)), y)
     return torch.where((x == -torch.inf) & ~y.isnan(), -torch.inf, y)
 
 

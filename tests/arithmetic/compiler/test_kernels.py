@@ -13,10 +13,14 @@ import torch
 
 import reproml
 from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.numerics import formats
 
 
-def test_library_is_built():
+def test_libraries_are_built():
     assert kernels.library is not None
+    for dtype in (torch.bfloat16, torch.float16):
+        with formats.rounding_to(dtype):
+            assert kernels.loops() not in (None, kernels.library)
 
 
 @pytest.mark.parametrize("case", ["not built", "not a library", "another version", "lacks a loop"])
@@ -29,7 +33,7 @@ def test_broken_library_logs_one_warning(case, monkeypatch, caplog, tmp_path):
         version = kernels._VERSION - (case == "another version")
         library = SimpleNamespace(reproml_version=lambda: version)
         monkeypatch.setattr(ctypes, "CDLL", lambda path: library)
-    assert kernels._load_library() is None
+    assert kernels._load_library("_kernels") is None
     (record,) = caplog.records
     assert record.getMessage().startswith("reproml: same bits, but slower: the compiled loops ")
     assert "\n" not in record.getMessage()
@@ -38,7 +42,7 @@ def test_broken_library_logs_one_warning(case, monkeypatch, caplog, tmp_path):
 def test_warning_on_windows_advises_no_compiler(monkeypatch, caplog):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr("sys.platform", "win32")
-    assert kernels._load_library() is None
+    assert kernels._load_library("_kernels") is None
     assert caplog.messages == [
         "reproml: same bits, but slower: the compiled loops are not built for Windows"
     ]
@@ -54,7 +58,7 @@ def test_loops_for_several_instruction_sets_have_names_of_their_own():
 
 def test_switched_off_library_logs_nothing(monkeypatch, caplog):
     monkeypatch.setenv("REPROML_KERNELS", "off")
-    assert kernels._load_library() is None and not caplog.records
+    assert kernels._load_library("_kernels") is None and not caplog.records
 
 
 def test_only_contiguous_cpu_tensors_are_usable():

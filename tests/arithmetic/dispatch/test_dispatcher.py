@@ -229,7 +229,7 @@ registered = []
 os.register_at_fork = lambda **functions: registered.extend(functions.values())
 import reproml
 for module in pkgutil.walk_packages(reproml.__path__, "reproml."):
-    if not module.name.endswith(("__main__", "_kernels")):  # a program, and a library of C
+    if "_kernels" not in module.name and not module.name.endswith("__main__"):  # libraries of C, a program
         importlib.import_module(module.name)
 from reproml.arithmetic import state
 from reproml.arithmetic.dispatch.deferred import replay_log

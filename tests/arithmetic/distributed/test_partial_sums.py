@@ -23,6 +23,7 @@ from reproml.arithmetic.distributed.partial_sums import (
     matrix_product,
     sum_over,
 )
+from reproml.arithmetic.numerics.formats import NARROW, rounding_to
 from reproml.arithmetic.numerics.rounding import nearest
 from tests.arithmetic.distributed.together import Thread, together
 from tests.arithmetic.strategies import ANY, FINITE, tensors
@@ -30,6 +31,7 @@ from tests.arithmetic.strategies import ANY, FINITE, tensors
 COMPILED = kernels.library
 SIZES = st.integers(1, 4)
 ROWS = st.integers(0, 6)
+DTYPES = st.sampled_from([torch.float32, *NARROW])
 
 
 @st.composite
@@ -44,18 +46,24 @@ def local_rows(x: torch.Tensor, me: Thread) -> torch.Tensor:
 
 
 def bits(x: torch.Tensor) -> list[int]:
-    return x.contiguous().view(torch.int32).reshape(-1).tolist()
+    unsigned = torch.int16 if x.dtype in NARROW else torch.int32
+    return x.contiguous().view(unsigned).reshape(-1).tolist()
+
+
+def finite(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return x in a dtype, with its largest numbers in place of infinite ones."""
+    return x.to(dtype).nan_to_num()
 
 
 def exact_product(a: torch.Tensor, b: torch.Tensor, divisor: int = 1) -> torch.Tensor:
+    """Return the sums of products, rounded once to the dtype of a and b."""
     columns = [[[Fraction(v) for v in column] for column in x.t().tolist()] for x in (a, b)]
-    return torch.tensor(
-        [
+    with rounding_to(a.dtype):
+        rows = [
             [nearest(sum((p * q for p, q in zip(i, j)), Fraction(0)) / divisor) for j in columns[1]]
             for i in columns[0]
-        ],
-        dtype=torch.float32,
-    ).reshape(a.shape[1], b.shape[1])
+        ]
+    return torch.tensor(rows, dtype=a.dtype).reshape(a.shape[1], b.shape[1])
 
 
 @contextmanager
@@ -68,10 +76,19 @@ def some_without_kernels(me: Thread, without: int) -> Iterator[None]:
         kernels.library = COMPILED
 
 
-@settings(max_examples=100, deadline=None)
-@given(matrices(), st.sampled_from([1, 3, 7]), st.integers(0, 15))
-def test_matrix_product_is_correctly_rounded_on_every_worker(case, divisor, without):
+SMALL = st.integers(-3, 3).map(float)  # many ties
+SCALES = st.sampled_from([0, -140, -120, -30, -22, -12, 14, 100])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.one_of(matrices(), matrices(SMALL)), SCALES, DTYPES, st.sampled_from([1, 3, 7]),
+    st.integers(0, 15),
+)  # fmt: skip
+def test_matrix_product_is_correctly_rounded_on_every_worker(case, scale, dtype, divisor, without):
+    """Also where sums are halfway between two numbers, subnormal or too large."""
     size, a, b = case
+    a, b = finite(a * (1 + 2.0**-7), dtype), finite(b * 2.0**scale, dtype)
 
     def work(me: Thread) -> torch.Tensor:
         with some_without_kernels(me, without):
@@ -146,31 +163,57 @@ def test_rounding_of_owners_has_room_for_what_packing_loses():
 
 
 @settings(max_examples=100, deadline=None)
-@given(matrices(st.integers(-3, 3).map(float)), matrices(), st.data())
-def test_several_sums_are_exchanged_together(one, other, data):
-    """Sums of small integers, often ties and zeros, together with others."""
+@given(matrices(SMALL), matrices(), DTYPES, st.data())
+def test_several_sums_are_exchanged_together(one, other, dtype, data):
+    """Sums of small integers, often ties and zeros, together with others, perhaps of another dtype."""
     size = one[0]
     scale = 2.0 ** data.draw(st.sampled_from([-140, -24, 0, 100]))
     a, b = one[1] * (1 + 2.0**-23), one[2] * scale
-    x = other[1]
+    x = finite(other[1], dtype)
 
     def work(me: Thread) -> list[torch.Tensor]:
         sums = (
-            sum_over(local_rows(x, me), (0,), len(x)).partial(),
+            sum_over(local_rows(x, me), (0,), len(x), dtype=dtype).partial(),
             matrix_product(local_rows(a, me), local_rows(b, me), len(a)).partial(),
         )
         return all_reduce(me, [sums[1], sums[0], sums[1]])
 
-    ones = torch.ones(len(x), 1)
+    ones = torch.ones(len(x), 1, dtype=dtype)
     expected = [bits(exact_product(a, b)), bits(exact_product(x, ones)), bits(exact_product(a, b))]
     for found in together(size, work):
         assert [bits(t) for t in found] == expected
 
 
+BIG = [
+    (2.0**7, 2.0**7),
+    (-(2.0**7), 2.0**7),
+]  # their sum is 0, but binary32 sums of 48 bits lose more
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(("dtype", "half"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
+@pytest.mark.parametrize(("cancelling", "divisor"), [([], 1), (BIG, 1), (BIG, 3)])
+def test_sums_beside_midpoints_are_rounded_once(dtype, half, size, sign, cancelling, divisor):
+    """1 + half + sign 2^-36 is a midpoint of 16 bits in binary32, which must not round it first.
+
+    The first test resolves it, the sums with their errors kept, or the exact sums.
+    """
+    terms = [*cancelling, (divisor, 1), (divisor * half, 1), (sign * 2.0**-12, 2.0**-24)]
+    a, b = torch.tensor(terms, dtype=dtype).split(1, 1)
+
+    def work(me: Thread) -> float:
+        product = matrix_product(local_rows(a, me), local_rows(b, me), len(a))
+        return all_reduce(me, [product._replace(divisor=divisor).partial()])[0].item()
+
+    assert together(size, work) == [1 + half * (1 + sign)] * size
+
+
 @settings(max_examples=60, deadline=None)
-@given(matrices(ANY), st.integers(0, 15))
-def test_nan_and_infinity_follow_ieee_754(case, without):
+@given(matrices(ANY), DTYPES, st.integers(0, 15))
+def test_nan_and_infinity_follow_ieee_754(case, dtype, without):
     size, a, b = case
+    a, b = a.to(dtype), b.to(dtype)
 
     def work(me: Thread) -> torch.Tensor:
         with some_without_kernels(me, without):
@@ -182,9 +225,9 @@ def test_nan_and_infinity_follow_ieee_754(case, without):
         return finish([exchange])[0]
 
     terms = a.double().unsqueeze(2) * b.double().unsqueeze(1)
-    ieee, finite = terms.sum(0).float(), terms.isfinite().all(0)
+    ieee, are_finite = terms.sum(0).to(dtype), terms.isfinite().all(0)
     zeroed = [x.nan_to_num(0, 0, 0) for x in (a, b)]
-    expected = torch.where(finite, exact_product(*zeroed), ieee)
+    expected = torch.where(are_finite, exact_product(*zeroed), ieee)
     for found in together(size, work):
         assert found.isnan().equal(expected.isnan())
         kept = ~expected.isnan()
@@ -259,9 +302,15 @@ def test_products_of_three_numbers_fit_the_accumulator(triples):
     assert int.from_bytes(stored, "little", signed=True) == units
 
 
-def test_negative_sum_underflows_to_negative_zero():
-    """Two terms cancel exactly, so that the sum with its errors kept is what remains, -2^-160."""
-    a, b = torch.tensor([[1.0], [2.0**-80], [-1.0]]), torch.tensor([[1.0], [-(2.0**-80)], [1.0]])
+@pytest.mark.parametrize(
+    ("dtype", "tiny"),
+    [(torch.float32, 2.0**-80), (torch.bfloat16, 2.0**-80), (torch.float16, 2.0**-24)],
+)
+def test_negative_sum_underflows_to_negative_zero(dtype, tiny):
+    """Two terms cancel exactly, so that the sum with its errors kept is what remains, -tiny^2."""
+    a = torch.tensor([[1.0], [tiny], [-1.0]], dtype=dtype)
+    b = torch.tensor([[1.0], [-tiny], [1.0]], dtype=dtype)
+    assert exact_product(a, b).signbit()
 
     def work(me: Thread) -> list[int]:
         products = matrix_product(local_rows(a, me), local_rows(b, me), 3)

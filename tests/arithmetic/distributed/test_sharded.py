@@ -14,6 +14,7 @@ from torch import nn
 import reproml
 from reproml.arithmetic.distributed import pending
 from reproml.arithmetic.distributed.sharded import Sharded, shard_batch
+from reproml.arithmetic.numerics.formats import NARROW
 from reproml.errors import ReproError
 from tests.arithmetic.distributed.together import Thread, together
 
@@ -149,6 +150,16 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return reproml.digest({"": a}) == reproml.digest({"": b})
 
 
+class Autocast(nn.Module):
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, x: Any) -> Any:
+        with torch.autocast("cpu", dtype=self.dtype):
+            return self.model(x)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_model_trains_as_in_single_process(name):
     """Three rows for one to four workers: with four, one has no row."""
@@ -161,6 +172,37 @@ def test_model_trains_as_in_single_process(name):
         for found in by_workers(size, model, x, y, F.cross_entropy):
             assert len(found) == len(expected)
             assert all(map(same, found, expected))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("weights", [False, True])
+def test_model_trains_in_16_bits(name, dtype, weights):
+    """By autocast, or with weights of 16 bits. Seven rows for three workers."""
+    make, data = MODELS[name]
+    torch.manual_seed(1)
+    with reproml.exact():
+        x, y = data(7), classes(7)
+        model = make().to(dtype) if weights else Autocast(make(), dtype)
+        if weights and x.is_floating_point():
+            x = x.to(dtype)
+        expected = trained(copy.deepcopy(model), x, y, F.cross_entropy, steps=2)
+    for found in by_workers(3, model, x, y, F.cross_entropy, steps=2):
+        assert len(found) == len(expected)
+        assert all(map(same, found, expected))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_loss_of_16_bits_is_that_of_global_batch(name, dtype):
+    loss, target = LOSSES[name]
+    torch.manual_seed(2)
+    with reproml.exact():
+        model, x, y = mlp().to(dtype), torch.randn(5, 4).to(dtype), target(5)
+        y = y.to(dtype) if y.is_floating_point() else y
+        expected = trained(copy.deepcopy(model), x, y, loss)
+    for found in by_workers(2, model, x, y, loss):
+        assert all(map(same, found, expected))
 
 
 @pytest.mark.parametrize("rows", [2, 5])
@@ -238,6 +280,12 @@ OF_THE_BATCH: dict[str, Program] = {
     "rows of rows": lambda x: x.unsqueeze(0).expand(2, 5, 4).reshape(10, 4).cumsum(1).sum(0),
     "padded": lambda x: F.pad(x, (1, 0)).sum(0),
     "scaled by one row": lambda x: (x * torch.full((1, 4), 0.5)).sum(0),
+    "sum as bfloat16": lambda x: x.sum(0, dtype=torch.bfloat16),
+    "sum of bfloat16 as float": lambda x: x.bfloat16().sum(0, dtype=torch.float32),
+    "mean of bfloat16": lambda x: x.bfloat16().mean(0),
+    "mean of float16 as bfloat16": lambda x: x.half().mean(0, dtype=torch.bfloat16),
+    "product of integers": lambda x: (x * 8).long().t() @ (x * 4).long(),
+    "two dtypes": lambda x: (x.half() * x.bfloat16()).sum(0),
     "halves": lambda x: torch.cat([y * 3 for y in x.chunk(2, 1)], 1).sum(0),
 }
 
@@ -281,6 +329,7 @@ REFUSED: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
         "aten.cat.default .*concatenates rows",
     ),
     "double": (lambda x: x.double().exp(), "float64"),
+    "product of doubles": (lambda x: x.double().t() @ x.double(), "float64"),
 }
 
 
@@ -355,10 +404,15 @@ def test_exchange_begins_during_backward_pass(monkeypatch):
         together(size, work)
 
 
-def test_gradients_of_backward_pass_are_exchanged_once():
-    """The sums, of 6 bytes each, are sent to their owners in one message, not to all workers."""
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_gradients_of_backward_pass_are_exchanged_once(dtype):
+    """The sums, of 6 bytes each, are sent to their owners in one message, not to all workers.
+
+    Within autocast, too, where each gradient is cast to float32 before its parameter receives it.
+    """
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(50, 40), nn.Tanh(), nn.Linear(40, 10))
+    model: nn.Module = nn.Sequential(nn.Linear(50, 40), nn.Tanh(), nn.Linear(40, 10))
+    model = Autocast(model, dtype) if dtype else model
     weights = sum(p.numel() for p in model.parameters())
 
     def work(me: Thread) -> None:

@@ -18,7 +18,7 @@ import reproml
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.operators import optimizer_formulas as formulas
 from reproml.errors import NotExactError
-from tests.arithmetic.operators.test_optimizers import OTHERS, train
+from tests.arithmetic.operators.test_optimizers import OTHERS, in_each_dtype, narrowed, train
 from tests.arithmetic.strategies import FINITE, MODERATE, NOT_FINITE, SPECIAL, tensors
 from verification import oracle as o
 from verification.oracle import Real, check, float32_scalar, real, reals, rounded, same_bits
@@ -54,8 +54,8 @@ def nadam(p, g, s, t, c):
     d, m, v = averages(p, g, s["exp_avg"], s["exp_avg_sq"], c)
     beta1, beta2 = c["betas"]
     mu, following = (beta1 * (1.0 - 0.5 * power(0.96, i * c["momentum_decay"])) for i in (t, t + 1))
-    product = rounded(s["mu_product"] * float32_scalar(mu))
-    reached = o.float_of(product)
+    reached = o.float_of(s["mu_product"] * float32_scalar(mu), torch.float32)
+    product = Real(reached)
     a = float32_scalar(c["lr"] * (1.0 - mu) / (1.0 - reached))
     b = float32_scalar(c["lr"] * following / (1.0 - reached * following))
     root = o.sqrt(v / float32_scalar(1 - power(beta2, t))) + float32_scalar(c["eps"])
@@ -100,8 +100,8 @@ def rprop(p, g, s, t, c):
     product = g * s["prev"]
     sign = (product > 0) - (product < 0)
     factor = {1: c["etas"][1], 0: 1.0, -1: c["etas"][0]}[sign]
-    low, high = map(float32_scalar, c["step_sizes"])
-    size = rounded(s["step_size"] * float32_scalar(factor))
+    low, high, factor = (rounded(real(x)) for x in (*c["step_sizes"], factor))
+    size = rounded(s["step_size"] * factor)
     size = low if size < low else high if size > high else size
     g = Real(0) if sign < 0 else g
     p = rounded(p - ((g > 0) - (g < 0)) * size) if g.v else p
@@ -139,13 +139,13 @@ CASES: list[Any] = [
         "Rprop",
         rprop,
         {"lr": 0.1, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50)},
-        {"step_size": float32_scalar(0.1)},
+        {"step_size": 0.1},
     ),
     (
         "Rprop",
         rprop,
         {"lr": 0.1, "etas": (0.3, 1.7), "step_sizes": (0.04, 0.15), "maximize": True},
-        {"step_size": float32_scalar(0.1)},
+        {"step_size": 0.1},
     ),
 ]
 NAMES = {
@@ -159,12 +159,18 @@ NAMES = {
 
 @pytest.mark.parametrize("kind, step, options, first", CASES)
 @pytest.mark.parametrize("values", [MODERATE, FINITE], ids=["moderate", "finite"])
+@in_each_dtype
 @settings(max_examples=4)
 @given(data=st.data())
-def test_parameter_and_states_are_rounded_once(kind, step, options, first, values, data):
-    start = data.draw(tensors((4,), values))
-    grads = data.draw(st.lists(tensors((4,), values), min_size=1, max_size=7))
-    states: Any = [{n: Real(first.get(n, 0)) if not isinstance(first.get(n), Real) else first[n]
+def test_parameter_and_states_are_rounded_once(kind, step, options, first, values, dtype, data):
+    start = narrowed(data.draw(tensors((4,), values)), dtype)
+    grads = narrowed(data.draw(st.lists(tensors((4,), values), min_size=1, max_size=7)), dtype)
+    with o.rounding_to(dtype):
+        compare(kind, step, options, first, start, grads)
+
+
+def compare(kind, step, options, first, start, grads):
+    states: Any = [{n: rounded(real(first.get(n, 0))) if n == "step_size" else real(first.get(n, 0))
                     for n in NAMES[kind].split()} for _ in range(4)]  # fmt: skip
     p: Any = list(reals(start))
     for t, g in enumerate(grads, 1):
@@ -173,7 +179,8 @@ def test_parameter_and_states_are_rounded_once(kind, step, options, first, value
         found, state = train(kind, start, grads, foreach=foreach, **options)
         check(found, p, any_zero=True)
         for name in NAMES[kind].split():
-            check(state[name].expand(4), [s[name] for s in states], any_zero=True)
+            with o.rounding_to(state[name].dtype):  # float32 for those without axes
+                check(state[name].expand(4), [s[name] for s in states], any_zero=True)
 
 
 LOOPS: list[tuple[str, Any]] = [
@@ -306,13 +313,20 @@ def adafactor(p, g, s, t, c):
 
 @pytest.mark.parametrize("shape", [(4,), (3, 2)])
 @pytest.mark.parametrize("maximize", [False, True])
+@in_each_dtype
 @settings(max_examples=4)
 @given(data=st.data())
-def test_adafactor_is_rounded_once(shape, maximize, data):
+def test_adafactor_is_rounded_once(shape, maximize, dtype, data):
     c: dict[str, Any] = {"lr": 0.3, "beta2_decay": -0.8, "eps": (1e-7, 1e-3), "d": 1.0}
     c.update(weight_decay=0.01, maximize=maximize)
-    start = data.draw(tensors(shape, MODERATE))
-    grads = data.draw(st.lists(tensors(shape, MODERATE), min_size=1, max_size=3))
+    start = narrowed(data.draw(tensors(shape, MODERATE)), dtype)
+    grads = narrowed(data.draw(st.lists(tensors(shape, MODERATE), min_size=1, max_size=3)), dtype)
+    with o.rounding_to(dtype):
+        compare_adafactor(c, start, grads)
+
+
+def compare_adafactor(c, start, grads):
+    shape = start.shape
     p, zeros = reals(start), [Real(0)] * 4
     state: Any = {"variance": zeros, "row_var": zeros[: shape[0]], "col_var": zeros[: shape[-1]]}
     for t, g in enumerate(grads, 1):

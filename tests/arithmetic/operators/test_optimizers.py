@@ -24,6 +24,16 @@ from verification import oracle as o
 from verification.oracle import Real, check, float32_scalar, real, reals, rounded, same_bits
 
 few_examples = settings(max_examples=15)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+in_each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+def narrowed(x, dtype):
+    """Round float32 numbers, or lists of them, to a dtype; finite numbers stay finite."""
+    if isinstance(x, list):
+        return [narrowed(y, dtype) for y in x]
+    top = torch.finfo(dtype).max
+    return torch.where(x.isfinite(), x.clamp(-top, top), x).to(dtype)
 
 
 pytestmark = pytest.mark.usefixtures("path")
@@ -100,11 +110,17 @@ def grads_of(values):
 
 @pytest.mark.parametrize("kind", ["Adam", "AdamW"])
 @pytest.mark.parametrize("values", [MODERATE, FINITE], ids=["moderate", "finite"])
+@in_each_dtype
 @few_examples
 @given(data=st.data())
-def test_adam(kind, values, data):
+def test_adam(kind, values, dtype, data):
     c = data.draw(ADAM)
-    start, grads = data.draw(tensors((4,), values)), data.draw(grads_of(values))
+    start, grads = narrowed([data.draw(tensors((4,), values)), data.draw(grads_of(values))], dtype)
+    with o.rounding_to(dtype):
+        compare_adam(kind, c, start, grads)
+
+
+def compare_adam(kind, c, start, grads):
     found, state = train(kind, start, grads, **c)
     c["decoupled"] = kind == "AdamW"
     states: Any = [[Real(0)] * 3 for _ in range(4)]
@@ -118,9 +134,10 @@ def test_adam(kind, values, data):
 
 
 @pytest.mark.parametrize("values", [MODERATE, FINITE], ids=["moderate", "finite"])
+@in_each_dtype
 @few_examples
 @given(data=st.data())
-def test_sgd(values, data):
+def test_sgd(values, dtype, data):
     c = {
         "lr": data.draw(st.sampled_from([1e-3, 0.1, 1.0, 2.0**-130])),
         "momentum": data.draw(st.sampled_from([0.0, 0.5, 0.9])),
@@ -132,7 +149,12 @@ def test_sgd(values, data):
     if c["momentum"]:
         c["nesterov"] = data.draw(st.booleans())
         c["dampening"] = 0.0 if c["nesterov"] else data.draw(st.sampled_from([0.0, 0.1, 0.5]))
-    start, grads = data.draw(tensors((4,), values)), data.draw(grads_of(values))
+    start, grads = narrowed([data.draw(tensors((4,), values)), data.draw(grads_of(values))], dtype)
+    with o.rounding_to(dtype):
+        compare_sgd(c, start, grads)
+
+
+def compare_sgd(c, start, grads):
     found, state = train("SGD", start, grads, **c)
     buffers: Any = [None] * 4
     p = elements(start)
@@ -146,12 +168,19 @@ def test_sgd(values, data):
 EXTREME = torch.tensor((SPECIAL + NOT_FINITE) * 60)
 
 
+@in_each_dtype
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
-def test_special_values_are_rounded_correctly(kind):
+def test_special_values_are_rounded_correctly(kind, dtype):
     """Parameter and gradient are every pair of ties, subnormals, overflows, infinities and NaN."""
     n = len(SPECIAL + NOT_FINITE)
     start, g = (x.reshape(-1).contiguous() for x in torch.broadcast_tensors(
         EXTREME[:n].unsqueeze(1), EXTREME[:n]))  # fmt: skip
+    start, g = narrowed([start, g], dtype)
+    with o.rounding_to(dtype):
+        compare_one_step(kind, start, g)
+
+
+def compare_one_step(kind, start, g):
     c: dict[str, Any] = {"lr": 0.25, "weight_decay": 0.01, "maximize": False}
     if kind == "SGD":
         c.update(momentum=0.0, nesterov=False, dampening=0.0)
@@ -175,7 +204,7 @@ def test_ties_round_to_even():
     check(found, reals(p) - reals(g) * Fraction(1, 2))
 
 
-OPTIONS = [
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"lr": 0.1}),
     ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
     ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "maximize": True}),
@@ -186,10 +215,11 @@ OPTIONS = [
 ]
 
 
+@in_each_dtype
 @pytest.mark.parametrize("kind, options", OPTIONS)
-def test_all_forms_give_the_same_bits(kind, options):
+def test_all_forms_give_the_same_bits(kind, options, dtype):
     torch.manual_seed(0)
-    start, grads = torch.randn(300), [torch.randn(300) for _ in range(3)]
+    start, grads = narrowed([torch.randn(300), [torch.randn(300) for _ in range(3)]], dtype)
     forms = [{"foreach": False, "fused": False}, {"foreach": True}, {"fused": True}]
     results = [train(kind, start, grads, **options, **f)[0] for f in forms]
     strided = torch.stack([start, start], 1)[:, 0]
@@ -261,8 +291,6 @@ def test_refuses_other_dtypes_and_differentiable(kind):
     assert_refused(wide, torch.ones(2, dtype=torch.float64), kind)
     number = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
     assert_refused(number, torch.ones(2, dtype=torch.complex64), kind)
-    half = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
-    assert_refused(half, torch.ones(2, dtype=torch.float16), kind)
     assert_refused(torch.nn.Parameter(torch.ones(2)), torch.ones(2), kind, differentiable=True)
 
 
@@ -372,10 +400,16 @@ OTHERS = [
 ]  # fmt: skip
 
 
+@in_each_dtype
 @pytest.mark.parametrize("kind, step, states, options", OTHERS)
 @few_examples
 @given(start=tensors((4,), MODERATE), grads=grads_of(MODERATE))
-def test_other_optimizers(kind, step, states, options, start, grads):
+def test_other_optimizers(kind, step, states, options, dtype, start, grads):
+    with o.rounding_to(dtype):
+        compare_other(kind, step, states, options, *narrowed([start, grads], dtype))
+
+
+def compare_other(kind, step, states, options, start, grads):
     state: Any = [[Real(0)] * states for _ in range(4)]
     p = elements(start)
     for t, g in enumerate(grads, 1):
@@ -464,3 +498,44 @@ def test_state_is_rounded_beside_a_nan_parameter(library, monkeypatch):
     assert p.isnan() and optimizer.state[p]["exp_avg_sq"].item() == nearest(
         Fraction(v) * 3 / 4 + Fraction(1, 4)
     )
+
+
+def test_refuses_a_state_of_another_dtype():
+    p = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    p.grad = torch.ones(2, dtype=torch.bfloat16)
+    with reproml.exact():
+        optimizer.step()
+        optimizer.state[p]["momentum_buffer"] = torch.ones(2)
+        with pytest.raises(reproml.NotExactError, match="not of torch.float32"):
+            optimizer.step()
+
+
+def test_parameters_of_several_dtypes_step_together():
+    torch.manual_seed(0)
+    starts = [torch.randn(5).to(dtype) for dtype in (*DTYPES.values(), *DTYPES.values())]
+    grads = [torch.randn(5).to(x.dtype) for x in starts]
+    for kind, options in OPTIONS:
+        alone = [train(kind, x, [g, g], **options) for x, g in zip(starts, grads)]
+        params = [torch.nn.Parameter(x.clone()) for x in starts]
+        optimizer = getattr(torch.optim, kind)(params, **options)
+        with reproml.exact():
+            for _ in range(2):
+                for p, g in zip(params, grads):
+                    p.grad = g.clone()
+                optimizer.step()
+        for p, (found, state) in zip(params, alone):
+            assert same_bits(p.detach(), found)
+            for name, x in state.items():
+                assert x is optimizer.state[p][name] or same_bits(x, optimizer.state[p][name])
+
+
+@in_each_dtype
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+def test_learning_rate_may_be_a_tensor(kind, dtype):
+    torch.manual_seed(0)
+    start, grads = narrowed([torch.randn(9), [torch.randn(9)]], dtype)
+    expected = train(kind, start, grads, lr=0.1)[0]
+    for form in ("fused", "foreach"):
+        options = {form: form == "fused"}
+        assert same_bits(train(kind, start, grads, lr=torch.tensor(0.1), **options)[0], expected)

@@ -498,3 +498,191 @@ def test_error_without_operands_is_well_formed():
     message = str(caught.value)
     assert "has no exact result, called at " in message and "()," not in message
     assert ".;" not in message and message.endswith("; use float32.")  # one remedy
+
+
+# ---- bfloat16 and float16 ----------------------------------------------------------------------------
+
+in_16_bits = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+def made_of_float32(dtype):
+    """Return whether this PyTorch makes 16-bit numbers of 24 random bits, as 2.15 does."""
+    x = torch.rand(64, dtype=dtype, generator=torch.Generator().manual_seed(0)).double() * 2**11
+    return not torch.equal(x, x.round())
+
+
+def below(x, low, high):
+    return low if x == high else x
+
+
+@in_16_bits
+@pytest.mark.parametrize("low, high", [(0, 1), (-0.1, 0.3), (1, 1.5), (-2, 70000.0)])
+def test_uniform_16_bit_numbers_are_rounded_once(dtype, low, high):
+    n = 3000
+    torch.manual_seed(5)
+    u, after = reals(torch.rand(n)), torch.rand(1)
+    torch.manual_seed(5)
+    with reproml.exact():
+        x = (
+            torch.rand(n, dtype=dtype)
+            if high == 1
+            else torch.empty(n, dtype=dtype).uniform_(low, high)
+        )
+    assert torch.equal(torch.rand(1), after)
+    with o.rounding_to(dtype):
+        a, b = float32_scalar(low), float32_scalar(high)
+        lowest, highest = o.float_of(a), o.float_of(b)
+        exact = [below(o.float_of(y * (b - a) + a), lowest, highest) for y in u]
+        check(x, [o.real(y) for y in exact])
+
+
+@in_16_bits
+@pytest.mark.parametrize("n", [1, 5, 16, 40])
+def test_normal_16_bit_numbers_are_rounded_once(dtype, n):
+    torch.manual_seed(1)
+    expected: list[Real] = []
+    if n < 16:
+        while len(expected) < n:
+            expected += box_muller(*torch.rand(2, dtype=torch.float64).tolist())
+    else:
+        for start in [*range(0, n - n % 16, 16), *[n - 16] * (n % 16 > 0)]:
+            u = reals(torch.rand(16))
+            radius = [o.sqrt(-2 * o.log1p(-y)) for y in u[:8]]
+            turns = [2 * y.mpf for y in u[8:]]
+            for i, turn in enumerate((o.mp.cospi, o.mp.sinpi)):
+                at = start + 8 * i
+                expected[at : at + 8] = [r * Real(turn(t)) for r, t in zip(radius, turns)]
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    with reproml.exact():
+        x = torch.empty(n, dtype=dtype).normal_(0.25, 3)
+    if n >= 16:
+        assert torch.equal(torch.rand(1), after)
+    with o.rounding_to(dtype):
+        check(x, np.array([y * 3 + Fraction(1, 4) for y in expected[:n]], dtype=object))
+
+
+@in_16_bits
+@few
+@given(shapes, layouts)
+def test_16_bit_numbers_match_pytorch(dtype, shape, layout):
+    """The bits equal PyTorch's on the CPU where these do not depend on its version."""
+
+    def zeros(layout):
+        return empty(shape, layout).to(dtype)
+
+    chances = torch.rand(shape).to(dtype)
+    draws = [
+        lambda layout: zeros(layout).bernoulli_(0.3),
+        lambda layout: zeros(layout).bernoulli_(chances),
+        lambda layout: torch.bernoulli(chances),
+        lambda layout: torch.randint(0, 10, shape, dtype=dtype),
+        lambda layout: torch.randint_like(zeros(layout), -3, 17),
+        lambda layout: torch.randperm(len(shape) * 10, dtype=dtype),
+        lambda layout: zeros(layout).random_(),
+        lambda layout: zeros(layout).random_(3, 17),
+    ]
+    if made_of_float32(dtype):
+        draws += [
+            lambda layout: torch.rand(shape, dtype=dtype),
+            lambda layout: torch.rand_like(zeros("plain")),
+        ]
+    for draw in draws:
+        assert same_bits(*both(draw, layout))
+
+
+@in_16_bits
+def test_exponential_16_bit_numbers_are_rounded_once(dtype):
+    native, exact = both(lambda: torch.empty(300, dtype=dtype).exponential_(0.3))
+    assert torch.allclose(native, exact, rtol=2e-2)
+    torch.manual_seed(5)
+    u = reals(torch.rand(300, dtype=torch.float64))
+    with o.rounding_to(dtype):
+        check(exact, [-o.log1p(-y) / float32_scalar(0.3) for y in u])
+
+
+@in_16_bits
+def test_rrelu_of_16_bits_is_rounded_once(dtype):
+    start = torch.randn(300).to(dtype)
+    torch.manual_seed(5)
+    with reproml.exact():
+        noise = torch.empty_like(start)
+        x = torch.ops.aten.rrelu_with_noise(start, noise, 0.1, 0.7, True)
+    torch.manual_seed(5)
+    u = iter(torch.rand(300, dtype=torch.float64).tolist())
+    a, b = Fraction(0.1), Fraction(0.7)
+    expected, ratios = [], []
+    for y in reals(start):
+        ratio = Real(Fraction(next(u)) * (b - a) + a) if y.v <= 0 else o.real(1)
+        ratios.append(ratio)
+        expected.append(y * Real(o.float_of(ratio, torch.float32)))
+    with o.rounding_to(dtype):
+        check(noise, ratios)
+        check(x, expected)
+
+
+@in_16_bits
+def test_multinomial_rounds_the_ratio_to_16_bits(dtype):
+    """The first of equal ratios is drawn, as argmax returns it."""
+    weights = torch.tensor([1.0, 1.0, 2.0, 0.0] * 50).to(dtype)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        q = torch.rand(200, dtype=torch.float64)
+        with o.rounding_to(dtype):
+            waits = [Real(o.float_of(-o.log1p(-y))) for y in reals(q)]
+            ratios = [o.float_of(w / y) for w, y in zip(reals(weights), waits)]
+        torch.manual_seed(seed)
+        with reproml.exact():
+            found = torch.multinomial(weights, 3)
+        order = sorted(range(200), key=lambda i: -ratios[i])
+        assert found.tolist() == order[:3]
+
+
+@in_16_bits
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.7])
+def test_native_dropout_of_16_bits_matches_cpu_dropout(dtype, p):
+    start, g = torch.randn(200).to(dtype), torch.randn(200).to(dtype)
+
+    def run(dropout):
+        torch.manual_seed(5)
+        x = start.clone().requires_grad_()
+        with reproml.exact():
+            y = dropout(x)
+            y.backward(g)
+            return y.detach(), x.grad
+
+    decomposed = run(lambda x: torch.nn.functional.dropout(x, p))
+    assert all(map(same_bits, decomposed, run(lambda x: torch.native_dropout(x, p, True)[0])))
+
+
+@in_16_bits
+def test_default_dtype_of_16_bits_is_drawn(dtype):
+    draws = [
+        lambda kind: torch.rand(20, **kind),
+        lambda kind: torch.randn(20, **kind),
+        lambda kind: torch.normal(1.0, 2.0, (5,), **kind),
+        lambda kind: torch.arange(0, 1, 0.1, **kind),
+        lambda kind: torch.linspace(0, 1, 7, **kind),
+    ]
+    with reproml.exact():
+        for draw in draws:
+            torch.manual_seed(3)
+            expected = draw({"dtype": dtype})
+            torch.set_default_dtype(dtype)
+            try:
+                torch.manual_seed(3)
+                assert same_bits(draw({}), expected)
+                assert torch.arange(3).dtype is torch.int64
+            finally:
+                torch.set_default_dtype(torch.float32)
+
+
+def test_integers_that_pytorch_rounds_twice_are_refused():
+    with reproml.exact():
+        for draw in (
+            lambda: torch.randint(0, 2**25, (3,), dtype=torch.bfloat16),
+            lambda: torch.empty(3, dtype=torch.bfloat16).random_(2**25),
+            lambda: torch.randint_like(torch.ones(3, dtype=torch.bfloat16), 2**25),
+        ):
+            with pytest.raises(reproml.NotExactError, match="2\\^24"):
+                draw()

@@ -23,6 +23,7 @@ from reproml.arithmetic.distributed.operands import (
     shard_like,
 )
 from reproml.arithmetic.distributed.partial_sums import (
+    DTYPES,
     Factors,
     Products,
     matrix_product,
@@ -146,7 +147,7 @@ def sum_or_mean(func: Any, args: Any, kwargs: Any) -> Any:
         with natively():
             local = func(*map_tensors(Sharded, lambda y: y.local, args), **kwargs)
             return group.all_gather(local).sum(0)
-    if x.dtype is not torch.float32 or dtype not in (None, torch.float32):
+    if x.dtype not in DTYPES or dtype not in (None, torch.float32, x.dtype):
         return on_gathered_batch(func, args, kwargs)
     if group.size == 1:
         return on_single_worker(func, args, kwargs)
@@ -154,7 +155,8 @@ def sum_or_mean(func: Any, args: Any, kwargs: Any) -> Any:
     shape = [x.shape[d] for d in kept]
     count = math.prod(x.shape[d] for d in dims)
     with natively():
-        products = sum_over(x.local, dims, count, count if "mean" in func._schema.name else 1)
+        divisor = count if "mean" in func._schema.name else 1
+        products = sum_over(x.local, dims, count, divisor, dtype or x.dtype)
     if named.get("keepdim", False):
         shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
     return reduce_over_batch(group, products, shape)
@@ -166,7 +168,8 @@ def matmul(func: Any, args: Any, kwargs: Any) -> Any:
     shard_a, shard_b = (shard_from_right(x) if isinstance(x, Sharded) else None for x in (a, b))
     dims = shard_a.dim if shard_a else None, shard_b.dim if shard_b else None
     if dims == (-1, -2) and shard_a and shard_b and a.dim() == 2 and not bias:
-        if shard_a.at_dim(-2) == shard_b:  # the product sums over the batch
+        if shard_a.at_dim(-2) == shard_b and a.dtype is b.dtype and a.dtype in DTYPES:
+            # The product sums over the batch.
             if shard_a.group.size == 1:
                 return on_single_worker(func, args, kwargs)
             with natively():
@@ -195,7 +198,7 @@ def convolution_backward(func: Any, args: Any, kwargs: Any) -> Any:
     g, x, w, sizes, stride, padding, dilation, transposed, output_padding, groups, mask = args
     if not (isinstance(g, Sharded) and isinstance(x, Sharded)) or isinstance(w, Sharded):
         return on_gathered_batch(func, args, kwargs)
-    if g.shard != x.shard or x.shard.dim:
+    if g.shard != x.shard or x.shard.dim or x.dtype not in DTYPES:
         return on_gathered_batch(func, args, kwargs)
     if x.shard.group.size == 1:
         return on_single_worker(func, args, kwargs)
@@ -228,7 +231,7 @@ def _weight_products(
     The kernel slides over `image`. A term is a place of the kernel on one image; factors are found by their
     offsets in memory, so that no patches are copied.
     """
-    x, g = image.local, output.local
+    x, g = image.local.float(), output.local.float()
     if w.dim() == 3:  # one dimension is two with a height of 1
         x, g, w = (t.unsqueeze(2) for t in (x, g, w))
         stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
@@ -252,7 +255,8 @@ def _weight_products(
 
     factors = Factors(g.view(-1), x.view(-1), g_terms, x_terms, at)
     blocks = list(zip(rows.split(o), columns.split(length)))
-    return Products(factors, blocks, product_height(places * image.shard.batch))
+    height = product_height(places * image.shard.batch)
+    return Products(factors, blocks, height, dtype=w.dtype)
 
 
 def new_tensor(func: Any, args: Any, kwargs: Any) -> Any:

@@ -38,7 +38,7 @@ def nll_loss(func: Any, args: Any, kwargs: Any) -> Any:
     def loss_of(pairs: Tensor) -> Any:
         with natively():
             picked, target = pairs.split(1, 1)
-            picked, target = picked.float(), target.squeeze(1).long()
+            picked, target = picked.to(x.dtype), target.squeeze(1).long()
             if weight is None:  # one class for all rows that count
                 scores, target, other = picked, torch.where(target != ignored, 0, -100), -100
             else:

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import TENSORS
 from reproml.arithmetic.dispatch.dispatcher import natively
+from reproml.arithmetic.dispatch.schema import tensors
 from reproml.arithmetic.distributed.micro_batches import MicroBatch
 from reproml.arithmetic.distributed.partial_sums import (
     CHUNK,
+    DTYPES,
     Partial,
     all_reduce,
     in_units,
@@ -22,7 +24,8 @@ from reproml.arithmetic.distributed.partial_sums import (
 )
 from reproml.arithmetic.distributed.pending import reduce_over_batch
 from reproml.arithmetic.distributed.rules.compute import on_gathered_batch, on_single_worker
-from reproml.arithmetic.distributed.sharded import Sharded
+from reproml.arithmetic.distributed.sharded import RoundRobinShard, Sharded, shard_batch
+from reproml.arithmetic.distributed.tensors import map_tensors
 from reproml.arithmetic.numerics.balls import Ball
 from reproml.arithmetic.numerics.rounding import TINY, gamma, rounding_test, two_sum, widened
 from reproml.arithmetic.operators import normalization
@@ -46,7 +49,8 @@ def layer_norm(func: Any, args: Any, kwargs: Any) -> Any:
 
 def layer_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
     g, x, shape, mean, rstd, w, b, mask = args
-    if not all(isinstance(t, Sharded) and t.shard == x.shard for t in (g, x, mean, rstd)):
+    sharded = all(isinstance(t, Sharded) and t.shard == x.shard for t in (g, x, mean, rstd))
+    if not sharded or x.dtype not in DTYPES:
         return on_gathered_batch(func, args, kwargs)
     if x.shard.group.size == 1:
         return on_single_worker(func, args, kwargs)
@@ -59,17 +63,22 @@ def layer_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
     if mask[1]:
         with natively():
             flat = [t.reshape(t.numel() // s, s) for t, s in zip(local, (length, length, 1, 1))]
-            partial = _scaled_sum([t.t() for t in flat], x.numel() // length)
+            dtype = (x if w is None else w).dtype
+            partial = _scaled_sum([t.t() for t in flat], x.numel() // length, dtype)
         grad_w = reduce_over_batch(x.shard.group, partial, shape)
     if mask[2]:
-        grad_b = aten.sum.dim_IntList(g, list(range(x.dim() - len(shape)))).reshape(shape)
+        dims = list(range(x.dim() - len(shape)))
+        grad_b = aten.sum.dim_IntList(g, dims, dtype=(x if w is None else w).dtype).reshape(shape)
     return grad_x, grad_w, grad_b
 
 
-def _scaled_sum(operands: Sequence[Tensor], height: int) -> Partial:
+def _scaled_sum(
+    operands: Sequence[Tensor], height: int, dtype: torch.dtype = torch.float32
+) -> Partial:
     """Return the partial sums of g (x - mean) rstd, or that times a weight, over the last axis: [m, 1].
 
-    operands: g, x, mean, rstd and optionally the weight, float32 [m, n] or broadcast to g's shape [m, n].
+    operands: g, x, mean, rstd and optionally the weight, [m, n] or broadcast to g's shape [m, n]. dtype: of
+    the sums.
     """
     g, x, mean, *factors = (t.double().expand(operands[0].shape) for t in operands)
     terms = g * (x - mean)
@@ -94,7 +103,7 @@ def _scaled_sum(operands: Sequence[Tensor], height: int) -> Partial:
 
     # A term is rounded up to four times before it is added.
     sums, bounds = terms.sum(1, keepdim=True), terms.abs().sum(1)
-    return Partial(sums, bounds, height + 4, exact=exact, terms=exact_terms)
+    return Partial(sums, bounds, height + 4, exact=exact, terms=exact_terms, dtype=dtype)
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,12 +117,17 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
-    """In training, normalize each worker's rows with the statistics of the global batch."""
+    """In training, normalize each worker's rows with the statistics of the global batch.
+
+    A batch that is not float32 is gathered instead.
+    """
     x, weight, bias, *running, training, momentum, eps = args
     if training and isinstance(x, Sharded) and isinstance(x.shard.group, MicroBatch):
         x.shard.group.refuse_statistics()
     if not isinstance(x, Sharded) or not x.shard.is_leading:
         return on_gathered_batch(func, args, kwargs)
+    if training and x.shard.group.size > 1 and not _is_float32(args):
+        return _sharded_again(func, args, x.shard)
     if not training or x.shard.group.size == 1:
         return on_single_worker(func, args, kwargs)
     mean, rstd, var = _statistics(x, eps)
@@ -125,6 +139,16 @@ def batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
     with natively():
         out = normalize(x.local, _column(mean, x), _column(rstd, x), weight, bias)
     return Sharded(out, x.shard), mean, rstd
+
+
+def _is_float32(args: Sequence[Any]) -> bool:
+    return all(x.dtype is torch.float32 for x in tensors(args) if x.is_floating_point())
+
+
+def _sharded_again(func: Any, args: Any, shard: RoundRobinShard) -> Any:
+    """Compute from the gathered batch. The first result has its rows, and is sharded like it."""
+    first, *others = func(*map_tensors(Sharded, Sharded.full_tensor, args))
+    return (None if first is None else shard_batch(first, shard.group), *others)
 
 
 def _column(t: Tensor, x: Tensor) -> Tensor:
@@ -200,6 +224,8 @@ def batch_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
         return on_gathered_batch(func, args, kwargs)
     if not x.shard.is_leading:
         return on_gathered_batch(func, args, kwargs)
+    if x.shard.group.size > 1 and not _is_float32(args):
+        return _sharded_again(func, args, x.shard)
     if x.shard.group.size == 1:
         return on_single_worker(func, args, kwargs)
     n = x.numel() // max(x.shape[1], 1)
@@ -232,7 +258,8 @@ def group_norm(func: Any, args: Any, kwargs: Any) -> Any:
 
 def group_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
     g, x, mean, rstd, w, n, c, hw, groups, mask = args
-    if not all(isinstance(t, Sharded) and t.shard == x.shard for t in (g, x, mean, rstd)):
+    sharded = all(isinstance(t, Sharded) and t.shard == x.shard for t in (g, x, mean, rstd))
+    if not sharded or x.dtype not in DTYPES:
         return on_gathered_batch(func, args, kwargs)
     if x.shard.group.size == 1:
         return on_single_worker(func, args, kwargs)
@@ -247,8 +274,9 @@ def group_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
             shapes = (split, split, *[(split[0], groups, 1, 1)] * 2)
             flat = [t.reshape(s).expand(split) for t, s in zip(local, shapes)]
             flat = [t.permute(1, 2, 0, 3).reshape(c, split[0] * hw) for t in flat]
-            partial = _scaled_sum(flat, n * hw)
+            partial = _scaled_sum(flat, n * hw, (x if w is None else w).dtype)
         grad_w = reduce_over_batch(x.shard.group, partial, (c,))
     if mask[2]:
-        grad_b = aten.sum.dim_IntList(g, [0, *range(2, g.dim())])
+        dtype = (x if w is None else w).dtype
+        grad_b = aten.sum.dim_IntList(g, [0, *range(2, g.dim())], dtype=dtype)
     return grad_x, grad_w, grad_b
