@@ -31,8 +31,12 @@ INLINE int32_t round_rows(const double *restrict sums, int m, int n, double g, c
         int32_t *restrict row = differ + i * TILE_COLUMNS;
         double bound = g * row_bound[i], constant = row_bias ? row_bias[i] : 0;
         for (int j = 0; j < n; j++) {
-            double bias = column_bias ? (double)column_bias[j] : constant;
-            row[j] = round_sum(from[j] + bias, bound * column_bound[j] + g * fabs(bias), to + j);
+            double bias = constant + (double)column_bias[j]; /* one of them is zero */
+            double rad = bound * column_bound[j];
+#if PRECISION < 24 /* a minimum compiles to one instruction, a branch does not */
+            rad += 0x1p900 * rad < SINGLE_LOST ? 0x1p900 * rad : SINGLE_LOST;
+#endif
+            row[j] = round_sum_quickly(from[j] + bias, rad + g * fabs(bias), to + j);
             failed[j] |= row[j];
         }
     }
@@ -44,6 +48,8 @@ VECTORISED static int32_t round_tile(const double *restrict sums, int m, int n, 
                                      const double *restrict row_bound, const double *restrict column_bound,
                                      const float *restrict row_bias, const float *restrict column_bias,
                                      float *restrict out, integer stride, int32_t *restrict differ) {
+    static const float zeros[TILE_COLUMNS];
+    if (!column_bias) column_bias = zeros; /* a vector load from the null pointer is slow even if it is masked */
     if (n == TILE_COLUMNS) /* most tiles; with a constant number of columns the loop has no remainder */
         return round_rows(sums, m, TILE_COLUMNS, g, row_bound, column_bound, row_bias, column_bias, out, stride,
                           differ);

@@ -27,7 +27,9 @@ typedef struct {
     const tiling *tiles;
     integer row_panels, column_panels, block, workers; /* block: row panels that are prepared at once */
     integer sections, length;                          /* terms of a section */
-    int pitch, by_item;                                /* by_item: each worker multiplies matrices of its own */
+    int columns, pitch, by_item;                       /* by_item: each worker multiplies matrices of its own */
+    int a_contiguous, b_contiguous;                    /* the terms of each line */
+    int single;                                        /* blocks of terms are summed in binary32 */
 } product;
 
 /* Choose how to calculate a product. Returns the bytes of memory that it needs. */

@@ -13,10 +13,21 @@ import torch
 
 import reproml
 from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.numerics import formats
 
 
-def test_library_is_built():
-    assert kernels.library is not None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_library_is_built(dtype):
+    with formats.rounding_to(dtype):
+        assert kernels.loops() is not None and kernels.loops().reproml_product
+        assert (kernels.binary32_loops() is None) == (dtype is not torch.float32)
+
+
+@pytest.mark.parametrize("name", sorted(kernels._BINARY32_ONLY))
+def test_other_libraries_lack_what_binary32_alone_needs(name):
+    assert name in kernels._SIGNATURES and hasattr(kernels.library, name)
+    with formats.rounding_to(torch.bfloat16):
+        assert not hasattr(kernels.loops(), name)
 
 
 @pytest.mark.parametrize("case", ["not built", "not a library", "another version", "lacks a loop"])
@@ -29,7 +40,7 @@ def test_broken_library_logs_one_warning(case, monkeypatch, caplog, tmp_path):
         version = kernels._VERSION - (case == "another version")
         library = SimpleNamespace(reproml_version=lambda: version)
         monkeypatch.setattr(ctypes, "CDLL", lambda path: library)
-    assert kernels._load_library() is None
+    assert kernels._load_library("_kernels") is None
     (record,) = caplog.records
     assert record.getMessage().startswith("reproml: same bits, but slower: the compiled loops ")
     assert "\n" not in record.getMessage()
@@ -38,7 +49,7 @@ def test_broken_library_logs_one_warning(case, monkeypatch, caplog, tmp_path):
 def test_warning_on_windows_advises_no_compiler(monkeypatch, caplog):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr("sys.platform", "win32")
-    assert kernels._load_library() is None
+    assert kernels._load_library("_kernels") is None
     assert caplog.messages == [
         "reproml: same bits, but slower: the compiled loops are not built for Windows"
     ]
@@ -54,7 +65,7 @@ def test_loops_for_several_instruction_sets_have_names_of_their_own():
 
 def test_switched_off_library_logs_nothing(monkeypatch, caplog):
     monkeypatch.setenv("REPROML_KERNELS", "off")
-    assert kernels._load_library() is None and not caplog.records
+    assert kernels._load_library("_kernels") is None and not caplog.records
 
 
 def test_only_contiguous_cpu_tensors_are_usable():
