@@ -50,7 +50,7 @@ VECTORISED static int32_t round_tile(const double *restrict sums, int m, int n, 
                                      float *restrict out, integer stride, int32_t *restrict differ) {
     static const float zeros[TILE_COLUMNS];
     if (!column_bias) column_bias = zeros; /* a vector load from the null pointer is slow even if it is masked */
-    if (n == TILE_COLUMNS) /* most tiles; with a constant number of columns the loop has no remainder */
+    if (n == TILE_COLUMNS)                 /* most tiles; with a constant number of columns the loop has no remainder */
         return round_rows(sums, m, TILE_COLUMNS, g, row_bound, column_bound, row_bias, column_bias, out, stride,
                           differ);
     return round_rows(sums, m, n, g, row_bound, column_bound, row_bias, column_bias, out, stride, differ);
@@ -61,8 +61,10 @@ int reproml_round_tile(const double *sums, int m, int n, double g, const double 
     int32_t differ[TILE_ROWS * TILE_COLUMNS];
     int32_t any = round_tile(sums, m, n, g, row_bound, column_bound, row_bias, column_bias, out, stride, differ);
     int count = 0;
-    for (int i = 0; any && i < m; i++)
-        for (int j = 0; j < n; j++)
+    for (int i = 0; any && i < m; i++) {
+        int32_t in_row = 0;
+        for (int j = 0; j < n; j++) in_row |= differ[i * TILE_COLUMNS + j];
+        for (int j = 0; in_row && j < n; j++)
             if (differ[i * TILE_COLUMNS + j]) {
                 const double sum = sums[i * TILE_COLUMNS + j];
                 const float bias = row_bias ? row_bias[i] : column_bias ? column_bias[j] : 0;
@@ -71,6 +73,7 @@ int reproml_round_tile(const double *sums, int m, int n, double g, const double 
                 else
                     failed[count++] = i * TILE_COLUMNS + j;
             }
+    }
     return count;
 }
 

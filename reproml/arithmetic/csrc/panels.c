@@ -1,6 +1,13 @@
 /* The loops of panels.h, as in K. Goto & R. van de Geijn, Anatomy of high-performance matrix multiplication, ACM TOMS
    34(3), 2008. Lines of a, widened to binary64, are shared by all threads; a panel of lines of b is packed by the
-   thread that multiplies it, a slice of terms at a time that stays in the first-level cache. */
+   thread that multiplies it, a slice of terms at a time that stays in the first-level cache.
+
+   Products of bfloat16 numbers are exact in binary32. For PRECISION 8 nothing is widened (`single`): blocks of
+   SINGLE_BLOCK terms are summed in binary32, twice as many at once, and the blocks in binary64. Rounding errs by at most
+   2^-24 of each partial sum of a block, so a term counts once for each rounded sum that it is in, which is w <= 15
+   times, and by Cauchy-Schwarz the norms of lines whose squares have the factors w bound the error. An element that
+   fails the test is summed in binary64. Numbers with more bits, as an in-place form may bring, or from 2^60, are left to
+   the loops in binary64. */
 
 #include "panels.h"
 
