@@ -136,9 +136,7 @@ def test_wheel_of_the_sdist_is_complete(sdist, tmp_path):
     golden = {f"reproml/pipeline/golden_files/{path.name}" for path in ROOT.glob("golden/*.json")}
     licence = f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/licenses/LICENSE"
     assert golden and {"reproml/py.typed", "reproml/report.html"} <= package
-    loops = {
-        f"reproml/arithmetic/_kernels{name}.abi3.so" for name in ("", "_bfloat16", "_float16")
-    }
+    loops = {f"reproml/arithmetic/_kernels{name}.abi3.so" for name in ("", "_bfloat16", "_float16")}
     assert inside >= package | golden | loops | {licence}
 
 

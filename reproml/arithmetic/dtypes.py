@@ -46,7 +46,7 @@ _WRITTEN = dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), (3, 
 # because 24 >= 2 p + 2 for p = 8 and p = 11 (S. Figueroa, ACM SIGNUM Newsletter 30(3), 1995), and for subnormal
 # results as well: sums and differences are exact there, products are exact unless they are below half of the
 # smallest number, and a quotient that is not the midpoint of two numbers is by more than 2^-(2 p + 1) from it,
-# relative to it. tests/arithmetic/test_dtypes.py
+# relative to it. tests/arithmetic/test_dtypes.py tests it.
 _ONE_OPERATION = {
     "add": torch.ops.aten.add.Tensor,
     "sub": torch.ops.aten.sub.Tensor,
