@@ -2,10 +2,10 @@
 
     python -m benchmarks.narrow
 
-Exact and native calls alternate, so that other processes on the machine disturb all of them; each number is the best of
-several rounds. With OMP_NUM_THREADS=1, processor time is measured. The last column is the fraction of
-elements that the first rounding test leaves to a second sum: of bfloat16 products in binary64 after one with
-blocks in binary32, of the others with its rounding errors after one in binary64.
+Exact and native calls alternate, so that other processes on the machine disturb all of them; each number is
+the best of several rounds. With OMP_NUM_THREADS=1, processor time is measured. The last column is the fraction
+of elements that fail the first rounding test: those of bfloat16 products, which sum blocks in binary32, are
+summed again in binary64; the others, with their rounding errors.
 """
 
 from __future__ import annotations

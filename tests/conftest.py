@@ -22,13 +22,13 @@ SLOW_FILES = {
     for folder, names in {
         "tests": "cli distributed examples gallery layout matrix package readme report samples script "
         "seeding torch_internals training_state windows",
-        "tests/arithmetic": "context operator_table patches selftest",
+        "tests/arithmetic": "context dtypes operator_table patches selftest",
         "tests/arithmetic/numerics": "libm",
         "tests/arithmetic/compiler": "direct evaluate fast pair_program rounding_bounds",
         "tests/arithmetic/dispatch": "deferred dispatcher",
         "tests/arithmetic/distributed": "partial_sums sharded",
-        "tests/arithmetic/operators": "elementary grid_sampling matmul normalization optimizer_formulas "
-        "optimizers packed_convolution recurrent upsampling windows",
+        "tests/arithmetic/operators": "elementary grid_sampling matmul narrow_products normalization "
+        "optimizer_formulas optimizers packed_convolution recurrent upsampling windows",
         "tests/diff": "compare pairs",
         "tests/pipeline": "data faults preprocess",
         "tests/tracing": "trace",

@@ -42,11 +42,11 @@ _RESULTS: dict[str, tuple[Any, ...]] = {
 _WRITTEN = dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), (3, 4))
 
 
-# PyTorch converts two operands of 16 bits to float32 and rounds the result of one operation there. That rounds once,
-# because 24 >= 2 p + 2 for p = 8 and p = 11 (S. Figueroa, ACM SIGNUM Newsletter 30(3), 1995), and for subnormal
-# results as well: sums and differences are exact there, products are exact unless they are below half of the
-# smallest number, and a quotient that is not the midpoint of two numbers is by more than 2^-(2 p + 1) from it,
-# relative to it. tests/arithmetic/test_dtypes.py tests it.
+# PyTorch converts two operands of 16 bits to float32 and rounds the result of one operation there. That rounds
+# once, because 24 >= 2 p + 2 for p = 8 and p = 11 (S. Figueroa, ACM SIGNUM Newsletter 30(3), 1995). So it does for
+# subnormal results: sums and differences are exact there, products are exact unless they are below half of the
+# smallest number, and a quotient that is not halfway between two numbers is further than 2^-(2 p + 1) of it
+# away. tests/arithmetic/test_dtypes.py tests it.
 _ONE_OPERATION = {
     "add": torch.ops.aten.add.Tensor,
     "sub": torch.ops.aten.sub.Tensor,
@@ -56,7 +56,7 @@ _ONE_OPERATION = {
 
 
 def _are_alike(args: Sequence[Any], out: Optional[Tensor]) -> bool:
-    """Return whether the operands are two tensors of 16 bits of the same dtype, which is that of the result."""
+    """Return whether the operands are two tensors of one 16-bit dtype, which is that of the result."""
     if len(args) != 2 or not all(isinstance(x, Tensor) and x.numel() > 1 for x in args):
         return False
     dtype = args[0].dtype

@@ -138,7 +138,7 @@ INLINE int32_t numbers_differ(double mid, double rad, float *result) {
 #else
     double wide = enclosing(mid, rad) + 0x1p-149; /* also for an end that is subnormal in binary32 */
     float low = lower_end(mid, wide), high = upper_end(mid, wide);
-    *result = copysignf(high, (float)mid);
+    *result = float_to_target((float)mid); /* if the test passes, it equals both ends */
 #endif
     return (low != high) | ((*result == 0) & (fabs(mid) <= rad) & (rad > 2 * TINY));
 }
