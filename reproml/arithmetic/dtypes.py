@@ -42,11 +42,11 @@ _RESULTS: dict[str, tuple[Any, ...]] = {
 _WRITTEN = dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), (3, 4))
 
 
-# PyTorch converts two operands of 16 bits to float32 and rounds the result of one operation there. That rounds
-# once, because 24 >= 2 p + 2 for p = 8 and p = 11 (S. Figueroa, ACM SIGNUM Newsletter 30(3), 1995). So it does for
-# subnormal results: sums and differences are exact there, products are exact unless they are below half of the
-# smallest number, and a quotient that is not halfway between two numbers is further than 2^-(2 p + 1) of it
-# away. tests/arithmetic/test_dtypes.py tests it.
+# PyTorch converts two operands of 16 bits to float32 and rounds the result of one operation there. That
+# rounds once, because 24 >= 2 p + 2 for p = 8 and p = 11 (S. Figueroa, ACM SIGNUM Newsletter 30(3), 1995).
+# So it does for subnormal results: sums and differences are exact there, products are exact unless they are
+# below half of the smallest number, and a quotient that is not halfway between two numbers is further than
+# 2^-(2 p + 1) of it away. tests/arithmetic/test_dtypes.py tests it.
 _ONE_OPERATION = {
     "add": torch.ops.aten.add.Tensor,
     "sub": torch.ops.aten.sub.Tensor,
