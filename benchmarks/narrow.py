@@ -2,9 +2,9 @@
 
     python -m benchmarks.narrow
 
-Exact and native calls alternate, so that other processes on the machine disturb all of them; each number is
-the best of several rounds. With OMP_NUM_THREADS=1, processor time is measured. The last column is the fraction
-of elements that fail the first rounding test: those of bfloat16 products, which sum blocks in binary32, are
+Exact and native calls alternate, so that other processes disturb all of them; each number is the best
+of several rounds. With OMP_NUM_THREADS=1, processor time is measured. The last column is the fraction of
+elements that fail the first rounding test: those of bfloat16 products, which sum blocks in binary32, are
 summed again in binary64; the others, with their rounding errors.
 """
 
