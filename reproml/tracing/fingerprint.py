@@ -52,7 +52,7 @@ def measure(of: Sequence[Tensor], summed: int) -> list[tuple[int, int]]:
 
     The sum does not depend on the order of the samples if a sample has a multiple of 32 bits.
     """
-    if kernels.library is None:
+    if kernels.binary32_loops() is None:
         found = [_reference(_elements(x)) for x in of]
         return found[:summed] + [(fingerprint, 0) for fingerprint, _ in found[summed:]]
     kept = [x if _is_hashable_memory(x) else torch.from_numpy(_elements(x)) for x in of]
