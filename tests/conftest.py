@@ -29,7 +29,7 @@ SLOW_FILES = {
         "tests/arithmetic/dispatch": "deferred dispatcher",
         "tests/arithmetic/distributed": "partial_sums running_sums sharded",
         "tests/arithmetic/operators": "creation ctc elementary grad_scaling grid_sampling "
-        "matmul normalization optimizer_formulas optimizers "
+        "matmul narrow_products normalization optimizer_formulas optimizers "
         "packed_convolution random recurrent small_matrices "
         "special upsampling windows",
         "tests/diff": "compare pairs",

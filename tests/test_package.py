@@ -139,7 +139,8 @@ def test_wheel_of_the_sdist_is_complete(sdist, tmp_path):
     }
     licence = f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/licenses/LICENSE"
     assert golden and {"reproml/py.typed", "reproml/report.html"} <= package
-    assert inside >= package | golden | {licence, "reproml/arithmetic/_kernels.abi3.so"}
+    loops = {f"reproml/arithmetic/_kernels{name}.abi3.so" for name in ("", "_bfloat16", "_float16")}
+    assert inside >= package | golden | loops | {licence}
 
 
 def test_sdist_has_the_sources_of_the_loops(sdist):

@@ -23,6 +23,8 @@ _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_
 
 _VERSION = 14  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
 
+_BINARY32 = "_kernels"  # name of the library that rounds to binary32
+
 # Function name -> (result type, argument types), as in csrc/*.c.
 _SIGNATURES = {
     "reproml_limit_vectors": (None, [_INT]),
@@ -78,6 +80,17 @@ _SIGNATURES = {
 }
 
 
+# Functions that only the library for binary32 has: setup.py leaves their files out of the others.
+_BINARY32_ONLY = frozenset(
+    """
+reproml_add_products reproml_cell reproml_cell_backward reproml_channel_moments
+reproml_column_moments reproml_fingerprint reproml_layer reproml_layer_backward
+reproml_normalize reproml_normalize_backward reproml_optimizer_step reproml_pack_sums
+reproml_partial_pairs reproml_partial_product reproml_round_sums
+""".split()
+)
+
+
 def _load_library(name: str) -> Any:
     if os.environ.get("REPROML_KERNELS") == "off":
         return None
@@ -90,9 +103,10 @@ def _load_library(name: str) -> Any:
         loaded = ctypes.CDLL(spec.origin)
         if loaded.reproml_version() != _VERSION:
             return _warn("are of another version; install reproml again")
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(loaded, name)
-            function.restype, function.argtypes = result, arguments
+        for function_name, (result, arguments) in _SIGNATURES.items():
+            if name == _BINARY32 or function_name not in _BINARY32_ONLY:
+                function = getattr(loaded, function_name)
+                function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError):  # built for another machine, or another library of this name
         return _warn("cannot be loaded here; install reproml again")
     return loaded
@@ -104,7 +118,7 @@ def _warn(problem: str) -> None:
     )
 
 
-library = _load_library("_kernels")  # rounds to binary32
+library = _load_library(_BINARY32)
 _narrow = {  # rounds to the other formats, by their precision; loaded when first used
     formats.BFLOAT16.precision: "_kernels_bfloat16",
     formats.FLOAT16.precision: "_kernels_float16",
@@ -121,6 +135,11 @@ def loops() -> Any:
         name = _narrow.get(precision)
         _loaded[precision] = _load_library(name) if name else None
     return _loaded[precision]
+
+
+def binary32_loops() -> Any:
+    """Return the library if it is the target format's; some loops are built for binary32 alone."""
+    return library if formats.target() is formats.BINARY32 else None
 
 
 class KernelResult(NamedTuple):

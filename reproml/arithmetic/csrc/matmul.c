@@ -33,8 +33,12 @@ INLINE int32_t round_rows(const double *restrict sums, int m, int n, double g, c
         int32_t *restrict row = differ + i * TILE_COLUMNS;
         double bound = g * row_bound[i], constant = row_bias ? row_bias[i] : 0;
         for (int j = 0; j < n; j++) {
-            double bias = column_bias ? (double)column_bias[j] : constant;
-            row[j] = round_sum(from[j] + bias, bound * column_bound[j] + g * fabs(bias), to + j);
+            double bias = constant + (double)column_bias[j]; /* one of them is zero */
+            double rad = bound * column_bound[j];
+#if PRECISION < 24 /* a minimum compiles to one instruction, a branch does not */
+            rad += 0x1p900 * rad < SINGLE_LOST ? 0x1p900 * rad : SINGLE_LOST;
+#endif
+            row[j] = round_sum_quickly(from[j] + bias, rad + g * fabs(bias), to + j);
             failed[j] |= row[j];
         }
     }
@@ -46,7 +50,9 @@ VECTORISED static int32_t round_tile(const double *restrict sums, int m, int n, 
                                      const double *restrict row_bound, const double *restrict column_bound,
                                      const float *restrict row_bias, const float *restrict column_bias,
                                      float *restrict out, integer stride, int32_t *restrict differ) {
-    if (n == TILE_COLUMNS) /* most tiles; with a constant number of columns the loop has no remainder */
+    static const float zeros[TILE_COLUMNS];
+    if (!column_bias) column_bias = zeros; /* a vector load from the null pointer is slow even if it is masked */
+    if (n == TILE_COLUMNS)                 /* most tiles; with a constant number of columns the loop has no remainder */
         return round_rows(sums, m, TILE_COLUMNS, g, row_bound, column_bound, row_bias, column_bias, out, stride,
                           differ);
     return round_rows(sums, m, n, g, row_bound, column_bound, row_bias, column_bias, out, stride, differ);
@@ -57,8 +63,10 @@ int reproml_round_tile(const double *sums, int m, int n, double g, const double 
     int32_t differ[TILE_ROWS * TILE_COLUMNS];
     int32_t any = round_tile(sums, m, n, g, row_bound, column_bound, row_bias, column_bias, out, stride, differ);
     int count = 0;
-    for (int i = 0; any && i < m; i++)
-        for (int j = 0; j < n; j++)
+    for (int i = 0; any && i < m; i++) {
+        int32_t in_row = 0;
+        for (int j = 0; j < n; j++) in_row |= differ[i * TILE_COLUMNS + j];
+        for (int j = 0; in_row && j < n; j++)
             if (differ[i * TILE_COLUMNS + j]) {
                 const double sum = sums[i * TILE_COLUMNS + j];
                 const float bias = row_bias ? row_bias[i] : column_bias ? column_bias[j] : 0;
@@ -67,6 +75,7 @@ int reproml_round_tile(const double *sums, int m, int n, double g, const double 
                 else
                     failed[count++] = i * TILE_COLUMNS + j;
             }
+    }
     return count;
 }
 
@@ -111,7 +120,8 @@ integer reproml_product(const packed *kept, integer batch, integer m, integer n,
 /* Pack b [k, n] for several products with m rows. Returns its panels, in memory to free, or null where the products would
    not use them and for lack of memory. */
 packed *reproml_pack_matrix(integer m, integer n, integer k, const float *b, integer b_row, integer b_column) {
-    product x = {.batch = 1, .m = m, .n = n, .k = k};
+    const packed later = {0}; /* the plan of a product depends on whether panels are kept */
+    product x = {.batch = 1, .m = m, .n = n, .k = k, .kept = &later};
     if (m <= FEW_LINES || m > n) return NULL;
     reproml_plan(&x);
     integer *tables = reproml_scratch((size_t)(2 * (m + n + k)) * sizeof(integer));

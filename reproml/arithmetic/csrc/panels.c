@@ -1,6 +1,13 @@
 /* The loops of panels.h, as in K. Goto & R. van de Geijn, Anatomy of high-performance matrix multiplication, ACM TOMS
    34(3), 2008. Lines of a, widened to binary64, are shared by all threads; a panel of lines of b is packed by the
-   thread that multiplies it, a slice of terms at a time that stays in the first-level cache. */
+   thread that multiplies it, a slice of terms at a time that stays in the first-level cache.
+
+   Products of bfloat16 numbers are exact in binary32. For PRECISION 8 nothing is widened (`single`): blocks of
+   SINGLE_BLOCK terms are summed in binary32, twice as many at once, and the blocks in binary64. Rounding errs by at most
+   2^-24 of each partial sum of a block, so a term counts once for each rounded sum that it is in, which is w <= 15
+   times, and by Cauchy-Schwarz the norms of lines whose squares have the factors w bound the error. An element that
+   fails the test is summed in binary64. Numbers with more bits, as an in-place form may bring, or from 2^60, are left to
+   the loops in binary64, and so are products with panels that are kept. */
 
 #include "panels.h"
 
@@ -12,9 +19,10 @@
 #define SMALL (1 << 20) /* multiplications of one product of a batch that are not worth several threads */
 
 #define TILE (TILE_ROWS * TILE_COLUMNS)
-#define MANY 16  /* elements of a tile that fail, from which on they are summed again in rows */
-#define SHORT 32 /* terms, fewer than which cost less across the columns than along the terms */
-#define WIDE 480 /* columns that are multiplied with few lines of a at once: a multiple of every tile */
+#define MANY_FAILED 16 /* elements of a tile that fail, from which on they are summed again in rows */
+#define MANY_TILES 8   /* tiles, for which lines of a panel are made contiguous again */
+#define SHORT 32       /* terms, fewer than which cost less across the columns than along the terms */
+#define WIDE 480       /* columns that are multiplied with few lines of a at once: a multiple of every tile */
 
 static inline integer smaller(integer a, integer b) { return a < b ? a : b; }
 static inline integer parts(integer n, integer size) { return (n + size - 1) / size; }
@@ -102,20 +110,35 @@ static void pack(const product *x, const operand *o, integer item, integer first
 
 /* ---- one product of the batch ---- */
 
+/* Number p of line r is first[r * line_step + p * step]. */
+typedef struct {
+    const float *first;
+    integer line_step, step;
+} lines;
+
 typedef struct {
     const product *x;
     int along;
     integer item, first, length, block, panels; /* first: term; block, panels: row panels */
-    double *wide;                               /* [panels, length, rows of the panel] */
+    double *wide;                               /* [panels, length, rows of the panel]; see single_panel */
     double *norm_a, *norm_b;                    /* [m], [n]; squares until the last section */
+    float *lines_of_a;                          /* of `single`: [panels, TILE_ROWS, length], or null */
     double *sums;                               /* [column panels, row panels, TILE], if there are several sections */
     char *memory;                               /* of the first worker */
-    int *infinite;
+    int *infinite, *wide_numbers;               /* flags; wide_numbers: `single` is not possible */
 } job;
 
 static size_t worker_bytes(const product *x) {
-    return (size_t)(x->block * TILE) * sizeof(double) + (size_t)(SLICE * x->pitch) * sizeof(float);
+    integer panel = x->single ? x->length * x->pitch : SLICE * x->pitch / 2; /* and its lines, for `single` */
+    return (size_t)(x->block * TILE + panel) * sizeof(double);
 }
+
+#if PRECISION == 8
+/* One panel of a, [length, TILE_ROWS]. */
+static inline float *single_panel(const job *j, integer panel) {
+    return (float *)j->wide + panel * TILE_ROWS * j->length;
+}
+#endif
 
 static inline int is_last(const job *j) { return j->first + j->length == j->x->k; }
 
@@ -152,6 +175,67 @@ INLINE void add_rows_of_squares(const float *restrict x, integer depth, const in
     for (int j = 0; j < pitch; j++) squares[j] += sum[0][j] + sum[1][j];
 }
 
+#if PRECISION == 8
+typedef float eight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t eight_bits __attribute__((vector_size(32), aligned(4), may_alias));
+typedef double eight_wide __attribute__((vector_size(64)));
+
+/* Add the squares of a panel, each as often as the sums in binary32 that it is in are rounded. Returns nonzero if a
+   number has more bits than a bfloat16 number or is not below 2^60: its products might be inexact or overflow. */
+VECTORISED static int32_t add_weighted_squares(const float *restrict x, integer depth, int pitch,
+                                               double *restrict squares) {
+    eight_bits wide = {0};
+    int32_t any = 0;
+    for (int j = 0; j < pitch; j += 8) {
+        eight_wide sum = {0};
+        for (integer p = 0; p < depth; p += SINGLE_BLOCK) {
+            integer end = smaller(depth, p + SINGLE_BLOCK);
+            double weight = SINGLE_BLOCK - 1;
+            eight_wide part = {0};
+            for (integer q = p; q < end; q++) {
+                const float *row = x + q * pitch + j;
+                eight_bits b = *(const eight_bits *)row;
+                eight_wide v = __builtin_convertvector(*(const eight *)row, eight_wide);
+                wide |= (b & 0xFFFF) | ((b & INT32_MAX) >= (187 << 23));
+                part += v * v * weight;
+                if (q > p) weight -= 1;
+            }
+            sum += part;
+        }
+        for (int t = 0; t < 8; t++) squares[j + t] += sum[t];
+    }
+    for (int t = 0; t < 8; t++) any |= wide[t];
+    return any;
+}
+
+/* The sum of the products of two lines. */
+VECTORISED static double sum_products(const float *restrict a, const float *restrict b, integer n) {
+    double part[16] = {0}, sum = 0;
+    integer p = 0;
+    for (; p + 16 <= n; p += 16)
+        for (int t = 0; t < 16; t++) part[t] += (double)a[p + t] * b[p + t];
+    for (; p < n; p++) part[p & 15] += (double)a[p] * b[p];
+    for (int t = 0; t < 16; t++) sum += part[t];
+    return sum;
+}
+
+/* The same for lines whose numbers lie apart. */
+static double sum_distant_products(const float *a, integer a_step, const float *b, integer b_step, integer n) {
+    double part[4] = {0};
+    for (integer p = 0; p < n; p++) part[p & 3] += (double)a[p * a_step] * b[p * b_step];
+    return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+/* to[j * length + p] = from[p * pitch + j] for p < length. */
+static void unpack(const product *x, const float *from, int pitch, integer length, float *to) {
+    integer line[8], p = 0;
+    for (int r = 0; r < 8; r++) line[r] = r * pitch;
+    for (; p + 8 <= length; p += 8) x->tiles->transpose(from + p * pitch, line, pitch, to + p, length);
+    for (; p < length; p++)
+        for (int j = 0; j < pitch; j++) to[j * length + p] = from[p * pitch + j];
+}
+#endif
+
 VECTORISED static void add_squares(const float *restrict x, integer depth, int pitch, double *restrict squares) {
     if (pitch == 24)
         add_rows_of_squares(x, depth, 24, squares);
@@ -179,6 +263,22 @@ static void prepare(integer panel, void *data) {
     double *to = j->wide + panel * x->tiles->rows * j->length;
     float memory[SLICE * TILE_ROWS];
     if (!j->first) memset(j->norm_a + i, 0, (size_t)rows * sizeof(double));
+#if PRECISION == 8
+    if (x->single) {
+        double squares[TILE_ROWS] = {0};
+        for (integer p = 0; p < j->length; p += SLICE) {
+            integer depth = smaller(j->length - p, SLICE);
+            float *lines = single_panel(j, panel) + p * TILE_ROWS;
+            pack(x, &x->a, j->item, i, rows, j->first + p, depth, TILE_ROWS, lines);
+            if (add_weighted_squares(lines, depth, TILE_ROWS, squares)) set_flag(j->wide_numbers);
+        }
+        for (int r = 0; r < rows; r++) j->norm_a[i + r] += squares[r];
+        if (is_last(j)) take_roots(j->norm_a + i, rows);
+        if (j->lines_of_a)
+            unpack(x, single_panel(j, panel), TILE_ROWS, j->length, j->lines_of_a + panel * TILE_ROWS * j->length);
+        return;
+    }
+#endif
     for (integer p = 0; p < j->length; p += SLICE) {
         integer depth = smaller(j->length - p, SLICE);
         pack(x, &x->a, j->item, i, rows, j->first + p, depth, TILE_ROWS, memory);
@@ -260,10 +360,42 @@ static int is_run(const integer *at, integer n, integer step) {
     return 1;
 }
 
-/* Round and store one tile. */
+#if PRECISION == 8
+/* Sum an element in binary64 that failed the test in binary32. norms: their product, which is at least the sum of
+   the absolute values. Returns nonzero if the test fails again. */
+static int32_t round_in_binary64(const product *x, integer item, integer i, integer j, const lines *a, const lines *b,
+                                 int r, int c, double norms) {
+    const float *of_a = x->a.first + item * x->a.step + x->a.line[i],
+                *of_b = x->b.first + item * x->b.step + x->b.line[j];
+    integer a_step = 1, b_step = 1;
+    double sum = 0;
+    if (x->a_contiguous)
+        of_a += x->a.term[0];
+    else if (a)
+        of_a = a->first + r * a->line_step, a_step = a->step;
+    if (x->b_contiguous)
+        of_b += x->b.term[0];
+    else if (b)
+        of_b = b->first + c * b->line_step, b_step = b->step;
+    if ((!x->a_contiguous && !a) || (!x->b_contiguous && !b)) {
+        of_a -= x->a_contiguous ? x->a.term[0] : 0, of_b -= x->b_contiguous ? x->b.term[0] : 0;
+        for (integer p = 0; p < x->k; p++) sum += (double)of_a[x->a.term[p]] * of_b[x->b.term[p]];
+    } else
+        sum = a_step == 1 && b_step == 1 ? sum_products(of_a, of_b, x->k)
+                                         : sum_distant_products(of_a, a_step, of_b, b_step, x->k);
+    double bias = x->row_bias      ? x->row_bias[item * x->bias_step + i]
+                  : x->column_bias ? x->column_bias[item * x->bias_step + j]
+                                   : 0;
+    return round_sum(sum + bias, relative_bound((double)x->k) * (norms + fabs(bias)),
+                     x->out + item * x->out_step + x->row[i] + x->column[j]);
+}
+#endif
+
+/* Round and store one tile. a, b: its panels, if blocks of its terms were summed in binary32 and the panels have all
+   terms. */
 static void store(const product *x, integer item, integer i, integer j, const double *sums, const double *norm_a,
-                  const double *norm_b) {
-    int m = (int)smaller(x->m - i, x->tiles->rows), n = (int)smaller(x->n - j, x->tiles->columns);
+                  const double *norm_b, const lines *a, const lines *b) {
+    int m = (int)smaller(x->m - i, x->tiles->rows), n = (int)smaller(x->n - j, x->columns);
     int failed[TILE];
     float tile[TILE], *out = x->out + item * x->out_step;
     const integer *row = x->row + i, *column = x->column + j;
@@ -271,6 +403,7 @@ static void store(const product *x, integer item, integer i, integer j, const do
     int direct = is_run(column, n, 1) && is_run(row, m, stride);
     /* A sum is a sequence of a slice's terms, then of the slices and the sections. */
     double g = relative_bound((double)(smaller(x->k, SLICE) + x->k / SLICE + 2 * x->sections));
+    if (x->single) g += 0x1p-24 * (1 + 0x1p-16); /* (1 + 2^-24)^w - 1 < w g for w <= SINGLE_BLOCK, with room */
     int count = reproml_round_tile(sums, m, n, g, norm_a + i, norm_b,
                                    x->row_bias ? x->row_bias + item * x->bias_step + i : NULL,
                                    x->column_bias ? x->column_bias + item * x->bias_step + j : NULL,
@@ -293,12 +426,17 @@ static void store(const product *x, integer item, integer i, integer j, const do
     int left = 0;
     for (int t = 0; t < count; t++) {
         int r = failed[t] / TILE_COLUMNS, c = failed[t] % TILE_COLUMNS;
-        if (sums[failed[t]] != sums[failed[t]])
+        if (sums[failed[t]] != sums[failed[t]]) {
             out[row[r] + column[c]] = to_target(sums[failed[t]]); /* NaN in any order */
-        else
-            failed[left++] = failed[t];
+            continue;
+        }
+#if PRECISION == 8
+        if (x->single && !round_in_binary64(x, item, i + r, j + c, a, b, r, c, norm_a[i + r] * norm_b[c])) continue;
+#endif
+        failed[left++] = failed[t];
     }
-    if (left >= MANY)
+    (void)a, (void)b;
+    if (left >= MANY_FAILED)
         round_rows_with_errors(x, item, i, j, m, n, failed, left);
     else
         for (int t = 0; t < left; t++) {
@@ -319,24 +457,36 @@ static void multiply(integer worker, void *data) {
     for (integer end; from < to; from = end) {
         integer c = from / j->panels, begin = from - c * j->panels;
         end = smaller(to, (c + 1) * j->panels);
-        integer column = c * x->tiles->columns, count = end - from;
-        int n = (int)smaller(x->n - column, x->tiles->columns);
+        integer column = c * x->columns, count = end - from;
+        int n = (int)smaller(x->n - column, x->columns);
         double squares[TILE_COLUMNS] = {0};
         for (integer p = 0; p < j->length || !p; p += SLICE) {
             integer depth = smaller(j->length - p, SLICE);
-            const float *from = panel;
+            float *memory = x->single ? panel + p * x->pitch : panel;
+            const float *slice = memory;
             if (x->kept)
-                from = x->kept->panels + (c * x->k + j->first + p) * x->pitch;
+                slice = x->kept->panels + (c * x->k + j->first + p) * x->pitch;
             else {
-                pack(x, &x->b, j->item, column, n, j->first + p, depth, x->pitch, panel);
-                add_squares(panel, depth, x->pitch, squares);
+                pack(x, &x->b, j->item, column, n, j->first + p, depth, x->pitch, memory);
+#if PRECISION == 8
+                if (x->single) {
+                    if (add_weighted_squares(memory, depth, x->pitch, squares)) set_flag(j->wide_numbers);
+                } else
+#endif
+                    add_squares(memory, depth, x->pitch, squares);
             }
             for (integer r = 0; r < count; r++) {
                 integer i = begin + r;
                 int m = (int)smaller(x->m - (j->block + i) * x->tiles->rows, x->tiles->rows);
                 double more[TILE], *sums = p ? more : part + r * TILE;
-                x->tiles->across[m][parts(n, x->tiles->lanes)](depth, j->wide + i * x->tiles->rows * j->length + p * m,
-                                                               from, panel_offset, sums);
+#if PRECISION == 8
+                if (x->single)
+                    x->tiles->single[m][parts(n, 2 * x->tiles->lanes)](depth, single_panel(j, i) + p * TILE_ROWS, slice,
+                                                                       x->pitch, sums);
+                else
+#endif
+                    x->tiles->across[m][parts(n, x->tiles->lanes)](
+                        depth, j->wide + i * x->tiles->rows * j->length + p * m, slice, panel_offset, sums);
                 if (p)
                     for (int t = 0; t < m * TILE_COLUMNS; t++) part[r * TILE + t] += more[t];
             }
@@ -344,8 +494,23 @@ static void multiply(integer worker, void *data) {
         if (x->sections == 1) {
             if (!x->kept && take_roots(squares, n)) set_flag(j->infinite);
             const double *norms = x->kept ? x->kept->norms + column : squares;
-            for (integer r = 0; r < count; r++)
-                store(x, j->item, (j->block + begin + r) * x->tiles->rows, column, part + r * TILE, j->norm_a, norms);
+            const lines *of_a = NULL, *of_b = NULL;
+#if PRECISION == 8
+            lines a, b = {panel, 1, x->pitch};
+            if (x->single && !x->b_contiguous && count >= MANY_TILES) {
+                b = (lines){panel + x->length * x->pitch, x->length, 1};
+                unpack(x, panel, x->pitch, x->length, panel + x->length * x->pitch);
+            }
+            if (x->single) of_a = &a, of_b = &b;
+#endif
+            for (integer r = 0; r < count; r++) {
+#if PRECISION == 8
+                a = (lines){single_panel(j, begin + r), 1, TILE_ROWS};
+                if (j->lines_of_a) a = (lines){j->lines_of_a + (begin + r) * TILE_ROWS * x->length, x->length, 1};
+#endif
+                store(x, j->item, (j->block + begin + r) * x->tiles->rows, column, part + r * TILE, j->norm_a, norms,
+                      of_a, of_b);
+            }
             continue;
         }
         if (!j->block && !begin)
@@ -359,18 +524,19 @@ static void multiply(integer worker, void *data) {
 static void round_column(integer c, void *data) {
     const job *j = data;
     const product *x = j->x;
-    integer column = c * x->tiles->columns;
+    integer column = c * x->columns;
     const double *norms = (x->kept ? x->kept->norms : j->norm_b) + column;
-    if (!x->kept && take_roots(j->norm_b + column, smaller(x->n - column, x->tiles->columns))) set_flag(j->infinite);
+    if (!x->kept && take_roots(j->norm_b + column, smaller(x->n - column, x->columns))) set_flag(j->infinite);
     for (integer r = 0; r < x->row_panels; r++)
-        store(x, j->item, r * x->tiles->rows, column, j->sums + (c * x->row_panels + r) * TILE, j->norm_a, norms);
+        store(x, j->item, r * x->tiles->rows, column, j->sums + (c * x->row_panels + r) * TILE, j->norm_a, norms, NULL,
+              NULL);
 }
 
 static void pack_panel(integer c, void *data) {
     const job *j = data;
     const product *x = j->x;
-    integer column = c * x->tiles->columns;
-    int n = (int)smaller(x->n - column, x->tiles->columns);
+    integer column = c * x->columns;
+    int n = (int)smaller(x->n - column, x->columns);
     double squares[TILE_COLUMNS] = {0};
     for (integer p = 0; p < x->k; p += SLICE) {
         integer depth = smaller(x->k - p, SLICE);
@@ -453,10 +619,10 @@ static void multiply_few(integer task, void *data) {
     double sums[FEW_LINES * WIDE] = {0}, squares[WIDE] = {0}, tile[TILE];
     (j->along ? multiply_along : multiply_across)(j, column, n, sums, squares);
     if (take_roots(squares, n)) set_flag(j->infinite);
-    for (int c = 0; c < n; c += x->tiles->columns) {
+    for (int c = 0; c < n; c += x->columns) {
         for (integer i = 0; i < x->m; i++)
-            memcpy(tile + i * TILE_COLUMNS, sums + i * WIDE + c, (size_t)x->tiles->columns * sizeof(double));
-        store(x, j->item, 0, column + c, tile, j->norm_a, squares + c);
+            memcpy(tile + i * TILE_COLUMNS, sums + i * WIDE + c, (size_t)x->columns * sizeof(double));
+        store(x, j->item, 0, column + c, tile, j->norm_a, squares + c, NULL, NULL);
     }
 }
 
@@ -464,15 +630,20 @@ static void multiply_few(integer task, void *data) {
 
 static integer item_doubles(const product *x) {
     integer sums = x->sections > 1 ? x->row_panels * x->column_panels * TILE : 0;
-    return x->block * x->tiles->rows * x->length + x->m + x->n + sums;
+    integer of_a = x->single ? x->block * TILE_ROWS * x->length / 2 + 1 : 0;
+    return x->block * x->tiles->rows * x->length + x->m + x->n + sums + of_a;
 }
 
-size_t reproml_plan(product *x) {
+static size_t plan(product *x, int single) {
     const tiling *t = x->tiles = reproml_tiling();
-    x->pitch = (t->columns + 7) / 8 * 8;
-    x->row_panels = parts(x->m, t->rows), x->column_panels = parts(x->n, t->columns);
+    x->single = single, x->columns = t->columns;
+#if PRECISION == 8
+    if (single) x->columns = t->single_columns;
+#endif
+    x->pitch = (x->columns + 7) / 8 * 8;
+    x->row_panels = parts(x->m, t->rows), x->column_panels = parts(x->n, x->columns);
     x->block = smaller(x->row_panels, BLOCK / t->rows);
-    x->sections = x->k ? parts(x->k, SECTION) : 1, x->length = parts(x->k, x->sections);
+    x->sections = x->k ? parts(x->k, single ? 4 * SECTION : SECTION) : 1, x->length = parts(x->k, x->sections);
     x->workers = x->batch * x->m * x->n * x->k > SERIAL ? reproml_threads() : 1;
     x->by_item =
         x->workers == 1 || x->batch >= 4 * x->workers || (x->batch >= x->workers && x->m * x->n * x->k < SMALL);
@@ -480,10 +651,17 @@ size_t reproml_plan(product *x) {
            (size_t)((x->by_item ? x->workers : 1) * item_doubles(x)) * sizeof(double);
 }
 
+size_t reproml_plan(product *x) {
+    size_t bytes = plan(x, 0), more = 0;
+    if (PRECISION == 8 && !x->kept && x->m > FEW_LINES && x->k && x->k <= 1 << 20) more = plan(x, 1);
+    return bytes > more ? bytes : more;
+}
+
 typedef struct {
     const product *x;
     char *memory;
     int infinite, along, across; /* along, across: how few lines of a are multiplied */
+    int wide_numbers;
 } whole;
 
 /* Calculate one product of the batch. worker: -1 to use all of them. */
@@ -492,10 +670,12 @@ static void multiply_item(whole *w, integer item, integer worker) {
     int parallel = worker < 0 && x->workers > 1;
     if (worker < 0) worker = 0;
     double *memory = (double *)(w->memory + (size_t)x->workers * worker_bytes(x)) + worker * item_doubles(x);
-    job j = {.x = x, .item = item, .infinite = &w->infinite};
+    job j = {.x = x, .item = item, .infinite = &w->infinite, .wide_numbers = &w->wide_numbers};
     j.memory = w->memory + (size_t)worker * worker_bytes(x);
     j.wide = memory, j.norm_a = j.wide + x->block * x->tiles->rows * x->length, j.norm_b = j.norm_a + x->m;
     j.sums = j.norm_b + x->n;
+    if (x->single && x->sections == 1 && !x->a_contiguous && x->column_panels >= MANY_TILES)
+        j.lines_of_a = (float *)j.sums;
     if (w->along || w->across) {
         j.first = 0, j.length = x->k, j.along = w->along;
         for (integer i = 0; i < x->m; i++) {
@@ -527,8 +707,12 @@ static void multiply_items(integer worker, void *data) {
         multiply_item(w, i, worker);
 }
 
-int reproml_multiply(const product *x, void *memory) {
+int reproml_multiply(const product *given, void *memory) {
+    product copy = *given, *x = &copy;
     whole w = {.x = x, .memory = memory};
+    integer failures = x->failed->count;
+    x->a_contiguous = x->single && is_run(x->a.term, x->k, 1);
+    x->b_contiguous = x->single && is_run(x->b.term, x->k, 1);
     if (x->m <= FEW_LINES && x->k) {
         w.along = x->k >= SHORT && is_run(x->a.term, x->k, 1) && is_run(x->b.term, x->k, 1) &&
                   (x->m == 1 || is_run(x->a.line, x->m, x->a.line[1] - x->a.line[0]));
@@ -538,5 +722,10 @@ int reproml_multiply(const product *x, void *memory) {
         run_tasks(multiply_items, &w, x->workers, x->workers > 1);
     else
         for (integer i = 0; i < x->batch; i++) multiply_item(&w, i, -1);
+    if (w.wide_numbers) {
+        plan(x, 0);
+        x->failed->count = failures;
+        return reproml_multiply(x, memory);
+    }
     return !w.infinite;
 }

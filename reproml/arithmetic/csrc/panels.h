@@ -25,7 +25,7 @@ typedef struct {
 typedef struct {
     integer batch, m, n, k; /* k may be 0 */
     operand a, b;
-    const packed *kept; /* the panels of b, or null */
+    const packed *kept; /* the panels of b, or null; set before reproml_plan */
     float *out;         /* element i, j is out[row[i] + column[j]] */
     integer out_step;
     const integer *row, *column;
@@ -36,7 +36,9 @@ typedef struct {
     const tiling *tiles;
     integer row_panels, column_panels, block, workers; /* block: row panels that are prepared at once */
     integer sections, length;                          /* terms of a section */
-    int pitch, by_item;                                /* by_item: each worker multiplies matrices of its own */
+    int columns, pitch, by_item;                       /* by_item: each worker multiplies matrices of its own */
+    int a_contiguous, b_contiguous;                    /* the terms of each line */
+    int single;                                        /* blocks of terms are summed in binary32 */
 } product;
 
 /* Choose how to calculate a product. Returns the bytes of memory that it needs. */

@@ -20,6 +20,8 @@
    round_sum          patterns  has room of U |mid|; nothing       adds nothing; -0 and +0 differ, so an exact zero has
                                 underflows, as in sums of          to be +0
                                 products of binary32 numbers
+   round_sum_quickly  patterns  as round_sum; is 0 or >= 2^-149    adds 2^-23 (|mid| + rad), as its ends are rounded to
+                                                                   binary32 first, for PRECISION < 24; the balls do so too
    round_signed_sum   patterns  as round_sum                       adds nothing; an exact -0 stays -0
    round_pair         patterns  bounds |real - (s + t)|            adds SLACK and 2 U |t|; the ends are rounded to odd,
                                                                    so s needs no room; an exact zero is +0
@@ -41,6 +43,7 @@
    optimizers.c: parameters               round_padded_ball  Adam 3 and 12, SGD 2; + 1      Adam 5 and 20, SGD 6
    optimizer_formulas.c                   round_padded_ball  those of balls.h; + 1          SLACK and 2 more
    panels.c, convolution.c                round_sum          h, bias 1; + 1                 h + 8 (relative_bound)
+   panels.c: blocks in binary32           round_sum_quickly  w of 2^-24, h, bias 1; + 1     w, 2^-40, h + 8
    reductions.c: sums                     round_sum          h, divisor 1; + 1              h + 4
    reductions.c: few terms                round_sum          divisor 1; + 1                 4; 0 if nothing was rounded
    partial_sums.c: sums of all workers    round_sum          h + W, packing, divisor 1; + 1 h + W + 3, 1.125 of packing
@@ -99,12 +102,45 @@ INLINE float to_target(double x) {
 }
 #endif
 
+#if PRECISION < 24
+/* Rounding the ends to binary32 first takes half the instructions, and a test fails a little more often. */
+INLINE float float_to_target(float x) {
+    enum { BELOW = 24 - PRECISION };
+    const int32_t b = bits(x), half = (1 << (BELOW - 1)) - 1;
+    const int32_t sum = (b & INT32_MAX) + half + (b >> BELOW & 1), rounded = sum & ~(2 * half + 1);
+    float size;
+#if PRECISION == 11
+    const float least = 0x1p-14, subnormal = (fabsf(x) + 0.75f) - 0.75f; /* a multiple of 2^-24 */
+    memcpy(&size, &rounded, sizeof size);
+    size = fabsf(x) < least ? subnormal : size >= 0x1p16f ? INFINITY : size;
+#else
+    memcpy(&size, &rounded, sizeof size);
+#endif
+    return x == x ? copysignf(size, x) : x;
+}
+
+/* A bound that encloses the real number also after the ends are rounded to binary32: |end| <= |mid| + rad. */
+INLINE double enclosing(double mid, double rad) {
+    double size = fabs(mid);
+    return rad + 0x1p-23 * (rad + (size < DBL_MAX ? size : DBL_MAX));
+}
+
+INLINE float lower_end(double mid, double rad) { return float_to_target((float)(mid - rad)); }
+INLINE float upper_end(double mid, double rad) { return float_to_target((float)(mid + rad)); }
+#endif
+
 /* ---- the two comparisons ---- */
 
 /* As numbers. *result is the rounded `mid`. If |mid| <= rad, a result of 0 may have either sign. */
 INLINE int32_t numbers_differ(double mid, double rad, float *result) {
+#if PRECISION == 24
     float low = to_target(mid - rad), high = to_target(mid + rad);
     *result = to_target(mid);
+#else
+    double wide = enclosing(mid, rad) + 0x1p-149; /* also for an end that is subnormal in binary32 */
+    float low = lower_end(mid, wide), high = upper_end(mid, wide);
+    *result = float_to_target((float)mid); /* if the test passes, it equals both ends */
+#endif
     return (low != high) | ((*result == 0) & (fabs(mid) <= rad) & (rad > 2 * TINY));
 }
 
@@ -128,7 +164,12 @@ INLINE int32_t round_padded_ball(double mid, double rad, float *result) {
 /* The same in few instructions, for normal numbers and exact zeros, which are the most frequent results. mid - rad has
    the sign of a zero mid. */
 INLINE int32_t round_normal_ball(double mid, double rad, float *result) {
+#if PRECISION == 24
     float low = to_target(mid - rad), high = to_target(mid + rad);
+#else
+    double wide = enclosing(mid, rad);
+    float low = lower_end(mid, wide), high = upper_end(mid, wide);
+#endif
     uint32_t above = ((uint32_t)bits(low) & 0x7FFFFFFF) - 0x00800000; /* the smallest normal number */
     *result = low;
     return (low != high) | !((above < 0x7F000000) | (fabs(mid) + rad == 0));
@@ -142,6 +183,18 @@ INLINE int32_t round_sum(double mid, double rad, float *result) {
     *result = high;
     return patterns_differ(low, high);
 }
+
+#if PRECISION < 24
+/* The same with the ends rounded to binary32 first. Any bound but 0 is at least 2^-149. */
+INLINE int32_t round_sum_quickly(double mid, double rad, float *result) {
+    double wide = enclosing(mid, rad);
+    float low = lower_end(mid, wide), high = upper_end(mid, wide);
+    *result = high;
+    return patterns_differ(low, high);
+}
+#else
+#define round_sum_quickly round_sum
+#endif
 
 /* The same, but an exact -0 passes as -0: with these signs neither end turns into +0. */
 INLINE int32_t round_signed_sum(double mid, double minus_rad, float *result) {

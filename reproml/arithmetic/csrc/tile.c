@@ -20,6 +20,9 @@ typedef int32_t bits_8 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef double full_2 __attribute__((vector_size(16), aligned(8)));
 typedef double full_4 __attribute__((vector_size(32), aligned(8)));
 typedef double full_8 __attribute__((vector_size(64), aligned(8)));
+typedef float single_2 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float single_4 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float single_8 __attribute__((vector_size(64), aligned(4), may_alias));
 
 /* Load and widen. GCC splits the builtin into halves even if the processor has one instruction for it. */
 #define WIDE_2(at) __builtin_convertvector(*(const half_2 *)(at), full_2)
@@ -89,6 +92,47 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
                 memcpy(out + i * TILE_COLUMNS + j * lanes, &sum[i][j], sizeof sum[i][j]);                  \
     }
 
+#if PRECISION == 8
+#define SINGLE_TERMS(m, v, lanes, from, to)                                                                \
+    for (integer q = from; q < to; q++) {                                                                  \
+        const single_##lanes *row = (const single_##lanes *)(b + q * pitch);                               \
+        _Pragma("GCC unroll 8") for (int i = 0; i < m; i++)                                                \
+            _Pragma("GCC unroll 3") for (int j = 0; j < v; j++) sum[i][j] += a[q * TILE_ROWS + i] * row[j]; \
+    }
+/* m rows by v vectors of floats. */
+#define SINGLE(lanes, m, v, target)                                                                        \
+    target static void single_##lanes##_##m##_##v(integer k, const float *restrict a,                      \
+                                                  const float *restrict b, integer pitch,                  \
+                                                  double *restrict out) {                                  \
+        full_##lanes all[m][2 * v] = {{{0}}};                                                              \
+        for (integer p = 0; p < k; p += SINGLE_BLOCK) {                                                    \
+            single_##lanes sum[m][v] = {{{0}}};                                                            \
+            if (p + SINGLE_BLOCK <= k)                                                                     \
+                SINGLE_TERMS(m, v, lanes, p, p + SINGLE_BLOCK)                                             \
+            else                                                                                           \
+                SINGLE_TERMS(m, v, lanes, p, k)                                                            \
+            _Pragma("GCC unroll 8") for (int i = 0; i < m; i++)                                            \
+                _Pragma("GCC unroll 3") for (int j = 0; j < v; j++) {                                      \
+                    float part[2 * lanes];                                                                 \
+                    memcpy(part, &sum[i][j], sizeof part);                                                 \
+                    all[i][2 * j] += WIDE(lanes, part);                                                    \
+                    all[i][2 * j + 1] += WIDE(lanes, part + lanes);                                        \
+                }                                                                                          \
+        }                                                                                                  \
+        for (int i = 0; i < m; i++) memcpy(out + i * TILE_COLUMNS, all[i], sizeof all[i]);                 \
+    }
+#define SINGLE_ROWS(lanes, m, target)                                                                      \
+    SINGLE(lanes, m, 1, target) SINGLE(lanes, m, 2, target) SINGLE(lanes, m, 3, target)
+#define SINGLE_NAMES(lanes, m) {0, single_##lanes##_##m##_1, single_##lanes##_##m##_2, single_##lanes##_##m##_3}
+#define SINGLE_4_ROWS(lanes, target)                                                                       \
+    SINGLE_ROWS(lanes, 1, target) SINGLE_ROWS(lanes, 2, target) SINGLE_ROWS(lanes, 3, target)              \
+    SINGLE_ROWS(lanes, 4, target)
+#define SINGLE_TABLE(...) __VA_ARGS__
+#else
+#define SINGLE_4_ROWS(lanes, target)
+#define SINGLE_TABLE(...)
+#endif
+
 /* m rows by n columns, a vector of terms at a time; the last terms are padded to a vector with zeros. */
 #define ALONG(lanes, m, n, target)                                                                         \
     target static void along_##lanes##_##m##_##n(                                               \
@@ -153,7 +197,7 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
 #define NARROW(lanes, target)                                                                              \
     ROW(lanes, target)                                                                                     \
     ACROSS_ROWS(lanes, 1, target) ACROSS_ROWS(lanes, 2, target) ACROSS_ROWS(lanes, 3, target)              \
-    ACROSS_ROWS(lanes, 4, target)                                                                          \
+    ACROSS_ROWS(lanes, 4, target) SINGLE_4_ROWS(lanes, target)                                             \
     ALONG(lanes, 1, 1, target) ALONG(lanes, 1, 2, target) ALONG(lanes, 1, 3, target)                       \
     ALONG(lanes, 2, 1, target) ALONG(lanes, 2, 2, target) ALONG(lanes, 2, 3, target)                       \
     ALONG(lanes, 3, 1, target) ALONG(lanes, 3, 2, target) ALONG(lanes, 3, 3, target)                       \
@@ -165,6 +209,8 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
          {0, along_##lanes##_2_1, along_##lanes##_2_2, along_##lanes##_2_3},                               \
          {0, along_##lanes##_3_1, along_##lanes##_3_2, along_##lanes##_3_3},                               \
          {0, along_##lanes##_4_1, along_##lanes##_4_2, along_##lanes##_4_3}},                              \
+        SINGLE_TABLE(6 * lanes, {{0}, SINGLE_NAMES(lanes, 1), SINGLE_NAMES(lanes, 2), SINGLE_NAMES(lanes, 3), \
+                                 SINGLE_NAMES(lanes, 4)},)                                                 \
         row_##lanes, transpose_##lanes};
 
 NARROW(2, )
@@ -186,11 +232,23 @@ ALONG_ROWS(8, 1, AVX512)
 ALONG_ROWS(8, 2, AVX512)
 ALONG_ROWS(8, 3, AVX512)
 ALONG_ROWS(8, 4, AVX512)
+#if PRECISION == 8 /* one vector, as 8 rows of it with their sums in binary64 fill 24 of 32 registers */
+SINGLE(8, 1, 1, AVX512)
+SINGLE(8, 2, 1, AVX512)
+SINGLE(8, 3, 1, AVX512)
+SINGLE(8, 4, 1, AVX512)
+SINGLE(8, 5, 1, AVX512)
+SINGLE(8, 6, 1, AVX512)
+SINGLE(8, 7, 1, AVX512)
+SINGLE(8, 8, 1, AVX512)
+#endif
 static const tiling TILING_8 = {
     8, 8, 24, 4, 6,
     {{0}, ACROSS_NAMES(8, 1), ACROSS_NAMES(8, 2), ACROSS_NAMES(8, 3), ACROSS_NAMES(8, 4), ACROSS_NAMES(8, 5),
      ACROSS_NAMES(8, 6), ACROSS_NAMES(8, 7), ACROSS_NAMES(8, 8)},
     {{0}, ALONG_NAMES(8, 1), ALONG_NAMES(8, 2), ALONG_NAMES(8, 3), ALONG_NAMES(8, 4)},
+    SINGLE_TABLE(16, {{0}, {0, single_8_1_1}, {0, single_8_2_1}, {0, single_8_3_1}, {0, single_8_4_1},
+                      {0, single_8_5_1}, {0, single_8_6_1}, {0, single_8_7_1}, {0, single_8_8_1}},)
     row_8, transpose_4};
 #endif
 

@@ -10,11 +10,17 @@
 
 #define TILE_ROWS 8 /* the maximum over all processors */
 #define TILE_COLUMNS 24
-#define ALONG_SUMS (24 * 8) /* the largest number of partial sums of a tile of along_loop */
+#define SINGLE_BLOCK 16
+#define SINGLE_LOST 0x1p-129 /* of a sum in binary32 by underflow: 2^-149 for each of up to 2^20 terms */
+#define ALONG_SUMS (24 * 8)  /* the largest number of partial sums of a tile of along_loop */
 
 /* out[i][j] = sum over p < k of a[p][i] * b[offset[p] + j], a [k, m]: vectors lie across the columns. Each row of b has
    its own offset, so that one loop serves a matrix and the shifted rows of an image. */
 typedef void across_loop(integer k, const double *a, const float *b, const integer *offset, double *out);
+
+/* out[i][j] = sum over p < k of a[p * TILE_ROWS + i] * b[p * pitch + j], where blocks of SINGLE_BLOCK terms are summed in
+   binary32, each from its first term to its last, and the blocks in binary64. */
+typedef void single_loop(integer k, const float *a, const float *b, integer pitch, double *out);
 
 /* sums[i][j] = sum over p < k of a[i * a_row + p] * b[b_offset[j] + p]: vectors lie along the terms, and each sum is a
    vector of `lanes` partial sums, [m][n][lanes]. */
@@ -35,6 +41,10 @@ typedef struct {
     int along_rows, along_columns;         /* of a full tile of along_loop */
     across_loop *across[TILE_ROWS + 1][4]; /* [rows][vectors]; rows of `out` have TILE_COLUMNS */
     along_loop *along[5][7];               /* [rows][columns] */
+#if PRECISION == 8
+    int single_columns;                    /* of a full tile of single_loop, which has `rows` too */
+    single_loop *single[TILE_ROWS + 1][4]; /* [rows][vectors of 2 * lanes floats] */
+#endif
     row_loop *row;
     transpose_loop *transpose;
 } tiling;
@@ -65,7 +75,8 @@ static inline void fold(const double *restrict sums, int n, int lanes, double *r
 /* Returns the sum of squares of n numbers, `stride` elements apart. */
 double reproml_squares(const float *x, integer n, integer stride);
 
-/* Round a tile of sums to binary32. Each exact sum lies within g * row_bound[i] * column_bound[j] of its element,
+/* Round a tile of sums to binary32. Each exact sum lies within g * row_bound[i] * column_bound[j] of its element, and for
+   PRECISION 8 within another SINGLE_LOST unless the first is 0,
    and the bias of its row or column (either may be null) is one more term; g: the relative bound of a sum
    (relative_bound). sums: rows of TILE_COLUMNS. out: [m][n] with `stride` elements between rows. Returns the number
    of elements for which the test failed; their row * TILE_COLUMNS + column is in `failed`. */

@@ -92,12 +92,12 @@ class Factors(NamedTuple):
 
     def pairs(self, i: Tensor, j: Tensor) -> Tensor:
         """Return sums with their errors kept: float64 [f, 3], s, t, e with |s + t - exact| <= e."""
-        if kernels.loops() is None or not self.a.is_cpu:
+        if kernels.binary32_loops() is None or not self.a.is_cpu:
             return torch.cat([torch.stack(compensated_sums(x), 1) for x in self.terms(i, j)])
         row, column = self.at(i, j)
         operands = (self.a, row, self.a_term, self.b, column, self.b_term)
         pairs = torch.empty(len(row), 3, dtype=torch.float64)
-        kernels.loops().reproml_partial_pairs(
+        kernels.library.reproml_partial_pairs(
             len(row), len(self.a_term), *[x.data_ptr() for x in (*operands, pairs)]
         )
         return pairs
@@ -330,9 +330,9 @@ def sum_products(factors: Factors, row: Tensor, column: Tensor) -> tuple[Tensor,
     m, n, k = len(row), len(column), len(a_term)
     sums = a.new_empty(m, n, dtype=torch.float64)
     norms = [sums.new_empty(m), sums.new_empty(n)]
-    compiled = kernels.loops() is not None and a.is_cpu and m and n and k
+    compiled = kernels.binary32_loops() is not None and a.is_cpu and m and n and k
     operands = (a, row, a_term, b, b_term, column, sums, *norms)
-    if not compiled or kernels.loops().reproml_partial_product(
+    if not compiled or kernels.library.reproml_partial_product(
         m, n, k, *[x.data_ptr() for x in operands]
     ):
         left, right = a[row.unsqueeze(1) + a_term], b[b_term.unsqueeze(1) + column]
@@ -389,8 +389,8 @@ def _pack(p: Partial, first: int, records: Tensor) -> None:
     m, n = sums.shape
     if not m:
         return
-    if kernels.usable(sums, bounds, records):
-        kernels.loops().reproml_pack_sums(
+    if kernels.binary32_loops() is not None and kernels.usable(sums, bounds, records):
+        kernels.library.reproml_pack_sums(
             m, n, *(sums.data_ptr(), bounds.data_ptr(), records.data_ptr())
         )
         return
@@ -429,11 +429,11 @@ def _round_totals(p: Partial, records: Tensor) -> tuple[Tensor, Tensor]:
     """
     (size, s, _), n = records.shape, p.sums.shape[1]
     relative = gamma(p.height + size)
-    if kernels.loops() is not None and records.is_cpu:
+    if kernels.binary32_loops() is not None and records.is_cpu:
         value = torch.empty(s * n)
         places = torch.empty(s * n, dtype=torch.int32)
         work = torch.empty(n, dtype=torch.float64)
-        count = kernels.loops().reproml_round_sums(
+        count = kernels.library.reproml_round_sums(
             *(records.data_ptr(), size, records.stride(0), s, n, relative, p.divisor),
             *(work.data_ptr(), value.data_ptr(), places.data_ptr()),
         )

@@ -115,6 +115,8 @@ def _add_compiled(
     None if the C library cannot do it; then nothing is added.
     """
     a, b, a_term, b_term, _ = factors
+    if kernels.binary32_loops() is None:
+        return None
     if not kernels.usable(a, b, a_term, b_term, rows, columns, s, t):
         return None
     failed = torch.empty(s.shape, dtype=torch.uint8)

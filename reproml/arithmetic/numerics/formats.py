@@ -86,7 +86,26 @@ def narrow(x: Tensor) -> Tensor:
     to = _local.target
     if to is BINARY32:
         return x.float()
-    return x if to is BINARY64 else binary32_to_odd(x).to(to.dtype).float()
+    if to is BINARY64:
+        return x
+    if not x.is_cpu:
+        return binary32_to_odd(x).to(to.dtype).float()
+    near = x.float()
+    # Rounding twice is wrong only by way of a midpoint, and few numbers are near one.
+    again = _midpoints(near, to)
+    if again.any():
+        near[again] = binary32_to_odd(x[again])
+    return near.to(to.dtype).float()
+
+
+def _midpoints(x: Tensor, to: Format) -> Tensor:
+    """Whether numbers of a float32 tensor may be halfway between two numbers of a narrower format.
+
+    All subnormal float16 numbers may. bfloat16 has the exponents of float32.
+    """
+    below = 24 - to.precision
+    half = (x.view(torch.int32) & ((1 << below) - 1)) == 1 << (below - 1)
+    return half if to is BFLOAT16 else half | ((x.abs() < 2.0**-14) & (x != 0))
 
 
 def narrow_float32(x: Tensor) -> Tensor:
@@ -109,7 +128,7 @@ def binary32_to_odd(x: Tensor) -> Tensor:
 
 
 def operate(operation: Callable[[Tensor, Tensor], Tensor], x: Any, y: Any) -> Tensor:
-    """Return torch.add, sub, mul, div or aten.rsub of float32 operands, rounded once to the target format.
+    """Return torch.add, sub, mul, div or aten.rsub of float32 or 16-bit operands, rounded to the target.
 
     That is one IEEE 754 operation, unless the target has 16 bits. One of the operands may be a Python
     number, which is rounded to float32 first, as in PyTorch. Binary64 holds a product exactly, and a sum
@@ -118,9 +137,22 @@ def operate(operation: Callable[[Tensor, Tensor], Tensor], x: Any, y: Any) -> Te
     """
     if _local.target.precision >= 24:
         return operation(x, y)
-    x, y = (t.double() if isinstance(t, Tensor) else ctypes.c_float(t).value for t in (x, y))
+    x, y = (t.float() if isinstance(t, Tensor) else ctypes.c_float(t).value for t in (x, y))
     if operation is torch.ops.aten.rsub:
         operation, x, y = torch.add, -x, y
+    if not (x if isinstance(x, Tensor) else y).is_cpu:
+        return narrow(_operate_in_binary64(operation, x, y))
+    near, to = operation(x, y), _local.target
+    again = _midpoints(near, to)  # see `narrow`
+    if again.any():
+        x, y = (t.expand_as(near)[again] if isinstance(t, Tensor) else t for t in (x, y))
+        near[again] = binary32_to_odd(_operate_in_binary64(operation, x, y))
+    return near.to(to.dtype).float()
+
+
+def _operate_in_binary64(operation: Callable[[Tensor, Tensor], Tensor], x: Any, y: Any) -> Tensor:
+    """Return torch.add, sub, mul or div in float64 such that `binary32_to_odd` rounds to odd once."""
+    x, y = (t.double() if isinstance(t, Tensor) else t for t in (x, y))
     z = operation(x, y)
     if operation in (torch.add, torch.sub):
         y = y if operation is torch.add else -y
@@ -130,7 +162,7 @@ def operate(operation: Callable[[Tensor, Tensor], Tensor], x: Any, y: Any) -> Te
         away = torch.where((lost > 0) == (z > 0), 1, -1)
         odd = (z.view(torch.int64) + away).view(torch.float64)
         z = torch.where(even & ((lost > 0) | (lost < 0)), odd, z)
-    return narrow(z)
+    return z
 
 
 def may_be_midpoint(x: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import elementwise
-from reproml.arithmetic.numerics.formats import BINARY32, target
 from reproml.arithmetic.operators import normalization_reference as reference
 from reproml.arithmetic.operators.reductions import reduce_sum
 
@@ -70,9 +69,7 @@ def _group_layout(n: int, c: int, places: int, groups: int) -> Layout:
 
 def _usable(x: Tensor, *others: Optional[Tensor]) -> bool:
     f32 = torch.float32
-    if (
-        kernels.loops() is None or target() is not BINARY32
-    ):  # it rounds statistics as it does results
+    if kernels.binary32_loops() is None:  # they round statistics as they round results
         return False
     if not x.is_cpu or x.dtype is not f32 or not x.numel():
         return False
@@ -113,7 +110,7 @@ def _forward(
     """
     out = torch.empty_like(x)
     complete, left = _call(
-        kernels.loops().reproml_normalize,
+        kernels.library.reproml_normalize,
         layout,
         x,
         _at(weight),
@@ -157,7 +154,7 @@ def _backward(
     sums = [new(layout.groups) if mask[0] and not given else None for _ in range(2)]
     weight_sum, bias_sum = (new(layout.groups) if m else None for m in mask[1:])
     complete, left = _call(
-        kernels.loops().reproml_normalize_backward,
+        kernels.library.reproml_normalize_backward,
         layout,
         x,
         g.data_ptr(),
@@ -295,7 +292,7 @@ def compiled_layer_norm_backward(
         grad_x = result[0]
     if mask[1] or mask[2]:
         tensors = (x, g, mean, rstd, weight_sum, bias_sum)
-        if kernels.loops().reproml_column_moments(rows, n, *map(_at, tensors)):
+        if kernels.library.reproml_column_moments(rows, n, *map(_at, tensors)):
             return None
     return grad_x, weight_sum, bias_sum
 
@@ -342,7 +339,7 @@ def compiled_group_norm_backward(
         grad_x = result[0]
     grad_weight = x.new_empty(c) if mask[1] else None
     if grad_weight is not None:
-        sums = kernels.loops().reproml_channel_moments
+        sums = kernels.library.reproml_channel_moments
         if sums(n, c, places, groups, *map(_at, (x, g, mean, rstd, grad_weight))):
             return None
     grad_bias = reduce_sum(g.reshape(n, c, places), (0, 2)) if mask[2] else None

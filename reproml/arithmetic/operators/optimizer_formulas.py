@@ -126,11 +126,10 @@ def _update(
     added to the gradient; all binary32 numbers. sign: -1 for gradients to ascend.
     """
     p, g, *others = state
-    narrow = formats.target() is not formats.BINARY32  # the loops round each step to binary32
-    if narrow or not (has_kernel(state) and share_no_memory(state)):
+    if not (has_kernel(state) and kernels.binary32_loops() and share_no_memory(state)):
         return reference_step(*state)
     failed = torch.empty(p.numel(), dtype=torch.int64, device="cpu")
-    count = kernels.loops().reproml_optimizer_step(
+    count = kernels.library.reproml_optimizer_step(
         _LOOPS[loop],
         p.numel(),
         _States(p.data_ptr(), *[x.data_ptr() for x in others]),

@@ -150,7 +150,7 @@ def _are_plain(operands: Sequence[Maybe]) -> bool:
             and not x.is_neg()
         ):
             return False
-    return not (kernels.loops() is None or replay_log.active or dispatcher.has_modes())
+    return not (kernels.binary32_loops() is None or replay_log.active or dispatcher.has_modes())
 
 
 def _has_node(*operands: Maybe) -> bool:
@@ -194,7 +194,7 @@ class _Step(torch.autograd.Function):
         of = _empty_values(cell, x, n, rows)
         h, c = (None, state) if cell.is_lstm else (state, None)
         pointers = _pointers(x, z, h, c, of.gates, of.c, of.kept, of.h)
-        if kernels.loops().reproml_cell(cell.number, rows, n, pointers):
+        if kernels.library.reproml_cell(cell.number, rows, n, pointers):
             of = cell.values(x, z, x if h is None else h, c)
         ctx.cell = cell
         ctx.save_for_backward(state, *of)
@@ -223,7 +223,7 @@ def _compiled_gradients(cell: Cell, of: Values, c: Maybe, g: Values) -> Optional
     z = torch.empty_like(x) if cell.gates == 3 else x
     state = torch.empty_like(of.h) if cell.has_gates else None
     pointers = _pointers(of.gates, of.kept, c, of.h, g_h, g_c, x, z, state)
-    if kernels.loops().reproml_cell_backward(cell.number, rows, n, pointers):
+    if kernels.library.reproml_cell_backward(cell.number, rows, n, pointers):
         return None
     return Gradients(x, z, state)
 
@@ -291,7 +291,7 @@ class _Layer(torch.autograd.Function):
             all_c = torch.empty_like(y)
         z, dense = torch.empty_like(x[0]), weight.contiguous()
         pointers = _pointers(x, dense, bias, z, h, c, of.gates, all_c, of.kept, y, last, last_c)
-        run, done = kernels.loops().reproml_layer, 0
+        run, done = kernels.library.reproml_layer, 0
         while (done := run(cell.number, steps, batch, n, done, pointers)) < steps:
             t = done
             h_before, c_before = (y[t - 1], all_c[t - 1] if cell.is_lstm else None) if t else (h, c)
@@ -415,7 +415,7 @@ class _LayerGradient:
         memory = g_y, g_h, states, x, z, through, weights, biases
         pointers = _pointers(*saved[:7], self.last_c, self.last, *memory)
         options = g_c is not None, self.needs_h, pointers
-        run, left = kernels.loops().reproml_layer_backward, steps
+        run, left = kernels.library.reproml_layer_backward, steps
         values: Any = None
         while left := run(cell.number, steps, batch, n, left, *options):
             t = left = left - 1

@@ -16,11 +16,19 @@ from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.numerics import formats
 
 
-def test_libraries_are_built():
-    assert kernels.library is not None
-    for dtype in (torch.bfloat16, torch.float16):
-        with formats.rounding_to(dtype):
-            assert kernels.loops() not in (None, kernels.library)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_library_is_built(dtype):
+    with formats.rounding_to(dtype):
+        assert kernels.loops() is not None and kernels.loops().reproml_product
+        assert (kernels.loops() is kernels.library) == (dtype is torch.float32)
+        assert (kernels.binary32_loops() is None) == (dtype is not torch.float32)
+
+
+@pytest.mark.parametrize("name", sorted(kernels._BINARY32_ONLY))
+def test_other_libraries_lack_what_binary32_alone_needs(name):
+    assert name in kernels._SIGNATURES and hasattr(kernels.library, name)
+    with formats.rounding_to(torch.bfloat16):
+        assert not hasattr(kernels.loops(), name)
 
 
 @pytest.mark.parametrize("case", ["not built", "not a library", "another version", "lacks a loop"])

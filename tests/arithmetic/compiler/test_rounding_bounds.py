@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler import executor, kernels
+from reproml.arithmetic.numerics import formats
 from reproml.arithmetic.numerics.rounding import U, nearest
 from reproml.arithmetic.operators import optimizer_formulas
 
@@ -144,6 +145,46 @@ def test_round_pair_needs_no_room(header):
             assert round_by(header.value_pair, m, t, 0.0)[0]
     assert round_by(header.value_pair, 1 + 2.0**-24, 0.0, 0.0) == (True, 1.0)
     assert not round_by(header.value_pair, math.inf, 0.0, 0.0)[0]
+
+
+NARROW_WRAPPERS = """
+#include "rounding.h"
+int ball(double mid, double rad, float *to) { return !round_ball(mid, 0, rad, to); }
+int padded_ball(double mid, double rad, float *to) { return !round_padded_ball(mid, rad, to); }
+int normal_ball(double mid, double rad, float *to) { return !round_normal_ball(mid, rad, to); }
+int sum(double mid, double rad, float *to) { return !round_sum(mid, rad, to); }
+int quick_sum(double mid, double rad, float *to) { return !round_sum_quickly(mid, rad, to); }
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_results_beside_a_midpoint_are_right_or_fail(dtype, tmp_path):
+    """Their ends are rounded to binary32, which must not move one across a midpoint."""
+    to = formats.FORMATS[dtype]
+    (tmp_path / "narrow.c").write_text(NARROW_WRAPPERS)
+    library = compile_c(
+        tmp_path / "narrow.so", [tmp_path / "narrow.c"], f"-DPRECISION={to.precision}"
+    )
+    passed = 0
+    for exponent in (0, 7, -9, to.lowest + to.precision - 2, to.lowest + 2, to.lowest, to.top - 1):
+        last = max(exponent - to.precision + 1, to.lowest)
+        for odd in (-1, 1, 3, 2**to.precision - 1):
+            m = 2.0**exponent + odd * 2.0 ** (last - 1)
+            for real in (
+                Fraction(m) * (1 + s * Fraction(1, 2**d)) for s in (-1, 1) for d in SHIFTS
+            ):
+                for sign in (-1, 1):
+                    mid = sign * float(real)
+                    rad = max(upper(abs(sign * real - Fraction(mid))), 2.0**-149) + U * abs(mid)
+                    for name in ("ball", "padded_ball", "normal_ball", "sum", "quick_sum"):
+                        ok, value = round_by(getattr(library, name), mid, rad)
+                        passed += ok
+                        with formats.rounding_to(dtype):
+                            assert not ok or value == nearest(sign * real), (name, mid, rad)
+    assert passed > 1000
+
+
+SHIFTS = (3, 9, 12, 15, 20, 22, 23, 24, 25, 26, 40, 52, 60)
 
 
 @pytest.mark.parametrize("name", ["ball", *PADDED])

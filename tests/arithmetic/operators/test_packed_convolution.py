@@ -11,8 +11,12 @@ import pytest
 import torch
 
 from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.numerics import formats
 from reproml.arithmetic.operators import convolution
+from verification import oracle
 from verification.oracle import Real, check
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
 
@@ -20,14 +24,20 @@ pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are
 @pytest.fixture(params=[2, 4, 8], autouse=True)
 def vectors(request, monkeypatch):
     """Run the kernels with vectors of 2, 4 and 8 doubles, and fail if they leave a result to Python."""
-    kernels.library.reproml_limit_vectors(request.param)
+    limit_vectors(request.param)
 
     def refuse(*_):
         raise AssertionError("the kernel did not calculate this convolution")
 
     monkeypatch.setattr(convolution, "_patches", refuse)
     yield
-    kernels.library.reproml_limit_vectors(8)
+    limit_vectors(8)
+
+
+def limit_vectors(doubles):
+    for dtype in DTYPES:
+        with formats.rounding_to(dtype):
+            kernels.loops().reproml_limit_vectors(doubles)
 
 
 class Case(NamedTuple):
@@ -63,26 +73,29 @@ CASES = {
 }
 
 
-def numbers(kind, *shape, seed):
+def numbers(kind, dtype, *shape, seed):
+    """Return float32 numbers that numbers of the dtype equal."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    if kind == "ties":  # multiples of 2^-12: sums are often midpoints of binary32 numbers, or zero
-        return torch.round(2 * x) * 2.0**-12 + (x > 1).float()
-    return x
+    if (
+        kind == "ties"
+    ):  # with multiples of 2^-12, sums are often midpoints of binary32 numbers, or zero
+        x = torch.round(2 * x) * 2.0 ** -(formats.FORMATS[dtype].precision // 2) + (x > 1).float()
+    return x.to(dtype).float()
 
 
-def operands(case, kind):
+def operands(case, kind, dtype):
     sides = zip(case.size, case.kernel, case.stride, case.padding, case.dilation)
     out = [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in sides]
-    x = numbers(kind, case.n, case.groups * case.c, *case.size, seed=1)
-    w = numbers(kind, case.groups * case.o, case.c, *case.kernel, seed=2)
-    g = numbers(kind, case.n, case.groups * case.o, *out, seed=3)
-    return x, w, g, numbers(kind, case.groups * case.o, seed=4)
+    x = numbers(kind, dtype, case.n, case.groups * case.c, *case.size, seed=1)
+    w = numbers(kind, dtype, case.groups * case.o, case.c, *case.kernel, seed=2)
+    g = numbers(kind, dtype, case.n, case.groups * case.o, *out, seed=3)
+    return x, w, g, numbers(kind, dtype, case.groups * case.o, seed=4)
 
 
 @cache
-def exact(case, kind):
+def exact(case, kind, dtype):
     """Return the exact result and both exact gradients, summed in integers."""
-    x, w, g, bias = operands(case, kind)
+    x, w, g, bias = operands(case, kind, dtype)
     scale = 2**160
     ints = [[int(Fraction(v) * 2**80) for v in t.flatten().tolist()] for t in (x, w, g)]
     xs, ws, gs = ints
@@ -106,12 +119,13 @@ def exact(case, kind):
     return [[Real(Fraction(v, scale)) for v in values] for values in (y, grad_x, grad_w)]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["normal", "ties"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_convolution_and_gradients_are_rounded_once(case, kind):
-    x, w, g, bias = operands(case, kind)
+def test_convolution_and_gradients_are_rounded_once(case, kind, dtype):
+    x, w, g, bias = operands(case, kind, dtype)
     rest = (case.stride, case.padding, case.dilation, False, [0, 0], case.groups)
-    expected, mask = exact(case, kind), [True, True, False]
+    expected, mask = exact(case, kind, dtype), [True, True, False]
     layouts = (
         lambda t: t,
         lambda t: t.to(memory_format=torch.channels_last),
@@ -119,8 +133,10 @@ def test_convolution_and_gradients_are_rounded_once(case, kind):
     )
     for change in layouts:
         a, b, d = change(x), change(w), change(g)
-        y = convolution.convolution(a, b, bias, *rest)
-        grad_x, grad_w, _ = convolution.convolution_backward(d, a, b, None, *rest, mask)
+        with formats.rounding_to(dtype):
+            y = convolution.convolution(a, b, bias, *rest)
+            grad_x, grad_w, _ = convolution.convolution_backward(d, a, b, None, *rest, mask)
         for found, values in zip((y, grad_x, grad_w), expected):
             assert found is not None
-            check(found.flatten(), values)
+            with oracle.rounding_to(dtype):
+                check(found.to(dtype).flatten(), values)
