@@ -202,6 +202,7 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
     arrange = layouts.arrangement(name)
     indices = (torch.float32, torch.int64)
     usual = (torch.float32,) if name in table.PROMOTING else indices
+    promotes = name in table.PROMOTING or name in table.PROMOTE_THEMSELVES
 
     def narrow(*args: Any, **kwargs: Any) -> Any:
         if in_place:
@@ -212,6 +213,15 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
             return arrange(results, args)
         for out, result in zip(outs, results if len(outs) > 1 else [results]):
             out.resize_(result.shape).copy_(result)
+        return outs[0] if len(outs) == 1 else tuple(outs)
+
+    def in_float64(*args: Any, **kwargs: Any) -> Any:
+        outs = [args[0]] if in_place else [kwargs.pop(output) for output in outputs]
+        results = dtypes.run_in_float64(definitions[name], args, kwargs, promotes)
+        if not outs:
+            return arrange(results, args)
+        for out, result in zip(outs, results if len(outs) > 1 else [results]):
+            _copy_into(out if in_place else out.resize_(result.shape), result)
         return outs[0] if len(outs) == 1 else tuple(outs)
 
     def exact(*args: Any, **kwargs: Any) -> Any:
@@ -226,6 +236,8 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
             return narrow(*args, **kwargs)
         elif _runs_natively(name, [*args, *kwargs.values()]):
             return operator(*args, **kwargs)
+        elif name in table.FLOAT64 and dtypes.gives_float64(args, kwargs):
+            return in_float64(*args, **kwargs)
         if name in table.PROMOTING:
             args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
         if in_place:

@@ -119,6 +119,11 @@ def operate(operation: Callable[[Tensor, Tensor], Tensor], x: Any, y: Any) -> Te
     return narrow(z)
 
 
+def reach(bound: float) -> float:
+    """Return an exponent beyond which a value of the target overflows or underflows, given binary32's."""
+    return bound * 12 if _local.target is BINARY64 else bound
+
+
 def may_be_midpoint(x: Tensor) -> Tensor:
     """Whether numbers of a float64 tensor may be halfway between two numbers of the target format.
 

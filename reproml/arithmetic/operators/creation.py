@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.numerics.formats import target
 from reproml.arithmetic.operators.arguments import require_float32
 
 
@@ -21,7 +22,7 @@ def arange(*bounds: float, dtype: Any = None, device: Any = None, **_: Any) -> T
     integers = all(isinstance(b, int) for b in bounds)
     if dtype is None and not integers:
         dtype = torch.get_default_dtype()
-    if dtype is not torch.float32:
+    if dtype not in (torch.float32, target().dtype):
         if dtype is not None and dtype.is_floating_point and not integers:
             require_float32(dtype)
         return torch.arange(*bounds, dtype=dtype, device=device)

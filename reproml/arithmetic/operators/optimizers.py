@@ -36,6 +36,7 @@ from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics import devices
+from reproml.arithmetic.numerics.formats import rounding_to, target
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators import optimizer_formulas as formulas
 from reproml.arithmetic.operators.optimizer_formulas import (
@@ -98,9 +99,8 @@ def adam(
     param' = param (1 - lr weight_decay, if decoupled)
              - lr / (1 - beta1^t) * m' / (sqrt(v' / (1 - beta2^t)) + eps),   rounded once.
     """
-    optimizer = _adam(
-        float(lr), float(beta1), float(beta2), weight_decay, decoupled_weight_decay, eps, maximize
-    )
+    numbers = float(lr), float(beta1), float(beta2), weight_decay
+    optimizer = _adam(*numbers, decoupled_weight_decay, eps, maximize, target().container)
     compiled: dict[int, list[tuple[Tensor, ...]]] = {}  # by step, which few parameters differ in
     for i, averages in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
         state = (*averages, max_exp_avg_sqs[i]) if amsgrad else averages
@@ -210,6 +210,7 @@ def _adam(
     decoupled: bool,
     eps: float,
     maximize: bool,
+    container: torch.dtype,
 ) -> _Adam:
     exact = _Hyperparameters(
         penalty=float32_scalar(0.0 if decoupled else weight_decay),
@@ -332,8 +333,10 @@ def _redo(reference_step: Step, states: Sequence[Sequence[Tensor]], failed: Tens
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-# Raises for a number that is not finite in float32; it is called with the same few at every step.
-_check_number = lru_cache(maxsize=64)(float32_scalar)
+@lru_cache(maxsize=64)
+def _check_number(x: float, container: torch.dtype) -> None:
+    """Raise for a number that is not finite in a dtype; it is called with the same few at every step."""
+    float32_scalar(x)
 
 
 def _check(*lists: Sequence[Optional[Tensor]]) -> None:
@@ -341,7 +344,7 @@ def _check(*lists: Sequence[Optional[Tensor]]) -> None:
     for x in chain.from_iterable(lists):
         if x is None:  # a buffer of SGD before the first step
             continue
-        if x.dtype is torch.float32 and x.layout is torch.strided and type(x) in _PLAIN_TYPES:
+        if x.dtype is target().container and x.layout is torch.strided and type(x) in _PLAIN_TYPES:
             continue
         refusal = getattr(type(x), "optimizer_refusal", None)
         if refusal is not None:
@@ -351,7 +354,7 @@ def _check(*lists: Sequence[Optional[Tensor]]) -> None:
                 f"The optimizer's step is defined for plain tensors, not for {type(x).__name__}; "
                 "take the step out of reproml.exact()."
             )
-        if x.dtype is not torch.float32 or x.is_sparse:
+        if x.dtype is not target().container or x.is_sparse:
             kind = "a sparse gradient" if x.is_sparse else f"{x.dtype}"
             raise NotExactError(
                 f"The optimizer's step is defined for dense float32 tensors, not for {kind} "
@@ -387,7 +390,7 @@ def _python_step(
         _check(*lists)
         for name in names:
             if isinstance(given[name], float):
-                _check_number(given[name])  # before anything is changed
+                _check_number(given[name], target().container)  # before anything is changed
         if counters:
             for count in counts:
                 count += 1
@@ -413,7 +416,8 @@ def _checked(step: Step) -> Step:
         _refuse_unless(scaler == (None, None), "a gradient scaler")
         options.pop("differentiable", None)
         _refuse_unless(not torch.is_grad_enabled(), "differentiable=True")
-        with dispatcher.natively():
+        in_float64 = any(x.dtype is torch.float64 for x in lists[0])
+        with dispatcher.natively(), rounding_to(torch.float64 if in_float64 else torch.float32):
             replay_log.run_step(step, lists, options)
 
     return checked
