@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Callable, Optional, Union
@@ -185,6 +186,10 @@ def rowwise_by_balls(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
 # ---- results in binary64 ---------------------------------------------------------------------------
 
 
+# What the exact path raises at a pole, or outside of a function's domain.
+_NO_VALUE = (ZeroDivisionError, TypeError, AttributeError, ValueError)
+
+
 def _elements_in_binary64(formula: Formula, *operands: Union[Tensor, float, int]) -> Tensor:
     """Evaluate as `elementwise` does, rounded to binary64: in pairs, then on the exact path."""
     device = next(x.device for x in operands if isinstance(x, Tensor))
@@ -241,7 +246,7 @@ def _limit(formula: Formula, row: NDArray[Any], mid: Any) -> Any:
             if ctx.mp.isnan(value):
                 return math.nan
             return nearest(_mp_to_fraction(value))
-    except (ZeroDivisionError, TypeError, AttributeError, ValueError):
+    except _NO_VALUE:
         if np.isfinite(mid):
             raise NotExactError(f"it is not defined in float64 for {row.tolist()}") from None
         return mid  # a pole, or outside of the domain
@@ -249,24 +254,30 @@ def _limit(formula: Formula, row: NDArray[Any], mid: Any) -> Any:
 
 def _rows_in_binary64(formula: Formula, operands: Sequence[Tensor]) -> Tensor:
     """Evaluate as `rowwise_by_balls` does, rounded to binary64. Rows lie along the last axis."""
-    found = pair_arrays.rows_by_pairs(formula, operands) if operands[0].numel() else None
+    found = pair_arrays.rows_by_pairs(formula, operands)
     if found is not None and not found[1].any():
         return found[0] + 0.0
     y = formula(TENSORS, *[TENSORS.exact(x) for x in operands])
     value, failed = found or (y.mid.clone(), torch.ones_like(y.mid, dtype=torch.bool))
-    value, failed = value.expand(y.mid.shape) + 0.0, failed.expand(y.mid.shape)
+    value = (value.expand(y.mid.shape) + 0.0).contiguous()
+    failed = failed.expand(y.mid.shape)
     n = y.mid.shape[-1]
     index = failed.reshape(-1).nonzero().squeeze(1)
     if len(index):
         rows, row_of = torch.unique(index // n, return_inverse=True)
-        picked = torch.stack([x.reshape(-1, x.shape[-1])[rows] for x in operands], 1).cpu().numpy()
+        flat = [x.reshape(math.prod(x.shape[:-1]), x.shape[-1])[rows] for x in operands]
+        picked = torch.stack(flat, 1).cpu().numpy()
         at = row_of.cpu().numpy(), (index % n).cpu().numpy()
         exact: NDArray[Any] = y.mid.reshape(-1, n)[rows].cpu().numpy()[at]
         finite = np.isfinite(picked).all((1, 2))
         if not (finite[at[0]] | ~np.isfinite(exact) | (exact == 0)).all():
             raise NotExactError("it is not defined in float64 for rows with an infinite number")
-        wanted = finite[at[0]]
+        overflow = finite[at[0]] & ~np.isfinite(exact)  # or a pole, or outside of the domain
+        wanted = finite[at[0]] & ~np.isin(at[0], at[0][overflow])
         exact[wanted] = exact_rows(formula, picked, at[0][wanted], at[1][wanted])
+        for i in np.flatnonzero(finite[at[0]] & ~wanted):
+            with suppress(*_NO_VALUE):
+                exact[i] = exact_rows(formula, picked, at[0][i : i + 1], at[1][i : i + 1])[0]
         value.view(-1)[index] = torch.from_numpy(exact + 0.0).to(value.device)
     return value
 

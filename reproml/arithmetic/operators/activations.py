@@ -58,8 +58,9 @@ Definition = Callable[..., Tensor]
 def _with_tails(definition: Definition, low: float) -> Definition:
     """Complete the definition of gelu or mish, whose formula has no bound where its exponents are large.
 
-    Above 32 the value is x (1 - d) with 0 < d < 2^-80, which rounds to x; for binary64 above 60. Below `low`, which is given such
-    that the value is closer to 0 than 2^-150, it rounds to -0.
+    Above 32 the value is x (1 - d) with 0 < d < 2^-80, which rounds to x; for binary64 that is so above 60.
+    Below `low`, which is given such that the value is closer to 0 than half of the smallest number, it
+    rounds to -0.
     """
 
     def complete(x: Tensor) -> Tensor:

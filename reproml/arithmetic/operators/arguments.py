@@ -34,7 +34,7 @@ def require_float32(dtype: Any) -> None:
 
 
 def require_shape(name: str, x: Optional[Tensor], shape: Sequence[int]) -> None:
-    """Raise RuntimeError unless an operand, if there is one, has this shape and the target's container.
+    """Raise RuntimeError unless an operand, if there is one, has this shape and a definition's dtype.
 
     The compiled loops read as many numbers as the sizes of other operands say.
     """
