@@ -1,9 +1,9 @@
-"""A regression of scikit-learn's diabetes data in float64 by L-BFGS with a line search."""
+"""A regression on scikit-learn's digits in float64: L-BFGS with a line search, mean squared error."""
 
 import argparse
 
 import torch
-from sklearn.datasets import load_diabetes
+from sklearn.datasets import load_digits
 from torch import nn
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -13,13 +13,13 @@ args = parser.parse_args()
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
-data = load_diabetes()
-x = torch.from_numpy(data.data).to(args.device)
-x = (x - x.mean(0)) / x.std(0)
-y = torch.from_numpy(data.target).to(args.device)
+digits = load_digits()
+x = torch.from_numpy(digits.data[:300] / 16).to(args.device)
+x = x - x.mean(0)
+y = torch.from_numpy(digits.target[:300]).double().to(args.device)
 y = ((y - y.mean()) / y.std()).unsqueeze(1)
 
-model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 1)).to(args.device)
+model = nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 1)).to(args.device)
 optimizer = torch.optim.LBFGS(
     model.parameters(), max_iter=5, history_size=10, line_search_fn="strong_wolfe"
 )

@@ -2,8 +2,9 @@
 
 Binary64 has no room for the first rounding test of such results. So a formula is computed in pairs at
 once: an elementwise formula by its program (pair_program.py), where it has one, any other by one call of
-csrc/pair_program.c for each operation. A pair s + t has about 100 bits and a bound `rad`, which is 0 where
-nothing was rounded. What fails the test is left to the exact path, and all of it without the compiled loops.
+csrc/pair_program.c for each operation. A pair s + t has about 100 bits and a bound `rad`, which is 0
+where nothing was rounded. What fails the test is left to the exact path, and all of it without the compiled
+loops.
 """
 
 from __future__ import annotations

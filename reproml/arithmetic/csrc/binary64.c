@@ -99,8 +99,7 @@ static void multiply(integer task, void *data) {
     }
     const integer batch = task / c->panels, first = task % c->panels * LANES;
     for (integer i = 0; i < c->m; i++)
-        for (integer j = first; j < c->n && j < first + LANES; j++)
-            c->rad[(batch * c->m + i) * c->n + j] = INFINITY;
+        for (integer j = first; j < c->n && j < first + LANES; j++) c->rad[(batch * c->m + i) * c->n + j] = INFINITY;
 }
 
 /* The smallest of the numbers that is not 0. */

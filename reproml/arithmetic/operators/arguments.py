@@ -41,7 +41,8 @@ def require_shape(name: str, x: Optional[Tensor], shape: Sequence[int]) -> None:
     dtype = target().container
     if x is not None and (x.shape != tuple(shape) or x.dtype is not dtype):
         raise RuntimeError(
-            f"{name} must be {str(dtype)[6:]} of shape {list(shape)}, not {x.dtype} of shape {list(x.shape)}"
+            f"{name} must be {str(dtype)[6:]} of shape {list(shape)}, not {x.dtype} of shape "
+            f"{list(x.shape)}"
         )
 
 

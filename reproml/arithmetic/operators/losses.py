@@ -166,7 +166,9 @@ def reduced_loss(formula: Callable[..., Any], reduction: int, *operands: Tensor)
 
     def of_distinct_elements(*rows: Tensor) -> Tensor:
         """Compute the same of equal elements once, as a saturated sigmoid gives 0 and 1 only."""
-        if target() is BINARY64 or not rows[0].is_cpu:  # how many are distinct would have to be waited for
+        if (
+            target() is BINARY64 or not rows[0].is_cpu
+        ):  # how many are distinct would have to be waited for
             return rowwise_by_balls(value, -1, *rows)
         total = sum_by_pairs(formula, n, *[x.contiguous() for x in rows])
         if total is not None:

@@ -70,7 +70,9 @@ def round_to_decimals(x: Tensor, *, decimals: int = 0) -> Tensor:
             nearest(round(Fraction(n) * scale) / scale) if math.isfinite(n) else n
             for n in x.reshape(-1).tolist()
         ]
-        return torch.copysign(torch.tensor(values, dtype=torch.float64).to(x.device).reshape(x.shape), x)
+        return torch.copysign(
+            torch.tensor(values, dtype=torch.float64).to(x.device).reshape(x.shape), x
+        )
     if x.dtype is not torch.float32:
         raise NotExactError(f"Rounding to decimals is defined for float32, not for {x.dtype}.")
     power = 10 ** abs(decimals)
