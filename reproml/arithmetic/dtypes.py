@@ -18,6 +18,7 @@ from torch import Tensor
 from reproml.arithmetic.dispatch.schema import tensors
 from reproml.arithmetic.numerics.formats import NARROW, rounding_to
 from reproml.arithmetic.operators import casts
+from reproml.errors import NotExactError
 
 
 def has_narrow(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -34,6 +35,8 @@ def gives_float64(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     values = [*args, *kwargs.values()]
     asked = next((x for x in values if isinstance(x, torch.dtype)), None)
     if asked is not None:
+        if asked is not torch.float64 and _promoted(values) is torch.float64:
+            raise NotExactError(f"A result of {asked} is not defined for float64 operands.")
         return asked is torch.float64
     if any(x.is_floating_point() for x in tensors(values)):
         return _promoted(values) is torch.float64
@@ -41,11 +44,15 @@ def gives_float64(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 
 def run_in_float64(
-    definition: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], promotes: bool
+    definition: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    promotes: bool,
+    with_integers: bool,
 ) -> Any:
     """Run a definition on float64 operands, and round its results once to float64.
 
-    promotes: whether integers become float64 too, and operands of several dtypes are allowed.
+    promotes: whether operands may be of several dtypes. with_integers: whether integers become float64 too.
     """
     operands = list(tensors([*args, *kwargs.values()]))
     if not promotes and any(
@@ -57,7 +64,7 @@ def run_in_float64(
     wide = {
         id(x): x.double()
         for x in operands
-        if x.dtype is not torch.float64 and (promotes or x.is_floating_point())
+        if x.dtype is not torch.float64 and (with_integers or x.is_floating_point())
     }
     with rounding_to(torch.float64):
         return definition(

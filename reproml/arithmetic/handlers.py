@@ -217,7 +217,8 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
 
     def in_float64(*args: Any, **kwargs: Any) -> Any:
         outs = [args[0]] if in_place else [kwargs.pop(output) for output in outputs]
-        results = dtypes.run_in_float64(definitions[name], args, kwargs, promotes)
+        converts = name in table.PROMOTING
+        results = dtypes.run_in_float64(definitions[name], args, kwargs, promotes, converts)
         if not outs:
             return arrange(results, args)
         for out, result in zip(outs, results if len(outs) > 1 else [results]):

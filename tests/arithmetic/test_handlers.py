@@ -277,7 +277,7 @@ def test_python_numbers_are_rounded_to_float32(x, n, f):
     check(exact_path(lambda: x + torch.tensor(True)), a + 1)
 
 
-WIDE = [torch.float64, torch.float16, torch.bfloat16, torch.complex64]
+WIDE = [torch.float16, torch.bfloat16, torch.complex64]
 
 
 @pytest.mark.parametrize("dtype", WIDE)
@@ -342,7 +342,6 @@ def test_float64_sums_keep_pytorchs_shapes_and_limits():
         assert torch.tensor([1e308, 1e308], dtype=torch.float64).mean().item() == 1e308
         assert x[:, :0].sum(1).tolist() == [0, 0] and x[:, :0].mean(1).isnan().all()
     refused(lambda: x.sum(dtype=torch.float32))
-    refused(lambda: x.add(x, alpha=0.3))
     refused(lambda: torch.ones(3).add_(x[0]))
 
 
@@ -439,11 +438,9 @@ def test_pooling_of_integers_is_refused():
     assert "int64" in refused(torch.nn.functional.adaptive_avg_pool2d, x, 2)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: torch.randn(3), lambda: torch.rand(3), lambda: torch.normal(0.0, 1.0, (3,)),
-    lambda: torch.arange(0, 1, 0.1), lambda: torch.linspace(0, 1, 5), lambda: torch.arange(3).sqrt(),
-    lambda: torch.nn.Linear(2, 2),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "make", [lambda: torch.arange(3).erfinv(), lambda: torch.bernoulli(torch.ones(3))], ids=str
+)
 def test_refusal_names_the_default_dtype(make):
     torch.set_default_dtype(torch.float64)
     try:
@@ -614,7 +611,7 @@ UNKNOWN = [
     lambda: torch.tensor([1, 2]).float_power(0.5),
     lambda: torch.sum(ones, dtype=torch.bfloat16),
     lambda: torch.tensor([1, 2]).sum(dtype=torch.float16),
-    lambda: torch.rand(3, dtype=torch.float64),
+    lambda: torch.ones(3, dtype=torch.float64).erfinv(),
     lambda: torch.ones(2, dtype=torch.int64).to(torch.float16) + 1,
 ]
 
@@ -642,8 +639,8 @@ def test_error_names_operator_operands_caller_and_remedy():
     message = refused(lambda: torch.linalg.svd(torch.ones(2, 3)))
     for part in ("_linalg_svd", "float32", "[2, 3]", f"{__file__}:{line}", "reproml.exact()"):
         assert part in message, message
-    message = refused(lambda: torch.ones(2, dtype=torch.float64).exp())
-    assert "aten.exp" in message and "float64" in message and "[2]" in message
+    message = refused(lambda: torch.ones(2, dtype=torch.float64).erfinv())
+    assert "aten.erfinv" in message and "float64" in message and "[2]" in message
 
 
 def test_decomposed_operator_error_names_the_inner_operator():

@@ -1797,7 +1797,7 @@ def test_operator_is_rounded_once_to_16_bits(name, dtype, data):
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() & operator_table.FLOAT64))
-@TESTS
+@settings(TESTS, max_examples=4)
 @given(data=st.data())
 def test_operator_is_rounded_once_to_binary64(name, data):
     for case in CASES[name]:

@@ -36,7 +36,9 @@ from reproml.torch_internals import canonicalize_dims
 def sum_dims(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     """Compute aten.sum."""
     require_float32(dtype)
-    return reduce_sum(x.to(target().container), dims_tuple(dim), keepdim)
+    if target() is BINARY64:
+        return _sums_in_binary64(x, dims_tuple(dim), keepdim)
+    return reduce_sum(x.float(), dims_tuple(dim), keepdim)
 
 
 def mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
@@ -47,7 +49,9 @@ def mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
         count *= x.shape[d]
     divisor = count if dims else x.numel()
     require_float32(dtype)
-    return reduce_sum(x.to(target().container), dims, keepdim, divisor=divisor)
+    if target() is BINARY64:
+        return _sums_in_binary64(x, dims, keepdim, divisor)
+    return reduce_sum(x.float(), dims, keepdim, divisor=divisor)
 
 
 def _sums_in_binary64(
@@ -58,6 +62,8 @@ def _sums_in_binary64(
     def of_rows(rows: Tensor) -> Tensor:
         factors = None if y is None else rows[..., 1]
         rows = rows if y is None else rows[..., 0]
+        if not rows.is_floating_point():  # binary64 may not hold them
+            rows = torch.cat([(rows & ~0xFFFFFFFF).double(), (rows & 0xFFFFFFFF).double()], 1)
         if not divisor:
             return rows.new_full((len(rows),), torch.nan)
         ctx = pair_arrays.PairArrays()
@@ -70,7 +76,11 @@ def _sums_in_binary64(
             value[failed] = _exact_sums(*few, divisor).to(value.device)
         return value
 
-    rows = x.double() if y is None else torch.stack([x.double(), y.double()], -1)
+    rows = (
+        (x.long() if not x.is_floating_point() else x.double())
+        if y is None
+        else torch.stack([x.double(), y.double()], -1)
+    )
     if y is None:
         return apply_to_rows(of_rows, rows, dims, keepdim)
     axes = [d % max(x.dim(), 1) for d in dims] if dims else list(range(x.dim()))
