@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.numerics.formats import target
 from reproml.arithmetic.numerics.libm import power
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.norms import vector_norm
@@ -426,7 +427,7 @@ def adafactor(
     """
     lr = float(lr)
     shrinkage = float32_scalar(1 - lr * weight_decay)
-    eps1 = torch.finfo(torch.float32).eps if eps1 is None else eps1
+    eps1 = torch.finfo(target().container).eps if eps1 is None else eps1
     smallest, smallest_square = _number(eps1), _number(eps1 * eps1)
 
     def moved(ctx: Any, average: Any, target: Any, w: Any) -> Any:

@@ -98,6 +98,8 @@ def sqrt(x: Tensor) -> Tensor:
     binary32 numbers: in units in which m is an odd integer below 2^25, x is an integer too and differs
     from m^2, so |sqrt(x) - m| >= 1 / (sqrt(x) + m).
     """
+    if target() is BINARY64:
+        return elementwise(lambda ctx, x: ctx.sqrt(x), x)
     return narrow(x.double().sqrt())
 
 
@@ -240,7 +242,7 @@ def addcdiv(x: Tensor, a: Tensor, b: Tensor, value: float = 1) -> Tensor:
 def lerp(x: Tensor, y: Tensor, weight: Any) -> Tensor:
     """Return x + weight (y - x)."""
     if not isinstance(weight, Tensor):
-        weight = torch.full((), float(float32_scalar(weight)), device=x.device)
+        weight = to_device(float(float32_scalar(weight)), x.device)
     z = run_directly("lerp", x, y, weight)
     if z is None:
         z = elementwise(lambda ctx, x, y, w: x + w * (y - x), x, y, weight)
