@@ -136,8 +136,8 @@ def power(x: Any, y: Any) -> Any:
     minus = x < 0 and y.v % 2 == 1
     base, exponent = abs(x).v, y.v
     size = mp.log(abs(x).mpf) * y.mpf
-    if abs(size) > 300:
-        return _signed(Real(INF) if size > 0 else Real(Fraction(1, 2**1000)), minus)
+    if abs(size) > 2000:
+        return _signed(Real(INF) if size > 0 else Real(Fraction(1, 2**2500)), minus)
     while exponent.denominator > 1:  # the root of a square is rational
         root = sqrt(Real(base))
         if not isinstance(root.v, Fraction):

@@ -198,8 +198,11 @@ def dot(a: Any, b: Any) -> Real:
 
 
 def float32_scalar(x: float) -> Real:
-    """Return a Python number as PyTorch rounds it where it meets a float32 tensor."""
-    return Real(struct_float32(x))
+    """Return a Python number as PyTorch rounds it where it meets a float32 tensor.
+
+    Beside a float64 tensor it is exact.
+    """
+    return Real(float(x) if target is torch.float64 else struct_float32(x))
 
 
 def struct_float32(x: float) -> float:

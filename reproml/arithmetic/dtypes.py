@@ -1,8 +1,10 @@
-"""Operators on bfloat16 and float16 tensors.
+"""Operators on bfloat16, float16 and float64 tensors.
 
 Each such number is a float32 number, so the definition of the operator runs on widened operands, while
 `numerics/formats.py` rounds its results to the dtype that PyTorch gives them. Type promotion is PyTorch's:
 operands of one of these dtypes and of float32, or of both of them, give float32.
+
+Beside float64 tensors, those of other dtypes become float64, and the definition runs on these.
 """
 
 from __future__ import annotations
@@ -36,6 +38,50 @@ def is_narrow_by_default(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     return not any(isinstance(x, torch.dtype) for x in values) and not any(
         x.is_floating_point() for x in tensors(values)
     )
+
+
+def gives_float64(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Return whether PyTorch computes in float64: it promotes to it, an argument asks for it, or it is the
+    default of integers and of numbers that are drawn."""
+    values = [*args, *kwargs.values()]
+    asked = next((x for x in values if isinstance(x, torch.dtype)), None)
+    if asked is not None:
+        if asked is not torch.float64 and _promoted(values) is torch.float64:
+            raise NotExactError(f"A result of {asked} is not defined for float64 operands.")
+        return asked is torch.float64
+    if any(x.is_floating_point() for x in tensors(values)):
+        return _promoted(values) is torch.float64
+    return torch.get_default_dtype() is torch.float64
+
+
+def run_in_float64(
+    definition: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    promotes: bool,
+    with_integers: bool,
+) -> Any:
+    """Run a definition on float64 operands, and round its results once to float64.
+
+    promotes: whether operands may be of several dtypes. with_integers: whether integers become float64 too.
+    """
+    operands = list(tensors([*args, *kwargs.values()]))
+    if not promotes and any(
+        x.dim() and x.is_floating_point() and x.dtype is not torch.float64 for x in operands
+    ):
+        asked = [x for x in [*args, *kwargs.values()] if isinstance(x, torch.dtype)]
+        if not asked:
+            raise RuntimeError("expected tensors of one dtype, but found float64 and another")
+    wide = {
+        id(x): x.double()
+        for x in operands
+        if x.dtype is not torch.float64 and (with_integers or x.is_floating_point())
+    }
+    with rounding_to(torch.float64):
+        return definition(
+            *[_replaced(x, wide) for x in args],
+            **{k: _replaced(x, wide) for k, x in kwargs.items()},
+        )
 
 
 # Operators of which the results have dtypes of their own: for each result, the operand whose dtype it has,

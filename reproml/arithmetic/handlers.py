@@ -212,6 +212,7 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
     arrange = layouts.arrangement(name)
     indices = (torch.float32, torch.int64)
     usual = (torch.float32,) if name in table.PROMOTING else indices
+    promotes = name in table.PROMOTING or name in table.PROMOTE_THEMSELVES
 
     def narrow(*args: Any, **kwargs: Any) -> Any:
         if in_place:
@@ -231,6 +232,16 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
         names, values = list(kwargs), dtypes.as_float64(kwargs.values())
         return exact(*dtypes.as_float64(args), **dict(zip(names, values)))
 
+    def in_float64(*args: Any, **kwargs: Any) -> Any:
+        outs = [args[0]] if in_place else [kwargs.pop(output) for output in outputs]
+        converts = name in table.PROMOTING
+        results = dtypes.run_in_float64(definitions[name], args, kwargs, promotes, converts)
+        if not outs:
+            return arrange(results, args)
+        for out, result in zip(outs, results if len(outs) > 1 else [results]):
+            _copy_into(out if in_place else out.resize_(result.shape), result)
+        return outs[0] if len(outs) == 1 else tuple(outs)
+
     def exact(*args: Any, **kwargs: Any) -> Any:
         if not kwargs and _all_of(usual, args):
             if not outputs:
@@ -248,6 +259,8 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
             return operator(*args, **kwargs)
         elif dtypes.is_narrow_by_default(args, kwargs) and name not in table.ANY_FORMAT:
             return narrow(*args, **kwargs)
+        elif name in table.FLOAT64 and dtypes.gives_float64(args, kwargs):
+            return in_float64(*args, **kwargs)
         if name in table.PROMOTING:
             args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
         if in_place:

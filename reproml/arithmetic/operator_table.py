@@ -123,11 +123,36 @@ prod cumprod nansum scatter_reduce index_reduce index_copy _unsafe_index_put add
 median nanmedian kthvalue mode aminmax bincount _unique2 unique_dim unique_consecutive round
 """.split())
 
-# FLOAT64: operators in EXACT that are also defined for float64 tensors, rounded once to binary64. They are
-# what evaluation and comparisons of results take.
+# FLOAT64: operators in EXACT that are also defined for float64 tensors, rounded once to binary64.
 FLOAT64 = frozenset("""
-add sub rsub mul div reciprocal sum mean max min amax amin maximum minimum allclose
-index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy round multinomial
+add sub rsub mul div reciprocal sqrt max min amax amin maximum minimum clamp clamp_min clamp_max signbit
+copysign fmax fmin frac allclose addcmul addcdiv lerp pow rsqrt hypot fmod remainder floor_divide round
+arange linspace
+sum mean cumsum var std std_mean var_mean nansum trace
+index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy put scatter_add index_add
+embedding_dense_backward unfold_backward reflection_pad1d_backward reflection_pad2d_backward
+replication_pad1d_backward replication_pad2d_backward
+prod cumprod aminmax kthvalue median nanmedian mode _unique2 unique_dim unique_consecutive
+linalg_vector_norm norm dist renorm _cdist_forward _euclidean_dist _cdist_backward _pdist_forward
+_pdist_backward _weight_norm_interface _weight_norm_interface_backward
+mm bmm mv dot addmm baddbmm addmv vdot addbmm addr _trilinear linalg_cross
+convolution convolution_backward
+native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training native_batch_norm_backward
+native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward
+exp expm1 log log1p sin cos tanh sigmoid erf erfc tan atan asin acos sinh cosh asinh acosh atanh
+exp2 log2 log10 logaddexp logaddexp2 xlogy special_xlog1py special_entr logit logit_backward sinc lgamma
+digamma polygamma deg2rad rad2deg angle
+tanh_backward sigmoid_backward gelu gelu_backward silu silu_backward softplus softplus_backward mish
+mish_backward log_sigmoid_forward log_sigmoid_backward leaky_relu leaky_relu_backward _prelu_kernel
+_prelu_kernel_backward elu celu elu_backward hardtanh_backward hardsigmoid hardsigmoid_backward hardswish
+hardswish_backward glu glu_backward softshrink softshrink_backward hardshrink hardshrink_backward
+rrelu_with_noise_backward
+_softmax _safe_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp
+logcumsumexp
+nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward mse_loss mse_loss_backward
+smooth_l1_loss smooth_l1_loss_backward huber_loss huber_loss_backward binary_cross_entropy
+binary_cross_entropy_with_logits
+rand rand_like uniform_ randn randn_like normal normal_ multinomial
 """.split())
 
 # ANY_FORMAT: operators in EXACT whose definitions take tensors of 16 bits as they are.
@@ -149,8 +174,11 @@ histogram multilabel_margin_loss_forward multilabel_margin_loss_backward bincoun
 WITHOUT_FORWARD_MODE = frozenset("clamp clamp_min clamp_max maximum minimum fmax fmin".split())
 
 # PROMOTING: operators whose operands of other dtypes are rounded to float32 first, as PyTorch promotes
-# them. The lines of FLOAT64 do so themselves, by their own result's dtype.
-PROMOTING = (layouts.ELEMENTWISE | {"cumsum"}) - FLOAT64
+# them. Those of PROMOTE_THEMSELVES do so themselves, by their own result's dtype.
+PROMOTE_THEMSELVES = frozenset(
+    "add sub rsub mul div sum mean max min amax amin maximum minimum allclose round".split()
+)
+PROMOTING = (layouts.ELEMENTWISE | {"cumsum"}) - PROMOTE_THEMSELVES
 
 # ROUNDING_INTEGERS: beginnings of the names of operators outside this table that compute with real numbers
 # even if they take and return integers.

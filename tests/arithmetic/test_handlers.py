@@ -279,7 +279,7 @@ def test_python_numbers_are_rounded_to_float32(x, n, f):
     check(exact_path(lambda: x + torch.tensor(True)), a + 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.complex64])
 @pytest.mark.parametrize("shape", [(3,), ()])
 @pytest.mark.parametrize("function", [
     lambda x: x.exp(), lambda x: x.sqrt(), lambda x: x.add(x, alpha=2), lambda x: x.uniform_(),
@@ -345,7 +345,6 @@ def test_float64_sums_keep_pytorchs_shapes_and_limits():
         assert torch.tensor([1e308, 1e308], dtype=torch.float64).mean().item() == 1e308
         assert x[:, :0].sum(1).tolist() == [0, 0] and x[:, :0].mean(1).isnan().all()
     refused(lambda: x.sum(dtype=torch.float32))
-    refused(lambda: x.add(x, alpha=0.3))
     refused(lambda: torch.ones(3).add_(x[0]))
 
 
@@ -442,11 +441,9 @@ def test_pooling_of_integers_is_refused():
     assert "int64" in refused(torch.nn.functional.adaptive_avg_pool2d, x, 2)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: torch.randn(3), lambda: torch.rand(3), lambda: torch.normal(0.0, 1.0, (3,)),
-    lambda: torch.arange(0, 1, 0.1), lambda: torch.linspace(0, 1, 5), lambda: torch.arange(3).sqrt(),
-    lambda: torch.nn.Linear(2, 2),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "make", [lambda: torch.arange(3).erfinv(), lambda: torch.bernoulli(torch.ones(3))], ids=str
+)
 def test_refusal_names_the_default_dtype(make):
     torch.set_default_dtype(torch.float64)
     try:
@@ -619,7 +616,7 @@ UNKNOWN = [
     ),  # an overload of a composite that has no definition of its own
     lambda: torch.sum(ones, dtype=torch.float8_e5m2),
     lambda: torch.tensor([1, 2]).sum(dtype=torch.float8_e5m2),
-    lambda: torch.rand(3, dtype=torch.float64),
+    lambda: torch.ones(3, dtype=torch.float64).erfinv(),
     lambda: torch.ones(2, dtype=torch.int64).to(torch.float8_e5m2) + 1,
     lambda: torch.ones(2, dtype=torch.bfloat16) + torch.ones(2, dtype=torch.complex64),
     lambda: torch.ones(2, dtype=torch.bfloat16) * 1j,
@@ -657,8 +654,8 @@ def test_error_names_operator_operands_caller_and_remedy():
     assert (
         "_histogramdd_bin_edges" in message and "move this code out of reproml.exact()" in message
     )
-    message = refused(lambda: torch.ones(2, dtype=torch.float64).exp())
-    assert "aten.exp" in message and "float64" in message and "[2]" in message
+    message = refused(lambda: torch.ones(2, dtype=torch.float64).erfinv())
+    assert "aten.erfinv" in message and "float64" in message and "[2]" in message
 
 
 @pytest.mark.parametrize(

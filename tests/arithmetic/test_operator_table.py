@@ -276,7 +276,7 @@ def other_if_nan(choose: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
     return lambda x, y: x if y.v != y.v else y if x.v != x.v else choose(x, y)
 
 
-def clip(x: Any, low: float, high: float) -> Any:
+def clip(x: Any, low: Any, high: Any) -> Any:
     return real(low) if x < low else real(high) if x > high else x
 
 
@@ -1558,10 +1558,10 @@ CASES: dict[str, list[Case]] = {
     "special_xlog1py": [each(f.xlog1py, 2)],
     "logit": [each(f.logit), each(f.logit, 1, UNIT),
               drawn(tensors((5,)), 0.1, oracle=lambda x, eps: each(lambda x: f.logit(
-                  x if x.v != x.v else clip(x, o.struct_float32(0.1), o.struct_float32(0.9)))).oracle(x))],
+                  x if x.v != x.v else clip(x, float32_scalar(0.1), float32_scalar(0.9)))).oracle(x))],
     "logit_backward": [each(f.logit_backward, 2), each(f.logit_backward, 2, [MODERATE, UNIT]),
                        Case(broadcast(2).map(lambda t: (*t, 0.1)), lambda g, x, eps: each(
-                           lambda g, x: Real(0) if x < o.struct_float32(0.1) or x > o.struct_float32(0.9)
+                           lambda g, x: Real(0) if x < float32_scalar(0.1) or x > float32_scalar(0.9)
                            else f.logit_backward(g, x), 2).oracle(g, x))],
     **{name: [each(getattr(f, name)), each(getattr(f, name), 1, st.floats(-2, 2, width=32))] for name in
        "tan asin acos atan sinh cosh asinh acosh atanh sinc lgamma digamma".split()},
@@ -1828,6 +1828,29 @@ def converted(x: Any, dtype: torch.dtype) -> Any:
     return type(x)(converted(y, dtype) for y in x) if isinstance(x, (list, tuple)) else x
 
 
+def widened(x: Any, spread: int, bits: bool) -> Any:
+    """Return arguments with their float32 tensors as float64, with more bits and exponents than these have.
+
+    spread: the factor of each exponent. bits: whether half of the numbers get 29 more bits.
+    """
+    if isinstance(x, torch.Tensor) and x.dtype is torch.float32:
+        m, e = torch.frexp(x.double())
+        y = torch.where(x.isfinite(), torch.ldexp(m * 2, (e - 1) * spread), x)
+        low = (torch.arange(x.numel()).reshape(x.shape) * 0x9E3779B1 + 12345) & (2**29 - 1)
+        pattern = y.contiguous().view(torch.int64)
+        more = (pattern - low).view(torch.float64)
+        y = (
+            torch.where((low % 2 == 1) & y.isfinite() & (y.abs() > 2.0**-1000), more, y)
+            if bits
+            else y
+        )
+        layout = torch.empty_strided(x.shape, x.stride(), dtype=torch.float64)
+        return layout.copy_(y)
+    if x is torch.float32:
+        return torch.float64
+    return type(x)(widened(y, spread, bits) for y in x) if isinstance(x, (list, tuple)) else x
+
+
 def compare(
     name: str, case: Case, arguments: Sequence[Any], dtype: torch.dtype = torch.float32
 ) -> None:
@@ -1869,6 +1892,17 @@ def test_operator_is_rounded_once(name, data):
 def test_operator_is_rounded_once_to_16_bits(name, dtype, data):
     for case in CASES[name]:
         compare(name, case, data.draw(case.draw), dtype)
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() & operator_table.FLOAT64))
+@settings(TESTS, max_examples=4)
+@given(data=st.data())
+def test_operator_is_rounded_once_to_binary64(name, data):
+    for case in CASES[name]:
+        arguments = data.draw(case.draw)
+        spread, bits = data.draw(st.sampled_from([(1, False), (1, True), (7, True)]))
+        with o.rounding_to(torch.float64):
+            compare_in(name, case, widened(arguments, spread, bits))
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -13,8 +13,10 @@ All paths return the same bits, as each returns only values that are correctly r
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Callable, Optional, Union
@@ -24,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reproml.arithmetic.compiler import executor
+from reproml.arithmetic.compiler import executor, pair_arrays
 from reproml.arithmetic.numerics.balls import (
     Formula,
     Irrational,
@@ -33,8 +35,10 @@ from reproml.arithmetic.numerics.balls import (
     TensorContext,
 )
 from reproml.arithmetic.numerics.devices import to_device
+from reproml.arithmetic.numerics.formats import BINARY64, target
 from reproml.arithmetic.numerics.rationals import Rationals
 from reproml.arithmetic.numerics.rounding import nearest, round_ball, rounding_test
+from reproml.errors import NotExactError
 
 TENSORS = TensorContext()
 
@@ -53,6 +57,8 @@ def elementwise(
     reference: the operator's complete definition on tensors, where the formula describes it only as long as
     the result passes the rounding test. fast: the name of the formula's own loop in csrc, if it has one.
     """
+    if target() is BINARY64:  # the formula describes it then, without exception
+        return _elements_in_binary64(formula, *operands)
     call = _Elementwise(formula, None, fast, reference)
     result = executor.run(call, operands)
     return call.by_reference(*operands) if result is None else result
@@ -155,6 +161,9 @@ def rowwise_by_balls(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
     """Evaluate as `rowwise` does, on the reference path alone."""
     operands = torch.broadcast_tensors(*[x.double() for x in operands])
     wide = [torch.atleast_1d(x).movedim(dim, -1) for x in operands]
+    if target() is BINARY64:
+        result = _rows_in_binary64(formula, wide).movedim(-1, dim)
+        return result if operands[0].dim() else result.reshape(())
     y = formula(TENSORS, *[TENSORS.exact(x) for x in wide])
     n = y.mid.shape[-1]
 
@@ -172,6 +181,105 @@ def rowwise_by_balls(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
     # + 0.0: an exact zero is +0, as its sign may depend on the order of a sum in native arithmetic
     result = round_ball(y.mid + 0.0, y.error, resolve).movedim(-1, dim)
     return result if operands[0].dim() else result.reshape(())
+
+
+# ---- results in binary64 ---------------------------------------------------------------------------
+
+
+# What the exact path raises at a pole, or outside of a function's domain.
+_NO_VALUE = (ZeroDivisionError, TypeError, AttributeError, ValueError)
+
+
+def _elements_in_binary64(formula: Formula, *operands: Union[Tensor, float, int]) -> Tensor:
+    """Evaluate as `elementwise` does, rounded to binary64: in pairs, then on the exact path."""
+    device = next(x.device for x in operands if isinstance(x, Tensor))
+    wide = [_wide(x, device) for x in operands]
+    shape = torch.broadcast_shapes(*[x.shape for x in wide])
+    program = executor.cached_pair_program(formula, len(wide))
+    found = pair_arrays.elements_by_pairs(formula, program, wide) if shape.numel() else None
+    if found is None:
+        value = torch.empty(shape, dtype=torch.float64, device=device)
+        failed = torch.ones(shape, dtype=torch.bool, device=device)
+    else:
+        value, failed = found
+    unsigned = failed | (value == 0)  # the sign of a zero is that of IEEE arithmetic, step by step
+    if unsigned.any():
+        few = [x.expand(shape)[unsigned] for x in wide]
+        y = formula(TENSORS, *[TENSORS.exact(x) for x in few])
+        mid = torch.as_tensor(getattr(y, "mid", y), dtype=torch.float64).expand(few[0].shape)
+        left = failed[unsigned]
+        rows = torch.stack([x[left] for x in few], 1).cpu().numpy()
+        exact = torch.zeros_like(mid)
+        exact[left] = torch.from_numpy(_exact_or_limits(formula, rows, mid[left].cpu().numpy())).to(
+            device
+        )
+        value[unsigned] = torch.where((exact == 0) & ~exact.signbit() & (mid == 0), mid, exact)
+    return value
+
+
+def _exact_or_limits(formula: Formula, rows: NDArray[Any], mid: NDArray[Any]) -> NDArray[Any]:
+    """Return the values on rows of operands; mid is what binary64 gives for each."""
+    values = np.empty(len(rows))
+    ordinary = np.isfinite(rows).all(1) & np.isfinite(mid)
+    values[ordinary] = exact_elements(formula, rows[ordinary])
+    for i in np.flatnonzero(~ordinary):
+        values[i] = _limit(formula, rows[i], mid[i])
+    return values
+
+
+def _limit(formula: Formula, row: NDArray[Any], mid: Any) -> Any:
+    """Return the value of one element whose operands or whose value in binary64 are not finite.
+
+    Binary64 may overflow on the way to the value, and a value beside an infinite operand may be finite.
+    """
+    size = np.abs(row[np.isfinite(row) & (row != 0)])
+    moderate = ((size > 2.0**-256) & (size < 2.0**256)).all()
+    if moderate and not np.isfinite(row).all() and (mid == 0 or not np.isfinite(mid)):
+        return mid
+    try:
+        if np.isfinite(row).all():
+            return exact_values(formula, list(row))[0]
+        with _lock:
+            ctx = _multi_precision_context(_BITS[-1])
+            y = formula(ctx, *[ctx.exact(np.array([ctx.mp.mpf(float(x))])) for x in row])
+            value = np.atleast_1d(y.mid)[0]
+            if ctx.mp.isnan(value):
+                return math.nan
+            return nearest(_mp_to_fraction(value))
+    except _NO_VALUE:
+        if np.isfinite(mid):
+            raise NotExactError(f"it is not defined in float64 for {row.tolist()}") from None
+        return mid  # a pole, or outside of the domain
+
+
+def _rows_in_binary64(formula: Formula, operands: Sequence[Tensor]) -> Tensor:
+    """Evaluate as `rowwise_by_balls` does, rounded to binary64. Rows lie along the last axis."""
+    found = pair_arrays.rows_by_pairs(formula, operands)
+    if found is not None and not found[1].any():
+        return found[0] + 0.0
+    y = formula(TENSORS, *[TENSORS.exact(x) for x in operands])
+    value, failed = found or (y.mid.clone(), torch.ones_like(y.mid, dtype=torch.bool))
+    value = (value.expand(y.mid.shape) + 0.0).contiguous()
+    failed = failed.expand(y.mid.shape)
+    n = y.mid.shape[-1]
+    index = failed.reshape(-1).nonzero().squeeze(1)
+    if len(index):
+        rows, row_of = torch.unique(index // n, return_inverse=True)
+        flat = [x.reshape(math.prod(x.shape[:-1]), x.shape[-1])[rows] for x in operands]
+        picked = torch.stack(flat, 1).cpu().numpy()
+        at = row_of.cpu().numpy(), (index % n).cpu().numpy()
+        exact: NDArray[Any] = y.mid.reshape(-1, n)[rows].cpu().numpy()[at]
+        finite = np.isfinite(picked).all((1, 2))
+        if not (finite[at[0]] | ~np.isfinite(exact) | (exact == 0)).all():
+            raise NotExactError("it is not defined in float64 for rows with an infinite number")
+        overflow = finite[at[0]] & ~np.isfinite(exact)  # or a pole, or outside of the domain
+        wanted = finite[at[0]] & ~np.isin(at[0], at[0][overflow])
+        exact[wanted] = exact_rows(formula, picked, at[0][wanted], at[1][wanted])
+        for i in np.flatnonzero(finite[at[0]] & ~wanted):
+            with suppress(*_NO_VALUE):
+                exact[i] = exact_rows(formula, picked, at[0][i : i + 1], at[1][i : i + 1])[0]
+        value.view(-1)[index] = torch.from_numpy(exact + 0.0).to(value.device)
+    return value
 
 
 # ---- the exact path --------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.assembler import Program, program_of
-from reproml.arithmetic.compiler.pair_program import PairProgram
+from reproml.arithmetic.compiler.pair_program import PairProgram, pair_program_of
 from reproml.arithmetic.numerics.balls import Formula
 
 
@@ -83,6 +83,7 @@ class _Plan(NamedTuple):
 # thread's buffer of indices.
 _plans: dict[Any, Optional[_Plan]] = {}
 _programs: dict[Any, Optional[Program]] = {}
+_pair_programs: dict[Any, Optional[PairProgram]] = {}
 _local = threading.local()
 
 _MAX_PLANS = 2048  # plans and programs that are kept
@@ -303,6 +304,19 @@ def pair_program(formula: Formula, dtypes: Sequence[torch.dtype]) -> Optional[Pa
     except TypeError:  # a formula without a key
         return None
     return program.pairs if program else None
+
+
+def cached_pair_program(formula: Formula, operands: int) -> Optional[PairProgram]:
+    """Return the program in pairs of an elementwise formula of float64 operands, if it has one."""
+    try:
+        key = _key(formula), operands
+    except TypeError:  # a formula without a key
+        return pair_program_of(formula, [torch.float64] * operands)
+    if key not in _pair_programs:
+        if len(_pair_programs) >= _MAX_PLANS:
+            _pair_programs.clear()
+        _pair_programs[key] = pair_program_of(formula, [torch.float64] * operands)
+    return _pair_programs[key]
 
 
 def _operand_like_result(operands: Sequence[Tensor], full: torch.Size) -> int:

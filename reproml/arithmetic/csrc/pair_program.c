@@ -372,3 +372,77 @@ int reproml_pair_sum(const pair_program *p, integer n, const void *const *operan
     const int far_apart = (total.t != 0) & (fabs(total.t) < LEAST * fabs(total.s));
     return !round_pair(total, out) & !far_apart;
 }
+
+/* ---- results that are rounded to binary64 (compiler/pair_arrays.py) ---- */
+
+enum { ELEMENTS_OF_TASK = 64 * PAIR_BLOCK };
+
+typedef struct {
+    const pair_program *program;
+    integer n;
+    const double *const *x; /* s, t and rad of each operand; for a program only s */
+    const integer *steps;   /* of each operand: 1, or 0 for one number */
+    double *const *out;     /* s, t and rad */
+} pair_arrays;
+
+static void load(double *to, const double *from, integer step, integer count) {
+    for (integer i = 0; i < count; i++) to[i] = from[i * step];
+}
+
+/* Round s + t to binary64. A bound of 0 rounds by IEEE arithmetic; a failure has the bound INFINITY. */
+VECTORISED static void round_to_binary64(pairs *y, integer count) {
+    EACH {
+        const double s = y->s[i], t = y->t[i], rad = y->rad[i] == 0 ? 0 : y->rad[i] * SLACK + fabs(t) * (2 * U);
+        const double low = s + (t - rad), high = s + (t + rad);
+        const int far_apart = (t != 0) & (fabs(t) < LEAST * fabs(s));
+        y->s[i] = high;
+        y->rad[i] = ((low == high) & (fabs(high) <= DBL_MAX) & (rad <= DBL_MAX) & !far_apart) ? 0 : INFINITY;
+    }
+}
+
+static void run_arrays(integer task, void *data) {
+    const pair_arrays *c = data;
+    const pair_program *p = c->program;
+    pairs registers[PAIR_REGISTERS] __attribute__((aligned(64)));
+    const integer end = (task + 1) * ELEMENTS_OF_TASK < c->n ? (task + 1) * ELEMENTS_OF_TASK : c->n;
+    for (integer j = 0; j < p->constants; j++) fill(registers + p->operands + j, p->constant[j]);
+    for (integer at = task * ELEMENTS_OF_TASK; at < end; at += PAIR_BLOCK) {
+        const integer count = end - at < PAIR_BLOCK ? end - at : PAIR_BLOCK;
+        for (integer j = 0; j < p->operands; j++) {
+            const integer step = c->steps[j];
+            fill(registers + j, single(1));
+            if (c->out[1]) {
+                load(registers[j].s, c->x[3 * j] + at * step, step, count);
+                load(registers[j].t, c->x[3 * j + 1] + at * step, step, count);
+                load(registers[j].rad, c->x[3 * j + 2] + at * step, step, count);
+            } else {
+                load(registers[j].s, c->x[j] + at * step, step, count);
+            }
+        }
+        run_pair_instructions(p, registers, (count + 7) & ~(integer)7);
+        pairs *y = registers + p->operands + p->constants + p->length - 1;
+        if (!c->out[1]) round_to_binary64(y, PAIR_BLOCK);
+        load(c->out[0] + at, y->s, 1, count);
+        if (c->out[1]) load(c->out[1] + at, y->t, 1, count);
+        load(c->out[2] + at, y->rad, 1, count);
+    }
+}
+
+/* Run a program on n elements of pairs: x has s, t and rad of each operand, out those of the result. If out[1] is null,
+   operands are numbers, and the results are rounded to binary64; out[2] is then 0, or INFINITY where the test failed. */
+void reproml_pair_arrays(const pair_program *p, integer n, const double *const *x, const integer *steps,
+                         double *const *out) {
+    pair_arrays c = {p, n, x, steps, out};
+    const integer tasks = (n + ELEMENTS_OF_TASK - 1) / ELEMENTS_OF_TASK;
+    run_tasks(run_arrays, &c, tasks, tasks > 1);
+}
+
+/* The sum of each row of n pairs. */
+void reproml_pair_sums(integer rows, integer n, const double *s, const double *t, const double *rad,
+                       double *const *out) {
+    for (integer row = 0; row < rows; row++) {
+        pair sum = single(0);
+        for (integer i = row * n; i < (row + 1) * n; i++) sum = add(sum, (pair){s[i], t[i], rad[i]});
+        out[0][row] = sum.s, out[1][row] = sum.t, out[2][row] = sum.rad;
+    }
+}

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.numerics.formats import BINARY64, target
+
 
 def is_on_accelerator(x: Tensor) -> bool:
     """Whether the host has to wait for a device when it reads x."""
@@ -16,7 +18,8 @@ def is_on_accelerator(x: Tensor) -> bool:
 def to_device(x: Any, device: torch.device) -> Tensor:
     """Return a Python number or a tensor as a tensor on the device, without making the host wait."""
     if not isinstance(x, Tensor):
-        return torch.full((), x, device=device)
+        dtype = torch.float64 if isinstance(x, float) and target() is BINARY64 else None
+        return torch.full((), x, dtype=dtype, device=device)
     if x.is_cpu and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)

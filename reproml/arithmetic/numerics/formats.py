@@ -165,6 +165,11 @@ def _operate_in_binary64(operation: Callable[[Tensor, Tensor], Tensor], x: Any, 
     return z
 
 
+def reach(bound: float) -> float:
+    """Return an exponent beyond which a value of the target overflows or underflows, given binary32's."""
+    return bound * 12 if _local.target is BINARY64 else bound
+
+
 def may_be_midpoint(x: Tensor) -> Tensor:
     """Whether numbers of a float64 tensor may be halfway between two numbers of the target format.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from reproml.arithmetic.compiler.direct import run_directly
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.balls import Formula
-from reproml.arithmetic.numerics.formats import narrow, operate
+from reproml.arithmetic.numerics.formats import BINARY64, narrow, operate, reach, target
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import require
 from reproml.arithmetic.operators.pointwise import formula_operator
@@ -58,12 +58,13 @@ Definition = Callable[..., Tensor]
 def _with_tails(definition: Definition, low: float) -> Definition:
     """Complete the definition of gelu or mish, whose formula has no bound where its exponents are large.
 
-    Above 32 the value is x (1 - d) with 0 < d < 2^-80, which rounds to x. Below `low`, which is given such
-    that the value is closer to 0 than 2^-150, it rounds to -0.
+    Above 32 the value is x (1 - d) with 0 < d < 2^-80, which rounds to x; for binary64 that is so above 60.
+    Below `low`, which is given such that the value is closer to 0 than half of the smallest number, it
+    rounds to -0.
     """
 
     def complete(x: Tensor) -> Tensor:
-        above, below = (x > 32) & x.isfinite(), (x < low) & x.isfinite()
+        above, below = (x > max(32, reach(5))) & x.isfinite(), (x < low) & x.isfinite()
         y = definition(torch.where(above | below, 1.0, x))
         return torch.where(above, x, torch.where(below, -0.0, y))
 
@@ -78,7 +79,7 @@ def _gradient_with_tails(formula: Formula, low: float) -> Definition:
 
     def complete(g: Tensor, x: Tensor) -> Tensor:
         known = g.isfinite() & x.isfinite()
-        above, below = (x > 32) & known, (x < low) & known
+        above, below = (x > max(32, reach(5))) & known, (x < low) & known
         y = elementwise(formula, g, torch.where(above | below, 1.0, x))
         return torch.where(above, g, torch.where(below, -0.0 * g, y))
 
@@ -107,6 +108,9 @@ def _half_gradient_near_zero(definition: Definition) -> Definition:
 
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """Return x Phi(x); approximate "tanh": x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    if target() is BINARY64:
+        formula = _gelu if approximate == "none" else _gelu_tanh
+        return _with_tails(partial(elementwise, formula), -60)(x)
     if approximate == "none":
         return elementwise(_gelu, x, reference=_reference_gelu, fast="gelu")
     return elementwise(_gelu_tanh, x, reference=_with_tails(half_near_zero(_gelu_tanh), -32))
@@ -114,6 +118,8 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
 
 def gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
     """Return g times the derivative of gelu at x."""
+    if approximate == "none" and target() is BINARY64:
+        return _gradient_with_tails(_gelu_backward, -60)(g, x)
     if approximate == "none":
         reference = _half_gradient_near_zero(_gradient_with_tails(_gelu_backward, -32))
         return elementwise(_gelu_backward, g, x, reference=reference, fast="gelu_backward")
@@ -123,6 +129,8 @@ def gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
         slope = ctx.sqrt(2 / ctx.pi) * (1 + 3 * Fraction(44715, 1000000) * (x * x))
         return g * (s + 2 * x * s * (1 - s) * slope)
 
+    if target() is BINARY64:
+        return _gradient_with_tails(formula, -60)(g, x)
     reference = _half_gradient_near_zero(_gradient_with_tails(formula, -32))
     return elementwise(formula, g, x, reference=reference)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.numerics.devices import to_device
+from reproml.arithmetic.numerics.formats import target
 from reproml.errors import NotExactError
 
 
@@ -25,30 +26,35 @@ def require(condition: Any, message: str) -> None:
 
 
 def require_float32(dtype: Any) -> None:
-    """Raise NotExactError if an operator's `dtype` argument asks for anything but float32."""
-    if dtype not in (None, torch.float32):
+    """Raise NotExactError if an operator's `dtype` argument asks for anything but float32 or the target."""
+    if dtype not in (None, torch.float32, target().dtype):
         raise NotExactError(
             f"A result of {dtype} has no exact definition; use dtype=torch.float32."
         )
 
 
 def require_shape(name: str, x: Optional[Tensor], shape: Sequence[int]) -> None:
-    """Raise RuntimeError unless an operand, if there is one, is float32 and has this shape.
+    """Raise RuntimeError unless an operand, if there is one, has this shape and a definition's dtype.
 
     The compiled loops read as many numbers as the sizes of other operands say.
     """
-    if x is not None and (x.shape != tuple(shape) or x.dtype is not torch.float32):
+    dtype = target().container
+    if x is not None and (x.shape != tuple(shape) or x.dtype is not dtype):
         raise RuntimeError(
-            f"{name} must be float32 of shape {list(shape)}, not {x.dtype} of shape {list(x.shape)}"
+            f"{name} must be {str(dtype)[6:]} of shape {list(shape)}, not {x.dtype} of shape "
+            f"{list(x.shape)}"
         )
 
 
 def float32_operands(*operands: Any) -> tuple[Tensor, ...]:
-    """Convert Python numbers, integers and 0-dim float64 tensors to float32 tensors, as PyTorch does."""
-    if all(isinstance(x, Tensor) and x.dtype is torch.float32 for x in operands):
+    """Convert Python numbers, integers and 0-dim float64 tensors to the dtype of definitions.
+
+    That is float32, as PyTorch does, or float64 for results in float64."""
+    dtype = target().container
+    if all(isinstance(x, Tensor) and x.dtype is dtype for x in operands):
         return operands
     device = next(x.device for x in operands if isinstance(x, Tensor))
-    return tuple(to_device(x, device).to(torch.float32) for x in operands)
+    return tuple(to_device(x, device).to(dtype) for x in operands)
 
 
 def dims_tuple(dim: Any) -> Sequence[int]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad, unfold
 
 from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.numerics.formats import target
 from reproml.arithmetic.operators import convolution_volumes
 from reproml.arithmetic.operators.arguments import require_shape
 from reproml.arithmetic.operators.matmul import matmul
@@ -173,7 +174,7 @@ def _check(
 
 
 def _require_float32(x: Tensor) -> None:
-    if x.dtype is not torch.float32:
+    if x.dtype is not target().container:
         raise NotExactError(f"A convolution is defined for float32 only, not for {x.dtype}.")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
-from reproml.arithmetic.numerics.formats import NARROW
+from reproml.arithmetic.numerics.formats import NARROW, target
 from reproml.arithmetic.operators.arguments import require, require_float32
 from reproml.arithmetic.operators.special import by_long_numbers
 from reproml.errors import NotExactError
@@ -25,7 +25,7 @@ def arange(*bounds: float, dtype: Any = None, device: Any = None, **_: Any) -> T
     integers = all(isinstance(b, int) for b in bounds)
     if dtype is None and not integers:
         dtype = _default_dtype()
-    if dtype is not torch.float32:
+    if dtype not in (torch.float32, target().dtype):
         if dtype is not None and dtype.is_floating_point and not integers:
             require_float32(dtype)
         return torch.arange(*bounds, dtype=dtype, device=device)

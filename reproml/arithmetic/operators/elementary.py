@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.balls import Formula
-from reproml.arithmetic.numerics.formats import operate
+from reproml.arithmetic.numerics.formats import operate, reach
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import float32_operands, require
 from reproml.arithmetic.operators.special import higher_polygamma
@@ -31,7 +31,7 @@ def odd_function(formula: Formula, bound: Optional[float] = None) -> Callable[[A
 
     def operator(x: Any) -> Tensor:
         (x,) = float32_operands(x)
-        y = elementwise(formula, x if bound is None else x.clamp(-bound, bound))
+        y = elementwise(formula, x if bound is None else x.clamp(-reach(bound), reach(bound)))
         return torch.where(x == 0, x, y)
 
     return operator
@@ -47,7 +47,7 @@ def _function_of_float32(formula: Formula) -> Callable[..., Tensor]:
 def exp2(x: Any) -> Tensor:
     """Return 2^x."""
     (x,) = float32_operands(x)
-    return elementwise(lambda ctx, x: ctx.exp(x * ctx.ln2), x.clamp(-200, 200))
+    return elementwise(lambda ctx, x: ctx.exp(x * ctx.ln2), x.clamp(-reach(200), reach(200)))
 
 
 log2 = _function_of_float32(lambda ctx, x: ctx.log(x) / ctx.ln2)
@@ -75,7 +75,7 @@ def _log_of_sum(x: Tensor, y: Tensor, rest: Formula) -> Tensor:
 
     largest = torch.maximum(x, y)
     # NaN or an infinity is the result, too; + 0.0: what is far below is positive
-    far = ~((x.double() - y.double()).abs() <= 200)
+    far = ~((x.double() - y.double()).abs() <= reach(200))
     value = elementwise(formula, torch.where(far, 1.0, x), torch.where(far, 1.0, y))
     return torch.where(far, largest + 0.0, value)
 
@@ -190,7 +190,7 @@ def cosh(x: Any) -> Tensor:
         return (e + 1 / e) * _HALF
 
     (x,) = float32_operands(x)
-    return elementwise(formula, x.clamp(-100, 100))
+    return elementwise(formula, x.clamp(-reach(100), reach(100)))
 
 
 def _asinh(ctx: Any, x: Any) -> Any:
@@ -253,7 +253,7 @@ rad2deg = odd_function(lambda ctx, x: x * 180 / ctx.pi)
 def angle(x: Any) -> Tensor:
     """Return the angle of a real number: pi below 0, else 0."""
     (x,) = float32_operands(x)
-    return torch.where(x.isnan(), x, torch.where(x < 0, _PI, 0.0).float())
+    return torch.where(x.isnan(), x, torch.where(x < 0, torch.full_like(x, _PI), 0.0))
 
 
 # ---- the gamma function ------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ its first attempt; the operators bring their arguments into its form.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, Optional
 
 import torch
@@ -14,8 +16,8 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.numerics.exact_sums import nearest_of_rows
-from reproml.arithmetic.numerics.formats import operate
-from reproml.arithmetic.numerics.rounding import gamma, round_sum
+from reproml.arithmetic.numerics.formats import BINARY64, operate, target
+from reproml.arithmetic.numerics.rounding import gamma, nearest, round_sum
 from reproml.arithmetic.operators.arguments import require_shape
 from reproml.errors import NotExactError
 
@@ -143,7 +145,7 @@ def _add_at(x: Tensor, index: Tensor, source: Tensor) -> Tensor:
     Raises RuntimeError unless x and source are float32.
     """
     for t in (x, source):
-        if t.dtype is not torch.float32:
+        if t.dtype is not target().container:
             raise RuntimeError(f"sums at indices take float32 tensors, not {t.dtype}")
     values = source.expand(index.shape).reshape(-1)
     return segment_sum(index.reshape(-1), values, x.numel(), x.reshape(-1)).reshape(x.shape)
@@ -155,6 +157,8 @@ def segment_sum(index: Tensor, values: Tensor, size: int, start: Optional[Tensor
     index: int64 [n], from 0 to size - 1; values: float32 [n]; start: float32 [size]. Returns float32
     [size].
     """
+    if target() is BINARY64:
+        return _segment_sum_in_binary64(index, values, size, start)
     compiled = compiled_segment_sums(1, size, index, values, start)
     if compiled is not None:
         return compiled.reshape(size)
@@ -170,6 +174,24 @@ def segment_sum(index: Tensor, values: Tensor, size: int, start: Optional[Tensor
         return [nearest_of_rows(terms[index == i].unsqueeze(0))[0] for i in failed.tolist()]
 
     return round_sum(mid, magnitude * gamma(counts), resolve)
+
+
+def _segment_sum_in_binary64(
+    index: Tensor, values: Tensor, size: int, start: Optional[Tensor]
+) -> Tensor:
+    """Compute `segment_sum` rounded to binary64, each sum of more than two numbers by `exact_sum`."""
+    sums = (values.new_zeros(size) if start is None else start).double() + 0.0
+    first = [[] if start is None else [x] for x in sums.tolist()]
+    groups = dict(enumerate(first))
+    for i, x in zip(index.tolist(), values.tolist()):
+        groups[i].append(x)
+    for i in set(index.tolist()):
+        try:
+            sums[i] = nearest(sum(map(Fraction, groups[i]), Fraction(0)))
+        except (OverflowError, ValueError):  # an infinity or NaN
+            signs = [x if not math.isfinite(x) else math.copysign(1, x) for x in groups[i]]
+            sums[i] = sum(signs)
+    return sums
 
 
 def sums_in_planes(index: Tensor, values: Tensor, size: int) -> Tensor:

@@ -90,5 +90,5 @@ def trilinear(
         return ctx.sum(x * y * z)
 
     if not rows[0].numel():
-        return torch.zeros(rows[0].shape[:-1], device=x.device)
+        return x.new_zeros(rows[0].shape[:-1])
     return rowwise(formula, -1, *rows).squeeze(-1)

@@ -17,7 +17,7 @@ from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.direct import run_directly
 from reproml.arithmetic.compiler.evaluate import elementwise, rowwise, rowwise_by_balls
 from reproml.arithmetic.compiler.pairs import sum_by_pairs
-from reproml.arithmetic.numerics.formats import narrow, operate
+from reproml.arithmetic.numerics.formats import BINARY64, narrow, operate, target
 from reproml.arithmetic.numerics.rounding import two_sum
 from reproml.arithmetic.operators.activations import HALF
 from reproml.arithmetic.operators.arguments import require, require_shape
@@ -166,7 +166,9 @@ def reduced_loss(formula: Callable[..., Any], reduction: int, *operands: Tensor)
 
     def of_distinct_elements(*rows: Tensor) -> Tensor:
         """Compute the same of equal elements once, as a saturated sigmoid gives 0 and 1 only."""
-        if not rows[0].is_cpu:  # how many are distinct would have to be waited for
+        if (
+            target() is BINARY64 or not rows[0].is_cpu
+        ):  # how many are distinct would have to be waited for
             return rowwise_by_balls(value, -1, *rows)
         total = sum_by_pairs(formula, n, *[x.contiguous() for x in rows])
         if total is not None:
@@ -205,7 +207,11 @@ def _is_within(x: Tensor, y: Tensor, bound: float) -> Tensor:
     At the bound itself both branches of a loss agree. The binary64 difference may be rounded, but not
     across the bound, which is a binary64 number.
     """
-    return ((x.double() - y.double()).abs() < bound).float()
+    difference, lost = two_sum(x.double(), -y.double())
+    below = difference.abs() < bound
+    if target() is BINARY64:
+        below |= (difference.abs() == bound) & (lost * difference < 0)
+    return below.float()
 
 
 def _sign(x: Tensor, y: Tensor) -> Tensor:
@@ -282,9 +288,7 @@ def _reference_nll(
     picked = torch.where(counted, x.gather(1, index.unsqueeze(1)).squeeze(1), 0.0)
     w = counted.float() if weight is None else torch.where(counted, weight[index], 0.0)
     if reduction == NONE:
-        return torch.where(counted, -operate(torch.mul, picked, w), 0.0), torch.zeros(
-            (), device=x.device
-        )
+        return torch.where(counted, -operate(torch.mul, picked, w), 0.0), x.new_zeros(())
     total = reduce_sum(w, ())
     if reduction == SUM:
         return -reduce_sum(picked, (), y=w), total
@@ -324,7 +328,7 @@ def nll_loss_backward(
     rows, row_target = (x.unsqueeze(0), target.reshape(1)) if x.dim() == 1 else (x, target)
     counted = row_target != ignore_index
     index = torch.where(counted, row_target, 0)
-    w = torch.ones_like(index, dtype=torch.float32) if weight is None else weight[index]
+    w = torch.ones_like(index, dtype=x.dtype) if weight is None else weight[index]
     if reduction == MEAN:
         value = elementwise(lambda ctx, g, w, t: -(g * w / t), g, w, total)
     else:

@@ -10,15 +10,19 @@ as a sum with its rounding errors kept (TwoSum); with exact fractions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.compiler import kernels, pair_arrays
 from reproml.arithmetic.numerics.exact_sums import MANY, ONE, exact_sum, nearest_of_rows
+from reproml.arithmetic.numerics.formats import BINARY64, target
+from reproml.arithmetic.numerics.rationals import Rationals
 from reproml.arithmetic.numerics.rounding import gamma, nearest, round_sum
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import require_float32
@@ -36,6 +40,8 @@ def matmul(
 
     Raises NotExactError for another dtype, RuntimeError for shapes that cannot be multiplied.
     """
+    if target() is BINARY64:
+        return _in_binary64(a, b, bias, alpha, beta)
     if alpha is ONE and beta is ONE and kernels.loops() is not None:
         product = _compiled(a, b, bias)  # first, because the checks below take as long
         if product is not None:
@@ -50,6 +56,54 @@ def matmul(
     if beta == 0 and bias is not None:  # not even its NaN counts
         return matmul(a, b, None, alpha)
     return _reference(a, b, bias, alpha, beta)
+
+
+def _in_binary64(
+    a: Tensor, b: Tensor, bias: Optional[Tensor], alpha: Fraction, beta: Fraction
+) -> Tensor:
+    """Compute `matmul` rounded to binary64: in pairs, then by exact integers."""
+    if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise RuntimeError(
+            f"matrices of shapes {list(a.shape)} and {list(b.shape)} cannot be multiplied"
+        )
+    a, b = a.double(), b.double()
+    shape = (*a.shape[:-1], b.shape[-1])
+    batch = math.prod(shape[:-2])
+    if not math.prod(shape):
+        return a.new_empty(shape)
+    s, t, rad = pair_arrays.products(*[x.reshape(batch, *x.shape[-2:]) for x in (a, b)])
+    ctx = pair_arrays.PairArrays()
+    y = pair_arrays.PairArray(ctx, s.reshape(shape), t.reshape(shape), rad.reshape(shape))
+    added = None if bias is None or beta == 0 else bias.double().expand(shape)
+    if kernels.library is not None and a.is_cpu:
+        y = y if alpha == 1 else y * alpha
+        if added is not None:
+            y = y + (ctx.exact(added) if beta == 1 else ctx.exact(added) * beta)
+    value, failed = pair_arrays.round_pairs(y.s, y.t, y.rad)
+    value = value + 0.0
+    for at in failed.nonzero().tolist():
+        *of, i, j = at
+        row, column = a[(*of, i)], b[(*of, slice(None), j)]
+        last = None if added is None else added[tuple(at)]
+        value[tuple(at)] = _exact_element(row, column, last, alpha, beta)
+    return value
+
+
+def _exact_element(
+    row: Tensor, column: Tensor, added: Optional[Tensor], alpha: Fraction, beta: Fraction
+) -> float:
+    numbers = torch.cat([row, column, row[:0] if added is None else added.reshape(1)])
+    if not bool(numbers.isfinite().all()):  # these signs have the same limit, and cannot overflow
+        row, column, last = (
+            torch.where(t.isfinite(), t.sign(), t)
+            for t in (row, column, row.new_zeros(()) if added is None else added)
+        )
+        signs = np.sign([float(alpha), float(beta)])
+        return float(float(row @ column) * signs[0] + float(last) * signs[1])
+    x, y = (Rationals.of_floats(t.cpu().numpy()) for t in (row, column))
+    total = Fraction(int(np.sum((x * y).n))) * Fraction(2) ** (x.exponent + y.exponent)
+    total = alpha * total + (0 if added is None else beta * Fraction(float(added)))
+    return nearest(total)
 
 
 def _reference(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.formats import storing, writing
+from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import require_shape
 from reproml.arithmetic.operators.normalization_compiled import (
     compiled_batch_norm,
@@ -152,7 +153,7 @@ def _require_statistics(mean: Optional[Tensor], variance: Optional[Tensor]) -> N
 
 def update_running_stat(running: Tensor, new: Tensor, momentum: float) -> None:
     """Write (1 - momentum) * running + momentum * new to `running`, rounded once."""
-    m = Fraction(torch.tensor(momentum, dtype=torch.float32).item())
+    m = float32_scalar(momentum)
     with writing():
         running.copy_(elementwise(lambda ctx, old, new: (1 - m) * old + m * new, running, new))
 

@@ -24,7 +24,7 @@ from torch.autograd.graph import increment_version
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import elementwise
-from reproml.arithmetic.numerics import formats
+from reproml.arithmetic.numerics.formats import rounding_to, target
 from reproml.arithmetic.numerics.libm import power
 from reproml.arithmetic.numerics.rounding import nearest
 from reproml.arithmetic.numerics.scalars import float32_scalar
@@ -358,7 +358,7 @@ def nadam(
 
     for *state, product, count in zip(params, grads, exp_avgs, exp_avg_sqs, mu_products, steps):
         mu, following = momentum(count), momentum(count + 1)
-        with formats.storing():
+        with rounding_to(product.dtype):
             assign(product, lambda ctx, x, y: x * y, product, _number(mu))
         reached = float(product)
         a = _number(lr * (1.0 - mu) / (1.0 - reached))
@@ -578,7 +578,7 @@ def adafactor(
     """
     lr = float(lr)
     shrinkage = float32_scalar(1 - lr * weight_decay)
-    eps1 = torch.finfo(formats.target().dtype).eps if eps1 is None else eps1
+    eps1 = torch.finfo(target().dtype).eps if eps1 is None else eps1
     smallest, smallest_square = _number(eps1), _number(eps1 * eps1)
 
     def moved(ctx: Any, average: Any, target: Any, w: Any) -> Any:

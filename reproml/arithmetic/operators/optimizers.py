@@ -38,7 +38,7 @@ from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics import devices
-from reproml.arithmetic.numerics.formats import NARROW, operate, rounding_to
+from reproml.arithmetic.numerics.formats import FORMATS, NARROW, operate, rounding_to, target
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators import optimizer_formulas as formulas
 from reproml.arithmetic.operators.optimizer_formulas import (
@@ -104,9 +104,8 @@ def adam(
     param' = param (1 - lr weight_decay, if decoupled)
              - lr / (1 - beta1^t) * m' / (sqrt(v' / (1 - beta2^t)) + eps),   rounded once.
     """
-    optimizer = _adam(
-        float(lr), float(beta1), float(beta2), weight_decay, decoupled_weight_decay, eps, maximize
-    )
+    numbers = float(lr), float(beta1), float(beta2), weight_decay
+    optimizer = _adam(*numbers, decoupled_weight_decay, eps, maximize, target().container)
     compiled: dict[int, list[tuple[Tensor, ...]]] = {}  # by step, which few parameters differ in
     for i, averages in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
         state = (*averages, max_exp_avg_sqs[i]) if amsgrad else averages
@@ -217,6 +216,7 @@ def _adam(
     decoupled: bool,
     eps: float,
     maximize: bool,
+    container: torch.dtype,
 ) -> _Adam:
     exact = _Hyperparameters(
         penalty=float32_scalar(0.0 if decoupled else weight_decay),
@@ -302,20 +302,20 @@ def sgd(
 
 
 def _each_in_its_format(definition: Step) -> Step:
-    """Return the step, which is defined for float32 tensors, for parameters of 16 bits too.
+    """Return the step, which is defined for float32 tensors, for parameters of other dtypes too.
 
-    It updates each of the latter by itself, on widened copies of its tensors.
+    It updates each parameter of 16 bits by itself, on widened copies of its tensors.
     """
 
     def step(*lists: Any, **options: Any) -> None:
         params = lists[0]
-        if not any(p.dtype in NARROW for p in params):
+        if all(p.dtype is torch.float32 for p in params):
             definition(*lists, **options)
             return
-        wide = [i for i, p in enumerate(params) if p.dtype not in NARROW]
-        for chosen in [wide] * bool(wide) + [
-            [i] for i, p in enumerate(params) if p.dtype in NARROW
-        ]:
+        groups: dict[Any, list[int]] = {}
+        for i, p in enumerate(params):
+            groups.setdefault(i if p.dtype in NARROW else p.dtype, []).append(i)
+        for chosen in groups.values():
             dtype = params[chosen[0]].dtype
             given = [[_widened(x[i]) for i in chosen] if x else [] for x in lists]
             with rounding_to(dtype):
@@ -331,17 +331,20 @@ def _each_in_its_format(definition: Step) -> Step:
 
 
 def _widened(x: Any) -> Any:
-    return x.float() if isinstance(x, Tensor) else x
+    return x.float() if isinstance(x, Tensor) and x.dtype in NARROW else x
 
 
 # --- what is refused -----------------------------------------------------------------------------
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_DTYPES = (torch.float32, *NARROW)
+_DTYPES = tuple(FORMATS)
 
 
-# Raises for a number that is not finite in float32; it is called with the same few at every step.
-_check_number = lru_cache(maxsize=64)(float32_scalar)
+@lru_cache(maxsize=64)
+def _check_number(x: float, container: torch.dtype) -> None:
+    """Raise for a number that is not finite in a dtype; it is called with the same few at every step."""
+    with rounding_to(container):
+        float32_scalar(x)
 
 
 def _check(params: Sequence[Tensor], *others: Sequence[Optional[Tensor]]) -> None:
@@ -374,8 +377,8 @@ def _check_tensor(x: Tensor) -> None:
     if x.dtype not in _DTYPES or x.is_sparse:
         kind = "a sparse gradient" if x.is_sparse else f"{x.dtype}"
         raise NotExactError(
-            f"The optimizer's step is defined for dense tensors of float32, bfloat16 or float16, not for "
-            f"{kind} of shape {list(x.shape)}; convert it or take the step out of reproml.exact()."
+            f"The optimizer's step is defined for dense tensors of float32, bfloat16, float16 or float64, "
+            f"not for {kind} of shape {list(x.shape)}; convert it or take the step out of reproml.exact()."
         )
 
 
@@ -406,9 +409,10 @@ def _python_step(
         if counters:
             *lists, counts = lists  # type: ignore[assignment]
         _check(*lists)
-        for name in names:
-            if isinstance(given[name], float):
-                _check_number(given[name])  # before anything is changed
+        for container in {FORMATS[p.dtype].container for p in lists[0]}:
+            for name in names:
+                if isinstance(given[name], float):  # before anything is changed
+                    _check_number(given[name], container)
         if counters:
             for count in counts:
                 count += 1

@@ -13,11 +13,10 @@ from torch import Tensor
 from reproml.arithmetic.compiler.direct import run_directly
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.devices import to_device
-from reproml.arithmetic.numerics.formats import narrow, operate, target
+from reproml.arithmetic.numerics.formats import BINARY64, narrow, operate, reach, target
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import float32_operands
 from reproml.arithmetic.operators.remainders import rounded_quotient
-from reproml.errors import NotExactError
 
 # ---- one IEEE 754 operation --------------------------------------------------------------------------
 
@@ -26,8 +25,6 @@ def add(x: Any, y: Any, alpha: float = 1) -> Tensor:
     """Return x + alpha y."""
     if alpha == 1:
         return operate(torch.add, x, y)
-    if _is_float64(x, y):
-        raise NotExactError(f"with alpha={alpha} it is defined for float32, not for torch.float64")
     a = float32_scalar(alpha)
     x, y = float32_operands(x, y)
     z = run_directly("add_scaled", x, y, scalar=float(a))
@@ -62,10 +59,6 @@ def div(x: Any, y: Any, *, rounding_mode: Optional[str] = None) -> Tensor:
     if rounding_mode is not None:
         if not any(_is_float(t) for t in (x, y)):
             return torch.div(x, y, rounding_mode=rounding_mode)
-        if _is_float64(x, y):
-            raise NotExactError(
-                f"A division with rounding_mode={rounding_mode!r} is not defined for torch.float64."
-            )
         x, y = float32_operands(x, y)
         return rounded_quotient(x, y, rounding_mode)
     if _is_float64(x, y):
@@ -100,6 +93,8 @@ def sqrt(x: Tensor) -> Tensor:
     binary32 numbers: in units in which m is an odd integer below 2^25, x is an integer too and differs
     from m^2, so |sqrt(x) - m| >= 1 / (sqrt(x) + m).
     """
+    if target() is BINARY64:
+        return elementwise(lambda ctx, x: ctx.sqrt(x), x)
     return narrow(x.double().sqrt())
 
 
@@ -247,7 +242,7 @@ def addcdiv(x: Tensor, a: Tensor, b: Tensor, value: float = 1) -> Tensor:
 def lerp(x: Tensor, y: Tensor, weight: Any) -> Tensor:
     """Return x + weight (y - x)."""
     if not isinstance(weight, Tensor):
-        weight = torch.full((), float(float32_scalar(weight)), device=x.device)
+        weight = to_device(float(float32_scalar(weight)), x.device)
     z = run_directly("lerp", x, y, weight)
     if z is None:
         z = elementwise(lambda ctx, x, y, w: x + w * (y - x), x, y, weight)
@@ -284,12 +279,19 @@ def elementary_function(name: str) -> Callable[..., Any]:
 
     def reference(x: Tensor) -> Tensor:
         if name in _CONSTANT_BEYOND:
-            x = x.clamp(*_CONSTANT_BEYOND[name])
+            x = x.clamp(*map(reach, _CONSTANT_BEYOND[name]))
         y = elementwise(lambda ctx, x: getattr(ctx, name)(x), x)
         return torch.where(x == 0, x, y) if odd else y
 
     complete = reference if odd or name in _CONSTANT_BEYOND else None
-    return lambda x: elementwise(formula, *float32_operands(x), reference=complete, fast=name)
+
+    def operator(x: Any) -> Tensor:
+        (x,) = float32_operands(x)
+        if target() is BINARY64:
+            return reference(x)
+        return elementwise(formula, x, reference=complete, fast=name)
+
+    return operator
 
 
 def nextafter(x: Tensor, y: Tensor) -> Tensor:

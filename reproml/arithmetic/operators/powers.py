@@ -11,10 +11,13 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics import elementary
-from reproml.arithmetic.numerics.formats import narrow, operate
+from reproml.arithmetic.numerics.formats import BINARY64, narrow, operate, reach, target
+from reproml.arithmetic.numerics.libm import EXACT_MATH
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import float32_operands
 from reproml.errors import NotExactError
+
+_log = math.log  # of the C library; within exact() `math` has another one
 
 
 def power(x: Any, exponent: Any) -> Tensor:
@@ -33,7 +36,9 @@ def _check_logarithm(base: float) -> None:
     units in its last place, which changes the float32 number only next to a midpoint.
     """
     if base > 0 and math.isfinite(base):
-        log = math.log(base)
+        log = _log(base)
+        if target() is BINARY64 and log == EXACT_MATH.log(base):
+            return  # the only number that another machine may have
         ends = [ctypes.c_float(log * (1 + sign * 2.0**-49)).value for sign in (-1, 1)]
         if ends[0] != ends[1]:
             raise NotExactError(
@@ -46,7 +51,7 @@ def _power_of_tensors(x: Tensor, y: Tensor) -> Tensor:
     size = x.abs()
     log_of_power = y.double() * elementary.log(size.double())
     # Beyond these bounds the power overflows or underflows; NaN is 0 times infinity, or of an operand.
-    regular = log_of_power.abs() <= 150
+    regular = log_of_power.abs() <= reach(150)
     base, exponent = torch.where(regular, size, 1.0), torch.where(regular, y, 1.0)
     power = elementwise(lambda ctx, x, y: ctx.exp(y * ctx.log(x)), base, exponent)
     power = torch.where(y == 2, operate(torch.mul, x, x), power)  # ties are frequent
@@ -68,6 +73,12 @@ def _power_of_number(x: Tensor, exponent: float) -> Tensor:
         return torch.ones_like(x)
     if p.denominator == 1 and abs(p) <= 64:
         return elementwise(lambda ctx, x: _integer_power(x, int(p)), x)
+    if p.denominator == 1 and target() is BINARY64:
+        size = torch.where(x.isfinite() & (x != 0), x.abs(), 1.0)
+        y = elementwise(lambda ctx, x: ctx.exp(p * ctx.log(x)), size)
+        y = torch.where(x.isfinite(), y, x.abs() if p > 0 else torch.where(x.isnan(), x, 0.0))
+        y = torch.where(x == 0, 0.0 if p > 0 else torch.inf, y)
+        return torch.where(torch.signbit(x) & (p % 2 == 1), -y, y)
     if p.denominator == 1:
         return _large_integer_power(x.float(), int(p))
     y = elementwise(lambda ctx, x: ctx.exp(p * ctx.log(x)), torch.where(x > 0, x, 1.0))

@@ -17,6 +17,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.numerics.formats import target
 from reproml.arithmetic.numerics.rounding import gamma, nearest, round_ball
 from reproml.arithmetic.operators.arguments import require_float32
 
@@ -29,7 +30,7 @@ def prod(
 ) -> Tensor:
     """Compute aten.prod: the product over one axis, or over all."""
     require_float32(dtype)
-    x = x.float()
+    x = x.to(target().container)
     rows = x.reshape(-1) if dim is None else torch.atleast_1d(x).movedim(dim, -1)
     result = row_products(rows)
     if dim is None:
@@ -60,7 +61,7 @@ def row_products(rows: Tensor) -> Tensor:
 def cumprod(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
     """Return, for each element, the product of the elements up to it along `dim`, rounded once."""
     require_float32(dtype)
-    x = x.float()
+    x = x.to(target().container)
     if not x.numel():
         return x.clone()
     rows = torch.atleast_1d(x).movedim(dim, -1)

@@ -30,6 +30,7 @@ from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics.devices import is_on_accelerator, to_device
 from reproml.arithmetic.numerics.formats import (
     BINARY32,
+    BINARY64,
     NARROW,
     narrow,
     narrow_float32,
@@ -54,8 +55,8 @@ def rand(
     """Draw multiples of 2^-24 in [0, 1), or 16-bit numbers nearest to them, with 0 in place of 1."""
     _require_float32(dtype)
     _require_cpu(generator)
-    u = torch.rand(size, generator=generator, dtype=torch.float32, device="cpu")
-    return _to(u if target() is BINARY32 else _below(narrow_float32(u), 0.0, 1.0), device)
+    u = torch.rand(size, generator=generator, dtype=target().container, device="cpu")
+    return _to(_below(narrow_float32(u), 0.0, 1.0) if target().dtype in NARROW else u, device)
 
 
 def uniform_(x: Tensor, low: float = 0, high: float = 1, *, generator: Any = None) -> Tensor:
@@ -64,9 +65,9 @@ def uniform_(x: Tensor, low: float = 0, high: float = 1, *, generator: Any = Non
     A 16-bit number that is rounded to `high` becomes `low`.
     """
     require(low <= high, f"uniform_ expects low <= high, not low={low} and high={high}")
-    u = _uniform_like(x, torch.float32, generator)
+    u = _uniform_like(x, target().container, generator)
     a, b = float32_scalar(low), float32_scalar(high)
-    if target() is not BINARY32:
+    if target().dtype in NARROW:
         y = elementwise(lambda ctx, u: u * (b - a) + a, u)
         return x.copy_(_below(y, nearest(a), nearest(b)))
     return x.copy_(u if (low, high) == (0, 1) else elementwise(lambda ctx, u: u * (b - a) + a, u))
@@ -117,7 +118,8 @@ def randn(
     """Draw from the normal distribution with mean 0 and std 1."""
     _require_float32(dtype)
     return _to(
-        normal_(torch.empty(size, dtype=torch.float32, device="cpu"), generator=generator), device
+        normal_(torch.empty(size, dtype=target().container, device="cpu"), generator=generator),
+        device,
     )
 
 
@@ -137,11 +139,14 @@ def normal(
     if size is not None:
         _require_float32(dtype)
         return normal_(
-            torch.empty(size, dtype=torch.float32, device="cpu"), mean, std, generator=generator
+            torch.empty(size, dtype=target().container, device="cpu"),
+            mean,
+            std,
+            generator=generator,
         )
     require(std >= 0, "normal expects all elements of std >= 0")
     shape = torch.broadcast_shapes(*[x.shape for x in (mean, std) if isinstance(x, Tensor)])
-    z = normal_(torch.empty(shape, dtype=torch.float32, device="cpu"), generator=generator)
+    z = normal_(torch.empty(shape, dtype=target().container, device="cpu"), generator=generator)
     return elementwise(lambda ctx, z, s, m: z * s + m, z, std, mean)
 
 
@@ -172,16 +177,18 @@ def normal_(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None
 
     n = x.numel()
     if n >= 16:
-        count = n if target() is BINARY32 else n - n % 16
-        u = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
-        flat = torch.cat(
-            [blocks_of_16(u[: n - n % 16]), torch.empty(n % 16, dtype=torch.float32, device="cpu")]
-        )
+        count = n - n % 16 if target().dtype in NARROW else n
+        u = torch.rand(count, generator=generator, dtype=target().container, device="cpu")
+        flat = torch.cat([blocks_of_16(u[: n - n % 16]), u.new_empty(n % 16)])
         if n % 16:
             flat[-16:] = blocks_of_16(
-                torch.rand(16, generator=generator, dtype=torch.float32, device="cpu")
+                torch.rand(16, generator=generator, dtype=target().container, device="cpu")
             )
     elif n:
+        if target() is BINARY64 and (n % 2 or _has_spare(generator)):
+            raise NotExactError(
+                "Of fewer than 16 normal float64 numbers only an even number is defined; draw 16 or more."
+            )
         spare = _take_spare(generator)
         count = n - len(spare)
         draws = torch.rand(
@@ -198,6 +205,11 @@ def normal_(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None
 
 # Where the state of a CPU generator keeps a normal number, and whether it holds one: CPUGeneratorImpl.cpp.
 _STATE, _SPARE, _HAS_SPARE = 5056, slice(5024, 5032), slice(5040, 5044)
+
+
+def _has_spare(generator: Optional[torch.Generator]) -> bool:
+    state = _state_of(generator or torch.default_generator)
+    return bool(state[_HAS_SPARE].view(torch.int32))
 
 
 def _take_spare(generator: Optional[torch.Generator]) -> Tensor:
@@ -505,7 +517,7 @@ def _require_float32(dtype: Any) -> None:
     None is the default dtype; where that has 16 bits, the result is rounded to it.
     """
     dtype = dtype or torch.get_default_dtype()
-    if dtype is not torch.float32 and dtype not in NARROW:
+    if dtype not in (torch.float32, target().dtype, *NARROW):
         raise NotExactError(f"Random numbers of {dtype} have no exact definition; use float32.")
 
 

@@ -10,7 +10,6 @@ several, or None for all), and return float32; a `dtype` other than float32 rais
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
@@ -20,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.compiler import kernels, pair_arrays
 from reproml.arithmetic.compiler.evaluate import rowwise, rowwise_by_balls
 from reproml.arithmetic.compiler.pairs import rows_by_pairs
-from reproml.arithmetic.numerics.exact_sums import exact_sum, nearest_of_rows
+from reproml.arithmetic.numerics.exact_sums import nearest_of_rows
+from reproml.arithmetic.numerics.formats import BINARY64, target
 from reproml.arithmetic.numerics.rationals import Rationals
-from reproml.arithmetic.numerics.rounding import gamma, round_sum
+from reproml.arithmetic.numerics.rounding import gamma, nearest, round_sum
 from reproml.arithmetic.operators.arguments import dims_tuple, require_float32
 from reproml.errors import NotExactError
 from reproml.torch_internals import canonicalize_dims
@@ -35,9 +35,9 @@ from reproml.torch_internals import canonicalize_dims
 
 def sum_dims(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     """Compute aten.sum."""
-    if torch.float64 in (x.dtype, dtype):
-        return _float64_sum(x, dims_tuple(dim), keepdim, dtype)
     require_float32(dtype)
+    if target() is BINARY64:
+        return _sums_in_binary64(x, dims_tuple(dim), keepdim)
     return reduce_sum(x.float(), dims_tuple(dim), keepdim)
 
 
@@ -48,39 +48,67 @@ def mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
     for d in dims if x.dim() else ():
         count *= x.shape[d]
     divisor = count if dims else x.numel()
-    if torch.float64 in (x.dtype, dtype):
-        return _float64_sum(x, dims, keepdim, dtype, divisor)
     require_float32(dtype)
+    if target() is BINARY64:
+        return _sums_in_binary64(x, dims, keepdim, divisor)
     return reduce_sum(x.float(), dims, keepdim, divisor=divisor)
 
 
-def _float64_sum(
-    x: Tensor, dims: Sequence[int], keepdim: bool, dtype: Any, divisor: int = 1
+def _sums_in_binary64(
+    x: Tensor, dims: Sequence[int], keepdim: bool, divisor: int = 1, y: Optional[Tensor] = None
 ) -> Tensor:
-    """Return the sum over `dims`, divided by `divisor`, rounded once to binary64, by exact fractions."""
-    if dtype not in (None, torch.float64):
-        raise NotExactError(f"A sum of float64 numbers as {dtype} has no exact definition.")
-
-    def rounded(row: list[Any]) -> float:
-        if not divisor:
-            return math.nan
-        try:
-            total = exact_sum(row) if x.is_floating_point() else Fraction(sum(row))
-        except OverflowError:  # on the way
-            total = sum(map(Fraction, row), Fraction(0))
-        try:
-            return float(total / divisor)
-        except OverflowError:
-            return math.inf if total > 0 else -math.inf
+    """Compute reduce_sum rounded to binary64: in pairs, then by exact integers."""
 
     def of_rows(rows: Tensor) -> Tensor:
-        native = rows.double().sum(1)  # right where an element is infinite or NaN
-        finite = rows.isfinite().all(1).tolist()
-        pairs = zip(rows.tolist(), native.tolist(), finite)
-        sums = [rounded(row) if ok else limit for row, limit, ok in pairs]
-        return torch.tensor(sums, dtype=torch.float64, device=x.device)
+        factors = None if y is None else rows[..., 1]
+        rows = rows if y is None else rows[..., 0]
+        if not rows.is_floating_point():  # binary64 may not hold them
+            rows = torch.cat([(rows & ~0xFFFFFFFF).double(), (rows & 0xFFFFFFFF).double()], 1)
+        if not divisor:
+            return rows.new_full((len(rows),), torch.nan)
+        ctx = pair_arrays.PairArrays()
+        total = pair_arrays.PairArray(ctx, *pair_arrays.sums(rows, factors))
+        total = total / divisor if divisor != 1 and kernels.library and x.is_cpu else total
+        value, failed = pair_arrays.round_pairs(total.s, total.t, total.rad)
+        value = value + 0.0
+        if failed.any():
+            few = rows[failed], None if factors is None else factors[failed]
+            value[failed] = _exact_sums(*few, divisor).to(value.device)
+        return value
 
-    return apply_to_rows(of_rows, x, dims, keepdim)
+    rows = (
+        (x.long() if not x.is_floating_point() else x.double())
+        if y is None
+        else torch.stack([x.double(), y.double()], -1)
+    )
+    if y is None:
+        return apply_to_rows(of_rows, rows, dims, keepdim)
+    axes = [d % max(x.dim(), 1) for d in dims] if dims else list(range(x.dim()))
+    kept = [d for d in range(x.dim()) if d not in axes]
+    count = torch.Size([x.shape[d] for d in axes]).numel()
+    flat = rows.permute([*kept, *axes, x.dim()]).reshape(
+        torch.Size([x.shape[d] for d in kept]).numel(), count, 2
+    )
+    shape = [1 if d in axes else n for d, n in enumerate(x.shape) if keepdim or d not in axes]
+    return of_rows(flat).reshape(shape)
+
+
+def _exact_sums(rows: Tensor, factors: Optional[Tensor], divisor: int = 1) -> Tensor:
+    """Return the exact sum of each row, or of its products, divided and rounded once to binary64."""
+    values = []
+    for i, row in enumerate(rows):
+        other = None if factors is None else factors[i]
+        finite = bool(row.isfinite().all()) and (other is None or bool(other.isfinite().all()))
+        if not finite:  # the sum of these signs has the same limit, and cannot overflow
+            signs = [torch.where(t.isfinite(), t.sign(), t) for t in (row, other) if t is not None]
+            values.append(float(torch.stack(signs).prod(0).sum()))
+            continue
+        terms = Rationals.of_floats(row.cpu().numpy())
+        if other is not None:
+            terms = terms * Rationals.of_floats(other.cpu().numpy())
+        total = Fraction(int(np.sum(terms.n))) * Fraction(2) ** terms.exponent
+        values.append(nearest(total / divisor))
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def nansum(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
@@ -110,6 +138,13 @@ def cumsum(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
         return x.clone()
     rows = torch.atleast_1d(x).movedim(dim, -1).contiguous()
     n = rows.shape[-1]
+    if target() is BINARY64:
+        flat = rows.double().reshape(-1, n)
+        value, failed = pair_arrays.round_pairs(*pair_arrays.sums(flat, running=True))
+        value = value + 0.0
+        for i, j in failed.nonzero().tolist():
+            value[i, j] = _exact_sums(flat[i : i + 1, : j + 1], None)[0]
+        return value.reshape(rows.shape).movedim(-1, dim).reshape(x.shape)
 
     def by_fractions(rows: Tensor) -> Tensor:
         wide = rows.double()
@@ -145,12 +180,14 @@ def reduce_sum(
     named twice.
     """
     for t in (x,) if y is None else (x, y):
-        if t.dtype is not torch.float32:
+        if t.dtype is not torch.float32 and t.dtype is not target().container:
             raise NotExactError(f"it is defined for float32, not for {t.dtype}")
     if y is not None and y.shape != x.shape:
         raise RuntimeError(
             f"operands of shapes {list(x.shape)} and {list(y.shape)} cannot be multiplied elementwise"
         )
+    if target() is BINARY64:
+        return _sums_in_binary64(x, dims, keepdim, divisor, y)
     if kernels.loops() and x.is_cpu and (y is None or y.is_cpu):
         total = _compiled_sum(x, dims or range(x.dim()), keepdim, divisor, y)
         if total is not None:

@@ -6,15 +6,19 @@ computes with x / y rounded, and may return a quotient that is off by one.
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.elementary import power_of_two
-from reproml.arithmetic.numerics.formats import narrow, operate
-from reproml.arithmetic.operators.arguments import float32_operands, require_float32
+from reproml.arithmetic.numerics.formats import BINARY64, narrow, operate, target
+from reproml.arithmetic.numerics.rounding import nearest
+from reproml.arithmetic.operators.arguments import float32_operands
 from reproml.errors import NotExactError
 
 _STEP = 38  # a remainder of 24 bits is shifted by so many at once, within int64
@@ -56,11 +60,21 @@ def round_to_decimals(x: Tensor, *, decimals: int = 0) -> Tensor:
     """
     if decimals == 0:
         return x.round()
-    require_float32(x.dtype)
     if not -7 <= decimals <= 12:
         raise NotExactError(
             f"Rounding to {decimals} decimals has no exact definition, only to -7 to 12."
         )
+    if target() is BINARY64:
+        scale = Fraction(10) ** decimals
+        values = [
+            nearest(round(Fraction(n) * scale) / scale) if math.isfinite(n) else n
+            for n in x.reshape(-1).tolist()
+        ]
+        return torch.copysign(
+            torch.tensor(values, dtype=torch.float64).to(x.device).reshape(x.shape), x
+        )
+    if x.dtype is not torch.float32:
+        raise NotExactError(f"Rounding to decimals is defined for float32, not for {x.dtype}.")
     power = 10 ** abs(decimals)
     # Beyond this bound, x is such a multiple, or half the distance of two does not move it.
     regular = x.abs() < (2.0**23 if decimals > 0 else 2.0**26 * power)
@@ -111,6 +125,9 @@ def _remainder(x: Tensor, y: Tensor) -> Tensor:
     |x| = m 2^e and |y| = n 2^f with integers of 24 bits. For e >= f it is (m 2^(e - f) mod n) 2^f, where m
     is shifted by up to 38 bits at once and e - f is at most 276; for e < f it is (m mod n 2^(f - e)) 2^e.
     """
+    if target() is BINARY64:  # the C library's remainder is exact
+        values = np.fmod(x.abs().cpu().numpy(), y.abs().cpu().numpy())
+        return torch.as_tensor(values, device=x.device)
     (m, e), (n, f) = (torch.frexp(t.double().abs()) for t in (x, y))
     r, n = (m * 2.0**24).long(), (n * 2.0**24).long()
     left = (e - f).clamp(min=0).long()

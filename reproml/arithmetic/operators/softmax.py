@@ -24,7 +24,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import rowwise, rowwise_by_balls
 from reproml.arithmetic.compiler.pairs import rows_by_pairs
-from reproml.arithmetic.numerics.formats import operate
+from reproml.arithmetic.numerics.formats import operate, target
 from reproml.arithmetic.operators.arguments import dims_tuple, require_shape
 from reproml.arithmetic.operators.reductions import apply_to_rows
 
@@ -168,7 +168,7 @@ def logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
             return rows.new_full((len(rows), 1), -torch.inf)
         return rowwise(_compiled_logsumexp, 1, rows, reference=second_test)
 
-    return apply_to_rows(of_rows, x.float(), dim, keepdim)
+    return apply_to_rows(of_rows, x.to(target().container), dim, keepdim)
 
 
 def logcumsumexp(x: Tensor, dim: int) -> Tensor:

@@ -165,6 +165,35 @@ def compare_sgd(c, start, grads):
         check(state["momentum_buffer"], buffers)
 
 
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x.double() * (1 + 2.0**-40)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+@few_examples
+@given(data=st.data())
+def test_step_in_float64_is_rounded_to_binary64(kind, data):
+    start, grads = doubled(data.draw(tensors((4,), FINITE))), data.draw(grads_of(FINITE))
+    grads = [doubled(g) for g in grads]
+    p = elements(start)
+    with o.rounding_to(torch.float64):
+        if kind == "SGD":
+            c = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "maximize": False,
+                 "nesterov": True, "dampening": 0.0}  # fmt: skip
+            found, _ = train(kind, start, grads, **c)
+            buffers: Any = [None] * 4
+            for g in grads:
+                p, buffers = zip(*[sgd_step(*a, c) for a in zip(p, elements(g), buffers)])
+        else:
+            c = data.draw(ADAM)
+            found, _ = train(kind, start, grads, **c)
+            c["decoupled"] = kind == "AdamW"
+            states: Any = [[Real(0)] * 3 for _ in range(4)]
+            for t, g in enumerate(grads, 1):
+                p, states = zip(*[adam_step(*a, t, c) for a in zip(p, elements(g), states)])
+        check(found, p)
+
+
 EXTREME = torch.tensor((SPECIAL + NOT_FINITE) * 60)
 
 

@@ -154,19 +154,21 @@ def test_normal_is_close_to_pytorch(shape, layout):
         assert torch.allclose(native, exact, rtol=2e-5, atol=2e-6)
 
 
-def test_normal_is_rounded_once():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_normal_is_rounded_once(dtype):
     torch.manual_seed(1)
-    u = reals(torch.rand(32)).reshape(2, 2, 8)
+    u = reals(torch.rand(32, dtype=dtype)).reshape(2, 2, 8)
     torch.manual_seed(1)
     with reproml.exact():
-        x = torch.empty(32).normal_(0.25, 3)
+        x = torch.empty(32, dtype=dtype).normal_(0.25, 3)
     expected = np.empty((2, 2, 8), dtype=object)
     for i, j in np.ndindex(2, 8):
         radius = o.sqrt(-2 * o.log1p(-u[i, 0, j]))
         turn = 2 * u[i, 1, j].mpf
         expected[i, 0, j] = radius * Real(o.mp.cospi(turn)) * 3 + Fraction(1, 4)
         expected[i, 1, j] = radius * Real(o.mp.sinpi(turn)) * 3 + Fraction(1, 4)
-    check(x, expected.reshape(32))
+    with o.rounding_to(dtype):
+        check(x, expected.reshape(32))
 
 
 def box_muller(v: float, u: float) -> tuple[Real, Real]:
@@ -465,7 +467,7 @@ def test_linspace_is_rounded_once(start, end, steps):
     check(x, [Real(Fraction(start) + i * slope) for i in range(steps)])
 
 
-def test_default_dtype_float64_raises_not_exact_error():
+def test_default_dtype_float64_draws_53_bits():
     torch.manual_seed(0)
     expected = torch.empty(3).uniform_()
     torch.set_default_dtype(torch.float64)
@@ -475,18 +477,25 @@ def test_default_dtype_float64_raises_not_exact_error():
             assert torch.equal(torch.empty(3, dtype=torch.float32).uniform_(), expected)
             for draw in (
                 lambda: torch.rand(3),
+                lambda: torch.rand_like(torch.ones(3)),
+                lambda: torch.empty(3).uniform_(),
+            ):
+                torch.manual_seed(0)
+                found = draw()
+                torch.manual_seed(0)
+                assert same_bits(found, torch._C._VariableFunctions.rand(3, dtype=torch.float64))
+            with o.rounding_to(torch.float64):
+                check(torch.arange(0, 1, 0.1), [Real(Fraction(0.1) * i) for i in range(10)])
+                check(torch.linspace(0, 1, 4), [Real(Fraction(i, 3)) for i in range(4)])
+            assert torch.nn.Linear(2, 2).weight.dtype is torch.float64
+            assert torch.randn(4).dtype is torch.float64
+            for refused in (
                 lambda: torch.randn(3),
                 lambda: torch.normal(0.0, 1.0, (3,)),
-                lambda: torch.randn_like(torch.ones(3)),
-                lambda: torch.empty(3).normal_(),
-                lambda: torch.empty(3).uniform_(),
                 lambda: torch.bernoulli(torch.ones(3)),
-                lambda: torch.arange(0, 1, 0.1),
-                lambda: torch.linspace(0, 1, 3),
-                lambda: torch.nn.Linear(2, 2),
             ):
-                with pytest.raises(reproml.NotExactError, match="torch.float64") as caught:
-                    draw()
+                with pytest.raises(reproml.NotExactError, match="float64") as caught:
+                    refused()
                 assert "None" not in str(caught.value)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -494,7 +503,7 @@ def test_default_dtype_float64_raises_not_exact_error():
 
 def test_error_without_operands_is_well_formed():
     with pytest.raises(reproml.NotExactError) as caught, reproml.exact():
-        torch.randn(3, dtype=torch.float64)
+        torch.randn(3, dtype=torch.complex64)
     message = str(caught.value)
     assert "has no exact result, called at " in message and "()," not in message
     assert ".;" not in message and message.endswith("; use float32.")  # one remedy

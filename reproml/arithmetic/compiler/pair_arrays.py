@@ -1,0 +1,385 @@
+"""Formulas in pairs of binary64 numbers on tensors, for results that are rounded to binary64.
+
+Binary64 has no room for the first rounding test of such results. So a formula is computed in pairs at
+once: an elementwise formula by its program (pair_program.py), where it has one, any other by one call of
+csrc/pair_program.c for each operation. A pair s + t has about 100 bits and a bound `rad`, which is 0
+where nothing was rounded. What fails the test is left to the exact path, and all of it without the compiled
+loops.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import cache
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+
+from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.compiler.pair_program import PairContext, PairProgram, Unsupported
+from reproml.arithmetic.numerics.balls import Formula
+from reproml.arithmetic.numerics.rounding import SLACK, U
+
+Number = Union[int, float, Fraction]
+
+_FAR = 2.0**-900  # a term that is so much smaller may count as zero: see evaluate._BITS
+
+
+class PairArray:
+    """Real numbers that lie within rad of s + t: float64 tensors of one shape. rad is not below 0."""
+
+    __slots__ = ("ctx", "s", "t", "rad")
+    __hash__ = None  # type: ignore[assignment]
+    __array_ufunc__ = None
+
+    def __init__(self, ctx: PairArrays, s: Tensor, t: Tensor, rad: Tensor) -> None:
+        self.ctx, self.s, self.t, self.rad = ctx, s, t, rad
+
+    @property
+    def mid(self) -> Tensor:
+        """The number itself, for conditions on exact numbers and on their differences."""
+        return self.s
+
+    def __add__(self, other: Union[PairArray, Number]) -> PairArray:
+        return self.ctx.run("add", self, other)
+
+    def __sub__(self, other: Union[PairArray, Number]) -> PairArray:
+        return self.ctx.run("add", self, -other)
+
+    def __rsub__(self, other: Number) -> PairArray:
+        return self.ctx.run("add", -self, other)
+
+    def __mul__(self, other: Union[PairArray, Number]) -> PairArray:
+        return self.ctx.run("mul", self, other)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __truediv__(self, other: Union[PairArray, Number]) -> PairArray:
+        return self.ctx.run("div", self, other)
+
+    def __rtruediv__(self, other: Number) -> PairArray:
+        return self.ctx.run("div", self.ctx.constant(other), self)
+
+    def __neg__(self) -> PairArray:
+        return PairArray(self.ctx, -self.s, -self.t, self.rad)
+
+    def __abs__(self) -> PairArray:
+        sign = torch.where(self.s < 0, -1.0, 1.0).double()
+        return PairArray(self.ctx, self.s * sign, self.t * sign, self.rad)
+
+    def __lt__(self, other: Number) -> Tensor:
+        return self.ctx.certain(self, self.s < float(other), float(other))
+
+    def __gt__(self, other: Number) -> Tensor:
+        return self.ctx.certain(self, self.s > float(other), float(other))
+
+    def __eq__(self, other: Any) -> Any:
+        raise Unsupported
+
+
+class PairArrays:
+    """The context of formulas on pairs. uncertain: where a condition is not certain, so that nothing is."""
+
+    def __init__(self) -> None:
+        self.uncertain: list[Tensor] = []
+
+    def run(self, op: str, *operands: Union[PairArray, Number]) -> PairArray:
+        """Run one instruction of csrc/pair_program.c on operands that broadcast together."""
+        lifted = [x if isinstance(x, PairArray) else self.constant(x) for x in operands]
+        shape = torch.broadcast_shapes(*[x.s.shape for x in lifted])
+        steps = [int(x.s.numel() != 1) for x in lifted]
+        arrays = [
+            (y.expand(shape) if step else y).contiguous()
+            for x, step in zip(lifted, steps)
+            for y in (x.s, x.t, x.rad)
+        ]
+        out = [torch.empty(shape, dtype=torch.float64, device="cpu") for _ in range(3)]
+        _call(_program_of(op, len(lifted)), arrays, steps, out)
+        return PairArray(self, *out)
+
+    def certain(self, x: PairArray, condition: Tensor, bound: float) -> Tensor:
+        self.uncertain.append((x.rad > 0) & ~((x.s - bound).abs() * 0.5 > x.rad + x.t.abs()))
+        return condition
+
+    # ---- the context -----------------------------------------------------------------------------------
+
+    def exact(self, mid: Tensor) -> PairArray:
+        zero = torch.zeros_like(mid, memory_format=torch.contiguous_format)
+        return PairArray(self, mid, zero, zero)
+
+    def constant(self, x: Number) -> PairArray:
+        x = Fraction(x)
+        high = float(x)
+        low = float(x - Fraction(high))
+        rest = abs(x - Fraction(high) - Fraction(low))
+        return self._numbers(high, low, math.nextafter(float(rest), math.inf) if rest else 0.0)
+
+    def _numbers(self, *numbers: float) -> PairArray:
+        return PairArray(self, *torch.tensor(numbers, dtype=torch.float64, device="cpu").unbind())
+
+    @property
+    def pi(self) -> PairArray:
+        return self._numbers(math.pi, 1.2246467991473532e-16, 2.0**-107)
+
+    @property
+    def ln2(self) -> PairArray:
+        return self._numbers(0.6931471805599453, 2.3190468138462996e-17, 2.0**-107)
+
+    @property
+    def ln10(self) -> PairArray:
+        return self._numbers(2.302585092994046, -2.1707562233822494e-16, 2.0**-105)
+
+    def ball(self, mid: Any, rad: Any) -> PairArray:
+        rad = torch.as_tensor(rad, dtype=torch.float64)
+        mid = torch.as_tensor(mid, dtype=torch.float64).expand_as(rad)
+        return PairArray(self, mid, torch.zeros_like(rad), rad.abs())
+
+    def choose(self, condition: Any, x: Any, y: Any) -> PairArray:
+        x, y = (z if isinstance(z, PairArray) else self.constant(z) for z in (x, y))
+        parts = ((x.s, y.s), (x.t, y.t), (x.rad, y.rad))
+        return PairArray(self, *[self.where(condition, a, b) for a, b in parts])
+
+    @staticmethod
+    def where(condition: Any, x: Any, y: Any) -> Any:
+        if isinstance(condition, bool):
+            return x if condition else y
+        x, y = (torch.as_tensor(z, dtype=torch.float64) for z in (x, y))
+        return torch.where(condition, x, y)
+
+    def difference(self, x: PairArray, y: PairArray) -> PairArray:
+        return x - y
+
+    def plus(self, x: PairArray, y: PairArray) -> PairArray:
+        return x + y
+
+    def sum(self, x: PairArray) -> PairArray:
+        n, shape = x.s.shape[-1], (*x.s.shape[:-1], 1)
+        out = [torch.empty(shape, dtype=torch.float64, device="cpu") for _ in range(3)]
+        arrays = [y.contiguous() for y in (x.s, x.t, x.rad)]
+        kernels.library.reproml_pair_sums(
+            out[0].numel(), n, *[y.data_ptr() for y in arrays], _pointers(out)
+        )
+        return PairArray(self, *out)
+
+    @staticmethod
+    def total(x: Tensor) -> Tensor:
+        return x.sum(-1, keepdim=True)
+
+    def max(self, x: PairArray) -> PairArray:
+        return self.exact(x.s.amax(-1, keepdim=True))
+
+    def sqrt(self, x: PairArray) -> PairArray:
+        return self.run("sqrt", x)
+
+    def exp(self, x: PairArray) -> PairArray:
+        return self.run("exp", x)
+
+    def expm1(self, x: PairArray) -> PairArray:
+        return self.run("expm1", x)
+
+    def log(self, x: PairArray) -> PairArray:
+        return self.run("log", x)
+
+    def log1p(self, x: PairArray) -> PairArray:
+        return self.run("log1p", x)
+
+    def tanh(self, x: PairArray) -> PairArray:
+        t = self.expm1(-2 * abs(x))
+        y = -t / (2 + t)
+        return self.choose(x < 0, -y, y)
+
+    def sigmoid(self, x: PairArray) -> PairArray:
+        t = self.exp(-abs(x))
+        return self.choose(x < 0, t, self.constant(1)) / (1 + t)
+
+    def sin(self, x: PairArray) -> PairArray:
+        return self._sin_cos(x, 0)
+
+    def cos(self, x: PairArray) -> PairArray:
+        return self._sin_cos(x, 1)
+
+    def _sin_cos(self, x: PairArray, quarter: int) -> PairArray:
+        """Return sin(x + quarter pi / 2), by way of x less the nearest multiple of pi / 2."""
+        k = torch.round(x.s.clamp(-(2.0**30), 2.0**30) * (2 / math.pi))
+        r = x
+        for part in _HALF_PI:  # k times each of these is exact
+            r = r - self.exact(k) * part
+        last = self.exact(k) * self.constant(_REST_OF_HALF_PI)
+        rest = torch.where(x.s.abs() < 2.0**20, k.abs() * 2.0**-150, torch.inf)
+        r = r - PairArray(self, last.s, last.t, last.rad + torch.where(k == 0, k, rest))
+        return self._series(r, k, quarter)
+
+    def sinpi(self, x: PairArray) -> PairArray:
+        return self._sin_cos_pi(x, 0)
+
+    def cospi(self, x: PairArray) -> PairArray:
+        return self._sin_cos_pi(x, 1)
+
+    def _sin_cos_pi(self, x: PairArray, quarter: int) -> PairArray:
+        k = torch.round(x.s.clamp(-(2.0**50), 2.0**50) * 2)
+        r = (x - self.exact(k * 0.5)) * self.pi
+        return self._series(r, k, quarter)
+
+    def _series(self, r: PairArray, k: Tensor, quarter: int) -> PairArray:
+        """Return sin(r + (k + quarter) pi / 2) for |r| < 0.8; for another r the bound is infinite.
+
+        By Taylor series: the terms after the 14th are below 2^-100 r^2. All other errors are in the bounds
+        of the operations.
+        """
+        square = r * r
+        terms = []
+        for first in (1, 0):
+            y = self.constant(0)
+            for i in reversed(range(14)):
+                y = y * square + Fraction((-1) ** i, math.factorial(2 * i + first))
+            lost = torch.where(r.s.abs() < 0.8, square.s.abs() * 2.0**-100, torch.inf)
+            terms.append(PairArray(self, y.s, y.t, y.rad + lost))
+        sine, cosine = r * terms[0], terms[1]
+        turn = (k.long() + quarter) % 4
+        y = self.choose(turn % 2 == 0, sine, cosine)
+        return self.choose(turn >= 2, -y, y)
+
+
+# pi / 2 to 160 bits: parts of 30 bits, and the rest.
+_PI = Fraction(0x3243F6A8885A308D313198A2E03707344A4093822299F31D008, 1 << 200)
+_HALF_PI = []
+_REST_OF_HALF_PI = _PI / 2
+for _places in (29, 59):
+    _part = Fraction(math.floor(_REST_OF_HALF_PI * 2**_places), 2**_places)
+    _HALF_PI.append(_part)
+    _REST_OF_HALF_PI -= _part
+
+
+def _pointers(tensors: Sequence[Optional[Tensor]]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*[None if x is None else x.data_ptr() for x in tensors])
+
+
+def _call(
+    program: PairProgram,
+    arrays: Sequence[Tensor],
+    steps: Sequence[int],
+    out: Sequence[Optional[Tensor]],
+) -> None:
+    first = out[0]
+    assert first is not None
+    kernels.library.reproml_pair_arrays(
+        program.address,
+        first.numel(),
+        _pointers(arrays),
+        (ctypes.c_int64 * len(steps))(*steps),
+        _pointers(out),
+    )
+
+
+@cache
+def _program_of(op: str, operands: int) -> PairProgram:
+    ctx = PairContext(operands)
+    return PairProgram(ctx, ctx.record(op, *ctx.operands), [False] * operands)
+
+
+# ---- formulas ------------------------------------------------------------------------------------------
+
+_UNSUPPORTED = (Unsupported, AttributeError, TypeError)
+
+
+def elements_by_pairs(
+    formula: Formula, program: Optional[PairProgram], operands: Sequence[Tensor]
+) -> Optional[tuple[Tensor, Tensor]]:
+    """Return the values of an elementwise formula, rounded once, and where the test failed.
+
+    operands: float64 tensors that broadcast together. Returns None if the formula has no such form, or
+    without the compiled loops.
+    """
+    if kernels.library is None or not all(x.is_cpu for x in operands):
+        return None
+    shape = torch.broadcast_shapes(*[x.shape for x in operands])
+    if program is None:
+        return _by_operations(formula, operands, shape)
+    steps = [int(x.numel() != 1) for x in operands]
+    arrays = [(x.expand(shape) if s else x).contiguous() for x, s in zip(operands, steps)]
+    value, rad = (torch.empty(shape, dtype=torch.float64, device="cpu") for _ in range(2))
+    _call(program, arrays, steps, [value, None, rad])
+    failed = rad != 0
+    for x in operands:
+        failed |= ~x.isfinite()
+    return value, failed
+
+
+def rows_by_pairs(formula: Formula, operands: Sequence[Tensor]) -> Optional[tuple[Tensor, Tensor]]:
+    """The same of a formula on rows, which lie along the last axis. An exact zero is +0."""
+    if kernels.library is None or not all(x.is_cpu for x in operands):
+        return None
+    return _by_operations(formula, operands, None)
+
+
+def _by_operations(
+    formula: Formula, operands: Sequence[Tensor], shape: Optional[torch.Size]
+) -> Optional[tuple[Tensor, Tensor]]:
+    ctx = PairArrays()
+    try:
+        y = formula(ctx, *[ctx.exact(x) for x in operands])
+    except _UNSUPPORTED:
+        return None
+    y = y if isinstance(y, PairArray) else ctx.constant(y)
+    value, failed = round_pairs(y.s, y.t, y.rad)
+    if shape is not None:
+        value, failed = value.expand(shape).clone(), failed.expand(shape).clone()
+    for x in operands:
+        unsure = ~x.isfinite()
+        failed = failed | (unsure if shape is not None else unsure.any(-1, keepdim=True))
+    for unsure in ctx.uncertain:
+        unsure = unsure if shape is not None or not unsure.dim() else unsure.any(-1, keepdim=True)
+        failed = failed | unsure
+    return value, failed
+
+
+def round_pairs(s: Tensor, t: Tensor, rad: Tensor) -> tuple[Tensor, Tensor]:
+    """Round s + t to binary64, which differ by at most rad from the exact values, and find what fails.
+
+    A bound of 0 needs no test: the sum of two binary64 numbers is rounded by IEEE arithmetic.
+    """
+    rad = torch.where(rad == 0, rad, rad * SLACK + t.abs() * (2 * U))
+    low, high = s + (t - rad), s + (t + rad)
+    failed = ~((low == high) & high.isfinite() & rad.isfinite())
+    return high, failed | ((t != 0) & (t.abs() < _FAR * s.abs()))
+
+
+# ---- sums and products ---------------------------------------------------------------------------------
+
+
+def sums(x: Tensor, y: Optional[Tensor] = None, running: bool = False) -> tuple[Tensor, ...]:
+    """Return s, t and rad of the sum of each row of x, or of x y: float64 [rows, n] -> [rows] each.
+
+    running: the sums up to each element, [rows, n]. Without the compiled loops all bounds are infinite.
+    """
+    rows, n = x.shape
+    shape = (rows, n) if running else (rows,)
+    if kernels.library is None or not x.is_cpu:
+        return _unknown(shape, x.device)
+    x, y = x.contiguous(), None if y is None else y.contiguous()
+    out = [torch.empty(shape, dtype=torch.float64, device="cpu") for _ in range(3)]
+    pointer = None if y is None else y.data_ptr()
+    kernels.library.reproml_binary64_sums(rows, n, x.data_ptr(), pointer, running, _pointers(out))
+    return tuple(out)
+
+
+def products(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    """Return s, t and rad of the products of float64 matrices [batch, m, k] and [batch, k, n]."""
+    (batch, m, k), n = a.shape, b.shape[-1]
+    if kernels.library is None or not a.is_cpu:
+        return _unknown((batch, m, n), a.device)
+    a, b = a.contiguous(), b.contiguous()
+    out = [torch.empty((batch, m, n), dtype=torch.float64, device="cpu") for _ in range(3)]
+    kernels.library.reproml_binary64_products(
+        batch, m, n, k, a.data_ptr(), b.data_ptr(), _pointers(out)
+    )
+    return tuple(out)
+
+
+def _unknown(shape: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
+    zero = torch.zeros(shape, dtype=torch.float64, device=device)
+    return zero, zero, torch.full_like(zero, torch.inf)
