@@ -1,11 +1,12 @@
-"""Measure products of bfloat16 and float16 matrices, and a training in bfloat16 autocast, beside float32.
+"""Measure products of bfloat16, float16 and float64 matrices, and a training in bfloat16 autocast.
 
-    python -m benchmarks.narrow
+    python -m benchmarks.dtypes
 
 Exact and native calls alternate, so that other processes disturb all of them; each number is the best
 of several rounds. With OMP_NUM_THREADS=1, processor time is measured. The last column is the fraction of
 elements that fail the first rounding test: those of bfloat16 products, which sum blocks in binary32, are
-summed again in binary64; the others, with their rounding errors.
+summed again in binary64; the others, with their rounding errors. Those of float64, which are computed with
+their rounding errors at once, are computed again in integers.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import reproml
+from reproml.arithmetic.compiler import pair_arrays
+from reproml.arithmetic.compiler.pair_arrays import round_pairs
 from reproml.arithmetic.numerics.formats import rounding_to
 from reproml.arithmetic.numerics.rounding import gamma, rounding_test
 
 PRODUCTS = ((64, 784, 128), (256, 256, 256), (512, 128, 512), (1024, 1024, 1024), (4096, 64, 64))
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BLOCK = 16  # SINGLE_BLOCK of csrc/tile.h
 
 
@@ -47,6 +50,9 @@ def alternate(calls: dict[Any, Callable[[], Any]], seconds: float) -> dict[Any, 
 
 def failures(a: Tensor, b: Tensor) -> float:
     """Return the fraction of the elements of a @ b that fail the first test."""
+    if a.dtype is torch.float64:
+        failed = round_pairs(*pair_arrays.products(a.unsqueeze(0), b.unsqueeze(0)))[1]
+        return failed.double().mean().item()
     wide_a, wide_b = a.double(), b.double()
     weight, relative = torch.ones(len(b), dtype=torch.float64), gamma(len(b))
     if a.dtype is torch.bfloat16:  # each term is in at most 15 sums that are rounded
@@ -63,7 +69,8 @@ def products() -> Iterator[list[str]]:
         calls: dict[Any, Callable[[], Any]] = {}
         left = {}
         for dtype in DTYPES:
-            a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+            a = torch.randn(m, k, dtype=torch.float64).to(dtype)
+            b = torch.randn(k, n, dtype=torch.float64).to(dtype)
             left[dtype] = failures(a, b)
             calls[dtype, "native"] = lambda a=a, b=b: a @ b  # type: ignore[misc]
             calls[dtype, "exact"] = calls[dtype, "native"]
