@@ -1887,7 +1887,7 @@ def test_operator_is_rounded_once(name, data):
 @pytest.mark.parametrize(
     "name", sorted(CASES.keys() & operator_table.EXACT.keys() - operator_table.FLOAT32_ONLY)
 )
-@TESTS
+@settings(TESTS, max_examples=4)
 @given(data=st.data())
 def test_operator_is_rounded_once_to_16_bits(name, dtype, data):
     for case in CASES[name]:
