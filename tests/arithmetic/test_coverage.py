@@ -167,7 +167,7 @@ def test_other_floats_are_refused(dtype):
                 continue
             if name in operator_table.VIEWS | operator_table.COPIES:
                 continue
-            if dtype is torch.float64 and name in operator_table.FLOAT64:
+            if dtype is torch.float64 and {name, name + "_"} & operator_table.FLOAT64:
                 continue
             outcome = attempt(func, dtype)
             assert outcome != "returned floats", func

@@ -379,7 +379,7 @@ def test_nan_of_any_payload_gives_nan(dtype):
         assert not torch.signbit(x).any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES.values()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *DTYPES.values()], ids=str)
 @pytest.mark.usefixtures("path")
 def test_activations_have_their_limits(dtype):
     x = torch.tensor([-math.inf, math.inf], dtype=dtype)
@@ -389,7 +389,11 @@ def test_activations_have_their_limits(dtype):
         )
         assert softplus.tolist() == [0, math.inf] and not softplus.signbit().any()
         assert log_sigmoid.tolist() == [-math.inf, 0] and log_sigmoid.signbit().all()
-        assert torch.nn.functional.silu(x).isnan().tolist() == [True, False]
+        for f in (torch.nn.functional.silu, torch.nn.functional.gelu):
+            assert f(x).isnan().tolist() == [True, False]
+        g = torch.full((2,), -1.0, dtype=dtype)
+        slope = torch.ops.aten.softplus_backward(g, x, 1, 20)
+        assert slope.tolist() == [0, -1] and slope.signbit().all()
 
 
 def moved_by_a_tenth(old: Any, new: Any) -> Any:
@@ -397,16 +401,16 @@ def moved_by_a_tenth(old: Any, new: Any) -> Any:
     return (1 - m) * old + m * new
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES.values()], ids=str)
 @pytest.mark.usefixtures("path")
 def test_batch_norm_writes_statistics_in_their_dtype(dtype):
     """Beside float32 statistics these are rounded to float32, and the output to 16 bits."""
     x = shaped(*[n / 7 for n in range(12)], dtype=dtype).reshape(3, 2, 2)
-    for of_statistics in (torch.float32, dtype):
+    for of_statistics in {torch.float64} if dtype is torch.float64 else {torch.float32, dtype}:
         mean, var = (torch.full((2,), v, dtype=of_statistics) for v in (0.1, 0.9))
         with reproml.exact():
             y = torch.nn.functional.batch_norm(x, mean, var, training=True)
-            exact_mean = torch.mean(x.float(), (0, 2))
+            exact_mean = torch.mean(x.to(torch.promote_types(dtype, torch.float32)), (0, 2))
         assert y.dtype is dtype and mean.dtype is of_statistics
         start = reals(torch.full((2,), 0.1, dtype=of_statistics))
         with o.rounding_to(of_statistics):

@@ -1869,7 +1869,7 @@ def compare_in(name: str, case: Case, arguments: Sequence[Any]) -> None:
         if isinstance(y, torch.Tensor):  # indices
             assert torch.equal(x, y), (x, y)
         elif (name, i) in STORED:
-            with o.rounding_to(torch.float32):
+            with o.rounding_to(torch.float64 if x.dtype is torch.float64 else torch.float32):
                 check(x, y, name in ANY_ZERO)
         else:
             check(x, y, name in ANY_ZERO)
@@ -1914,3 +1914,14 @@ def test_operator_is_rounded_once_at_special_values(name, dtype):
     for case in CASES[name]:
         if case.fixed:
             compare(name, case, case.fixed, dtype)
+
+
+@pytest.mark.parametrize("name", [
+    n for n in sorted(CASES.keys() & operator_table.FLOAT64) if any(c.fixed for c in CASES[n])
+])  # fmt: skip
+def test_operator_is_rounded_once_to_binary64_at_special_values(name):
+    for case in CASES[name]:
+        if case.fixed:
+            for spread in (1, 7):
+                with o.rounding_to(torch.float64):
+                    compare_in(name, case, widened(case.fixed, spread, bits=False))

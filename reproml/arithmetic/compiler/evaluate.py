@@ -241,11 +241,19 @@ def _limit(formula: Formula, row: NDArray[Any], mid: Any) -> Any:
             return exact_values(formula, list(row))[0]
         with _lock:
             ctx = _multi_precision_context(_BITS[-1])
-            y = formula(ctx, *[ctx.exact(np.array([ctx.mp.mpf(float(x))])) for x in row])
-            value = np.atleast_1d(y.mid)[0]
+
+            def value_at(numbers: NDArray[Any]) -> Any:
+                y = formula(ctx, *[ctx.exact(np.array([ctx.mp.mpf(float(x))])) for x in numbers])
+                return np.atleast_1d(y.mid)[0]
+
+            value = value_at(row)
             if ctx.mp.isnan(value):
                 return math.nan
-            return nearest(_mp_to_fraction(value))
+            if value:
+                return nearest(_mp_to_fraction(value))
+            # An infinite operand gives a zero without a sign, a large one the sign of the limit.
+            near = value_at(np.clip(row, -(2.0**64), 2.0**64))
+            return -0.0 if near < 0 else 0.0
     except _NO_VALUE:
         if np.isfinite(mid):
             raise NotExactError(f"it is not defined in float64 for {row.tolist()}") from None

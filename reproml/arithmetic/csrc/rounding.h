@@ -106,8 +106,8 @@ INLINE float to_target(double x) {
 /* Rounding the ends to binary32 first takes half the instructions, and a test fails a little more often. */
 INLINE float float_to_target(float x) {
     enum { BELOW = 24 - PRECISION };
-    const int32_t b = bits(x), half = (1 << (BELOW - 1)) - 1;
-    const int32_t sum = (b & INT32_MAX) + half + (b >> BELOW & 1), rounded = sum & ~(2 * half + 1);
+    const uint32_t b = (uint32_t)bits(x), half = (1U << (BELOW - 1)) - 1;
+    const uint32_t sum = (b & INT32_MAX) + half + (b >> BELOW & 1), rounded = sum & ~(2 * half + 1);
     float size;
 #if PRECISION == 11
     const float least = 0x1p-14, subnormal = (fabsf(x) + 0.75f) - 0.75f; /* a multiple of 2^-24 */

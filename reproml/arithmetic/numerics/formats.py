@@ -51,18 +51,22 @@ def target() -> Format:
     return _local.target
 
 
-@contextmanager
-def rounding_to(dtype: torch.dtype, written: Optional[torch.dtype] = None) -> Iterator[Format]:
+def rounding_to(
+    dtype: torch.dtype, written: Optional[torch.dtype] = None
+) -> AbstractContextManager[Format]:
     """Round to the format of a dtype within this block: float32, bfloat16, float16 or float64.
 
-    written: the dtype of operands that the definition writes, such as running statistics.
+    written: the dtype of operands that the definition writes, such as running statistics, if it is another.
     """
+    return _rounding(FORMATS[dtype], FORMATS[written or dtype])
+
+
+@contextmanager
+def _rounding(to: Format, written: Format) -> Iterator[Format]:
     before = _local.target, _local.written
-    _local.target = FORMATS[dtype]
-    if written is not None:
-        _local.written = FORMATS[written]
+    _local.target, _local.written = to, written
     try:
-        yield _local.target
+        yield to
     finally:
         _local.target, _local.written = before
 
@@ -73,12 +77,13 @@ def storing() -> AbstractContextManager[Format]:
     It is for the intermediate results of a definition that PyTorch stores in float32 whatever the operands
     are, such as the statistics of a normalization.
     """
-    return rounding_to(torch.float32 if _local.target.precision < 24 else _local.target.dtype)
+    stored = BINARY32 if _local.target.precision < 24 else _local.target
+    return _rounding(stored, _local.written)
 
 
 def writing() -> AbstractContextManager[Format]:
     """Round within this block to the dtype of the operands that the definition writes."""
-    return rounding_to(_local.written.dtype)
+    return _rounding(_local.written, _local.written)
 
 
 def narrow(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from reproml.arithmetic import operator_table
 from reproml.arithmetic.compiler import executor, kernels, pair_program
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.rounding import SLACK
-from tests.arithmetic.compiler.test_rounding_bounds import COMPILER, compile_c
+from tests.arithmetic.compiler.test_rounding_bounds import COMPILER, CSRC, compile_c
 from tests.arithmetic.forms import agree
 from tests.arithmetic.strategies import ANY, NOT_FINITE, SPECIAL, broadcast, grid, lay_out
 
@@ -53,7 +53,7 @@ void run(int op, const double *x, double *y) {
 def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     folder = tmp_path_factory.mktemp("pairs")
     (folder / "run.c").write_text(SOURCE)
-    library = compile_c(folder / "run.so", [folder / "run.c"])
+    library = compile_c(folder / "run.so", [folder / "run.c", CSRC / "parallel.c"])
 
     def instruction(op: str, *operands: Pair) -> Pair:
         x = (ctypes.c_double * 9)(*[number for pair in operands for number in pair])

@@ -357,8 +357,8 @@ def test_operators_with_effects_run_once(inaccurate):
 
 @pytest.mark.parametrize("which", ["step", "operator"])
 def test_error_midway_restores_the_operands(which, inaccurate):
-    p, q = nn.Parameter(TERMS.clone()), nn.Parameter(TERMS.double())
-    p.grad, q.grad = TERMS.sum(0).expand(4, 10).contiguous(), TERMS.double()
+    p, q = (nn.Parameter(TERMS.to(t)) for t in (torch.float32, torch.float8_e5m2))
+    p.grad, q.grad = TERMS.sum(0).expand(4, 10).contiguous(), TERMS.to(q.dtype)
     x = torch.zeros(4)
     with reproml.exact():
         if which == "step":
