@@ -130,13 +130,18 @@ def _function(
     return function
 
 
+def _erfc(x: Any) -> Any:
+    """Return erfc, which mpmath does not compute beyond 2^32; there it is below 2^-(2^64), or as near to 2."""
+    return mp.erfc(x) if abs(x) < 2**32 else mp.ldexp(1, -(2**64)) if x > 0 else 2 - mp.eps
+
+
 exp = _function(mp.exp, 1, INF, 0)
 expm1 = _function(mp.expm1, 0, INF, -1, odd=True)
 sin = _function(mp.sin, 0, NAN, NAN, odd=True)
 cos = _function(mp.cos, 1, NAN, NAN)
 tanh = _function(mp.tanh, 0, 1, -1, odd=True)
 erf = _function(mp.erf, 0, 1, -1, odd=True)
-erfc = _function(mp.erfc, 1, 0, 2)
+erfc = _function(_erfc, 1, 0, 2)
 sigmoid = _function(lambda x: 1 / (1 + mp.exp(-x)), Fraction(1, 2), 1, 0)
 
 

@@ -238,7 +238,8 @@ def _limit(formula: Formula, row: NDArray[Any], mid: Any) -> Any:
         return mid
     try:
         if np.isfinite(row).all():
-            return exact_values(formula, list(row))[0]
+            found = exact_values(formula, list(row))[0]
+            return found or math.copysign(found, _moderate(formula, row))
         with _lock:
             ctx = _multi_precision_context(_BITS[-1])
 
@@ -260,6 +261,14 @@ def _limit(formula: Formula, row: NDArray[Any], mid: Any) -> Any:
         return mid  # a pole, or outside of the domain
 
 
+def _moderate(formula: Formula, row: NDArray[Any]) -> float:
+    """Return what binary64 gives for operands of the same signs that overflow nowhere on the way."""
+    size = np.clip(np.abs(row), 2.0**-100, 2.0**100)
+    numbers = np.where(row == 0, row, np.copysign(size, row))
+    y = formula(TENSORS, *[TENSORS.exact(torch.tensor(float(x)).double()) for x in numbers])
+    return float(getattr(y, "mid", y))
+
+
 def _rows_in_binary64(formula: Formula, operands: Sequence[Tensor]) -> Tensor:
     """Evaluate as `rowwise_by_balls` does, rounded to binary64. Rows lie along the last axis."""
     found = pair_arrays.rows_by_pairs(formula, operands)
@@ -276,7 +285,7 @@ def _rows_in_binary64(formula: Formula, operands: Sequence[Tensor]) -> Tensor:
         flat = [x.reshape(math.prod(x.shape[:-1]), x.shape[-1])[rows] for x in operands]
         picked = torch.stack(flat, 1).cpu().numpy()
         at = row_of.cpu().numpy(), (index % n).cpu().numpy()
-        exact: NDArray[Any] = y.mid.reshape(-1, n)[rows].cpu().numpy()[at]
+        exact: NDArray[Any] = y.mid.reshape(-1, n)[rows].cpu().numpy()[at] + 0.0
         finite = np.isfinite(picked).all((1, 2))
         if not (finite[at[0]] | ~np.isfinite(exact) | (exact == 0)).all():
             raise NotExactError("it is not defined in float64 for rows with an infinite number")
@@ -286,7 +295,7 @@ def _rows_in_binary64(formula: Formula, operands: Sequence[Tensor]) -> Tensor:
         for i in np.flatnonzero(finite[at[0]] & ~wanted):
             with suppress(*_NO_VALUE):
                 exact[i] = exact_rows(formula, picked, at[0][i : i + 1], at[1][i : i + 1])[0]
-        value.view(-1)[index] = torch.from_numpy(exact + 0.0).to(value.device)
+        value.view(-1)[index] = torch.from_numpy(exact).to(value.device)
     return value
 
 

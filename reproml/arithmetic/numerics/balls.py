@@ -413,6 +413,9 @@ class MultiPrecisionContext(BallContext):
         for name in _TRANSCENDENTAL:
             if name not in ("tanh", "sigmoid"):  # these are compositions
                 setattr(self, f"_{name}", np.frompyfunc(getattr(self.mp, name), 1, 1))
+        # mpmath cannot compute erfc beyond 2^32. From 2^20 on it is below 2^-(2^40), or as near to 2.
+        far = self.mp.mpf(2**20)
+        self._erfc = np.frompyfunc(lambda x: self.mp.erfc(max(min(x, far), -far)), 1, 1)
 
     @property
     def pi(self) -> Ball:
