@@ -185,7 +185,8 @@ INLINE int32_t round_sum(double mid, double rad, float *result) {
 }
 
 #if PRECISION < 24
-/* The same with the ends rounded to binary32 first. Any bound but 0 is at least 2^-149. */
+/* The same with the ends rounded to binary32 first. That moves an end that is subnormal there by up to 2^-150, for which
+   a bound has room: it includes SINGLE_LOST of tile.h, unless all products are 0 and the value is exact. */
 INLINE int32_t round_sum_quickly(double mid, double rad, float *result) {
     double wide = enclosing(mid, rad);
     float low = lower_end(mid, wide), high = upper_end(mid, wide);

@@ -76,7 +76,7 @@ static inline void fold(const double *restrict sums, int n, int lanes, double *r
 double reproml_squares(const float *x, integer n, integer stride);
 
 /* Round a tile of sums to binary32. Each exact sum lies within g * row_bound[i] * column_bound[j] of its element, and for
-   PRECISION 8 within another SINGLE_LOST unless the first is 0,
+   PRECISION < 24 within another SINGLE_LOST unless the first is 0,
    and the bias of its row or column (either may be null) is one more term; g: the relative bound of a sum
    (relative_bound). sums: rows of TILE_COLUMNS. out: [m][n] with `stride` elements between rows. Returns the number
    of elements for which the test failed; their row * TILE_COLUMNS + column is in `failed`. */
