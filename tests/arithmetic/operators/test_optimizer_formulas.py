@@ -88,7 +88,9 @@ def adamax(p, g, s, t, c):
 
 
 def asgd(p, g, s, t, c):
-    eta, mu = o.float_of(s["eta"]), s["mu"]
+    mu = s["mu"]
+    with o.rounding_to(torch.float32):
+        eta = o.float_of(s["eta"])
     p = rounded(float32_scalar(1 - c["lambd"] * eta) * p - s["eta"] * direction(p, g, c))
     ax = rounded(s["ax"] + mu * (p - s["ax"]))
     rate = float32_scalar(c["lr"] / power(1 + c["lambd"] * c["lr"] * t, c["alpha"]))
