@@ -44,7 +44,7 @@ REPEATS = 5  # pairs of a native and an exact run
 LIMIT = 60  # seconds after which a measurement begins no further pair
 
 # Name: the steps that are timed.
-RECIPES = {"mnist-mlp": 500, "mnist-cnn": 50, "digits-mlp": 250}
+RECIPES = {"mnist-mlp": 500, "mnist-mlp-bf16": 500, "mnist-cnn": 50, "digits-mlp": 250}
 EXAMPLES = {"resnet_small": 50, "transformer": 50}
 
 # One size of mnist-mlp grows, the others stay.
