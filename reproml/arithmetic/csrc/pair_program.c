@@ -207,7 +207,7 @@ INLINE pair exponential(pair p, int tiny) {
     pair y;
     two_sum(1, m.s, &y.s, &e);
     two_sum(e, m.t, &low, &lost);
-    y = full_pair(y.s, low, (k == 0 ? fabs(m.s) : 2) * FUNCTION_ERROR + fabs(lost) + (m.s == 0 ? 0 : TINY));
+    y = full_pair(y.s, low, (k == 0 ? fabs(m.s) : 2) * FUNCTION_ERROR + fabs(lost) + (p.s == 0 ? 0 : TINY));
     y.rad += rad_of_exp(p.rad) * 1.5;
     y = (pair){y.s * scale, y.t * scale, y.rad * scale};
     const int below = p.s < -600, beyond = below | (p.s > 600); /* exp(-599) < 2^-864 */
@@ -218,7 +218,7 @@ INLINE pair exponential(pair p, int tiny) {
 INLINE pair exponential_less_1(pair p, int tiny) {
     double k;
     pair m = expm1_reduced((pair){clamp(p.s, -610, 610), p.t, 0}, &k, tiny);
-    m.rad = fabs(m.s) * FUNCTION_ERROR + (m.s == 0 ? 0 : TINY) + 1.5 * rad_of_exp(p.rad);
+    m.rad = fabs(m.s) * FUNCTION_ERROR + (p.s == 0 ? 0 : TINY) + 1.5 * rad_of_exp(p.rad);
     const pair elsewhere = add1(exponential(p, tiny), -1);
     return select(k == 0, m, elsewhere);
 }
