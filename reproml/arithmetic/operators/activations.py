@@ -110,7 +110,8 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """Return x Phi(x); approximate "tanh": x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
     if target() is BINARY64:
         formula = _gelu if approximate == "none" else _gelu_tanh
-        return _with_tails(partial(elementwise, formula), -60)(x)
+        y = _with_tails(partial(elementwise, formula), -60)(x)
+        return torch.where((x == -torch.inf) & (approximate == "none"), torch.nan, y)
     if approximate == "none":
         return elementwise(_gelu, x, reference=_reference_gelu, fast="gelu")
     return elementwise(_gelu_tanh, x, reference=_with_tails(half_near_zero(_gelu_tanh), -32))
