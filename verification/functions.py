@@ -91,7 +91,7 @@ sinh = _at_special(np.sinh, lambda x: Real(mp.sinh(x.mpf)))
 cosh = _at_special(np.cosh, lambda x: Real(mp.cosh(x.mpf)))
 asinh = _at_special(np.arcsinh, lambda x: Real(mp.asinh(x.mpf)))
 acosh = _at_special(
-    np.arccosh, _inside(1, 1e39, lambda x: Real(0) if x.v == 1 else Real(mp.acosh(x.mpf)))
+    np.arccosh, _inside(1, math.inf, lambda x: Real(0) if x.v == 1 else Real(mp.acosh(x.mpf)))
 )
 atanh = _at_special(
     np.arctanh, _inside(-1, 1, lambda x: Real(x.v * INF if abs(x.v) == 1 else mp.atanh(x.mpf)))
@@ -220,7 +220,20 @@ def digamma(x: Any) -> Any:
 def trigamma(x: Any) -> Any:
     if not x.finite:
         return Real(0) if x.v == INF else Real(NAN)
-    return Real(INF) if _is_pole(x) else Real(mp.psi(1, x.mpf))
+    return Real(INF) if _is_pole(x) else Real(polygamma(1, x.mpf))
+
+
+def polygamma(n: int, x: Any) -> Any:
+    """Return a derivative of digamma; below -10 by reflection, as mpmath steps to 0 otherwise."""
+    if n == 0 or x > -10:
+        return mp.psi(n, x)
+    with mp.workprec(3 * mp.prec):
+        pi, cot = mp.pi, mp.cospi(x) / mp.sinpi(x)
+        square = 1 + cot * cot
+        slope = {1: -(pi**2) * square, 2: 2 * pi**3 * cot * square}.get(n)
+        if n == 3:
+            slope = -2 * pi**4 * square * (1 + 3 * cot * cot)
+        return (-1) ** n * mp.psi(n, 1 - x) - slope
 
 
 # ---- remainders --------------------------------------------------------------------------------------

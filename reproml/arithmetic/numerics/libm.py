@@ -13,7 +13,7 @@ from functools import wraps
 from types import BuiltinFunctionType, ModuleType
 from typing import Any, Callable
 
-from reproml.arithmetic.numerics.rationals import to_53_bits
+from reproml.arithmetic.numerics.rationals import to_53_bits, to_double
 
 # Bits to compute with, and to round to before the result.
 _BITS = 400, 150
@@ -125,13 +125,24 @@ def rounded_to_odd(value: Callable[[Any], Any], bits: tuple[int, int] = _BITS) -
     Rounding that to a format of fewer than 52 bits gives what rounding the value gives: S. Boldo and
     G. Melquiond, IEEE Transactions on Computers 57(4), 2008. The result must not be subnormal.
     """
+    n, exponent = _significant(value, bits)
+    return to_53_bits(n, 1, exponent)
+
+
+def rounded_to_double(value: Callable[[Any], Any], bits: tuple[int, int] = _BITS) -> float:
+    """Return the float nearest to value(mpmath), ties to even; infinity on overflow."""
+    return to_double(*_significant(value, bits))
+
+
+def _significant(value: Callable[[Any], Any], bits: tuple[int, int]) -> tuple[int, int]:
+    """Return n and e of the number n 2^e to which value(mpmath) is rounded."""
     import mpmath
 
     with mpmath.workprec(bits[0]):
         x = value(mpmath.mp)
         with mpmath.workprec(bits[1]):
             sign, mantissa, exponent, _ = (+x)._mpf_
-    return to_53_bits(-int(mantissa) if sign else int(mantissa), 1, exponent)
+    return -int(mantissa) if sign else int(mantissa), exponent
 
 
 def log_of_fraction(x: Fraction) -> float:

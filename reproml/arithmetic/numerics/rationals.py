@@ -144,6 +144,22 @@ def to_53_bits(n: int, d: int, exponent: int) -> float:
     return -value if n < 0 else value
 
 
+def to_double(n: int, exponent: int) -> float:
+    """Return n * 2**exponent rounded once to binary64, ties to even; infinity on overflow.
+
+    Python rounds a quotient of integers once, to a subnormal number as well.
+    """
+    size = abs(n)
+    try:
+        if size.bit_length() + exponent < -1100:
+            value = 0.0
+        else:
+            value = (size << min(max(exponent, 0), 1100)) / (1 << max(-exponent, 0))
+    except OverflowError:
+        value = math.inf
+    return -value if n < 0 else value
+
+
 _sign: Any = np.frompyfunc(lambda n: -1 if n < 0 else 1, 1, 1)
 _odd: Any = np.frompyfunc(to_53_bits, 3, 1)
 _fraction: Any = np.frompyfunc(Fraction, 2, 1)

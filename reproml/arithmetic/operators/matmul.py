@@ -81,6 +81,10 @@ def _in_binary64(
             y = y + (ctx.exact(added) if beta == 1 else ctx.exact(added) * beta)
     value, failed = pair_arrays.round_pairs(y.s, y.t, y.rad)
     value = value + 0.0
+    if failed.any():
+        limits = _limits(a, b, added, alpha, beta)
+        value = torch.where(limits.isfinite(), value, limits)
+        failed &= limits.isfinite()
     for at in failed.nonzero().tolist():
         *of, i, j = at
         row, column = a[(*of, i)], b[(*of, slice(None), j)]
@@ -89,17 +93,23 @@ def _in_binary64(
     return value
 
 
+def _limits(
+    a: Tensor, b: Tensor, added: Optional[Tensor], alpha: Fraction, beta: Fraction
+) -> Tensor:
+    """Return the product of the signs of all finite numbers and of the others as they are.
+
+    It is infinite or NaN where the product of the matrices is, and cannot overflow.
+    """
+    a, b = (torch.where(x.isfinite(), x.sign(), x) for x in (a, b))
+    limits = (a @ b) * ((alpha > 0) - (alpha < 0))
+    if added is not None:
+        limits = limits + torch.where(added.isfinite(), 0.0, added) * (1 if beta > 0 else -1)
+    return limits
+
+
 def _exact_element(
     row: Tensor, column: Tensor, added: Optional[Tensor], alpha: Fraction, beta: Fraction
 ) -> float:
-    numbers = torch.cat([row, column, row[:0] if added is None else added.reshape(1)])
-    if not bool(numbers.isfinite().all()):  # these signs have the same limit, and cannot overflow
-        row, column, last = (
-            torch.where(t.isfinite(), t.sign(), t)
-            for t in (row, column, row.new_zeros(()) if added is None else added)
-        )
-        signs = np.sign([float(alpha), float(beta)])
-        return float(float(row @ column) * signs[0] + float(last) * signs[1])
     x, y = (Rationals.of_floats(t.cpu().numpy()) for t in (row, column))
     total = Fraction(int(np.sum((x * y).n))) * Fraction(2) ** (x.exponent + y.exponent)
     total = alpha * total + (0 if added is None else beta * Fraction(float(added)))

@@ -260,8 +260,8 @@ def xlogy(x: Any, y: Any) -> Tensor:
 # ---- elementary functions ----------------------------------------------------------------------------
 
 
-# Outside of these bounds the rounded value is that at the bound: 1, infinity, 0 or -1.
-_CONSTANT_BEYOND = {"tanh": (-20, 20), "exp": (-120, 100), "expm1": (-120, 100)}
+# Outside of these bounds the rounded value is that at the bound: 1, 2, infinity, 0 or -1.
+_CONSTANT_BEYOND = {"tanh": (-20, 20), "exp": (-120, 100), "expm1": (-120, 100), "erfc": (-20, 100)}
 _ODD = ("sin", "tanh", "erf", "erfinv", "expm1", "log1p")
 
 

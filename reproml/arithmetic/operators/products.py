@@ -6,6 +6,8 @@ of Numerical Algorithms, section 3.1). It is exact if the odd parts of all facto
 together. So are all ties, whose odd part has up to 25 bits: that of k numbers of b_i > 1 bits has more than
 the sum of b_i - 1 bits, which is at least half of the sum of b_i. Products that fail the rounding test are
 multiplied as integers. A zero has the sign that the signs of its factors give.
+
+Products in float64 are those of integers from the start, of which 160 bits are kept.
 """
 
 from __future__ import annotations
@@ -17,12 +19,16 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.numerics.formats import target
+from reproml.arithmetic.numerics.formats import BINARY64, target
+from reproml.arithmetic.numerics.rationals import to_double
 from reproml.arithmetic.numerics.rounding import gamma, nearest, round_ball
 from reproml.arithmetic.operators.arguments import require_float32
 
 # As many factors of at least 1/2 do not underflow in binary64.
 _BLOCK = 512
+
+# Bits that a product in float64 keeps.
+_BITS = 160
 
 
 def prod(
@@ -40,6 +46,8 @@ def prod(
 
 def row_products(rows: Tensor) -> Tensor:
     """Return the product of each row along the last axis: float32 [..., n] -> [...]."""
+    if target() is BINARY64 and rows.shape[-1]:
+        return _products_in_binary64(rows, False)
     m, e = _parts(rows)
     while (n := m.shape[-1]) > 1:
         block = min(_BLOCK, n)
@@ -66,6 +74,8 @@ def cumprod(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
         return x.clone()
     rows = torch.atleast_1d(x).movedim(dim, -1)
     n = rows.shape[-1]
+    if target() is BINARY64:
+        return _products_in_binary64(rows, True).movedim(-1, dim).reshape(x.shape)
     m, e = _parts(rows)
     step = 1
     while step < n:  # each product consists of two that have up to `step` factors
@@ -126,6 +136,47 @@ def exact_product(factors: Sequence[float]) -> Fraction:
         odd = numbers[-1:] if len(numbers) % 2 else []
         numbers = [a * b for a, b in zip(numbers[::2], numbers[1::2])] + odd
     return Fraction(numbers[0] if numbers else 1) / Fraction(2) ** powers
+
+
+def _products_in_binary64(rows: Tensor, running: bool) -> Tensor:
+    """Return the product of each row, [..., n] -> [...], or those up to each element, [..., n]; n > 0."""
+    special = ~rows.isfinite() | (rows == 0)
+    signs = torch.where(special, rows, rows.sign())
+    limits = signs.cumprod(-1) if running else signs.prod(-1)
+    sizes = torch.where(special, 1.0, rows.abs()).reshape(-1, rows.shape[-1]).cpu()
+    m, e = torch.frexp(sizes)
+    m = (m * 2.0**53).long()
+    power = m & -m
+    e = e.long() - 54 + torch.frexp(power.double())[1]
+    values = [
+        _rounded_products(row, running, odd, exponents)
+        for row, odd, exponents in zip(sizes.tolist(), (m // power).tolist(), e.tolist())
+    ]
+    value = torch.tensor(values, dtype=torch.float64).reshape(limits.shape).to(rows.device)
+    return torch.where(limits.abs() == 1, value * limits, limits)
+
+
+def _rounded_products(
+    row: list[float], running: bool, odd: list[int], exponents: list[int]
+) -> list[float]:
+    """Return the product of odd * 2**exponent over a row of positive numbers, or those up to each of them.
+
+    A product of up to 160 bits is exact, so all that lie halfway between two numbers are. From a longer one
+    the last bits are cut, which loses less than 2^-159 of it each time.
+    """
+    values = []
+    m, e, cuts = 1, 0, 0
+    for i, (factor, exponent) in enumerate(zip(odd, exponents), 1):
+        m, e = m * factor, e + exponent
+        excess = m.bit_length() - _BITS
+        if excess > 0:
+            m, e, cuts = m >> excess, e + excess, cuts + 1
+        if running or i == len(row):
+            value = to_double(m, e)
+            if cuts and to_double(m + 1 + (m * cuts >> _BITS - 2), e) != value:
+                value = nearest(exact_product(row[:i]))
+            values.append(value)
+    return values
 
 
 def _parts(x: Tensor) -> tuple[Tensor, Tensor]:

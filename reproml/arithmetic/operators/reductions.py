@@ -59,11 +59,12 @@ def _sums_in_binary64(
 ) -> Tensor:
     """Compute reduce_sum rounded to binary64: in pairs, then by exact integers."""
 
-    def of_rows(rows: Tensor) -> Tensor:
-        factors = None if y is None else rows[..., 1]
-        rows = rows if y is None else rows[..., 0]
+    unsigned = x.dtype is torch.uint64
+
+    def of_rows(rows: Tensor, factors: Optional[Tensor] = None) -> Tensor:
         if not rows.is_floating_point():  # binary64 may not hold them
-            rows = torch.cat([(rows & ~0xFFFFFFFF).double(), (rows & 0xFFFFFFFF).double()], 1)
+            high = rows >> 32 & 0xFFFFFFFF if unsigned else rows >> 32
+            rows = torch.cat([high.double() * 2.0**32, (rows & 0xFFFFFFFF).double()], 1)
         if not divisor:
             return rows.new_full((len(rows),), torch.nan)
         ctx = pair_arrays.PairArrays()
@@ -76,21 +77,11 @@ def _sums_in_binary64(
             value[failed] = _exact_sums(*few, divisor).to(value.device)
         return value
 
-    rows = (
-        (x.long() if not x.is_floating_point() else x.double())
-        if y is None
-        else torch.stack([x.double(), y.double()], -1)
-    )
-    if y is None:
-        return apply_to_rows(of_rows, rows, dims, keepdim)
-    axes = [d % max(x.dim(), 1) for d in dims] if dims else list(range(x.dim()))
-    kept = [d for d in range(x.dim()) if d not in axes]
-    count = torch.Size([x.shape[d] for d in axes]).numel()
-    flat = rows.permute([*kept, *axes, x.dim()]).reshape(
-        torch.Size([x.shape[d] for d in kept]).numel(), count, 2
-    )
-    shape = [1 if d in axes else n for d, n in enumerate(x.shape) if keepdim or d not in axes]
-    return of_rows(flat).reshape(shape)
+    if y is not None:
+        return apply_to_rows(of_rows, x.double(), dims, keepdim, y.double())
+    if unsigned:
+        x = x.view(torch.int64)
+    return apply_to_rows(of_rows, x.double() if x.is_floating_point() else x.long(), dims, keepdim)
 
 
 def _exact_sums(rows: Tensor, factors: Optional[Tensor], divisor: int = 1) -> Tensor:
@@ -139,11 +130,7 @@ def cumsum(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
     rows = torch.atleast_1d(x).movedim(dim, -1).contiguous()
     n = rows.shape[-1]
     if target() is BINARY64:
-        flat = rows.double().reshape(-1, n)
-        value, failed = pair_arrays.round_pairs(*pair_arrays.sums(flat, running=True))
-        value = value + 0.0
-        for i, j in failed.nonzero().tolist():
-            value[i, j] = _exact_sums(flat[i : i + 1, : j + 1], None)[0]
+        value = _running_sums_in_binary64(rows.double().reshape(-1, n))
         return value.reshape(rows.shape).movedim(-1, dim).reshape(x.shape)
 
     def by_fractions(rows: Tensor) -> Tensor:
@@ -153,17 +140,33 @@ def cumsum(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
             values: list[float] = []
             failed, counts = torch.unique_consecutive(index // n, return_counts=True)
             few = wide.reshape(-1, n)[failed]
-            finite = torch.where(few.isfinite(), few, 0.0)  # a sum that is infinite does not fail
-            for row, at in zip(finite.cpu().numpy(), (index % n).split(counts.tolist())):
-                terms = Rationals.of_floats(row)
-                sums = Rationals(np.cumsum(terms.n), 1, terms.exponent)
-                values += sums[at.cpu().numpy()].nearest().tolist()
+            # a sum that is infinite does not fail
+            for row, at in zip(few, (index % n).split(counts.tolist())):
+                values += _exact_running_sums(row, at).tolist()
             return values
 
         return round_sum(wide.cumsum(-1), wide.abs().cumsum(-1) * gamma(n), resolve)
 
     result = rows_by_pairs("running_sums", by_fractions, rows)
     return result.movedim(-1, dim).reshape(x.shape)
+
+
+def _running_sums_in_binary64(rows: Tensor) -> Tensor:
+    """Compute `cumsum` of rows, rounded to binary64: in pairs, then by exact integers."""
+    value, failed = pair_arrays.round_pairs(*pair_arrays.sums(rows, running=True))
+    limits = torch.where(rows.isfinite(), 0.0, rows).cumsum(-1)
+    value = torch.where(limits.isfinite(), value + 0.0, limits)
+    failed &= limits.isfinite()
+    for i in failed.any(1).nonzero().squeeze(1).tolist():
+        exact = _exact_running_sums(rows[i], failed[i])
+        value[i, failed[i]] = torch.from_numpy(exact).to(value.device)
+    return value
+
+
+def _exact_running_sums(row: Tensor, at: Tensor) -> Any:
+    """Return the sums up to some elements of a row, rounded once; no number up to these may be infinite."""
+    terms = Rationals.of_floats(torch.where(row.isfinite(), row, 0.0).cpu().numpy())
+    return Rationals(np.cumsum(terms.n), 1, terms.exponent)[at.cpu().numpy()].nearest()
 
 
 def reduce_sum(
@@ -306,14 +309,14 @@ def variance_and_mean(
 
 
 def apply_to_rows(
-    function: Callable[[Tensor], Tensor], x: Tensor, dim: Any, keepdim: bool
+    function: Callable[..., Tensor], x: Tensor, dim: Any, keepdim: bool, *others: Tensor
 ) -> Tensor:
-    """Apply a function [rows, n] -> [rows, 1] over the axes `dim`."""
+    """Apply a function [rows, n] -> [rows, 1] of x, and of others of its shape, over the axes `dim`."""
     dims = sorted(canonicalize_dims(x.dim(), tuple(dims_tuple(dim)))) or list(range(x.dim()))
     dims = dims if x.dim() else []
     kept = [d for d in range(x.dim()) if d not in dims]
     shape = [x.shape[d] for d in kept]
     length = torch.Size([x.shape[d] for d in dims]).numel()
-    rows = x.permute([*kept, *dims]).reshape(torch.Size(shape).numel(), length)
-    y = function(rows).reshape(shape)
+    matrix = torch.Size(shape).numel(), length
+    y = function(*[t.permute([*kept, *dims]).reshape(matrix) for t in (x, *others)]).reshape(shape)
     return y.reshape([1 if d in dims else n for d, n in enumerate(x.shape)]) if keepdim else y

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.dispatch.deferred import replay_log
+from reproml.arithmetic.numerics.balls import polygamma
 from reproml.arithmetic.numerics.devices import is_on_accelerator
-from reproml.arithmetic.numerics.libm import rounded_to_odd
+from reproml.arithmetic.numerics.formats import BINARY64, target
+from reproml.arithmetic.numerics.libm import rounded_to_double, rounded_to_odd
 from reproml.arithmetic.operators.arguments import float32_operands
 
 # As many as a value may need: I1(x) = x / 2 (1 + x^2 / 8 + ...) is near a midpoint for the least x.
@@ -26,7 +28,7 @@ _lock = threading.Lock()  # mpmath's precision is global
 
 
 def by_long_numbers(function: Callable[..., Any], x: Tensor) -> Tensor:
-    """Return function(mpmath, float) of each element of x, rounded once to float32.
+    """Return function(mpmath, float) of each element of x, rounded once to float32, or to float64.
 
     The function may return a Python float for an infinity or NaN.
     """
@@ -35,7 +37,8 @@ def by_long_numbers(function: Callable[..., Any], x: Tensor) -> Tensor:
     values, places = torch.unique(x.detach().cpu().double(), return_inverse=True)
     with _lock:
         found = [_value(function, v) for v in values.tolist()]
-    return torch.tensor(found, dtype=torch.float64)[places].float().reshape(x.shape).to(x.device)
+    y = torch.tensor(found, dtype=torch.float64)[places].to(target().container)
+    return y.reshape(x.shape).to(x.device)
 
 
 def _value(function: Callable[..., Any], x: float) -> float:
@@ -48,7 +51,7 @@ def _value(function: Callable[..., Any], x: float) -> float:
             return mp.mpf(0)
         return y
 
-    found = rounded_to_odd(value, _BITS)
+    found = (rounded_to_double if target() is BINARY64 else rounded_to_odd)(value, _BITS)
     return limits[0] if limits else found
 
 
@@ -161,7 +164,7 @@ def higher_polygamma(n: int, x: Tensor) -> Tensor:
             return 0.0 if x > 0 else NAN
         if x <= 0 and x == math.floor(x):
             return INF if n % 2 else -INF
-        return x if math.isnan(x) else mp.psi(n, mp.mpf(x))
+        return x if math.isnan(x) else polygamma(mp, n, mp.mpf(x))
 
     return by_long_numbers(value, x)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from unittest.mock import Mock
 
 import mpmath
 import pytest
@@ -11,7 +12,9 @@ import torch
 
 import reproml
 from reproml.arithmetic.numerics.formats import rounding_to
+from reproml.arithmetic.numerics.rationals import Rationals
 from reproml.arithmetic.numerics.rounding import nearest
+from reproml.arithmetic.operators import matmul
 
 pytestmark = pytest.mark.usefixtures("path")
 
@@ -39,6 +42,57 @@ def test_sums_are_rounded_once(terms):
     with reproml.exact():
         found = x.sum().item(), x.cumsum(0)[-1].item(), (x @ torch.ones_like(x)).item()
     assert found == (exact([Fraction(t) for t in terms]),) * 3
+
+
+@pytest.mark.parametrize("terms", [*HARD, [1e308, 1e308, -1e308] * 300], ids=range(len(HARD) + 1))
+def test_running_sums_are_rounded_once(terms):
+    x = torch.tensor([terms, [-t for t in terms]], dtype=torch.float64)
+    with reproml.exact():
+        found = x.cumsum(1).tolist()
+    for row, sums in zip(x.tolist(), found):
+        total = Fraction(0)
+        for t, y in zip(row, sums):
+            total += Fraction(t)
+            assert y == exact([total])
+
+
+def test_running_sums_of_a_row_are_computed_together(monkeypatch):
+    """[a, a, -a, ...] overflows in pairs at most elements, each of which may not sum its whole prefix."""
+    counted = Mock(wraps=Rationals.of_floats)
+    monkeypatch.setattr(Rationals, "of_floats", counted)
+    x = torch.tensor([[1e308, 1e308, -1e308] * 20, [math.inf, 1.0, -1.0] * 20], dtype=torch.float64)
+    with reproml.exact():
+        x.cumsum(1)
+    assert [len(call.args[0]) for call in counted.call_args_list] == [60]
+
+
+def test_running_sums_after_an_infinity_are_limits():
+    row = [1e308, 1e308, 2.5, math.inf, -1.0, math.inf, -math.inf, 1.0]
+    x = torch.tensor(row, dtype=torch.float64)
+    with reproml.exact():
+        found = x.cumsum(0).tolist()
+    assert found[:6] == [1e308] + [math.inf] * 5 and all(map(math.isnan, found[6:]))
+
+
+@pytest.mark.parametrize(
+    "dtype, values",
+    [
+        (torch.uint64, [2**63 + 1025, 2**64 - 1, 1]),
+        (torch.int64, [-(2**63), 1025, 2**62 + 257, -1]),
+        (torch.int32, [-5, 2**31 - 1]),
+        (torch.bool, [True, False, True]),
+    ],
+)
+def test_sums_of_integers_are_rounded_once(dtype, values):
+    x = torch.tensor([values, values[::-1]], dtype=dtype)
+    with reproml.exact():
+        found = (
+            x.sum(1, dtype=torch.float64),
+            x.sum(dtype=torch.float64),
+            x[:, 0].sum(dtype=torch.float64),
+        )
+    assert found[0].tolist() == [float(sum(values))] * 2 and found[1] == float(2 * sum(values))
+    assert found[2] == float(values[0] + values[-1])
 
 
 def numbers(seed: int, *shape: int) -> torch.Tensor:
@@ -71,6 +125,36 @@ def test_cancelling_products_are_rounded_once():
         assert y == exact([Fraction(p) * Fraction(q) for p, q in zip(row, b[:, 0].tolist())])
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("alpha, beta", [(1, 1), (0, 1), (-2, 0.5), (1, 0), (1e308, -1e300)])
+def test_products_with_infinities_are_limits(alpha, beta, monkeypatch):
+    kinds = [0.0, 1.0, -2.5, 1e308, 5e-324, math.inf, -math.inf, math.nan]
+    values = torch.tensor(kinds, dtype=torch.float64)
+    at = torch.randint(8, (3, 12, 12), generator=torch.Generator().manual_seed(0))
+    a, b, bias = values[at]
+    a, b = a[:, :3], b[:3]
+    counted = Mock(wraps=matmul._exact_element)
+    monkeypatch.setattr(matmul, "_exact_element", counted)
+    with reproml.exact():
+        found = torch.addmm(bias, a, b, alpha=alpha, beta=beta).flatten().tolist()
+    finite = 0
+    for n, y in enumerate(found):
+        i, j = divmod(n, 12)
+        row, column = a[i].tolist(), b[:, j].tolist()
+        terms = [(alpha, p, q) for p, q in zip(row, column)]
+        terms += [(beta, bias[i, j].item(), 1.0)] if beta else []
+        if all(math.isfinite(v) for term in terms for v in term):
+            finite += 1
+            assert y == exact([Fraction(math.prod(map(Fraction, term))) for term in terms])
+        else:  # the limit is that of the infinite terms and NaN
+            limit = 0.0
+            for term in terms:
+                signs = [v if not math.isfinite(v) else (v > 0) - (v < 0) for v in term]
+                limit += math.prod(signs)
+            assert y == limit or (math.isnan(y) and math.isnan(limit))
+    assert counted.call_count <= finite < len(found)
+
+
 @pytest.mark.parametrize("name", ["sin", "cos", "exp", "log", "tanh", "expm1", "log1p"])
 def test_functions_are_rounded_once(name):
     x = torch.cat([numbers(5, 60) * 20, torch.tensor([3.0, 710.0, 1e22, 2.0**-1074, 1e-160])])
@@ -84,6 +168,22 @@ def test_functions_are_rounded_once(name):
             size = math.inf if abs(value) >= 2**1024 else float(mantissa * Fraction(2) ** exponent)
             wanted = math.copysign(size, value)
             assert y == wanted, (t, y, wanted)
+
+
+@pytest.mark.parametrize("name", ["exp", "expm1", "sinh", "tanh", "log1p", "sin", "erf"])
+def test_functions_of_smallest_numbers_do_not_vanish(name):
+    x = torch.tensor(
+        [5e-324, -5e-324, 1.5e-323, 3e-310, 1.0], dtype=torch.float64
+    )  # 1: in one block
+    with reproml.exact():
+        found = torch.cat(
+            [getattr(torch, name)(x), *[getattr(torch, name)(y) for y in x[:4, None]]]
+        )
+    assert found[:4].tolist() == found[5:].tolist()
+    if name == "erf":
+        assert found[:2].tolist() == [5e-324, -5e-324]
+    else:
+        assert found[:4].tolist() == ([1.0] * 4 if name == "exp" else x[:4].tolist())
 
 
 def test_position_table_equals_correctly_rounded_functions():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -130,3 +131,11 @@ def test_numbers_that_are_not_finite_stay_compiled(monkeypatch, value, count):
         found = [getattr(torch.ops.aten, name)(x) for name in NAN_KEEPERS]
         found += [f(rows, 1) for f in (torch.softmax, torch.log_softmax)]
     assert all(same_bits(a, b) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gelu_of_infinities(dtype):
+    x = torch.tensor([math.inf, -math.inf], dtype=dtype)
+    with reproml.exact():
+        y = torch.nn.functional.gelu(x)
+    assert y[0] == math.inf and y[1].isnan()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor
 import reproml
 from reproml.arithmetic.numerics import rounding
 from reproml.arithmetic.operators import products
-from verification.oracle import Real, check
+from verification.oracle import Real, check, rounding_to, same_bits
 
 
 def exact(factors: list[float]) -> Real:
@@ -22,7 +24,7 @@ def exact(factors: list[float]) -> Real:
 
 
 def prefixes(row: list[float]) -> list[Real]:
-    return [exact(row[: i + 1]) for i in range(len(row))]
+    return [Real(v) for v in accumulate(map(Fraction, row), operator.mul)]
 
 
 def of_rows(x: Tensor, function: Any) -> Any:
@@ -85,3 +87,62 @@ def test_many_factors_of_one_index_keep_their_bits(count):
         x[5], x[7] = 0.0, -1.0
         zero = torch.ones(1).scatter_reduce(0, index, x, "prod")
     assert zero.item() == 0 and math.copysign(1, zero.item()) == -1
+
+
+WIDE = {
+    "many bits": [[x, 3.0, y] for x, y in torch.rand(300, 2, dtype=torch.float64).tolist()],
+    "far": [
+        [1e-200, 1e-200, 1e300],
+        [1e155, 1e150, -1e4],
+        [1e300, 1e300, 1e-300],
+        [-1e308, 10, 0.1],
+    ],
+    "subnormal": [
+        [5e-324, 1, 1.5],
+        [5e-324, -0.5, 3],
+        [3e-308, 0.1, 0.7],
+        [2.0**-600, 2.0**-475, 3],
+    ],
+    "ties": [
+        [2.0**27 + 1, 2.0**26 + 1, 1],
+        [2.0**53 - 1, 2.0**1000, 2.0**-1074],
+        [3, 2.0**-1074, 0.5],
+    ],
+    "long": torch.randn(3, 200, dtype=torch.float64).tolist(),
+}
+
+
+@pytest.mark.parametrize("bits", [60, 160])
+@pytest.mark.parametrize("kind", WIDE)
+def test_products_are_rounded_once_to_binary64(kind, bits, monkeypatch):
+    """With 60 bits instead of 160 many products fail the test and are multiplied exactly."""
+    monkeypatch.setattr(products, "_BITS", bits)
+    x = torch.tensor(WIDE[kind], dtype=torch.float64)
+    with reproml.exact(), rounding_to(torch.float64):
+        check(x.prod(1), of_rows(x, exact))
+        check(x.prod(), exact(x.flatten().tolist()))
+        check(x.cumprod(1), of_rows(x, prefixes))
+
+
+def test_zeros_and_infinities_in_binary64_are_those_of_ieee_754():
+    values = torch.tensor(
+        [0.0, -0.0, 1.0, -2.5, math.inf, -math.inf, math.nan], dtype=torch.float64
+    )
+    x = torch.cartesian_prod(values, values, values)
+    special = (x[:, 0] * x[:, 1] * x[:, 2]).tolist()
+    native = x.cumprod(1)
+    with reproml.exact():
+        found, running = x.prod(1), x.cumprod(1)
+        assert x[:, :0].prod(1).tolist() == [1.0] * len(x)
+    assert same_bits(found, x.new_tensor(special)) and same_bits(running, native)
+
+
+def test_many_factors_in_binary64_take_no_quadratic_time(monkeypatch):
+    """A product of n numbers has 53 n bits, but no product here needs them all."""
+    monkeypatch.setattr(products, "exact_product", None)
+    x = 1 + torch.rand(1500, dtype=torch.float64) * 1e-3 - 0.0005
+    with reproml.exact():
+        running, total = x.cumprod(0), x.prod()
+    assert running[-1] == total
+    with rounding_to(torch.float64):
+        check(total, exact(x.tolist()))

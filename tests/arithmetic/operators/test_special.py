@@ -11,7 +11,7 @@ from torch import special
 
 import reproml
 from verification import functions as f
-from verification.oracle import INF, NAN, Real, check, mp, reals, same_bits
+from verification.oracle import INF, NAN, Real, check, mp, reals, rounding_to, same_bits
 
 FAR = torch.tensor([2.0**58, 2.0**70, 3.0e38, 1e4, 50.0, 2.0**-149, 2.0**-140, 3 * 2.0**-149])
 
@@ -65,3 +65,33 @@ def _scaled(order):
         return -y if order and x < 0 else y
 
     return value
+
+
+EXTREME = [1e300, 1e15 + 0.5, 40.25, 5e-324, -5e-324, 1e-300, -1e-160, 1 + 2**-52, 2 - 2**-52]
+EXTREME += [-12.75, -1e15 + 0.5, -1e10 + 0.1, -12345.6, -(2.0**51) - 0.5, -3.25, 1e160, -2.0]
+
+
+@pytest.mark.parametrize("n", [-1, 0, 1, 2, 3])
+def test_gamma_functions_of_extreme_numbers_are_rounded_once_to_binary64(n):
+    """mpmath's psi takes a step for each integer between a negative number and 0. -1: lgamma."""
+    x = torch.tensor(EXTREME, dtype=torch.float64)
+    poles = [INF, NAN, INF, -INF, INF][n + 1]
+    wanted = []
+    for v in reals(x):
+        value = f.lgamma(v) if n < 0 else Real(poles) if v.v == -2 else Real(f.polygamma(n, v.mpf))
+        wanted.append(value)
+    with reproml.exact(), rounding_to(torch.float64):
+        check(torch.lgamma(x) if n < 0 else torch.polygamma(n, x), wanted)
+
+
+@pytest.mark.parametrize("n", [2, 7, 40])
+def test_higher_polygamma_is_rounded_once_to_binary64(n):
+    x = torch.tensor([0.1, 3.0, -1.25, 40.0, 1e-3, -5.5, 1e300], dtype=torch.float64)
+    with reproml.exact(), rounding_to(torch.float64):
+        check(torch.polygamma(n, x), [Real(mp.psi(n, v)) for v in x.tolist()])
+
+
+def test_erfc_far_from_zero():
+    x = torch.tensor([1e300, -1e300, 1e160, 28.0, 26.5, -7.0], dtype=torch.float64)
+    with reproml.exact(), rounding_to(torch.float64):
+        check(torch.erfc(x), [Real(mp.erfc(mp.mpf(min(v, 1e3)))) for v in x.tolist()])
