@@ -113,7 +113,7 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
         return torch.where(x == -torch.inf, torch.nan, y)
     if approximate == "none":
         return elementwise(_gelu, x, reference=_reference_gelu, fast="gelu")
-    return elementwise(_gelu_tanh, x, reference=_with_tails(half_near_zero(_gelu_tanh), -32))
+    return elementwise(_gelu_tanh, x, reference=_reference_gelu_tanh)
 
 
 def gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
@@ -149,6 +149,11 @@ def _gelu_backward(ctx: Any, g: Any, x: Any) -> Any:
 
 def _reference_gelu(x: Tensor) -> Tensor:
     y = _with_tails(half_near_zero(_gelu), -15)(x)  # 15 Phi(-15) < 2^-150
+    return torch.where(x == -torch.inf, torch.nan, y)
+
+
+def _reference_gelu_tanh(x: Tensor) -> Tensor:
+    y = _with_tails(half_near_zero(_gelu_tanh), -32)(x)
     return torch.where(x == -torch.inf, torch.nan, y)
 
 
