@@ -136,7 +136,7 @@ sin = _function(mp.sin, 0, NAN, NAN, odd=True)
 cos = _function(mp.cos, 1, NAN, NAN)
 tanh = _function(mp.tanh, 0, 1, -1, odd=True)
 erf = _function(mp.erf, 0, 1, -1, odd=True)
-erfc = _function(mp.erfc, 1, 0, 2)
+erfc = _function(lambda x: mp.erfc(min(x, 10**4)), 1, 0, 2)  # mpmath fails far above
 sigmoid = _function(lambda x: 1 / (1 + mp.exp(-x)), Fraction(1, 2), 1, 0)
 
 
