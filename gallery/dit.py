@@ -1,4 +1,4 @@
-"""A diffusion transformer of diffusers: flow matching with SD3's transformer, whose place table is float64."""
+"""A diffusion transformer: flow matching with SD3's transformer, whose place table is float64."""
 
 import argparse
 

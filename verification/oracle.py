@@ -131,7 +131,7 @@ def _function(
 
 
 def _erfc(x: Any) -> Any:
-    """Return erfc, which mpmath does not compute beyond 2^32; there it is below 2^-(2^64), or as near to 2."""
+    """Return erfc, which mpmath does not compute beyond 2^32: there it is below 2^-(2^64), or near 2."""
     return mp.erfc(x) if abs(x) < 2**32 else mp.ldexp(1, -(2**64)) if x > 0 else 2 - mp.eps
 
 

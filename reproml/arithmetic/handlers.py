@@ -5,7 +5,7 @@ An operator (an OpOverload, such as aten.add.Tensor) below autograd, forward or 
 
 - MOVED: a name of the table's DATA_MOVEMENT or CASTS. It does no arithmetic, so it runs natively.
 - DEFINED: a name of the table's EXACT. Its definition runs for float32 operands. With integers alone it
-  runs natively if the table's INTEGER names it. Tensors of 16 bits and of float64 are left to dtypes.py; other
+  runs natively if the table's INTEGER names it. dtypes.py converts tensors of 16 bits and of float64; other
   dtypes are refused.
 - FOREACH: `_foreach_add` and the like run the functional operator on each element of their lists.
 - DECOMPOSED: the operator is written in terms of others, by the table's COMPOSITES or, for other names, by

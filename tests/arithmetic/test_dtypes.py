@@ -395,6 +395,11 @@ def test_activations_have_their_limits(dtype):
         ):
             assert y.isnan().tolist() == [True, False]
         g = torch.full((2,), -1.0, dtype=dtype)
+        for slope in (
+            torch.ops.aten.silu_backward(g, x),
+            *[torch.ops.aten.gelu_backward(g, x, approximate=a) for a in ("none", "tanh")],
+        ):
+            assert slope.isnan().all()
         slope = torch.ops.aten.softplus_backward(g, x, 1, 20)
         assert slope.tolist() == [0, -1] and slope.signbit().all()
 

@@ -263,7 +263,12 @@ def test_functional_steps_without_a_definition_are_refused():
         (torch.optim.AdamW, torch.complex64, {"foreach": False}, "torch.optim.adam"),
         (torch.optim.SGD, torch.complex64, {"momentum": 0.9, "foreach": False}, "torch.optim.sgd"),
         (torch.optim.Adadelta, torch.complex64, {"foreach": True}, "torch.optim.adadelta"),
-        (torch.optim.AdamW, torch.float32, {"weight_decay": 1e39, "fused": True}, "torch.optim.adam"),
+        (
+            torch.optim.AdamW,
+            torch.float32,
+            {"weight_decay": 1e39, "fused": True},
+            "torch.optim.adam",
+        ),
         (torch.optim.AdamW, torch.float32, {"weight_decay": 1e39}, "torch.optim.adam"),
     ],
 )

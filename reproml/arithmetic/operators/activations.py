@@ -83,7 +83,12 @@ def _gradient_with_tails(formula: Formula, low: float) -> Definition:
         y = elementwise(formula, g, torch.where(above | below, 1.0, x))
         return torch.where(above, g, torch.where(below, -0.0 * g, y))
 
-    return complete
+    return _nan_at_infinity(complete)
+
+
+def _nan_at_infinity(definition: Definition) -> Definition:
+    """Complete the definition of g f'(x), where an infinite x is multiplied by 0."""
+    return lambda g, x: torch.where(x.isinf(), torch.nan, definition(g, x))
 
 
 def _half_gradient_near_zero(definition: Definition) -> Definition:
@@ -109,11 +114,13 @@ def _half_gradient_near_zero(definition: Definition) -> Definition:
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """Return x Phi(x); approximate "tanh": x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
     if target() is BINARY64:
-        y = _with_tails(partial(elementwise, _gelu if approximate == "none" else _gelu_tanh), -60)(x)
-        return torch.where(x == -torch.inf, torch.nan, y)
+        formula = _gelu if approximate == "none" else _gelu_tanh
+        return _nan_at_minus_infinity(_with_tails(partial(elementwise, formula), -60))(x)
     if approximate == "none":
-        return elementwise(_gelu, x, reference=_reference_gelu, fast="gelu")
-    return elementwise(_gelu_tanh, x, reference=_reference_gelu_tanh)
+        reference = _with_tails(half_near_zero(_gelu), -15)  # 15 Phi(-15) < 2^-150
+        return elementwise(_gelu, x, reference=_nan_at_minus_infinity(reference), fast="gelu")
+    reference = _with_tails(half_near_zero(_gelu_tanh), -32)
+    return elementwise(_gelu_tanh, x, reference=_nan_at_minus_infinity(reference))
 
 
 def gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
@@ -147,16 +154,6 @@ def _gelu_backward(ctx: Any, g: Any, x: Any) -> Any:
     return g * (_phi(ctx, x) + x * _density(ctx, x))
 
 
-def _reference_gelu(x: Tensor) -> Tensor:
-    y = _with_tails(half_near_zero(_gelu), -15)(x)  # 15 Phi(-15) < 2^-150
-    return torch.where(x == -torch.inf, torch.nan, y)
-
-
-def _reference_gelu_tanh(x: Tensor) -> Tensor:
-    y = _with_tails(half_near_zero(_gelu_tanh), -32)(x)
-    return torch.where(x == -torch.inf, torch.nan, y)
-
-
 def _phi(ctx: Any, x: Any) -> Any:
     """Return the normal distribution function, erfc(-x / sqrt 2) / 2."""
     return ctx.erfc(-x / ctx.sqrt(ctx.constant(Fraction(2)))) * HALF
@@ -176,8 +173,15 @@ def _gelu_inner(ctx: Any, x: Any) -> Any:
 
 def silu(x: Tensor) -> Tensor:
     """Return x sigmoid(x); NaN where x is minus infinity, which is multiplied by 0."""
-    y = elementwise(_silu, x, reference=half_near_zero(_silu), fast="silu")
-    return torch.where(x == -torch.inf, torch.nan, y)
+    if target() is BINARY64:
+        return _nan_at_minus_infinity(partial(elementwise, _silu))(x)
+    reference = _nan_at_minus_infinity(half_near_zero(_silu))
+    return elementwise(_silu, x, reference=reference, fast="silu")
+
+
+def _nan_at_minus_infinity(definition: Definition) -> Definition:
+    """Complete the definition of x f(x), where minus infinity is multiplied by f(x) = 0."""
+    return lambda x: torch.where(x == -torch.inf, torch.nan, definition(x))
 
 
 def _silu(ctx: Any, x: Any) -> Any:
@@ -191,7 +195,10 @@ def silu_backward(g: Tensor, x: Tensor) -> Tensor:
         s = ctx.sigmoid(x)
         return g * (s * (1 + x * ctx.sigmoid(-x)))
 
-    reference = _half_gradient_near_zero(partial(elementwise, formula))
+    complete = _nan_at_infinity(partial(elementwise, formula))
+    if target() is BINARY64:
+        return complete(g, x)
+    reference = _half_gradient_near_zero(complete)
     return elementwise(formula, g, x, reference=reference, fast="silu_backward")
 
 
