@@ -259,7 +259,11 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
             return operator(*args, **kwargs)
         elif dtypes.is_narrow_by_default(args, kwargs) and name not in table.ANY_FORMAT:
             return narrow(*args, **kwargs)
-        elif name in table.FLOAT64 and dtypes.gives_float64(args, kwargs):
+        elif (
+            name in table.FLOAT64
+            and name not in table.MIXED_FLOATS
+            and dtypes.gives_float64(args, kwargs)
+        ):
             return in_float64(*args, **kwargs)
         if name in table.PROMOTING:
             args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)

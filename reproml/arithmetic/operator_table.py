@@ -152,7 +152,14 @@ logcumsumexp
 nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward mse_loss mse_loss_backward
 smooth_l1_loss smooth_l1_loss_backward huber_loss huber_loss_backward binary_cross_entropy
 binary_cross_entropy_with_logits
-rand rand_like uniform_ randn randn_like normal normal_ multinomial
+rand rand_like uniform_ randn randn_like normal normal_ multinomial bernoulli bernoulli_ native_dropout
+native_dropout_backward exponential_ cauchy_ rrelu_with_noise
+_amp_foreach_non_finite_check_and_unscale_
+""".split())
+
+# MIXED_FLOATS: operators in FLOAT64 whose definitions take float32 beside float64 tensors as they are.
+MIXED_FLOATS = frozenset("""
+bernoulli bernoulli_ _amp_foreach_non_finite_check_and_unscale_
 """.split())
 
 # ANY_FORMAT: operators in EXACT whose definitions take tensors of 16 bits as they are.
