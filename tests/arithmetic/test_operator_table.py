@@ -1181,8 +1181,8 @@ def statistics(row: Any) -> Any:
 
 
 def stored(x: Any) -> Any:
-    """Round an intermediate result that is stored in float32 whatever the operands are."""
-    with o.rounding_to(torch.float32):
+    """Round an intermediate result that is stored in float32 for narrower operands, too."""
+    with o.rounding_to(torch.promote_types(o.target, torch.float32)):
         return rounded(x)
 
 

@@ -539,7 +539,7 @@ def test_dropout_of_float64_is_rounded_once(shape, p):
     with o.rounding_to(F64):
         scale = o.rounded(np.array([1 / Real(1 - p)], dtype=object))[0] if p < 1 else Real(0)
         for found, x in zip(results[0], (start, g)):
-            check(found, reals(x) * np.where(kept, scale, Real(0)), True)
+            check(found, reals(x) * kept.long().numpy().astype(object) * scale, True)
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.3, 7.0])
