@@ -78,7 +78,7 @@ def _dist(p: Any, q: Any) -> float:
     def distance(mp: Any) -> Any:
         return mp.sqrt(mp.fsum((mp.mpf(x) - mp.mpf(y)) ** 2 for x, y in pairs))
 
-    return _nearest(distance, _DISTANCE_BITS)
+    return rounded_to_nearest(distance, _DISTANCE_BITS)
 
 
 def _rounded(native: Callable[..., float], function: Callable[..., Any]) -> Callable[..., float]:
@@ -90,7 +90,7 @@ def _rounded(native: Callable[..., float], function: Callable[..., Any]) -> Call
             return approximation  # a limit, which needs no rounding
         if native is math.atan2 and 0 in numbers:
             return approximation  # 0 or a multiple of pi / 2, by the sign of a zero, which mpmath lacks
-        found = _nearest(lambda mp: function(mp, *map(mp.mpf, numbers)))
+        found = rounded_to_nearest(lambda mp: function(mp, *map(mp.mpf, numbers)))
         return found or math.copysign(found, approximation)
 
     return rounded
@@ -104,7 +104,7 @@ def _number(x: Any) -> Any:
         return int(x)
 
 
-def _nearest(value: Callable[[Any], Any], bits: tuple[int, int] = _BITS) -> float:
+def rounded_to_nearest(value: Callable[[Any], Any], bits: tuple[int, int] = _BITS) -> float:
     """Return the float nearest to value(mpmath), ties to even. Raises OverflowError, as `math` does."""
     import mpmath
 
@@ -163,7 +163,7 @@ def power(base: float, exponent: float) -> Any:
         return approximation
     if not (math.isfinite(base) and math.isfinite(exponent)):
         return approximation  # a limit, which needs no rounding
-    found = _nearest(lambda mp: _real_power(mp, mp.mpf(base), mp.mpf(exponent)))
+    found = rounded_to_nearest(lambda mp: _real_power(mp, mp.mpf(base), mp.mpf(exponent)))
     return found or math.copysign(found, approximation)
 
 

@@ -7,7 +7,7 @@ its first attempt; the operators bring their arguments into its form.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
@@ -178,19 +178,30 @@ def segment_sum(index: Tensor, values: Tensor, size: int, start: Optional[Tensor
 def _segment_sum_in_binary64(
     index: Tensor, values: Tensor, size: int, start: Optional[Tensor]
 ) -> Tensor:
-    """Compute `segment_sum` rounded to binary64: all sums of equally many numbers together."""
+    """Compute `segment_sum` rounded to binary64."""
     if start is not None:
         index = torch.cat([torch.arange(size, device=index.device), index])
         values = torch.cat([start, values])
-    values = values[index.argsort(stable=True)]
+    return reduce_groups(lambda rows: sum_dims(rows, 1), index, size, values)
+
+
+def reduce_groups(
+    reduce: Callable[..., Tensor], index: Tensor, size: int, *values: Tensor
+) -> Tensor:
+    """Return reduce(rows of values) for the values of each index, [n] -> [size], and 0 where there are none.
+
+    All groups of equally many values are rows of one call.
+    """
+    order = index.argsort(stable=True)
     counts = torch.bincount(index, minlength=size)
     first = counts.cumsum(0) - counts
-    sums = values.new_zeros(size)
+    result = values[0].new_zeros(size)
     for count in counts.unique().tolist():
         at = (counts == count).nonzero()
-        rows = values[first[at] + torch.arange(count, device=at.device)]
-        sums[at.squeeze(1)] = sum_dims(rows, 1)
-    return sums
+        rows = order[first[at] + torch.arange(count, device=at.device)]
+        if count:
+            result[at.squeeze(1)] = reduce(*[x[rows] for x in values])
+    return result
 
 
 def sums_in_planes(index: Tensor, values: Tensor, size: int) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics.devices import is_on_accelerator
-from reproml.arithmetic.numerics.libm import rounded_to_odd
+from reproml.arithmetic.numerics.formats import BINARY64, narrow, target
+from reproml.arithmetic.numerics.libm import rounded_to_nearest, rounded_to_odd
 from reproml.arithmetic.operators.arguments import float32_operands
 
 # As many as a value may need: I1(x) = x / 2 (1 + x^2 / 8 + ...) is near a midpoint for the least x.
@@ -26,7 +27,7 @@ _lock = threading.Lock()  # mpmath's precision is global
 
 
 def by_long_numbers(function: Callable[..., Any], x: Tensor) -> Tensor:
-    """Return function(mpmath, float) of each element of x, rounded once to float32.
+    """Return function(mpmath, float) of each element of x, rounded once.
 
     The function may return a Python float for an infinity or NaN.
     """
@@ -35,7 +36,7 @@ def by_long_numbers(function: Callable[..., Any], x: Tensor) -> Tensor:
     values, places = torch.unique(x.detach().cpu().double(), return_inverse=True)
     with _lock:
         found = [_value(function, v) for v in values.tolist()]
-    return torch.tensor(found, dtype=torch.float64)[places].float().reshape(x.shape).to(x.device)
+    return narrow(torch.tensor(found, dtype=torch.float64))[places].reshape(x.shape).to(x.device)
 
 
 def _value(function: Callable[..., Any], x: float) -> float:
@@ -48,7 +49,13 @@ def _value(function: Callable[..., Any], x: float) -> float:
             return mp.mpf(0)
         return y
 
-    found = rounded_to_odd(value, _BITS)
+    if target() is BINARY64:
+        try:
+            found = rounded_to_nearest(value, _BITS)
+        except OverflowError:
+            found = math.inf
+    else:
+        found = rounded_to_odd(value, _BITS)
     return limits[0] if limits else found
 
 

@@ -557,6 +557,23 @@ def test_exponential_and_cauchy_numbers_of_float64_are_rounded_once(rate):
         check(exact, [Real(0.3) + Real(rate) * t for t in tangents])
 
 
+def test_trunc_normal_of_float64_rounds_each_step_once():
+    mean, std, low, high = 0.3, 0.7, -0.75, 1.25
+    torch.manual_seed(5)
+    with reproml.exact():
+        exact = torch.nn.init.trunc_normal_(torch.empty(40, dtype=F64), mean, std, low, high)
+    ends = [
+        2 * ((1 + float(o.mp.erf((x - mean) / std / math.sqrt(2)))) / 2) - 1 for x in (low, high)
+    ]
+    torch.manual_seed(5)
+    with reproml.exact():
+        u = torch.empty(40, dtype=F64).uniform_(*ends)
+    with o.rounding_to(F64):
+        scaled = [o.rounded(o.rounded(o.erfinv(v)) * Real(std * math.sqrt(2))) for v in reals(u)]
+        expected = [o.float_of(o.rounded(v + Real(mean))) for v in scaled]
+    assert same_bits(exact, torch.tensor(expected, dtype=F64).clamp(low, high))
+
+
 def test_rrelu_of_float64_is_rounded_once():
     x, low, high = torch.linspace(-2, 1, 30, dtype=F64), 0.1, 0.3
     native, exact = both(lambda: torch.rrelu(x, low, high, True))
