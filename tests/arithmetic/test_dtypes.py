@@ -1,4 +1,4 @@
-"""Operators on 16-bit tensors: all numbers as operands, type promotion, and bad input. Models in float64."""
+"""Operators on 16-bit tensors: all numbers as operands, type promotion, bad input. Models in float64."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def _segment_sum_in_binary64(
 def reduce_groups(
     reduce: Callable[..., Tensor], index: Tensor, size: int, *values: Tensor
 ) -> Tensor:
-    """Return reduce(rows of values) for the values of each index, [n] -> [size], and 0 where there are none.
+    """Return reduce(rows) for the values of each index, [n] -> [size], and 0 where there are none.
 
     All groups of equally many values are rows of one call.
     """

@@ -144,8 +144,8 @@ def _require_same_count(targets: int, expected: int) -> None:
 def _exceeds(margin: Fraction, own: Tensor, other: Tensor) -> Tensor:
     """Return whether margin - own + other > 0 holds exactly.
 
-    s + t is margin - own. s + other is exact where it is as small as t, and otherwise has the sign of the sum,
-    which rounding keeps.
+    s + t is margin - own. s + other is exact where it is as small as t, and otherwise has the sign of the
+    sum, which rounding keeps.
     """
     s, t = two_sum(torch.full_like(own.double(), float(margin)), -own.double())
     total = s + other.double()

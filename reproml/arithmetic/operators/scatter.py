@@ -105,8 +105,8 @@ def segment_total(
     """Return the sum of the terms of each index, rounded once: float32 [size], 0 for an index without any.
 
     index: int64 [n]. terms: float64 [n]. mean: whether each sum is divided by the number of its terms.
-    factors: float64 [n], by which the terms are multiplied. divisors: float64 [n], positive integers by which
-    they are divided.
+    factors: float64 [n], by which the terms are multiplied. divisors: float64 [n], positive integers by
+    which they are divided.
     """
     if target() is BINARY64:
 
