@@ -127,15 +127,17 @@ median nanmedian kthvalue mode aminmax bincount _unique2 unique_dim unique_conse
 FLOAT64 = frozenset("""
 add sub rsub mul div reciprocal sqrt max min amax amin maximum minimum clamp clamp_min clamp_max signbit
 copysign fmax fmin frac allclose addcmul addcdiv lerp pow rsqrt hypot fmod remainder floor_divide round
-arange linspace logspace hann_window hamming_window blackman_window bartlett_window kaiser_window
+arange linspace logspace
+hann_window hamming_window blackman_window bartlett_window kaiser_window
 sum mean cumsum var std std_mean var_mean nansum trace
 index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy put scatter_add index_add
 embedding_dense_backward unfold_backward reflection_pad1d_backward reflection_pad2d_backward
-replication_pad1d_backward replication_pad2d_backward reflection_pad3d_backward replication_pad3d_backward
+replication_pad1d_backward replication_pad2d_backward reflection_pad3d_backward
+replication_pad3d_backward
 scatter_reduce index_reduce _unsafe_masked_index _unsafe_masked_index_put_accumulate
 prod cumprod aminmax kthvalue median nanmedian mode _unique2 unique_dim unique_consecutive
-linalg_vector_norm norm dist renorm embedding_renorm _cdist_forward _euclidean_dist _cdist_backward _pdist_forward
-_pdist_backward _weight_norm_interface _weight_norm_interface_backward
+linalg_vector_norm norm dist renorm embedding_renorm _cdist_forward _euclidean_dist _cdist_backward
+_pdist_forward _pdist_backward _weight_norm_interface _weight_norm_interface_backward
 mm bmm mv dot addmm baddbmm addmv vdot addbmm addr _trilinear linalg_cross linalg_qr
 convolution convolution_backward
 native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training native_batch_norm_backward
