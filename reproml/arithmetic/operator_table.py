@@ -142,9 +142,9 @@ mm bmm mv dot addmm baddbmm addmv vdot addbmm addr _trilinear linalg_cross linal
 convolution convolution_backward
 native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training native_batch_norm_backward
 native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward
-exp expm1 log log1p sin cos tanh sigmoid erf erfc erfinv tan atan atan2 asin acos sinh cosh asinh acosh atanh
-exp2 log2 log10 logaddexp logaddexp2 xlogy special_xlog1py special_entr logit logit_backward sinc lgamma
-digamma polygamma deg2rad rad2deg angle
+exp expm1 log log1p sin cos tanh sigmoid erf erfc erfinv tan atan atan2 asin acos sinh cosh asinh
+acosh atanh exp2 log2 log10 logaddexp logaddexp2 xlogy special_xlog1py special_entr logit logit_backward
+sinc lgamma digamma polygamma deg2rad rad2deg angle
 tanh_backward sigmoid_backward gelu gelu_backward silu silu_backward softplus softplus_backward mish
 mish_backward log_sigmoid_forward log_sigmoid_backward leaky_relu leaky_relu_backward _prelu_kernel
 _prelu_kernel_backward elu celu elu_backward hardtanh_backward hardsigmoid hardsigmoid_backward hardswish
