@@ -260,7 +260,11 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
             return operator(*args, **kwargs)
         elif dtypes.is_narrow_by_default(args, kwargs) and name not in table.ANY_FORMAT:
             return narrow(*args, **kwargs)
-        elif name in table.FLOAT64 and dtypes.gives_float64(args, kwargs):
+        elif (
+            name in table.FLOAT64
+            and name not in table.MIXED_FLOATS
+            and dtypes.gives_float64(args, kwargs)
+        ):
             return in_float64(*args, **kwargs)
         if name in table.PROMOTING:
             args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
@@ -337,7 +341,7 @@ def _runs_natively(name: str, args: list[Any]) -> bool:
             continue
         if _is_inexact(x) and x.dtype is not torch.float32:
             raise NotExactError(
-                f"it is defined for float32, not for {x.dtype}; convert its operands to float32"
+                f"it is defined for {_dtypes_of(name)}, not for {x.dtype}; convert its operands"
             )
     if any(map(_is_inexact, operands)):
         return False
@@ -347,8 +351,15 @@ def _runs_natively(name: str, args: list[Any]) -> bool:
     result = result or torch.get_default_dtype()  # to which PyTorch converts the integers
     if result.is_floating_point and result is not torch.float32 and result not in NARROW:
         if result is not torch.float64 or not in_float64:
-            raise NotExactError(f"it is defined for float32, not for {result}")
+            raise NotExactError(f"it is defined for {_dtypes_of(name)}, not for {result}")
     return False
+
+
+def _dtypes_of(name: str) -> str:
+    """Return the dtypes for which an operator is defined, in words."""
+    narrow = "" if name in table.FLOAT32_ONLY else " bfloat16 float16"
+    *others, last = f"float32{narrow}{' float64' if name in table.FLOAT64 else ''}".split()
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _copy_into(out: Tensor, result: Tensor) -> Tensor:

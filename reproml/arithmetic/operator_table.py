@@ -127,21 +127,24 @@ median nanmedian kthvalue mode aminmax bincount _unique2 unique_dim unique_conse
 FLOAT64 = frozenset("""
 add sub rsub mul div reciprocal sqrt max min amax amin maximum minimum clamp clamp_min clamp_max signbit
 copysign fmax fmin frac allclose addcmul addcdiv lerp pow rsqrt hypot fmod remainder floor_divide round
-arange linspace
+arange linspace logspace
+hann_window hamming_window blackman_window bartlett_window kaiser_window
 sum mean cumsum var std std_mean var_mean nansum trace
 index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy put scatter_add index_add
 embedding_dense_backward unfold_backward reflection_pad1d_backward reflection_pad2d_backward
-replication_pad1d_backward replication_pad2d_backward
+replication_pad1d_backward replication_pad2d_backward reflection_pad3d_backward
+replication_pad3d_backward
+scatter_reduce index_reduce _unsafe_masked_index _unsafe_masked_index_put_accumulate
 prod cumprod aminmax kthvalue median nanmedian mode _unique2 unique_dim unique_consecutive
-linalg_vector_norm norm dist renorm _cdist_forward _euclidean_dist _cdist_backward _pdist_forward
-_pdist_backward _weight_norm_interface _weight_norm_interface_backward
-mm bmm mv dot addmm baddbmm addmv vdot addbmm addr _trilinear linalg_cross
+linalg_vector_norm norm dist renorm embedding_renorm _cdist_forward _euclidean_dist _cdist_backward
+_pdist_forward _pdist_backward _weight_norm_interface _weight_norm_interface_backward
+mm bmm mv dot addmm baddbmm addmv vdot addbmm addr _trilinear linalg_cross linalg_qr
 convolution convolution_backward
 native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training native_batch_norm_backward
 native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward
-exp expm1 log log1p sin cos tanh sigmoid erf erfc tan atan asin acos sinh cosh asinh acosh atanh
-exp2 log2 log10 logaddexp logaddexp2 xlogy special_xlog1py special_entr logit logit_backward sinc lgamma
-digamma polygamma deg2rad rad2deg angle
+exp expm1 log log1p sin cos tanh sigmoid erf erfc erfinv tan atan atan2 asin acos sinh cosh asinh
+acosh atanh exp2 log2 log10 logaddexp logaddexp2 xlogy special_xlog1py special_entr logit logit_backward
+sinc lgamma digamma polygamma deg2rad rad2deg angle
 tanh_backward sigmoid_backward gelu gelu_backward silu silu_backward softplus softplus_backward mish
 mish_backward log_sigmoid_forward log_sigmoid_backward leaky_relu leaky_relu_backward _prelu_kernel
 _prelu_kernel_backward elu celu elu_backward hardtanh_backward hardsigmoid hardsigmoid_backward hardswish
@@ -152,7 +155,28 @@ logcumsumexp
 nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward mse_loss mse_loss_backward
 smooth_l1_loss smooth_l1_loss_backward huber_loss huber_loss_backward binary_cross_entropy
 binary_cross_entropy_with_logits
-rand rand_like uniform_ randn randn_like normal normal_ multinomial
+binary_cross_entropy_backward soft_margin_loss soft_margin_loss_backward multi_margin_loss
+multi_margin_loss_backward multilabel_margin_loss_forward multilabel_margin_loss_backward
+max_pool2d_with_indices_backward adaptive_max_pool2d_backward max_pool3d_with_indices_backward
+adaptive_max_pool3d_backward fractional_max_pool2d_backward fractional_max_pool3d_backward max_unpool2d
+max_unpool3d avg_pool2d avg_pool2d_backward _adaptive_avg_pool2d _adaptive_avg_pool2d_backward avg_pool3d
+avg_pool3d_backward _adaptive_avg_pool3d _adaptive_avg_pool3d_backward col2im
+upsample_nearest1d_backward upsample_nearest2d_backward upsample_nearest3d_backward
+_upsample_nearest_exact1d_backward _upsample_nearest_exact2d_backward _upsample_nearest_exact3d_backward
+upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa
+_upsample_bicubic2d_aa upsample_linear1d_backward upsample_bilinear2d_backward
+upsample_trilinear3d_backward upsample_bicubic2d_backward _upsample_bilinear2d_aa_backward
+_upsample_bicubic2d_aa_backward affine_grid_generator
+_embedding_bag _embedding_bag_forward_only _embedding_bag_backward _embedding_bag_dense_backward
+_embedding_bag_per_sample_weights_backward
+rand rand_like uniform_ randn randn_like normal normal_ multinomial bernoulli bernoulli_ native_dropout
+native_dropout_backward exponential_ cauchy_ rrelu_with_noise
+_amp_foreach_non_finite_check_and_unscale_
+""".split())
+
+# MIXED_FLOATS: operators in FLOAT64 whose definitions take float32 beside float64 tensors as they are.
+MIXED_FLOATS = frozenset("""
+bernoulli bernoulli_ _amp_foreach_non_finite_check_and_unscale_
 """.split())
 
 # ANY_FORMAT: operators in EXACT whose definitions take tensors of 16 bits as they are.

@@ -1,4 +1,4 @@
-"""Operators on bfloat16 and float16 tensors: all numbers as operands, type promotion, and bad input."""
+"""Operators on 16-bit tensors: all numbers as operands, type promotion, bad input. Models in float64."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any, Callable
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import reproml
+from reproml.arithmetic.compiler import kernels
 from tests.arithmetic.test_operator_table import CASES
 from verification import oracle as o
-from verification.oracle import check, float32_scalar, real, reals, rounded, total
+from verification.oracle import check, float32_scalar, real, reals, rounded, same_bits, total
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 aten = torch.ops.aten
@@ -423,3 +425,67 @@ def test_batch_norm_writes_statistics_in_their_dtype(dtype):
         start = reals(torch.full((2,), 0.1, dtype=of_statistics))
         with o.rounding_to(of_statistics):
             check(mean, every(moved_by_a_tenth, start, reals(exact_mean)))
+
+
+# ---- training in float64 -----------------------------------------------------------------------------
+
+
+class Sequences(nn.Module):
+    """A recurrent layer or a transformer layer on embeddings, and a classifier."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.last = nn.Embedding(8, 4), layer(), nn.Linear(4, 3)
+
+    def forward(self, x: Any) -> Any:
+        y = self.layer(self.embedding(x))
+        return self.last((y[0] if isinstance(y, tuple) else y)[:, -1])
+
+
+MODELS: dict[str, Any] = {
+    "MLP": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(16, 8), nn.GELU(), nn.Dropout(0.2), nn.Linear(8, 3)
+    ),
+    "CNN": lambda: nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Dropout(0.25), nn.Upsample(scale_factor=2, mode="bilinear"), nn.AdaptiveAvgPool2d(1)),
+        *(nn.Flatten(), nn.Linear(4, 3)),
+    ),
+    "LSTM": lambda: Sequences(lambda: nn.LSTM(4, 4, batch_first=True)),
+    "transformer": lambda: Sequences(lambda: nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)),
+}
+
+
+def trained_in_float64(name: str) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with reproml.exact():
+            model = MODELS[name]()
+            x = (
+                torch.rand(4, 1, 4, 4)
+                if name in ("MLP", "CNN")
+                else torch.arange(12).reshape(4, 3) % 8
+            )
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            for _ in range(2):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(x), torch.tensor([0, 1, 2, 1]))
+                loss.backward()
+                optimizer.step()
+    finally:
+        torch.set_default_dtype(before)
+    return [loss.detach(), *(p.detach() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_trained_in_float64(name, monkeypatch):
+    """All numbers have 53 bits, the same on both paths."""
+    if kernels.library is None:
+        pytest.skip("the kernels are not built")
+    compiled = trained_in_float64(name)
+    monkeypatch.setattr(kernels, "library", None)
+    assert all(x.dtype is torch.float64 for x in compiled)
+    assert all(map(same_bits, compiled, trained_in_float64(name)))
+    assert any((x.float().double() != x).any() for x in compiled)

@@ -442,12 +442,13 @@ def test_pooling_of_integers_is_refused():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: torch.arange(3).erfinv(), lambda: torch.bernoulli(torch.ones(3))], ids=str
+    "make", [lambda: torch.arange(3).i0(), lambda: torch.ones(3).histc()], ids=str
 )
 def test_refusal_names_the_default_dtype(make):
     torch.set_default_dtype(torch.float64)
     try:
-        assert "torch.float64" in refused(make)
+        message = refused(make)
+        assert "defined for float32, bfloat16 and float16, not for torch.float64" in message
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -609,13 +610,13 @@ UNKNOWN = [
     lambda: torch.empty(5).log_normal_(),
     lambda: torch.poisson(ones),
     lambda: torch.zeros(3).scatter(0, torch.tensor([0, 0]), ones[:2], reduce="add"),
-    lambda: torch.kaiser_window(5, dtype=torch.float64),
+    lambda: torch.ones(3, dtype=torch.float64).histc(),
     lambda: torch.ops.aten.conv_tbc.out(
         torch.ones(9, 2, 8), torch.ones(3, 8, 5), torch.ones(5), out=torch.empty(7, 2, 5)
     ),  # an overload of a composite that has no definition of its own
     lambda: torch.sum(ones, dtype=torch.float8_e5m2),
     lambda: torch.tensor([1, 2]).sum(dtype=torch.float8_e5m2),
-    lambda: torch.ones(3, dtype=torch.float64).erfinv(),
+    lambda: torch.ones(3, dtype=torch.float64).i0(),
     lambda: torch.ones(2, dtype=torch.int64).to(torch.float8_e5m2) + 1,
     lambda: torch.ones(2, dtype=torch.bfloat16) + torch.ones(2, dtype=torch.complex64),
     lambda: torch.ones(2, dtype=torch.bfloat16) * 1j,
@@ -652,8 +653,8 @@ def test_error_names_operator_operands_caller_and_remedy():
     assert (
         "_histogramdd_bin_edges" in message and "move this code out of reproml.exact()" in message
     )
-    message = refused(lambda: torch.ones(2, dtype=torch.float64).erfinv())
-    assert "aten.erfinv" in message and "float64" in message and "[2]" in message
+    message = refused(lambda: torch.ones(2, dtype=torch.float64).i0())
+    assert "aten.i0" in message and "float64" in message and "[2]" in message
 
 
 @pytest.mark.parametrize(

@@ -271,10 +271,13 @@ def _moderate(formula: Formula, row: NDArray[Any]) -> float:
 
 def _rows_in_binary64(formula: Formula, operands: Sequence[Tensor]) -> Tensor:
     """Evaluate as `rowwise_by_balls` does, rounded to binary64. Rows lie along the last axis."""
-    found = pair_arrays.rows_by_pairs(formula, operands)
+    found = pair_arrays.rows_by_pairs(formula, operands) if operands[0].numel() else None
     if found is not None and not found[1].any():
         return found[0] + 0.0
     y = formula(TENSORS, *[TENSORS.exact(x) for x in operands])
+    if not operands[0].numel():  # no rows, or sums of nothing and their quotients
+        empty: Tensor = y.mid + 0.0
+        return empty
     value, failed = found or (y.mid.clone(), torch.ones_like(y.mid, dtype=torch.bool))
     value = (value.expand(y.mid.shape) + 0.0).contiguous()
     failed = failed.expand(y.mid.shape)

@@ -78,7 +78,7 @@ def _dist(p: Any, q: Any) -> float:
     def distance(mp: Any) -> Any:
         return mp.sqrt(mp.fsum((mp.mpf(x) - mp.mpf(y)) ** 2 for x, y in pairs))
 
-    return _nearest(distance, _DISTANCE_BITS)
+    return rounded_to_nearest(distance, _DISTANCE_BITS)
 
 
 def _rounded(native: Callable[..., float], function: Callable[..., Any]) -> Callable[..., float]:
@@ -90,7 +90,7 @@ def _rounded(native: Callable[..., float], function: Callable[..., Any]) -> Call
             return approximation  # a limit, which needs no rounding
         if native is math.atan2 and 0 in numbers:
             return approximation  # 0 or a multiple of pi / 2, by the sign of a zero, which mpmath lacks
-        found = _nearest(lambda mp: function(mp, *map(mp.mpf, numbers)))
+        found = rounded_to_nearest(lambda mp: function(mp, *map(mp.mpf, numbers)))
         return found or math.copysign(found, approximation)
 
     return rounded
@@ -104,19 +104,12 @@ def _number(x: Any) -> Any:
         return int(x)
 
 
-def _nearest(value: Callable[[Any], Any], bits: tuple[int, int] = _BITS) -> float:
+def rounded_to_nearest(value: Callable[[Any], Any], bits: tuple[int, int] = _BITS) -> float:
     """Return the float nearest to value(mpmath), ties to even. Raises OverflowError, as `math` does."""
-    import mpmath
-
-    with mpmath.workprec(bits[0]):
-        x = value(mpmath.mp)
-        with mpmath.workprec(bits[1]):
-            sign, mantissa, exponent, length = (+x)._mpf_
-    if exponent + length < -1100:
-        return 0.0
-    # The quotient of integers is rounded once, to a subnormal number as well.
-    found: float = int(mantissa) * 2 ** max(exponent, 0) / 2 ** max(-exponent, 0)
-    return -found if sign else found
+    found = rounded_to_double(value, bits)
+    if math.isinf(found):
+        raise OverflowError("math range error")
+    return found
 
 
 def rounded_to_odd(value: Callable[[Any], Any], bits: tuple[int, int] = _BITS) -> float:
@@ -174,7 +167,7 @@ def power(base: float, exponent: float) -> Any:
         return approximation
     if not (math.isfinite(base) and math.isfinite(exponent)):
         return approximation  # a limit, which needs no rounding
-    found = _nearest(lambda mp: _real_power(mp, mp.mpf(base), mp.mpf(exponent)))
+    found = rounded_to_nearest(lambda mp: _real_power(mp, mp.mpf(base), mp.mpf(exponent)))
     return found or math.copysign(found, approximation)
 
 

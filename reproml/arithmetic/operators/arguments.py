@@ -33,6 +33,12 @@ def require_float32(dtype: Any) -> None:
         )
 
 
+def require_container(x: Tensor) -> None:
+    """Raise NotExactError unless an operand has the dtype of definitions, as integers have not."""
+    if x.dtype is not target().container:
+        raise NotExactError(f"it is defined for floating-point numbers, not for {x.dtype}")
+
+
 def require_shape(name: str, x: Optional[Tensor], shape: Sequence[int]) -> None:
     """Raise RuntimeError unless an operand, if there is one, has this shape and a definition's dtype.
 

@@ -75,7 +75,7 @@ def logspace(
         x = a + int(i) * ((b - a) / max(steps - 1, 1))
         return mp.power(mp.mpf(base), mp.mpf(x.numerator) / x.denominator)
 
-    return by_long_numbers(value, torch.arange(steps).float()).to(device or "cpu")
+    return by_long_numbers(value, torch.arange(steps).double()).to(device or "cpu")
 
 
 # ---- windows -----------------------------------------------------------------------------------------
@@ -131,13 +131,13 @@ def _window(
     require_float32(dtype or _default_dtype())
     require(length >= 0, f"a window needs a length of at least 0, not {length}")
     if length == 1:
-        return torch.ones(1, dtype=torch.float32, device=device)
+        return torch.ones(1, dtype=target().container, device=device)
     last = length if periodic else length - 1
 
     def value(mp: Any, i: float) -> Any:
         return formula(mp, mp.mpf(int(i)) / last, *parameters)
 
-    return by_long_numbers(value, torch.arange(length).float()).to(device or "cpu")
+    return by_long_numbers(value, torch.arange(length).double()).to(device or "cpu")
 
 
 hann_window = window(_hann)

@@ -166,8 +166,8 @@ def atan2(y: Any, x: Any) -> Tensor:
         return ctx.choose(x < 0, ctx.pi - angle, angle)
 
     angle = elementwise(formula, torch.where(on_axis, 1.0, v), torch.where(on_axis, 1.0, u))
-    along_x = torch.where(torch.signbit(u), _PI, 0.0)
-    along_axis = torch.where(v == 0, along_x.float(), torch.full_like(angle, _PI / 2))
+    along_x = torch.where(torch.signbit(u), torch.full_like(angle, _PI), 0.0)
+    along_axis = torch.where(v == 0, along_x, torch.full_like(angle, _PI / 2))
     angle = torch.copysign(torch.where(on_axis, along_axis, angle), v)
     return torch.where(undefined, torch.nan, angle)
 

@@ -60,12 +60,12 @@ def embedding_bag(
         largest = padded[first].reshape(bags, width)
         result = torch.where((sizes > 0).unsqueeze(1), best.reshape(bags, width) + 0.0, 0.0)
         return result, bag, sizes, largest
-    terms = rows.double()
-    if per_sample_weights is not None:
-        terms = terms * per_sample_weights.double().unsqueeze(1)
+    factors = _of_elements(per_sample_weights, width)
     # The padding gets a bag of its own, so that it is not counted.
     at = torch.where(kept.unsqueeze(1), at, bags * width)
-    total = segment_total(at.reshape(-1), terms.reshape(-1), bags * width + 1, mode == MEAN)
+    total = segment_total(
+        *(at.reshape(-1), rows.double().reshape(-1), bags * width + 1, mode == MEAN), factors
+    )
     return total[:-1].reshape(bags, width), bag, sizes, torch.empty_like(sizes)[:0]
 
 
@@ -132,15 +132,20 @@ def embedding_bag_dense_backward(
         return total[: num_weights * width].reshape(num_weights, width)
     rows = torch.where(indices == padding_idx, num_weights, indices.long())
     at = rows.unsqueeze(1) * width + column
-    terms, divisors = g[bag].double(), None
-    if per_sample_weights is not None:
-        terms = terms * per_sample_weights.double().unsqueeze(1)
-    if mode == MEAN:
-        divisors = bag_size[bag].clamp(min=1).double().unsqueeze(1).expand(terms.shape).reshape(-1)
+    divisors = bag_size[bag].clamp(min=1) if mode == MEAN else None
     total = segment_total(
-        at.reshape(-1), terms.reshape(-1), (num_weights + 1) * width, divisors=divisors
+        at.reshape(-1),
+        g[bag].double().reshape(-1),
+        (num_weights + 1) * width,
+        factors=_of_elements(per_sample_weights, width),
+        divisors=_of_elements(divisors, width),
     )
     return total[: num_weights * width].reshape(num_weights, width)
+
+
+def _of_elements(x: Optional[Tensor], width: int) -> Optional[Tensor]:
+    """Return the number of each row for its elements, float64 [rows * width]."""
+    return None if x is None else x.double().repeat_interleave(width)
 
 
 def per_sample_weights_backward(

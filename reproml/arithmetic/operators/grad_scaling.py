@@ -7,23 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.numerics.formats import FORMATS, NARROW, operate, rounding_to
+from reproml.arithmetic.numerics.formats import NARROW, operate, rounding_to
 from reproml.arithmetic.numerics.scalars import float32_scalar
-from reproml.errors import NotExactError
+from reproml.arithmetic.operators.arguments import require
 
 
 def unscale_(grads: Sequence[Tensor], found_inf: Tensor, inverse: Tensor) -> None:
     """Multiply each gradient by the inverse of the scale, rounded once to the gradient's dtype.
 
-    Writes 1 to found_inf, a float32 number, if a gradient has an infinity or NaN before.
-    Raises NotExactError for a gradient of float64.
+    Writes 1 to found_inf, a float32 number, if a gradient has an infinity or NaN before. Raises
+    RuntimeError unless found_inf and the inverse are float32.
     """
-    for x in (*grads, found_inf, inverse):
-        if x.dtype not in FORMATS or x.dtype is torch.float64:
-            raise NotExactError(
-                f"it is defined for float32, bfloat16 and float16, not for {x.dtype}; "
-                "convert the gradients"
-            )
+    for x in (found_inf, inverse):
+        require(x.dtype is torch.float32, f"the scale and found_inf must be float32, not {x.dtype}")
     for g in grads:
         found_inf.copy_(torch.where(g.isfinite().all(), found_inf, 1.0))
         if g.dtype in NARROW:

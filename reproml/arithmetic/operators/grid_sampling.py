@@ -22,7 +22,7 @@ from reproml.arithmetic.numerics.balls import Formula, RationalContext
 from reproml.arithmetic.numerics.formats import operate
 from reproml.arithmetic.numerics.rationals import Rationals
 from reproml.arithmetic.numerics.rounding import SLACK, gamma, nearest, round_sum, two_sum
-from reproml.arithmetic.operators.arguments import require_shape
+from reproml.arithmetic.operators.arguments import require_container, require_shape
 from reproml.arithmetic.operators.creation import linspace
 from reproml.arithmetic.operators.indexing import sums_in_planes
 from reproml.arithmetic.operators.matmul import matmul
@@ -269,8 +269,7 @@ def affine_grid(theta: Tensor, size: Sequence[int], align: bool) -> Tensor:
     divided by n. theta: float32 [n, axes, axes + 1]; size: [n, c, *out]. Returns float32 [n, *out, axes].
     """
     axes, out = len(size) - 2, list(size[2:])
-    if theta.dtype is not torch.float32:
-        raise NotExactError(f"it is defined for float32, not for {theta.dtype}")
+    require_container(theta)
     if axes not in (2, 3) or theta.shape != (size[0], axes, axes + 1) or min(size) < 1:
         raise RuntimeError(f"theta of shape {list(theta.shape)} does not fit size {list(size)}")
     columns: list[Tensor] = []

@@ -6,10 +6,8 @@ its first attempt; the operators bring their arguments into its form.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from fractions import Fraction
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
@@ -17,8 +15,9 @@ from torch import Tensor
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.numerics.exact_sums import nearest_of_rows
 from reproml.arithmetic.numerics.formats import BINARY64, operate, target
-from reproml.arithmetic.numerics.rounding import gamma, nearest, round_sum
+from reproml.arithmetic.numerics.rounding import gamma, round_sum
 from reproml.arithmetic.operators.arguments import require_shape
+from reproml.arithmetic.operators.reductions import sum_dims
 from reproml.errors import NotExactError
 
 
@@ -179,19 +178,30 @@ def segment_sum(index: Tensor, values: Tensor, size: int, start: Optional[Tensor
 def _segment_sum_in_binary64(
     index: Tensor, values: Tensor, size: int, start: Optional[Tensor]
 ) -> Tensor:
-    """Compute `segment_sum` rounded to binary64, each sum of more than two numbers by `exact_sum`."""
-    sums = (values.new_zeros(size) if start is None else start).double() + 0.0
-    first = [[] if start is None else [x] for x in sums.tolist()]
-    groups = dict(enumerate(first))
-    for i, x in zip(index.tolist(), values.tolist()):
-        groups[i].append(x)
-    for i in set(index.tolist()):
-        try:
-            sums[i] = nearest(sum(map(Fraction, groups[i]), Fraction(0)))
-        except (OverflowError, ValueError):  # an infinity or NaN
-            signs = [x if not math.isfinite(x) else math.copysign(1, x) for x in groups[i]]
-            sums[i] = sum(signs)
-    return sums
+    """Compute `segment_sum` rounded to binary64."""
+    if start is not None:
+        index = torch.cat([torch.arange(size, device=index.device), index])
+        values = torch.cat([start, values])
+    return reduce_groups(lambda rows: sum_dims(rows, 1), index, size, values)
+
+
+def reduce_groups(
+    reduce: Callable[..., Tensor], index: Tensor, size: int, *values: Tensor
+) -> Tensor:
+    """Return reduce(rows) for the values of each index, [n] -> [size], and 0 where there are none.
+
+    All groups of equally many values are rows of one call.
+    """
+    order = index.argsort(stable=True)
+    counts = torch.bincount(index, minlength=size)
+    first = counts.cumsum(0) - counts
+    result = values[0].new_zeros(size)
+    for count in counts.unique().tolist():
+        at = (counts == count).nonzero()
+        rows = order[first[at] + torch.arange(count, device=at.device)]
+        if count:
+            result[at.squeeze(1)] = reduce(*[x[rows] for x in values])
+    return result
 
 
 def sums_in_planes(index: Tensor, values: Tensor, size: int) -> Tensor:

@@ -122,7 +122,8 @@ def binary_cross_entropy_backward(
 ) -> Tensor:
     """Return g w (x - y) / max(x (1 - x), 1e-12)."""
     small = Fraction(1, 10**12)
-    tiny = ((x.double() * (1 - x.double())) < 1e-12).float()
+    wide = x.double()  # between these bounds are all binary64 numbers with x (1 - x) >= 10^-12
+    tiny = ((wide < 1.000000000001e-12) | (wide > 0.9999999999989999)).to(x.dtype)
 
     def formula(ctx: Any, x: Any, y: Any, w: Any, tiny: Any) -> Any:
         return w * (x - y) / ((1 - tiny) * (x * (1 - x)) + tiny * small)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
+from reproml.arithmetic.numerics.formats import BINARY64, target
 from reproml.arithmetic.numerics.rounding import two_sum
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import require, require_shape
@@ -20,10 +21,13 @@ from reproml.arithmetic.operators.losses import MEAN, NONE, loss_gradient, reduc
 
 # exp(-800) < 2^-1154 counts as zero beside any other term, and underflows (docs/contract.md).
 _FAR = 800.0
+_FARTHER = 2500.0  # exp(-2500) underflows in binary64 even times two binary64 numbers
 
 
 def soft_margin_loss(x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
     """Return log(1 + exp(-x y)) = max(-x y, 0) + log1p(exp(-|x y|))."""
+    if target() is BINARY64:
+        return _soft_margin_in_binary64(x, y, reduction)
     product = x.double() * y.double()  # exact
 
     def formula(ctx: Any, larger: Any, size: Any) -> Any:
@@ -32,8 +36,27 @@ def soft_margin_loss(x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
     return reduced_loss(formula, reduction, (-product).clamp_min(0), product.abs().clamp_max(_FAR))
 
 
+def _soft_margin_in_binary64(x: Tensor, y: Tensor, reduction: int) -> Tensor:
+    near = ~((x * y).abs() > _FAR)
+    u, v = (torch.where(near, t, 0.0) for t in (x, y))
+
+    def formula(ctx: Any, x: Any, y: Any, negative: Any, u: Any, v: Any, near: Any) -> Any:
+        return negative * abs(x * y) + near * ctx.log1p(ctx.exp(-abs(u * v)))
+
+    negative = x.signbit() ^ y.signbit()
+    return reduced_loss(formula, reduction, x, y, negative.to(x.dtype), u, v, near.to(x.dtype))
+
+
 def soft_margin_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:
     """Return -g y sigmoid(-x y), for MEAN divided by the number of elements."""
+    if target() is BINARY64:
+        product = (x * y).clamp(-_FARTHER, _FARTHER)
+        far = product.abs() == _FARTHER
+        u, v, bound = (torch.where(far, t, z) for t, z in ((0.0, x), (0.0, y), (product, x * 0.0)))
+        return loss_gradient(
+            *(lambda ctx, u, v, bound, y: -y * ctx.sigmoid(-(u * v + bound)), reduction, g),
+            *(u, v, bound, y),
+        )
     product = (x.double() * y.double()).clamp(-_FAR, _FAR)
     return loss_gradient(lambda ctx, p, y: -y * ctx.sigmoid(-p), reduction, g, product, y)
 
@@ -121,12 +144,12 @@ def _require_same_count(targets: int, expected: int) -> None:
 def _exceeds(margin: Fraction, own: Tensor, other: Tensor) -> Tensor:
     """Return whether margin - own + other > 0 holds exactly.
 
-    s + t is margin - own, and s + other has the sign of the sum: if it is not 0, it is at least 2 |t|, as
-    it is exact where it is small, and then a multiple of the last place of s.
+    s + t is margin - own. s + other is exact where it is as small as t, and otherwise has the sign of the
+    sum, which rounding keeps.
     """
     s, t = two_sum(torch.full_like(own.double(), float(margin)), -own.double())
     total = s + other.double()
-    return (total > 0) | ((total == 0) & (t > 0))
+    return torch.where(t.isfinite(), total + t, total) > 0
 
 
 def _summed(formula: Any, reduction: int, classes: int, *operands: Tensor) -> Tensor:

@@ -304,11 +304,11 @@ def native_dropout(x: Tensor, p: float, train: Optional[bool] = True) -> tuple[T
 
 def native_dropout_backward(g: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Return g times the mask and the scale of native_dropout. scale: 1 / (1 - p), or 0 for p = 1."""
-    return g * (mask.float() * (_dropout_scale(1 / scale) if scale else 0.0))
+    return g * (mask.to(g.dtype) * (_dropout_scale(1 / scale) if scale else 0.0))
 
 
 def _dropout_scale(keep: float) -> float:
-    """Return 1 / keep as F.dropout computes it on the CPU, where keep is rounded to binary32 first."""
+    """Return 1 / keep as F.dropout computes it on the CPU, where keep is rounded to x's dtype first."""
     return nearest(1 / float32_scalar(keep))
 
 
@@ -346,7 +346,7 @@ def multinomial(
     """Draw int64 indices with the probabilities x / sum(x), for each row of x.
 
     One sample, or several without replacement: the indices of the largest x / q, where q is exponentially
-    distributed; x is float32 then. Several with replacement: for each a float64 u from `rand`, and the
+    distributed. Several with replacement: for each a float64 u from `rand`, and the
     first index whose prefix sum of x, which is exact, is positive and at least u sum(x). These are
     PyTorch's algorithms.
 
@@ -357,10 +357,6 @@ def multinomial(
     require(x.sum(-1) > 0, "multinomial: the sum of the probabilities is 0")
     if replacement and count > 1:
         return _multinomial_with_replacement(x, count, generator)
-    if x.dtype is torch.float64:
-        raise NotExactError(
-            "one sample, and samples without replacement, are defined for float32; convert x to float32"
-        )
     require(
         count <= x.shape[-1],
         f"multinomial cannot draw {count} samples from {x.shape[-1]} without replacement",

@@ -92,7 +92,7 @@ def _exact_sums(rows: Tensor, factors: Optional[Tensor], divisor: int = 1) -> Te
         finite = bool(row.isfinite().all()) and (other is None or bool(other.isfinite().all()))
         if not finite:  # the sum of these signs has the same limit, and cannot overflow
             signs = [torch.where(t.isfinite(), t.sign(), t) for t in (row, other) if t is not None]
-            values.append(float(torch.stack(signs).prod(0).sum()))
+            values.append(float(torch.stack(signs).prod(0).sum()) / divisor)
             continue
         terms = Rationals.of_floats(row.cpu().numpy())
         if other is not None:

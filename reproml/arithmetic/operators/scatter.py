@@ -13,14 +13,20 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
 from reproml.arithmetic.numerics.exact_sums import exact_sum
-from reproml.arithmetic.numerics.formats import operate
+from reproml.arithmetic.numerics.formats import BINARY64, operate, target
 from reproml.arithmetic.numerics.rounding import gamma, nearest, round_sum
-from reproml.arithmetic.operators.arguments import require_shape
-from reproml.arithmetic.operators.indexing import flat_indices, index_put, scattered, segment_sum
+from reproml.arithmetic.operators.arguments import require_container, require_shape
+from reproml.arithmetic.operators.indexing import (
+    flat_indices,
+    index_put,
+    reduce_groups,
+    scattered,
+    segment_sum,
+)
 from reproml.arithmetic.operators.pointwise import div
-from reproml.arithmetic.operators.products import groups, segment_product
+from reproml.arithmetic.operators.products import groups, prod, segment_product
 from reproml.errors import NotExactError
 
 
@@ -62,8 +68,8 @@ def index_copy(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
 
 
 def _reduce_at(x: Tensor, index: Tensor, source: Tensor, reduce: str, include_self: bool) -> Tensor:
-    if x.dtype is not torch.float32 or source.dtype is not torch.float32:
-        raise RuntimeError(f"reductions at indices take float32 tensors, not {source.dtype}")
+    for t in (x, source):
+        require_container(t)
     start, at, values = x.reshape(-1), index.reshape(-1), source.reshape(-1)
     if reduce in ("amax", "amin"):
         result = start.scatter_reduce(0, at, values, reduce, include_self=include_self) + 0.0
@@ -74,6 +80,8 @@ def _reduce_at(x: Tensor, index: Tensor, source: Tensor, reduce: str, include_se
             every, terms = torch.cat([own, at]), torch.cat([start, values])
         if reduce == "sum":
             result = segment_sum(every, terms, len(start))
+        elif reduce == "prod" and target() is BINARY64:
+            result = reduce_groups(lambda rows: prod(rows, 1), every, len(start), terms)
         elif reduce == "prod":
             result = segment_product(every, terms, len(start))
         else:
@@ -91,14 +99,27 @@ def segment_total(
     terms: Tensor,
     size: int,
     mean: bool = False,
+    factors: Optional[Tensor] = None,
     divisors: Optional[Tensor] = None,
 ) -> Tensor:
     """Return the sum of the terms of each index, rounded once: float32 [size], 0 for an index without any.
 
-    index: int64 [n]. terms: float64 [n], products of two binary32 numbers. mean: whether each sum is
-    divided by the number of its terms. divisors: float64 [n], positive integers by which the terms are
-    divided.
+    index: int64 [n]. terms: float64 [n]. mean: whether each sum is divided by the number of its terms.
+    factors: float64 [n], by which the terms are multiplied. divisors: float64 [n], positive integers by
+    which they are divided.
     """
+    if target() is BINARY64:
+
+        def reduce(terms: Tensor, factors: Tensor, divisors: Tensor) -> Tensor:
+            count = terms.shape[1] if mean else 1
+            formula = lambda ctx, x, w, d: ctx.sum(x * w / (d * count))  # noqa: E731
+            return rowwise(formula, 1, terms, factors, divisors).squeeze(1)
+
+        one = torch.ones((), dtype=torch.float64, device=terms.device).expand(terms.shape)
+        factors, divisors = (one if x is None else x for x in (factors, divisors))
+        return reduce_groups(reduce, index, size, terms, factors, divisors)
+    if factors is not None:
+        terms = terms * factors  # exact
     quotients = terms if divisors is None else terms / divisors
     zeros = torch.zeros(size, dtype=torch.float64, device=terms.device)
     mid = zeros.scatter_add(0, index, quotients)

@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.numerics.weighted_sums import Row, SparseMatrix, separable_sums
-from reproml.arithmetic.operators.arguments import require_shape
+from reproml.arithmetic.operators.arguments import require_container, require_shape
 from reproml.arithmetic.operators.indexing import sums_in_planes
 from reproml.arithmetic.operators.reductions import reduce_sum
-from reproml.errors import NotExactError
+from reproml.arithmetic.operators.weighted_sums import Row, SparseMatrix, separable_sums
 
 HALF, ONE = Fraction(1, 2), Fraction(1)
 
@@ -172,8 +171,7 @@ def _padded(scales: Sequence[Any], axes: int) -> tuple[Any, ...]:
 
 
 def _require(x: Tensor, axes: int, size: Sequence[int]) -> None:
-    if x.dtype is not torch.float32:
-        raise NotExactError(f"it is defined for float32, not for {x.dtype}")
+    require_container(x)
     if x.dim() != axes + 2 or len(size) != axes or not x[0:1].numel() or min(size) < 1:
         raise RuntimeError(f"cannot interpolate from an input of shape {list(x.shape)} to {size}")
 

@@ -1,7 +1,7 @@
 """Sums over windows of several sizes: average pooling in general, and `fold`. Each is rounded once.
 
 The mean over a window is a sum with one weight for each axis, 1 / length, so that pooling and its gradient
-are products with sparse matrices (numerics/weighted_sums.py).
+are products with sparse matrices (weighted_sums.py).
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any, Callable, Optional
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.numerics.weighted_sums import SparseMatrix, separable_sums
-from reproml.arithmetic.operators.arguments import require, require_shape
+from reproml.arithmetic.operators.arguments import require, require_container, require_shape
 from reproml.arithmetic.operators.indexing import sums_in_planes
-from reproml.errors import NotExactError
+from reproml.arithmetic.operators.weighted_sums import SparseMatrix, separable_sums
 
 # ---- average pooling ---------------------------------------------------------------------------------
 
@@ -145,8 +144,7 @@ def _adaptive_means(n: int, count: int) -> SparseMatrix:
 
 
 def _require(x: Tensor, axes: int) -> None:
-    if x.dtype is not torch.float32:
-        raise NotExactError(f"it is defined for float32, not for {x.dtype}")
+    require_container(x)
     if x.dim() not in (axes + 1, axes + 2) or not math.prod(x.shape[-axes - 1 :]):
         raise RuntimeError(f"pooling along {axes} axes does not take shape {list(x.shape)}")
 
@@ -166,8 +164,7 @@ def col2im(x: Tensor, size: Any, kernel: Any, dilation: Any, padding: Any, strid
 
     x: float32 [n, c * kh * kw, places] or without n. Returns [n, c, *size], or without n.
     """
-    if x.dtype is not torch.float32:
-        raise NotExactError(f"it is defined for float32, not for {x.dtype}")
+    require_container(x)
     area, patch = math.prod(size), math.prod(kernel)
     numbers = torch.arange(1, area + 1, device=x.device).double().reshape(1, 1, *size)
     # In the padding the index is 0.

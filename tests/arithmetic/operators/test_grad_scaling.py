@@ -14,11 +14,12 @@ from verification.oracle import check, reals, same_bits
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float64], ids=[*DTYPES, "float64"])
 @pytest.mark.parametrize("inverse", [1.0, 2.0**-16, 0.3, 2.0**-20])
 def test_unscaled_gradients_are_rounded_once(dtype, inverse):
     top = torch.finfo(dtype).max
-    g = torch.tensor(SPECIAL).clamp(-top, top).to(dtype)
+    g = torch.tensor(SPECIAL).double().clamp(-top, top).to(dtype)
+    g = g / 3 if dtype is torch.float64 else g  # numbers of 53 bits
     grads, found = [g.clone(), g[:3].clone()], torch.zeros(())
     factor = torch.tensor(inverse)
     with reproml.exact():
@@ -29,7 +30,7 @@ def test_unscaled_gradients_are_rounded_once(dtype, inverse):
             check(x, reals(g[:n]) * reals(factor).item())
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float64], ids=[*DTYPES, "float64"])
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_infinities_and_nan_are_found(dtype, value):
     grads = [torch.ones(3, dtype=dtype), torch.tensor([1.0, value], dtype=dtype)]
@@ -39,10 +40,11 @@ def test_infinities_and_nan_are_found(dtype, value):
         assert found.item() == 1
 
 
-def test_float64_gradients_are_refused():
-    grads = [torch.ones(3, dtype=torch.float64)]
-    with reproml.exact(), pytest.raises(reproml.NotExactError, match="torch.float64"):
-        torch._amp_foreach_non_finite_check_and_unscale_(grads, torch.zeros(()), torch.ones(()))
+def test_scale_must_be_float32():
+    grads, double = [torch.ones(3, dtype=torch.float64)], torch.ones((), dtype=torch.float64)
+    for scales in ((torch.zeros(()), double), (double, torch.ones(()))):
+        with reproml.exact(), pytest.raises(RuntimeError, match="must be float32"):
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, *scales)
 
 
 @pytest.mark.parametrize("scale", [65536.0, 1.5, 2.0**127, 2.0**-149])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import reproml
 from tests.arithmetic.strategies import FINITE, tensors
-from verification.oracle import check, reals, total
+from verification.oracle import check, reals, rounding_to, total
 
 aten = torch.ops.aten
 TESTS = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
@@ -158,19 +158,21 @@ def test_place_that_is_not_finite_gives_nan(mode, padding):
 
 @pytest.mark.parametrize("align", [False, True])
 @pytest.mark.parametrize("size", [(2, 3, 3, 4), (2, 3, 2, 1, 3)])
-def test_affine_grid_is_product_of_rounded_places(align, size):
-    theta = torch.randn(2, len(size) - 2, len(size) - 1).requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_affine_grid_is_product_of_rounded_places(align, size, dtype):
+    theta = torch.randn(2, len(size) - 2, len(size) - 1, dtype=dtype).requires_grad_()
     with reproml.exact():
         grid = F.affine_grid(theta, list(size), align)
-        grid.backward(torch.randn(grid.shape))
+        grid.backward(torch.randn(grid.shape, dtype=dtype))
         lines = []
         for n in size[2:]:
-            line = torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1)
+            line = torch.linspace(-1, 1, n, dtype=dtype) if n > 1 else torch.zeros(1, dtype=dtype)
             lines.append(line if align or n == 1 else line * (n - 1) / n)
     expected = np.empty(grid.shape, dtype=object)
     rows = reals(theta)
     for i in np.ndindex(*grid.shape):
         place = [reals(line)[j] for line, j in zip(lines, i[1:-1])][::-1]
         expected[i] = total([w * v for w, v in zip(rows[i[0], i[-1]], [*place, 1])])
-    check(grid, expected)
+    with rounding_to(dtype):
+        check(grid, expected)
     assert theta.grad is not None

@@ -12,6 +12,7 @@ import reproml
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.pairs import sum_by_pairs
 from reproml.arithmetic.operators import losses
+from tests.arithmetic.test_operator_table import bce_slope
 from verification import oracle as o
 from verification.oracle import Real, check, reals, total
 
@@ -156,3 +157,57 @@ def test_gradient_of_glu_near_zero(library, monkeypatch):
             v = reals(gate.reshape(1))[0]
             sides = 1 / (1 + o.exp(v)) * (1 / (1 + o.exp(-v)))
             check(found, [p * sides for p in reals(a)], any_zero=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.usefixtures("path")
+def test_small_variances_are_found_exactly(dtype):
+    """binary_cross_entropy_backward divides by max(x (1 - x), 10^-12)."""
+    middle = torch.tensor(
+        [0.0, 1e-12, 1.000000000001e-12, 0.9999999999989999, 0.999999999999, 1.0], dtype=dtype
+    )
+    around = [torch.nextafter(middle, torch.full_like(middle, end)) for end in (0, 1)]
+    x = torch.cat([middle, *around])
+    y = torch.full_like(x, 0.3)
+    with reproml.exact():
+        found = torch.ops.aten.binary_cross_entropy_backward(torch.ones_like(x), x, y, None, 0)
+    with o.rounding_to(dtype):
+        check(found, [bce_slope(a, b) for a, b in zip(reals(x), reals(y))])
+
+
+EMPTY = torch.zeros(0, 3, dtype=torch.float64)
+LABELS = torch.zeros(0, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: F.mse_loss(EMPTY, EMPTY),
+        lambda: F.huber_loss(EMPTY, EMPTY),
+        lambda: F.smooth_l1_loss(EMPTY, EMPTY),
+        lambda: F.binary_cross_entropy(EMPTY, EMPTY),
+        lambda: F.cross_entropy(EMPTY, LABELS),
+        lambda: F.cross_entropy(EMPTY, LABELS, reduction="sum"),
+        lambda: F.layer_norm(EMPTY.T, (0,)),
+        lambda: torch.logsumexp(EMPTY.T, 1),
+        lambda: torch.softmax(EMPTY.T, 1),
+    ],
+)
+@pytest.mark.usefixtures("path")
+def test_results_without_elements_are_those_of_pytorch(function):
+    expected = function()
+    with reproml.exact():
+        found = function()
+    assert found.dtype is torch.float64 and found.shape == expected.shape
+    assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
+
+
+@pytest.mark.usefixtures("path")
+def test_layer_norm_takes_no_rows():
+    x, w = (
+        torch.zeros(*shape, dtype=torch.float64, requires_grad=True) for shape in ((0, 1), (1,))
+    )
+    with reproml.exact():
+        y = F.layer_norm(x, (1,), w)
+        of_x, of_w = torch.autograd.grad(y.sum(), (x, w))
+    assert y.shape == x.shape == of_x.shape and of_w.tolist() == [0]

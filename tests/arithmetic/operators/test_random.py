@@ -315,8 +315,8 @@ def test_multinomial_matches_pytorch():
     for count in (1, 2, 3):
         native, exact = both(lambda count=count: torch.multinomial(weights, count))
         assert torch.equal(native, exact)
-    with pytest.raises(reproml.NotExactError, match="convert"), reproml.exact():
-        torch.multinomial(weights.double(), 2)
+        native, exact = both(lambda count=count: torch.multinomial(weights.double(), count))
+        assert torch.equal(native, exact)
 
 
 @few
@@ -492,13 +492,98 @@ def test_default_dtype_float64_draws_53_bits():
             for refused in (
                 lambda: torch.randn(3),
                 lambda: torch.normal(0.0, 1.0, (3,)),
-                lambda: torch.bernoulli(torch.ones(3)),
             ):
                 with pytest.raises(reproml.NotExactError, match="float64") as caught:
                     refused()
                 assert "None" not in str(caught.value)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+F64 = torch.float64
+
+
+@few
+@given(shapes, layouts, st.floats(0, 1))
+def test_bernoulli_of_float64_matches_pytorch(shape, layout, p):
+    native, exact = both(lambda layout: empty(shape, layout).to(F64).bernoulli_(p), layout)
+    torch.manual_seed(5)
+    assert same_bits(native, exact) and same_bits(exact, (torch.rand(shape, dtype=F64) < p).to(F64))
+    assert same_bits(*both(lambda: torch.bernoulli(torch.full(shape, p, dtype=F64))))
+    # The numbers that are drawn have the dtype of the probabilities.
+    for x, q in ((F64, torch.float32), (torch.float32, F64)):
+        for probabilities in (torch.full(shape, p, dtype=q), torch.tensor(p, dtype=q)):
+            assert same_bits(
+                *both(lambda x=x, p=probabilities: torch.zeros(shape, dtype=x).bernoulli_(p))
+            )
+
+
+@few
+@given(shapes, st.sampled_from([0.0, 0.1, 0.3, 1.0]) | st.floats(0, 1))
+def test_dropout_of_float64_is_rounded_once(shape, p):
+    start, g = torch.randn(2, *shape, dtype=F64)
+    results = []
+    for dropout in (
+        lambda x: torch.nn.functional.dropout(x, p),
+        lambda x: torch.native_dropout(x, p, True)[0],
+    ):
+        torch.manual_seed(5)
+        x = start.clone().requires_grad_()
+        with reproml.exact():
+            y = dropout(x)
+            y.backward(g)
+        results.append((y.detach(), x.grad))
+    assert all(map(same_bits, *results))
+    torch.manual_seed(5)
+    kept = torch.rand(shape, dtype=F64) < 1 - p if 0 < p < 1 else torch.full(shape, p == 0)
+    with o.rounding_to(F64):
+        scale = o.rounded(np.array([1 / Real(1 - p)], dtype=object))[0] if p < 1 else Real(0)
+        for found, x in zip(results[0], (start, g)):
+            check(found, reals(x) * kept.long().numpy().astype(object) * scale, True)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3, 7.0])
+def test_exponential_and_cauchy_numbers_of_float64_are_rounded_once(rate):
+    native, exact = both(lambda: torch.empty(40, dtype=F64).exponential_(rate))
+    assert torch.allclose(native, exact)
+    torch.manual_seed(5)
+    u = torch.rand(40, dtype=F64)
+    with o.rounding_to(F64):
+        check(exact, [-o.log1p(-Real(v)) / Real(rate) for v in u.tolist()])
+    native, exact = both(lambda: torch.empty(40, dtype=F64).cauchy_(0.3, rate))
+    assert torch.allclose(native, exact)
+    tangents = [Real(o.mp.tan(o.mp.pi * (o.mp.mpf(v) - 0.5))) for v in u.tolist()]
+    with o.rounding_to(F64):
+        check(exact, [Real(0.3) + Real(rate) * t for t in tangents])
+
+
+def test_trunc_normal_of_float64_rounds_each_step_once():
+    mean, std, low, high = 0.3, 0.7, -0.75, 1.25
+    torch.manual_seed(5)
+    with reproml.exact():
+        exact = torch.nn.init.trunc_normal_(torch.empty(40, dtype=F64), mean, std, low, high)
+    ends = [
+        2 * ((1 + float(o.mp.erf((x - mean) / std / math.sqrt(2)))) / 2) - 1 for x in (low, high)
+    ]
+    torch.manual_seed(5)
+    with reproml.exact():
+        u = torch.empty(40, dtype=F64).uniform_(*ends)
+    with o.rounding_to(F64):
+        scaled = [o.rounded(o.rounded(o.erfinv(v)) * Real(std * math.sqrt(2))) for v in reals(u)]
+        expected = [o.float_of(o.rounded(v + Real(mean))) for v in scaled]
+    assert same_bits(exact, torch.tensor(expected, dtype=F64).clamp(low, high))
+
+
+def test_rrelu_of_float64_is_rounded_once():
+    x, low, high = torch.linspace(-2, 1, 30, dtype=F64), 0.1, 0.3
+    native, exact = both(lambda: torch.rrelu(x, low, high, True))
+    assert torch.allclose(native, exact)
+    torch.manual_seed(5)
+    u = torch.rand(int((x <= 0).sum()), dtype=F64).tolist()
+    with o.rounding_to(F64):
+        slopes = o.rounded(np.array([Real(v) * (Real(high) - Real(low)) + Real(low) for v in u]))
+        check(exact[x <= 0], reals(x[x <= 0]) * slopes)
+    assert same_bits(exact[x > 0], x[x > 0])
 
 
 def test_error_without_operands_is_well_formed():

@@ -15,10 +15,19 @@ from hypothesis import strategies as st
 
 import reproml
 from tests.arithmetic.strategies import FINITE, tensors
+from tests.arithmetic.test_operator_table import widened
+from verification import oracle as o
 from verification.oracle import check, reals, same_bits, total
 
 aten = torch.ops.aten
 TESTS = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+in_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+def drawn(data: Any, shape: Any, values: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Draw float32 numbers, or float64 numbers that have more bits and exponents."""
+    x: torch.Tensor = data.draw(tensors(tuple(shape), values))
+    return x if dtype is torch.float32 else widened(x, data.draw(st.sampled_from([1, 7])), True)
 
 
 def pool_windows(
@@ -80,32 +89,39 @@ def geometry(draw: Any, axes: int) -> Any:
     return size, (kernel, stride, padding, draw(st.booleans()), draw(st.booleans()), divisor)
 
 
+@in_dtypes
 @pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.usefixtures("path")
 @TESTS
 @given(data=st.data())
-def test_average_pooling_is_rounded_once(axes, data):
+def test_average_pooling_is_rounded_once(axes, dtype, data):
     size, rest = data.draw(geometry(axes))
-    x = data.draw(tensors((1, 2, *size), FINITE))
+    x = drawn(data, (1, 2, *size), FINITE, dtype)
     with reproml.exact():
         found = getattr(aten, f"avg_pool{axes}d")(x, *rest)
-        g = data.draw(tensors(tuple(found.shape), FINITE))
+    g = drawn(data, found.shape, FINITE, dtype)
+    with reproml.exact():
         backward = getattr(aten, f"avg_pool{axes}d_backward")(g, x, *rest)
-    check(found, pooled(reals(x), pool_windows(size, *rest)))
-    check(backward, pooled_backward(reals(g), size, pool_windows(size, *rest)))
+    with o.rounding_to(dtype):
+        check(found, pooled(reals(x), pool_windows(size, *rest)))
+        check(backward, pooled_backward(reals(g), size, pool_windows(size, *rest)))
 
 
+@in_dtypes
 @pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.usefixtures("path")
 @TESTS
 @given(data=st.data())
-def test_adaptive_average_pooling_is_rounded_once(axes, data):
+def test_adaptive_average_pooling_is_rounded_once(axes, dtype, data):
     size = [data.draw(st.integers(2, 5)) for _ in range(axes)]
     out = [data.draw(st.integers(1, 4)) for _ in range(axes)]
-    x, g = (data.draw(tensors((1, 2, *s), FINITE)) for s in (size, out))
+    x, g = (drawn(data, (1, 2, *s), FINITE, dtype) for s in (size, out))
     with reproml.exact():
         found = getattr(aten, f"_adaptive_avg_pool{axes}d")(x, out)
         backward = getattr(aten, f"_adaptive_avg_pool{axes}d_backward")(g, x)
-    check(found, pooled(reals(x), adaptive_windows(size, out)))
-    check(backward, pooled_backward(reals(g), size, adaptive_windows(size, out)))
+    with o.rounding_to(dtype):
+        check(found, pooled(reals(x), adaptive_windows(size, out)))
+        check(backward, pooled_backward(reals(g), size, adaptive_windows(size, out)))
 
 
 def sum_of_parts(shape: Any, index: Any, values: Any) -> Any:
@@ -131,28 +147,33 @@ POOLINGS: Any = {
 }
 
 
+@in_dtypes
 @pytest.mark.parametrize("name", sorted(POOLINGS))
 @TESTS
 @given(data=st.data())
-def test_gradient_of_max_pooling_is_sum_over_windows(name, data):
+def test_gradient_of_max_pooling_is_sum_over_windows(name, dtype, data):
     arguments = POOLINGS[name]
     shape = (1, 2, 4, 5) if "2d" in name else (1, 2, 4, 4, 4)
-    x = data.draw(tensors(shape, st.floats(-30, 30, width=32)))
+    x = drawn(data, shape, st.floats(-30, 30, width=32), dtype)
+    arguments = [a.to(dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
     with reproml.exact():
         y, index = getattr(aten, name)(x, *arguments)
-        g = data.draw(tensors(tuple(y.shape), FINITE))
+    g = drawn(data, y.shape, FINITE, dtype)
+    with reproml.exact():
         rest = arguments[:2] if "fractional" in name else arguments if "with" in name else ()
         found = getattr(aten, f"{name}_backward")(g, x, *rest, index)
     assert same_bits(y, x.flatten(2).gather(2, index.flatten(2)).reshape(y.shape))
-    check(found, sum_of_parts(shape, index, reals(g)))
+    with o.rounding_to(dtype):
+        check(found, sum_of_parts(shape, index, reals(g)))
 
 
+@in_dtypes
 @TESTS
 @given(data=st.data())
-def test_fold_is_sum_of_overlaps(data):
+def test_fold_is_sum_of_overlaps(dtype, data):
     kernel, dilation, padding, stride = [2, 3], [1, 2], [1, 2], [1, 2]
     places = aten.im2col(torch.ones(1, 1, 3, 5), kernel, dilation, padding, stride).shape[2]
-    x = data.draw(tensors((2, 2 * 6, places), FINITE))
+    x = drawn(data, (2, 2 * 6, places), FINITE, dtype)
     parts: Any = {}
     columns = (5 + 2 * 2 - 2 * 2 - 1) // 2 + 1
     for n, c, a, b, place in np.ndindex(2, 2, 2, 3, places):
@@ -162,15 +183,16 @@ def test_fold_is_sum_of_overlaps(data):
     expected = np.empty((2, 2, 3, 5), dtype=object)
     for i in np.ndindex(*expected.shape):
         expected[i] = total(parts.get(i, []))
-    with reproml.exact():
+    with reproml.exact(), o.rounding_to(dtype):
         check(aten.col2im(x, [3, 5], kernel, dilation, padding, stride), expected)
         check(aten.col2im(x[0], [3, 5], kernel, dilation, padding, stride), expected[0])
         patches = F.unfold(torch.rand(1, 2, 3, 5), (2, 3), padding=1)
     assert patches.shape == (1, 12, 20)
 
 
-def test_unpooling_keeps_last_of_equal_indices():
-    x = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+@in_dtypes
+def test_unpooling_keeps_last_of_equal_indices(dtype):
+    x = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]], dtype=dtype)
     index = torch.tensor([[[[0, 5], [5, 2]]]])
     with reproml.exact():
         found = aten.max_unpool2d(x, index, [2, 3])
@@ -180,12 +202,14 @@ def test_unpooling_keeps_last_of_equal_indices():
             aten.max_unpool2d(x, index, [2, 2])
 
 
+@in_dtypes
 @pytest.mark.parametrize("mode", ["reflect", "replicate"])
-def test_padding_of_volumes_has_gradient(mode):
-    x = torch.randn(1, 2, 3, 3, 4).requires_grad_()
+def test_padding_of_volumes_has_gradient(mode, dtype):
+    x = torch.randn(1, 2, 3, 3, 4, dtype=dtype).requires_grad_()
     with reproml.exact():
         y = F.pad(x, (1, 2, 1, 0, 2, 1), mode)
-        g = torch.randn(y.shape)
+        g = torch.randn(y.shape, dtype=dtype)
         (found,) = torch.autograd.grad(y, x, g)
     index = F.pad(torch.arange(36.0).reshape(1, 1, 3, 3, 4), (1, 2, 1, 0, 2, 1), mode)
-    check(found, sum_of_parts(x.shape, index.int().expand(y.shape), reals(g)))
+    with o.rounding_to(dtype):
+        check(found, sum_of_parts(x.shape, index.int().expand(y.shape), reals(g)))

@@ -1,8 +1,9 @@
 """Sums of few elements with rational weights, rounded once: interpolation, and its gradients.
 
 `separable_sums` applies a sparse matrix of rational numbers to each of the last axes of a tensor. It
-computes in float64 with rounded weights and takes what passes the rounding test; the rest is summed
-exactly, with integers as weights. A weight of zero leaves its element out, even if that is infinite or NaN.
+computes in float64 with rounded weights, or in pairs of float64 numbers if the result is float64, and takes
+what passes the rounding test; the rest is summed exactly, with integers as weights. A weight of zero leaves
+its element out, even if that is infinite or NaN.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.compiler.pair_arrays import PairArray, PairArrays, round_pairs
 from reproml.arithmetic.numerics.devices import to_device
-from reproml.arithmetic.numerics.formats import narrow, target
-from reproml.arithmetic.numerics.rounding import gamma, nearest, round_sum, two_sum
+from reproml.arithmetic.numerics.formats import BINARY64, narrow, target
+from reproml.arithmetic.numerics.rounding import Resolve, gamma, nearest, round_sum, two_sum
 
 _CHUNK = 1 << 17  # elements at once, so that the temporaries stay in a processor's cache
 
@@ -33,7 +36,8 @@ class SparseMatrix:
     """A matrix of rational numbers with few in each row: weights[i, k] is in column index[i, k] of row i.
 
     index: int64 [rows, k]. weights: float64 [rows, k], each rounded once. numerators: integers [rows, k],
-    weights times divisors; divisors: integers [rows]. Rows with fewer numbers end with weights of zero.
+    weights times divisors; divisors: integers [rows]. pairs: float64 [3, rows, k], s, t and rad such that a
+    weight is within rad of s + t. Rows with fewer numbers end with weights of zero.
     """
 
     def __init__(self, rows: Sequence[Row], columns: int) -> None:
@@ -44,6 +48,7 @@ class SparseMatrix:
         shape = (len(rows), width)
         self.index = np.zeros(shape, np.int64)
         self.weights = np.zeros(shape)
+        self.pairs = np.zeros((3, *shape))
         self.numerators = np.zeros(shape, object)
         self.divisors = np.ones(len(rows), object)
         for i, row in enumerate(rows):
@@ -51,7 +56,13 @@ class SparseMatrix:
             self.divisors[i] = divisor
             for k, (j, w) in enumerate(row.items()):
                 self.index[i, k] = j
-                self.weights[i, k] = w.numerator / w.denominator
+                self.weights[i, k] = s = w.numerator / w.denominator
+                t = float(w - Fraction(s))
+                self.pairs[:, i, k] = (
+                    s,
+                    t,
+                    0.0 if w == Fraction(s) + Fraction(t) else abs(s) * 2.0**-105,
+                )
                 self.numerators[i, k] = w.numerator * (divisor // w.denominator)
         self.largest = int(abs(self.numerators).max(initial=0))
         self.largest_divisor = max([1, *self.divisors])
@@ -92,13 +103,16 @@ def _sums_of_planes(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
         limits = _in_order(x.double(), matrices)  # infinite or NaN where an operand is
         x = torch.where(finite, x, 0.0)
     wide = x.double()
-    mid, magnitude = _apply(wide, matrices), _apply(wide.abs(), matrices, absolute=True)
-    # Each sum has a rounding for each term, and a weight and a product are rounded for each axis.
-    count = sum(m.index.shape[1] + 2 for m in matrices)
 
     def resolve(failed: Tensor) -> Any:
         return _exact_values(wide, matrices, failed)
 
+    if target() is BINARY64:
+        result = _in_pairs(wide, matrices, resolve)
+        return result if limits is None else torch.where(limits.isfinite(), result, limits)
+    mid, magnitude = _apply(wide, matrices), _apply(wide.abs(), matrices, absolute=True)
+    # Each sum has a rounding for each term, and a weight and a product are rounded for each axis.
+    count = sum(m.index.shape[1] + 2 for m in matrices)
     result = round_sum(mid + 0.0, magnitude * gamma(count), resolve)
     return result if limits is None else torch.where(limits.isfinite(), result, limits.float())
 
@@ -116,6 +130,33 @@ def _apply(x: Tensor, matrices: Sequence[SparseMatrix], absolute: bool = False) 
         for term in terms[1:]:
             x.add_(term)
     return x
+
+
+def _in_pairs(x: Tensor, matrices: Sequence[SparseMatrix], resolve: Resolve) -> Tensor:
+    """Compute the sums rounded to binary64. Without the compiled loops all of them are exact sums."""
+    if kernels.library is None or not x.is_cpu:
+        shape = (len(x), *map(len, matrices))
+        index = torch.arange(math.prod(shape), device=x.device)
+        exact = torch.as_tensor(resolve(index), dtype=torch.float64)
+        return to_device(exact, x.device).reshape(shape)
+    ctx = PairArrays()
+    total = ctx.exact(x)
+    for axis, m in enumerate(matrices, 1):
+        shape = (-1, *[1] * (len(matrices) - axis))
+        index, pairs = torch.from_numpy(m.index), torch.from_numpy(m.pairs)
+        terms = [
+            PairArray(
+                ctx, *[y.index_select(axis, index[:, k]) for y in (total.s, total.t, total.rad)]
+            )
+            * PairArray(ctx, *[y[:, k].reshape(shape) for y in pairs])
+            for k in range(index.shape[1])
+        ]
+        total = sum(terms[1:], terms[0])
+    result, failed = round_pairs(total.s, total.t, total.rad)
+    at = failed.reshape(-1).nonzero().squeeze(1)
+    if len(at):
+        result.view(-1)[at] = torch.as_tensor(resolve(at), dtype=torch.float64)
+    return result + 0.0
 
 
 def _in_order(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
@@ -140,7 +181,7 @@ def _exact_values(x: Tensor, matrices: Sequence[SparseMatrix], at: Tensor) -> An
     x, shape = x.cpu(), (len(x), *map(len, matrices))
     plane, *places = np.unravel_index(at.cpu().numpy(), shape)
     index, n, d = plane[:, None], np.ones((len(plane), 1), object), np.ones(len(plane), object)
-    small = math.prod(m.largest for m in matrices) < _WEIGHT
+    small = target() is not BINARY64 and math.prod(m.largest for m in matrices) < _WEIGHT
     small = small and math.prod(m.largest_divisor for m in matrices) < _DIVISOR
     if small:
         n, d = n.astype(np.float64), d.astype(np.float64)
