@@ -273,15 +273,25 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
             _copy_into(out.resize_(result.shape), result)
         return outs[0] if len(outs) == 1 else tuple(outs)
 
-    return _refuse_in_forward_mode(exact) if name in table.WITHOUT_FORWARD_MODE else exact
+    if name in table.WITHOUT_FORWARD_MODE:
+        return _refuse_in_forward_mode(exact, _is_inexact, "differs between versions of PyTorch")
+    if name in table.WITHOUT_NARROW_FORWARD_MODE:
+        return _refuse_in_forward_mode(
+            exact, lambda x: x.dtype in NARROW, "is not defined for 16 bits"
+        )
+    return exact
 
 
-def _refuse_in_forward_mode(run: Function) -> Function:
+def _refuse_in_forward_mode(
+    run: Function, concerns: Callable[[Tensor], bool], why: str
+) -> Function:
+    """Refuse an operator in forward mode if one of its operands is one that this concerns."""
+
     def unless_dual(*args: Any, **kwargs: Any) -> Any:
-        if in_forward_mode() and any(map(_is_inexact, tensors([*args, *kwargs.values()]))):
+        if in_forward_mode() and any(map(concerns, tensors([*args, *kwargs.values()]))):
             raise NotExactError(
-                "its forward-mode derivative differs between versions of PyTorch; use reverse mode, such "
-                "as torch.func.vjp and jacrev, or torch.where"
+                f"its forward-mode derivative {why}; use reverse mode, such as torch.func.vjp and jacrev"
+                + ", or torch.where" * (concerns is _is_inexact)
             )
         return run(*args, **kwargs)
 

@@ -172,6 +172,11 @@ histogram multilabel_margin_loss_forward multilabel_margin_loss_backward bincoun
 # WITHOUT_FORWARD_MODE: operators in EXACT whose forward-mode derivatives differ between versions of
 # PyTorch. Handlers do not see which operands have a tangent, so a dual level refuses them for all tensors.
 WITHOUT_FORWARD_MODE = frozenset("clamp clamp_min clamp_max maximum minimum fmax fmin".split())
+# WITHOUT_NARROW_FORWARD_MODE: operators whose forward-mode derivatives PyTorch computes from their mean and
+# rstd. These are float32 here beside operands of 16 bits, and so would be the derivatives.
+WITHOUT_NARROW_FORWARD_MODE = frozenset(
+    "native_batch_norm _native_batch_norm_legit native_layer_norm native_group_norm".split()
+)
 
 # PROMOTING: operators whose operands of other dtypes are rounded to float32 first, as PyTorch promotes
 # them. Those of PROMOTE_THEMSELVES do so themselves, by their own result's dtype.

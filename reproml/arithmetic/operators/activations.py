@@ -109,7 +109,9 @@ def _half_gradient_near_zero(definition: Definition) -> Definition:
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """Return x Phi(x); approximate "tanh": x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
     if target() is BINARY64:
-        y = _with_tails(partial(elementwise, _gelu if approximate == "none" else _gelu_tanh), -60)(x)
+        y = _with_tails(partial(elementwise, _gelu if approximate == "none" else _gelu_tanh), -60)(
+            x
+        )
         return torch.where(x == -torch.inf, torch.nan, y)
     if approximate == "none":
         return elementwise(_gelu, x, reference=_reference_gelu, fast="gelu")
