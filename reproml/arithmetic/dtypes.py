@@ -180,7 +180,8 @@ def run(
 
     out: the tensor that an in-place or out= form writes; the results are rounded to its dtype.
     """
-    if name in _ONE_OPERATION and not kwargs and _are_alike(args, out):
+    one = name in _ONE_OPERATION and not kwargs and _are_alike(args, out)
+    if one and (name != "div" or args[0].is_cpu):  # accelerators may divide by way of a reciprocal
         return _ONE_OPERATION[name](*args)
     asked = _asked(args, kwargs)
     if asked is not None and asked.is_floating_point and name not in _RESULT_DTYPE:

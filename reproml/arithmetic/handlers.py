@@ -379,6 +379,8 @@ def _foreach_handler(name: str, operator: Any) -> Handler:
         outs = args[0] if in_place else kwargs.get("out")
         if "scalars" in kwargs:
             kwargs["value"] = kwargs.pop("scalars")
+        if name == "linalg_vector_norm" and len(args) > 2:  # which takes axes there
+            args, kwargs["dtype"] = args[:2], args[2]
         if name in ("addcdiv", "addcmul"):  # a tensor may hold the numbers
             args = tuple(x.tolist() if isinstance(x, Tensor) else x for x in args)
         if name not in table.EXACT:

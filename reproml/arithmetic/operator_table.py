@@ -127,7 +127,7 @@ median nanmedian kthvalue mode aminmax bincount _unique2 unique_dim unique_conse
 FLOAT64 = frozenset("""
 add sub rsub mul div reciprocal sqrt max min amax amin maximum minimum clamp clamp_min clamp_max signbit
 copysign fmax fmin frac allclose addcmul addcdiv lerp pow rsqrt hypot fmod remainder floor_divide round
-arange linspace
+nextafter arange linspace
 sum mean cumsum var std std_mean var_mean nansum trace
 index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy put scatter_add index_add
 embedding_dense_backward unfold_backward reflection_pad1d_backward reflection_pad2d_backward

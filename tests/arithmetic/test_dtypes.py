@@ -102,6 +102,8 @@ UNARY: dict[str, tuple[tuple[Any, ...], Callable[[Any], Any]]] = {
     "deg2rad": ((), np.deg2rad),
     "rad2deg": ((), np.rad2deg),
     "angle": ((), lambda x: np.where(x < 0, math.pi, 0.0)),
+    "special_i1": ((), lambda x: torch.special.i1(torch.from_numpy(x)).numpy()),
+    "special_i1e": ((), lambda x: torch.special.i1e(torch.from_numpy(x)).numpy()),
 }
 # These lose digits near a zero of the function: the error is relative to 1 + |y|.
 LOOSE = ("lgamma", "digamma", "logit", "sinc")
@@ -419,6 +421,43 @@ def test_written_tensor_has_the_result_rounded_once(name, dtype):
             getattr(torch, name)(x, x, out=torch.empty(3, dtype=torch.int64))
         with pytest.raises(reproml.NotExactError, match="rounded to torch.float32 and then to"):
             torch.tanh(y, out=out)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wider"), [(BF, torch.float32), (BF, torch.float64), (torch.float32, torch.float64)]
+)
+@pytest.mark.parametrize(
+    "name", ["add", "mul", "div", "tanh", "sum", "cumsum", "exp", "addr", "mv"]
+)
+def test_wider_tensor_gets_result_of_operands_dtype(name, dtype, wider):
+    x = shaped(1.1, 0.7, 3.3, dtype=dtype)
+    rest = {"sum": (0,), "cumsum": (0,), "tanh": (), "exp": (), "addr": (x, x), "mv": (x,)}
+    first = x.outer(x) if name in ("addr", "mv") else x
+    with reproml.exact():
+        expected = getattr(torch, name)(first, *rest.get(name, (x,)))
+        out = torch.empty(0, dtype=wider)
+        getattr(torch, name)(first, *rest.get(name, (x,)), out=out)
+    assert expected.dtype is dtype and torch.equal(out, expected.to(wider))
+
+
+def test_float32_mask_is_added_exactly():
+    """The scores are 1; the sums are not float32 numbers, and above a midpoint of 16 bits."""
+    for dtype, near in ((BF, 2.0**-8), (HALF, 2.0**-11)):
+        q = torch.ones(1, 1, dtype=dtype)
+        keys, v = torch.ones(2, 1, dtype=dtype), shaped(0, 1, dtype=dtype)[:, None]
+        mask = torch.tensor([[0.0, near * (1 + 2**-20)]])
+        sums = torch.tensor([[1, 1 + 2 * near]], dtype=dtype)
+        with reproml.exact():
+            found = torch.nn.functional.scaled_dot_product_attention(q, keys, v, mask)
+            assert found.dtype is dtype and torch.equal(found, sums.softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64])
+def test_foreach_norm_takes_a_dtype(dtype):
+    x = torch.full((3,), 300.0, dtype=HALF)
+    with reproml.exact():
+        (found,) = torch._foreach_norm([x], 2, dtype=dtype)
+        assert torch.equal(found, torch.linalg.vector_norm(x, 2, dtype=dtype))
 
 
 # ---- overflow, NaN -------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics.devices import is_on_accelerator
+from reproml.arithmetic.numerics.formats import narrow
 from reproml.arithmetic.numerics.libm import rounded_to_odd
 from reproml.arithmetic.operators.arguments import float32_operands
 
@@ -26,7 +27,7 @@ _lock = threading.Lock()  # mpmath's precision is global
 
 
 def by_long_numbers(function: Callable[..., Any], x: Tensor) -> Tensor:
-    """Return function(mpmath, float) of each element of x, rounded once to float32.
+    """Return function(mpmath, float) of each element of x, rounded once to the target.
 
     The function may return a Python float for an infinity or NaN.
     """
@@ -35,7 +36,8 @@ def by_long_numbers(function: Callable[..., Any], x: Tensor) -> Tensor:
     values, places = torch.unique(x.detach().cpu().double(), return_inverse=True)
     with _lock:
         found = [_value(function, v) for v in values.tolist()]
-    return torch.tensor(found, dtype=torch.float64)[places].float().reshape(x.shape).to(x.device)
+    rounded = narrow(torch.tensor(found, dtype=torch.float64))
+    return rounded[places].reshape(x.shape).to(x.device)
 
 
 def _value(function: Callable[..., Any], x: float) -> float:
