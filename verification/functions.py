@@ -333,6 +333,11 @@ def ndtri(p: Real) -> Real:
 
 
 def nextafter(x: Real, y: Real) -> Real:
-    with np.errstate(all="ignore"):
-        a, b = np.float32(as_float(x)), np.float32(as_float(y))
-        return Real(float(np.nextafter(a, b)))
+    """Return the neighbour of x in the oracle's format, by the order of bit patterns."""
+    a, b = as_float(x), as_float(y)
+    if math.isnan(a) or math.isnan(b) or a == b:
+        return x + y if a != b else y
+    if not a:
+        return Real(math.copysign(2.0 ** o.FORMATS[o.target][1], b))
+    bits = o.bits_of(x) + (1 if (b > a) == (a > 0) else -1)
+    return Real(o.float_with(bits, o.target))

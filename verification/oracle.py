@@ -274,8 +274,11 @@ def bits_of(x: Real, dtype: Any = None) -> int:
 
 def float_of(x: Real, dtype: Any = None) -> float:
     """Return the nearest number of a dtype as a Python float."""
-    dtype = dtype or target
-    bits = bits_of(x, dtype)
+    return float_with(bits_of(x, dtype), dtype or target)
+
+
+def float_with(bits: int, dtype: Any) -> float:
+    """Return the number of a dtype with this bit pattern as a Python float."""
     if dtype is torch.bfloat16:
         bits, dtype = bits << 16 if bits >= 0 else bits, torch.float32
     integer, number = FORMATS[dtype][4:]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic import layouts
+from reproml.arithmetic import operator_table as table
 from reproml.arithmetic.dispatch.schema import tensors
 from reproml.arithmetic.numerics.formats import FORMATS, NARROW, rounding_to
 from reproml.arithmetic.operators import casts
@@ -40,10 +41,13 @@ def is_narrow_by_default(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     )
 
 
-def gives_float64(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+def gives_float64(args: Sequence[Any], kwargs: dict[str, Any], outs: Sequence[Tensor]) -> bool:
     """Return whether PyTorch computes in float64: it promotes to it, an argument asks for it, or it is the
-    default of integers and of numbers that are drawn."""
+    default of integers and of numbers that are drawn, or the dtype of the tensors to write these to.
+    """
     values = [*args, *kwargs.values()]
+    if not any(x.is_floating_point() for x in tensors(values)):
+        values += outs
     asked = next((x for x in values if isinstance(x, torch.dtype)), None)
     if asked is not None:
         if asked is not torch.float64 and _promoted(values) is torch.float64:
@@ -54,24 +58,51 @@ def gives_float64(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     return torch.get_default_dtype() is torch.float64
 
 
+def require_defined_mixture(name: str, args: Sequence[Any]) -> None:
+    """Raise RuntimeError for operands of several dtypes where PyTorch, or one of its versions, does.
+
+    Raises NotExactError where PyTorch rounds a result to the dtype of an operand that is not the widest."""
+    if name in table.RESULT_LIKE:
+        like = args[table.RESULT_LIKE[name]]
+        if isinstance(like, Tensor) and _promoted(args) is not like.dtype:
+            raise NotExactError(
+                f"PyTorch rounds its result from {_promoted(args)} to {like.dtype}; convert the operands "
+                "to one dtype"
+            )
+    elif name in table.ONE_DTYPE:
+        is_number = name == "lerp" and not getattr(args[2], "ndim", 0)  # its weight
+        _require_one_dtype(name, args[:2] if is_number else args)
+    elif name in table.WITH_PARAMETERS:
+        places, of_parameters = table.WITH_PARAMETERS[name]
+        dtype = _require_one_dtype(name, [args[i] for i in places])
+        _require_one_dtype(name, [args[i] for i in of_parameters if i < len(args)])
+        for x in tensors(args):
+            if x.dtype is not torch.float32 or dtype not in NARROW:
+                _require_one_dtype(name, [args[places[0]], x])
+
+
+def _require_one_dtype(name: str, operands: Sequence[Any]) -> Optional[torch.dtype]:
+    """Return the dtype of the floating-point tensors among the operands."""
+    dtype = None
+    for x in tensors(operands):
+        if x.is_floating_point() and x.dtype is not (dtype := dtype or x.dtype):
+            raise RuntimeError(
+                f"{name}: expected operands of one dtype, but found {dtype} and {x.dtype}"
+            )
+    return dtype
+
+
 def run_in_float64(
     definition: Callable[..., Any],
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    promotes: bool,
     with_integers: bool,
 ) -> Any:
     """Run a definition on float64 operands, and round its results once to float64.
 
-    promotes: whether operands may be of several dtypes. with_integers: whether integers become float64 too.
+    with_integers: whether integers become float64 too.
     """
     operands = list(tensors([*args, *kwargs.values()]))
-    if not promotes and any(
-        x.dim() and x.is_floating_point() and x.dtype is not torch.float64 for x in operands
-    ):
-        asked = [x for x in [*args, *kwargs.values()] if isinstance(x, torch.dtype)]
-        if not asked:
-            raise RuntimeError("expected tensors of one dtype, but found float64 and another")
     wide = {
         id(x): x.double()
         for x in operands
@@ -149,7 +180,8 @@ def run(
 
     out: the tensor that an in-place or out= form writes; the results are rounded to its dtype.
     """
-    if name in _ONE_OPERATION and not kwargs and _are_alike(args, out):
+    one = name in _ONE_OPERATION and not kwargs and _are_alike(args, out)
+    if one and (name != "div" or args[0].is_cpu):  # accelerators may divide by way of a reciprocal
         return _ONE_OPERATION[name](*args)
     asked = _asked(args, kwargs)
     if asked is not None and asked.is_floating_point and name not in _RESULT_DTYPE:

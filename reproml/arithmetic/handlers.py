@@ -213,17 +213,10 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
     arrange = layouts.arrangement(name)
     indices = (torch.float32, torch.int64)
     usual = (torch.float32,) if name in table.PROMOTING else indices
-    promotes = name in table.PROMOTING or name in table.PROMOTE_THEMSELVES
 
-    def narrow(*args: Any, **kwargs: Any) -> Any:
-        if in_place:
-            return args[0].copy_(dtypes.run(name, definitions[name], args, kwargs, args[0]))
-        outs = [kwargs.pop(output) for output in outputs]
-        results = dtypes.run(name, definitions[name], args, kwargs, outs[0] if outs else None)
-        if not outs:
-            return arrange(results, args)
+    def written(outs: list[Tensor], results: Any) -> Any:
         for out, result in zip(outs, results if len(outs) > 1 else [results]):
-            out.resize_(result.shape).copy_(result)
+            _copy_into(out if in_place else out.resize_(result.shape), result)
         return outs[0] if len(outs) == 1 else tuple(outs)
 
     def wide(*args: Any, **kwargs: Any) -> Any:
@@ -233,60 +226,60 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
         names, values = list(kwargs), dtypes.as_float64(kwargs.values())
         return exact(*dtypes.as_float64(args), **dict(zip(names, values)))
 
-    def in_float64(*args: Any, **kwargs: Any) -> Any:
-        outs = [args[0]] if in_place else [kwargs.pop(output) for output in outputs]
-        converts = name in table.PROMOTING
-        results = dtypes.run_in_float64(definitions[name], args, kwargs, promotes, converts)
-        if not outs:
-            return arrange(results, args)
-        for out, result in zip(outs, results if len(outs) > 1 else [results]):
-            _copy_into(out if in_place else out.resize_(result.shape), result)
-        return outs[0] if len(outs) == 1 else tuple(outs)
-
     def exact(*args: Any, **kwargs: Any) -> Any:
+        run = definitions[name]
         if not kwargs and _all_of(usual, args):
             if not outputs:
-                return arrange(definitions[name](*args), args)
+                return arrange(run(*args), args)
             if in_place and name in table.IN_PLACE:
                 return table.IN_PLACE[name](*args)
-        elif _is_on_meta(args, kwargs):
+            return _copy_into(args[0], run(*args))
+        if _is_on_meta(args, kwargs):
             return operator(*args, **kwargs)
-        elif name not in table.FLOAT32_ONLY and dtypes.has_narrow(args, kwargs):
-            if dtypes.is_float64(args, {k: x for k, x in kwargs.items() if k not in outputs}):
+        dtypes.require_defined_mixture(name, args)
+        outs = [args[0]] if in_place else [kwargs[output] for output in outputs]
+        operands = {k: x for k, x in kwargs.items() if k not in outputs}
+        if name not in table.FLOAT32_ONLY and dtypes.has_narrow(args, kwargs):
+            if dtypes.is_float64(args, operands):
                 return wide(*args, **kwargs)
-            if name not in table.ANY_FORMAT:
-                return narrow(*args, **kwargs)
+            in_16_bits = name not in table.ANY_FORMAT
         elif _runs_natively(name, [*args, *kwargs.values()]):
             return operator(*args, **kwargs)
-        elif dtypes.is_narrow_by_default(args, kwargs) and name not in table.ANY_FORMAT:
-            return narrow(*args, **kwargs)
+        else:
+            in_16_bits = dtypes.is_narrow_by_default(args, kwargs) and name not in table.ANY_FORMAT
+        if in_16_bits:
+            results = dtypes.run(name, run, args, operands, outs[0] if outs else None)
         elif (
             name in table.FLOAT64
             and name not in table.MIXED_FLOATS
-            and dtypes.gives_float64(args, kwargs)
+            and dtypes.gives_float64(args, operands, outs)
         ):
-            return in_float64(*args, **kwargs)
-        if name in table.PROMOTING:
-            args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
-        if in_place:
-            return _copy_into(args[0], definitions[name](*args, **kwargs))
-        outs = [kwargs.pop(output) for output in outputs]
-        results = definitions[name](*args, **kwargs)
-        if not outs:
-            return arrange(results, args)
-        for out, result in zip(outs, results if len(outs) > 1 else [results]):
-            _copy_into(out.resize_(result.shape), result)
-        return outs[0] if len(outs) == 1 else tuple(outs)
+            results = dtypes.run_in_float64(run, args, operands, name in table.PROMOTING)
+        else:
+            if name in table.PROMOTING:
+                args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
+            results = run(*args, **operands)
+        return written(outs, results) if outs else arrange(results, args)
 
-    return _refuse_in_forward_mode(exact) if name in table.WITHOUT_FORWARD_MODE else exact
+    if name in table.WITHOUT_FORWARD_MODE:
+        return _refuse_in_forward_mode(exact, _is_inexact, "differs between versions of PyTorch")
+    if name in table.WITHOUT_NARROW_FORWARD_MODE:
+        return _refuse_in_forward_mode(
+            exact, lambda x: x.dtype in NARROW, "is not defined for 16 bits"
+        )
+    return exact
 
 
-def _refuse_in_forward_mode(run: Function) -> Function:
+def _refuse_in_forward_mode(
+    run: Function, concerns: Callable[[Tensor], bool], why: str
+) -> Function:
+    """Refuse an operator in forward mode if one of its operands is one that this concerns."""
+
     def unless_dual(*args: Any, **kwargs: Any) -> Any:
-        if in_forward_mode() and any(map(_is_inexact, tensors([*args, *kwargs.values()]))):
+        if in_forward_mode() and any(map(concerns, tensors([*args, *kwargs.values()]))):
             raise NotExactError(
-                "its forward-mode derivative differs between versions of PyTorch; use reverse mode, such "
-                "as torch.func.vjp and jacrev, or torch.where"
+                f"its forward-mode derivative {why}; use reverse mode, such as torch.func.vjp and jacrev"
+                + ", or torch.where" * (concerns is _is_inexact)
             )
         return run(*args, **kwargs)
 
@@ -398,6 +391,8 @@ def _foreach_handler(name: str, operator: Any) -> Handler:
         outs = args[0] if in_place else kwargs.get("out")
         if "scalars" in kwargs:
             kwargs["value"] = kwargs.pop("scalars")
+        if name == "linalg_vector_norm" and len(args) > 2:  # which takes axes there
+            args, kwargs["dtype"] = args[:2], args[2]
         if name in ("addcdiv", "addcmul"):  # a tensor may hold the numbers
             args = tuple(x.tolist() if isinstance(x, Tensor) else x for x in args)
         if name not in table.EXACT:

@@ -127,7 +127,7 @@ median nanmedian kthvalue mode aminmax bincount _unique2 unique_dim unique_conse
 FLOAT64 = frozenset("""
 add sub rsub mul div reciprocal sqrt max min amax amin maximum minimum clamp clamp_min clamp_max signbit
 copysign fmax fmin frac allclose addcmul addcdiv lerp pow rsqrt hypot fmod remainder floor_divide round
-arange linspace logspace
+nextafter arange linspace logspace
 hann_window hamming_window blackman_window bartlett_window kaiser_window
 sum mean cumsum var std std_mean var_mean nansum trace
 index_put index_put_ _index_put_impl_ _unsafe_index_put index_copy put scatter_add index_add
@@ -191,11 +191,59 @@ FLOAT32_ONLY = frozenset("""
 _cdist_forward _cdist_backward _euclidean_dist _pdist_forward _pdist_backward linalg_qr
 histogram multilabel_margin_loss_forward multilabel_margin_loss_backward bincount
 """.split())
+
+# ONE_DTYPE: operators in EXACT that need one dtype among their floating-point operands, as in PyTorch or in
+# one of its versions. RESULT_LIKE: operators that need no operand wider than the one at this place, whose
+# dtype PyTorch gives the result.
+ONE_DTYPE = frozenset("""
+mm bmm mv dot vdot addmm baddbmm addmv addbmm _grouped_mm _trilinear linalg_cross
+convolution convolution_backward grid_sampler_2d grid_sampler_2d_backward grid_sampler_3d
+grid_sampler_3d_backward
+_linalg_solve_ex linalg_solve_triangular triangular_solve linalg_lu_solve cholesky_solve linalg_lstsq
+scatter_add index_add index_put index_put_ _index_put_impl_ _unsafe_index_put put
+_unsafe_masked_index_put_accumulate scatter_reduce index_reduce index_copy _segment_reduce_backward
+_embedding_bag _embedding_bag_forward_only _embedding_bag_backward _embedding_bag_dense_backward
+_embedding_bag_per_sample_weights_backward
+avg_pool2d_backward _adaptive_avg_pool2d_backward avg_pool3d_backward _adaptive_avg_pool3d_backward
+max_pool2d_with_indices_backward adaptive_max_pool2d_backward fractional_max_pool2d_backward
+max_pool3d_with_indices_backward adaptive_max_pool3d_backward fractional_max_pool3d_backward
+reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backward
+replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward
+_cdist_forward _euclidean_dist _cdist_backward _pdist_backward _weight_norm_interface allclose normal
+_softmax_backward_data _log_softmax_backward_data
+_prelu_kernel _prelu_kernel_backward glu_backward mish_backward log_sigmoid_backward
+rrelu_with_noise rrelu_with_noise_backward lerp
+nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward _ctc_loss_backward
+binary_cross_entropy binary_cross_entropy_backward mse_loss_backward smooth_l1_loss_backward
+huber_loss_backward soft_margin_loss_backward multi_margin_loss multi_margin_loss_backward
+multilabel_margin_loss_backward
+""".split())
+RESULT_LIKE = {"binary_cross_entropy_with_logits": 1, "huber_loss": 0, "soft_margin_loss": 0}
+
+# WITH_PARAMETERS: operators with the places of their operands that need one dtype, and of parameters that
+# need one dtype as well. These and other floating-point operands may be float32 beside 16 bits.
+_NORM = ((0,), (1, 2, 3, 4))
+WITH_PARAMETERS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "native_layer_norm": ((0,), (2, 3)),
+    "native_layer_norm_backward": ((0, 1), (5, 6)),
+    "native_group_norm": ((0,), (1, 2)),
+    "native_group_norm_backward": ((0, 1), (4,)),
+    "native_batch_norm": _NORM,
+    "_native_batch_norm_legit": _NORM,
+    "_native_batch_norm_legit_no_training": _NORM,
+    "native_batch_norm_backward": ((0, 1), (2, 3, 4)),
+    "_weight_norm_interface_backward": ((0, 1, 2), ()),
+}
 # fmt: on
 
 # WITHOUT_FORWARD_MODE: operators in EXACT whose forward-mode derivatives differ between versions of
 # PyTorch. Handlers do not see which operands have a tangent, so a dual level refuses them for all tensors.
 WITHOUT_FORWARD_MODE = frozenset("clamp clamp_min clamp_max maximum minimum fmax fmin".split())
+# WITHOUT_NARROW_FORWARD_MODE: operators whose forward-mode derivatives PyTorch computes from their mean and
+# rstd. These are float32 here beside operands of 16 bits, and so would be the derivatives.
+WITHOUT_NARROW_FORWARD_MODE = frozenset(
+    "native_batch_norm _native_batch_norm_legit native_layer_norm native_group_norm".split()
+)
 
 # PROMOTING: operators whose operands of other dtypes are rounded to float32 first, as PyTorch promotes
 # them. Those of PROMOTE_THEMSELVES do so themselves, by their own result's dtype.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from reproml.arithmetic.numerics.formats import NARROW
 from reproml.arithmetic.operators.arguments import require
 from reproml.torch_internals import (
     AutoDispatchBelowAutograd,
@@ -214,7 +215,8 @@ def scaled_dot_product_attention(
     """Return dropout(softmax((query r) @ (key.mT r) + mask)) @ value, with r the root of the scale.
 
     query: [..., l, e]; key: [..., s, e]; value: [..., s, v]. A bool mask is 0 where true and -inf
-    elsewhere; is_causal masks what lies above the diagonal. Each step is rounded.
+    elsewhere; is_causal masks what lies above the diagonal. Each step is rounded. A float32 mask beside a
+    query of 16 bits is added exactly, and the sum is rounded to the query's dtype.
     """
     name = "scaled_dot_product_attention"
     require(
@@ -224,7 +226,8 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         require(not is_causal, f"{name}: is_causal is set beside an attn_mask")
         require(
-            attn_mask.dtype in (torch.bool, query.dtype),
+            attn_mask.dtype in (torch.bool, query.dtype)
+            or (attn_mask.dtype is torch.float32 and query.dtype in NARROW),
             f"{name}: the mask is {attn_mask.dtype}, not bool or {query.dtype}",
         )
     if is_causal:
@@ -245,8 +248,11 @@ def scaled_dot_product_attention(
             )
         key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
     scores = matmul(query, key.mT * root)
-    if attn_mask is not None:
+    if attn_mask is not None and attn_mask.dtype is scores.dtype:
         scores = scores + attn_mask
+    elif attn_mask is not None:  # in place, because the sum would be float32
+        shape = torch.broadcast_shapes(scores.shape, attn_mask.shape)
+        scores = scores.expand(shape).clone().add_(attn_mask)
     weights = torch.ops.aten._safe_softmax(scores, -1)
     if dropout_p > 0:
         weights = torch.dropout(weights, dropout_p, True)

@@ -38,9 +38,10 @@ from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.dispatch import dispatcher
 from reproml.arithmetic.dispatch.deferred import replay_log
 from reproml.arithmetic.numerics import devices
-from reproml.arithmetic.numerics.formats import FORMATS, NARROW, operate, rounding_to, target
+from reproml.arithmetic.numerics.formats import FORMATS, NARROW, rounding_to, target
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators import optimizer_formulas as formulas
+from reproml.arithmetic.operators import pointwise
 from reproml.arithmetic.operators.optimizer_formulas import (
     assign,
     decay_operand,
@@ -435,7 +436,7 @@ def _skips(lists: Sequence[Any], grad_scale: Any, found_inf: Any) -> bool:
         _check(params, grads)
         for g in grads:
             with rounding_to(g.dtype):
-                g.copy_(operate(torch.div, g, grad_scale) if g.dtype in NARROW else g / grad_scale)
+                g.copy_(pointwise.div(g, grad_scale))
     return False
 
 

@@ -295,8 +295,16 @@ def elementary_function(name: str) -> Callable[..., Any]:
 
 
 def nextafter(x: Tensor, y: Tensor) -> Tensor:
-    """Return the float32 number next to x in the direction of y."""
-    return torch.nextafter(*float32_operands(x, y))
+    """Return the number of the result's dtype next to x in the direction of y."""
+    x, y = float32_operands(x, y)
+    if target().precision >= 24:
+        return torch.nextafter(x, y)
+    x, y = torch.broadcast_tensors(x.to(target().dtype), y.to(target().dtype))
+    away = torch.where((y > x) == (x > 0), 1, -1).to(torch.int16)
+    neighbour = (x.contiguous().view(torch.int16) + away).view(x.dtype)
+    smallest = torch.full_like(x, 2.0 ** target().lowest).copysign(y)
+    neighbour = torch.where(x == 0, smallest, neighbour)
+    return torch.where(x == y, y, torch.where(x.isnan() | y.isnan(), x + y, neighbour)).float()
 
 
 def frexp(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -392,8 +392,8 @@ def standard_gamma(x: Tensor, generator: Any = None) -> Tensor:
         (x >= 0) & x.isfinite(), "_standard_gamma expects shapes that are finite and not negative"
     )
     draws = [_gamma(a, generator) for a in _numbers(x.reshape(-1))]
-    smallest = torch.finfo(torch.float32).tiny
-    result = torch.tensor(draws, dtype=torch.float64, device="cpu").float().clamp(min=smallest)
+    smallest = torch.finfo(target().dtype).tiny
+    result = narrow(torch.tensor(draws, dtype=torch.float64, device="cpu")).clamp(min=smallest)
     return _to(result.reshape(x.shape), x.device)
 
 

@@ -28,7 +28,7 @@ _lock = threading.Lock()  # mpmath's precision is global
 
 
 def by_long_numbers(function: Callable[..., Any], x: Tensor) -> Tensor:
-    """Return function(mpmath, float) of each element of x, rounded once.
+    """Return function(mpmath, float) of each element of x, rounded once to the target.
 
     The function may return a Python float for an infinity or NaN.
     """

@@ -115,6 +115,43 @@ def test_formulas_that_differ_between_versions_are_refused(name):
         function(x)
 
 
+NORMS: dict[str, Callable[..., Any]] = {
+    "native_layer_norm": lambda x: F.layer_norm(x, (4,), x[0], x[1]),
+    "native_group_norm": lambda x: F.group_norm(x, 2, x[0], x[1]),
+    "native_batch_norm": lambda x: F.batch_norm(x, None, None, x[0], x[1], training=True),
+    "_native_batch_norm_legit": lambda x: torch.ops.aten._native_batch_norm_legit.no_stats(
+        x, x[0], x[1], True, 0.1, 1e-5
+    )[0],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_derivative_of_norm_in_16_bits_is_refused(name, dtype):
+    """PyTorch's formula takes mean and rstd, which are float32 here: so would be the derivative."""
+    assert set(NORMS) == operator_table.WITHOUT_NARROW_FORWARD_MODE
+    x, t = inputs()
+    with reproml.exact():
+        assert jvp(NORMS[name], (x,), (t,))[1].dtype is torch.float32
+        x, t = x.to(dtype), t.to(dtype)
+        assert torch.func.vjp(NORMS[name], x)[1](t)[0].dtype is dtype
+        with pytest.raises(NotExactError, match="derivative is not defined for 16 bits"):
+            jvp(NORMS[name], (x,), (t,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", sorted(FUNCTIONS.keys() - {"layer_norm", "batch_norm"}))
+def test_derivative_has_the_dtype_of_the_result(name, dtype):
+    x, t = (v.to(dtype) for v in inputs())
+    with sdpa_kernel(SDPBackend.MATH):
+        try:
+            native = [v.dtype for v in jvp(FUNCTIONS[name], (x,), (t,))]
+        except RuntimeError:
+            pytest.skip("PyTorch has no such derivative")
+        with reproml.exact():
+            assert [v.dtype for v in jvp(FUNCTIONS[name], (x,), (t,))] == native
+
+
 def test_digest_is_the_same_in_every_version():
     """It has been confirmed with PyTorch 2.8 and 2.15."""
     x, t = inputs()
