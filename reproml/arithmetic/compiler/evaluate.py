@@ -265,7 +265,7 @@ def _moderate(formula: Formula, row: NDArray[Any]) -> float:
     """Return what binary64 gives for operands of the same signs that overflow nowhere on the way."""
     size = np.clip(np.abs(row), 2.0**-100, 2.0**100)
     numbers = np.where(row == 0, row, np.copysign(size, row))
-    y = formula(TENSORS, *[TENSORS.exact(torch.tensor(float(x)).double()) for x in numbers])
+    y: Any = formula(TENSORS, *[TENSORS.exact(x) for x in torch.from_numpy(numbers)])
     return float(getattr(y, "mid", y))
 
 
