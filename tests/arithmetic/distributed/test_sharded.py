@@ -286,6 +286,8 @@ OF_THE_BATCH: dict[str, Program] = {
     "mean of float16 as bfloat16": lambda x: x.half().mean(0, dtype=torch.bfloat16),
     "product of integers": lambda x: (x * 8).long().t() @ (x * 4).long(),
     "two dtypes": lambda x: (x.half() * x.bfloat16()).sum(0),
+    "product of float64": lambda x: x.double().exp().t() @ x.double(),
+    "mean of float64": lambda x: F.layer_norm(x.double(), (4,)).mean(0),
     "halves": lambda x: torch.cat([y * 3 for y in x.chunk(2, 1)], 1).sum(0),
 }
 
@@ -328,8 +330,6 @@ REFUSED: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
         lambda x: torch.cat([torch.ones(3, 4), x]),
         "aten.cat.default .*concatenates rows",
     ),
-    "double": (lambda x: x.double().exp(), "float64"),
-    "product of doubles": (lambda x: x.double().t() @ x.double(), "float64"),
 }
 
 
