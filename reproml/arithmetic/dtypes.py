@@ -50,7 +50,8 @@ def gives_float64(args: Sequence[Any], kwargs: dict[str, Any], outs: Sequence[Te
         values += outs
     asked = next((x for x in values if isinstance(x, torch.dtype)), None)
     if asked is not None:
-        if asked is not torch.float64 and _promoted(values) is torch.float64:
+        given = any(x.is_floating_point() for x in tensors(values))
+        if asked is not torch.float64 and given and _promoted(values) is torch.float64:
             raise NotExactError(f"A result of {asked} is not defined for float64 operands.")
         return asked is torch.float64
     if any(x.is_floating_point() for x in tensors(values)):

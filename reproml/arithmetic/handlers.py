@@ -338,6 +338,8 @@ def _runs_natively(name: str, args: list[Any]) -> bool:
             )
     if any(map(_is_inexact, operands)):
         return False
+    if name in table.ANY_FORMAT:
+        return False
     result = next((x for x in args if isinstance(x, torch.dtype)), None)
     if name in table.INTEGER and not any(isinstance(x, float) for x in args):
         return result is None or not result.is_floating_point

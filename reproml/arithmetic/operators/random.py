@@ -38,7 +38,7 @@ from reproml.arithmetic.numerics.formats import (
     storing,
     target,
 )
-from reproml.arithmetic.numerics.libm import EXACT_MATH, power, rounded_to_odd
+from reproml.arithmetic.numerics.libm import EXACT_MATH, power, rounded_to_nearest, rounded_to_odd
 from reproml.arithmetic.numerics.rounding import nearest
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.activations import leaky_relu
@@ -185,10 +185,6 @@ def normal_(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None
                 torch.rand(16, generator=generator, dtype=target().container, device="cpu")
             )
     elif n:
-        if target() is BINARY64 and (n % 2 or _has_spare(generator)):
-            raise NotExactError(
-                "Of fewer than 16 normal float64 numbers only an even number is defined; draw 16 or more."
-            )
         spare = _take_spare(generator)
         count = n - len(spare)
         draws = torch.rand(
@@ -207,11 +203,6 @@ def normal_(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None
 _STATE, _SPARE, _HAS_SPARE = 5056, slice(5024, 5032), slice(5040, 5044)
 
 
-def _has_spare(generator: Optional[torch.Generator]) -> bool:
-    state = _state_of(generator or torch.default_generator)
-    return bool(state[_HAS_SPARE].view(torch.int32))
-
-
 def _take_spare(generator: Optional[torch.Generator]) -> Tensor:
     """Remove the normal number that a generator keeps. Returns float64 [1], or [0] if there is none."""
     generator = generator or torch.default_generator
@@ -225,10 +216,11 @@ def _take_spare(generator: Optional[torch.Generator]) -> Tensor:
 
 
 def _keep_spare(generator: Optional[torch.Generator], v: float, u: float) -> None:
-    """Let a generator keep sqrt(-2 log(1 - u)) sin(2 pi v), rounded to odd."""
+    """Let a generator keep sqrt(-2 log(1 - u)) sin(2 pi v), rounded to odd, or to float64 for float64."""
     generator = generator or torch.default_generator
     state = _state_of(generator)
-    spare = rounded_to_odd(lambda mp: mp.sqrt(-2 * mp.log1p(-mp.mpf(u))) * mp.sinpi(2 * mp.mpf(v)))
+    rounded = rounded_to_nearest if target() is BINARY64 else rounded_to_odd
+    spare = rounded(lambda mp: mp.sqrt(-2 * mp.log1p(-mp.mpf(u))) * mp.sinpi(2 * mp.mpf(v)))
     state[_SPARE].view(torch.float64).fill_(spare)
     state[_HAS_SPARE].view(torch.int32).fill_(1)
     generator.set_state(state)

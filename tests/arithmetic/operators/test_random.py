@@ -17,7 +17,7 @@ from reproml.arithmetic.operators import random
 from reproml.torch_internals import UnknownPyTorchError
 from tests.arithmetic.strategies import LAYOUTS, lay_out
 from verification import oracle as o
-from verification.oracle import Real, check, float32_scalar, reals, same_bits
+from verification.oracle import Real, check, float32_scalar, reals, rounded, same_bits
 
 few = settings(max_examples=15)
 shapes = st.sampled_from([(), (0,), (1,), (15,), (16,), (17,), (40,), (3, 7), (2, 3, 4, 5)])
@@ -488,14 +488,16 @@ def test_default_dtype_float64_draws_53_bits():
                 check(torch.arange(0, 1, 0.1), [Real(Fraction(0.1) * i) for i in range(10)])
                 check(torch.linspace(0, 1, 4), [Real(Fraction(i, 3)) for i in range(4)])
             assert torch.nn.Linear(2, 2).weight.dtype is torch.float64
-            assert torch.randn(4).dtype is torch.float64
-            for refused in (
-                lambda: torch.randn(3),
-                lambda: torch.normal(0.0, 1.0, (3,)),
-            ):
-                with pytest.raises(reproml.NotExactError, match="float64") as caught:
-                    refused()
-                assert "None" not in str(caught.value)
+            assert torch.empty((), dtype=torch.int64).random_().dtype is torch.int64
+            assert torch.rand(3, dtype=torch.float32).dtype is torch.float32
+            torch.manual_seed(5)
+            first, second = torch.randn(3), torch.empty(2).normal_(1, 2)
+        torch.manual_seed(5)
+        pairs = [box_muller(*torch.rand(2).tolist()) for _ in range(3)]
+        z = np.array([*pairs[0], *pairs[1], *pairs[2]], dtype=object)
+        with o.rounding_to(torch.float64):
+            check(first, z[:3])
+            check(second, np.array([1 + 2 * rounded(z[3]), 1 + 2 * z[4]], dtype=object))
     finally:
         torch.set_default_dtype(torch.float32)
 
