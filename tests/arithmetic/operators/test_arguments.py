@@ -111,8 +111,8 @@ def test_operands_of_wrong_size_raise(name):
 @pytest.mark.parametrize("name", VALID)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
 def test_operands_of_wrong_dtype_raise(name, dtype):
-    if (name, dtype) == ("unfold_backward", torch.float64):
-        return  # which has no second operand of another dtype
+    if name in ("unfold_backward", "upsample_nearest2d_backward") and dtype is torch.float64:
+        return  # which have no second operand of another dtype
     for at, x in enumerate(VALID[name]()):
         if isinstance(x, torch.Tensor) and x.is_floating_point() and (name, at) not in FITS:
             arguments = VALID[name]()
