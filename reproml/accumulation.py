@@ -14,7 +14,7 @@ from reproml.arithmetic import state
 from reproml.arithmetic.distributed.micro_batches import Accumulation, Later, MicroBatch
 from reproml.arithmetic.distributed.operands import shard_inputs
 from reproml.arithmetic.distributed.sharded import MicroBatchShard
-from reproml.errors import ReproError
+from reproml.errors import NotExactError, ReproError
 from reproml.training_state import random_states, set_random_states
 
 
@@ -66,6 +66,11 @@ class _Block:
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """Have the model take micro-batches, and its parameters the gradients."""
+        if any(p.dtype is torch.float64 for p in self.model.parameters()):
+            raise NotExactError(
+                "Micro-batches are defined for models of float32, bfloat16 and float16, not of float64; "
+                "convert the model, or compute the complete batch at once."
+            )
         with ExitStack() as stack:
             handles: list[Any] = [
                 self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),

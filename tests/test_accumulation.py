@@ -485,3 +485,10 @@ def test_memory_does_not_grow_with_micro_batches(monkeypatch):
         assert sum(s.s.numel() for s in kept) == weights and not any(s.rests for s in kept)
         rows = [s for (kind, *_), s in block.sums if kind == "rows"]
         assert sum(part.numel() for s in rows for part in s.parts) == 2 * len(x)
+
+
+def test_model_of_float64_is_refused():
+    model = torch.nn.Linear(3, 2).double()
+    with reproml.exact(), pytest.raises(reproml.NotExactError, match="not of float64"):
+        with reproml.accumulate(model, batch_size=2):
+            raise AssertionError
