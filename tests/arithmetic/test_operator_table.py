@@ -1453,7 +1453,7 @@ CASES: dict[str, list[Case]] = {
     "_unsafe_masked_index_put_accumulate": [drawn(
         tensors((3,), FINITE), torch.tensor([True, False, True, True]), [torch.tensor([2, 1, -1, 0])],
         tensors((4,), FINITE), oracle=lambda x, m, i, v: (lambda a, b: array(
-            [a[0] + b[3], a[1] + 0, a[2] + b[0] + b[2]]))(reals(x), reals(v)))],
+            [a[0] + b[3] + 0, a[1] + 0, a[2] + b[0] + b[2] + 0]))(reals(x), reals(v)))],
     "put": [Case(indexed(True).map(lambda t: (t[0], t[1][0], t[2][:, 0].contiguous(), True)), put)],
     "unfold_backward": [
         drawn(tensors((3, 2, 2), FINITE), [4, 2], 0, 2, 1, oracle=lambda g, shape, *window: sum_of_copies(
