@@ -1,8 +1,8 @@
 """Operators on bfloat16, float16 and float64 tensors.
 
-Each such number is a float32 number, so the definition of the operator runs on widened operands, while
+A number of 16 bits is a float32 number, so the definition of the operator runs on widened operands, while
 `numerics/formats.py` rounds its results to the dtype that PyTorch gives them. Type promotion is PyTorch's:
-operands of one of these dtypes and of float32, or of both of them, give float32.
+operands of 16 bits and of float32, or of both kinds of 16 bits, give float32.
 
 Beside float64 tensors, those of other dtypes become float64, and the definition runs on these.
 """
