@@ -13,13 +13,14 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Optional
-from urllib.parse import quote
+from typing import Annotated, Any, Literal, Optional
+from urllib.parse import quote, unquote
 
 import msgspec
 
@@ -37,6 +38,8 @@ VARIABLE = "REPROML_BUILDER"
 
 # The kinds of dependencies: the first three determine the result of a training.
 DATA, SCRIPT, MODULE, SOURCE, LOCK = "data", "script", "module", "source", "lock"
+
+RESULT = "weights.safetensors"  # the name of the only subject of a recipe
 
 _PACKAGE = Path(__file__).parents[1]
 _ROOT = _PACKAGE.parent  # of a checkout
@@ -65,11 +68,20 @@ def builder_id(name: Optional[str] = None) -> str:
     return f"{ADDRESS}:builder:{quote(name.strip(), safe='')}"
 
 
-def build_type(kind: str, numerics: str) -> str:
-    """Return the URI of a way to train: kind is "recipe" or "script"."""
-    return f"{ADDRESS}:{kind}:" + (
-        f"definitions-{DEFINITIONS}" if numerics == "exact" else "native"
-    )
+def same_builder_key(uri: str) -> str:
+    """Return what is equal for two URIs of one builder: percent-decoded, and lower case where that is free.
+
+    These are the scheme, the namespace of a URN and the host. Other characters become NFC.
+    """
+    decoded = unicodedata.normalize("NFC", unquote(uri, errors="surrogateescape"))
+    head = re.match(r"(?i)urn:[^:]*:|[^:]*://[^/?#]*|[^:]*:", decoded)
+    end = head.end() if head else 0
+    return decoded[:end].lower() + decoded[end:]
+
+
+def build_type(kind: str, definitions: Optional[int]) -> str:
+    """Return the URI of a way to train: kind is "recipe" or "script"; native numerics have None."""
+    return f"{ADDRESS}:{kind}:{'native' if definitions is None else f'definitions-{definitions}'}"
 
 
 def definitions(numerics: str) -> Optional[int]:
@@ -107,7 +119,7 @@ def make_provenance(
         "predicateType": PREDICATE,
         "predicate": {
             "buildDefinition": {
-                "buildType": build_type(kind, numerics),
+                "buildType": build_type(kind, definitions(numerics)),
                 "externalParameters": {**parameters, "definitions": definitions(numerics)},
                 "internalParameters": dict(internal),
                 "resolvedDependencies": list(dependencies),
@@ -192,28 +204,61 @@ def _is_installed(lock: str) -> bool:
 # --- reading -----------------------------------------------------------------------------------------
 
 
+_Name = Annotated[str, msgspec.Meta(min_length=1)]
+_Uri = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z][A-Za-z0-9+.-]*:[!-~]+\Z")]
+_Time = Annotated[str, msgspec.Meta(pattern=r"\A\d{4}(-\d\d){2}T\d\d(:\d\d){2}(\.\d+)?Z\Z")]
+_Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+_Commit = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{40}|[0-9a-f]{64})\Z")]
+
+
+class _Digests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All algorithms that reproml writes."""
+
+    sha256: Optional[_Sha256] = None
+    reproml_digest_1: Optional[_Sha256] = None
+    dirHash: Optional[_Sha256] = None  # noqa: N815 - the name of in-toto
+    gitCommit: Optional[_Commit] = None  # noqa: N815
+
+
 class _Resource(msgspec.Struct, frozen=True):
+    name: _Name
     digest: dict[str, str]
-    name: str = ""
     annotations: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        msgspec.convert(self.digest, _Digests)
+
+
+class _RecipeParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    recipe: dict[str, Any]
+    numerics: Literal["exact", "native"]
+    definitions: Optional[int]
+
+
+class _ScriptParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    script: str
+    arguments: list[str]
+    seed: Optional[int]
+    numerics: Literal["exact", "native"]
+    definitions: Optional[int]
 
 
 class _Definition(msgspec.Struct, frozen=True, rename="camel"):
     build_type: str
     external_parameters: dict[str, Any]
-    internal_parameters: dict[str, Any] = {}
-    resolved_dependencies: list[_Resource] = []
+    internal_parameters: dict[str, Any]
+    resolved_dependencies: list[_Resource]
 
 
 class _Builder(msgspec.Struct, frozen=True):
-    id: str
-    version: dict[str, str] = {}
+    id: _Uri
+    version: dict[str, str]
 
 
 class _Metadata(msgspec.Struct, frozen=True, rename="camel"):
     invocation_id: str
-    started_on: str
-    finished_on: str
+    started_on: _Time
+    finished_on: _Time
 
 
 class _Details(msgspec.Struct, frozen=True, rename="camel"):
@@ -285,9 +330,9 @@ def read_provenance(path: Path) -> Provenance:
             else f"the digest of its content is {digest}, but its invocationId is {stated}"
         )
         raise ReproError(f"{path} is damaged: {reason}")
-    if not statement.subject:
-        raise ReproError(f"{path} has no subject")
     definition, details = statement.predicate.build_definition, statement.predicate.run_details
+    for reason in _contradictions(statement.subject, definition, details):
+        raise ReproError(f"{path} is not a provenance that reproml wrote: {reason}")
     sha256 = hashlib.sha256(raw).hexdigest()
     return Provenance(path, sha256, statement.subject, definition, details)
 
@@ -305,3 +350,59 @@ def _refuse_foreign(path: Path, values: Any) -> None:
     found = definition.get("buildType") if isinstance(definition, dict) else None
     if not isinstance(found, str) or not found.startswith(f"{ADDRESS}:"):
         raise ReproError(f"{path} is not a provenance of reproml: its buildType is {found!r}")
+
+
+# The algorithm of each kind of dependency; source code has one of two.
+_ALGORITHMS = {
+    **dict.fromkeys((DATA, SCRIPT, MODULE, LOCK), ({"sha256"},)),
+    SOURCE: ({"dirHash"}, {"gitCommit"}),
+}
+
+
+def _contradictions(
+    subjects: list[_Resource], definition: _Definition, details: _Details
+) -> Iterator[str]:
+    """Yield why reproml cannot have written a statement whose fields have the right types."""
+    kind = "recipe" if "recipe" in definition.external_parameters else "script"
+    table: Any = _RecipeParameters if kind == "recipe" else _ScriptParameters
+    try:
+        stated = msgspec.convert(definition.external_parameters, table)
+    except msgspec.ValidationError as error:
+        yield f"its externalParameters are not those of a {kind}: {error}"
+        return
+    if (stated.numerics == "exact") != (stated.definitions is not None):
+        yield f"its numerics are {stated.numerics}, but its definitions are {stated.definitions}"
+    expected = build_type(kind, stated.definitions)
+    if definition.build_type != expected:
+        yield f"its buildType is {definition.build_type!r}, not {expected!r}"
+    for time in details.metadata.started_on, details.metadata.finished_on:
+        try:
+            datetime.strptime(time[:19], "%Y-%m-%dT%H:%M:%S")
+        except ValueError:
+            yield f"{time} is not a time"
+    kinds = [d.annotations.get("kind") for d in definition.resolved_dependencies]
+    for dependency, found in zip(definition.resolved_dependencies, kinds):
+        if not isinstance(found, str) or found not in _ALGORITHMS:
+            yield f"its dependency {dependency.name!r} is of the unknown kind {found!r}"
+        elif set(dependency.digest) not in _ALGORITHMS[found]:
+            yield f"its dependency {dependency.name!r} has no digest of the kind {found}"
+    if kind == "recipe":
+        if DATA not in kinds or not {DATA, SOURCE, LOCK}.issuperset(kinds):
+            yield "a recipe depends on data, source code and a lock, and on nothing else"
+        if [s.name for s in subjects] != [RESULT] or set(subjects[0].digest) != {"sha256"}:
+            yield f"the only subject of a recipe is {RESULT} with its sha256"
+    else:
+        if kinds.count(SCRIPT) != 1:
+            yield "it must have one dependency of the kind script"
+        if not subjects:
+            yield "it has no subject"
+        for subject in subjects:
+            if set(subject.digest) not in ({STATE_DICT}, {STATE_DICT, "sha256"}):
+                yield f"its subject {subject.name!r} has no {STATE_DICT}"
+    for field, names in (
+        ("subjects", [s.name for s in subjects]),
+        ("dependencies", [(k, d.name) for k, d in zip(kinds, definition.resolved_dependencies)]),
+        ("byproducts", [b.name for b in details.byproducts]),
+    ):
+        if len({*map(str, names)}) != len(names):
+            yield f"two of its {field} have the same name"
