@@ -461,6 +461,10 @@ def reproduced_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     paths = [args.first, args.second, *args.others]
     provenance.builder_id(args.builder)
     checked = reproduced.compare(paths, args.same_builder)
+    out = args.out or reproduced.summary_path(args.first)
+    for p in checked.provenances:
+        if out.resolve() == p.path.resolve():
+            raise ReproError(f"{out} is a provenance to compare; choose another file with --out")
     result: dict[str, Any] = {
         "reproduced": checked.difference is None,
         "difference": checked.difference,
@@ -478,7 +482,6 @@ def reproduced_command(args: argparse.Namespace, terminal: Terminal) -> Result:
         compared, stated = compared + count, stated + weights
         beside = "checked" if count == weights else f"of {count} of {weights} files checked"
         terminal.print(f"{p.path}: by {p.builder}, weights {beside if count else 'not beside it'}")
-    out = args.out or reproduced.summary_path(args.first)
     try:
         write_atomically(out, checked.summary(args.builder))
     except OSError as error:

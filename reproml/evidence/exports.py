@@ -128,23 +128,19 @@ def read_source(folder: Path) -> Source:
     recipe = recorded_recipe(folder)
     files_below(folder)  # which refuses links out of the folder
     stated = {name: sha256 for name, sha256 in items.items() if name.startswith("data.")}
-    data = record.get("data.sha256")
-    recorded = {f"data.{name}.sha256": d for name, d in data.items()} if _is_table(data) else None
+    data: Any = record.get("data.sha256")
+    data = data if isinstance(data, dict) else {}
     version = str(items.get("definitions.version"))
     exact = version if version.isdecimal() else None
     for what, same in {
         "another recipe": items.get("recipe.canonical_json.sha256") == recipe.sha256,
-        "other data": stated == recorded,
+        "other data": stated == {f"data.{name}.sha256": d for name, d in data.items()},
         "other numerics": (record.get("numerics") == "exact") == (exact is not None),
         "other definitions": exact in (None, record.get("definitions.version")),
     }.items():
         if not same:
             raise ReproError(f"{folder / RUN} records {what} than {METRICS}; train again")
     return Source(folder.resolve(), recipe, record, items)
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 # --- RO-Crate --------------------------------------------------------------------------------------

@@ -307,8 +307,8 @@ def read_provenance(path: Path) -> Provenance:
 
     Raises ReproError if it is not a provenance of reproml, or if any byte of it was changed.
     """
-    path = path / PROVENANCE if path.is_dir() else path
     try:
+        path = path / PROVENANCE if path.is_dir() else path
         raw = read_regular(path)
     except OSError as error:
         raise ReproError(f"cannot read the provenance {path}: {error.strerror}") from None

@@ -246,16 +246,16 @@ def _digest_of(folder: Path, name: str, algorithm: str) -> Optional[str]:
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return None  # it is not beside the provenance
-    if algorithm == "sha256":
-        try:
-            return file_sha256(path) if path.is_file() else None
-        except OSError as error:
-            raise ReproError(f"cannot read {path}: {error.strerror}") from None
     # A state dict in a file, such as model.pt['model']: the file's name is followed by keys.
     ends = [len(name), *(i for i, character in enumerate(name) if character == "[")]
-    for end in ends:
-        if algorithm == STATE_DICT and end and (folder / name[:end]).is_file():
-            return _state_dicts(folder / name[:end], name[:end]).get(name, "missing")
+    try:
+        if algorithm == "sha256":
+            return file_sha256(path) if path.is_file() else None
+        for end in ends:
+            if algorithm == STATE_DICT and end and (folder / name[:end]).is_file():
+                return _state_dicts(folder / name[:end], name[:end]).get(name, "missing")
+    except OSError as error:
+        raise ReproError(f"cannot read {path}: {error.strerror}") from None
     return None
 
 
@@ -287,10 +287,14 @@ def reproduced_by(folder: Path) -> Optional[list[str]]:
     `reproduced` cannot have written it.
     """
     path = summary_path(folder)
-    if not path.is_file():
-        return None
     try:
-        summary = json.loads(read_regular(path))
+        raw = read_regular(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ReproError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        summary = json.loads(raw)
         predicate = summary["predicate"]
         inputs = {
             entry["digest"]["sha256"]: str(entry["annotations"]["builder"])
@@ -309,7 +313,7 @@ def reproduced_by(folder: Path) -> Optional[list[str]]:
         )
         if not written:
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ReproError(f"{path} is not a summary that reproduced wrote; delete it") from None
     if len(builders) == 1:
         return None

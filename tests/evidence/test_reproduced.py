@@ -76,6 +76,36 @@ def test_unwritable_summary_is_named(capsys):
     assert "cannot write the summary none/x.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "out", ["a/provenance.json", "c/../b/provenance.json", "link/provenance.json"]
+)
+def test_summary_does_not_replace_a_statement(out, capsys):
+    Path("link").symlink_to("b")
+    before = Path("a/provenance.json").read_bytes(), Path("b/provenance.json").read_bytes()
+    assert main(["reproduced", "a", "b", "--out", out]) == 2
+    assert f"{out} is a provenance to compare" in capsys.readouterr().err
+    assert before == (
+        Path("a/provenance.json").read_bytes(),
+        Path("b/provenance.json").read_bytes(),
+    )
+
+
+def test_long_names_are_reported_in_a_sentence(tmp_path, capsys):
+    assert main(["reproduced", "a" * 300, "b"]) == 2
+    assert f"cannot read the provenance {'a' * 300}: File name too long" in capsys.readouterr().err
+    assert main(["reproduced", "a", "b", "--out", "a" * 300]) == 2
+    assert "cannot write the summary" in capsys.readouterr().err
+    paths = [script_provenance(tmp_path / name, name) for name in ("one", "two")]
+    for path in paths:
+        rewrite(path, lambda v: v["subject"][0].update(name="a" * 300))
+    assert main(["reproduced", *map(str, paths)]) == 2
+    assert f"cannot read {tmp_path / 'one'}/aaa" in capsys.readouterr().err
+    folder = Path("c" * 250)
+    shutil.copytree("a", folder)
+    with pytest.raises(ReproError, match="cannot read c+.reproduced.json: File name too long"):
+        reproduced.reproduced_by(folder)
+
+
 def test_statement_alone_is_compared(capsys):
     """As somebody sends it: provenance.json without any other file."""
     for path in Path("b").iterdir():
