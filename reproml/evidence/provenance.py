@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Any, Literal, Optional
 from urllib.parse import quote, unquote
 
 import msgspec
@@ -204,29 +204,10 @@ def _is_installed(lock: str) -> bool:
 # --- reading -----------------------------------------------------------------------------------------
 
 
-_Name = Annotated[str, msgspec.Meta(min_length=1)]
-_Uri = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z][A-Za-z0-9+.-]*:[!-~]+\Z")]
-_Time = Annotated[str, msgspec.Meta(pattern=r"\A\d{4}(-\d\d){2}T\d\d(:\d\d){2}(\.\d+)?Z\Z")]
-_Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-_Commit = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{40}|[0-9a-f]{64})\Z")]
-
-
-class _Digests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All algorithms that reproml writes."""
-
-    sha256: Optional[_Sha256] = None
-    reproml_digest_1: Optional[_Sha256] = None
-    dirHash: Optional[_Sha256] = None  # noqa: N815 - the name of in-toto
-    gitCommit: Optional[_Commit] = None  # noqa: N815
-
-
 class _Resource(msgspec.Struct, frozen=True):
-    name: _Name
+    name: str
     digest: dict[str, str]
     annotations: dict[str, Any] = {}
-
-    def __post_init__(self) -> None:
-        msgspec.convert(self.digest, _Digests)
 
 
 class _RecipeParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -251,14 +232,14 @@ class _Definition(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class _Builder(msgspec.Struct, frozen=True):
-    id: _Uri
+    id: str
     version: dict[str, str]
 
 
 class _Metadata(msgspec.Struct, frozen=True, rename="camel"):
     invocation_id: str
-    started_on: _Time
-    finished_on: _Time
+    started_on: str
+    finished_on: str
 
 
 class _Details(msgspec.Struct, frozen=True, rename="camel"):
@@ -352,6 +333,9 @@ def _refuse_foreign(path: Path, values: Any) -> None:
         raise ReproError(f"{path} is not a provenance of reproml: its buildType is {found!r}")
 
 
+# The hexadecimal digits of all algorithms that reproml writes; git has two kinds of repositories.
+_DIGITS = {"sha256": {64}, STATE_DICT: {64}, "dirHash": {64}, "gitCommit": {40, 64}}
+
 # The algorithm of each kind of dependency; source code has one of two.
 _ALGORITHMS = {
     **dict.fromkeys((DATA, SCRIPT, MODULE, LOCK), ({"sha256"},)),
@@ -375,11 +359,17 @@ def _contradictions(
     expected = build_type(kind, stated.definitions)
     if definition.build_type != expected:
         yield f"its buildType is {definition.build_type!r}, not {expected!r}"
+    if not re.fullmatch("[A-Za-z][A-Za-z0-9+.-]*:[!-~]+", details.builder.id):
+        yield f"its builder {details.builder.id!r} is not a URI"
     for time in details.metadata.started_on, details.metadata.finished_on:
-        try:
-            datetime.strptime(time[:19], "%Y-%m-%dT%H:%M:%S")
-        except ValueError:
-            yield f"{time} is not a time"
+        if not _is_time(time):
+            yield f"{time!r} is not a time of UTC as in RFC 3339"
+    for resource in [*subjects, *definition.resolved_dependencies, *details.byproducts]:
+        for algorithm, digest in resource.digest.items():
+            if not re.fullmatch("[0-9a-f]+", digest) or len(digest) not in _DIGITS.get(
+                algorithm, ()
+            ):
+                yield f"{resource.name!r} has the {algorithm} {digest!r}, which is no digest of reproml"
     kinds = [d.annotations.get("kind") for d in definition.resolved_dependencies]
     for dependency, found in zip(definition.resolved_dependencies, kinds):
         if not isinstance(found, str) or found not in _ALGORITHMS:
@@ -406,3 +396,13 @@ def _contradictions(
     ):
         if len({*map(str, names)}) != len(names):
             yield f"two of its {field} have the same name"
+
+
+def _is_time(text: str) -> bool:
+    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?Z", text):
+        return False
+    try:
+        datetime.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")
+    except ValueError:
+        return False
+    return True
