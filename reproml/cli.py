@@ -461,28 +461,35 @@ def reproduced_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     paths = [args.first, args.second, *args.others]
     provenance.builder_id(args.builder)
     checked = reproduced.compare(paths, args.same_builder)
+    out = args.out or reproduced.summary_path(args.first)
     for p in checked.provenances:
-        beside = "checked" if reproduced.weights_beside(p) else "not beside it"
-        terminal.print(f"{p.path}: by {p.builder}, weights {beside}")
-    builders = [p.builder for p in checked.provenances]
+        if out.resolve() == p.path.resolve():
+            raise ReproError(f"{out} is a provenance to compare; choose another file with --out")
     result: dict[str, Any] = {
         "reproduced": checked.difference is None,
         "difference": checked.difference,
-        "builders": builders,
+        "builders": [p.builder for p in checked.provenances],
         "summary": None,
     }
     if checked.difference is not None:
+        for p in checked.provenances:
+            terminal.print(f"{p.path}: by {p.builder}")
         terminal.print(f"not reproduced: {checked.difference}")
         return 1, result
-    out = args.out or reproduced.summary_path(args.first)
+    compared, stated = 0, 0
+    for p in checked.provenances:
+        count, weights = reproduced.weights_beside(p), len(p.subjects)
+        compared, stated = compared + count, stated + weights
+        beside = "checked" if count == weights else f"of {count} of {weights} files checked"
+        terminal.print(f"{p.path}: by {p.builder}, weights {beside if count else 'not beside it'}")
     try:
         write_atomically(out, checked.summary(args.builder))
     except OSError as error:
         raise ReproError(f"cannot write the summary {out}: {error.strerror}") from None
-    count = len(set(builders))
+    count = len(checked.builders)
     terminal.print(
         f"reproduced by {count} builder{'s' * (count > 1)}: parameters, data and weights agree; "
-        f"wrote {out}"
+        f"{compared} of {stated} stated weights were checked in their files; wrote {out}"
     )
     return 0, {**result, "summary": str(out)}
 

@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from reproml.errors import ReproError
+
 if sys.platform == "win32":
     import msvcrt
 else:
@@ -35,6 +37,26 @@ def read_regular(path: Path) -> bytes:
     """Return the content of a file that `open_regular` opens."""
     with open_regular(path) as file:
         return file.read()
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return all files in a folder and its subfolders. Raises ReproError for what others cannot check.
+
+    That is a link, which leads elsewhere on another machine, a device, or a name that is not UTF-8.
+    """
+    paths = sorted(folder.rglob("*"))
+    for path in paths:
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+            raise ReproError(
+                f"{path} is a link or a device, which is neither signed nor exported; delete it"
+            )
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:
+            raise ReproError(
+                f"the name of {path} is not UTF-8; rename or delete the file"
+            ) from None
+    return [path for path in paths if path.is_file()]
 
 
 def write_and_sync(path: Path, data: bytes) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Callable, Optional
 from reproml.digest import file_sha256
 from reproml.errors import ReproError
 from reproml.evidence.provenance import PROVENANCE
-from reproml.files import partial_path
+from reproml.files import files_below, partial_path
 from reproml.pipeline import golden
 from reproml.pipeline.recipe import Recipe, recipe_toml, recipe_values
 from reproml.pipeline.run import (
@@ -123,9 +123,24 @@ class Source:
 
 
 def read_source(folder: Path) -> Source:
-    """Read a run folder. Raises ReproError if it is incomplete or damaged."""
+    """Read a run folder. Raises ReproError if it is incomplete, damaged or contradicts itself."""
     record, items = read_undamaged(folder)
-    return Source(folder.resolve(), recorded_recipe(folder), record, items)
+    recipe = recorded_recipe(folder)
+    files_below(folder)  # which refuses links out of the folder
+    stated = {name: sha256 for name, sha256 in items.items() if name.startswith("data.")}
+    data: Any = record.get("data.sha256")
+    data = data if isinstance(data, dict) else {}
+    version = str(items.get("definitions.version"))
+    exact = version if version.isdecimal() else None
+    for what, same in {
+        "another recipe": items.get("recipe.canonical_json.sha256") == recipe.sha256,
+        "other data": stated == {f"data.{name}.sha256": d for name, d in data.items()},
+        "other numerics": (record.get("numerics") == "exact") == (exact is not None),
+        "other definitions": exact in (None, record.get("definitions.version")),
+    }.items():
+        if not same:
+            raise ReproError(f"{folder / RUN} records {what} than {METRICS}; train again")
+    return Source(folder.resolve(), recipe, record, items)
 
 
 # --- RO-Crate --------------------------------------------------------------------------------------
@@ -363,7 +378,7 @@ def _new_folder(source: Source, out: Optional[Path], suffix: str) -> Iterator[Pa
     part = partial_path(target)
     try:
         part.mkdir(parents=True)
-        shutil.copytree(source.folder, part / "run")
+        shutil.copytree(source.folder, part / "run", symlinks=True)
         yield part
         os.rename(part, target)
     except OSError as error:  # shutil.Error, which is one, has no strerror

@@ -81,7 +81,7 @@ class Inputs:
         if not isinstance(path, (str, bytes, os.PathLike)):  # an open file
             return
         name = os.path.abspath(os.fsdecode(path))
-        if name in self._known or name.endswith(".pyc") or self._is_excluded(name):
+        if name in self._known or _is_compiled(name) or self._is_excluded(name):
             return
         self._busy.recording = True
         try:
@@ -118,15 +118,27 @@ class Inputs:
         return safe_open
 
     def _is_excluded(self, path: str) -> bool:
-        metadata = os.path.dirname(path).endswith(
-            (".dist-info", ".egg-info")
-        )  # of an installed package
-        return metadata or path.startswith(self._excluded)
+        return path.startswith(self._excluded) or _is_metadata(path)
 
     def _name(self, path: str) -> str:
         """Return the path, relative to the working folder for a file below it."""
         inside = path.startswith(self._folder.rstrip(os.sep) + os.sep)
         return Path(os.path.relpath(path, self._folder) if inside else path).as_posix()
+
+
+def _is_compiled(path: str) -> bool:
+    """Return whether Python compiles modules to a file of this name, beside their source."""
+    folder, cache = os.path.dirname(path), sys.pycache_prefix
+    in_cache = cache and path.startswith(os.path.abspath(cache) + os.sep)
+    return path.endswith(".pyc") and bool(os.path.basename(folder) == "__pycache__" or in_cache)
+
+
+def _is_metadata(path: str) -> bool:
+    """Return whether the file is the metadata of a package that Python can import."""
+    folder = os.path.dirname(path)
+    if not folder.endswith((".dist-info", ".egg-info")):
+        return False
+    return os.path.dirname(folder) in {os.path.abspath(place) for place in sys.path}
 
 
 _watching: Optional[Inputs] = None

@@ -13,13 +13,14 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Optional
-from urllib.parse import quote
+from typing import Any, Literal, Optional
+from urllib.parse import quote, unquote
 
 import msgspec
 
@@ -37,6 +38,8 @@ VARIABLE = "REPROML_BUILDER"
 
 # The kinds of dependencies: the first three determine the result of a training.
 DATA, SCRIPT, MODULE, SOURCE, LOCK = "data", "script", "module", "source", "lock"
+
+RESULT = "weights.safetensors"  # the name of the only subject of a recipe
 
 _PACKAGE = Path(__file__).parents[1]
 _ROOT = _PACKAGE.parent  # of a checkout
@@ -65,11 +68,20 @@ def builder_id(name: Optional[str] = None) -> str:
     return f"{ADDRESS}:builder:{quote(name.strip(), safe='')}"
 
 
-def build_type(kind: str, numerics: str) -> str:
-    """Return the URI of a way to train: kind is "recipe" or "script"."""
-    return f"{ADDRESS}:{kind}:" + (
-        f"definitions-{DEFINITIONS}" if numerics == "exact" else "native"
-    )
+def same_builder_key(uri: str) -> str:
+    """Return what is equal for two URIs of one builder: percent-decoded, and lower case where that is free.
+
+    These are the scheme, the namespace of a URN and the host. Other characters become NFC.
+    """
+    decoded = unicodedata.normalize("NFC", unquote(uri, errors="surrogateescape"))
+    head = re.match(r"(?i)urn:[^:]*:|[^:]*://[^/?#]*|[^:]*:", decoded)
+    end = head.end() if head else 0
+    return decoded[:end].lower() + decoded[end:]
+
+
+def build_type(kind: str, definitions: Optional[int]) -> str:
+    """Return the URI of a way to train: kind is "recipe" or "script"; native numerics have None."""
+    return f"{ADDRESS}:{kind}:{'native' if definitions is None else f'definitions-{definitions}'}"
 
 
 def definitions(numerics: str) -> Optional[int]:
@@ -107,7 +119,7 @@ def make_provenance(
         "predicateType": PREDICATE,
         "predicate": {
             "buildDefinition": {
-                "buildType": build_type(kind, numerics),
+                "buildType": build_type(kind, definitions(numerics)),
                 "externalParameters": {**parameters, "definitions": definitions(numerics)},
                 "internalParameters": dict(internal),
                 "resolvedDependencies": list(dependencies),
@@ -193,21 +205,35 @@ def _is_installed(lock: str) -> bool:
 
 
 class _Resource(msgspec.Struct, frozen=True):
+    name: str
     digest: dict[str, str]
-    name: str = ""
     annotations: dict[str, Any] = {}
+
+
+class _RecipeParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    recipe: dict[str, Any]
+    numerics: Literal["exact", "native"]
+    definitions: Optional[int]
+
+
+class _ScriptParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    script: str
+    arguments: list[str]
+    seed: Optional[int]
+    numerics: Literal["exact", "native"]
+    definitions: Optional[int]
 
 
 class _Definition(msgspec.Struct, frozen=True, rename="camel"):
     build_type: str
     external_parameters: dict[str, Any]
-    internal_parameters: dict[str, Any] = {}
-    resolved_dependencies: list[_Resource] = []
+    internal_parameters: dict[str, Any]
+    resolved_dependencies: list[_Resource]
 
 
 class _Builder(msgspec.Struct, frozen=True):
     id: str
-    version: dict[str, str] = {}
+    version: dict[str, str]
 
 
 class _Metadata(msgspec.Struct, frozen=True, rename="camel"):
@@ -262,8 +288,8 @@ def read_provenance(path: Path) -> Provenance:
 
     Raises ReproError if it is not a provenance of reproml, or if any byte of it was changed.
     """
-    path = path / PROVENANCE if path.is_dir() else path
     try:
+        path = path / PROVENANCE if path.is_dir() else path
         raw = read_regular(path)
     except OSError as error:
         raise ReproError(f"cannot read the provenance {path}: {error.strerror}") from None
@@ -285,9 +311,9 @@ def read_provenance(path: Path) -> Provenance:
             else f"the digest of its content is {digest}, but its invocationId is {stated}"
         )
         raise ReproError(f"{path} is damaged: {reason}")
-    if not statement.subject:
-        raise ReproError(f"{path} has no subject")
     definition, details = statement.predicate.build_definition, statement.predicate.run_details
+    for reason in _contradictions(statement.subject, definition, details):
+        raise ReproError(f"{path} is not a provenance that reproml wrote: {reason}")
     sha256 = hashlib.sha256(raw).hexdigest()
     return Provenance(path, sha256, statement.subject, definition, details)
 
@@ -305,3 +331,78 @@ def _refuse_foreign(path: Path, values: Any) -> None:
     found = definition.get("buildType") if isinstance(definition, dict) else None
     if not isinstance(found, str) or not found.startswith(f"{ADDRESS}:"):
         raise ReproError(f"{path} is not a provenance of reproml: its buildType is {found!r}")
+
+
+# The hexadecimal digits of all algorithms that reproml writes; git has two kinds of repositories.
+_DIGITS = {"sha256": {64}, STATE_DICT: {64}, "dirHash": {64}, "gitCommit": {40, 64}}
+
+# The algorithm of each kind of dependency; source code has one of two.
+_ALGORITHMS = {
+    **dict.fromkeys((DATA, SCRIPT, MODULE, LOCK), ({"sha256"},)),
+    SOURCE: ({"dirHash"}, {"gitCommit"}),
+}
+
+
+def _contradictions(
+    subjects: list[_Resource], definition: _Definition, details: _Details
+) -> Iterator[str]:
+    """Yield why reproml cannot have written a statement whose fields have the right types."""
+    kind = "recipe" if "recipe" in definition.external_parameters else "script"
+    table: Any = _RecipeParameters if kind == "recipe" else _ScriptParameters
+    try:
+        stated = msgspec.convert(definition.external_parameters, table)
+    except msgspec.ValidationError as error:
+        yield f"its externalParameters are not those of a {kind}: {error}"
+        return
+    if (stated.numerics == "exact") != (stated.definitions is not None):
+        yield f"its numerics are {stated.numerics}, but its definitions are {stated.definitions}"
+    expected = build_type(kind, stated.definitions)
+    if definition.build_type != expected:
+        yield f"its buildType is {definition.build_type!r}, not {expected!r}"
+    if not re.fullmatch("[A-Za-z][A-Za-z0-9+.-]*:[!-~]+", details.builder.id):
+        yield f"its builder {details.builder.id!r} is not a URI"
+    for time in details.metadata.started_on, details.metadata.finished_on:
+        if not _is_time(time):
+            yield f"{time!r} is not a time of UTC as in RFC 3339"
+    for resource in [*subjects, *definition.resolved_dependencies, *details.byproducts]:
+        for algorithm, digest in resource.digest.items():
+            if not re.fullmatch("[0-9a-f]+", digest) or len(digest) not in _DIGITS.get(
+                algorithm, ()
+            ):
+                yield f"{resource.name!r} has the {algorithm} {digest!r}, which is no digest of reproml"
+    kinds = [d.annotations.get("kind") for d in definition.resolved_dependencies]
+    for dependency, found in zip(definition.resolved_dependencies, kinds):
+        if not isinstance(found, str) or found not in _ALGORITHMS:
+            yield f"its dependency {dependency.name!r} is of the unknown kind {found!r}"
+        elif set(dependency.digest) not in _ALGORITHMS[found]:
+            yield f"its dependency {dependency.name!r} has no digest of the kind {found}"
+    if kind == "recipe":
+        if DATA not in kinds or not {DATA, SOURCE, LOCK}.issuperset(kinds):
+            yield "a recipe depends on data, source code and a lock, and on nothing else"
+        if [s.name for s in subjects] != [RESULT] or set(subjects[0].digest) != {"sha256"}:
+            yield f"the only subject of a recipe is {RESULT} with its sha256"
+    else:
+        if kinds.count(SCRIPT) != 1:
+            yield "it must have one dependency of the kind script"
+        if not subjects:
+            yield "it has no subject"
+        for subject in subjects:
+            if set(subject.digest) not in ({STATE_DICT}, {STATE_DICT, "sha256"}):
+                yield f"its subject {subject.name!r} has no {STATE_DICT}"
+    for field, names in (
+        ("subjects", [s.name for s in subjects]),
+        ("dependencies", [(k, d.name) for k, d in zip(kinds, definition.resolved_dependencies)]),
+        ("byproducts", [b.name for b in details.byproducts]),
+    ):
+        if len({*map(str, names)}) != len(names):
+            yield f"two of its {field} have the same name"
+
+
+def _is_time(text: str) -> bool:
+    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?Z", text):
+        return False
+    try:
+        datetime.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")
+    except ValueError:
+        return False
+    return True

@@ -12,7 +12,8 @@ from typing import Any, Optional
 import torch
 
 from reproml.errors import ReproError
-from reproml.evidence.provenance import Provenance, read_provenance
+from reproml.evidence.provenance import DATA, Provenance, read_provenance
+from reproml.evidence.reproduced import compare
 from reproml.pipeline import golden
 from reproml.pipeline.data import SHAPES
 from reproml.pipeline.models import build_model
@@ -52,18 +53,25 @@ def _entry(path: Path) -> Entry:
         accuracy = f"{100 * int(items['test.correct']) / int(items['test.total']):.2f} %"
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise ReproError(f"{path} is not a complete golden file: {error}") from None
-    defects, confirmed = [], []
+    defects: list[str] = []
+    confirmed: list[Provenance] = []
     if items.get("recipe.name") != name:
         defects.append(f"{path} is of the recipe {items.get('recipe.name')}")
     recipe = _recipe(name)
     if recipe and recipe.sha256 != recipe_sha256:
         defects.append(f"{path} is of another recipe than the one named {name}")
     for statement in sorted((path.parent / CONFIRMATIONS / name).glob("*.json")):
-        confirmation = read_provenance(statement)
-        if defect := _defect(confirmation, sha256, recipe_sha256, items["definitions.version"]):
-            defects.append(f"{statement} {defect}")
+        try:
+            confirmation = read_provenance(statement)
+            defect = _defect(confirmation, items)
+            if confirmed and not defect:
+                defect = compare([*(p.path for p in confirmed), statement]).difference
+        except ReproError as error:
+            defect = str(error)
+        if defect:
+            defects.append(defect)
         else:
-            confirmed.append(_environment(confirmation))
+            confirmed.append(confirmation)
     return Entry(
         name,
         recipe.data.name if recipe else "",
@@ -71,7 +79,7 @@ def _entry(path: Path) -> Entry:
         accuracy,
         sha256,
         int(items["definitions.version"]),
-        confirmed,
+        [_environment(p) for p in confirmed],
         defects,
     )
 
@@ -89,16 +97,31 @@ def _parameters(recipe: Recipe) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _defect(
-    confirmation: Provenance, sha256: str, recipe_sha256: str, definitions: str
-) -> Optional[str]:
-    """Return what contradicts the golden file, None if the provenance confirms it."""
-    if str(confirmation.definitions) != definitions:
-        return f"was made with version {confirmation.definitions} of the definitions"
-    if stated_recipe(confirmation).sha256 != recipe_sha256:
-        return "is of another recipe"
+def _defect(confirmation: Provenance, items: dict[str, str]) -> Optional[str]:
+    """Return what contradicts the golden file's items, None if the provenance confirms it."""
+    data = {
+        f"data.{d.name}.sha256": d.digest["sha256"]
+        for d in confirmation.definition.resolved_dependencies
+        if d.annotations["kind"] == DATA
+    }
     found = confirmation.subjects[0].digest.get("sha256")
-    return None if found == sha256 else f"states other weights: {found}"
+    expected = items[f"{WEIGHTS}.sha256"]
+    for wrong, defect in (
+        (confirmation.definitions is None, "is of native numerics"),
+        (
+            str(confirmation.definitions) != items["definitions.version"],
+            f"was made with version {confirmation.definitions} of the definitions",
+        ),
+        (
+            stated_recipe(confirmation).sha256 != items["recipe.canonical_json.sha256"],
+            "is of another recipe",
+        ),
+        (data != {k: v for k, v in items.items() if k.startswith("data.")}, "is of other data"),
+        (found != expected, f"states other weights: {found}"),
+    ):
+        if wrong:
+            return f"{confirmation.path} {defect}"
+    return None
 
 
 def _environment(confirmation: Provenance) -> str:

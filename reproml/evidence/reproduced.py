@@ -9,10 +9,10 @@ The summary is an in-toto Statement v1 with a SLSA verification summary v1 (docs
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, Optional
 
@@ -26,19 +26,23 @@ from reproml.evidence.provenance import (
     SCRIPT,
     STATE_DICT,
     STATEMENT,
+    Descriptor,
     Provenance,
     builder_id,
     describe,
     encode,
     read_provenance,
+    same_builder_key,
     timestamp,
 )
 from reproml.files import read_regular
 from reproml.versions import __version__
 
 SUMMARY = "https://slsa.dev/verification_summary/v1"
-REPRODUCED = "SLSA_BUILD_REPRODUCED"
-SAME_BUILDER = "REPROML_REPEATED_BY_ONE_BUILDER"  # which SLSA's property does not allow
+# Not SLSA_BUILD_REPRODUCED, which requires independent platforms that are trusted: names do not show that.
+REPRODUCED = "REPROML_REPRODUCED"
+SAME_BUILDER = "REPROML_REPEATED_BY_ONE_BUILDER"
+POLICY = f"{ADDRESS}:policy:reproduced:1"
 SLSA_VERSION = "1.2"
 
 
@@ -49,47 +53,66 @@ class Reproduction:
     provenances: list[Provenance]
     difference: Optional[str]  # the first, in one sentence
 
+    @property
+    def builders(self) -> list[str]:
+        """One URI of each builder, in the order of the provenances."""
+        return distinct_builders(p.builder for p in self.provenances)
+
     def summary(self, verifier: Optional[str]) -> bytes:
         """Return the verification summary of provenances without a difference."""
         assert self.difference is None
-        first = self.provenances[0]
-        builders = {p.builder for p in self.provenances}
+        subjects = _agreed(self.provenances)
         return encode(
             {
                 "_type": STATEMENT,
-                "subject": [describe(s.name, s.digest) for s in first.subjects],
+                "subject": subjects,
                 "predicateType": SUMMARY,
                 "predicate": {
                     "verifier": {"id": builder_id(verifier), "version": {"reproml": __version__}},
                     "timeVerified": timestamp(),
-                    "resourceUri": _resource(first),
-                    "policy": {"uri": f"{ADDRESS}:policy:reproduced:1"},
+                    "resourceUri": _resource(subjects[0]),
+                    "policy": {"uri": POLICY},
                     "inputAttestations": [
                         {"digest": {"sha256": p.sha256}, "annotations": {"builder": p.builder}}
                         for p in self.provenances
                     ],
                     "verificationResult": "PASSED",
-                    "verifiedLevels": [REPRODUCED if len(builders) > 1 else SAME_BUILDER],
+                    "verifiedLevels": [REPRODUCED if len(self.builders) > 1 else SAME_BUILDER],
                     "slsaVersion": SLSA_VERSION,
                 },
             }
         )
 
 
-def _resource(provenance: Provenance) -> str:
-    """Return the package URL of the first subject, which any holder of the file can compute."""
-    first = provenance.subjects[0]
-    algorithm = "sha256" if "sha256" in first.digest else STATE_DICT
-    return f"pkg:generic/weights?checksum={algorithm}:{first.digest[algorithm]}"
+def distinct_builders(uris: Iterable[str]) -> list[str]:
+    """Return the first URI of each builder."""
+    first: dict[str, str] = {}
+    for uri in uris:
+        first.setdefault(same_builder_key(uri), uri)
+    return list(first.values())
 
 
-def weights_beside(provenance: Provenance) -> bool:
-    """Return whether results that a provenance states are beside it; `compare` has checked these."""
+def _agreed(provenances: Sequence[Provenance]) -> list[Descriptor]:
+    """Return the results, each with the digests that all provenances state."""
+    agreed = []
+    for same in zip(*(p.subjects for p in provenances)):
+        shared = {a: d for a, d in same[0].digest.items() if all(a in s.digest for s in same)}
+        agreed.append(describe(same[0].name, shared))
+    return agreed
+
+
+def _resource(subject: Descriptor) -> str:
+    """Return the package URL of a result, which any holder of the file can compute."""
+    algorithm = "sha256" if "sha256" in subject["digest"] else STATE_DICT
+    return f"pkg:generic/weights?checksum={algorithm}:{subject['digest'][algorithm]}"
+
+
+def weights_beside(provenance: Provenance) -> int:
+    """Return how many of a provenance's results are beside it; `compare` checks these at the end."""
     folder = provenance.path.parent
-    return any(
-        _digest_of(folder, s.name, algorithm) is not None
+    return sum(
+        any(_digest_of(folder, s.name, algorithm) is not None for algorithm in s.digest)
         for s in provenance.subjects
-        for algorithm in s.digest
     )
 
 
@@ -121,13 +144,17 @@ def compare(paths: Sequence[Path], same_builder: bool = False) -> Reproduction:
         twin = by_content.setdefault(p.sha256, p)
         if twin is not p:
             raise ReproError(f"{twin.path} and {p.path} are the same provenance")
-        twin = by_builder.setdefault(p.builder, p)
+        twin = by_builder.setdefault(same_builder_key(p.builder), p)
         if twin is not p and not same_builder:
             raise ReproError(
                 f"{twin.path} and {p.path} are of the same builder {p.builder}, so they are not "
                 "independent; --same-builder compares them nevertheless"
             )
-    differences = (d for p in provenances for d in [*_differences(first, p), *wrong_files(p)])
+    differences = chain(
+        *(_differences(first, other) for other in provenances[1:]),
+        _differing_results(provenances),
+        *(wrong_files(p) for p in provenances),
+    )
     return Reproduction(provenances, next(differences, None))
 
 
@@ -141,29 +168,32 @@ def _refuse_incomparable(first: Provenance, other: Provenance) -> None:
 
 
 def _differences(first: Provenance, other: Provenance) -> Iterator[str]:
-    """Yield what differs between two provenances: parameters, then dependencies, then results."""
-    between = f"{first.path} and {other.path} differ in"
+    """Yield what differs between two provenances: parameters, then dependencies."""
     ignored = {"script"}  # its name: the content is compared as a dependency
     mine, theirs = (
-        dict(_flat("", {k: v for k, v in p.parameters.items() if k not in ignored}))
+        dict(_flat((), {k: v for k, v in p.parameters.items() if k not in ignored}))
         for p in (first, other)
     )
-    for name in dict.fromkeys(["numerics", *mine, *theirs]):
-        a, b = mine.get(name, "not stated"), theirs.get(name, "not stated")
+    for path in dict.fromkeys([("numerics",), *mine, *theirs]):
+        a, b = mine.get(path, "not stated"), theirs.get(path, "not stated")
         if a != b:
-            yield f"{between} {name}: {a} and {b}"
+            yield f"{first.path} and {other.path} differ in {'.'.join(path)}: {a} and {b}"
     for kind in (SCRIPT, MODULE, DATA):
         yield from _differing_dependencies(first, other, kind)
-    if len(first.subjects) != len(other.subjects):
-        yield f"{between} the number of results: {len(first.subjects)} and {len(other.subjects)}"
-    for x, y in zip(first.subjects, other.subjects):
-        shared = [a for a in x.digest if a in y.digest]
-        if not shared:
-            yield f"{between} the digests of {x.name}, of which they have none in common"
-        for algorithm in shared:
-            if x.digest[algorithm] != y.digest[algorithm]:
-                pair = f"{x.digest[algorithm]} and {y.digest[algorithm]}"
-                yield f"{between} the {algorithm} of {x.name}: {pair}"
+
+
+def _differing_results(provenances: Sequence[Provenance]) -> Iterator[str]:
+    """Yield results that differ between any two provenances, by any algorithm that both state."""
+    for first, other in combinations(provenances, 2):
+        between = f"{first.path} and {other.path} differ in"
+        if len(first.subjects) != len(other.subjects):
+            count = f"{len(first.subjects)} and {len(other.subjects)}"
+            yield f"{between} the number of results: {count}"
+        for x, y in zip(first.subjects, other.subjects):
+            for algorithm in x.digest:
+                if x.digest[algorithm] != y.digest.get(algorithm, x.digest[algorithm]):
+                    pair = f"{x.digest[algorithm]} and {y.digest[algorithm]}"
+                    yield f"{between} the {algorithm} of {x.name}: {pair}"
 
 
 def _differing_dependencies(first: Provenance, other: Provenance, kind: str) -> Iterator[str]:
@@ -187,12 +217,12 @@ def _differing_dependencies(first: Provenance, other: Provenance, kind: str) -> 
                 yield f"{has.path} depends on the {kind} {name} ({listed}), and {lacks.path} does not"
 
 
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+def _flat(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     if isinstance(value, dict) and value:
         for name in sorted(value):
-            yield from _flat(f"{prefix}.{name}" if prefix else name, value[name])
+            yield from _flat((*path, name), value[name])
     else:
-        yield prefix, json.dumps(value)
+        yield path, json.dumps(value)
 
 
 # --- the files beside a provenance -------------------------------------------------------------------
@@ -216,16 +246,16 @@ def _digest_of(folder: Path, name: str, algorithm: str) -> Optional[str]:
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return None  # it is not beside the provenance
-    if algorithm == "sha256":
-        try:
-            return file_sha256(path) if path.is_file() else None
-        except OSError as error:
-            raise ReproError(f"cannot read {path}: {error.strerror}") from None
     # A state dict in a file, such as model.pt['model']: the file's name is followed by keys.
     ends = [len(name), *(i for i, character in enumerate(name) if character == "[")]
-    for end in ends:
-        if algorithm == STATE_DICT and end and (folder / name[:end]).is_file():
-            return _state_dicts(folder / name[:end], name[:end]).get(name, "missing")
+    try:
+        if algorithm == "sha256":
+            return file_sha256(path) if path.is_file() else None
+        for end in ends:
+            if algorithm == STATE_DICT and end and (folder / name[:end]).is_file():
+                return _state_dicts(folder / name[:end], name[:end]).get(name, "missing")
+    except OSError as error:
+        raise ReproError(f"cannot read {path}: {error.strerror}") from None
     return None
 
 
@@ -251,33 +281,47 @@ def _state_dicts(path: Path, name: str) -> Mapping[str, str]:
 
 
 def reproduced_by(folder: Path) -> Optional[list[str]]:
-    """Return the builders that a run folder's summary names, None without a summary.
+    """Return the different builders that a run folder's summary names, None without a summary.
 
-    Raises ReproError if the summary beside the folder is of other weights or of another provenance.
+    Raises ReproError if the summary beside the folder is of other weights or of another provenance, or if
+    `reproduced` cannot have written it.
     """
     path = summary_path(folder)
-    if not path.is_file():
-        return None
     try:
-        summary = json.loads(read_regular(path))
-        inputs = summary["predicate"]["inputAttestations"]
-        digests = {entry["digest"]["sha256"] for entry in inputs}
-        builders = [str(entry["annotations"]["builder"]) for entry in inputs]
-        subjects = [subject["digest"] for subject in summary["subject"]]
-        passed = (
-            summary["predicateType"] == SUMMARY
-            and summary["predicate"]["verifiedLevels"] == [REPRODUCED]
-            and len(set(builders)) > 1
+        raw = read_regular(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ReproError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        summary = json.loads(raw)
+        predicate = summary["predicate"]
+        inputs = {
+            entry["digest"]["sha256"]: str(entry["annotations"]["builder"])
+            for entry in predicate["inputAttestations"]
+        }
+        subjects = [subject["digest"].items() for subject in summary["subject"]]
+        builders = distinct_builders(inputs.values())
+        written = (
+            summary["_type"] == STATEMENT
+            and summary["predicateType"] == SUMMARY
+            and predicate["policy"] == {"uri": POLICY}
+            and predicate["verificationResult"] == "PASSED"
+            and predicate["verifiedLevels"] == [REPRODUCED if len(builders) > 1 else SAME_BUILDER]
+            and 1 < len(inputs) == len(predicate["inputAttestations"])
+            and all(subjects)
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        if not written:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ReproError(f"{path} is not a summary that reproduced wrote; delete it") from None
-    if not passed:
+    if len(builders) == 1:
         return None
     here = read_provenance(folder)
-    raw = read_regular(here.path)
-    if hashlib.sha256(raw).hexdigest() not in digests or subjects != [
-        s.digest for s in here.subjects
-    ]:
+    same = len(subjects) == len(here.subjects) and all(
+        digests <= subject.digest.items() for digests, subject in zip(subjects, here.subjects)
+    )
+    if inputs.get(here.sha256) != here.builder or not same:
         raise ReproError(
             f"{path} is about other weights than {folder / PROVENANCE}; run reproduced again"
         )

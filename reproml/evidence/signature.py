@@ -17,7 +17,7 @@ from typing import Any
 
 from reproml.digest import file_sha256
 from reproml.errors import ReproError
-from reproml.files import read_regular, write_atomically
+from reproml.files import files_below, read_regular, write_atomically
 from reproml.pipeline.run import SIGNATURE, read_undamaged
 
 _PREDICATE = "https://model_signing/signature/v1.0"
@@ -37,6 +37,10 @@ def sign(folder: Path, private_key: Path, force: bool = False) -> Signature:
     from model_signing import hashing, signing
 
     read_undamaged(folder)
+    if private_key.resolve().is_relative_to(folder.resolve()):
+        raise ReproError(
+            f"the private key {private_key} is in the run folder, which others get; move it elsewhere"
+        )
     path = folder / SIGNATURE
     if path.exists() and not force:
         raise ReproError(f"{folder} is already signed; --force replaces {path}")
@@ -159,13 +163,11 @@ def _changes(signed: dict[str, str], found: dict[str, str]) -> list[str]:
 
 def _digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file in the folder but model.sig, by its path."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not (path.is_dir() or path.is_file()):
-            raise ReproError(f"{path} is a link or a device, which no signature covers; delete it")
-        if path.is_file() and path != folder / SIGNATURE:
-            digests[path.relative_to(folder).as_posix()] = file_sha256(path)
-    return digests
+    return {
+        path.relative_to(folder).as_posix(): file_sha256(path)
+        for path in files_below(folder)
+        if path != folder / SIGNATURE
+    }
 
 
 def _fingerprint(public_key: Path) -> str:

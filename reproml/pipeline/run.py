@@ -69,7 +69,7 @@ class _Record(msgspec.Struct):
     recipe: Recipe
 
 
-WEIGHTS, METRICS, RUN, LOG = "weights.safetensors", "metrics.json", "run.json", "log.txt"
+WEIGHTS, METRICS, RUN, LOG = provenance.RESULT, "metrics.json", "run.json", "log.txt"
 TRACE, SIGNATURE = "trace.jsonl", "model.sig"
 _FILES = {WEIGHTS, METRICS, RUN, LOG}
 _OPTIONAL_FILES = {TRACE, SIGNATURE, PROVENANCE}  # earlier runs have no provenance

@@ -119,8 +119,9 @@ def test_the_card_of_a_signed_run_has_the_third_command(run):
 
 
 def test_a_native_run_has_no_card(run, capsys):
-    native = {**tiny.run().record, "numerics": "native"}
-    other = write(Path("runs/native"), replace(tiny.run(), record=native))
+    record = {**tiny.run().record, "numerics": "native"}
+    items = {**tiny.run().items, "definitions.version": "none: native numerics"}
+    other = write(Path("runs/native"), replace(tiny.run(), record=record, items=items))
     assert "is not an exact run" in refusal(capsys, other)
 
 
@@ -142,6 +143,38 @@ def test_nothing_is_overwritten(run, capsys):
     assert "cannot write" in refusal(capsys, run, "--out", "file/card")
     assert Path("file").read_text() == "mine"
     assert sorted(path.name for path in Path().glob("**/*") if "partial" in path.name) == []
+
+
+@pytest.mark.parametrize("target", ["secret", "more", "none"])
+def test_links_are_refused(run, capsys, target):
+    """An export must not publish what a link leads to."""
+    Path("secret").write_text("x")
+    Path("more").mkdir()
+    (run / "link").symlink_to(Path(target).absolute())
+    assert "runs/tiny/link is a link" in refusal(capsys, run)
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("numerics", "native", "other numerics"),
+        ("definitions.version", 1, "other definitions"),
+        ("data.sha256", {}, "other data"),
+        ("data.sha256", 7, "other data"),
+    ],
+)
+def test_run_that_contradicts_its_results_is_refused(run, capsys, key, value, message):
+    record = {**tiny.run().record, key: value}
+    other = write(Path("runs/other"), replace(tiny.run(), record=record))
+    assert f"runs/other/run.json records {message} than" in refusal(capsys, other)
+
+
+def test_run_of_another_recipe_is_refused(run, capsys):
+    values = json.loads((run / "run.json").read_text())
+    values["recipe"]["seed"] = 99
+    (run / "run.json").write_text(json.dumps(values))
+    assert "records another recipe than" in refusal(capsys, run)
 
 
 def test_damaged_runs_are_refused(run, capsys):

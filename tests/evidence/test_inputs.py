@@ -182,6 +182,21 @@ def test_nothing_is_recorded_afterwards():
     assert [d["name"] for d in inputs.dependencies()] == ["data/0.npy", "inplace.bin"]
 
 
+def test_only_what_python_itself_reads_is_left_out(tmp_path, monkeypatch):
+    read = ["data/x.pyc", "data/a.dist-info/METADATA", "data/b.egg-info/rows"]
+    left_out = ["data/__pycache__/x.pyc", "cache/a/x.pyc", "packages/a.dist-info/METADATA"]
+    monkeypatch.setattr(sys, "pycache_prefix", "cache")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    inputs = Inputs("train.py")
+    for name in [*read, *left_out]:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(name)
+    with inputs.watching():
+        for name in [*read, *left_out]:
+            Path(name).read_text()
+    assert {d["name"] for d in inputs.dependencies()} == set(read)
+
+
 def test_link_and_bytes_are_names_too():
     Path("link").symlink_to("data/0.npy")
     inputs = Inputs("train.py")

@@ -8,13 +8,19 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from reproml.cli import main
 from reproml.errors import ReproError
 from reproml.evidence import provenance
-from reproml.evidence.provenance import builder_id, read_provenance, revision
+from reproml.evidence.provenance import (
+    builder_id,
+    read_provenance,
+    revision,
+    same_builder_key,
+)
 from reproml.pipeline import run as runs
 from reproml.pipeline.recipe import load_recipe
 from reproml.versions import DEFINITIONS
@@ -129,7 +135,7 @@ def test_any_changed_byte_is_refused_and_named(copied):
             ),
             "not a provenance of reproml: its buildType is 'https://example.org/make'",
         ),
-        (lambda v: v.update(subject=[]), "has no subject"),
+        (lambda v: v.update(subject=[]), "the only subject of a recipe is weights"),
         (lambda v: v["predicate"]["runDetails"].update(builder=7), "is damaged: .*builder"),
         (lambda v: v["predicate"]["buildDefinition"].pop("externalParameters"), "is damaged"),
     ],
@@ -138,6 +144,119 @@ def test_foreign_statement_is_refused(copied, change, message):
     rewrite(copied / "provenance.json", change)
     with pytest.raises(ReproError, match=message):
         read_provenance(copied)
+
+
+def definition(values: dict[str, Any]) -> Any:
+    return values["predicate"]["buildDefinition"]
+
+
+def external(values: dict[str, Any]) -> Any:
+    return definition(values)["externalParameters"]
+
+
+def first_data(values: dict[str, Any]) -> Any:
+    return definition(values)["resolvedDependencies"][0]
+
+
+def set_time(values: dict[str, Any], time: str) -> None:
+    values["predicate"]["runDetails"]["metadata"]["finishedOn"] = time
+
+
+def set_builder(values: dict[str, Any], name: str) -> None:
+    values["predicate"]["runDetails"]["builder"]["id"] = name
+
+
+def set_digest(values: dict[str, Any], **digest: str) -> None:
+    values["subject"][0]["digest"] = digest
+
+
+def forget_data(values: dict[str, Any]) -> None:
+    dependencies = definition(values)["resolvedDependencies"]
+    dependencies[:] = [d for d in dependencies if d["annotations"]["kind"] != "data"]
+
+
+RECIPE = "urn:reproml:recipe"
+FORGED = {
+    "type of a script": (
+        lambda v: definition(v).update(buildType=f"urn:reproml:script:definitions-{DEFINITIONS}"),
+        "its buildType is",
+    ),
+    "type without definitions": (
+        lambda v: definition(v).update(buildType=f"{RECIPE}:native"),
+        "its buildType is",
+    ),
+    "other definitions": (lambda v: external(v).update(definitions=99), "its buildType is"),
+    "list of definitions": (lambda v: external(v).update(definitions=[2]), "definitions"),
+    "true definitions": (lambda v: external(v).update(definitions=True), "definitions"),
+    "native definitions": (lambda v: external(v).update(numerics="native"), "are native, but"),
+    "exact without definitions": (lambda v: external(v).update(definitions=None), "are exact, but"),
+    "other numerics": (lambda v: external(v).update(numerics="fast"), "numerics"),
+    "no numerics": (lambda v: external(v).pop("numerics"), "numerics"),
+    "key of the recipe": (lambda v: external(v).update({"recipe.seed": 1}), "recipe.seed"),
+    "no parameters": (lambda v: external(v).clear(), "not those of a script"),
+    "no builder": (lambda v: set_builder(v, ""), "is not a URI"),
+    "builder of two lines": (lambda v: set_builder(v, "urn:x\nconfirmed"), "is not a URI"),
+    "builder and end of line": (lambda v: set_builder(v, "urn:x:a\n"), "is not a URI"),
+    "builder without scheme": (lambda v: set_builder(v, "lab"), "is not a URI"),
+    "time in words": (lambda v: set_time(v, "yesterday"), "is not a time"),
+    "time without zone": (lambda v: set_time(v, "2026-01-01T00:00:00"), "is not a time"),
+    "one digit": (lambda v: set_time(v, "2026-1-01T00:00:00.0Z"), "is not a time"),
+    "end of line": (lambda v: set_time(v, "2026-01-01T00:00:00Z\n"), "is not a time"),
+    "month 13": (lambda v: set_time(v, "2026-13-01T00:00:00Z"), "is not a time"),
+    "two subjects": (
+        lambda v: v["subject"].append({"name": "evil", "digest": {"sha256": "0" * 64}}),
+        "the only subject",
+    ),
+    "same subject twice": (lambda v: v["subject"].append(v["subject"][0]), "the only subject"),
+    "subject elsewhere": (lambda v: v["subject"][0].update(name="../secret"), "the only subject"),
+    "other subject": (lambda v: v["subject"][0].update(name="x"), "the only subject"),
+    "unknown algorithm": (lambda v: set_digest(v, md5="0" * 32), "the md5 .* is no digest"),
+    "one more algorithm": (
+        lambda v: v["subject"][0]["digest"].update(sha512="f" * 128),
+        "the sha512 .* is no digest",
+    ),
+    "digest of a state dict": (lambda v: set_digest(v, reproml_digest_1="0" * 64), "only subject"),
+    "upper case": (lambda v: set_digest(v, sha256="A" * 64), "is no digest"),
+    "short digest": (lambda v: set_digest(v, sha256="a" * 63), "is no digest"),
+    "no digest": (lambda v: set_digest(v), "the only subject"),
+    "no data": (forget_data, "a recipe depends on data"),
+    "no dependencies": (lambda v: definition(v).update(resolvedDependencies=[]), "depends on data"),
+    "unknown kind": (
+        lambda v: first_data(v).update(annotations={"kind": "Data"}),
+        "of the unknown kind 'Data'",
+    ),
+    "no kind": (lambda v: first_data(v).pop("annotations"), "of the unknown kind None"),
+    "kind that is a list": (lambda v: first_data(v).update(annotations={"kind": []}), "kind \\[]"),
+    "data by commit": (
+        lambda v: first_data(v).update(digest={"gitCommit": "0" * 40}),
+        "has no digest of the kind data",
+    ),
+    "script of a recipe": (
+        lambda v: first_data(v).update(annotations={"kind": "script"}),
+        "and on nothing else",
+    ),
+    "same data twice": (
+        lambda v: definition(v)["resolvedDependencies"].append(first_data(v)),
+        "two of its dependencies have the same name",
+    ),
+    "same file twice": (
+        lambda v: v["predicate"]["runDetails"]["byproducts"].append(
+            v["predicate"]["runDetails"]["byproducts"][0]
+        ),
+        "two of its byproducts have the same name",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_statement_that_reproml_does_not_write_is_refused(copied, name, capsys):
+    """Even with a corrected digest of the content."""
+    change, message = FORGED[name]
+    rewrite(copied / "provenance.json", change)
+    with pytest.raises(ReproError, match=message):
+        read_provenance(copied)
+    assert main(["reproduced", str(copied), str(copied)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b"\xff", b"[" * 100_000, b'{"a": 1}'])
@@ -167,6 +286,22 @@ def test_missing_provenance_is_named(tmp_path):
 def test_builder_is_named_by_option(monkeypatch, name, uri):
     monkeypatch.setenv("REPROML_BUILDER", "another")
     assert builder_id(name) == uri
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("urn:reproml:builder:bob", "URN:REPROML:builder:bob", True),
+        ("urn:reproml:builder:bob", "urn:reproml:builder:%62ob", True),
+        ("urn:reproml:builder:Z%C3%BCrich", "urn:reproml:builder:Zu%CC%88rich", True),
+        ("https://example.org/lab", "HTTPS://Example.ORG/lab", True),
+        ("https://example.org/lab", "https://example.org/Lab", False),
+        ("urn:reproml:builder:bob", "urn:reproml:builder:Bob", False),
+        ("urn:reproml:builder:%FF", "urn:reproml:builder:%FE", False),
+    ],
+)
+def test_builders_are_compared_as_uris(one, other, same):
+    assert (same_builder_key(one) == same_builder_key(other)) == same
 
 
 def test_builder_defaults_to_variable_then_host(monkeypatch):

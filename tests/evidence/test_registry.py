@@ -80,7 +80,35 @@ def damage_recipe(values):
 
 
 def damage_definitions(values):
-    values["predicate"]["buildDefinition"]["externalParameters"]["definitions"] = 1
+    definition = values["predicate"]["buildDefinition"]
+    definition["externalParameters"]["definitions"] = 1
+    definition["buildType"] = "urn:reproml:recipe:definitions-1"
+
+
+def damage_numerics(values):
+    definition = values["predicate"]["buildDefinition"]
+    definition["externalParameters"].update(numerics="native", definitions=None)
+    definition["buildType"] = "urn:reproml:recipe:native"
+
+
+def damage_data(values):
+    values["predicate"]["buildDefinition"]["resolvedDependencies"][0]["digest"]["sha256"] = "0" * 64
+
+
+def rename_data(values):
+    values["predicate"]["buildDefinition"]["resolvedDependencies"][0]["name"] = "other"
+
+
+def forget_data(values):
+    del values["predicate"]["buildDefinition"]["resolvedDependencies"][0]
+
+
+def forget_all_data(values):
+    del values["predicate"]["buildDefinition"]["resolvedDependencies"][:2]
+
+
+def add_subject(values):
+    values["subject"].append({"name": "evil", "digest": {"sha256": "0" * 64}})
 
 
 @pytest.mark.parametrize(
@@ -89,6 +117,12 @@ def damage_definitions(values):
         (damage_weights, f"states other weights: {'0' * 64}"),
         (damage_recipe, "is of another recipe"),
         (damage_definitions, "was made with version 1 of the definitions"),
+        (damage_numerics, "is of native numerics"),
+        (damage_data, "is of other data"),
+        (rename_data, "is of other data"),
+        (forget_data, "is of other data"),
+        (forget_all_data, "is not a provenance that reproml wrote: a recipe depends on data"),
+        (add_subject, "is not a provenance that reproml wrote: the only subject of a recipe"),
     ],
 )
 def test_contradicting_confirmation_fails(at_work, change, message, capsys):
@@ -96,6 +130,37 @@ def test_contradicting_confirmation_fails(at_work, change, message, capsys):
     assert main(["golden", "--list"]) == 1
     out = capsys.readouterr().out
     assert f"    WRONG: {at_work} {message}" in out and "confirmed:" not in out
+
+
+def test_one_statement_under_two_names_fails(at_work):
+    copy = at_work.with_name("other.json")
+    shutil.copy(at_work, copy)
+    (entry,) = registry.entries()
+    assert entry.defects == [f"{at_work} and {copy} are the same provenance"]
+    assert len(entry.confirmed) == 1
+
+
+@pytest.mark.parametrize("builder", ["urn:reproml:builder:lab", "URN:reproml:builder:l%61b"])
+def test_two_statements_of_one_builder_fail(at_work, builder):
+    copy = at_work.with_name("other.json")
+    shutil.copy(at_work, copy)
+
+    def change(values):
+        details = values["predicate"]["runDetails"]
+        details["builder"]["id"] = builder
+        details["metadata"]["finishedOn"] = "2026-01-01T00:00:00Z"
+
+    rewrite(copy, change)
+    (entry,) = registry.entries()
+    assert len(entry.confirmed) == len(entry.defects) == 1
+    assert f"{at_work} and {copy} are of the same builder" in entry.defects[0]
+
+
+def test_two_builders_confirm(at_work, tmp_path):
+    run = save_run(tmp_path / "again", builder="other")
+    shutil.copy(run / "provenance.json", at_work.with_name("other.json"))
+    (entry,) = registry.entries()
+    assert len(entry.confirmed) == 2 and entry.defects == []
 
 
 def test_other_recipe_of_the_same_name_fails(at_work, tmp_path):

@@ -42,11 +42,14 @@ def test_two_builders_give_a_summary(capsys):
     assert main(["reproduced", "a", "b", "--builder", "https://example.org/me"]) == 0
     out = capsys.readouterr().out
     assert "a/provenance.json: by urn:reproml:builder:lab-a, weights checked" in out
-    assert "reproduced by 2 builders" in out and "wrote a.reproduced.json" in out
+    assert out.splitlines()[-1] == (
+        "reproduced by 2 builders: parameters, data and weights agree; 2 of 2 stated weights were "
+        "checked in their files; wrote a.reproduced.json"
+    )
     raw = Path("a.reproduced.json").read_bytes()
     values = check_statement(raw)
     predicate = values["predicate"]
-    assert predicate["verifiedLevels"] == ["SLSA_BUILD_REPRODUCED"]
+    assert predicate["verifiedLevels"] == ["REPROML_REPRODUCED"]
     assert predicate["verificationResult"] == "PASSED"
     assert predicate["verifier"]["id"] == "https://example.org/me"
     sha256 = hashlib.sha256(Path("a/weights.safetensors").read_bytes()).hexdigest()
@@ -56,7 +59,7 @@ def test_two_builders_give_a_summary(capsys):
         hashlib.sha256(Path(name, "provenance.json").read_bytes()).hexdigest() for name in "ab"
     ]
     summary = parse(raw)
-    assert summary.verified_levels == "SLSA_BUILD_REPRODUCED"
+    assert summary.verified_levels == "REPROML_REPRODUCED"
     assert len(summary.input_attestations) == 2
 
 
@@ -73,15 +76,45 @@ def test_unwritable_summary_is_named(capsys):
     assert "cannot write the summary none/x.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "out", ["a/provenance.json", "c/../b/provenance.json", "link/provenance.json"]
+)
+def test_summary_does_not_replace_a_statement(out, capsys):
+    Path("link").symlink_to("b")
+    before = Path("a/provenance.json").read_bytes(), Path("b/provenance.json").read_bytes()
+    assert main(["reproduced", "a", "b", "--out", out]) == 2
+    assert f"{out} is a provenance to compare" in capsys.readouterr().err
+    assert before == (
+        Path("a/provenance.json").read_bytes(),
+        Path("b/provenance.json").read_bytes(),
+    )
+
+
+def test_long_names_are_reported_in_a_sentence(tmp_path, capsys):
+    assert main(["reproduced", "a" * 300, "b"]) == 2
+    assert f"cannot read the provenance {'a' * 300}: File name too long" in capsys.readouterr().err
+    assert main(["reproduced", "a", "b", "--out", "a" * 300]) == 2
+    assert "cannot write the summary" in capsys.readouterr().err
+    paths = [script_provenance(tmp_path / name, name) for name in ("one", "two")]
+    for path in paths:
+        rewrite(path, lambda v: v["subject"][0].update(name="a" * 300))
+    assert main(["reproduced", *map(str, paths)]) == 2
+    assert f"cannot read {tmp_path / 'one'}/aaa" in capsys.readouterr().err
+    folder = Path("c" * 250)
+    shutil.copytree("a", folder)
+    with pytest.raises(ReproError, match="cannot read c+.reproduced.json: File name too long"):
+        reproduced.reproduced_by(folder)
+
+
 def test_statement_alone_is_compared(capsys):
     """As somebody sends it: provenance.json without any other file."""
     for path in Path("b").iterdir():
         if path.name != "provenance.json":
             path.unlink()
     assert main(["reproduced", "a", "b"]) == 0
-    assert "b/provenance.json: by urn:reproml:builder:lab-b, weights not beside it" in (
-        capsys.readouterr().out
-    )
+    out = capsys.readouterr().out
+    assert "b/provenance.json: by urn:reproml:builder:lab-b, weights not beside it" in out
+    assert "; 1 of 2 stated weights were checked in their files; " in out
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "metrics.json", "run.json", "log.txt"])
@@ -111,6 +144,11 @@ def test_changed_byte_of_a_statement_is_named(folder, capsys):
     assert not Path("a.reproduced.json").exists()
 
 
+def make_native(values: dict[str, Any]) -> None:
+    external(values).update(numerics="native", definitions=None)
+    values["predicate"]["buildDefinition"]["buildType"] = "urn:reproml:recipe:native"
+
+
 def change_weights(values: dict[str, Any]) -> None:
     values["subject"][0]["digest"]["sha256"] = "0" * 64
 
@@ -128,15 +166,14 @@ def change_data(values: dict[str, Any]) -> None:
             lambda v: external(v)["recipe"]["optimizer"].update(eps=1e-7),
             "differ in recipe.optimizer.eps: 1e-08 and 1e-07",
         ),
+        (make_native, 'differ in numerics: "exact" and "native"'),
+        (lambda v: external(v)["recipe"].update(more=1), "differ in recipe.more: not stated and 1"),
         (
-            lambda v: external(v).update(numerics="native", definitions=None),
-            'differ in numerics: "exact" and "native"',
+            lambda v: external(v)["recipe"].update({"optimizer.eps": 1e-8}),
+            "differ in recipe.optimizer.eps: not stated and 1e-08",
         ),
-        (lambda v: external(v).update(more=1), "differ in more: not stated and 1"),
         (change_data, "depends on the data images.uint8 (sha256 "),
         (change_weights, "differ in the sha256 of weights.safetensors: "),
-        (lambda v: v["subject"].append(v["subject"][0]), "in the number of results: 1 and 2"),
-        (lambda v: v["subject"][0].update(digest={"md5": "0"}), "they have none in common"),
     ],
 )
 def test_difference_of_forged_statements_is_named(change, difference, capsys):
@@ -145,6 +182,24 @@ def test_difference_of_forged_statements_is_named(change, difference, capsys):
     assert main(["reproduced", "a", "b"]) == 1
     assert difference in capsys.readouterr().out
     assert not Path("a.reproduced.json").exists()
+
+
+def test_key_with_a_dot_does_not_hide_another(capsys):
+    def change(values: dict[str, Any]) -> None:
+        recipe = external(values)["recipe"]
+        recipe["optimizer"]["eps"], recipe["optimizer.eps"] = 1e-7, 1e-8
+
+    rewrite(Path("b/provenance.json"), change)
+    assert main(["reproduced", "a", "b"]) == 1
+    assert "recipe.optimizer.eps: 1e-08 and 1e-07" in capsys.readouterr().out
+
+
+def test_weights_are_not_called_checked_if_they_were_not(capsys):
+    rewrite(Path("b/provenance.json"), lambda v: external(v)["recipe"].update(seed=2))
+    with Path("b/weights.safetensors").open("ab") as file:
+        file.write(b"x")
+    assert main(["reproduced", "a", "b"]) == 1
+    assert "checked" not in capsys.readouterr().out
 
 
 def test_environments_may_differ():
@@ -169,7 +224,19 @@ def test_same_builder_is_refused_unless_allowed(tmp_path, capsys):
     assert levels == ["REPROML_REPEATED_BY_ONE_BUILDER"]  # not a property of SLSA
     assert main(["reproduced", "a", "b", str(run), "--same-builder"]) == 0
     levels = json.loads(Path("a.reproduced.json").read_bytes())["predicate"]["verifiedLevels"]
-    assert levels == ["SLSA_BUILD_REPRODUCED"]
+    assert levels == ["REPROML_REPRODUCED"]
+
+
+def test_other_spelling_of_the_same_builder_is_refused(tmp_path, capsys):
+    run = save_run(tmp_path / "again", builder="URN:reproml:builder:l%61b-a")
+    change = {"id": "URN:REPROML:builder:l%61b-a"}
+    rewrite(
+        run / "provenance.json", lambda v: v["predicate"]["runDetails"]["builder"].update(change)
+    )
+    assert main(["reproduced", "a", str(run)]) == 2
+    assert "are of the same builder" in capsys.readouterr().err
+    assert main(["reproduced", "a", str(run), "--same-builder"]) == 0
+    assert "reproduced by 1 builder: " in capsys.readouterr().out
 
 
 def test_copy_of_a_statement_is_refused(capsys):
@@ -179,7 +246,12 @@ def test_copy_of_a_statement_is_refused(capsys):
 
 
 def test_mixed_definitions_are_refused(capsys):
-    rewrite(Path("b/provenance.json"), lambda v: external(v).update(definitions=1))
+    def change(values: dict[str, Any]) -> None:
+        external(values).update(definitions=1)
+        definition = values["predicate"]["buildDefinition"]
+        definition["buildType"] = "urn:reproml:recipe:definitions-1"
+
+    rewrite(Path("b/provenance.json"), change)
     assert main(["reproduced", "a", "b"]) == 2
     assert "b/provenance.json with version 1" in capsys.readouterr().err
 
@@ -244,8 +316,89 @@ def test_changed_state_dict_is_named(tmp_path, capsys):
     assert "two/m.pt cannot be read to check its digest" in capsys.readouterr().err
 
 
+def state_digests(path: Path, **digests: str) -> None:
+    rewrite(path, lambda v: v["subject"][0].update(name="m.pt", digest=digests))
+
+
+def test_summary_has_only_digests_that_all_state(tmp_path):
+    one = script_provenance(tmp_path / "one", "a")
+    two = script_provenance(tmp_path / "two", "b")
+    (tmp_path / "one/m.pt").unlink()
+    (tmp_path / "two/m.pt").unlink()
+    state_digests(one, reproml_digest_1="a" * 64, sha256="f" * 64)
+    state_digests(two, reproml_digest_1="a" * 64)
+    assert main(["reproduced", str(one), str(two)]) == 0
+    values = check_statement((tmp_path / "one.reproduced.json").read_bytes())
+    assert values["subject"] == [{"name": "m.pt", "digest": {"reproml_digest_1": "a" * 64}}]
+    assert values["predicate"]["resourceUri"].endswith("reproml_digest_1:" + "a" * 64)
+
+
+def test_digests_that_the_first_does_not_state_are_compared(tmp_path, capsys):
+    paths = [script_provenance(tmp_path / name, name) for name in ("one", "two", "three")]
+    for path in paths:
+        (path.parent / "m.pt").unlink()
+    state_digests(paths[0], reproml_digest_1="a" * 64)
+    state_digests(paths[1], reproml_digest_1="a" * 64, sha256="1" * 64)
+    state_digests(paths[2], reproml_digest_1="a" * 64, sha256="2" * 64)
+    assert main(["reproduced", *map(str, paths)]) == 1
+    out = capsys.readouterr().out
+    assert f"{paths[1]} and {paths[2]} differ in the sha256 of m.pt: {'1' * 64} and " in out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v["subject"].clear(), "has no subject"),
+        (lambda v: v["subject"].append(v["subject"][0]), "two of its subjects have the same name"),
+        (lambda v: v["subject"][0].update(digest={"sha256": "0" * 64}), "has no reproml_digest_1"),
+        (
+            lambda v: v["predicate"]["buildDefinition"]["resolvedDependencies"].pop(0),
+            "one dependency of the kind script",
+        ),
+        (lambda v: external(v).update(seed="1"), "not those of a script"),
+        (lambda v: external(v).update(more=1), "not those of a script"),
+    ],
+)
+def test_forged_statement_of_a_script_is_refused(tmp_path, change, message):
+    path = script_provenance(tmp_path / "one", "a")
+    rewrite(path, change)
+    with pytest.raises(ReproError, match=message):
+        provenance.read_provenance(path)
+
+
+def test_number_of_results_is_compared(tmp_path, capsys):
+    one = script_provenance(tmp_path / "one", "a")
+    two = script_provenance(tmp_path / "two", "b")
+    more = {"name": "other", "digest": {"reproml_digest_1": "0" * 64}}
+    rewrite(two, lambda v: v["subject"].append(more))
+    assert main(["reproduced", str(one), str(two)]) == 1
+    assert "differ in the number of results: 1 and 2" in capsys.readouterr().out
+
+
+def test_only_files_that_exist_are_called_checked(tmp_path, capsys):
+    paths = [script_provenance(tmp_path / name, name) for name in ("one", "two")]
+    more = {"name": "other", "digest": {"reproml_digest_1": "0" * 64}}
+    for path in paths:
+        rewrite(path, lambda v: v["subject"].append(more))
+    assert main(["reproduced", *map(str, paths)]) == 0
+    out = capsys.readouterr().out
+    assert "weights of 1 of 2 files checked" in out and "; 2 of 4 stated weights were " in out
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "x", "./weights.safetensors"])
+def test_recipe_has_no_other_result_than_its_weights(name, capsys):
+    """Else a statement from somebody else could lead the check past the weights beside it."""
+    rewrite(Path("b/provenance.json"), lambda v: v["subject"][0].update(name=name))
+    Path("b/weights.safetensors").write_bytes(b"evil")
+    assert main(["reproduced", "a", "b"]) == 2
+    assert "the only subject of a recipe is weights.safetensors" in capsys.readouterr().err
+
+
 def test_file_outside_the_folder_is_not_read(tmp_path, capsys):
-    """A statement from somebody else must not choose which files are read."""
+    """A statement from somebody else must not choose which files are read.
+
+    A script may save its weights anywhere, so that such a name is allowed, but not called checked.
+    """
     one = script_provenance(tmp_path / "one", "a")
     two = script_provenance(tmp_path / "two", "b")
     for path in one, two:
@@ -253,7 +406,8 @@ def test_file_outside_the_folder_is_not_read(tmp_path, capsys):
             rewrite(path, lambda v, name=name: v["subject"][0].update(name=name))
             (tmp_path / "secret").write_text("x")
             assert main(["reproduced", str(one), str(two)]) == 0
-    assert "weights not beside it" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "weights not beside it" in out and "; 0 of 2 stated weights were checked" in out
 
 
 # --- the status that the page of a run shows ---------------------------------------------------------
@@ -276,6 +430,59 @@ def test_summary_of_another_run_is_refused():
     assert main(["reproduced", "a", "b", "--out", "c.reproduced.json"]) == 0
     with pytest.raises(ReproError, match="is about other weights than c/provenance"):
         reproduced.reproduced_by(Path("c"))
-    Path("c.reproduced.json").write_text('{"subject": 1}')
+    for content in '{"subject": 1}', "[" * 100_000, "[]":
+        Path("c.reproduced.json").write_text(content)
+        with pytest.raises(ReproError, match="is not a summary that reproduced wrote"):
+            reproduced.reproduced_by(Path("c"))
+
+
+def test_command_line_and_page_count_the_same_builders(tmp_path, capsys):
+    run = save_run(tmp_path / "again", builder="lab-a", log=["another"])
+    assert main(["reproduced", "a", str(run), "b", "--same-builder"]) == 0
+    assert "reproduced by 2 builders: " in capsys.readouterr().out
+    names = ["urn:reproml:builder:lab-a", "urn:reproml:builder:lab-b"]
+    assert reproduced.reproduced_by(Path("a")) == names
+
+
+def repeat_the_first_input(values: dict[str, Any]) -> None:
+    inputs = values["predicate"]["inputAttestations"]
+    inputs[1] = {**inputs[0], "annotations": {"builder": "urn:x:mallory"}}
+
+
+def unite_builders(values: dict[str, Any]) -> None:
+    for one in values["predicate"]["inputAttestations"]:
+        one["annotations"]["builder"] = "urn:reproml:builder:lab-a"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v["predicate"].update(verificationResult="FAILED"),
+        lambda v: v.update(_type="https://in-toto.io/Statement/v0.1"),
+        lambda v: v.update(predicateType="https://slsa.dev/provenance/v1"),
+        lambda v: v["predicate"]["policy"].update(uri="urn:other"),
+        lambda v: v["predicate"].update(verifiedLevels=["SLSA_BUILD_REPRODUCED"]),
+        lambda v: v["predicate"]["inputAttestations"].pop(),
+        lambda v: v["subject"][0].update(digest={}),
+        lambda v: v["subject"][0].update(digest=7),
+        lambda v: v["predicate"]["inputAttestations"][0]["digest"].update(sha256=[]),
+        repeat_the_first_input,
+        unite_builders,
+    ],
+)
+def test_forged_summary_is_no_status(change):
+    assert main(["reproduced", "a", "b"]) == 0
+    path = Path("a.reproduced.json")
+    values = json.loads(path.read_bytes())
+    change(values)
+    path.write_text(json.dumps(values))
     with pytest.raises(ReproError, match="is not a summary that reproduced wrote"):
-        reproduced.reproduced_by(Path("c"))
+        reproduced.reproduced_by(Path("a"))
+
+
+def test_summary_with_another_builder_for_the_run_is_refused():
+    assert main(["reproduced", "a", "b"]) == 0
+    path = Path("a.reproduced.json")
+    path.write_bytes(path.read_bytes().replace(b"builder:lab-a", b"builder:lab-z"))
+    with pytest.raises(ReproError, match="run reproduced again"):
+        reproduced.reproduced_by(Path("a"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -290,6 +291,21 @@ def test_what_is_no_undamaged_run_is_not_signed(run, keys, capsys):
     (run / "weights.safetensors").unlink()
     assert "it has no weights.safetensors" in refusal(run, keys / "key.pem", capsys)
     assert "does not exist" in refusal(run / "none", keys / "key.pem", capsys)
+
+
+def test_key_in_the_run_folder_is_refused(run, keys, capsys):
+    (run / SIGNATURE).unlink()
+    (run / "sub").mkdir()
+    for name in "key.pem", "sub/key.pem":
+        shutil.copy(keys / "key.pem", run / name)
+        assert "is in the run folder, which others get" in refusal(run, run / name, capsys)
+    assert not (run / SIGNATURE).exists()
+
+
+def test_name_that_is_not_utf8_is_refused(run, keys, capsys):
+    (run / SIGNATURE).unlink()
+    Path(os.fsdecode(os.fsencode(run) + b"/\xff.txt")).write_text("x")
+    assert "is not UTF-8; rename or delete" in refusal(run, keys / "key.pem", capsys)
 
 
 def test_only_force_replaces_a_signature(run, keys, check, capsys):

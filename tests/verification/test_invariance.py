@@ -54,8 +54,6 @@ def test_models_have_one_output_within_exact():
 
 def test_transformer_reads_its_tokens():
     case = invariance.cases()["transformer"]
-    one, other = (different_outputs(case, set(), 1, seed) for seed in (0, 1))
-    assert one == other == 1
     with torch.no_grad():
         first, second = case.model(torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]))
     assert not torch.equal(first[0], second[0])  # each token attends to all others
