@@ -146,8 +146,8 @@ def test_derivative_has_the_dtype_of_the_result(name, dtype):
     with sdpa_kernel(SDPBackend.MATH):
         try:
             native = [v.dtype for v in jvp(FUNCTIONS[name], (x,), (t,))]
-        except RuntimeError:
-            pytest.skip("PyTorch has no such derivative")
+        except RuntimeError:  # PyTorch has no such derivative
+            native = [dtype, dtype]
         with reproml.exact():
             assert [v.dtype for v in jvp(FUNCTIONS[name], (x,), (t,))] == native
 

@@ -98,7 +98,7 @@ def classes(n: int) -> torch.Tensor:
 LOSSES: dict[str, tuple[Callable[..., torch.Tensor], Callable[[int], torch.Tensor]]] = {
     "cross entropy": (F.cross_entropy, classes),
     "sum": (lambda x, y: F.cross_entropy(x, y, reduction="sum"), classes),
-    "weights": (lambda x, y: F.cross_entropy(x, y, weight=torch.tensor([0.1, 2, 3])), classes),
+    "weights": (lambda x, y: F.cross_entropy(x, y, weight=x.new_tensor([0.1, 2, 3])), classes),
     "ignored": (lambda x, y: F.cross_entropy(x, y, ignore_index=0), classes),
     "each": (lambda x, y: F.cross_entropy(x, y, reduction="none").mean(), classes),
     "smoothed": (lambda x, y: F.cross_entropy(x, y, label_smoothing=0.1), classes),

@@ -92,7 +92,7 @@ def asgd(p, g, s, t, c):
     with o.rounding_to(torch.float32):
         eta = o.float_of(s["eta"])
     p = rounded(float32_scalar(1 - c["lambd"] * eta) * p - s["eta"] * direction(p, g, c))
-    ax = rounded(s["ax"] + mu * (p - s["ax"]))
+    ax = p if real(mu).v == 1 else rounded(s["ax"] + mu * (p - s["ax"]))
     rate = float32_scalar(c["lr"] / power(1 + c["lambd"] * c["lr"] * t, c["alpha"]))
     return p, {"ax": ax, "eta": rate, "mu": float32_scalar(1 / max(1, t - c["t0"]))}
 
