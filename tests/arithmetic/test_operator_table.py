@@ -42,7 +42,7 @@ from verification.oracle import Real, check, dot, float32_scalar, real, reals, r
 
 aten = torch.ops.aten
 HALF = Fraction(1, 2)
-TESTS = settings(max_examples=12, suppress_health_check=list(HealthCheck))
+TESTS = settings(max_examples=8, suppress_health_check=list(HealthCheck))
 
 
 class Case(NamedTuple):
@@ -1887,7 +1887,7 @@ def test_operator_is_rounded_once(name, data):
 @pytest.mark.parametrize(
     "name", sorted(CASES.keys() & operator_table.EXACT.keys() - operator_table.FLOAT32_ONLY)
 )
-@settings(TESTS, max_examples=4)
+@settings(TESTS, max_examples=3)
 @given(data=st.data())
 def test_operator_is_rounded_once_to_16_bits(name, dtype, data):
     for case in CASES[name]:
@@ -1895,7 +1895,7 @@ def test_operator_is_rounded_once_to_16_bits(name, dtype, data):
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() & operator_table.FLOAT64))
-@settings(TESTS, max_examples=4)
+@settings(TESTS, max_examples=3)
 @given(data=st.data())
 def test_operator_is_rounded_once_to_binary64(name, data):
     for case in CASES[name]:
