@@ -136,7 +136,7 @@ _WRITTEN = {
     "rrelu_with_noise": (1,),
 }
 # Operators of which the result has the default dtype, whatever the tensors among their operands.
-_FACTORIES = ("arange", "linspace")
+_FACTORIES = ("arange", "linspace", "logspace")
 # Operators whose argument `dtype` is that of their result alone; others convert their operands to it first.
 _RESULT_DTYPE = (*_FACTORIES, "_softmax_backward_data", "_log_softmax_backward_data")
 # Operators that round any float32 operands once to a narrower dtype, that of the tensor that they write.

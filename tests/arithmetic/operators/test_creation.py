@@ -87,3 +87,9 @@ def test_logspace_is_rounded_once(start, end, steps, base, dtype):
 def test_logspace_needs_positive_base():
     with reproml.exact(), pytest.raises(reproml.NotExactError, match="use a positive base"):
         torch.logspace(0, 2, 3, -2.0)
+
+
+def test_ends_of_logspace_are_not_rounded_to_16_bits():
+    with reproml.exact():
+        found = torch.logspace(torch.tensor(1.2), torch.tensor(0.0), 2, dtype=torch.bfloat16)
+    assert found.tolist() == [15.875, 1.0]  # 10^1.2 is 15.849; 10^1.203125 would be 15.9375
