@@ -113,33 +113,24 @@ def _half_gradient_near_zero(definition: Definition) -> Definition:
 
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """Return x Phi(x); approximate "tanh": x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    by_erf = approximate == "none"
+    formula = _gelu if by_erf else _gelu_tanh
     if target() is BINARY64:
-        formula = _gelu if approximate == "none" else _gelu_tanh
         return _nan_at_minus_infinity(_with_tails(partial(elementwise, formula), -60))(x)
-    if approximate == "none":
-        reference = _with_tails(half_near_zero(_gelu), -15)  # 15 Phi(-15) < 2^-150
-        return elementwise(_gelu, x, reference=_nan_at_minus_infinity(reference), fast="gelu")
-    reference = _with_tails(half_near_zero(_gelu_tanh), -32)
-    return elementwise(_gelu_tanh, x, reference=_nan_at_minus_infinity(reference))
+    low = -15 if by_erf else -32  # 15 Phi(-15) < 2^-150
+    reference = _nan_at_minus_infinity(_with_tails(half_near_zero(formula), low))
+    return elementwise(formula, x, reference=reference, fast="gelu" if by_erf else None)
 
 
 def gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
     """Return g times the derivative of gelu at x."""
-    if approximate == "none" and target() is BINARY64:
-        return _gradient_with_tails(_gelu_backward, -60)(g, x)
-    if approximate == "none":
-        reference = _half_gradient_near_zero(_gradient_with_tails(_gelu_backward, -32))
-        return elementwise(_gelu_backward, g, x, reference=reference, fast="gelu_backward")
-
-    def formula(ctx: Any, g: Any, x: Any) -> Any:
-        s = ctx.sigmoid(2 * _gelu_inner(ctx, x))
-        slope = ctx.sqrt(2 / ctx.pi) * (1 + 3 * Fraction(44715, 1000000) * (x * x))
-        return g * (s + 2 * x * s * (1 - s) * slope)
-
+    by_erf = approximate == "none"
+    formula = _gelu_backward if by_erf else _gelu_tanh_backward
     if target() is BINARY64:
         return _gradient_with_tails(formula, -60)(g, x)
     reference = _half_gradient_near_zero(_gradient_with_tails(formula, -32))
-    return elementwise(formula, g, x, reference=reference)
+    fast = "gelu_backward" if by_erf else None
+    return elementwise(formula, g, x, reference=reference, fast=fast)
 
 
 def _gelu(ctx: Any, x: Any) -> Any:
@@ -152,6 +143,12 @@ def _gelu_tanh(ctx: Any, x: Any) -> Any:
 
 def _gelu_backward(ctx: Any, g: Any, x: Any) -> Any:
     return g * (_phi(ctx, x) + x * _density(ctx, x))
+
+
+def _gelu_tanh_backward(ctx: Any, g: Any, x: Any) -> Any:
+    s = ctx.sigmoid(2 * _gelu_inner(ctx, x))
+    slope = ctx.sqrt(2 / ctx.pi) * (1 + 3 * Fraction(44715, 1000000) * (x * x))
+    return g * (s + 2 * x * s * (1 - s) * slope)
 
 
 def _phi(ctx: Any, x: Any) -> Any:
