@@ -57,6 +57,10 @@ class Rationals:
         scale = Fraction(2) ** self.exponent
         return _fraction(np.atleast_1d(self.n), self.d) * scale
 
+    def total(self) -> Fraction:
+        """Return the sum of all numbers, which have the denominator 1."""
+        return Fraction(int(np.sum(self.n))) * Fraction(2) ** self.exponent
+
     def nearest(self) -> Any:
         """Return the nearest numbers of the target format, as float64; infinity on overflow."""
         if target() is BINARY64:

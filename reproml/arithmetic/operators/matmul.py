@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Optional
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,8 +110,7 @@ def _exact_element(
     row: Tensor, column: Tensor, added: Optional[Tensor], alpha: Fraction, beta: Fraction
 ) -> float:
     x, y = (Rationals.of_floats(t.cpu().numpy()) for t in (row, column))
-    total = Fraction(int(np.sum((x * y).n))) * Fraction(2) ** (x.exponent + y.exponent)
-    total = alpha * total + (0 if added is None else beta * Fraction(float(added)))
+    total = alpha * (x * y).total() + (0 if added is None else beta * Fraction(float(added)))
     return nearest(total)
 
 

@@ -97,8 +97,7 @@ def _exact_sums(rows: Tensor, factors: Optional[Tensor], divisor: int = 1) -> Te
         terms = Rationals.of_floats(row.cpu().numpy())
         if other is not None:
             terms = terms * Rationals.of_floats(other.cpu().numpy())
-        total = Fraction(int(np.sum(terms.n))) * Fraction(2) ** terms.exponent
-        values.append(nearest(total / divisor))
+        values.append(nearest(terms.total() / divisor))
     return torch.tensor(values, dtype=torch.float64)
 
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
@@ -36,8 +38,7 @@ class SparseMatrix:
     """A matrix of rational numbers with few in each row: weights[i, k] is in column index[i, k] of row i.
 
     index: int64 [rows, k]. weights: float64 [rows, k], each rounded once. numerators: integers [rows, k],
-    weights times divisors; divisors: integers [rows]. pairs: float64 [3, rows, k], s, t and rad such that a
-    weight is within rad of s + t. Rows with fewer numbers end with weights of zero.
+    weights times divisors; divisors: integers [rows]. Rows with fewer numbers end with weights of zero.
     """
 
     def __init__(self, rows: Sequence[Row], columns: int) -> None:
@@ -48,7 +49,6 @@ class SparseMatrix:
         shape = (len(rows), width)
         self.index = np.zeros(shape, np.int64)
         self.weights = np.zeros(shape)
-        self.pairs = np.zeros((3, *shape))
         self.numerators = np.zeros(shape, object)
         self.divisors = np.ones(len(rows), object)
         for i, row in enumerate(rows):
@@ -56,19 +56,25 @@ class SparseMatrix:
             self.divisors[i] = divisor
             for k, (j, w) in enumerate(row.items()):
                 self.index[i, k] = j
-                self.weights[i, k] = s = w.numerator / w.denominator
-                t = float(w - Fraction(s))
-                self.pairs[:, i, k] = (
-                    s,
-                    t,
-                    0.0 if w == Fraction(s) + Fraction(t) else abs(s) * 2.0**-105,
-                )
+                self.weights[i, k] = w.numerator / w.denominator
                 self.numerators[i, k] = w.numerator * (divisor // w.denominator)
         self.largest = int(abs(self.numerators).max(initial=0))
         self.largest_divisor = max([1, *self.divisors])
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @cached_property
+    def pairs(self) -> NDArray[np.float64]:
+        """Return s, t and rad, float64 [3, rows, k], such that a weight is within rad of s + t."""
+        pairs = np.zeros((3, *self.weights.shape))
+        for i, row in enumerate(self._rows):
+            for k, w in enumerate(row.values()):
+                s = float(self.weights[i, k])
+                t = float(w - Fraction(s))
+                exact = w == Fraction(s) + Fraction(t)
+                pairs[:, i, k] = s, t, 0.0 if exact else abs(s) * 2.0**-105
+        return pairs
 
     @property
     def transposed(self) -> SparseMatrix:
