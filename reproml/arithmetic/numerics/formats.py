@@ -178,11 +178,9 @@ def reach(bound: float) -> float:
 def may_be_midpoint(x: Tensor) -> Tensor:
     """Whether numbers of a float64 tensor may be halfway between two numbers of the target format.
 
-    All subnormal numbers of the format may. For binary64 no number of a float64 tensor is.
+    All subnormal numbers of the format may. The target is narrower than binary64.
     """
     to = _local.target
-    if to is BINARY64:
-        return torch.zeros(x.shape, dtype=torch.bool, device=x.device)
     below = 53 - to.precision  # bits of binary64 below the last place of the target
     half = (x.view(torch.int64) & ((1 << below) - 1)) == 1 << (below - 1)
     return half | ((x.abs() < 2.0 ** (to.lowest + to.precision)) & (x != 0))

@@ -45,7 +45,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.numerics.formats import BINARY64, narrow, target
+from reproml.arithmetic.numerics.formats import narrow, target
 
 U = 2.0**-53  # unit roundoff of binary64
 # Bounds are themselves computed in binary64; this factor covers their own rounding errors.
@@ -115,11 +115,6 @@ def round_ball(mid: Tensor, error: Tensor, resolve: Resolve) -> Tensor:
     may be resolved later (see `defer_test`).
     """
     size = mid.abs()
-    if target() is BINARY64:  # which rounds nothing but what is exact
-        result, failed = mid.clone(), error != 0
-        if not defer_test(failed, mid) and failed.any():
-            _overwrite_failures(result, mid, failed.reshape(-1).nonzero().squeeze(1), resolve)
-        return result
     error = torch.where(error == 0, error, widened(error, size)) + TINY
     _, failed = rounding_test(mid - error, mid + error, zeros_agree=True)
     result = narrow(mid)
