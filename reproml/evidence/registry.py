@@ -13,7 +13,7 @@ import torch
 
 from reproml.errors import ReproError
 from reproml.evidence.provenance import DATA, Provenance, read_provenance
-from reproml.evidence.reproduced import compare
+from reproml.evidence.reproduced import compare_statements
 from reproml.pipeline import golden
 from reproml.pipeline.data import SHAPES
 from reproml.pipeline.models import build_model
@@ -65,7 +65,7 @@ def _entry(path: Path) -> Entry:
             confirmation = read_provenance(statement)
             defect = _defect(confirmation, items)
             if confirmed and not defect:
-                defect = compare([*(p.path for p in confirmed), statement]).difference
+                defect = compare_statements([*confirmed, confirmation]).difference
         except ReproError as error:
             defect = str(error)
         if defect:

@@ -111,7 +111,7 @@ def weights_beside(provenance: Provenance) -> int:
     """Return how many of a provenance's results are beside it; `compare` checks these at the end."""
     folder = provenance.path.parent
     return sum(
-        any(_digest_of(folder, s.name, algorithm) is not None for algorithm in s.digest)
+        any(_file_of(folder, s.name, algorithm) is not None for algorithm in s.digest)
         for s in provenance.subjects
     )
 
@@ -132,7 +132,11 @@ def compare(paths: Sequence[Path], same_builder: bool = False) -> Reproduction:
     Raises ReproError if one is damaged or not a provenance, if they are of one builder without
     `same_builder`, or if they are of different definitions: these cannot be compared.
     """
-    provenances = [read_provenance(path) for path in paths]
+    return compare_statements([read_provenance(path) for path in paths], same_builder)
+
+
+def compare_statements(provenances: list[Provenance], same_builder: bool = False) -> Reproduction:
+    """Compare provenances that were read already. Raises ReproError as `compare` does."""
     if len(provenances) < 2:
         raise ReproError("one provenance shows nothing; name two or more, of different builders")
     first = provenances[0]
@@ -243,20 +247,28 @@ def wrong_files(provenance: Provenance) -> Iterator[str]:
 
 def _digest_of(folder: Path, name: str, algorithm: str) -> Optional[str]:
     """Return the digest of a result that is in the folder, None if it is not there."""
-    path = folder / name
+    file = _file_of(folder, name, algorithm)
+    if file is None:
+        return None
+    if algorithm == STATE_DICT:
+        return _state_dicts(folder / file, file).get(name, "missing")
+    try:
+        return file_sha256(folder / file)
+    except OSError as error:
+        raise ReproError(f"cannot read {folder / file}: {error.strerror}") from None
+
+
+def _file_of(folder: Path, name: str, algorithm: str) -> Optional[str]:
+    """Return the name of the file in the folder that a digest of a result is computed from, or None."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return None  # it is not beside the provenance
-    # A state dict in a file, such as model.pt['model']: the file's name is followed by keys.
-    ends = [len(name), *(i for i, character in enumerate(name) if character == "[")]
+    ends = [len(name)] if algorithm in ("sha256", STATE_DICT) else []
+    if algorithm == STATE_DICT:  # of a file such as model.pt['model']: its name is followed by keys
+        ends += [i for i, character in enumerate(name) if character == "[" and i]
     try:
-        if algorithm == "sha256":
-            return file_sha256(path) if path.is_file() else None
-        for end in ends:
-            if algorithm == STATE_DICT and end and (folder / name[:end]).is_file():
-                return _state_dicts(folder / name[:end], name[:end]).get(name, "missing")
+        return next((name[:end] for end in ends if (folder / name[:end]).is_file()), None)
     except OSError as error:
-        raise ReproError(f"cannot read {path}: {error.strerror}") from None
-    return None
+        raise ReproError(f"cannot read {folder / name}: {error.strerror}") from None
 
 
 def _state_dicts(path: Path, name: str) -> Mapping[str, str]:
