@@ -46,17 +46,14 @@ def gives_float64(args: Sequence[Any], kwargs: dict[str, Any], outs: Sequence[Te
     default of integers and of numbers that are drawn, or the dtype of the tensors to write these to.
     """
     values = [*args, *kwargs.values()]
-    if not any(x.is_floating_point() for x in tensors(values)):
-        values += outs
     asked = next((x for x in values if isinstance(x, torch.dtype)), None)
-    if asked is not None:
-        given = any(x.is_floating_point() for x in tensors(values))
-        if asked is not torch.float64 and given and _promoted(values) is torch.float64:
-            raise NotExactError(f"A result of {asked} is not defined for float64 operands.")
-        return asked is torch.float64
-    if any(x.is_floating_point() for x in tensors(values)):
-        return _promoted(values) is torch.float64
-    return torch.get_default_dtype() is torch.float64
+    floats = [x for x in tensors(values) if x.is_floating_point()]
+    floats = floats or [x for x in tensors(outs) if x.is_floating_point()]
+    if asked in (None, torch.float64):
+        return (asked or _promoted(floats)) is torch.float64
+    if floats and _promoted(floats) is torch.float64:
+        raise NotExactError(f"A result of {asked} is not defined for float64 operands.")
+    return False
 
 
 def require_defined_mixture(name: str, args: Sequence[Any]) -> None:
@@ -110,10 +107,20 @@ def run_in_float64(
         if x.dtype is not torch.float64 and (with_integers or x.is_floating_point())
     }
     with rounding_to(torch.float64):
-        return definition(
-            *[_replaced(x, wide) for x in args],
-            **{k: _replaced(x, wide) for k, x in kwargs.items()},
-        )
+        return _run_widened(definition, args, kwargs, wide)
+
+
+def _run_widened(
+    definition: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    wide: dict[int, Tensor],
+) -> Any:
+    """Run a definition on operands of which some are replaced: wide has the other tensors, by the id."""
+    return definition(
+        *[_replaced(x, wide) for x in args],
+        **{k: _replaced(x, wide) for k, x in kwargs.items()},
+    )
 
 
 # Operators of which the results have dtypes of their own: for each result, the operand whose dtype it has,
@@ -188,19 +195,14 @@ def run(
     if asked is not None and asked.is_floating_point and name not in _RESULT_DTYPE:
         args = [_converted(x, asked) for x in args]
     promoted = _promoted([*args, *kwargs.values()])
-    if (
-        name in layouts.ELEMENTWISE
-    ):  # integers become numbers of the dtype in which PyTorch computes
+    if name in layouts.ELEMENTWISE:  # integers become numbers of PyTorch's dtype
         args = [_float_operand(x, promoted) for x in args]
     wide = {id(x): x.float() for x in tensors([*args, *kwargs.values()]) if x.dtype in NARROW}
     written = [args[i] for i in _WRITTEN.get(name, ()) if isinstance(args[i], Tensor)]
 
     def run_to(dtype: torch.dtype) -> Any:
         with rounding_to(dtype, written[0].dtype if written else dtype):
-            return definition(
-                *[_replaced(x, wide) for x in args],
-                **{k: _replaced(x, wide) for k, x in kwargs.items()},
-            )
+            return _run_widened(definition, args, kwargs, wide)
 
     def write_back() -> None:
         for i in _WRITTEN.get(name, ()):

@@ -223,8 +223,9 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
         for x in args[:1] if in_place else [kwargs[output] for output in outputs]:
             if x.dtype in NARROW:
                 raise NotExactError(f"its result would be rounded to float64 and then to {x.dtype}")
-        names, values = list(kwargs), dtypes.as_float64(kwargs.values())
-        return exact(*dtypes.as_float64(args), **dict(zip(names, values)))
+        return exact(
+            *dtypes.as_float64(args), **dict(zip(kwargs, dtypes.as_float64(kwargs.values())))
+        )
 
     def exact(*args: Any, **kwargs: Any) -> Any:
         run = definitions[name]
@@ -242,12 +243,12 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
         if name not in table.FLOAT32_ONLY and dtypes.has_narrow(args, kwargs):
             if dtypes.is_float64(args, operands):
                 return wide(*args, **kwargs)
-            in_16_bits = name not in table.ANY_FORMAT
+            narrow = True
         elif _runs_natively(name, [*args, *kwargs.values()]):
             return operator(*args, **kwargs)
         else:
-            in_16_bits = dtypes.is_narrow_by_default(args, kwargs) and name not in table.ANY_FORMAT
-        if in_16_bits:
+            narrow = dtypes.is_narrow_by_default(args, kwargs)
+        if narrow and name not in table.ANY_FORMAT:
             results = dtypes.run(name, run, args, operands, outs[0] if outs else None)
         elif (
             name in table.FLOAT64

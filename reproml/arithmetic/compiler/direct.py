@@ -28,7 +28,8 @@ def run_directly(name: str, *operands: Tensor, scalar: float = 0.0) -> Optional[
     It takes contiguous operands of one shape, of which all but the first may also be single numbers.
     """
     first = operands[0]
-    if kernels.loops() is None or name not in _LOOPS or not first.numel():
+    loops = kernels.loops()
+    if loops is None or name not in _LOOPS or not first.numel():
         return None
     steps = []
     for x in operands:
@@ -39,7 +40,7 @@ def run_directly(name: str, *operands: Tensor, scalar: float = 0.0) -> Optional[
             return None
     missing = 3 - len(operands)
     n, out = first.numel(), torch.empty_like(first)
-    kernels.loops().reproml_direct(
+    loops.reproml_direct(
         _LOOPS[name],
         n,
         _Pointers(*[x.data_ptr() for x in operands], *[first.data_ptr()] * missing),

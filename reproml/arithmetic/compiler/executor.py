@@ -16,6 +16,7 @@ import math
 import threading
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 from types import FunctionType
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -288,13 +289,19 @@ def _program(
 ) -> Optional[Program]:
     """Return program_of(...) from the cache: a formula is recorded once for all shapes."""
     cache_key = (key, *dtypes, rows)
+    make = partial(program_of, formula, dtypes, rows)
+    return _kept(_programs, cache_key, make)  # type: ignore[no-any-return]
+
+
+def _kept(cache: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+    """Return what a cache has for a key, made before if it has nothing."""
     try:
-        return _programs[cache_key]
+        return cache[key]
     except KeyError:
-        if len(_programs) >= _MAX_PLANS:
-            _programs.clear()
-        program = _programs[cache_key] = program_of(formula, dtypes, rows)
-        return program
+        if len(cache) >= _MAX_PLANS:
+            cache.clear()
+        value = cache[key] = make()
+        return value
 
 
 def pair_program(formula: Formula, dtypes: Sequence[torch.dtype]) -> Optional[PairProgram]:
@@ -308,15 +315,12 @@ def pair_program(formula: Formula, dtypes: Sequence[torch.dtype]) -> Optional[Pa
 
 def cached_pair_program(formula: Formula, operands: int) -> Optional[PairProgram]:
     """Return the program in pairs of an elementwise formula of float64 operands, if it has one."""
+    make = partial(pair_program_of, formula, [torch.float64] * operands)
     try:
         key = _key(formula), operands
     except TypeError:  # a formula without a key
-        return pair_program_of(formula, [torch.float64] * operands)
-    if key not in _pair_programs:
-        if len(_pair_programs) >= _MAX_PLANS:
-            _pair_programs.clear()
-        _pair_programs[key] = pair_program_of(formula, [torch.float64] * operands)
-    return _pair_programs[key]
+        return make()
+    return _kept(_pair_programs, key, make)  # type: ignore[no-any-return]
 
 
 def _operand_like_result(operands: Sequence[Tensor], full: torch.Size) -> int:

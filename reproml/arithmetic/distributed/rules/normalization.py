@@ -56,6 +56,7 @@ def layer_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
         return on_single_worker(func, args, kwargs)
     length = math.prod(shape)
     grad_x = grad_w = grad_b = None
+    dtype = (x if w is None else w).dtype  # of the gradients of the parameters
     local = [t.local for t in (g, x, mean, rstd)]
     if mask[0]:
         grad_x = func(*local[:2], shape, *local[2:], w, b, [True, False, False])[0]
@@ -63,12 +64,11 @@ def layer_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
     if mask[1]:
         with natively():
             flat = [t.reshape(t.numel() // s, s) for t, s in zip(local, (length, length, 1, 1))]
-            dtype = (x if w is None else w).dtype
             partial = _scaled_sum([t.t() for t in flat], x.numel() // length, dtype)
         grad_w = reduce_over_batch(x.shard.group, partial, shape)
     if mask[2]:
         dims = list(range(x.dim() - len(shape)))
-        grad_b = aten.sum.dim_IntList(g, dims, dtype=(x if w is None else w).dtype).reshape(shape)
+        grad_b = aten.sum.dim_IntList(g, dims, dtype=dtype).reshape(shape)
     return grad_x, grad_w, grad_b
 
 
@@ -264,6 +264,7 @@ def group_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
     if x.shard.group.size == 1:
         return on_single_worker(func, args, kwargs)
     grad_x = grad_w = grad_b = None
+    dtype = (x if w is None else w).dtype  # of the gradients of the parameters
     local = [t.local for t in (g, x, mean, rstd)]
     if mask[0]:
         grad_x = func(*local, w, len(local[0]), c, hw, groups, [True, False, False])[0]
@@ -274,9 +275,8 @@ def group_norm_backward(func: Any, args: Any, kwargs: Any) -> Any:
             shapes = (split, split, *[(split[0], groups, 1, 1)] * 2)
             flat = [t.reshape(s).expand(split) for t, s in zip(local, shapes)]
             flat = [t.permute(1, 2, 0, 3).reshape(c, split[0] * hw) for t in flat]
-            partial = _scaled_sum(flat, n * hw, (x if w is None else w).dtype)
+            partial = _scaled_sum(flat, n * hw, dtype)
         grad_w = reduce_over_batch(x.shard.group, partial, (c,))
     if mask[2]:
-        dtype = (x if w is None else w).dtype
         grad_b = aten.sum.dim_IntList(g, [0, *range(2, g.dim())], dtype=dtype)
     return grad_x, grad_w, grad_b
