@@ -23,10 +23,10 @@ from reproml.errors import ReproError
 from tests.arithmetic.distributed.test_sharded import (
     LOSSES,
     MODELS,
-    Autocast,
     classes,
     cnn,
     mlp,
+    model_in_16_bits,
     regression_with,
     same,
 )
@@ -73,13 +73,8 @@ def test_model_has_gradients_of_complete_batch(name):
 @pytest.mark.parametrize("weights", [False, True])
 def test_model_in_16_bits_has_gradients_of_complete_batch(name, dtype, weights):
     """By autocast, or with weights of 16 bits."""
-    make, data = MODELS[name]
-    torch.manual_seed(1)
     with reproml.exact():
-        x, y = data(7), classes(7)
-        model = make().to(dtype) if weights else Autocast(make(), dtype)
-        if weights and x.is_floating_point():
-            x = x.to(dtype)
+        model, x, y = model_in_16_bits(name, dtype, weights)
         expected = complete(copy.deepcopy(model), x, y, F.cross_entropy)
         found = in_parts(model, x, y, F.cross_entropy, 3)
         assert len(found) == len(expected) and all(map(same, found, expected))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Callable
 
 import pytest
 import torch
 
 from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.numerics.formats import rounding_to
 from verification.oracle import same_bits
 
 KINDS = ["normal", "integers", "ties", "wide", "cancelling", "far", "constant", "sparse"]
@@ -32,6 +35,29 @@ def numbers(shape: tuple[int, ...], kind: str = "normal", seed: int = 0) -> torc
     if kind == "sparse":  # as after relu
         return torch.relu(x - 1) * 1e-20
     return x
+
+
+def limit_vectors(doubles: int, *dtypes: torch.dtype) -> None:
+    """Let the kernels that round to these dtypes use vectors of at most so many doubles."""
+    for dtype in dtypes:
+        with rounding_to(dtype):
+            kernels.loops().reproml_limit_vectors(doubles)
+
+
+@contextmanager
+def path_of_products(
+    path: Any, monkeypatch: pytest.MonkeyPatch, *dtypes: torch.dtype
+) -> Iterator[None]:
+    """Run PyTorch's own kernels ("reference"), or the compiled ones with vectors of so many doubles."""
+    if path == "reference":
+        monkeypatch.setattr(kernels, "library", None)
+        yield
+    elif kernels.library is None:
+        pytest.skip("the kernels are not built")
+    else:
+        limit_vectors(path, *dtypes)
+        yield
+        limit_vectors(8, *dtypes)
 
 
 def reference(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -160,6 +160,15 @@ class Autocast(nn.Module):
             return self.model(x)
 
 
+def model_in_16_bits(name: str, dtype: torch.dtype, weights: bool) -> tuple[nn.Module, Any, Any]:
+    """Return a model in autocast, or with weights of 16 bits, and seven rows with their classes."""
+    make, data = MODELS[name]
+    torch.manual_seed(1)
+    x, y = data(7), classes(7)
+    model = make().to(dtype) if weights else Autocast(make(), dtype)
+    return model, x.to(dtype) if weights and x.is_floating_point() else x, y
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_model_trains_as_in_single_process(name):
     """Three rows for one to four workers: with four, one has no row."""
@@ -179,13 +188,8 @@ def test_model_trains_as_in_single_process(name):
 @pytest.mark.parametrize("weights", [False, True])
 def test_model_trains_in_16_bits(name, dtype, weights):
     """By autocast, or with weights of 16 bits. Seven rows for three workers."""
-    make, data = MODELS[name]
-    torch.manual_seed(1)
     with reproml.exact():
-        x, y = data(7), classes(7)
-        model = make().to(dtype) if weights else Autocast(make(), dtype)
-        if weights and x.is_floating_point():
-            x = x.to(dtype)
+        model, x, y = model_in_16_bits(name, dtype, weights)
         expected = trained(copy.deepcopy(model), x, y, F.cross_entropy, steps=2)
     for found in by_workers(3, model, x, y, F.cross_entropy, steps=2):
         assert len(found) == len(expected)

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.numerics import exact_sums
 from reproml.arithmetic.operators import matmul, reductions
+from tests.arithmetic import forms
 from tests.arithmetic.strategies import ANY, FINITE, LAYOUTS, SMALL_INTEGERS, lay_out, tensors
 from verification.oracle import Real, check, reals, same_bits, total
 
@@ -25,16 +25,8 @@ few = settings(max_examples=25)
 
 @pytest.fixture(params=["reference", 2, 4, 8], autouse=True, ids=lambda x: f"{x}")
 def path(request, monkeypatch):
-    """Run PyTorch's own kernels, and the compiled ones with vectors of 2, 4 and 8 doubles."""
-    if request.param == "reference":
-        monkeypatch.setattr(kernels, "library", None)
+    with forms.path_of_products(request.param, monkeypatch, torch.float32):
         yield
-    elif kernels.library is None:
-        pytest.skip("the kernels are not built")
-    else:
-        kernels.library.reproml_limit_vectors(request.param)
-        yield
-        kernels.library.reproml_limit_vectors(8)
 
 
 def exact_product(a, b, bias=None):

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import reproml
-from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.numerics import formats
 from reproml.arithmetic.operators import matmul
 from tests.arithmetic import forms
@@ -34,22 +33,8 @@ SCALE = 2**140  # every finite number of both dtypes is a multiple of 1 / SCALE
 
 @pytest.fixture(params=["reference", 2, 4, 8], autouse=True, ids=str)
 def path(request, monkeypatch):
-    """Run PyTorch's own kernels, and the compiled ones with vectors of 2, 4 and 8 doubles."""
-    if request.param == "reference":
-        monkeypatch.setattr(kernels, "library", None)
+    with forms.path_of_products(request.param, monkeypatch, *DTYPES):
         yield
-    elif kernels.library is None:
-        pytest.skip("the kernels are not built")
-    else:
-        limit_vectors(request.param)
-        yield
-        limit_vectors(8)
-
-
-def limit_vectors(doubles):
-    for dtype in DTYPES:
-        with formats.rounding_to(dtype):
-            kernels.loops().reproml_limit_vectors(doubles)
 
 
 def factors(kind, dtype, m, k, n):

@@ -13,6 +13,7 @@ import torch
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.numerics import formats
 from reproml.arithmetic.operators import convolution
+from tests.arithmetic.forms import limit_vectors
 from verification import oracle
 from verification.oracle import Real, check
 
@@ -24,20 +25,14 @@ pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are
 @pytest.fixture(params=[2, 4, 8], autouse=True)
 def vectors(request, monkeypatch):
     """Run the kernels with vectors of 2, 4 and 8 doubles, and fail if they leave a result to Python."""
-    limit_vectors(request.param)
+    limit_vectors(request.param, *DTYPES)
 
     def refuse(*_):
         raise AssertionError("the kernel did not calculate this convolution")
 
     monkeypatch.setattr(convolution, "_patches", refuse)
     yield
-    limit_vectors(8)
-
-
-def limit_vectors(doubles):
-    for dtype in DTYPES:
-        with formats.rounding_to(dtype):
-            kernels.loops().reproml_limit_vectors(doubles)
+    limit_vectors(8, *DTYPES)
 
 
 class Case(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,6 +230,16 @@ def test_unknown_generator_state_is_an_error(monkeypatch):
         torch.randn(3)
 
 
+def with_gradient(dropout: Any, start: torch.Tensor, g: torch.Tensor) -> tuple[Any, ...]:
+    """Return the result, the gradient and the next random number of a function of a copy of `start`."""
+    torch.manual_seed(5)
+    x = start.clone().requires_grad_()
+    with reproml.exact():
+        y = dropout(x)
+        y.backward(g)
+        return y.detach(), x.grad, torch.rand(1)
+
+
 @few
 @given(
     shapes,
@@ -240,17 +251,8 @@ def test_native_dropout_matches_cpu_dropout(shape, layout, p, train):
     """F.dropout is decomposed on the CPU and calls native_dropout, which is tested here, on a GPU."""
     start, g = empty(shape, layout).normal_(), torch.randn(shape)
     start.masked_fill_(start < -1, -0.0)
-
-    def run(dropout):
-        torch.manual_seed(5)
-        x = start.clone().requires_grad_()
-        with reproml.exact():
-            y = dropout(x)
-            y.backward(g)
-            return y.detach(), x.grad, torch.rand(1)
-
-    decomposed = run(lambda x: torch.nn.functional.dropout(x, p, train))
-    native = run(lambda x: torch.native_dropout(x, p, train)[0])
+    decomposed = with_gradient(lambda x: torch.nn.functional.dropout(x, p, train), start, g)
+    native = with_gradient(lambda x: torch.native_dropout(x, p, train)[0], start, g)
     assert all(map(same_bits, decomposed, native))
     with reproml.exact():
         _, mask = torch.native_dropout(torch.ones(shape), p, train)
@@ -738,17 +740,9 @@ def test_multinomial_rounds_the_ratio_to_16_bits(dtype):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.7])
 def test_native_dropout_of_16_bits_matches_cpu_dropout(dtype, p):
     start, g = torch.randn(200).to(dtype), torch.randn(200).to(dtype)
-
-    def run(dropout):
-        torch.manual_seed(5)
-        x = start.clone().requires_grad_()
-        with reproml.exact():
-            y = dropout(x)
-            y.backward(g)
-            return y.detach(), x.grad
-
-    decomposed = run(lambda x: torch.nn.functional.dropout(x, p))
-    assert all(map(same_bits, decomposed, run(lambda x: torch.native_dropout(x, p, True)[0])))
+    decomposed = with_gradient(lambda x: torch.nn.functional.dropout(x, p), start, g)
+    found = with_gradient(lambda x: torch.native_dropout(x, p, True)[0], start, g)
+    assert all(map(same_bits, decomposed, found))
 
 
 @in_16_bits
