@@ -225,9 +225,8 @@ class _Side:
         self.step = 0  # the last
         self.stepped = False  # whether an optimizer has taken a step
         self.ended = False  # whether the training ended, and was not interrupted
-        self.sampled: dict[
-            int, str
-        ] = {}  # optimizer -> dtype and shape of the tensor that is sampled
+        # Optimizer -> dtype and shape of the tensor that is sampled.
+        self.sampled: dict[int, str] = {}
         self._diverged = self._complete = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

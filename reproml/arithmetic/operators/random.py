@@ -157,8 +157,8 @@ def normal_(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None
     each 16 the first 8 are u and the others v. If 16 does not divide the number of elements, it draws 16
     new numbers for the last 16 elements; for 16-bit elements it draws only the numbers that it uses. If x
     has fewer, it draws pairs (v, u) of float64 numbers; if the last result is one too many, its value for
-    mean 0 and std 1 stays in the generator, rounded to binary64 to odd, and is the first number of the next
-    such call.
+    mean 0 and std 1 stays in the generator, rounded to binary64 to odd, or to nearest for a float64 tensor,
+    and is the first number of the next such call.
 
     Raises RuntimeError for std < 0.
     """
