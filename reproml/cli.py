@@ -475,6 +475,8 @@ def reproduced_command(args: argparse.Namespace, terminal: Terminal) -> Result:
         for p in checked.provenances:
             terminal.print(f"{p.path}: by {p.builder}")
         terminal.print(f"not reproduced: {checked.difference}")
+        if out.exists():
+            terminal.print(f"{out} is of an earlier comparison, not of this one")
         return 1, result
     compared, stated = 0, 0
     for p in checked.provenances:

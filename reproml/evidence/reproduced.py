@@ -152,7 +152,8 @@ def compare_statements(provenances: list[Provenance], same_builder: bool = False
         if twin is not p and not same_builder:
             raise ReproError(
                 f"{twin.path} and {p.path} are of the same builder {p.builder}, so they are not "
-                "independent; --same-builder compares them nevertheless"
+                "independent; if two machines have this name, train again with --builder NAME; "
+                "--same-builder compares them nevertheless"
             )
     differences = chain(
         *(_differences(first, other) for other in provenances[1:]),

@@ -204,6 +204,11 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 def stated_recipe(provenance: Provenance) -> Recipe:
     """Return the recipe of a provenance. Raises ReproError if it has none."""
+    if "script" in provenance.parameters:
+        raise ReproError(
+            f"{provenance.path} is of the script {provenance.parameters['script']}, not of a recipe; "
+            "train it again with reproml run --provenance"
+        )
     try:
         return msgspec.convert(provenance.parameters.get("recipe"), Recipe)
     except msgspec.ValidationError as error:

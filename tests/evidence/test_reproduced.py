@@ -131,6 +131,15 @@ def test_changed_byte_of_a_file_is_named(folder, name, capsys):
     assert f"its sha256 is {found}, not " in out and not Path("a.reproduced.json").exists()
 
 
+def test_summary_of_an_earlier_comparison_is_named(capsys):
+    assert main(["reproduced", "a", "b"]) == 0
+    Path("b/weights.safetensors").write_bytes(b"")
+    assert main(["reproduced", "a", "b"]) == 1
+    assert (
+        "a.reproduced.json is of an earlier comparison, not of this one" in capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize("folder", ["a", "b"])
 def test_changed_byte_of_a_statement_is_named(folder, capsys):
     path = Path(folder, "provenance.json")
@@ -303,6 +312,12 @@ def test_scripts_in_other_folders_agree(tmp_path, capsys):
     assert "weights checked" in capsys.readouterr().out
     values = check_statement((tmp_path / "one.reproduced.json").read_bytes())
     assert values["subject"][0]["digest"] == {"reproml_digest_1": digest(STATE)}
+
+
+def test_provenance_of_a_script_states_no_recipe(tmp_path, capsys):
+    one = script_provenance(tmp_path / "one", "a")
+    assert main(["train", "--recipe", str(one)]) == 2
+    assert "one/t.py, not of a recipe; train it again with reproml run" in capsys.readouterr().err
 
 
 def test_changed_state_dict_is_named(tmp_path, capsys):
