@@ -292,7 +292,9 @@ def call_modes_and_subclasses(operator: Any, args: Any, kwargs: Any) -> Any:
         if result is not NotImplemented:
             return result
     for t in types:
-        offered, state.active.offered = state.active.offered, operator
+        offered = state.active.offered
+        # Our own subclasses run operators natively where they mean to.
+        state.active.offered = None if t.__module__.startswith("reproml.") else operator
         try:
             with interception.again():
                 result = t.__torch_dispatch__(operator, types, args, kwargs)

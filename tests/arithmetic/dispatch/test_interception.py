@@ -114,9 +114,16 @@ def run(*arguments: str, cwd: Path = ROOT) -> str:
     return shown.stdout
 
 
-def test_tests_of_interception_pass_with_a_taken_key():
-    path = "tests/arithmetic/dispatch/test_dispatcher.py"
-    shown = run("-m", "pytest", "-q", "-p", "tests.taken_key", path, "-k", f"not ({ONLY_BY_KEY})")
+@pytest.mark.parametrize(
+    "path, chosen",
+    [
+        ("arithmetic/dispatch/test_dispatcher.py", f"not ({ONLY_BY_KEY})"),
+        ("test_accumulation.py", "complete_batch and (lstm or mlp)"),
+        ("arithmetic/distributed/test_sharded.py", "single_process and (lstm or mlp)"),
+    ],
+)
+def test_tests_pass_with_a_taken_key(path, chosen):
+    shown = run("-m", "pytest", "-q", "-p", "tests.taken_key", f"tests/{path}", "-k", chosen)
     assert " passed" in shown
 
 
