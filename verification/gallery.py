@@ -1,8 +1,8 @@
-"""Compare the digests of the training scripts of gallery/ with golden/gallery.json, in two settings.
+"""Compare the digests of the training scripts of gallery/ with golden/gallery.json.
 
 `python -m verification.gallery NAME...` runs the named scripts, or all of them; a script fails where its
-libraries are absent. With `--write` it writes the digests to the file, of each script on whose digests the
-settings agree.
+libraries are absent. With `--matrix` it runs them in every setting of `invoke matrix` instead. With
+`--write` it writes the digests to the file, of each script on whose digests the settings agree.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from reproml.matrix import offered
 from verification.subprocesses import ROOT, Reproml
 
 SCRIPTS = {path.stem: path for path in sorted((ROOT / "gallery").glob("*.py"))}
@@ -42,14 +43,18 @@ def digests(run: Reproml, folder: Path, script: Path) -> list[str]:
     return [optimizer["parameters.sha256"] for optimizer in result["optimizers"]]
 
 
-def run_all(scripts: Sequence[Path], expected: dict[str, list[str]]) -> dict[str, list[str]]:
+def run_all(
+    scripts: Sequence[Path],
+    expected: dict[str, list[str]],
+    settings: Mapping[str, Mapping[str, str]] = SETTINGS,
+) -> dict[str, list[str]]:
     """Run the scripts in all settings and print the outcomes.
 
     Return the digests of those that have the same digests in all settings and, if they are expected, these.
     """
     same = {script.stem: expected.get(script.stem) for script in scripts}
     failed = set()
-    for setting, variables in SETTINGS.items():
+    for setting, variables in settings.items():
         print(f"{setting}:", flush=True)
         with Reproml({**_ALL, **variables}) as run, TemporaryDirectory() as folder:
             for script in scripts:
@@ -69,16 +74,18 @@ def run_all(scripts: Sequence[Path], expected: dict[str, list[str]]) -> dict[str
 
 def main(arguments: Sequence[str]) -> int:
     """Run the named scripts; return 1 if one fails or has other digests, otherwise 0."""
-    names = [name for name in arguments if name != "--write"] or list(SCRIPTS)
+    options = {"--matrix", "--write"}.intersection(arguments)
+    names = [name for name in arguments if name not in options] or list(SCRIPTS)
     if unknown := set(names) - set(SCRIPTS):
         print(f"gallery: there is no gallery/{sorted(unknown)[0]}.py", file=sys.stderr)
         return 2
     golden: dict[str, list[str]] = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-    write = "--write" in arguments
+    write = "--write" in options
     if not write and (missing := set(names) - set(golden)):
         print(f"gallery: golden/gallery.json has no {sorted(missing)[0]}", file=sys.stderr)
         return 2
-    found = run_all([SCRIPTS[name] for name in names], {} if write else golden)
+    settings = {x.name: x.variables for x in offered()} if "--matrix" in options else SETTINGS
+    found = run_all([SCRIPTS[name] for name in names], {} if write else golden, settings)
     if write:
         GOLDEN.write_text(json.dumps({**golden, **found}, indent=2, sort_keys=True) + "\n")
     return int(len(found) < len(set(names)))
