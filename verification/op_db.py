@@ -59,7 +59,9 @@ FORMATS = {
     torch.float64: (53, -1022, 1024),
 }
 # Their statistics are float32 also beside weights of 16 bits, as on an accelerator.
-STATISTICS = frozenset({"native_layer_norm", "native_batch_norm", "_native_batch_norm_legit"})
+STATISTICS = frozenset(
+    {"native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit"}
+)
 
 FACTORIES = frozenset({"arange", "linspace", "logspace"})  # made of Python numbers alone
 
@@ -86,6 +88,8 @@ COARSE_OF = {
     "logcumsumexp": 2.0**-9,
     "nn.functional.ctc_loss": 2.0**-9,
     "nn.functional.hardsigmoid": 2.0**-13,  # see REFERENCE_OFF
+    # The gradient of softmax cancels, and PyTorch takes all steps in float32.
+    "nn.functional.scaled_dot_product_attention": COARSE[torch.float32],
 }
 
 # Which one of equal elements is selected differs.

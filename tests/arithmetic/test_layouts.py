@@ -236,4 +236,4 @@ def test_other_layout_is_noticed(monkeypatch):
     """The comparison with PyTorch fails for a rule that is not PyTorch's."""
     monkeypatch.setattr(layouts, "ELEMENTWISE", frozenset())
     with pytest.raises(AssertionError):
-        check(monkeypatch, "exp", (torch.randn(3, 4).t(),), {})
+        check(monkeypatch, "exp", (torch.randn(3, 4).t(),), {}, True)

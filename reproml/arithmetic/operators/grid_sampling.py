@@ -378,4 +378,4 @@ def _require(x: Tensor, grid: Tensor, mode: int) -> None:
             f"a grid of shape {list(grid.shape)} does not fit an input of shape {list(x.shape)}"
         )
     if mode == BICUBIC and axes != 2:
-        raise RuntimeError("bicubic sampling takes images, not volumes")
+        raise NotExactError("bicubic sampling is defined for images, not for volumes")

@@ -176,3 +176,9 @@ def test_affine_grid_is_product_of_rounded_places(align, size, dtype):
     with rounding_to(dtype):
         check(grid, expected)
     assert theta.grad is not None
+
+
+def test_bicubic_sampling_of_volumes_is_refused():
+    x, grid = torch.rand(1, 1, 2, 2, 2), torch.rand(1, 2, 2, 2, 3)
+    with reproml.exact(), pytest.raises(reproml.NotExactError, match="for images, not for volumes"):
+        F.grid_sample(x, grid, "bicubic", align_corners=False)
