@@ -88,6 +88,7 @@ COARSE_OF = {
     "logcumsumexp": 2.0**-9,
     "nn.functional.ctc_loss": 2.0**-9,
     "nn.functional.hardsigmoid": 2.0**-13,  # see REFERENCE_OFF
+    "histc": 1.0,  # its bounds are rounded to float32, in the reference they are not: an edge moves
     # The gradient of softmax cancels, and PyTorch takes all steps in float32.
     "nn.functional.scaled_dot_product_attention": COARSE[torch.float32],
 }
