@@ -16,7 +16,6 @@ import math
 import threading
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import partial
 from types import FunctionType
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -289,18 +288,17 @@ def _program(
 ) -> Optional[Program]:
     """Return program_of(...) from the cache: a formula is recorded once for all shapes."""
     cache_key = (key, *dtypes, rows)
-    make = partial(program_of, formula, dtypes, rows)
-    return _kept(_programs, cache_key, make)  # type: ignore[no-any-return]
+    return _kept(_programs, cache_key, program_of, formula, dtypes, rows)  # type: ignore[no-any-return]
 
 
-def _kept(cache: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
-    """Return what a cache has for a key, made before if it has nothing."""
+def _kept(cache: dict[Any, Any], key: Any, make: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a cache has for a key, which is made first if it has nothing."""
     try:
         return cache[key]
     except KeyError:
         if len(cache) >= _MAX_PLANS:
             cache.clear()
-        value = cache[key] = make()
+        value = cache[key] = make(*arguments)
         return value
 
 
@@ -315,12 +313,12 @@ def pair_program(formula: Formula, dtypes: Sequence[torch.dtype]) -> Optional[Pa
 
 def cached_pair_program(formula: Formula, operands: int) -> Optional[PairProgram]:
     """Return the program in pairs of an elementwise formula of float64 operands, if it has one."""
-    make = partial(pair_program_of, formula, [torch.float64] * operands)
+    dtypes = [torch.float64] * operands
     try:
         key = _key(formula), operands
     except TypeError:  # a formula without a key
-        return make()
-    return _kept(_pair_programs, key, make)  # type: ignore[no-any-return]
+        return pair_program_of(formula, dtypes)
+    return _kept(_pair_programs, key, pair_program_of, formula, dtypes)  # type: ignore[no-any-return]
 
 
 def _operand_like_result(operands: Sequence[Tensor], full: torch.Size) -> int:
