@@ -29,8 +29,8 @@ INLINE int32_t round_rows(const double *restrict sums, int m, int n, double g, c
     int32_t failed[TILE_COLUMNS] = {0}, any = 0;
     for (int i = 0; i < m; i++) {
         const double *restrict from = sums + i * TILE_COLUMNS;
-        float *restrict to = out + i * stride;
-        int32_t *restrict row = differ + i * TILE_COLUMNS;
+        int32_t row[TILE_COLUMNS]; /* of its own: GCC does not see that differ and out never overlap */
+        float rounded[TILE_COLUMNS];
         double bound = g * row_bound[i], constant = row_bias ? row_bias[i] : 0;
         for (int j = 0; j < n; j++) {
             double bias = constant + (double)column_bias[j]; /* one of them is zero */
@@ -38,9 +38,11 @@ INLINE int32_t round_rows(const double *restrict sums, int m, int n, double g, c
 #if PRECISION < 24 /* a minimum compiles to one instruction, a branch does not */
             rad += 0x1p900 * rad < SINGLE_LOST ? 0x1p900 * rad : SINGLE_LOST;
 #endif
-            row[j] = round_sum_quickly(from[j] + bias, rad + g * fabs(bias), to + j);
+            row[j] = round_sum_quickly(from[j] + bias, rad + g * fabs(bias), rounded + j);
             failed[j] |= row[j];
         }
+        memcpy(out + i * stride, rounded, (size_t)n * sizeof(float));
+        memcpy(differ + i * TILE_COLUMNS, row, (size_t)n * sizeof(int32_t));
     }
     for (int j = 0; j < n; j++) any |= failed[j];
     return any;

@@ -152,8 +152,8 @@ INLINE int32_t patterns_differ(float low, float high) { return bits(low) ^ bits(
 /* rounding.round_ball: the real number lies within rel |mid| + rad of mid. */
 INLINE int32_t round_ball(double mid, double rel, double rad, float *result) {
     rad += rel * fabs(mid);
-    rad = (rad == 0 ? 0 : rad * SLACK + 2 * U * fabs(mid)) + TINY;
-    return numbers_differ(mid, rad, result);
+    double room = rad == 0 ? 0 : 2 * U * fabs(mid); /* a product with a condition would not be vectorised */
+    return numbers_differ(mid, rad * SLACK + room + TINY, result);
 }
 
 /* For a `rad` that has room for the test. */

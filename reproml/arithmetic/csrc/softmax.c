@@ -21,30 +21,47 @@ INLINE double sum(const double *x, integer n) {
     return part[0] + total;
 }
 
+typedef float floats __attribute__((vector_size(32), aligned(4), may_alias));
+typedef double lanes __attribute__((vector_size(64), aligned(8), may_alias));
+typedef int64_t lanes_of_bits __attribute__((vector_size(64), aligned(8), may_alias));
+
+#define WIDE(at) __builtin_convertvector(*(const floats *)(at), lanes)
+
+/* Add `term` to `sum`, the rounding errors to `lost` and their absolute values to `size`; two_sum, lane by lane. */
+INLINE void add_lanes(lanes *sum, lanes term, lanes *lost, lanes *size) {
+    const lanes a = *sum, s = a + term, z = s - a, more = (a - (s - z)) + (term - z);
+    *sum = s, *lost += more;
+    *size += (lanes)((lanes_of_bits)more & INT64_MAX);
+}
+
 /* The sum of x y, whose terms are exact, or of x alone if y is null, with a bound of its error. The rounding errors of
    TwoSum are added up too, so only the additions of those count, and a sum without rounding errors is exact. */
 INLINE ball exact_sum(const float *x, const float *y, integer n) {
-    double part[LANES] = {0}, lost[LANES] = {0}, size[LANES] = {0}, term[LANES], more;
+    lanes part[2] = {{0}}, lost[2] = {{0}}, size[2] = {{0}};
+    float rest[2][LANES] = {{0}}; /* the last terms, padded */
+    double sum, left, all, more;
     for (integer i = 0; i < n; i += LANES) {
-        const int count = n - i < LANES ? (int)(n - i) : LANES;
-        if (count == LANES)
-            for (int l = 0; l < LANES; l++) term[l] = y ? (double)x[i + l] * y[i + l] : x[i + l];
-        else
-            for (int l = 0; l < LANES; l++) term[l] = l >= count ? 0 : y ? (double)x[i + l] * y[i + l] : x[i + l];
-        for (int l = 0; l < LANES; l++) {
-            two_sum(part[l], term[l], &part[l], &more);
-            lost[l] += more;
-            size[l] += fabs(more);
+        const float *a = x + i, *b = y ? y + i : 0;
+        if (n - i < LANES) {
+            a = memcpy(rest[0], a, (size_t)(n - i) * sizeof(float));
+            if (y) b = memcpy(rest[1], b, (size_t)(n - i) * sizeof(float));
+        }
+        for (int l = 0; l < 2; l++) {
+            lanes term = WIDE(a + 8 * l);
+            if (y) term *= WIDE(b + 8 * l);
+            add_lanes(&part[l], term, &lost[l], &size[l]);
         }
     }
-    for (int width = LANES / 2; width; width /= 2)
-        for (int l = 0; l < width; l++) {
-            two_sum(part[l], part[l + width], &part[l], &more);
-            lost[l] += lost[l + width] + more;
-            size[l] += size[l + width] + fabs(more);
-        }
-    two_sum(part[0], lost[0], &part[0], &more);
-    return (ball){part[0], fabs(more) + 2 * (n + LANES) * U * size[0]};
+    add_lanes(&part[0], part[1], &lost[0], &size[0]);
+    lost[0] += lost[1], size[0] += size[1];
+    sum = part[0][0], left = lost[0][0], all = size[0][0];
+    for (int l = 1; l < 8; l++) {
+        two_sum(sum, part[0][l], &sum, &more);
+        left += lost[0][l] + more;
+        all += size[0][l] + fabs(more);
+    }
+    two_sum(sum, left, &sum, &more);
+    return (ball){sum, fabs(more) + 2 * (n + LANES) * U * all};
 }
 
 /* The largest of n numbers; it may ignore a NaN. */

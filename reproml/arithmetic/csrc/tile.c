@@ -17,9 +17,9 @@ typedef float half_2 __attribute__((vector_size(8), aligned(4), may_alias));
 typedef int32_t bits_2 __attribute__((vector_size(16), aligned(4), may_alias)); /* two vectors of floats */
 typedef int32_t bits_4 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t bits_8 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef double full_2 __attribute__((vector_size(16), aligned(8)));
-typedef double full_4 __attribute__((vector_size(32), aligned(8)));
-typedef double full_8 __attribute__((vector_size(64), aligned(8)));
+typedef double full_2 __attribute__((vector_size(16), aligned(8), may_alias));
+typedef double full_4 __attribute__((vector_size(32), aligned(8), may_alias));
+typedef double full_8 __attribute__((vector_size(64), aligned(8), may_alias));
 typedef float single_2 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float single_4 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float single_8 __attribute__((vector_size(64), aligned(4), may_alias));
@@ -73,12 +73,21 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
 /* The formatter does not converge on these macros. */
 /* clang-format off */
 
+/* Sums [m, n] are set to zero and stored in loops that are unrolled: else GCC keeps them in memory. */
+#define ZERO(type, sum, m, n)                           \
+    _Pragma("GCC unroll 8") for (int i = 0; i < m; i++) \
+        _Pragma("GCC unroll 6") for (int j = 0; j < n; j++) sum[i][j] = (type){0};
+#define STORE(type, sum, m, n, out, pitch)              \
+    _Pragma("GCC unroll 8") for (int i = 0; i < m; i++) \
+        _Pragma("GCC unroll 6") for (int j = 0; j < n; j++) ((type *)(out + i * pitch))[j] = sum[i][j];
+
 /* m rows by v vectors of columns. */
 #define ACROSS(lanes, m, v, target)                                                                        \
     target static void across_##lanes##_##m##_##v(                                              \
         integer k, const double *restrict a, const float *restrict b, const integer *restrict offset,      \
         double *restrict out) {                                                                            \
-        full_##lanes sum[m][v] = {{{0}}}, row[v];                                                          \
+        full_##lanes sum[m][v], row[v];                                                                    \
+        ZERO(full_##lanes, sum, m, v)                                                                      \
         for (integer p = 0; p < k; p++) {                                                                  \
             const float *from = b + offset[p];                                                             \
             _Pragma("GCC unroll 3") for (int j = 0; j < v; j++) row[j] = WIDE(lanes, from + j * lanes);    \
@@ -87,9 +96,7 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
                 _Pragma("GCC unroll 3") for (int j = 0; j < v; j++) sum[i][j] += x * row[j];               \
             }                                                                                              \
         }                                                                                                  \
-        for (int i = 0; i < m; i++)                                                                        \
-            for (int j = 0; j < v; j++)                                                                    \
-                memcpy(out + i * TILE_COLUMNS + j * lanes, &sum[i][j], sizeof sum[i][j]);                  \
+        STORE(full_##lanes, sum, m, v, out, TILE_COLUMNS)                                                  \
     }
 
 #if PRECISION == 8
@@ -104,9 +111,11 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
     target static void single_##lanes##_##m##_##v(integer k, const float *restrict a,                      \
                                                   const float *restrict b, integer pitch,                  \
                                                   double *restrict out) {                                  \
-        full_##lanes all[m][2 * v] = {{{0}}};                                                              \
+        full_##lanes all[m][2 * v];                                                                        \
+        ZERO(full_##lanes, all, m, 2 * v)                                                                  \
         for (integer p = 0; p < k; p += SINGLE_BLOCK) {                                                    \
-            single_##lanes sum[m][v] = {{{0}}};                                                            \
+            single_##lanes sum[m][v];                                                                      \
+            ZERO(single_##lanes, sum, m, v)                                                                \
             if (p + SINGLE_BLOCK <= k)                                                                     \
                 SINGLE_TERMS(m, v, lanes, p, p + SINGLE_BLOCK)                                             \
             else                                                                                           \
@@ -119,7 +128,7 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
                     all[i][2 * j + 1] += WIDE(lanes, part + lanes);                                        \
                 }                                                                                          \
         }                                                                                                  \
-        for (int i = 0; i < m; i++) memcpy(out + i * TILE_COLUMNS, all[i], sizeof all[i]);                 \
+        STORE(full_##lanes, all, m, 2 * v, out, TILE_COLUMNS)                                              \
     }
 #define SINGLE_ROWS(lanes, m, target)                                                                      \
     SINGLE(lanes, m, 1, target) SINGLE(lanes, m, 2, target) SINGLE(lanes, m, 3, target)
@@ -138,7 +147,8 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
     target static void along_##lanes##_##m##_##n(                                               \
         integer k, const float *restrict a, integer a_row, const float *restrict b,                        \
         const integer *restrict b_offset, double *restrict sums) {                                         \
-        full_##lanes sum[m][n] = {{{0}}}, left[m];                                                         \
+        full_##lanes sum[m][n], left[m];                                                                   \
+        ZERO(full_##lanes, sum, m, n)                                                                      \
         integer p = 0;                                                                                     \
         for (; p + lanes <= k; p += lanes) {                                                               \
             _Pragma("GCC unroll 4") for (int i = 0; i < m; i++) left[i] = WIDE(lanes, a + i * a_row + p);  \
@@ -157,7 +167,7 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
                 _Pragma("GCC unroll 6") for (int j = 0; j < n; j++)                                        \
                     sum[i][j] += WIDE(lanes, rest[i]) * WIDE(lanes, rest[m + j]);                          \
         }                                                                                                  \
-        memcpy(sums, sum, sizeof sum);                                                                     \
+        STORE(full_##lanes, sum, m, n, sums, n * lanes)                                                    \
     }
 
 /* One row; 4 vectors of columns at a time. A NaN is larger than every number. */
