@@ -25,7 +25,8 @@ _Pointers, _Steps = ctypes.c_void_p * 3, ctypes.c_int64 * 3
 def run_directly(name: str, *operands: Tensor, scalar: float = 0.0) -> Optional[Tensor]:
     """Return the operator of float32 operands; None where its loop cannot take them.
 
-    It takes contiguous operands of one shape, of which all but the first may also be single numbers.
+    It takes operands of one shape, of which all but the first may also be single numbers. The result is
+    contiguous.
     """
     first = operands[0]
     loops = kernels.loops()
@@ -33,17 +34,18 @@ def run_directly(name: str, *operands: Tensor, scalar: float = 0.0) -> Optional[
         return None
     steps = []
     for x in operands:
-        if x.dtype is not torch.float32 or not (x.is_cpu and x.is_contiguous()):
+        if x.dtype is not torch.float32 or not x.is_cpu:
             return None
         steps.append(int(x.shape == first.shape))
         if not steps[-1] and (x.numel() != 1 or x.dim() > first.dim()):
             return None
+    operands = tuple(x.contiguous() for x in operands)
     missing = 3 - len(operands)
-    n, out = first.numel(), torch.empty_like(first)
+    n, out = first.numel(), torch.empty(first.shape)
     loops.reproml_direct(
         _LOOPS[name],
         n,
-        _Pointers(*[x.data_ptr() for x in operands], *[first.data_ptr()] * missing),
+        _Pointers(*[x.data_ptr() for x in operands], *[operands[0].data_ptr()] * missing),
         _Steps(*steps, *[1] * missing),
         scalar,
         out.data_ptr(),

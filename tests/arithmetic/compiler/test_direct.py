@@ -97,6 +97,14 @@ def test_direct_loop_takes_threads_and_single_numbers():
     agree(add, x[:0], y[:0])
 
 
+def test_direct_loop_takes_operands_of_any_layout():
+    x, y = hard_numbers(700, 0).view(70, 10), hard_numbers(700, 1).view(10, 70)
+    found = direct.run_directly("add_scaled", x.t(), y, scalar=0.1)
+    expected = direct.run_directly("add_scaled", x.t().contiguous(), y, scalar=0.1)
+    assert found is not None and expected is not None and found.is_contiguous()
+    assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+
+
 def test_every_loop_is_used(monkeypatch):
     used = set()
     library_call = direct.run_directly
