@@ -166,7 +166,7 @@ static int32_t lstm_gradient(const float *gates, const float *kept, const float 
     multiply(g_h, o, part, n);
     failed |= apply(TANH_BACKWARD, part, kept, total, n);
     if (g_c) {
-        memcpy(part, total, sizeof part);
+        memcpy(part, total, (size_t)n * sizeof(float));
         add(g_c, part, total, n);
     }
     multiply(total, g, part, n);

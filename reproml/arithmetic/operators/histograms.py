@@ -47,7 +47,7 @@ def histc(x: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
         inner = [_round_up(e) for e in _edges(low, high, bins)[1:-1]]
     edges = _on_device(inner, x.device)
     inside = (x >= float(low)) & (x <= float(high))
-    at = torch.where(inside, torch.bucketize(x, edges, right=True), bins).reshape(-1)
+    at = torch.where(inside, torch.bucketize(x.contiguous(), edges, right=True), bins).reshape(-1)
     counts = torch.zeros(bins + 1, dtype=torch.int64, device=x.device)
     return narrow(counts.scatter_add(0, at, torch.ones_like(at))[:-1].double())
 
@@ -78,7 +78,7 @@ def histogram(
         numbers = [nearest(e) for e in _edges(low, high, bins)]
         edges = _on_device(numbers, x.device)
     count = len(edges) - 1
-    flat = x.reshape(-1)
+    flat = x.reshape(-1).contiguous()
     at = torch.searchsorted(edges, flat, right=True) - 1
     at = torch.where(flat == edges[-1], count - 1, at)
     inside = (flat >= edges[0]) & (flat <= edges[-1])
