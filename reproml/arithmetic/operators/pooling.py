@@ -136,7 +136,15 @@ def adaptive_avg_pool2d(x: Tensor, size: Any) -> Tensor:
     if equal:
         (m, a), (n, b) = equal
         return reduce_sum(x.reshape(*x.shape[:-2], m, a, n, b), (-3, -1), divisor=a * b)
-    return windows.adaptive_avg_pool(2)(x, pair(size))
+    windows.require_axes(x, 2)
+    rows, columns = (windows.by_length(n, m) for n, m in zip(x.shape[-2:], pair(size)))
+    out = x.new_empty(*x.shape[:-2], *pair(size))
+    for a, (i, at_rows) in rows.items():
+        for b, (j, at_columns) in columns.items():
+            same_size = x[..., torch.tensor(at_rows)[:, :, None, None], torch.tensor(at_columns)]
+            means = reduce_sum(same_size, (-3, -1), divisor=a * b)
+            out[..., torch.tensor(i)[:, None], torch.tensor(j)] = means
+    return out
 
 
 def adaptive_avg_pool2d_backward(g: Tensor, x: Tensor) -> Tensor:

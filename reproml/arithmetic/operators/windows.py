@@ -66,7 +66,7 @@ def avg_pool_backward(axes: int) -> Callable[..., Tensor]:
 
 def _sides(x: Tensor, axes: int, kernel: Any, stride: Any, padding: Any) -> list[tuple[int, ...]]:
     """Return (size, kernel, stride, padding) of each axis. Raises RuntimeError for sizes out of range."""
-    _require(x, axes)
+    require_axes(x, axes)
     sizes = [_tuple(y, axes) for y in (kernel, stride or kernel, padding)]
     sides = list(zip(x.shape[-axes:], *sizes))
     for _, k, s, p in sides:
@@ -115,7 +115,7 @@ def adaptive_avg_pool(axes: int) -> Callable[..., Tensor]:
     """Return the definition of aten._adaptive_avg_pool: the mean of each window."""
 
     def pool(x: Tensor, size: Any) -> Tensor:
-        _require(x, axes)
+        require_axes(x, axes)
         sides = zip(x.shape[-axes:], _tuple(size, axes))
         return separable_sums(x, [_adaptive_means(n, m) for n, m in sides])
 
@@ -126,7 +126,7 @@ def adaptive_avg_pool_backward(axes: int) -> Callable[..., Tensor]:
     """Return the definition of aten._adaptive_avg_pool_backward: the transposed sums."""
 
     def backward(g: Tensor, x: Tensor) -> Tensor:
-        _require(x, axes)
+        require_axes(x, axes)
         require_shape("the gradient", g, (*x.shape[:-axes], *g.shape[-axes:]))
         sides = zip(x.shape[-axes:], g.shape[-axes:])
         return separable_sums(g, [_adaptive_means(n, m).transposed for n, m in sides])
@@ -136,14 +136,27 @@ def adaptive_avg_pool_backward(axes: int) -> Callable[..., Tensor]:
 
 @lru_cache(maxsize=256)
 def _adaptive_means(n: int, count: int) -> SparseMatrix:
-    rows = []
-    for i in range(count):
-        start, end = i * n // count, -(-(i + 1) * n // count)
-        rows.append(dict.fromkeys(range(start, end), Fraction(1, max(end - start, 1))))
+    rows = [dict.fromkeys(w, Fraction(1, max(len(w), 1))) for w in _adaptive_windows(n, count)]
     return SparseMatrix(rows, n)
 
 
-def _require(x: Tensor, axes: int) -> None:
+def _adaptive_windows(n: int, count: int) -> list[range]:
+    """Return the indices of each window of adaptive pooling along an axis of n elements."""
+    return [range(i * n // count, -(-(i + 1) * n // count)) for i in range(count)]
+
+
+def by_length(n: int, count: int) -> dict[int, tuple[list[int], list[range]]]:
+    """Return the windows of adaptive pooling of each length: their numbers and their indices."""
+    found: dict[int, tuple[list[int], list[range]]] = {}
+    for i, window in enumerate(_adaptive_windows(n, count)):
+        numbers, indices = found.setdefault(len(window), ([], []))
+        numbers.append(i)
+        indices.append(window)
+    return found
+
+
+def require_axes(x: Tensor, axes: int) -> None:
+    """Raise RuntimeError unless x has one or two axes before these, and elements."""
     require_container(x)
     if x.dim() not in (axes + 1, axes + 2) or not math.prod(x.shape[-axes - 1 :]):
         raise RuntimeError(f"pooling along {axes} axes does not take shape {list(x.shape)}")
