@@ -100,8 +100,8 @@ _MANY = 4  # if more than this fraction of all results is left, the next path ta
 _FAST = {
     name: i
     for i, name in enumerate(
-        """exp expm1 erfinv tanh sigmoid silu gelu
-        tanh_backward sigmoid_backward silu_backward gelu_backward
+        """exp expm1 erfinv tanh sigmoid silu gelu gelu_tanh
+        tanh_backward sigmoid_backward silu_backward gelu_backward gelu_tanh_backward
         softmax log_softmax softmax_backward log_softmax_backward""".split()
     )
 }

@@ -102,6 +102,27 @@ INLINE ball gelu_backward_ball(double g, double x) {
     return times(g, c + a, PHI_LOW(x, (c + fabs(a)) * (PHI_ERROR + 4 * U)));
 }
 
+/* 2 sqrt(2 / pi) (x + 0.044715 x^3), whose sigmoid is (1 + tanh) / 2, and its derivative: both add positive numbers
+   and err by less than 8 U. */
+#define GELU_SLOPE 0x1.9884533d43651p+0
+#define GELU_CUBIC (GELU_SLOPE * 0.044715)
+INLINE double gelu_tanh_inner(double x) { return x * (GELU_SLOPE + GELU_CUBIC * (x * x)); }
+INLINE double gelu_tanh_slope(double x) { return GELU_SLOPE + 3 * GELU_CUBIC * (x * x); }
+
+/* The relative error of sigmoid(u) and sigmoid(-u), where u errs by 8 U: an exponential passes that on |u| times. */
+INLINE double sigmoid_error(double u) { return SIGMOID_ERROR + 8 * U * fabs(u); }
+
+INLINE ball gelu_tanh_ball(double x) {
+    double other, u = gelu_tanh_inner(x);
+    return relative(x * sigmoid_pair(u, &other), sigmoid_error(u) + 2 * U);
+}
+
+/* s (1 + x sigmoid(-u) u'), as for silu; its product errs by 10 U more. */
+INLINE ball gelu_tanh_backward_ball(double g, double x) {
+    double other, u = gelu_tanh_inner(x), s = sigmoid_pair(u, &other), a = x * other * gelu_tanh_slope(x);
+    return times(g, s * (1 + a), s * (1 + fabs(a)) * (2 * sigmoid_error(u) + 16 * U));
+}
+
 /* One loop with the fast test; if an element fails, a second loop with the test that also covers subnormal numbers. */
 #define FORMULA(NAME, BALL)                                       \
     case NAME:                                                    \
@@ -131,10 +152,12 @@ VECTORISED static int32_t activation_block(int which, const float *restrict a, c
         FORMULA(SIGMOID, sigmoid_ball(x))
         FORMULA(SILU, silu_ball(x))
         FORMULA(GELU, gelu_ball(x))
+        FORMULA(GELU_TANH, gelu_tanh_ball(x))
         FORMULA(TANH_BACKWARD, relative(x * (1 - y * y), 4 * U))    /* y^2 is exact */
         FORMULA(SIGMOID_BACKWARD, relative(x * y * (1 - y), 4 * U)) /* x y is exact */
         FORMULA(SILU_BACKWARD, silu_backward_ball(x, y))
         FORMULA(GELU_BACKWARD, gelu_backward_ball(x, y))
+        FORMULA(GELU_TANH_BACKWARD, gelu_tanh_backward_ball(x, y))
     }
     return failures;
 }

@@ -119,7 +119,7 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
         return _nan_at_minus_infinity(_with_tails(partial(elementwise, formula), -60))(x)
     low = -15 if by_erf else -32  # 15 Phi(-15) < 2^-150
     reference = _nan_at_minus_infinity(_with_tails(half_near_zero(formula), low))
-    return elementwise(formula, x, reference=reference, fast="gelu" if by_erf else None)
+    return elementwise(formula, x, reference=reference, fast="gelu" if by_erf else "gelu_tanh")
 
 
 def gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
@@ -129,7 +129,7 @@ def gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
     if target() is BINARY64:
         return _gradient_with_tails(formula, -60)(g, x)
     reference = _half_gradient_near_zero(_gradient_with_tails(formula, -32))
-    fast = "gelu_backward" if by_erf else None
+    fast = "gelu_backward" if by_erf else "gelu_tanh_backward"
     return elementwise(formula, g, x, reference=reference, fast=fast)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,8 +17,14 @@ from verification.oracle import bits_of_tensor, same_bits
 
 pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
 
-ONE = ["exp", "expm1", "erfinv", "tanh", "sigmoid", "silu", "gelu"]
-TWO = ["tanh_backward", "sigmoid_backward", "silu_backward", "gelu_backward"]
+ONE = ["exp", "expm1", "erfinv", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh"]
+TWO = [
+    "tanh_backward", "sigmoid_backward", "silu_backward", "gelu_backward", "gelu_tanh_backward",
+]  # fmt: skip
+WITH_OPTIONS = {
+    f"gelu_tanh{end}": partial(operator_table.EXACT[f"gelu{end}"], approximate="tanh")
+    for end in ("", "_backward")
+}
 ROWS = ["_softmax", "_safe_softmax", "_log_softmax"]
 ROWS_BACKWARD = ["_softmax_backward_data", "_log_softmax_backward_data"]
 
@@ -29,7 +36,7 @@ def fresh(monkeypatch):
 
 def agree(name: str, *arguments: Any) -> torch.Tensor:
     """Assert that all three paths give the same bits; return the result."""
-    f = operator_table.EXACT[name]
+    f = WITH_OPTIONS.get(name) or operator_table.EXACT[name]
     found: torch.Tensor = f(*arguments)
     expected = reference(f, *arguments)
     with pytest.MonkeyPatch.context() as patch:
@@ -96,9 +103,22 @@ def test_formulas_of_two_operands(name):
     assert is_fast()
 
 
-@pytest.mark.parametrize("name", ["gelu", "gelu_backward", "silu_backward"])
+@pytest.mark.parametrize(
+    "name", ["gelu", "gelu_tanh", "gelu_backward", "gelu_tanh_backward", "silu_backward"]
+)
 def test_zeros_of_gradients_and_ends_of_ranges(name):
-    at = [-0.7517915964126587, -1.2784645557403564, -8.0, 8.0, -14.0, -27.0, -38.0, 700.0, -745.0]
+    at = [
+        -0.7517915964126587,
+        -0.7524614220710163,
+        -1.2784645557403564,
+        -8.0,
+        8.0,
+        -14.0,
+        -27.0,
+        -38.0,
+        700.0,
+        -745.0,
+    ]
     ulps = torch.arange(-3, 4, dtype=torch.int32)
     x = torch.cat([(torch.tensor([a]).view(torch.int32) + ulps).view(torch.float32) for a in at])
     for g in (1.0, 0.0, -0.0, 2.0**-149, -3e38):
