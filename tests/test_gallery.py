@@ -55,7 +55,8 @@ def test_agreement_difference_and_failure_are_reported(tmp_path, capsys):
         "good": SCRIPT.format(seed="torch.manual_seed(0)"),
         "other": SCRIPT.format(seed="torch.manual_seed(1)"),
         "unseeded": SCRIPT.format(seed=""),
-        "absent": "import no_such_library",
+        "absent": "import atexit, sys\n"
+        "atexit.register(lambda: sys.stderr.write('leak\\n' * 9))\nimport no_such_library",
     }
     for name, source in sources.items():
         (tmp_path / f"{name}.py").write_text(source)

@@ -36,11 +36,18 @@ def digests(run: Reproml, folder: Path, script: Path) -> list[str]:
     """Return the digests of the parameters of each optimizer. Raises RuntimeError if the script fails."""
     done = run(folder, "run", "--digest", "digest.json", str(script))
     if done.returncode:
-        raise RuntimeError("\n".join(done.stderr.strip().splitlines()[-5:]))
+        raise RuntimeError(_error(done.stderr))
     result = json.loads((folder / "digest.json").read_text())
     if "unseeded" in result:
         raise RuntimeError(f"it drew without a seed from {result['unseeded']}")
     return [optimizer["parameters.sha256"] for optimizer in result["optimizers"]]
+
+
+def _error(stderr: str) -> str:
+    """Return the error of the last traceback, if there is one: a library may report leaks after it."""
+    _, found, rest = stderr.strip().rpartition("Traceback (most recent call last):\n")
+    lines = rest.splitlines()
+    return "\n".join([x for x in lines if not x.startswith(" ")][:5] if found else lines[-5:])
 
 
 def run_all(
