@@ -47,7 +47,8 @@ def _error(stderr: str) -> str:
     """Return the error of the last traceback, if there is one: a library may report leaks after it."""
     _, found, rest = stderr.strip().rpartition("Traceback (most recent call last):\n")
     lines = rest.splitlines()
-    return "\n".join([x for x in lines if not x.startswith(" ")][:5] if found else lines[-5:])
+    error = [x for x in lines if found and not x.startswith(" ")][:5]
+    return "\n".join(error or lines[-5:])
 
 
 def run_all(

@@ -41,7 +41,7 @@ def run_directly(name: str, *operands: Tensor, scalar: float = 0.0) -> Optional[
             return None
     operands = tuple(x.contiguous() for x in operands)
     missing = 3 - len(operands)
-    n, out = first.numel(), torch.empty(first.shape)
+    n, out = first.numel(), first.new_empty(first.shape)
     loops.reproml_direct(
         _LOOPS[name],
         n,

@@ -109,8 +109,9 @@ INLINE ball gelu_backward_ball(double g, double x) {
 INLINE double gelu_tanh_inner(double x) { return x * (GELU_SLOPE + GELU_CUBIC * (x * x)); }
 INLINE double gelu_tanh_slope(double x) { return GELU_SLOPE + 3 * GELU_CUBIC * (x * x); }
 
-/* The relative error of sigmoid(u) and sigmoid(-u), where u errs by 8 U: an exponential passes that on |u| times. */
-INLINE double sigmoid_error(double u) { return SIGMOID_ERROR + 8 * U * fabs(u); }
+/* The relative error of sigmoid(u) and sigmoid(-u), where u errs by 8 U: an exponential passes that on |u| times. Beyond
+   700, 1 has no error and the other is far below the smallest number. */
+INLINE double sigmoid_error(double u) { return SIGMOID_ERROR + 8 * U * (fabs(u) < 700 ? fabs(u) : 700); }
 
 INLINE ball gelu_tanh_ball(double x) {
     double other, u = gelu_tanh_inner(x);

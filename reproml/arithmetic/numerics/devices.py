@@ -18,8 +18,8 @@ def is_on_accelerator(x: Tensor) -> bool:
 def to_device(x: Any, device: torch.device) -> Tensor:
     """Return a Python number or a tensor as a tensor on the device, without making the host wait."""
     if not isinstance(x, Tensor):
-        dtype = torch.float64 if isinstance(x, float) and target() is BINARY64 else None
-        return torch.full((), x, dtype=dtype, device=device)
+        dtype = torch.float64 if target() is BINARY64 else torch.float32
+        return torch.full((), x, dtype=dtype if isinstance(x, float) else None, device=device)
     if x.is_cpu and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)

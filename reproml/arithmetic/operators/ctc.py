@@ -73,7 +73,7 @@ def ctc_loss(
 
 
 def _loss(log_alpha: Tensor, problem: _Problem) -> Tensor:
-    none = torch.where(problem.last == 0, 0.0, INFINITY)
+    none = torch.where(problem.last == 0, 0.0, INFINITY).to(log_alpha.dtype)
     if not log_alpha.shape[1]:
         return none
     at = (problem.inputs - 1).clamp(min=0).reshape(-1, 1, 1)
@@ -202,7 +202,7 @@ def ctc_loss_backward(
             lambda ctx, a, b, loss, y: ctx.exp(a + b + loss - y),
             *[torch.where(used, x, 0.0) for x in (alpha, beta, loss, y)],
         )
-        zeros = torch.zeros(n, classes, device=log_probs.device)
+        zeros = log_probs.new_zeros(n, classes)
         sums.append(scatter_add(zeros, 1, problem.labels, torch.where(used, p, 0.0)))
     if not sums:
         return torch.zeros_like(log_probs)

@@ -287,7 +287,7 @@ def polygamma(n: int, x: Any) -> Tensor:
     pole = (x <= 0) & (x == x.trunc()) & x.isfinite()
     y = elementwise(lambda ctx, x: ctx.trigamma(x), torch.where(pole | x.isinf(), 1.0, x))
     y = torch.where(pole, torch.inf, y)
-    return torch.where(x.isinf(), torch.where(x > 0, 0.0, torch.nan), y)
+    return torch.where(x.isinf(), torch.where(x > 0, 0.0, torch.nan).to(y.dtype), y)
 
 
 def mvlgamma(x: Any, p: int) -> Tensor:
@@ -310,4 +310,4 @@ def mvlgamma(x: Any, p: int) -> Tensor:
         return total + Fraction(p * (p - 1), 4) * ctx.log(0 * x + ctx.pi)
 
     y = elementwise(formula, torch.where(regular, x, float(p)))
-    return torch.where(regular, y, torch.where(x >= least, torch.inf, torch.nan))
+    return torch.where(regular, y, torch.where(x >= least, torch.inf, torch.nan).to(y.dtype))

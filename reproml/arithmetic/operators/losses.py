@@ -220,7 +220,7 @@ def _sign(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _weight_or_one(weight: Optional[Tensor], x: Tensor) -> Tensor:
-    return torch.ones((), device=x.device) if weight is None else weight
+    return x.new_ones(()) if weight is None else weight
 
 
 # ---- negative log-likelihood -------------------------------------------------------------------------

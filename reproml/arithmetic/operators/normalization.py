@@ -299,7 +299,7 @@ def group_norm_backward(
     if compiled is not None:
         return compiled
     split = (n, groups, c // groups, hw)
-    w = (torch.ones(c, device=x.device) if weight is None else weight).reshape(1, groups, -1, 1)
+    w = (x.new_ones(c) if weight is None else weight).reshape(1, groups, -1, 1)
     grad_x = None
     if mask[0]:
         g_rows, rows = (t.reshape(n * groups, c // groups * hw) for t in (g, x))

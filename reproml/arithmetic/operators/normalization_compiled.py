@@ -167,7 +167,7 @@ def _backward(
         return None
     if out is not None and left is not None:
         group, at = layout.groups_and_weights(left)
-        w = torch.ones(len(left)) if weight is None else weight.view(-1)[at]
+        w = x.new_ones(len(left)) if weight is None else weight.view(-1)[at]
         some_g, some_x = (t.view(-1)[left] for t in (g, x))
         m, r = mean.view(-1)[group], rstd.view(-1)[group]
         if sums[0] is None or sums[1] is None:
@@ -260,8 +260,8 @@ def compiled_layer_norm(
     outer = x.shape[: x.dim() - len(shape)]
     along = weight is not None or bias is not None
     if along:
-        weight = torch.ones(n) if weight is None else weight
-        bias = torch.zeros(n) if bias is None else bias
+        weight = x.new_ones(n) if weight is None else weight
+        bias = x.new_zeros(n) if bias is None else bias
     kept = (*outer, *[1] * len(shape))
     mean, rstd = x.new_empty(kept), x.new_empty(kept)
     layout = _row_layout(x.numel() // n, n, along)

@@ -38,7 +38,7 @@ def normalize(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Optional[Tensor], bias: Optional[Tensor]
 ) -> Tensor:
     """Return (x - mean) * rstd * weight + bias, rounded once; all operands broadcast to x."""
-    one, zero = torch.ones((), device=x.device), torch.zeros((), device=x.device)
+    one, zero = x.new_ones(()), x.new_zeros(())
     w, b = one if weight is None else weight, zero if bias is None else bias
     return elementwise(lambda ctx, x, m, r, w, b: (x - m) * r * w + b, x, mean, rstd, w, b)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.numerics.devices import to_device
 from reproml.arithmetic.numerics.formats import narrow
 from reproml.arithmetic.operators import windows
 from reproml.arithmetic.operators.arguments import pair, require, require_shape
@@ -139,11 +140,15 @@ def adaptive_avg_pool2d(x: Tensor, size: Any) -> Tensor:
     windows.require_axes(x, 2)
     rows, columns = (windows.by_length(n, m) for n, m in zip(x.shape[-2:], pair(size)))
     out = x.new_empty(*x.shape[:-2], *pair(size))
+
+    def index(numbers: Any) -> Tensor:
+        return to_device(torch.tensor(numbers, device="cpu"), x.device)
+
     for a, (i, at_rows) in rows.items():
         for b, (j, at_columns) in columns.items():
-            same_size = x[..., torch.tensor(at_rows)[:, :, None, None], torch.tensor(at_columns)]
+            same_size = x[..., index(at_rows)[:, :, None, None], index(at_columns)]
             means = reduce_sum(same_size, (-3, -1), divisor=a * b)
-            out[..., torch.tensor(i)[:, None], torch.tensor(j)] = means
+            out[..., index(i)[:, None], index(j)] = means
     return out
 
 

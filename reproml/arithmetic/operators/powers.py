@@ -55,7 +55,9 @@ def _power_of_tensors(x: Tensor, y: Tensor) -> Tensor:
     base, exponent = torch.where(regular, size, 1.0), torch.where(regular, y, 1.0)
     power = elementwise(lambda ctx, x, y: ctx.exp(y * ctx.log(x)), base, exponent)
     power = torch.where(y == 2, operate(torch.mul, x, x), power)  # ties are frequent
-    power = torch.where(regular, power, torch.where(log_of_power > 0, torch.inf, 0.0))
+    power = torch.where(
+        regular, power, torch.where(log_of_power > 0, torch.inf, 0.0).to(power.dtype)
+    )
     power = torch.where((y == 0) | (size == 1), 1.0, power)
     half = y * 0.5
     is_integer, is_odd = y == y.trunc(), (y == y.trunc()) & (half != half.trunc())
@@ -83,7 +85,7 @@ def _power_of_number(x: Tensor, exponent: float) -> Tensor:
         return _large_integer_power(x.float(), int(p))
     y = elementwise(lambda ctx, x: ctx.exp(p * ctx.log(x)), torch.where(x > 0, x, 1.0))
     at_zero = torch.where(x == 0, 0.0 if p > 0 else torch.inf, torch.nan)
-    return torch.where(x > 0, y, at_zero)
+    return torch.where(x > 0, y, at_zero.to(y.dtype))
 
 
 def _integer_power(x: Any, n: int) -> Any:

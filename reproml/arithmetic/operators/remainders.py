@@ -106,7 +106,7 @@ def rounded_quotient(x: Tensor, y: Tensor, mode: str) -> Tensor:
         torch.where(regular, y, 1.0),
         down,
     )
-    zero = torch.where(torch.signbit(x) != torch.signbit(y), -0.0, 0.0)
+    zero = torch.where(torch.signbit(x) != torch.signbit(y), -0.0, 0.0).to(q.dtype)
     q = torch.where(q == 0, zero, q)
     if mode == "trunc":
         return torch.where(regular, q, (x / y).trunc())

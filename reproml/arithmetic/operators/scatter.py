@@ -201,7 +201,7 @@ def segment_reduce_backward(
         return torch.cat([t.reshape(-1)[:size], t.new_ones(1)])[at]
 
     def count(which: Tensor) -> Tensor:
-        zeros = torch.zeros(size + 1, device=x.device)
+        zeros = x.new_zeros(size + 1)
         return zeros.scatter_add(0, at.reshape(-1), which.reshape(-1).float())
 
     def gradient() -> Tensor:
