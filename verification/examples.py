@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from reproml.cli import main as reproml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +23,7 @@ EXPECTED: dict[str, list[str]] = json.loads((ROOT / "tests/examples.json").read_
 
 def digests(name: str, *options: str) -> list[str]:
     """Return the digests of an example's parameters after two steps. Raises RuntimeError if it fails."""
+    torch.set_default_dtype(torch.float32)  # the script before may have set another
     with TemporaryDirectory() as folder:
         to = Path(folder, "digest.json")
         script = str(ROOT / f"examples/{name}.py")
