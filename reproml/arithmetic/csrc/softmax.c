@@ -1,78 +1,44 @@
 /* Fast loops of formulas over rows: softmax, log_softmax and their gradients. */
 
 #include "fast.h"
+
+#include "compensated_runs.h"
 #include "softmax_pairs.h"
 
-enum { LANES = 16 };
+enum { PARTS = 16 };
 
 /* The number of additions that a number passes through in `sum`, and two more. */
-INLINE double height(integer n) { return (double)(n / LANES + 8); }
+INLINE double height(integer n) { return (double)(n / PARTS + 8); }
 
 INLINE double sum(const double *x, integer n) {
-    double part[LANES] = {0}, total = 0;
+    double part[PARTS] = {0}, total = 0;
     integer i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int l = 0; l < LANES; l++) part[l] += x[i + l];
+    for (; i + PARTS <= n; i += PARTS)
+        for (int l = 0; l < PARTS; l++) part[l] += x[i + l];
     if (i)
-        for (int width = LANES / 2; width; width /= 2)
+        for (int width = PARTS / 2; width; width /= 2)
             for (int l = 0; l < width; l++) part[l] += part[l + width];
     for (integer j = i; j + 4 <= n; j += 4) total += (x[j] + x[j + 1]) + (x[j + 2] + x[j + 3]);
     for (integer j = n - (n - i) % 4; j < n; j++) total += x[j];
     return part[0] + total;
 }
 
-typedef float floats __attribute__((vector_size(32), aligned(4), may_alias));
-typedef double lanes __attribute__((vector_size(64), aligned(8), may_alias));
-typedef int64_t lanes_of_bits __attribute__((vector_size(64), aligned(8), may_alias));
-
-#define WIDE(at) __builtin_convertvector(*(const floats *)(at), lanes)
-
-/* Add `term` to `sum`, the rounding errors to `lost` and their absolute values to `size`; two_sum, lane by lane. */
-INLINE void add_lanes(lanes *sum, lanes term, lanes *lost, lanes *size) {
-    const lanes a = *sum, s = a + term, z = s - a, more = (a - (s - z)) + (term - z);
-    *sum = s, *lost += more;
-    *size += (lanes)((lanes_of_bits)more & INT64_MAX);
-}
-
-/* The sum of x y, whose terms are exact, or of x alone if y is null, with a bound of its error. The rounding errors of
-   TwoSum are added up too, so only the additions of those count, and a sum without rounding errors is exact. */
+/* The sum of x y, whose terms are exact, or of x alone if y is null, with a bound of its error. A sum without rounding
+   errors is exact. */
 INLINE ball exact_sum(const float *x, const float *y, integer n) {
-    lanes part[2] = {{0}}, lost[2] = {{0}}, size[2] = {{0}};
-    float rest[2][LANES] = {{0}}; /* the last terms, padded */
-    double sum, left, all, more;
-    for (integer i = 0; i < n; i += LANES) {
-        const float *a = x + i, *b = y ? y + i : 0;
-        if (n - i < LANES) {
-            a = memcpy(rest[0], a, (size_t)(n - i) * sizeof(float));
-            if (y) b = memcpy(rest[1], b, (size_t)(n - i) * sizeof(float));
-        }
-        for (int l = 0; l < 2; l++) {
-            lanes term = WIDE(a + 8 * l);
-            if (y) term *= WIDE(b + 8 * l);
-            add_lanes(&part[l], term, &lost[l], &size[l]);
-        }
-    }
-    add_lanes(&part[0], part[1], &lost[0], &size[0]);
-    lost[0] += lost[1], size[0] += size[1];
-    sum = part[0][0], left = lost[0][0], all = size[0][0];
-    for (int l = 1; l < 8; l++) {
-        two_sum(sum, part[0][l], &sum, &more);
-        left += lost[0][l] + more;
-        all += size[0][l] + fabs(more);
-    }
-    two_sum(sum, left, &sum, &more);
-    return (ball){sum, fabs(more) + 2 * (n + LANES) * U * all};
+    const pair total = sum_with_errors(x, y, 0, 0, 1, n);
+    return (ball){total.s, fabs(total.t) + total.rad};
 }
 
 /* The largest of n numbers; it may ignore a NaN. */
 INLINE float largest(const float *x, integer n) {
-    float part[LANES], top = x[0];
+    float part[PARTS], top = x[0];
     integer i = 0;
-    if (n >= LANES) {
-        for (int l = 0; l < LANES; l++) part[l] = x[l];
-        for (i = LANES; i + LANES <= n; i += LANES)
-            for (int l = 0; l < LANES; l++) part[l] = x[i + l] > part[l] ? x[i + l] : part[l];
-        for (int l = 0; l < LANES; l++) top = part[l] > top ? part[l] : top;
+    if (n >= PARTS) {
+        for (int l = 0; l < PARTS; l++) part[l] = x[l];
+        for (i = PARTS; i + PARTS <= n; i += PARTS)
+            for (int l = 0; l < PARTS; l++) part[l] = x[i + l] > part[l] ? x[i + l] : part[l];
+        for (int l = 0; l < PARTS; l++) top = part[l] > top ? part[l] : top;
     }
     for (; i < n; i++) top = x[i] > top ? x[i] : top;
     return top;

@@ -145,6 +145,7 @@ def _adaptive_windows(n: int, count: int) -> list[range]:
     return [range(i * n // count, -(-(i + 1) * n // count)) for i in range(count)]
 
 
+@lru_cache(maxsize=256)
 def by_length(n: int, count: int) -> dict[int, tuple[list[int], list[range]]]:
     """Return the windows of adaptive pooling of each length: their numbers and their indices."""
     found: dict[int, tuple[list[int], list[range]]] = {}
