@@ -96,15 +96,17 @@ INLINE ball gelu_ball(double x) {
     return (ball){mid, PHI_LOW(x, fabs(mid) * (PHI_ERROR + 4 * U))};
 }
 
+#define DENSITY_AT_0 0x1.9884533d43651p-2 /* 1 / sqrt(2 pi) */
+
 /* Phi(x) + x density(x), which cancels below 0. */
 INLINE ball gelu_backward_ball(double g, double x) {
-    double bell, c = phi(x, &bell), a = x * (bell * 0x1.9884533d43651p-2);
+    double bell, c = phi(x, &bell), a = x * (bell * DENSITY_AT_0);
     return times(g, c + a, PHI_LOW(x, (c + fabs(a)) * (PHI_ERROR + 4 * U)));
 }
 
-/* 2 sqrt(2 / pi) (x + 0.044715 x^3), whose sigmoid is (1 + tanh) / 2, and its derivative: both add positive numbers
+/* u = 4 / sqrt(2 pi) (x + 0.044715 x^3), whose sigmoid is (1 + tanh) / 2, and its derivative: both add positive numbers
    and err by less than 8 U. */
-#define GELU_SLOPE 0x1.9884533d43651p+0
+#define GELU_SLOPE (4 * DENSITY_AT_0)
 #define GELU_CUBIC (GELU_SLOPE * 0.044715)
 INLINE double gelu_tanh_inner(double x) { return x * (GELU_SLOPE + GELU_CUBIC * (x * x)); }
 INLINE double gelu_tanh_slope(double x) { return GELU_SLOPE + 3 * GELU_CUBIC * (x * x); }
