@@ -52,6 +52,10 @@ CONSTANTS = {
     "1 / 6 as a pair": split(mp.mpf(1) / 6, 53),
     "pi / 2": split(mp.pi / 2, 33, 33),
     "pi": [float(mp.pi)],
+    "pi / 2 in parts": split(mp.pi / 2, 30, 30, 53),
+    "2 / pi": [float(2 / mp.pi)],
+    "pi as a pair": split(mp.pi, 53),
+    "2 / sqrt(pi) as a pair": split(2 / mp.sqrt(mp.pi), 53),
     "1 / sqrt(2 pi)": [float(1 / mp.sqrt(2 * mp.pi))],
 }
 
@@ -74,6 +78,10 @@ EXPM1 = [rounded(1, factorial(n)) for n in range(15, 0, -1)]
 LOG = [rounded(2, 2 * n + 1) for n in range(11, 0, -1)]
 SIN = [rounded((-1) ** n, factorial(2 * n + 1)) for n in range(8, 0, -1)]
 COS = [rounded((-1) ** n, factorial(2 * n)) for n in range(9, 0, -1)]
+# The last terms of the series of pairs, which have one double each.
+PAIR_EXP = [rounded(1, factorial(n)) for n in range(17, 8, -1)]
+PAIR_SIN = [rounded((-1) ** n, factorial(2 * n + 1)) for n in range(13, 7, -1)]
+PAIR_COS = [rounded((-1) ** n, factorial(2 * n)) for n in range(14, 8, -1)]
 # Not rounded once, but at each step, as Python computes it.
 ERF = [
     2 / float(mp.sqrt(float(mp.pi))) * (-1) ** n / (factorial(n) * (2 * n + 1))
@@ -238,6 +246,9 @@ SERIES = {
     "log, log1p: 2 artanh (Taylor)": LOG,
     "sin (Taylor)": SIN,
     "cos (Taylor)": COS,
+    "exp of a pair (Taylor)": PAIR_EXP,
+    "sin of a pair (Taylor)": PAIR_SIN,
+    "cos of a pair (Taylor)": PAIR_COS,
     "erf (Maclaurin)": ERF,
 }
 

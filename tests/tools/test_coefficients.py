@@ -38,7 +38,7 @@ def value_of(text: str) -> float:
 
 def horner_schemes(source: str) -> list[list[float]]:
     """The coefficients, highest power first, of `y = c_n; y = y * x + c_(n-1); ...` for any names."""
-    pattern = rf"\b(\w+) = (?:(-?{TERM})(?=[,;])|\1 \* \w+ ([+-]) ({TERM});)"
+    pattern = rf"\b(\w+) = (?:(-?{TERM})(?=[,;])|\1 \* [\w.]+ ([+-]) ({TERM});)"
     running: dict[str, list[float]] = defaultdict(list)
     found = []
     for name, first, sign, other in re.findall(pattern, source):

@@ -222,8 +222,11 @@ def _exact_or_limits(formula: Formula, rows: NDArray[Any], mid: NDArray[Any]) ->
     values = np.empty(len(rows))
     ordinary = np.isfinite(rows).all(1) & np.isfinite(mid)
     values[ordinary] = exact_elements(formula, rows[ordinary])
-    for i in np.flatnonzero(~ordinary):
-        values[i] = _limit(formula, rows[i], mid[i])
+    others = np.flatnonzero(~ordinary)
+    bits = np.ascontiguousarray(rows[others]).view(np.int64)  # 0 is not -0
+    _, first, at = np.unique(bits, axis=0, return_index=True, return_inverse=True)
+    limits = [_limit(formula, rows[i], mid[i]) for i in others[first]]
+    values[others] = np.array(limits)[np.reshape(at, -1)] if limits else 0
     return values
 
 

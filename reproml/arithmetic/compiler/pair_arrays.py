@@ -14,13 +14,21 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
-from typing import Any, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
-from reproml.arithmetic.compiler.pair_program import PairContext, PairProgram, Unsupported
+from reproml.arithmetic.compiler.pair_program import (
+    LN2,
+    LN10,
+    PI,
+    PairContext,
+    PairProgram,
+    Unsupported,
+)
+from reproml.arithmetic.numerics import special
 from reproml.arithmetic.numerics.balls import Formula
 from reproml.arithmetic.numerics.rounding import SLACK, U
 
@@ -81,6 +89,10 @@ class PairArray:
         raise Unsupported
 
 
+def _function(name: str) -> Callable[[PairArrays, PairArray], PairArray]:
+    return lambda ctx, x: ctx.run(name, x)
+
+
 class PairArrays:
     """The context of formulas on pairs. uncertain: where a condition is not certain, so that nothing is."""
 
@@ -123,15 +135,15 @@ class PairArrays:
 
     @property
     def pi(self) -> PairArray:
-        return self._numbers(math.pi, 1.2246467991473532e-16, 2.0**-107)
+        return self._numbers(*PI)
 
     @property
     def ln2(self) -> PairArray:
-        return self._numbers(0.6931471805599453, 2.3190468138462996e-17, 2.0**-107)
+        return self._numbers(*LN2)
 
     @property
     def ln10(self) -> PairArray:
-        return self._numbers(2.302585092994046, -2.1707562233822494e-16, 2.0**-105)
+        return self._numbers(*LN10)
 
     def ball(self, mid: Any, rad: Any) -> PairArray:
         rad = torch.as_tensor(rad, dtype=torch.float64)
@@ -172,20 +184,11 @@ class PairArrays:
     def max(self, x: PairArray) -> PairArray:
         return self.exact(x.s.amax(-1, keepdim=True))
 
-    def sqrt(self, x: PairArray) -> PairArray:
-        return self.run("sqrt", x)
-
-    def exp(self, x: PairArray) -> PairArray:
-        return self.run("exp", x)
-
-    def expm1(self, x: PairArray) -> PairArray:
-        return self.run("expm1", x)
-
-    def log(self, x: PairArray) -> PairArray:
-        return self.run("log", x)
-
-    def log1p(self, x: PairArray) -> PairArray:
-        return self.run("log1p", x)
+    sqrt, exp, expm1, log, log1p = map(_function, ("sqrt", "exp", "expm1", "log", "log1p"))
+    sin, cos, sinpi, cospi, atan = map(_function, ("sin", "cos", "sinpi", "cospi", "atan"))
+    erf, erfc, erfinv = map(_function, ("erf", "erfc", "erfinv"))
+    lgamma, digamma, trigamma = special.lgamma, special.digamma, special.trigamma
+    stirling = special.PAIRS
 
     def tanh(self, x: PairArray) -> PairArray:
         t = self.expm1(-2 * abs(x))
@@ -195,63 +198,6 @@ class PairArrays:
     def sigmoid(self, x: PairArray) -> PairArray:
         t = self.exp(-abs(x))
         return self.choose(x < 0, t, self.constant(1)) / (1 + t)
-
-    def sin(self, x: PairArray) -> PairArray:
-        return self._sin_cos(x, 0)
-
-    def cos(self, x: PairArray) -> PairArray:
-        return self._sin_cos(x, 1)
-
-    def _sin_cos(self, x: PairArray, quarter: int) -> PairArray:
-        """Return sin(x + quarter pi / 2), by way of x less the nearest multiple of pi / 2."""
-        k = torch.round(x.s.clamp(-(2.0**30), 2.0**30) * (2 / math.pi))
-        r = x
-        for part in _HALF_PI:  # k times each of these is exact
-            r = r - self.exact(k) * part
-        last = self.exact(k) * self.constant(_REST_OF_HALF_PI)
-        rest = torch.where(x.s.abs() < 2.0**20, k.abs() * 2.0**-150, torch.inf)
-        r = r - PairArray(self, last.s, last.t, last.rad + torch.where(k == 0, k, rest))
-        return self._series(r, k, quarter)
-
-    def sinpi(self, x: PairArray) -> PairArray:
-        return self._sin_cos_pi(x, 0)
-
-    def cospi(self, x: PairArray) -> PairArray:
-        return self._sin_cos_pi(x, 1)
-
-    def _sin_cos_pi(self, x: PairArray, quarter: int) -> PairArray:
-        k = torch.round(x.s.clamp(-(2.0**50), 2.0**50) * 2)
-        r = (x - self.exact(k * 0.5)) * self.pi
-        return self._series(r, k, quarter)
-
-    def _series(self, r: PairArray, k: Tensor, quarter: int) -> PairArray:
-        """Return sin(r + (k + quarter) pi / 2) for |r| < 0.8; for another r the bound is infinite.
-
-        By Taylor series: the terms after the 14th are below 2^-100 r^2. All other errors are in the bounds
-        of the operations.
-        """
-        square = r * r
-        terms = []
-        for first in (1, 0):
-            y = self.constant(0)
-            for i in reversed(range(14)):
-                y = y * square + Fraction((-1) ** i, math.factorial(2 * i + first))
-            lost = torch.where(r.s.abs() < 0.8, square.s.abs() * 2.0**-100, torch.inf)
-            terms.append(PairArray(self, y.s, y.t, y.rad + lost))
-        sine, cosine = r * terms[0], terms[1]
-        turn = (k.long() + quarter) % 4
-        y = self.choose(turn % 2 == 0, sine, cosine)
-        return self.choose(turn >= 2, -y, y)
-
-
-# pi / 2 to 160 bits: parts of 30 bits, and the rest.
-_PI = Fraction(0x3243F6A8885A308D313198A2E03707344A4093822299F31D008, 1 << 200)
-_HALF_PI = []
-_REST_OF_HALF_PI = _PI / 2
-for _places in (29, 59):
-    _part = Fraction(math.floor(_REST_OF_HALF_PI * 2**_places), 2**_places)
-    _HALF_PI.append(_part)
-    _REST_OF_HALF_PI -= _part
 
 
 def _pointers(tensors: Sequence[Optional[Tensor]]) -> Any:

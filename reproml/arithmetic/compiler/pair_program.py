@@ -11,7 +11,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import torch
 
@@ -22,14 +22,17 @@ _OPS = {
     name: i
     for i, name in enumerate(
         """add add1 add11 mul mul1 mul11 div div1
-        neg abs sqrt exp expm1 log log1p lt eq select""".split()
+        neg abs sqrt exp expm1 log log1p sin cos sinpi cospi atan erf erfc erfinv lt eq select""".split()
     )
 }
 _REGISTERS, _OPERANDS = 64, 8
 
 Number = Union[int, float, Fraction]
 
-_LOW_OF_PI = 1.2246467991473532e-16  # pi - math.pi, with an error below 2^-107
+# Two numbers and a bound of what they leave.
+PI = 3.141592653589793, 1.2246467991473532e-16, 2.0**-107
+LN2 = 0.6931471805599453, 2.3190468138462996e-17, 2.0**-107
+LN10 = 2.302585092994046, -2.1707562233822494e-16, 2.0**-105
 
 
 class Unsupported(Exception):
@@ -89,6 +92,10 @@ class Register:
         raise Unsupported("a branch that depends on an operand")
 
 
+def _function(name: str) -> Callable[[PairContext, Register], Register]:
+    return lambda ctx, x: ctx.record(name, x)
+
+
 class PairContext:
     """Registers, and the instructions that compute them. Equal instructions are recorded once."""
 
@@ -143,7 +150,15 @@ class PairContext:
 
     @property
     def pi(self) -> Register:
-        return self._constant(math.pi, _LOW_OF_PI, 2.0**-107)
+        return self._constant(*PI)
+
+    @property
+    def ln2(self) -> Register:
+        return self._constant(*LN2)
+
+    @property
+    def ln10(self) -> Register:
+        return self._constant(*LN10)
 
     def choose(self, condition: Register, x: Any, y: Any) -> Register:
         x, y = self.lift(x), self.lift(y)
@@ -157,20 +172,9 @@ class PairContext:
     def plus(self, x: Register, y: Register) -> Register:
         return x + y
 
-    def sqrt(self, x: Register) -> Register:
-        return self.record("sqrt", x)
-
-    def exp(self, x: Register) -> Register:
-        return self.record("exp", x)
-
-    def expm1(self, x: Register) -> Register:
-        return self.record("expm1", x)
-
-    def log(self, x: Register) -> Register:
-        return self.record("log", x)
-
-    def log1p(self, x: Register) -> Register:
-        return self.record("log1p", x)
+    sqrt, exp, expm1, log, log1p = map(_function, ("sqrt", "exp", "expm1", "log", "log1p"))
+    sin, cos, sinpi, cospi, atan = map(_function, ("sin", "cos", "sinpi", "cospi", "atan"))
+    erf, erfc, erfinv = map(_function, ("erf", "erfc", "erfinv"))
 
     def tanh(self, x: Register) -> Register:
         t = self.expm1(-2 * abs(x))

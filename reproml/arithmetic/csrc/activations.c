@@ -91,17 +91,21 @@ INLINE double phi(double x, double *bell) {
     return x < 0 ? tail : 1 - tail;
 }
 
+/* Below -15 it is closer to 0 than half of the smallest number, and -0; NaN at minus infinity. */
 INLINE ball gelu_ball(double x) {
-    double bell, mid = x * phi(x, &bell);
-    return (ball){mid, PHI_LOW(x, fabs(mid) * (PHI_ERROR + 4 * U))};
+    double bell, mid = x * (x < -15 ? 0 : phi(x, &bell));
+    return (ball){mid, x < -15 ? 0 : PHI_LOW(x, fabs(mid) * (PHI_ERROR + 4 * U))};
 }
 
 #define DENSITY_AT_0 0x1.9884533d43651p-2 /* 1 / sqrt(2 pi) */
 
-/* Phi(x) + x density(x), which cancels below 0. */
+/* Phi(x) + x density(x), which cancels below 0, and below -32 lies between -2^-280 and 0. */
 INLINE ball gelu_backward_ball(double g, double x) {
     double bell, c = phi(x, &bell), a = x * (bell * DENSITY_AT_0);
-    return times(g, c + a, PHI_LOW(x, (c + fabs(a)) * (PHI_ERROR + 4 * U)));
+    ball y = times(g, c + a, PHI_LOW(x, (c + fabs(a)) * (PHI_ERROR + 4 * U)));
+    y.mid = x < -32 ? g * (x * 0) : y.mid;
+    y.rad = x < -32 ? 0 : y.rad;
+    return y;
 }
 
 /* u = 4 / sqrt(2 pi) (x + 0.044715 x^3), whose sigmoid is (1 + tanh) / 2, and its derivative: both add positive numbers

@@ -7,252 +7,181 @@
    which such a term may count as zero (docs/contract.md). */
 
 #include "pair_program.h"
-#include "elementary.h"
+#include "pair_functions.h"
 
 /* In the order of compiler/pair_program.py. The second letters state which operands are single numbers, exact. */
-enum { ADD, ADD1, ADD11, MUL, MUL1, MUL11, DIV, DIV1, NEG, ABS, SQRT, EXP, EXPM1, LOG, LOG1P, LT, EQ, SELECT };
+enum {
+    ADD,
+    ADD1,
+    ADD11,
+    MUL,
+    MUL1,
+    MUL11,
+    DIV,
+    DIV1,
+    NEG,
+    ABS,
+    SQRT,
+    EXP,
+    EXPM1,
+    LOG,
+    LOG1P,
+    SIN,
+    COS,
+    SINPI,
+    COSPI,
+    ATAN,
+    ERF,
+    ERFC,
+    ERFINV,
+    LT,
+    EQ,
+    SELECT
+};
 
 typedef struct {
     double s[PAIR_BLOCK], t[PAIR_BLOCK], rad[PAIR_BLOCK];
 } pairs;
 
-static const double LEAST = 0x1p-900,
-                    LARGEST = 0x1p900; /* no step of a quotient or root underflows or overflows here */
+#define EACH for (integer i = 0; i < count; i++)
 
-/* ---- arithmetic ---- */
-
-/* For |a| >= |b|, or a = 0 only if b = 0. */
-INLINE pair quick_pair(double a, double b, double rad) {
-    const double s = a + b;
-    return (pair){s, b - (s - a), rad};
+static void fill(pairs *to, pair p) {
+    for (integer i = 0; i < PAIR_BLOCK; i++) to->s[i] = p.s, to->t[i] = p.t, to->rad[i] = p.rad;
 }
 
-INLINE pair full_pair(double a, double b, double rad) {
-    pair p;
-    two_sum(a, b, &p.s, &p.t);
-    p.rad = rad;
-    return p;
-}
+/* ---- functions of many steps, each compiled once ---- */
 
-INLINE pair single(double x) { return (pair){x, 0, 0}; }
-
-INLINE int is_zero(pair p) { return (p.s == 0) & (p.rad == 0); }
-
-INLINE pair add(pair p, pair q) {
-    double s, t, low, lost, more;
-    two_sum(p.s, q.s, &s, &t);
-    two_sum(p.t, q.t, &low, &lost);
-    two_sum(t, low, &t, &more);
-    return full_pair(s, t, p.rad + q.rad + fabs(lost) + fabs(more));
-}
-
-INLINE pair add1(pair p, double x) {
-    double s, t, more;
-    two_sum(p.s, x, &s, &t);
-    two_sum(t, p.t, &t, &more);
-    return full_pair(s, t, p.rad + fabs(more));
-}
-
-/* What a product may lose by underflow. */
-INLINE double product_floor(double product, double x, double y) {
-    return ((fabs(product) < LEAST) & (x != 0) & (y != 0)) ? TINY : 0;
-}
-
-INLINE pair mul11(double x, double y) {
-    const double high = x * y;
-    return (pair){high, fma(x, y, -high), product_floor(high, x, y)};
-}
-
-INLINE pair mul1(pair p, double x) {
-    const double high = p.s * x, low = fma(p.s, x, -high), rest = p.t * x;
-    double rad = p.rad * fabs(x) + product_floor(high, p.s, x);
-    rad += (((p.t != 0) | (p.rad != 0)) & (x != 0)) ? 4 * U * (fabs(low) + fabs(rest)) + TINY : 0;
-    return full_pair(high, low + rest, rad);
-}
-
-INLINE pair mul(pair p, pair q) {
-    const double high = p.s * q.s, low = fma(p.s, q.s, -high), a = p.s * q.t, b = p.t * q.s;
-    const double size_p = fabs(p.s) + fabs(p.t), size_q = fabs(q.s) + fabs(q.t);
-    const int inexact = (p.t != 0) | (q.t != 0) | (p.rad != 0) | (q.rad != 0);
-    double rad = size_p * q.rad + size_q * p.rad + p.rad * q.rad + product_floor(high, p.s, q.s);
-    rad += inexact ? 4 * U * (fabs(low) + fabs(a) + fabs(b)) + fabs(p.t * q.t) + TINY : 0;
-    return full_pair(high, low + (a + b), is_zero(p) | is_zero(q) ? 0 : rad);
-}
-
-INLINE int in_range(double x) { return (fabs(x) >= LEAST) & (fabs(x) <= LARGEST); }
-
-/* p / d = h + (r + p.t - h d.t) / d, where h = p.s / d.s is rounded and the remainder r = p.s - h d.s is exact. d.s in
-   place of the last d errs by up to 2 U, d.rad by |h| d.rad / |d|. */
-INLINE pair divide(pair p, pair d) {
-    const double high = p.s / d.s, rest = fma(-high, d.s, p.s), product = high * d.t;
-    const double least = fabs(d.s) - fabs(d.t) - d.rad;
-    const int inexact = (rest != 0) | (p.t != 0) | (d.t != 0) | (p.rad != 0) | (d.rad != 0);
-    double rad = p.rad + fabs(high) * d.rad + 8 * U * (fabs(rest) + fabs(p.t) + fabs(product));
-    rad = inexact ? (rad + TINY) / least + TINY : 0;
-    rad = is_zero(p) ? 0 : p.s == 0 || (in_range(p.s) & in_range(high)) ? rad : INFINITY;
-    return full_pair(high, (rest + p.t - product) / d.s, (in_range(d.s) & (least > fabs(d.s) / 2)) ? rad : INFINITY);
-}
-
-/* The same for an exact divisor. */
-INLINE pair divide1(pair p, double d) {
-    const double high = p.s / d, rest = fma(-high, d, p.s);
-    const int inexact = (rest != 0) | (p.t != 0) | (p.rad != 0);
-    double rad = inexact ? (p.rad + 8 * U * (fabs(rest) + fabs(p.t)) + TINY) / fabs(d) + TINY : 0;
-    rad = is_zero(p) ? 0 : p.s == 0 || (in_range(p.s) & in_range(high)) ? rad : INFINITY;
-    return full_pair(high, (rest + p.t) / d, in_range(d) ? rad : INFINITY);
-}
-
-/* sqrt(p) = s + r / (2 s) - r^2 / (8 s^3) + ..., where s = sqrt(p.s) is rounded and r = (p.s - s^2) + p.t; the first of
-   these differences is exact. */
-INLINE pair square_root(pair p) {
-    const double s = sqrt(p.s), rest = fma(-s, s, p.s), r = rest + p.t;
-    const int inexact = (rest != 0) | (p.t != 0) | (p.rad != 0);
-    double rad = 4 * U * (fabs(rest) + fabs(p.t)) / s + r * r / (s * s * s) + p.rad / s + TINY;
-    rad = (in_range(p.s) & (p.rad <= p.s / 2)) ? (inexact ? rad : 0) : INFINITY;
-    const pair root = full_pair(s, r / (2 * s), rad);
-    return is_zero(p) ? p : root;
-}
-
-INLINE pair negative(pair p) { return (pair){-p.s, -p.t, p.rad}; }
-
-INLINE pair absolute(pair p) {
-    const int below = p.s < 0;
-    return (pair){below ? -p.s : p.s, below ? -p.t : p.t, p.rad};
-}
-
-/* 1 or 0; NaN if it is not certain. */
-INLINE double less_than_zero(pair p) {
-    const double certain = p.s < 0 ? 1 : 0;
-    return ((fabs(p.s) * 0.5 > p.rad) | (p.rad == 0)) ? certain : NAN;
-}
-
-INLINE double equals_zero(pair p) { return is_zero(p) ? 1 : less_than_zero(p) * 0; }
-
-INLINE pair select(double condition, pair p, pair q) {
-    pair chosen = {condition != 0 ? p.s : q.s, condition != 0 ? p.t : q.t, condition != 0 ? p.rad : q.rad};
-    chosen.rad = condition == condition ? chosen.rad : INFINITY;
-    return chosen;
-}
-
-/* ---- functions: relative errors of a few 2^-104 in each step (M. Joldes, J.-M. Muller & V. Popescu, Tight and rigorous
-   error bounds for basic building blocks of double-word arithmetic, ACM TOMS 44(2), 2017), 2^-94 in all ---- */
-
-#define FUNCTION_ERROR 0x1p-94
-#define TINY_ARGUMENT 0x1p-21
-
-INLINE pair light_mul(pair p, pair q) {
-    const double high = p.s * q.s;
-    return quick_pair(high, fma(p.s, q.s, -high) + (p.s * q.t + p.t * q.s), 0);
-}
-
-INLINE pair light_add(pair p, pair q) {
-    double s, e, f, g;
-    two_sum(p.s, q.s, &s, &e);
-    two_sum(p.t, q.t, &f, &g);
-    p = quick_pair(s, e + f, 0);
-    return quick_pair(p.s, p.t + g, 0);
-}
-
-/* a r + 1 / n */
-INLINE pair horner(pair a, pair r, double n) {
-    const double inverse = 1 / n;
-    return light_add(light_mul(a, r), (pair){inverse, fma(-inverse, n, 1.0) / n, 0});
-}
-
-/* A number m with 1 + m = exp(x) / 2^k, |x| <= 640. With x = k log 2 + 8 r the series of exp(r) - 1 ends at r^17 / 17!,
-   whose terms from r^9 on have one double each; then (1 + m)^2 - 1 = m (2 + m) three times. For k = 0, which |x| < 0.34
-   gives, its relative error is below 2^-96 even for tiny x. Otherwise its absolute error is. tiny: |x| <= 2^-21, for
-   which a few terms suffice. */
-INLINE pair expm1_reduced(pair x, double *power, int tiny) {
-    if (tiny) {
-        double q = 1 / 120.0;
-        q = q * x.s + 1 / 24.0;
-        q = q * x.s + 1 / 6.0;
-        *power = 0;
-        return light_mul(horner(horner(single(q), x, 2), x, 1), x);
+/* quarter 0: sin, 1: cos; of x, or of pi x. */
+VECTORISED static void turn(const pairs *restrict a, pairs *restrict to, integer count, int of_pi, int64_t quarter) {
+    pairs r;
+    double k[PAIR_BLOCK];
+    EACH {
+        const pair p = {a->s[i], a->t[i], a->rad[i]};
+        pair rest;
+        if (of_pi) {
+            k[i] = rint(clamp(p.s, -0x1p49, 0x1p49) * 2);
+            rest = mul(add1(p, -0.5 * k[i]), PI);
+        } else
+            rest = without_turns(p, &k[i]);
+        r.s[i] = rest.s, r.t[i] = rest.t, r.rad[i] = rest.rad;
     }
-    const double k = rint(x.s * 0x1.71547652b82fep+0), l = 0x1.62e42fefa39efp-1, h = k * l;
-    pair r = light_add((pair){x.s, x.t, 0}, (pair){-h, -(fma(k, l, -h) + k * 0x1.abc9e3b39803fp-56), 0});
-    r.s *= 0.125, r.t *= 0.125;
-    double y = 1 / 355687428096000.0;
-    y = y * r.s + 1 / 20922789888000.0;
-    y = y * r.s + 1 / 1307674368000.0;
-    y = y * r.s + 1 / 87178291200.0;
-    y = y * r.s + 1 / 6227020800.0;
-    y = y * r.s + 1 / 479001600.0;
-    y = y * r.s + 1 / 39916800.0;
-    y = y * r.s + 1 / 3628800.0;
-    y = y * r.s + 1 / 362880.0;
-    pair m = horner(single(y), r, 40320);
-    m = horner(m, r, 5040);
-    m = horner(m, r, 720);
-    m = horner(m, r, 120);
-    m = horner(m, r, 24);
-    m = horner(m, r, 6);
-    m = horner(m, r, 2);
-    m = horner(m, r, 1);
-    m = light_mul(m, r);
-    for (int i = 0; i < 3; i++) m = light_mul(m, light_add(single(2), m));
-    *power = k;
-    return m;
+    EACH {
+        const pair y = turned((pair){r.s[i], r.t[i], r.rad[i]}, k[i], quarter);
+        to->s[i] = y.s, to->t[i] = y.t, to->rad[i] = y.rad;
+    }
 }
 
-/* exp(d) - 1 for a d up to `rad` is below 2 rad. */
-INLINE double rad_of_exp(double rad) { return rad <= 0.5 ? 2 * rad : INFINITY; }
-
-INLINE pair exponential(pair p, int tiny) {
-    double k, e, low, lost;
-    const pair m = expm1_reduced((pair){clamp(p.s, -610, 610), p.t, 0}, &k, tiny);
-    const double scale = tiny ? 1 : power_of_two(k);
-    pair y;
-    two_sum(1, m.s, &y.s, &e);
-    two_sum(e, m.t, &low, &lost);
-    y = full_pair(y.s, low, (k == 0 ? fabs(m.s) : 2) * FUNCTION_ERROR + fabs(lost) + (p.s == 0 ? 0 : TINY));
-    y.rad += rad_of_exp(p.rad) * 1.5;
-    y = (pair){y.s * scale, y.t * scale, y.rad * scale};
-    const int below = p.s < -600, beyond = below | (p.s > 600); /* exp(-599) < 2^-864 */
-    const double far = (below & (p.rad <= 1)) ? 0x1p-864 : INFINITY;
-    return (pair){beyond ? 0 : y.s, beyond ? 0 : y.t, beyond ? far : y.rad};
+/* atan(x) = y + atan(w), w = (x cos y - sin y) / (cos y + x sin y), where y is about atan(x), so that w is small;
+   atan(w) = w - w^3 / 3 + ... */
+VECTORISED static void arctangent(const pairs *restrict a, pairs *restrict to, integer count) {
+    pairs near, sine, cosine;
+    fill(&near, single(0));
+    EACH near.s[i] = atan(a->s[i]);
+    turn(&near, &sine, count, 0, 0);
+    turn(&near, &cosine, count, 0, 1);
+    EACH {
+        const pair p = {a->s[i], a->t[i], a->rad[i]}, s = {sine.s[i], sine.t[i], sine.rad[i]};
+        const pair c = {cosine.s[i], cosine.t[i], cosine.rad[i]};
+        const pair w = divide(add(mul(p, c), negative(s)), add(mul(p, s), c)), y = add1(w, near.s[i]);
+        const double size = fabs(w.s) + fabs(w.t) + w.rad;
+        to->s[i] = y.s, to->t[i] = y.t, to->rad[i] = size < 0x1p-20 ? y.rad + size * size * size : INFINITY;
+    }
 }
 
-INLINE pair exponential_less_1(pair p, int tiny) {
-    double k;
-    pair m = expm1_reduced((pair){clamp(p.s, -610, 610), p.t, 0}, &k, tiny);
-    m.rad = fabs(m.s) * FUNCTION_ERROR + (p.s == 0 ? 0 : TINY) + 1.5 * rad_of_exp(p.rad);
-    const pair elsewhere = add1(exponential(p, tiny), -1);
-    return select(k == 0, m, elsewhere);
+static const pair TWO_BY_ROOT_PI = {0x1.20dd750429b6dp+0, 0x1.1ae3a914fed80p-56, 0x1p-109};
+#define SERIES_END 3.0 /* erf has a series below, erfc a continued fraction from there on */
+
+/* y with erf(x) = 2 / sqrt(pi) x exp(-x^2) y and y = 1 + z / 3 (1 + z / 5 (1 + ...)), z = 2 x^2 (NIST Digital Library of
+   Mathematical Functions, 7.6.2). Below 3 the terms from z^63 on are less than 2^-103 of the sum. Those from z^43 on,
+   less than 2^-53 of it, have one double each. */
+VECTORISED static void erf_series(const pairs *restrict z, pairs *restrict y, integer count) {
+    EACH y->s[i] = 1, y->t[i] = 0;
+    for (int n = 62; n > 42; n--) {
+        const double c = 1.0 / (2 * n + 1);
+        EACH y->s[i] = 1 + z->s[i] * c * y->s[i];
+    }
+    for (int n = 42; n > 0; n--) {
+        const double d = 2 * n + 1, high = 1 / d;
+        const pair c = {high, fma(-high, d, 1.0) / d, 0};
+        EACH {
+            const pair term = light_mul(light_mul((pair){z->s[i], z->t[i], 0}, c), (pair){y->s[i], y->t[i], 0});
+            const pair sum = light_add(single(1), term);
+            y->s[i] = sum.s, y->t[i] = sum.t;
+        }
+    }
 }
 
-/* log(p) = z + log(1 + w) with z = log(p.s) in binary64 and w = p exp(-z) - 1, |w| < 2^-45 |z|, or w = p.t if p.s is 1.
-   The series w - w^2 / 2 suffices. With exp(-z) = 2^k (1 + m) and q = 2^k p, w is (q - 1) + q m. */
-INLINE pair logarithm(pair p, int tiny) {
-    double k, high, low, s, e;
-    const double z = tiny ? (p.s - 1) - (p.s - 1) * (p.s - 1) * 0.5 : log_(p.s);
-    const pair m = expm1_reduced(single(-z), &k, tiny);
-    const double scale = tiny ? 1 : power_of_two(k);
-    const pair q = {p.s * scale, p.t * scale, 0};
-    two_sum(q.s, -1, &high, &low);
-    const pair w = light_add(full_pair(high, low + q.t, 0), light_mul(q, m));
-    two_sum(z, w.s, &s, &e);
-    double rad =
-        16 * FUNCTION_ERROR * fabs(z) + 0x1p-50 * (w.s * w.s) + 4 * U * (fabs(e) + fabs(w.t)) + 2 * p.rad / p.s;
-    rad += ((s == 0) & (p.rad == 0)) ? 0 : TINY;
-    rad = ((p.s >= LEAST) & (p.s <= LARGEST) & (p.rad <= p.s / 4)) ? rad : INFINITY;
-    return full_pair(s, e + (w.t - w.s * w.s * 0.5), rad);
+/* y with erfc(x) = exp(-x^2) / (sqrt(pi) y) and y = x + 1/2 / (x + 2/2 / (x + 3/2 / (x + ...))) (Abramowitz & Stegun,
+   Handbook of Mathematical Functions, 7.1.14). From 3 on, 90 steps leave less than 2^-101 of y, as successive convergents
+   enclose it; what precedes the last 25 counts for less than 2^-47 and has one double each. */
+VECTORISED static void erfc_fraction(const pairs *restrict x, pairs *restrict y, integer count) {
+    EACH y->s[i] = x->s[i], y->t[i] = 0;
+    for (int n = 90; n > 25; n--) EACH y->s[i] = x->s[i] + 0.5 * n / y->s[i];
+    for (int n = 25; n > 0; n--) EACH {
+            const double d = y->s[i], high = 0.5 * n / d, rest = fma(-high, d, 0.5 * n) - high * y->t[i];
+            const pair sum = light_add((pair){x->s[i], x->t[i], 0}, quick_pair(high, rest / d, 0));
+            y->s[i] = sum.s, y->t[i] = sum.t;
+        }
 }
 
-/* log(1 + p.s) + p.t / (1 + p.s) - ... */
-INLINE pair logarithm_of_1_plus(pair p, int tiny) {
-    const pair one_plus = full_pair(1, p.s, 0);
-    const double d = one_plus.s, c = p.t / d;
-    double rad = (p.t == 0 ? 0 : 4 * U * fabs(c) + 4 * c * c + TINY) + 4 * p.rad / d;
-    rad = ((d > 0x1p-30) & (p.rad <= d / 8)) ? rad : INFINITY;
-    return add(logarithm(one_plus, tiny), (pair){c, 0, rad});
+/* The slope is 2 / sqrt(pi) exp(-x^2). Beyond 40 the value at 40, where exp(-x^2) is 0 within 2^-864, has the same bound. */
+VECTORISED static void error_function(const pairs *restrict a, pairs *restrict to, integer count, int complement) {
+    pairs x, z, series, fraction;
+    int any_below = 0, any_above = 0;
+    EACH {
+        const pair p = absolute((pair){a->s[i], a->t[i], 0});
+        x.s[i] = p.s < 40 ? p.s : 40, x.t[i] = p.s < 40 ? p.t : 0, x.rad[i] = 0;
+        any_below |= x.s[i] < SERIES_END, any_above |= x.s[i] >= SERIES_END;
+        const pair square = light_mul((pair){x.s[i], x.t[i], 0}, (pair){x.s[i], x.t[i], 0});
+        z.s[i] = 2 * square.s, z.t[i] = 2 * square.t;
+        series.s[i] = fraction.s[i] = 1, series.t[i] = fraction.t[i] = 0;
+    }
+    if (any_below) erf_series(&z, &series, count);
+    if (any_above) erfc_fraction(&x, &fraction, count);
+    EACH {
+        const pair p = {x.s[i], x.t[i], 0}, e = mul(exponential(negative(mul(p, p)), 0), TWO_BY_ROOT_PI);
+        const pair sum = {series.s[i], series.t[i], FUNCTION_ERROR * series.s[i]};
+        const pair quotient = divide(e, (pair){fraction.s[i], fraction.t[i], FUNCTION_ERROR * fraction.s[i]});
+        const pair of_below = mul(mul(e, sum), p), of_above = {quotient.s / 2, quotient.t / 2, quotient.rad / 2};
+        const int below = p.s < SERIES_END, minus = a->s[i] < 0;
+        pair y;
+        if (complement) {
+            y = select(below, add1(negative(of_below), 1), of_above);
+            y = select(minus, add1(negative(y), 2), y);
+        } else {
+            y = select(below, of_below, add1(negative(of_above), 1));
+            y = select(minus, negative(y), y);
+        }
+        const double rad = a->rad[i] * 1.25 * (fabs(e.s) + e.rad);
+        y.rad += a->rad[i] * (1 + fabs(a->s[i])) < 0x1p-10 ? rad : INFINITY;
+        to->s[i] = y.s, to->t[i] = y.t, to->rad[i] = y.rad;
+    }
+}
+
+/* erfinv(p) = y + d + y d^2 + ..., where y is about erfinv(p) and d = (p - erf(y)) sqrt(pi) / 2 exp(y^2). The third
+   derivative of erfinv is (2 + 8 y^2) erfinv'^3, so the rest is below (1 + 2 y^2) |d|^3. From 1/2 on, p and erf(y) are
+   subtracted from 1 first. */
+VECTORISED static void inverse_error_function(const pairs *restrict a, pairs *restrict to, integer count) {
+    pairs near, below, above;
+    fill(&near, single(0));
+    EACH near.s[i] = erfinv_(fabs(a->s[i]));
+    error_function(&near, &below, count, 0);
+    error_function(&near, &above, count, 1);
+    EACH {
+        const double y = near.s[i];
+        const pair p = absolute((pair){a->s[i], a->t[i], a->rad[i]});
+        const pair rest = select(p.s < 0.5, add(p, (pair){-below.s[i], -below.t[i], below.rad[i]}),
+                                 add(add1(p, -1), (pair){above.s[i], above.t[i], above.rad[i]}));
+        const pair d = mul(divide(rest, TWO_BY_ROOT_PI), exponential(mul11(y, y), 0));
+        const pair z = add1(add(d, mul1(mul(d, d), y)), y);
+        const double size = fabs(d.s) + fabs(d.t) + d.rad, last = (2 + 4 * y * y) * (size * size * size);
+        const double sign = a->s[i] < 0 ? -1 : 1;
+        to->s[i] = sign * z.s, to->t[i] = sign * z.t, to->rad[i] = size < 0x1p-30 ? z.rad + last : INFINITY;
+    }
 }
 
 /* ---- the interpreter ---- */
 
-#define EACH for (integer i = 0; i < count; i++)
 #define P ((pair){a->s[i], a->t[i], a->rad[i]})
 #define Q ((pair){b->s[i], b->t[i], b->rad[i]})
 #define R ((pair){c->s[i], c->t[i], c->rad[i]})
@@ -299,6 +228,16 @@ VECTORISED static void run_pair_instructions(const pair_program *p, pairs *restr
             FUNCTION(EXPM1, exponential_less_1)
             CASE(LOG, logarithm(P, 0))
             FUNCTION(LOG1P, logarithm_of_1_plus)
+        case SIN: turn(a, to, count, 0, 0); break;
+        case COS: turn(a, to, count, 0, 1); break;
+        case SINPI: turn(a, to, count, 1, 0); break;
+        case COSPI: turn(a, to, count, 1, 1); break;
+        case ATAN: arctangent(a, to, count); break;
+        case ERF: error_function(a, to, count, 0); break;
+        case ERFC: error_function(a, to, count, 1); break;
+        case ERFINV:
+            inverse_error_function(a, to, count);
+            break;
             CASE(LT, single(less_than_zero(P)))
             CASE(EQ, single(equals_zero(P)))
             CASE(SELECT, select(a->s[i], Q, R))
@@ -317,10 +256,6 @@ VECTORISED static void round_all(const pairs *restrict y, integer count, const d
         failed[i] = (patterns_differ(low, high) != 0) | !(fabs(s) + fabs(t) + rad <= DBL_MAX) | far_apart;
         value[i] = ((bits(high) == 0) & (mid[i] == 0)) ? to_target(mid[i]) : high;
     }
-}
-
-static void fill(pairs *to, pair p) {
-    for (integer i = 0; i < PAIR_BLOCK; i++) to->s[i] = p.s, to->t[i] = p.t, to->rad[i] = p.rad;
 }
 
 void reproml_run_pairs(const pair_program *p, integer count, double (*x)[PAIR_BLOCK], const double *mid, float *value,

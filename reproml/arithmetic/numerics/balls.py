@@ -288,6 +288,7 @@ class Binary64Context(BallContext):
         special.digamma,
         special.trigamma,
     )
+    stirling = special.BINARY64
 
     def number(self, x: Number) -> float:
         return float(x)

@@ -2,14 +2,16 @@
 derivatives.
 
 They are evaluated on the balls of a `Binary64Context`, so they need no instruction of their own in a
-program. A condition on a midpoint chooses between formulas that are both valid.
+program, and all but atan also in pairs (compiler/pair_arrays.py). A condition on a midpoint chooses between
+formulas that are both valid.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from math import comb
-from typing import Any
+from typing import Any, NamedTuple, Union
 
 _HALF = Fraction(1, 2)
 _ATAN = [(-1) ** n / (2 * n + 1) for n in range(13, 0, -1)]
@@ -35,7 +37,7 @@ def atan(ctx: Any, x: Any) -> Any:
     return ctx.choose(x < 0, -y, y)
 
 
-def _horner(x: Any, coefficients: list[float]) -> Any:
+def _horner(x: Any, coefficients: Sequence[Union[float, Fraction]]) -> Any:
     y = x * coefficients[0] + coefficients[1]
     for coefficient in coefficients[2:]:
         y = y * x + coefficient
@@ -44,7 +46,22 @@ def _horner(x: Any, coefficients: list[float]) -> Any:
 
 # ---- the logarithm of the gamma function, and its derivatives ----------------------------------------
 
-_SHIFT = 8  # from this number on, Stirling's series is used
+
+class Stirling(NamedTuple):
+    """How a context takes Stirling's series: for numbers from `shift` on, so many terms.
+
+    bound: what the series leave out, which is less than the first omitted term (NIST Digital Library of
+    Mathematical Functions, 5.11(ii)), and in binary64 their rounding.
+    """
+
+    shift: int
+    terms: int
+    bound: float
+
+
+# B_26 / 8^26 < 2^-57. The values are below 1/8, and Horner's scheme adds up less than 3 / 8^2.
+BINARY64 = Stirling(shift=8, terms=12, bound=2.0**-54)
+PAIRS = Stirling(shift=32, terms=14, bound=2.0**-120)  # B_30 / 32^30 < 2^-120
 
 
 def _bernoulli(count: int) -> list[Fraction]:
@@ -55,29 +72,31 @@ def _bernoulli(count: int) -> list[Fraction]:
     return numbers
 
 
-_EVEN = _bernoulli(24)[2::2]
-_TERMS = range(len(_EVEN), 0, -1)
-_LGAMMA = [float(_EVEN[k - 1] / (2 * k * (2 * k - 1))) for k in _TERMS]
-_DIGAMMA = [float(_EVEN[k - 1] / (2 * k)) for k in _TERMS]
-_TRIGAMMA = [float(_EVEN[k - 1]) for k in _TERMS]
-# Bound of what Stirling's series leave out and of their rounding, for z >= 8. They leave out less than the
-# first omitted term, B_26 / 8^26 < 2^-57 (NIST Digital Library of Mathematical Functions, 5.11(ii)).
-# Their values are below 1/8, and Horner's scheme adds up less than 3 / 8^2.
-_STIRLING = 2.0**-54
+_EVEN = _bernoulli(30)[2::2]
+_TERMS = range(1, len(_EVEN) + 1)
+_LGAMMA = [_EVEN[k - 1] / (2 * k * (2 * k - 1)) for k in _TERMS]
+_DIGAMMA = [_EVEN[k - 1] / (2 * k) for k in _TERMS]
+_TRIGAMMA = [_EVEN[k - 1] for k in _TERMS]
 
 
-def _series(ctx: Any, z: Any, coefficients: list[float], power: int) -> Any:
+def _series(ctx: Any, z: Any, coefficients: list[Fraction], power: int) -> Any:
     """Return the sum of c / z^power, c' / z^(power + 2), ... Its slope in z is below 1 / z^2."""
-    w = 1 / z.mid
+    last_first = coefficients[: ctx.stirling.terms][::-1]
+    if ctx.stirling is BINARY64:
+        w = 1 / z.mid
+        square = w * w
+        sums = _horner(square, [float(c) for c in last_first]) * (w if power == 1 else square)
+        return ctx.ball(sums, z.error * square + ctx.stirling.bound)
+    w = 1 / z
     square = w * w
-    sums = _horner(square, coefficients) * (w if power == 1 else square)
-    return ctx.ball(sums, z.error * square + _STIRLING)
+    sums = _horner(square, last_first) * (w if power == 1 else square)
+    return sums + ctx.ball(0.0, ctx.stirling.bound)
 
 
 def _shifted(ctx: Any, x: Any) -> tuple[Any, Any]:
-    """Return whether x > 8, and z, which is x then and x + 8 otherwise."""
-    far = x.mid > _SHIFT
-    return far, ctx.choose(far, x, x + _SHIFT)
+    """Return whether x > shift, and z, which is x then and x + shift otherwise."""
+    far = x.mid > ctx.stirling.shift
+    return far, ctx.choose(far, x, x + ctx.stirling.shift)
 
 
 def _reflected(ctx: Any, x: Any) -> Any:
@@ -88,15 +107,19 @@ def _reflected(ctx: Any, x: Any) -> Any:
 def lgamma(ctx: Any, x: Any) -> Any:
     """Return log |Gamma(x)| of an exact number.
 
-    Below 0 it is log(pi / |sin(pi x)|) - lgamma(1 - x), up to 8 lgamma(x + 8) - log(x (x + 1) ... (x + 7)).
+    Below 0 it is log(pi / |sin(pi x)|) - lgamma(1 - x), up to the shift s
+    lgamma(x + s) - log(x (x + 1) ... (x + s - 1)).
     """
     a = _reflected(ctx, x)
     far, z = _shifted(ctx, a)
     product = a
-    for i in range(1, _SHIFT):
+    for i in range(1, ctx.stirling.shift):
         product = product * (a + i)
     product = ctx.choose(far, ctx.constant(Fraction(1)), product)
-    constant = ctx.ball(0.4189385332046727, 2.0**-54)  # log(2 pi) / 2 - 1 / 2
+    if ctx.stirling is BINARY64:
+        constant = ctx.ball(0.4189385332046727, 2.0**-54)  # log(2 pi) / 2 - 1 / 2
+    else:
+        constant = ctx.log(2 * ctx.pi) * _HALF - _HALF
     y = (z - _HALF) * (ctx.log(z) - 1) + constant + _series(ctx, z, _LGAMMA, 1) - ctx.log(product)
     return ctx.choose(x < 0, ctx.log(ctx.pi / abs(ctx.sinpi(x))) - y, y)
 
@@ -106,7 +129,7 @@ def digamma(ctx: Any, x: Any) -> Any:
     a = _reflected(ctx, x)
     far, z = _shifted(ctx, a)
     steps = 1 / a
-    for i in range(1, _SHIFT):
+    for i in range(1, ctx.stirling.shift):
         steps = steps + 1 / (a + i)
     steps = ctx.choose(far, ctx.constant(Fraction(0)), steps)
     y = ctx.log(z) - 1 / (2 * z) - _series(ctx, z, _DIGAMMA, 2) - steps
@@ -118,7 +141,7 @@ def trigamma(ctx: Any, x: Any) -> Any:
     a = _reflected(ctx, x)
     far, z = _shifted(ctx, a)
     steps = 1 / (a * a)
-    for i in range(1, _SHIFT):
+    for i in range(1, ctx.stirling.shift):
         steps = steps + 1 / ((a + i) * (a + i))
     steps = ctx.choose(far, ctx.constant(Fraction(0)), steps)
     y = (1 + 1 / (2 * z) + _series(ctx, z, _TRIGAMMA, 2)) / z + steps

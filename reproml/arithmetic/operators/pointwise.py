@@ -263,6 +263,7 @@ def xlogy(x: Any, y: Any) -> Tensor:
 # Outside of these bounds the rounded value is that at the bound: 1, 2, infinity, 0 or -1.
 _CONSTANT_BEYOND = {"tanh": (-20, 20), "exp": (-120, 100), "expm1": (-120, 100), "erfc": (-20, 100)}
 _ODD = ("sin", "tanh", "erf", "erfinv", "expm1", "log1p")
+_DOMAIN = {"log": (0, torch.inf), "log1p": (-1, torch.inf), "erfinv": (-1, 1)}  # NaN outside
 
 
 def elementary_function(name: str) -> Callable[..., Any]:
@@ -280,7 +281,10 @@ def elementary_function(name: str) -> Callable[..., Any]:
     def reference(x: Tensor) -> Tensor:
         if name in _CONSTANT_BEYOND:
             x = x.clamp(*map(reach, _CONSTANT_BEYOND[name]))
-        y = elementwise(lambda ctx, x: getattr(ctx, name)(x), x)
+        low, high = _DOMAIN.get(name, (-torch.inf, torch.inf))
+        outside = (x < low) | (x > high)
+        y = elementwise(lambda ctx, x: getattr(ctx, name)(x), torch.where(outside, 0.5, x))
+        y = torch.where(outside, torch.nan, y)
         return torch.where(x == 0, x, y) if odd else y
 
     complete = reference if odd or name in _CONSTANT_BEYOND else None

@@ -114,14 +114,19 @@ def test_zeros_of_gradients_and_ends_of_ranges(name):
         -8.0,
         8.0,
         -14.0,
+        -15.0,
         -27.0,
+        -32.0,
         -38.0,
+        -1e7,
+        -3e38,
         700.0,
         -745.0,
     ]
     ulps = torch.arange(-3, 4, dtype=torch.int32)
     x = torch.cat([(torch.tensor([a]).view(torch.int32) + ulps).view(torch.float32) for a in at])
-    for g in (1.0, 0.0, -0.0, 2.0**-149, -3e38):
+    x = torch.cat([x, torch.tensor(NOT_FINITE)])
+    for g in (1.0, 0.0, -0.0, 2.0**-149, -3e38, *NOT_FINITE):
         agree(name, *([torch.full_like(x, g)] if "backward" in name else []), x)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 from unittest.mock import Mock
 
 import mpmath
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import reproml
+from reproml.arithmetic.compiler import evaluate, kernels
 from reproml.arithmetic.numerics.formats import rounding_to
 from reproml.arithmetic.numerics.rationals import Rationals
 from reproml.arithmetic.numerics.rounding import nearest
@@ -184,6 +186,37 @@ def test_functions_of_smallest_numbers_do_not_vanish(name):
         assert found[:2].tolist() == [5e-324, -5e-324]
     else:
         assert found[:4].tolist() == ([1.0] * 4 if name == "exp" else x[:4].tolist())
+
+
+LATER: dict[str, Any] = {  # what mpmath names them, and where they are not computed by it
+    "sin": (mpmath.sin, -1e5, 1e5),
+    "cos": (mpmath.cos, -1e5, 1e5),
+    "tan": (mpmath.tan, -20, 20),
+    "sinc": (mpmath.sincpi, -20, 20),
+    "atan": (mpmath.atan, -20, 20),
+    "asin": (mpmath.asin, -1, 1),
+    "acos": (mpmath.acos, -1, 1),
+    "erf": (mpmath.erf, -8, 8),
+    "erfc": (mpmath.erfc, -8, 20),
+    "erfinv": (mpmath.erfinv, -1, 1),
+    "lgamma": (lambda x: mpmath.log(abs(mpmath.gamma(x))), -20, 200),
+    "digamma": (mpmath.digamma, -20, 200),
+    "exp2": (lambda x: mpmath.power(2, x), -20, 20),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_functions_without_multi_precision(name, monkeypatch):
+    """Pairs round what is not extreme. Multi-precision would take 1,000 times as long."""
+    function, low, high = LATER[name]
+    x = torch.rand(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = low + (high - low) * x
+    if kernels.library is not None:
+        monkeypatch.setattr(evaluate, "_multi_precision", Mock(side_effect=AssertionError))
+    with reproml.exact():
+        found = getattr(torch, name)(x).tolist()
+    with mpmath.workprec(400):
+        assert found == [float(function(mpmath.mpf(t))) for t in x.tolist()]
 
 
 def test_position_table_equals_correctly_rounded_functions():
