@@ -584,9 +584,9 @@ def _lazy_patches() -> list[Patch]:
         if "__call__" in vars(kind)
     ]
     schedules = [  # of packages whose schedulers are no subclass of PyTorch's
-        (module, "math", _exact_math)
-        for name, module in sorted(sys.modules.items())
-        if name.startswith("timm.scheduler.") and vars(module).get("math") is math
+        (sys.modules[name], "math", _exact_math)
+        for name in (list(sys.modules) if "timm.scheduler" in sys.modules else ())
+        if name.startswith("timm.scheduler.") and vars(sys.modules[name]).get("math") is math
     ]
     return [
         *calls,

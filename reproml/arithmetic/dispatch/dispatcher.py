@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -224,10 +224,10 @@ def composites(table: dict[str, Kernel]) -> Iterator[None]:
     others. What PyTorch does not take apart runs as ours in every thread, there natively.
     """
     library = torch.library.Library("aten", "IMPL")
-    for name, composite in table.items():
-        kernel = _composite_kernel(_overload(name), composite)
-        with warnings.catch_warnings():  # that the kernel of torch.func for `linear` is replaced
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():  # that the kernel of torch.func for `linear` is replaced
+        warnings.simplefilter("ignore")
+        for name, composite in table.items():
+            kernel = _composite_kernel(name, composite)
             for key in ("AutogradCPU", "AutogradCUDA", "FuncTorchDynamicLayerFrontMode"):
                 library.impl(name, kernel, key)
     try:
@@ -236,7 +236,10 @@ def composites(table: dict[str, Kernel]) -> Iterator[None]:
         library._destroy()
 
 
-def _composite_kernel(operator: Any, composite: Kernel) -> Kernel:
+@cache
+def _composite_kernel(name: str, composite: Kernel) -> Kernel:
+    operator = _overload(name)
+
     def kernel(*args: Any, **kwargs: Any) -> Any:
         result = NotImplemented
         if not interception.is_active():
