@@ -51,15 +51,17 @@ def elementwise(
     *operands: Union[Tensor, float, int],
     reference: Optional[Callable[..., Tensor]] = None,
     fast: Optional[str] = None,
+    scalars: tuple[float, ...] = (),
 ) -> Tensor:
     """Evaluate the formula on each element of operands that broadcast together, rounded once to float32.
 
     reference: the operator's complete definition on tensors, where the formula describes it only as long as
-    the result passes the rounding test. fast: the name of the formula's own loop in csrc, if it has one.
+    the result passes the rounding test. fast: the name of the formula's own loop in csrc, if it has one;
+    scalars: what that takes.
     """
     if target() is BINARY64:  # the formula describes it then, without exception
         return _elements_in_binary64(formula, *operands)
-    call = _Elementwise(formula, None, fast, reference)
+    call = _Elementwise(formula, None, fast, reference, scalars)
     result = executor.run(call, operands)
     return call.by_reference(*operands) if result is None else result
 

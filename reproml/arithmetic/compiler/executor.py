@@ -31,7 +31,7 @@ from reproml.arithmetic.numerics.balls import Formula
 class FormulaCall:
     """One call of a formula: what to compute, and the slower paths for what a program leaves."""
 
-    __slots__ = ("formula", "dim", "fast", "reference")
+    __slots__ = ("formula", "dim", "fast", "reference", "scalars")
 
     def __init__(
         self,
@@ -39,14 +39,17 @@ class FormulaCall:
         dim: Optional[int],
         fast: Optional[str],
         reference: Optional[Callable[..., Tensor]],
+        scalars: tuple[float, ...] = (),
     ) -> None:
         """
         dim: the axis of the rows that the formula takes; None for an elementwise formula.
-        fast: the name of the formula's own loop, if it has one (see _FAST).
+        fast: the name of the formula's own loop, if it has one (see _FAST). scalars: what that takes, up to
+            three numbers.
         reference: the operator's complete definition, where the formula describes it only as long as the
             result passes the rounding test.
         """
         self.formula, self.dim, self.fast, self.reference = formula, dim, fast, reference
+        self.scalars = scalars
 
     def by_reference(self, *operands: Any) -> Tensor:
         """The reference path. Rows lie along the last axis."""
@@ -67,6 +70,7 @@ class _Plan(NamedTuple):
 
     program: Optional[Program]
     fast: int  # the fast loop that takes the program's place; -1 for none
+    scalars: Any  # of the fast loop
     dims: int
     sizes: Any
     strides: Any
@@ -100,8 +104,9 @@ _MANY = 4  # if more than this fraction of all results is left, the next path ta
 _FAST = {
     name: i
     for i, name in enumerate(
-        """exp expm1 erfinv tanh sigmoid silu gelu gelu_tanh
+        """exp expm1 erfinv tanh sigmoid silu gelu gelu_tanh softplus log_sigmoid elu
         tanh_backward sigmoid_backward silu_backward gelu_backward gelu_tanh_backward
+        softplus_backward log_sigmoid_backward elu_backward elu_backward_of_result
         softmax log_softmax softmax_backward log_softmax_backward""".split()
     )
 }
@@ -114,7 +119,7 @@ def run(call: FormulaCall, operands: Sequence[Any]) -> Optional[Tensor]:
     if library is None:
         return None
     try:
-        key = [_key(call.formula), call.dim, call.fast]
+        key = [_key(call.formula), call.dim, call.fast, *call.scalars]
         for x in operands:
             if not x.is_cpu:
                 return None
@@ -139,7 +144,7 @@ def run(call: FormulaCall, operands: Sequence[Any]) -> Optional[Tensor]:
     tasks = torch.get_num_threads() if plan.work > _MIN_WORK_FOR_THREADS else 1
     layout = plan.dims, plan.sizes, plan.strides, pointers, failed.data_ptr(), tasks
     if plan.program is None:
-        count = library.reproml_fast(plan.fast, *layout)
+        count = library.reproml_fast(plan.fast, plan.scalars, *layout)
     else:
         # Without another definition, what is infinite or NaN in binary64 is the result, as in round_ball.
         # With one, at least the NaN of an operand that is NaN is.
@@ -270,6 +275,7 @@ def _plan(key: Any, call: FormulaCall, operands: Sequence[Tensor]) -> Optional[_
     return _Plan(
         program=program if fast < 0 else None,
         fast=fast,
+        scalars=(ctypes.c_double * 3)(*call.scalars),
         dims=len(sizes),
         sizes=(ctypes.c_int64 * len(sizes))(*sizes),
         strides=(ctypes.c_int64 * len(flat))(*flat),

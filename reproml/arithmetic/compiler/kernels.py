@@ -21,7 +21,7 @@ from reproml.arithmetic.numerics import formats
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
-_VERSION = 16  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
+_VERSION = 17  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
 
 _BINARY32 = "_kernels"  # name of the library that rounds to binary32
 
@@ -33,7 +33,7 @@ _SIGNATURES = {
         [_POINTER] + [_LONG] * 4 + ([_POINTER] + [_LONG] * 3) * 2 + [_POINTER] * 3 + [_LONG],
     ),
     "reproml_program": (_LONG, [_POINTER, _LONG] + [_POINTER] * 4 + [_LONG, _INT]),
-    "reproml_fast": (_LONG, [_INT, _LONG] + [_POINTER] * 4 + [_LONG]),
+    "reproml_fast": (_LONG, [_INT, _POINTER, _LONG] + [_POINTER] * 4 + [_LONG]),
     "reproml_pair_sum": (_INT, [_POINTER, _LONG, _POINTER, _DOUBLE, _POINTER]),
     "reproml_pair_arrays": (None, [_POINTER, _LONG] + [_POINTER] * 3),
     "reproml_pair_sums": (None, [_LONG] * 2 + [_POINTER] * 4),

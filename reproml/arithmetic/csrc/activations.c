@@ -130,6 +130,32 @@ INLINE ball gelu_tanh_backward_ball(double g, double x) {
     return times(g, s * (1 + a), s * (1 + fabs(a)) * (2 * sigmoid_error(u) + 16 * U));
 }
 
+/* log(1 + exp(x)) = max(x, 0) + log(1 + t), t = exp(-|x|) <= 1. log(1 + t) is 2 artanh s with s = t / (2 + t), or for
+   t > sqrt 2 - 1 log 2 + 2 artanh s with s = (t - 1) / (t + 3), so that |s| < 0.172: the series is cut after s^23 with
+   less than 2^-65. t errs by EXP_ERROR, and so does log(1 + t), the rest by 10 U. */
+#define SOFTPLUS_ERROR (EXP_ERROR + 16 * U)
+INLINE double softplus(double x) {
+    const double t = fast_exp(-fabs(x)), s = t > 0.4142 ? (t - 1) / (t + 3) : t / (2 + t), log_2 = 0x1.62e42fefa39efp-1;
+    return (x > 0 ? x : 0) + ((t > 0.4142 ? log_2 : 0) + (2 * s + artanh_rest(s)));
+}
+
+/* p x above 0, q expm1(r x) below, where p is a binary32 number, q has up to 48 bits and r x is exact. */
+INLINE ball elu_ball(double p, double q, double r, double x) {
+    const double y = x > 0 ? p * x : q * fast_expm1(x > 0 ? 0 : r * x);
+    return relative(y, x > 0 ? 0 : EXP_ERROR + 2 * U);
+}
+
+/* g p above 0, g q exp(r x) below, where q has one rounding. */
+INLINE ball elu_backward_ball(double p, double q, double r, double g, double x) {
+    const double y = x > 0 ? g * p : g * (q * fast_exp(x > 0 ? 0 : r * x));
+    return relative(y, x > 0 ? 0 : EXP_ERROR + 4 * U);
+}
+
+/* g p above 0, g r (y + q) below: g p and g r are exact. */
+INLINE ball elu_backward_of_result_ball(double p, double q, double r, double g, double y) {
+    return relative(y > 0 ? g * p : g * r * (y + q), y > 0 ? 0 : 4 * U);
+}
+
 /* One loop with the fast test; if an element fails, a second loop with the test that also covers subnormal numbers. */
 #define FORMULA(NAME, BALL)                                       \
     case NAME:                                                    \
@@ -148,9 +174,12 @@ INLINE ball gelu_tanh_backward_ball(double g, double x) {
         }                                                         \
         break;
 
-VECTORISED static int32_t activation_block(int which, const float *restrict a, const float *restrict b,
-                                           float *restrict out, int32_t *restrict failed, integer count) {
+VECTORISED static int32_t activation_block(int which, const double *scalars, const float *restrict a,
+                                           const float *restrict b, float *restrict out, int32_t *restrict failed,
+                                           integer count) {
+    const double p = scalars ? scalars[0] : 0, q = scalars ? scalars[1] : 0, r = scalars ? scalars[2] : 0;
     int32_t failures = 0;
+    double other;
     switch (which) {
         FORMULA(EXP, relative(fast_exp(at_most_100(x)), EXP_ERROR))
         FORMULA(EXPM1, relative(fast_expm1(at_most_100(x)), EXP_ERROR))
@@ -160,18 +189,25 @@ VECTORISED static int32_t activation_block(int which, const float *restrict a, c
         FORMULA(SILU, silu_ball(x))
         FORMULA(GELU, gelu_ball(x))
         FORMULA(GELU_TANH, gelu_tanh_ball(x))
+        FORMULA(SOFTPLUS, relative(softplus(x), SOFTPLUS_ERROR))
+        FORMULA(LOG_SIGMOID, relative(-softplus(-x), SOFTPLUS_ERROR))
+        FORMULA(ELU, elu_ball(p, q, r, x))
         FORMULA(TANH_BACKWARD, relative(x * (1 - y * y), 4 * U))    /* y^2 is exact */
         FORMULA(SIGMOID_BACKWARD, relative(x * y * (1 - y), 4 * U)) /* x y is exact */
         FORMULA(SILU_BACKWARD, silu_backward_ball(x, y))
         FORMULA(GELU_BACKWARD, gelu_backward_ball(x, y))
         FORMULA(GELU_TANH_BACKWARD, gelu_tanh_backward_ball(x, y))
+        FORMULA(SOFTPLUS_BACKWARD, relative(x * sigmoid_pair(y, &other), SIGMOID_ERROR + 2 * U))
+        FORMULA(LOG_SIGMOID_BACKWARD, relative(x * sigmoid_pair(-y, &other), SIGMOID_ERROR + 2 * U))
+        FORMULA(ELU_BACKWARD, elu_backward_ball(p, q, r, x, y))
+        FORMULA(ELU_BACKWARD_OF_RESULT, elu_backward_of_result_ball(p, q, r, x, y))
     }
     return failures;
 }
 
-int32_t reproml_activation_block(int which, const float *restrict a, const float *restrict b, float *restrict out,
-                                 int32_t *restrict failed, integer count) {
-    int32_t failures = activation_block(which, a, b, out, failed, count);
+int32_t reproml_activation_block(int which, const double *scalars, const float *restrict a, const float *restrict b,
+                                 float *restrict out, int32_t *restrict failed, integer count) {
+    int32_t failures = activation_block(which, scalars, a, b, out, failed, count);
     if (!failures) return 0;
     for (integer i = 0; which == SIGMOID && i < count; i++)
         if (failed[i]) failed[i] = round_sigmoid_near_zero(a[i], &out[i]);

@@ -15,11 +15,18 @@ enum {
     SILU,
     GELU,
     GELU_TANH,
+    SOFTPLUS,
+    LOG_SIGMOID,
+    ELU,
     TANH_BACKWARD,
     SIGMOID_BACKWARD,
     SILU_BACKWARD,
     GELU_BACKWARD,
     GELU_TANH_BACKWARD,
+    SOFTPLUS_BACKWARD,
+    LOG_SIGMOID_BACKWARD,
+    ELU_BACKWARD,
+    ELU_BACKWARD_OF_RESULT,
     SOFTMAX,
     LOG_SOFTMAX,
     SOFTMAX_BACKWARD,
@@ -28,10 +35,10 @@ enum {
 
 enum { BLOCK = 256 };
 
-/* activations.c: out[i] = the formula of a[i] and b[i], count <= BLOCK. Returns 0 if all elements passed the test;
-   otherwise failed[i] is nonzero for those that failed. */
-int32_t reproml_activation_block(int which, const float *restrict a, const float *restrict b, float *restrict out,
-                                 int32_t *restrict failed, integer count);
+/* activations.c: out[i] = the formula of a[i] and b[i], count <= BLOCK. scalars: the formula's own, or null. Returns 0 if
+   all elements passed the test; otherwise failed[i] is nonzero for those that failed. */
+int32_t reproml_activation_block(int which, const double *scalars, const float *restrict a, const float *restrict b,
+                                 float *restrict out, int32_t *restrict failed, integer count);
 
 /* near_zero.c: round those elements that failed and whose series near zero can be rounded. */
 void reproml_round_near_zero(int which, const float *a, const float *b, float *out, int32_t *failed, integer count);

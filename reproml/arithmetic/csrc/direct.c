@@ -11,6 +11,8 @@
                     binary32 has 25 bits and d up to 27, so m d has up to 52 bits and S compares with it as a + b does:
                     `quotient`.
 
+   Roots are those of binary64, rounded again; the other loops choose between operands.
+
    Nothing underflows: the terms are products of at most three binary32 numbers. Where an operand is infinite or NaN, and
    for the sign of an exact zero, the result is that of `mid`, by IEEE arithmetic step by step (compiler/evaluate.py). */
 
@@ -28,7 +30,13 @@ enum {
     HARDSIGMOID_BACKWARD,
     HARDSWISH,
     HARDSWISH_BACKWARD,
-    MSE_LOSS_BACKWARD
+    MSE_LOSS_BACKWARD,
+    SQRT,
+    MAXIMUM,
+    MINIMUM,
+    PRELU,
+    SOFTSHRINK,
+    SHRINK_BACKWARD
 };
 
 enum { DIRECT_BLOCK = 256, DIRECT_TASKS = 64 };
@@ -94,6 +102,12 @@ INLINE float hardswish_backward(float g, float x) {
     return x <= -3 ? 0.0f : x < 3 ? (float)middle : g;
 }
 
+/* NaN if either number is; +0 > -0. */
+INLINE float maximum(float x, float y) {
+    const float larger = x > y ? x : y, sum = x + y;
+    return ((x == 0) & (y == 0)) | (x != x) | (y != y) ? sum : larger;
+}
+
 #define LOOP(NAME, VALUE)                                            \
     case NAME:                                                       \
         for (integer i = 0; i < count; i++) {                        \
@@ -120,6 +134,12 @@ VECTORISED static void run_block(int which, const float *restrict x, const float
         LOOP(HARDSWISH, hardswish(a))
         LOOP(HARDSWISH_BACKWARD, hardswish_backward(xf, yf))
         LOOP(MSE_LOSS_BACKWARD, or_mid(quotient(2 * c * a, -2 * c * b, scalar, inverse), c * (a - b)))
+        LOOP(SQRT, PRECISION == 24 ? sqrtf(xf) : to_target(sqrt(a))) /* see pointwise.sqrt */
+        LOOP(MAXIMUM, maximum(xf, yf))
+        LOOP(MINIMUM, -maximum(-xf, -yf))
+        LOOP(PRELU, xf > 0 ? xf : to_target(a * b))
+        LOOP(SOFTSHRINK, xf > narrow ? to_target(sum(a, -scalar)) : xf < -narrow ? to_target(sum(a, scalar)) : xf * 0)
+        LOOP(SHRINK_BACKWARD, fabsf(yf) <= narrow ? 0 : xf)
     }
 }
 

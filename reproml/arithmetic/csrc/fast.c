@@ -5,6 +5,7 @@
 
 typedef struct {
     int which, operands;
+    const double *scalars;
     integer dims, rows, n, per_item, items, tasks;
     const integer *sizes, *strides;
     void *const *pointers;
@@ -23,7 +24,7 @@ static integer run_elements(const call *c, integer first, integer count, integer
     int32_t failed[BLOCK];
     const float *a = (const float *)c->pointers[0] + first, *b = (const float *)c->pointers[c->operands - 1] + first;
     float *out = (float *)c->pointers[c->operands] + first;
-    if (!reproml_activation_block(c->which, a, b, out, failed, count)) return 0;
+    if (!reproml_activation_block(c->which, c->scalars, a, b, out, failed, count)) return 0;
     return list_failures(failed, count, first, list);
 }
 
@@ -73,10 +74,10 @@ static void run_items(integer task, void *data) {
 
 /* As reproml_program, for one of the formulas of fast.h on float32 operands: elementwise ones dense in one dimension,
    rows of up to ROW_MAX numbers in any layout. */
-integer reproml_fast(int which, integer dims, const integer *sizes, const integer *strides, void *const *pointers,
-                     integer *failed, integer tasks) {
+integer reproml_fast(int which, const double *scalars, integer dims, const integer *sizes, const integer *strides,
+                     void *const *pointers, integer *failed, integer tasks) {
     const int two = (which >= TANH_BACKWARD && which < SOFTMAX) || which >= SOFTMAX_BACKWARD;
-    call c = {.which = which, .operands = 1 + two, .dims = dims, .rows = 1, .n = 1, .sizes = sizes};
+    call c = {.which = which, .scalars = scalars, .operands = 1 + two, .dims = dims, .rows = 1, .n = 1, .sizes = sizes};
     c.strides = strides, c.pointers = pointers, c.failed = failed;
     for (integer d = 0; d < dims; d++) c.rows *= sizes[d];
     if (which >= SOFTMAX) c.n = sizes[dims - 1], c.rows /= c.n;

@@ -40,7 +40,7 @@ typedef struct {
 
 static int32_t apply(int which, const float *a, const float *b, float *out, integer n) {
     int32_t failed[BLOCK], any = 0;
-    if (!reproml_activation_block(which, a, b, out, failed, n)) return 0;
+    if (!reproml_activation_block(which, NULL, a, b, out, failed, n)) return 0;
     for (integer i = 0; i < n; i++) any |= failed[i];
     return any;
 }

@@ -207,16 +207,32 @@ def softplus_formula(ctx: Any, x: Any) -> Any:
 def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     """Return log(1 + exp(beta x)) / beta; x itself where beta x > threshold."""
     b = float32_scalar(beta)
-    y = elementwise(lambda ctx, x: softplus_formula(ctx, b * x) / b, x)
-    y = torch.where(x.isinf(), 0.0 / float(b), y)  # where beta x is minus infinity
-    return torch.where(x * float(b) > threshold, x, y)
+
+    def formula(ctx: Any, x: Any) -> Any:
+        return softplus_formula(ctx, b * x) / b
+
+    def complete(x: Tensor) -> Tensor:
+        y = torch.where(x.isinf(), 0.0 / float(b), elementwise(formula, x))  # beta x = -inf
+        return torch.where(x * float(b) > threshold, x, y)
+
+    if b != 1 or threshold < 20 or target() is BINARY64:
+        return complete(x)
+    return elementwise(formula, x, reference=complete, fast="softplus")  # above 20 it rounds to x
 
 
 def softplus_backward(g: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
     """Return g sigmoid(beta x); g itself where beta x > threshold."""
     b = float32_scalar(beta)
-    y = elementwise(lambda ctx, g, x: g * ctx.sigmoid(b * x), g, x)
-    return torch.where(x * float(b) > threshold, g, y)
+
+    def formula(ctx: Any, g: Any, x: Any) -> Any:
+        return g * ctx.sigmoid(b * x)
+
+    def complete(g: Tensor, x: Tensor) -> Tensor:
+        return torch.where(x * float(b) > threshold, g, elementwise(formula, g, x))
+
+    if b != 1 or threshold < 20 or target() is BINARY64:
+        return complete(g, x)
+    return elementwise(formula, g, x, reference=complete, fast="softplus_backward")
 
 
 def mish(x: Tensor) -> Tensor:
@@ -240,13 +256,22 @@ def mish_backward(g: Tensor, x: Tensor) -> Tensor:
 
 def log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return -softplus(-x), and an empty tensor in place of PyTorch's buffer (aten.log_sigmoid_forward)."""
-    y = elementwise(lambda ctx, x: -softplus_formula(ctx, -x), x)
-    return torch.where(x == torch.inf, -0.0, y), x.new_empty(0)
+
+    def formula(ctx: Any, x: Any) -> Any:
+        return -softplus_formula(ctx, -x)
+
+    def complete(x: Tensor) -> Tensor:
+        return torch.where(x == torch.inf, -0.0, elementwise(formula, x))
+
+    exact = target() is BINARY64
+    y = complete(x) if exact else elementwise(formula, x, reference=complete, fast="log_sigmoid")
+    return y, x.new_empty(0)
 
 
 def log_sigmoid_backward(g: Tensor, x: Tensor, buffer: Tensor) -> Tensor:
     """Return g sigmoid(-x)."""
-    return elementwise(lambda ctx, g, x: g * ctx.sigmoid(-x), g, x)
+    formula: Formula = lambda ctx, g, x: g * ctx.sigmoid(-x)  # noqa: E731
+    return elementwise(formula, g, x, fast="log_sigmoid_backward")
 
 
 # ---- glu ---------------------------------------------------------------------------------------------
@@ -305,7 +330,8 @@ def leaky_relu_backward(g: Tensor, x: Tensor, slope: float, is_result: bool) -> 
 
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
     """Compute aten._prelu_kernel: x, or weight * x where x <= 0."""
-    return torch.where(x > 0, x, operate(torch.mul, x, weight))
+    y = run_directly("prelu", x, weight)
+    return torch.where(x > 0, x, operate(torch.mul, x, weight)) if y is None else y
 
 
 def prelu_backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,9 +343,19 @@ def prelu_backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
 def elu(x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
     """Return scale x, or scale alpha (exp(input_scale x) - 1) where x <= 0."""
     a, s, i = float32_scalar(alpha), float32_scalar(scale), float32_scalar(input_scale)
-    fast = "expm1" if s * a == i == 1 else None
-    below = elementwise(lambda ctx, x: s * a * ctx.expm1(i * x), x.clamp(max=0), fast=fast)
-    return torch.where(x > 0, operate(torch.mul, x, float(s)), below)
+
+    def complete(x: Tensor) -> Tensor:
+        below = elementwise(lambda ctx, x: s * a * ctx.expm1(i * x), x.clamp(max=0))
+        return torch.where(x > 0, operate(torch.mul, x, float(s)), below)
+
+    def formula(ctx: Any, x: Any) -> Any:
+        low = ctx.choose(x < 0, x, 0 * x)
+        return ctx.choose(x < 0, s * a * ctx.expm1(i * low), s * x)
+
+    if min(a, s, i) <= 0 or target() is BINARY64:
+        return complete(x)
+    scalars = float(s), float(s * a), float(i)
+    return elementwise(formula, x, reference=complete, fast="elu", scalars=scalars)
 
 
 def celu(x: Tensor, alpha: float = 1) -> Tensor:
@@ -335,18 +371,33 @@ def elu_backward(
     x is elu's input, or its result if `is_result`.
     """
     a, s, i = float32_scalar(alpha), float32_scalar(scale), float32_scalar(input_scale)
-    low = x.clamp(max=0)
-    if is_result:  # for the result y: s a exp(i x) = y + s a
-        below = elementwise(lambda ctx, g, y: g * i * (y + s * a), g, low)
-    else:
-        below = elementwise(lambda ctx, g, x: g * i * s * a * ctx.exp(i * x), g, low)
-    return torch.where(x > 0, operate(torch.mul, g, float(s)), below)
+
+    def slope(ctx: Any, x: Any) -> Any:
+        """Its slope below 0; for the result y, s a exp(i x) = y + s a."""
+        return i * (x + s * a) if is_result else i * s * a * ctx.exp(i * x)
+
+    def complete(g: Tensor, x: Tensor) -> Tensor:
+        below = elementwise(lambda ctx, g, x: g * slope(ctx, x), g, x.clamp(max=0))
+        return torch.where(x > 0, operate(torch.mul, g, float(s)), below)
+
+    def formula(ctx: Any, g: Any, x: Any) -> Any:
+        low = ctx.choose(x < 0, x, 0 * x)
+        return ctx.choose(-x < 0, g * s, g * slope(ctx, low))
+
+    if min(a, s, i) <= 0 or target() is BINARY64:
+        return complete(g, x)
+    scalars = float(s), float(s * a if is_result else i * s * a), float(i)
+    fast = "elu_backward_of_result" if is_result else "elu_backward"
+    return elementwise(formula, g, x, reference=complete, fast=fast, scalars=scalars)
 
 
 def softshrink(x: Tensor, bound: float = 0.5) -> Tensor:
     """Return x - bound where x > bound, x + bound where x < -bound, else a zero with x's sign."""
     require(bound >= 0, f"lambda must be greater or equal to 0, but found to be {bound}.")
     b = float(float32_scalar(bound))
+    y = run_directly("softshrink", x, scalar=b)
+    if y is not None:
+        return y
     above, below = operate(torch.sub, x, b), operate(torch.add, x, b)
     return torch.where(x > b, above, torch.where(x < -b, below, x * 0.0))
 
@@ -358,7 +409,9 @@ def hardshrink(x: Tensor, bound: float = 0.5) -> Tensor:
 
 def shrink_backward(g: Tensor, x: Tensor, bound: float) -> Tensor:
     """Compute aten.softshrink_backward and hardshrink_backward: 0 where |x| <= bound, else g."""
-    return torch.where(x.abs() <= float(float32_scalar(bound)), 0.0, g)
+    b = float(float32_scalar(bound))
+    y = run_directly("shrink_backward", g, x, scalar=b)
+    return torch.where(x.abs() <= b, 0.0, g) if y is None else y
 
 
 def rrelu_backward(

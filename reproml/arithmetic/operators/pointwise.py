@@ -95,7 +95,8 @@ def sqrt(x: Tensor) -> Tensor:
     """
     if target() is BINARY64:
         return elementwise(lambda ctx, x: ctx.sqrt(x), x)
-    return narrow(x.double().sqrt())
+    y = run_directly("sqrt", x)
+    return narrow(x.double().sqrt()) if y is None else y
 
 
 def signbit(x: Tensor) -> Tensor:
@@ -143,12 +144,14 @@ def extremum(name: str) -> Callable[..., Any]:
 
 def maximum(x: Tensor, y: Tensor) -> Tensor:
     """Return the larger of x and y, where +0 > -0 (IEEE 754-2019); native kernels disagree about zeros."""
-    return torch.where((x == 0) & (y == 0), x + y, torch.maximum(x, y))
+    z = run_directly("maximum", x, y)
+    return torch.where((x == 0) & (y == 0), x + y, torch.maximum(x, y)) if z is None else z
 
 
 def minimum(x: Tensor, y: Tensor) -> Tensor:
     """Return the smaller of x and y, where -0 < +0."""
-    return torch.where((x == 0) & (y == 0), -((-x) + (-y)), torch.minimum(x, y))
+    z = run_directly("minimum", x, y)
+    return torch.where((x == 0) & (y == 0), -((-x) + (-y)), torch.minimum(x, y)) if z is None else z
 
 
 def fmax(x: Tensor, y: Tensor) -> Tensor:

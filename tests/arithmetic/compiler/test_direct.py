@@ -11,7 +11,8 @@ import torch
 from reproml.arithmetic import operator_table
 from reproml.arithmetic.compiler import direct, kernels
 from tests.arithmetic.forms import agree, with_threads
-from verification.oracle import Real, check, float32_scalar, reals
+from tests.arithmetic.test_operator_table import larger, smaller
+from verification.oracle import Real, check, float32_scalar, reals, sqrt
 
 pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
 
@@ -27,6 +28,10 @@ def hardswish_slope(g: Any, x: Any) -> Any:
     return Real(0) if x <= -3 else g * (2 * x + 3) / 6 if x < 3 else g
 
 
+def soft(x: Any, bound: Any) -> Any:
+    return x - bound if x > bound else x + bound if x < -bound else x * 0
+
+
 # operator, its arguments after the tensors, its options, the number of tensors, the definition
 CASES: list[tuple[str, tuple[Any, ...], dict[str, float], int, Callable[..., Any]]] = [
     ("add", (), {"alpha": 0.1}, 2, lambda x, y: x + TENTH * y),
@@ -40,6 +45,13 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, float], int, Callable[..., Any
     ("hardsigmoid_backward", (), {}, 2, lambda g, x: g / 6 if -3 < x < 3 else Real(0)),
     ("hardswish", (), {}, 1, lambda x: x * (clip(x) + 3) / 6),
     ("hardswish_backward", (), {}, 2, hardswish_slope),
+    ("sqrt", (), {}, 1, sqrt),
+    ("maximum", (), {}, 2, larger),
+    ("minimum", (), {}, 2, smaller),
+    ("_prelu_kernel", (), {}, 2, lambda x, w: x if x > 0 else x * w),
+    ("softshrink", (0.1,), {}, 1, lambda x: soft(x, TENTH)),
+    ("hardshrink", (0.1,), {}, 1, lambda x: x if abs(x) > TENTH else Real(0)),
+    ("hardshrink_backward", (0.1,), {}, 2, lambda g, x: g if abs(x) > TENTH else Real(0)),
 ]
 
 
@@ -71,6 +83,8 @@ def test_direct_loop_gives_bits_of_oracle(name, arguments, options, operands, fo
     finite = torch.stack(x).isfinite().all(0)
     if name == "addcdiv":
         finite &= x[2] != 0
+    if name == "sqrt":
+        finite &= x[0] >= 0
     expected = [formula(*row) for row in zip(*[reals(t[finite]) for t in x])]
     check(found[finite], expected)
 

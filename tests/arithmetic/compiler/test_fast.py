@@ -17,14 +17,29 @@ from verification.oracle import bits_of_tensor, same_bits
 
 pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
 
-ONE = ["exp", "expm1", "erfinv", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh"]
-TWO = [
-    "tanh_backward", "sigmoid_backward", "silu_backward", "gelu_backward", "gelu_tanh_backward",
-]  # fmt: skip
-WITH_OPTIONS = {
+ONE = """exp expm1 erfinv tanh sigmoid silu gelu gelu_tanh softplus log_sigmoid
+    elu selu celu""".split()
+TWO = """tanh_backward sigmoid_backward silu_backward gelu_backward gelu_tanh_backward
+    softplus_backward log_sigmoid_backward elu_backward selu_backward celu_backward
+    elu_backward_of_result selu_backward_of_result celu_backward_of_result""".split()
+WITH_OPTIONS: dict[str, Any] = {
     f"gelu_tanh{end}": partial(operator_table.EXACT[f"gelu{end}"], approximate="tanh")
     for end in ("", "_backward")
 }
+WITH_OPTIONS["log_sigmoid"] = lambda x: operator_table.EXACT["log_sigmoid_forward"](x)[0]
+WITH_OPTIONS["softplus_backward"] = partial(
+    operator_table.EXACT["softplus_backward"], beta=1, threshold=20
+)
+ELUS = {"elu": (1, 1, 1), "selu": (1.6732632, 1.0507009, 1), "celu": (0.3, 1, 1 / 0.3)}
+for name, constants in ELUS.items():
+    WITH_OPTIONS[name] = lambda x, c=constants: operator_table.EXACT["elu"](x, *c)
+    for of_result, end in ((False, ""), (True, "_of_result")):
+        WITH_OPTIONS[f"{name}_backward{end}"] = lambda g, x, c=constants, of_result=of_result: (
+            operator_table.EXACT["elu_backward"](g, *c, of_result, x)
+        )
+WITH_OPTIONS["log_sigmoid_backward"] = partial(
+    operator_table.EXACT["log_sigmoid_backward"], buffer=torch.empty(0)
+)
 ROWS = ["_softmax", "_safe_softmax", "_log_softmax"]
 ROWS_BACKWARD = ["_softmax_backward_data", "_log_softmax_backward_data"]
 
