@@ -508,7 +508,9 @@ def fast(library: Any, name: str, *operands: Tensor) -> tuple[int, Any, Tensor]:
     dims = 2 if "softmax" in name else 1
     sizes = integers(*[1, n][-dims:])
     strides = integers(*[n, 1][-dims:] * (len(operands) + 1))
-    left = library.reproml_fast(executor._FAST[name], dims, sizes, strides, pointers, failed, 1)
+    left = library.reproml_fast(
+        executor._FAST[name], None, dims, sizes, strides, pointers, failed, 1
+    )
     return left, failed, out
 
 
