@@ -92,8 +92,8 @@ static const pair TWO_BY_ROOT_PI = {0x1.20dd750429b6dp+0, 0x1.1ae3a914fed80p-56,
 #define SERIES_END 3.0 /* erf has a series below, erfc a continued fraction from there on */
 
 /* y with erf(x) = 2 / sqrt(pi) x exp(-x^2) y and y = 1 + z / 3 (1 + z / 5 (1 + ...)), z = 2 x^2 (NIST Digital Library of
-   Mathematical Functions, 7.6.2). Below 3 the terms from z^63 on are less than 2^-103 of the sum. Those from z^43 on,
-   less than 2^-53 of it, have one double each. */
+   Mathematical Functions, 7.6.2). Below 3 the terms from z^63 on are less than 2^-103 of the sum. Those from z^42 on,
+   less than 2^-50 of it, have one double each. */
 VECTORISED static void erf_series(const pairs *restrict z, pairs *restrict y, integer count) {
     EACH y->s[i] = 1, y->t[i] = 0;
     for (int n = 62; n > 42; n--) {
@@ -159,8 +159,8 @@ VECTORISED static void error_function(const pairs *restrict a, pairs *restrict t
 }
 
 /* erfinv(p) = y + d + y d^2 + ..., where y is about erfinv(p) and d = (p - erf(y)) sqrt(pi) / 2 exp(y^2). The third
-   derivative of erfinv is (2 + 8 y^2) erfinv'^3, so the rest is below (1 + 2 y^2) |d|^3. From 1/2 on, p and erf(y) are
-   subtracted from 1 first. */
+   derivative of erfinv is (2 + 8 y^2) erfinv'^3, so the rest is below (1 + 2 y^2) |d|^3; twice that is taken, as the derivatives
+   change on the way. From 1/2 on, p and erf(y) are subtracted from 1 first. */
 VECTORISED static void inverse_error_function(const pairs *restrict a, pairs *restrict to, integer count) {
     pairs near, below, above;
     fill(&near, single(0));

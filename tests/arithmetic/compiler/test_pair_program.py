@@ -173,6 +173,27 @@ def test_bounds_of_functions(run, op, p):
             within(found, function(x))
 
 
+EDGES = {  # where a series, a reduction or a bound begins or ends
+    "sin": [2.0**-21, math.pi / 4, math.pi / 2, math.pi, 1e5 * math.pi, 2.0**20 - 1, 2.0**20],
+    "sinpi": [0.25, 0.5, 1.0, 1.5, 2.0**49 - 0.25, 2.0**49, 2.0**49 + 0.125, 2.0**49 + 0.25],
+    "atan": [2.0**-300, 1.0, 2.0**300, 2.0**900, 2.0**901],
+    "erf": [2.0**-300, 2.0**-21, 3.0, 24.5, 26.5, 40.0, 2.0**16],
+    "erfinv": [2.0**-300, 0.5, 0.999, 1 - 2.0**-53],
+}
+EDGES["cos"], EDGES["cospi"], EDGES["erfc"] = EDGES["sin"], EDGES["sinpi"], EDGES["erf"]
+
+
+@pytest.mark.parametrize("op", EDGES)
+def test_bounds_at_edges(run, op):
+    for edge in EDGES[op]:
+        for x in (edge, -math.nextafter(edge, 0.0)):
+            quarter = math.ulp(x) / 4
+            for t, rad in ((0.0, 0.0), (0.0, abs(x) * 2.0**-90), (quarter, 0.0), (-quarter, 0.0)):
+                found = run(op, (x, t, rad))
+                for v in values((x, t, rad)):
+                    within(found, FUNCTIONS[op][0](mp.mpf(v.numerator) / v.denominator))
+
+
 @pytest.mark.parametrize("op", FUNCTIONS)
 @settings(max_examples=50)
 @given(x=st.floats(2.0**-149, 500, width=32), negative=st.booleans())
@@ -210,7 +231,10 @@ def test_exact_zeros_stay_exact(run):
     assert run("mul", zero, p)[2] == run("mul", p, zero)[2] == run("div", zero, p)[2] == 0
     assert run("mul1", p, zero)[2] == run("div1", zero, (3.0, 0.0, 0.0))[2] == 0
     assert run("exp", zero) == (1, 0, 0) and run("log", (1.0, 0.0, 0.0)) == zero
-    assert [run(op, zero) for op in ("expm1", "log1p", "sqrt")] == [zero] * 3
+    for op in "expm1 log1p sqrt sin sinpi atan erf erfinv".split():
+        assert run(op, zero) == zero
+    for op in ("cos", "cospi", "erfc"):
+        assert run(op, zero) == (1, 0, 0)
     assert run("div", p, zero)[2] == run("div1", p, zero)[2] == math.inf
 
 
