@@ -333,9 +333,20 @@ def exact_elements(formula: Formula, rows: NDArray[Any]) -> NDArray[Any]:
         return _rounded(formula(RationalContext(), *operands), len(rows))
     except (Irrational, ZeroDivisionError):  # of some element
         unique, inverse = np.unique(rows, axis=0, return_inverse=True)
-        values = np.array([exact_values(formula, list(row))[0] for row in unique])
-        values = values[np.reshape(inverse, -1)]
-        return values
+        found = _exact_values_of_rows(formula, unique)
+        return found[np.reshape(inverse, -1)]  # type: ignore[no-any-return]
+
+
+def _exact_values_of_rows(formula: Formula, rows: NDArray[Any]) -> NDArray[Any]:
+    """Return the values on rows of operands: together with few bits, and what they leave one by one."""
+    values, left = np.empty(len(rows)), np.arange(len(rows))
+    with suppress(*_NO_VALUE), _lock:
+        columns = [_to_fraction(x) for x in rows.T]
+        values, failed = _at_bits(_BITS[0], formula, columns, slice(None))[:2]
+        left = np.flatnonzero(failed)
+    for i in left:
+        values[i] = exact_values(formula, list(rows[i]))[0]
+    return values
 
 
 def exact_rows(
@@ -393,18 +404,24 @@ _multi_precision_context = lru_cache(maxsize=None)(MultiPrecisionContext)  # use
 
 def _multi_precision(formula: Formula, rationals: Sequence[Any], at: Any) -> NDArray[Any]:
     for bits in _BITS:
-        ctx = _multi_precision_context(bits)
-        number = np.frompyfunc(ctx.number, 1, 1)
-        y = formula(ctx, *[ctx.exact(number(x)) for x in rationals])
-        mid, error = y.mid[at], np.broadcast_to(y.error, y.mid.shape)[at]
-        error = np.where(error == error, error, ctx.infinity)  # 0 times infinity: no bound is known
-        low, high = (
-            torch.from_numpy(_nearest(_from_mp(end))) for end in (mid - error, mid + error)
-        )
-        result, failed = rounding_test(low, high)
+        values, failed, mid = _at_bits(bits, formula, rationals, at)
         if not failed.any():
-            return result.double().numpy()
-    return np.where(failed.numpy(), _nearest(_snap(_from_mp(mid))), result.double().numpy())
+            return values
+    return np.where(failed, _nearest(_snap(_from_mp(mid))), values)
+
+
+def _at_bits(
+    bits: int, formula: Formula, rationals: Sequence[Any], at: Any
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return the rounded values, where they fail the test, and the numbers of so many bits."""
+    ctx = _multi_precision_context(bits)
+    number = np.frompyfunc(ctx.number, 1, 1)
+    y = formula(ctx, *[ctx.exact(number(x)) for x in rationals])
+    mid, error = y.mid[at], np.broadcast_to(y.error, y.mid.shape)[at]
+    error = np.where(error == error, error, ctx.infinity)  # 0 times infinity: no bound is known
+    low, high = (torch.from_numpy(_nearest(_from_mp(end))) for end in (mid - error, mid + error))
+    result, failed = rounding_test(low, high)
+    return result.double().numpy(), failed.numpy(), mid
 
 
 def _mp_to_fraction(x: Any) -> Fraction:

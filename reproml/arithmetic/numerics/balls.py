@@ -148,7 +148,8 @@ class BallContext:
         mid, error = self._exp(x.mid), x.error
         rad = self.where(x.mid <= self.exp_max, 0.0, self.infinity) if self.exp_max else 0
         if not isinstance(error, int):  # exp(d) - 1 <= 2 d for d <= 1
-            rad = rad + self.where(error <= 1, 2 * mid * error, self.infinity)
+            far = self.where(x.mid + error < -700, 2.0**-1009, self.infinity)
+            rad = rad + self.where(error <= 1, 2 * mid * error, far)
         return Ball(mid, self.exp_relative, rad, self)
 
     def log(self, x: Ball) -> Ball:

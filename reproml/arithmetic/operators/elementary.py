@@ -7,6 +7,7 @@ a formula has no value (poles, infinities) are replaced before it, and their lim
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import partial
 from typing import Any, Callable, Optional
 
 import torch
@@ -17,28 +18,35 @@ from reproml.arithmetic.numerics.balls import Formula
 from reproml.arithmetic.numerics.formats import operate, reach
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import float32_operands, require
+from reproml.arithmetic.operators.pointwise import within
 from reproml.arithmetic.operators.special import higher_polygamma
 
 _HALF = Fraction(1, 2)
 _PI = 3.141592653589793
 
 
-def odd_function(formula: Formula, bound: Optional[float] = None) -> Callable[[Any], Tensor]:
+def odd_function(
+    formula: Formula, bound: Optional[float] = None, end: float = torch.inf
+) -> Callable[[Any], Tensor]:
     """Return the operator of an odd function, whose zero has the sign of its argument.
 
-    bound: beyond it the value rounds like that at the bound.
+    bound: beyond it the value rounds like that at the bound. end: the largest number of its domain.
     """
 
     def operator(x: Any) -> Tensor:
         (x,) = float32_operands(x)
-        y = elementwise(formula, x if bound is None else x.clamp(-reach(bound), reach(bound)))
+        x = x if bound is None else x.clamp(-reach(bound), reach(bound))
+        y = within(-end, end, partial(elementwise, formula), x)
         return torch.where(x == 0, x, y)
 
     return operator
 
 
-def _function_of_float32(formula: Formula) -> Callable[..., Tensor]:
-    return lambda *operands: elementwise(formula, *float32_operands(*operands))
+def _function(
+    formula: Formula, low: float = -torch.inf, high: float = torch.inf
+) -> Callable[[Any], Tensor]:
+    """Return the operator of a function from `low` to `high`."""
+    return lambda x: within(low, high, partial(elementwise, formula), *float32_operands(x))
 
 
 # ---- exponentials and logarithms ---------------------------------------------------------------------
@@ -50,8 +58,8 @@ def exp2(x: Any) -> Tensor:
     return elementwise(lambda ctx, x: ctx.exp(x * ctx.ln2), x.clamp(-reach(200), reach(200)))
 
 
-log2 = _function_of_float32(lambda ctx, x: ctx.log(x) / ctx.ln2)
-log10 = _function_of_float32(lambda ctx, x: ctx.log(x) / ctx.ln10)
+log2 = _function(lambda ctx, x: ctx.log(x) / ctx.ln2, 0)
+log10 = _function(lambda ctx, x: ctx.log(x) / ctx.ln10, 0)
 
 
 def logaddexp(x: Tensor, y: Tensor) -> Tensor:
@@ -137,7 +145,7 @@ def _logit_bounds(eps: Optional[float]) -> Optional[tuple[float, float]]:
 tan = odd_function(lambda ctx, x: ctx.sin(x) / ctx.cos(x))
 atan = odd_function(lambda ctx, x: ctx.atan(x))
 # tan(asin(x) / 2) = x / (1 + cos(asin x)), and tan(acos(x) / 2) = sqrt((1 - x) / (1 + x))
-asin = odd_function(lambda ctx, x: 2 * ctx.atan(x / (1 + ctx.sqrt((1 - x) * (1 + x)))))
+asin = odd_function(lambda ctx, x: 2 * ctx.atan(x / (1 + ctx.sqrt((1 - x) * (1 + x)))), end=1)
 
 
 def _acos(ctx: Any, x: Any) -> Any:
@@ -146,7 +154,7 @@ def _acos(ctx: Any, x: Any) -> Any:
     return ctx.choose(x < 0, ctx.pi - y, y)
 
 
-acos = _function_of_float32(_acos)
+acos = _function(_acos, -1, 1)
 
 
 def atan2(y: Any, x: Any) -> Tensor:
@@ -227,7 +235,7 @@ def _atanh(ctx: Any, x: Any) -> Any:
     return ctx.choose(x < 0, -y, y)
 
 
-atanh = odd_function(_atanh)
+atanh = odd_function(_atanh, end=1)
 
 
 def hypot(x: Tensor, y: Tensor) -> Tensor:

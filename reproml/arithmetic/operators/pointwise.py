@@ -5,6 +5,7 @@ Functions are named like PyTorch's operators. Tensors are float32 and broadcast 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Callable, Optional
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler.direct import run_directly
 from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.numerics.balls import Formula
 from reproml.arithmetic.numerics.devices import to_device
 from reproml.arithmetic.numerics.formats import BINARY64, narrow, operate, reach, target
 from reproml.arithmetic.numerics.scalars import float32_scalar
@@ -269,6 +271,14 @@ _ODD = ("sin", "tanh", "erf", "erfinv", "expm1", "log1p")
 _DOMAIN = {"log": (0, torch.inf), "log1p": (-1, torch.inf), "erfinv": (-1, 1)}  # NaN outside
 
 
+def within(low: float, high: float, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return function(x), and NaN outside of its domain, which only float64 finds element by element."""
+    if target() is not BINARY64:
+        return function(x)
+    outside = (x < low) | (x > high)
+    return torch.where(outside, torch.nan, function(torch.where(outside, 0.5, x)))
+
+
 def elementary_function(name: str) -> Callable[..., Any]:
     """Return an operator that is one elementary function, which every context has under this name.
 
@@ -284,10 +294,9 @@ def elementary_function(name: str) -> Callable[..., Any]:
     def reference(x: Tensor) -> Tensor:
         if name in _CONSTANT_BEYOND:
             x = x.clamp(*map(reach, _CONSTANT_BEYOND[name]))
+        value: Formula = lambda ctx, x: getattr(ctx, name)(x)  # noqa: E731
         low, high = _DOMAIN.get(name, (-torch.inf, torch.inf))
-        outside = (x < low) | (x > high)
-        y = elementwise(lambda ctx, x: getattr(ctx, name)(x), torch.where(outside, 0.5, x))
-        y = torch.where(outside, torch.nan, y)
+        y = within(low, high, partial(elementwise, value), x)
         return torch.where(x == 0, x, y) if odd else y
 
     complete = reference if odd or name in _CONSTANT_BEYOND else None

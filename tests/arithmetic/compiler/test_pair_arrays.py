@@ -227,3 +227,34 @@ def test_position_table_equals_correctly_rounded_functions():
         for i, r in enumerate(rate.tolist()):
             for n in range(50):
                 assert table[n, i].item() == float(mpmath.sin(mpmath.mpf(n * r)))
+
+
+@pytest.mark.parametrize(
+    "name", ["log", "log2", "log10", "log1p", "asin", "acos", "atanh", "erfinv"]
+)
+def test_numbers_outside_the_domain_take_no_other_path(name, monkeypatch):
+    monkeypatch.setattr(evaluate, "_limit", Mock(side_effect=AssertionError))
+    with reproml.exact():
+        outside = getattr(torch, name)(torch.tensor([-1.5, -3.0, -1e300], dtype=torch.float64))
+    assert outside.isnan().all()
+
+
+def test_softmax_of_masked_rows_takes_no_other_path(monkeypatch):
+    monkeypatch.setattr(evaluate, "exact_rows", Mock(side_effect=AssertionError))
+    x = numbers(6, 4, 9).clamp(-1, 1)
+    masked = x.masked_fill(torch.arange(9) > 5, torch.finfo(torch.float32).min)
+    if kernels.library is not None:
+        with reproml.exact():
+            found, expected = masked.softmax(1), x[:, :6].softmax(1)
+        assert torch.equal(found[:, :6], expected) and not found[:, 6:].any()
+        assert not found.signbit().any()
+
+
+def test_gradient_of_logcumsumexp_takes_no_other_path(monkeypatch):
+    """PyTorch takes the logarithm of a number without the sign that is wanted as the lowest number."""
+    monkeypatch.setattr(evaluate, "exact_rows", Mock(side_effect=AssertionError))
+    x = torch.linspace(-3, 3, 20).requires_grad_()
+    if kernels.library is not None:
+        with reproml.exact():
+            x.logcumsumexp(0).backward(torch.cos(torch.arange(20.0)))
+        assert x.grad is not None and x.grad.isfinite().all()
