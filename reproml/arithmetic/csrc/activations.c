@@ -97,8 +97,6 @@ INLINE ball gelu_ball(double x) {
     return (ball){mid, x < -15 ? 0 : PHI_LOW(x, fabs(mid) * (PHI_ERROR + 4 * U))};
 }
 
-#define DENSITY_AT_0 0x1.9884533d43651p-2 /* 1 / sqrt(2 pi) */
-
 /* Phi(x) + x density(x), which cancels below 0, and below -32 lies between -2^-280 and 0. */
 INLINE ball gelu_backward_ball(double g, double x) {
     double bell, c = phi(x, &bell), a = x * (bell * DENSITY_AT_0);

@@ -286,11 +286,11 @@ INLINE pair turned(pair r, double k, int64_t quarter) {
     return (pair){sign * y.s, sign * y.t, fabs(r.s) < 0.8 ? y.rad : INFINITY};
 }
 
-/* x less the nearest multiple k of pi / 2; without a bound if |x| >= 2^20. */
+/* x less the nearest multiple k of pi / 2; without a bound if |x| >= 2^23. */
 INLINE pair without_turns(pair p, double *k) {
-    *k = rint(clamp(p.s, -0x1p21, 0x1p21) * 0x1.45f306dc9c883p-1);
+    *k = rint(clamp(p.s, -0x1p23, 0x1p23) * 0x1.45f306dc9c883p-1);
     const pair r = add(add1(add1(p, -*k * HALF_PI_HIGH), -*k * HALF_PI_MIDDLE), mul1(HALF_PI_LOW, -*k));
-    return (pair){r.s, r.t, fabs(p.s) < 0x1p20 ? r.rad : INFINITY};
+    return (pair){r.s, r.t, fabs(p.s) < 0x1p23 ? r.rad : INFINITY};
 }
 
 #endif

@@ -89,13 +89,16 @@ def test_constant_tensor_is_computed_once(monkeypatch):
     assert len(calls) == 1 and (y == torch.tensor(float(mpmath.loggamma(x)))).all()
 
 
-def test_silu_near_zero_is_that_of_reference():
-    """Ties of the first terms of its series: x / 2, and g (1 + x) / 2."""
+@pytest.mark.parametrize(
+    "name, options", [("silu", {}), ("gelu", {}), ("gelu", {"approximate": "tanh"})]
+)
+def test_activation_near_zero_is_that_of_reference(name, options):
+    """Ties of the first terms of its series: x / 2, and g / 2 or g (1 + x) / 2."""
     units = torch.tensor([1.0, 1.5, 1 + 2.0**-23, 2 - 2.0**-23, -1.0, -1 - 2.0**-22])
     x = (units[:, None] * 2.0 ** torch.arange(-149, -6.0)).flatten()
-    agree(operator_table.EXACT["silu"], x)
+    agree(operator_table.EXACT[name], x, **options)
     for g in (1.0, -1.0, 0.0, -0.0, 2.0**-149, 3 * 2.0**-149, 1 + 2.0**-23, 3e38):
-        agree(operator_table.EXACT["silu_backward"], torch.full_like(x, g), x)
+        agree(operator_table.EXACT[f"{name}_backward"], torch.full_like(x, g), x, **options)
 
 
 def test_far_numbers_are_those_of_reference():
