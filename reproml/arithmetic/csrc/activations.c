@@ -33,15 +33,6 @@ INLINE double sigmoid_pair(double x, double *other) {
     return x < 0 ? product : inverse;
 }
 
-/* 1/2 + x / 4 - x^3 / 48 + x^5 / 480 - ..., whose first two terms are often a midpoint: x, as a sum of larger numbers,
-   has few bits. They are exact in binary64 for 2^-28 <= |x| <= 2^-9; a smaller x passes the test of the loop. The rest c
-   errs by 6 U |c| and by the next term, 17 |x|^7 / 80640. */
-static int32_t round_sigmoid_near_zero(double x, float *out) {
-    if (!(fabs(x) >= 0x1p-28 && fabs(x) <= 0x1p-9)) return 1;
-    double x2 = x * x, c = x * x2 * (x2 * (1 / 480.0) - 1 / 48.0);
-    return round_pair(make_pair(0.5 + 0.25 * x, c, 8 * U * fabs(c) + 0x1p-12 * fabs(x * x2 * x2 * x2)), out);
-}
-
 INLINE ball sigmoid_ball(double x) {
     double other;
     return relative(sigmoid_pair(x, &other), SIGMOID_ERROR);
@@ -207,8 +198,6 @@ int32_t reproml_activation_block(int which, const double *scalars, const float *
                                  float *restrict out, int32_t *restrict failed, integer count) {
     int32_t failures = activation_block(which, scalars, a, b, out, failed, count);
     if (!failures) return 0;
-    for (integer i = 0; which == SIGMOID && i < count; i++)
-        if (failed[i]) failed[i] = round_sigmoid_near_zero(a[i], &out[i]);
     reproml_round_near_zero(which, a, b, out, failed, count);
     return failures;
 }

@@ -6,6 +6,12 @@
 
 INLINE int is_near(double x) { return (fabs(x) <= 0x1p-9) & (x != 0); }
 
+/* 1/2 + x / 4 - x^3 / 48 + x^5 / 480 - 17 x^7 / 80640 + ...: x, as a sum of larger numbers, may have few bits. */
+INLINE pair sigmoid(double x) {
+    const double x2 = x * x, c = x * x2 * (x2 * (1 / 480.0) - 1 / 48.0);
+    return pair_plus(make_pair(0.5, 0.25 * x, 0), (pair){c, 0, fabs(c) * (8 * U + x2 * x2 * 0x1p-6)});
+}
+
 /* x / 2 + x^2 / 4 - x^4 / 48 + x^6 / 480 - ...: half of a subnormal number may be a midpoint. */
 INLINE pair silu(double x) {
     const double x2 = x * x, c = x2 * (0.25 - x2 * (1 / 48.0));
@@ -46,7 +52,12 @@ INLINE pair gelu_backward(double g, double x, double t) {
 
 VECTORISED static void round_block(int which, const float *restrict a, const float *restrict b, float *restrict out,
                                    int32_t *restrict failed, integer count) {
-    if (which == SILU)
+    if (which == SIGMOID)
+        LOOP(is_near(a[i]), sigmoid(a[i]))
+    else if (which == SOFTPLUS_BACKWARD || which == LOG_SIGMOID_BACKWARD) {
+        const double sign = which == SOFTPLUS_BACKWARD ? 1 : -1;
+        LOOP(is_near(b[i]) && a[i] != 0, pair_times(sigmoid(sign * b[i]), a[i]))
+    } else if (which == SILU)
         LOOP(is_near(a[i]), silu(a[i]))
     else if (which == SILU_BACKWARD)
         LOOP(is_near(b[i]) && a[i] != 0, silu_backward(a[i], b[i]))

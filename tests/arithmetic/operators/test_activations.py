@@ -101,6 +101,17 @@ def test_activation_near_zero_is_that_of_reference(name, options):
         agree(operator_table.EXACT[f"{name}_backward"], torch.full_like(x, g), x, **options)
 
 
+def test_slope_of_softplus_near_zero_is_that_of_reference():
+    """g (1/2 + x / 4): the first two terms are often a midpoint."""
+    x = torch.cat([torch.arange(-200, 200) * 2.0**-e for e in (20, 24, 25, 30, 149)])
+    softplus = partial(operator_table.EXACT["softplus_backward"], beta=1, threshold=20)
+    log_sigmoid = partial(operator_table.EXACT["log_sigmoid_backward"], buffer=x[:0])
+    agree(operator_table.EXACT["sigmoid"], x)
+    for g in (1.0, -1.0, 0.0, 2.0**-149, 3 * 2.0**-149, 1 + 2.0**-23, 3e38):
+        agree(softplus, torch.full_like(x, g), x)
+        agree(log_sigmoid, torch.full_like(x, g), x)
+
+
 def test_far_numbers_are_those_of_reference():
     x = torch.tensor(
         [-14.9, -15.1, -31.9, -32.1, -1e30, 31.9, 1e30, 88.8, 99.9, 100.1, 701.0, 3e38]
