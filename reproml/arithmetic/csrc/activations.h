@@ -37,7 +37,7 @@ enum { BLOCK = 256 };
 
 #define DENSITY_AT_0 0x1.9884533d43651p-2 /* 1 / sqrt(2 pi), of the normal distribution */
 
-/* activations.c: out[i] = the formula of a[i] and b[i], count <= BLOCK. scalars: the formula's own, or null. Returns 0 if
+/* activations.c: out[i] = the formula of a[i] and b[i], count <= BLOCK. scalars: three for elu, else null. Returns 0 if
    all elements passed the test; otherwise failed[i] is nonzero for those that failed. */
 int32_t reproml_activation_block(int which, const double *scalars, const float *restrict a, const float *restrict b,
                                  float *restrict out, int32_t *restrict failed, integer count);

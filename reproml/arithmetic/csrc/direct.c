@@ -11,7 +11,8 @@
                     binary32 has 25 bits and d up to 27, so m d has up to 52 bits and S compares with it as a + b does:
                     `quotient`.
 
-   Roots are those of binary64, rounded again; the other loops choose between operands.
+   Roots are sqrtf's, and in 16 bits those of binary64, rounded again; maximum, minimum and the gradient of shrinking
+   choose between operands.
 
    Nothing underflows: the terms are products of at most three binary32 numbers. Where an operand is infinite or NaN, and
    for the sign of an exact zero, the result is that of `mid`, by IEEE arithmetic step by step (compiler/evaluate.py). */

@@ -6,7 +6,7 @@
 
 INLINE int is_near(double x) { return (fabs(x) <= 0x1p-9) & (x != 0); }
 
-/* 1/2 + x / 4 - x^3 / 48 + x^5 / 480 - 17 x^7 / 80640 + ...: x, as a sum of larger numbers, may have few bits. */
+/* 1/2 + x / 4 - x^3 / 48 + x^5 / 480 - 17 x^7 / 80640 + ...: the first two terms are often a midpoint. */
 INLINE pair sigmoid(double x) {
     const double x2 = x * x, c = x * x2 * (x2 * (1 / 480.0) - 1 / 48.0);
     return pair_plus(make_pair(0.5, 0.25 * x, 0), (pair){c, 0, fabs(c) * (8 * U + x2 * x2 * 0x1p-6)});
@@ -25,8 +25,8 @@ INLINE pair silu_backward(double g, double x) {
     return pair_times(pair_plus(make_pair(0.5, 0.5 * x, 0), rest), g);
 }
 
-/* gelu and its derivative, x / 2 + d (x^2 + t x^4 + ...) with d = 1 / sqrt(2 pi): t = -1/6, and 0.044715 - 4 d^2 / 3 for
-   the form with tanh. The next term is below 0.026 d x^6 in both. */
+/* gelu, x / 2 + d (x^2 + t x^4 + ...) with d = 1 / sqrt(2 pi): t = -1/6, and 0.044715 - 4 d^2 / 3 for the form with tanh;
+   and g times its derivative. The next term is below 0.026 d x^6 in both. */
 #define GELU_TERM (-1 / 6.0)
 #define GELU_TANH_TERM (0.044715 - DENSITY_AT_0 * DENSITY_AT_0 * (4 / 3.0))
 

@@ -57,7 +57,7 @@
    normalization.c: given statistics      round_signed_sum   1; + 1                         4
    compensated.h, indexing.c              round_pair         of t: its additions            4 n + 4, n + 4 or n + 2 of
                                                                                             the sum of |errors|
-   near_zero.c                            round_pair         5 of the third term, the next  8, more than the next
+   near_zero.c                            round_pair         5 of the rest c, the next term 8, more than the next
    pairs.c, pair_program.c,
    softmax_pairs.c                        round_pair         those of the pairs' operations nothing more
    normalization.c: second test           round_pair         those of the pairs' operations nothing more

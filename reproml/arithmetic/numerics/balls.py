@@ -148,7 +148,8 @@ class BallContext:
         mid, error = self._exp(x.mid), x.error
         rad = self.where(x.mid <= self.exp_max, 0.0, self.infinity) if self.exp_max else 0
         if not isinstance(error, int):  # exp(d) - 1 <= 2 d for d <= 1
-            far = self.where(x.mid + error < -700, 2.0**-1009, self.infinity)
+            # Below exp(-700) < 2^-1009 are mid and value. A zero near it has no sign: 2^-998 > 2 TINY.
+            far = self.where(x.mid + error < -700, 2.0**-998, self.infinity)
             rad = rad + self.where(error <= 1, 2 * mid * error, far)
         return Ball(mid, self.exp_relative, rad, self)
 
@@ -239,8 +240,8 @@ class BallContext:
             return Ball(mid, self.relative, 0, self)
         # Over the ball, erfc changes by a factor of exp(q) at most, and exp(q) - 1 <= 2 q for q <= 1.
         q = error * (2 * (abs(x.mid) + error) + 2)
-        # Beyond 27 erfc is 0 or 2 to within 2^-1050.
-        far = self.where(abs(x.mid) - error > 27, 2.0**-1050, self.infinity)
+        # Beyond 27 erfc is 0 or 2 to within 2^-1050, and `_erfc` to within 2^-1010.
+        far = self.where(abs(x.mid) - error > 27, 2.0**-1009, self.infinity)
         return Ball(mid, self.relative, self.where(q <= 1, 2 * q * mid, far), self)
 
     def erfinv(self, x: Ball) -> Ball:
@@ -357,6 +358,9 @@ class TensorContext(Binary64Context):
     def where(condition: Any, x: Any, y: Any) -> Any:
         if isinstance(condition, bool):  # a condition on a constant
             return x if condition else y
+        if not (isinstance(x, torch.Tensor) or isinstance(y, torch.Tensor)):
+            # torch.where makes the default dtype of two numbers
+            x = torch.full((), x, dtype=torch.float64, device=condition.device)
         return torch.where(condition, x, y)
 
     def plus(self, x: Ball, y: Ball) -> Ball:

@@ -18,7 +18,7 @@ the roundings that it does not count:
 | `round_ball`              | Ball.error             | `widened` | `widened` | added | mid's if known |
 | `round_sum`               | size gamma(n)          | `gamma`   | `gamma`   | -     | both ends', +0 |
 | exact_sums._by_two_sum    | lost gamma(n)          | `gamma`   | -         | -     | +0             |
-| evaluate._multi_precision | Ball.error             | ctx.u     | ctx.u     | -     | both ends'     |
+| evaluate._at_bits         | Ball.error             | ctx.u     | ctx.u     | -     | both ends'     |
 | partial_sums._round_totals| size gamma(height + W) | `gamma`   | `gamma`   | -     | both ends', +0 |
 |                           | + what packing lost    |           |           |       |                |
 | running_sums.total        | 0: the sum is exact    | -         | -         | -     | +0             |

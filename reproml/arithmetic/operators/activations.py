@@ -212,7 +212,8 @@ def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
         return softplus_formula(ctx, b * x) / b
 
     def complete(x: Tensor) -> Tensor:
-        y = torch.where(x.isinf(), 0.0 / float(b), elementwise(formula, x))  # beta x = -inf
+        at_infinity = (x * float(b)).clamp(min=0) / float(b)
+        y = torch.where(x.isinf(), at_infinity, elementwise(formula, x))
         return torch.where(x * float(b) > threshold, x, y)
 
     if b != 1 or threshold < 20 or target() is BINARY64:

@@ -89,7 +89,7 @@ def reciprocal(x: Tensor) -> Tensor:
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """Return the square root, by way of binary64, where it may be wrong by an ulp.
+    """Return the square root: the processor's, or that of binary64, which may be wrong by an ulp, rounded.
 
     The root of a binary32 number has a relative distance of at least 2^-51 from every midpoint m of two
     binary32 numbers: in units in which m is an odd integer below 2^25, x is an integer too and differs

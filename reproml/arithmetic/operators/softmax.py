@@ -55,9 +55,8 @@ def _reference_softmax(x: Tensor) -> Tensor:
         e = weight * ctx.exp(x - ctx.max(x))
         return e / ctx.sum(e)
 
-    if (
-        target() is BINARY64
-    ):  # exp(-760) < 2^-1096 rounds to 0, and counts as 0 (compiler/evaluate.py)
+    # In float64 exp(-760) < 2^-1096 rounds to 0, and counts as 0 beside 1 (compiler/evaluate.py).
+    if target() is BINARY64:
         x = torch.where(x < x.amax(-1, keepdim=True) - 760, -torch.inf, x)
     return rowwise(formula, -1, *_without_minus_inf(x))
 

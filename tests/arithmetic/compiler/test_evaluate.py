@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 import reproml
 from reproml.arithmetic import operator_table
 from reproml.arithmetic.compiler.evaluate import TENSORS, elementwise, exact_values, rowwise
-from reproml.arithmetic.numerics.balls import MultiPrecisionContext
+from reproml.arithmetic.numerics.balls import Ball, MultiPrecisionContext
+from reproml.arithmetic.numerics.rounding import TINY
+from tests.arithmetic.forms import agree
 from tests.arithmetic.strategies import ANY, MODERATE, tensors
 from verification import oracle as o
 from verification.oracle import Real, check, reals, same_bits
@@ -187,3 +189,23 @@ def test_tanh_gelu_is_exact_at_extreme_values(x, value, slope):
         y = torch.nn.functional.gelu(x, approximate="tanh")
         y.backward(torch.ones(1))
     assert y.item() == torch.tensor(value).item() and x.grad.item() == slope
+
+
+def test_bound_of_exp_far_below_zero_holds():
+    """There binary64 has the value at -700; whether a zero near it is above or below 0 is not known."""
+    for mid, rad in ((-730.0, 20.0), (-1e30, 3.0), (-3.4e38, 1e23)):
+        x, rad = torch.tensor([[mid], [rad]], dtype=torch.float64)
+        y = TENSORS.exp(Ball(x, 0, rad, TENSORS))
+        assert y.error.dtype is torch.float64
+        assert y.error.item() >= max(y.mid.item(), 2 * TINY)
+    x, rad = torch.tensor([[-730.0], [40.0]], dtype=torch.float64)
+    assert TENSORS.exp(Ball(x, 0, rad, TENSORS)).error.item() == math.inf
+
+
+def test_sign_of_a_sum_that_underflows_is_that_of_its_largest_term():
+    """3 (1/4)^q - (1/2)^q, whose terms are far below the smallest number."""
+    x, y = torch.zeros(1, 2), torch.tensor([[-1.0, -4.0], [-2.0, -4.0]])
+    g, distance = torch.tensor([[3.0, -1.0]]), torch.tensor([[4.0, 4.0]])
+    for p in (1e16, 1e18):
+        found = agree(operator_table.EXACT["_cdist_backward"], g, x, y, p, distance)
+        assert found[0, 0].item() == 0 and found[0, 0].signbit()

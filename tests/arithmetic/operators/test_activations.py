@@ -101,6 +101,15 @@ def test_activation_near_zero_is_that_of_reference(name, options):
         agree(operator_table.EXACT[f"{name}_backward"], torch.full_like(x, g), x, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_softplus_of_infinities(dtype):
+    x = torch.tensor([torch.inf, -torch.inf], dtype=dtype)
+    with reproml.exact():
+        for beta, threshold in ((1, 20), (1, math.inf), (0.5, 20), (2, math.inf)):
+            y = F.softplus(x, beta, threshold)
+            assert y.tolist() == [math.inf, 0] and not y[1].signbit()
+
+
 def test_slope_of_softplus_near_zero_is_that_of_reference():
     """g (1/2 + x / 4): the first two terms are often a midpoint."""
     x = torch.cat([torch.arange(-200, 200) * 2.0**-e for e in (20, 24, 25, 30, 149)])
