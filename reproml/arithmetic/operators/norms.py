@@ -144,12 +144,19 @@ def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, distance: Tensor) 
         total = rowwise(lambda ctx, g, x, y, d: ctx.sum(g * (x - y) / d), -1, weight, a, b, length)
         return total.squeeze(-1)
     q = float32_scalar(p) - 1
+    weight = weight * torch.where(use, sign, 0.0)
+    # About the largest power comes out of the sum, whose other terms may be far below all numbers.
+    power = float(q) * ((a.double() - b.double()).abs() / length.double()).log()
+    at = torch.where(weight == 0, -torch.inf, power).argmax(-1, keepdim=True)
+    largest = [t.gather(-1, at) for t in (a, b, length)]
 
-    def formula(ctx: Any, g: Any, x: Any, y: Any, length: Any) -> Any:
-        return ctx.sum(g * ctx.exp(q * ctx.log(abs(x - y) / length)))
+    def formula(ctx: Any, g: Any, x: Any, y: Any, length: Any, u: Any, v: Any, of_u: Any) -> Any:
+        u, v, of_u = (ctx.max(t) for t in (u, v, of_u))  # one number for each row
+        top = ctx.log(abs(u - v) / of_u)
+        terms = g * ctx.exp(q * (ctx.log(abs(x - y) / length) - top))
+        return ctx.exp(q * top) * ctx.sum(terms)
 
-    total = rowwise(formula, -1, weight * torch.where(use, sign, 0.0), a, b, length)
-    return total.squeeze(-1)
+    return rowwise(formula, -1, weight, a, b, length, *largest).squeeze(-1)
 
 
 def pdist(x: Tensor, p: float = 2) -> Tensor:
