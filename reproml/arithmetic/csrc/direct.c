@@ -106,7 +106,7 @@ INLINE float hardswish_backward(float g, float x) {
 /* NaN if either number is; +0 > -0. */
 INLINE float maximum(float x, float y) {
     const float larger = x > y ? x : y, sum = x + y;
-    return ((x == 0) & (y == 0)) | (x != x) | (y != y) ? sum : larger;
+    return (((x == 0) & (y == 0)) | (x != x) | (y != y)) ? sum : larger;
 }
 
 #define LOOP(NAME, VALUE)                                            \
