@@ -14,17 +14,15 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
-from typing import Any, Callable, Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.pair_program import (
-    LN2,
-    LN10,
-    PI,
     PairContext,
+    PairFunctions,
     PairProgram,
     Unsupported,
 )
@@ -89,11 +87,7 @@ class PairArray:
         raise Unsupported
 
 
-def _function(name: str) -> Callable[[PairArrays, PairArray], PairArray]:
-    return lambda ctx, x: ctx.run(name, x)
-
-
-class PairArrays:
+class PairArrays(PairFunctions):
     """The context of formulas on pairs. uncertain: where a condition is not certain, so that nothing is."""
 
     def __init__(self) -> None:
@@ -128,22 +122,10 @@ class PairArrays:
         high = float(x)
         low = float(x - Fraction(high))
         rest = abs(x - Fraction(high) - Fraction(low))
-        return self._numbers(high, low, math.nextafter(float(rest), math.inf) if rest else 0.0)
+        return self.pair(high, low, math.nextafter(float(rest), math.inf) if rest else 0.0)
 
-    def _numbers(self, *numbers: float) -> PairArray:
+    def pair(self, *numbers: float) -> PairArray:
         return PairArray(self, *torch.tensor(numbers, dtype=torch.float64, device="cpu").unbind())
-
-    @property
-    def pi(self) -> PairArray:
-        return self._numbers(*PI)
-
-    @property
-    def ln2(self) -> PairArray:
-        return self._numbers(*LN2)
-
-    @property
-    def ln10(self) -> PairArray:
-        return self._numbers(*LN10)
 
     def ball(self, mid: Any, rad: Any) -> PairArray:
         rad = torch.as_tensor(rad, dtype=torch.float64)
@@ -162,12 +144,6 @@ class PairArrays:
         x, y = (torch.as_tensor(z, dtype=torch.float64) for z in (x, y))
         return torch.where(condition, x, y)
 
-    def difference(self, x: PairArray, y: PairArray) -> PairArray:
-        return x - y
-
-    def plus(self, x: PairArray, y: PairArray) -> PairArray:
-        return x + y
-
     def sum(self, x: PairArray) -> PairArray:
         n, shape = x.s.shape[-1], (*x.s.shape[:-1], 1)
         out = [torch.empty(shape, dtype=torch.float64, device="cpu") for _ in range(3)]
@@ -184,20 +160,8 @@ class PairArrays:
     def max(self, x: PairArray) -> PairArray:
         return self.exact(x.s.amax(-1, keepdim=True))
 
-    sqrt, exp, expm1, log, log1p = map(_function, ("sqrt", "exp", "expm1", "log", "log1p"))
-    sin, cos, sinpi, cospi, atan = map(_function, ("sin", "cos", "sinpi", "cospi", "atan"))
-    erf, erfc, erfinv = map(_function, ("erf", "erfc", "erfinv"))
     lgamma, digamma, trigamma = special.lgamma, special.digamma, special.trigamma
     stirling = special.PAIRS
-
-    def tanh(self, x: PairArray) -> PairArray:
-        t = self.expm1(-2 * abs(x))
-        y = -t / (2 + t)
-        return self.choose(x < 0, -y, y)
-
-    def sigmoid(self, x: PairArray) -> PairArray:
-        t = self.exp(-abs(x))
-        return self.choose(x < 0, t, self.constant(1)) / (1 + t)
 
 
 def _pointers(tensors: Sequence[Optional[Tensor]]) -> Any:
@@ -224,7 +188,7 @@ def _call(
 @cache
 def _program_of(op: str, operands: int) -> PairProgram:
     ctx = PairContext(operands)
-    return PairProgram(ctx, ctx.record(op, *ctx.operands), [False] * operands)
+    return PairProgram(ctx, ctx.run(op, *ctx.operands), [False] * operands)
 
 
 # ---- formulas ------------------------------------------------------------------------------------------

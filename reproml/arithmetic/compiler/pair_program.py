@@ -29,11 +29,6 @@ _REGISTERS, _OPERANDS = 64, 8
 
 Number = Union[int, float, Fraction]
 
-# Two numbers and a bound of what they leave.
-PI = 3.141592653589793, 1.2246467991473532e-16, 2.0**-107
-LN2 = 0.6931471805599453, 2.3190468138462996e-17, 2.0**-107
-LN10 = 2.302585092994046, -2.1707562233822494e-16, 2.0**-105
-
 
 class Unsupported(Exception):
     """The formula does something that has no instruction here."""
@@ -74,29 +69,60 @@ class Register:
         return self.ctx.divide(self.ctx.lift(other), self)
 
     def __neg__(self) -> Register:
-        return self.ctx.record("neg", self, single=self.single)
+        return self.ctx.run("neg", self, single=self.single)
 
     def __abs__(self) -> Register:
-        return self.ctx.record("abs", self, single=self.single)
+        return self.ctx.run("abs", self, single=self.single)
 
     def __lt__(self, other: Number) -> Any:
-        return self.ctx.record("lt", self - other if other else self)
+        return self.ctx.run("lt", self - other if other else self)
 
     def __gt__(self, other: Number) -> Any:
-        return self.ctx.record("lt", other - self if other else -self)
+        return self.ctx.run("lt", other - self if other else -self)
 
     def __eq__(self, other: Any) -> Any:
-        return self.ctx.record("eq", self - other if other else self)
+        return self.ctx.run("eq", self - other if other else self)
 
     def __bool__(self) -> bool:
         raise Unsupported("a branch that depends on an operand")
 
 
-def _function(name: str) -> Callable[[PairContext, Register], Register]:
-    return lambda ctx, x: ctx.record(name, x)
+def _function(name: str) -> Callable[[PairFunctions, Any], Any]:
+    return lambda ctx, x: ctx.run(name, x)
 
 
-class PairContext:
+class PairFunctions:
+    """Constants and functions of pairs, which both contexts of pairs share."""
+
+    run: Callable[..., Any]  # (op, *operands): the result of an instruction
+    choose: Callable[..., Any]
+    pair: Callable[..., Any]  # the constant with these two numbers and this bound
+
+    pi = property(lambda self: self.pair(3.141592653589793, 1.2246467991473532e-16, 2.0**-107))
+    ln2 = property(lambda self: self.pair(0.6931471805599453, 2.3190468138462996e-17, 2.0**-107))
+    ln10 = property(lambda self: self.pair(2.302585092994046, -2.1707562233822494e-16, 2.0**-105))
+
+    sqrt, exp, expm1, log, log1p = map(_function, ("sqrt", "exp", "expm1", "log", "log1p"))
+    sin, cos, sinpi, cospi, atan = map(_function, ("sin", "cos", "sinpi", "cospi", "atan"))
+    erf, erfc, erfinv = map(_function, ("erf", "erfc", "erfinv"))
+
+    def tanh(self, x: Any) -> Any:
+        t = self.expm1(-2 * abs(x))
+        y = -t / (2 + t)
+        return self.choose(x < 0, -y, y)
+
+    def sigmoid(self, x: Any) -> Any:
+        t = self.exp(-abs(x))
+        return self.choose(x < 0, t, 1) / (1 + t)
+
+    def difference(self, x: Any, y: Any) -> Any:
+        return x - y
+
+    def plus(self, x: Any, y: Any) -> Any:
+        return x + y
+
+
+class PairContext(PairFunctions):
     """Registers, and the instructions that compute them. Equal instructions are recorded once."""
 
     def __init__(self, operands: int) -> None:
@@ -108,7 +134,7 @@ class PairContext:
 
     # ---- recording ---------------------------------------------------------------------------------
 
-    def record(self, op: str, *arguments: Register, single: bool = False) -> Register:
+    def run(self, op: str, *arguments: Register, single: bool = False) -> Register:
         key = op, tuple(x.at for x in arguments)
         at = self._numbers.get(key)
         if at is None:
@@ -123,9 +149,9 @@ class PairContext:
         high = float(x)
         low = float(x - Fraction(high))
         rest = abs(x - Fraction(high) - Fraction(low))
-        return self._constant(high, low, math.nextafter(float(rest), math.inf) if rest else 0.0)
+        return self.pair(high, low, math.nextafter(float(rest), math.inf) if rest else 0.0)
 
-    def _constant(self, *numbers: float) -> Register:
+    def pair(self, *numbers: float) -> Register:
         if numbers not in self.constants:
             self.constants.append(numbers)
         return Register(self, ~self.constants.index(numbers), not any(numbers[1:]))
@@ -136,10 +162,10 @@ class PairContext:
         y = self.lift(y)
         if x.single and not y.single:
             x, y = y, x  # a single number comes second
-        return self.record(op + "1" * (x.single + y.single), x, y)
+        return self.run(op + "1" * (x.single + y.single), x, y)
 
     def divide(self, x: Register, y: Register) -> Register:
-        return self.record("div" + "1" * y.single, x, y)
+        return self.run("div" + "1" * y.single, x, y)
 
     # ---- the context -------------------------------------------------------------------------------
 
@@ -148,42 +174,11 @@ class PairContext:
 
     constant = lift
 
-    @property
-    def pi(self) -> Register:
-        return self._constant(*PI)
-
-    @property
-    def ln2(self) -> Register:
-        return self._constant(*LN2)
-
-    @property
-    def ln10(self) -> Register:
-        return self._constant(*LN10)
-
     def choose(self, condition: Register, x: Any, y: Any) -> Register:
         x, y = self.lift(x), self.lift(y)
-        return self.record("select", condition, x, y, single=x.single and y.single)
+        return self.run("select", condition, x, y, single=x.single and y.single)
 
     where = choose
-
-    def difference(self, x: Register, y: Register) -> Register:
-        return x - y
-
-    def plus(self, x: Register, y: Register) -> Register:
-        return x + y
-
-    sqrt, exp, expm1, log, log1p = map(_function, ("sqrt", "exp", "expm1", "log", "log1p"))
-    sin, cos, sinpi, cospi, atan = map(_function, ("sin", "cos", "sinpi", "cospi", "atan"))
-    erf, erfc, erfinv = map(_function, ("erf", "erfc", "erfinv"))
-
-    def tanh(self, x: Register) -> Register:
-        t = self.expm1(-2 * abs(x))
-        y = -t / (2 + t)
-        return self.choose(x < 0, -y, y)
-
-    def sigmoid(self, x: Register) -> Register:
-        t = self.exp(-abs(x))
-        return self.choose(x < 0, t, 1) / (1 + t)
 
 
 class _Program(ctypes.Structure):

@@ -165,6 +165,19 @@ def _gelu_inner(ctx: Any, x: Any) -> Any:
     return ctx.sqrt(2 / ctx.pi) * (x + Fraction(44715, 1000000) * (x * x * x))
 
 
+def _by_loop(
+    fast: str,
+    formula: Formula,
+    complete: Definition,
+    *operands: Tensor,
+    scalars: tuple[float, ...] = (),
+) -> Tensor:
+    """Compute a formula by its loop in csrc, and what that leaves, and all of float64, by `complete`."""
+    if target() is BINARY64:
+        return complete(*operands)
+    return elementwise(formula, *operands, reference=complete, fast=fast, scalars=scalars)
+
+
 # ---- silu, softplus, mish, log_sigmoid ---------------------------------------------------------------
 
 
@@ -216,9 +229,9 @@ def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
         y = torch.where(x.isinf(), at_infinity, elementwise(formula, x))
         return torch.where(x * float(b) > threshold, x, y)
 
-    if b != 1 or threshold < 20 or target() is BINARY64:
+    if b != 1 or threshold < 20:
         return complete(x)
-    return elementwise(formula, x, reference=complete, fast="softplus")  # above 20 it rounds to x
+    return _by_loop("softplus", formula, complete, x)  # above 20 it rounds to x
 
 
 def softplus_backward(g: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
@@ -231,9 +244,9 @@ def softplus_backward(g: Tensor, x: Tensor, beta: float, threshold: float) -> Te
     def complete(g: Tensor, x: Tensor) -> Tensor:
         return torch.where(x * float(b) > threshold, g, elementwise(formula, g, x))
 
-    if b != 1 or threshold < 20 or target() is BINARY64:
+    if b != 1 or threshold < 20:
         return complete(g, x)
-    return elementwise(formula, g, x, reference=complete, fast="softplus_backward")
+    return _by_loop("softplus_backward", formula, complete, g, x)
 
 
 def mish(x: Tensor) -> Tensor:
@@ -264,9 +277,7 @@ def log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
     def complete(x: Tensor) -> Tensor:
         return torch.where(x == torch.inf, -0.0, elementwise(formula, x))
 
-    exact = target() is BINARY64
-    y = complete(x) if exact else elementwise(formula, x, reference=complete, fast="log_sigmoid")
-    return y, x.new_empty(0)
+    return _by_loop("log_sigmoid", formula, complete, x), x.new_empty(0)
 
 
 def log_sigmoid_backward(g: Tensor, x: Tensor, buffer: Tensor) -> Tensor:
@@ -353,10 +364,9 @@ def elu(x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -
         low = ctx.choose(x < 0, x, 0 * x)
         return ctx.choose(x < 0, s * a * ctx.expm1(i * low), s * x)
 
-    if min(a, s, i) <= 0 or target() is BINARY64:
+    if min(a, s, i) <= 0:
         return complete(x)
-    scalars = float(s), float(s * a), float(i)
-    return elementwise(formula, x, reference=complete, fast="elu", scalars=scalars)
+    return _by_loop("elu", formula, complete, x, scalars=(float(s), float(s * a), float(i)))
 
 
 def celu(x: Tensor, alpha: float = 1) -> Tensor:
@@ -385,11 +395,11 @@ def elu_backward(
         low = ctx.choose(x < 0, x, 0 * x)
         return ctx.choose(-x < 0, g * s, g * slope(ctx, low))
 
-    if min(a, s, i) <= 0 or target() is BINARY64:
+    if min(a, s, i) <= 0:
         return complete(g, x)
     scalars = float(s), float(s * a if is_result else i * s * a), float(i)
     fast = "elu_backward_of_result" if is_result else "elu_backward"
-    return elementwise(formula, g, x, reference=complete, fast=fast, scalars=scalars)
+    return _by_loop(fast, formula, complete, g, x, scalars=scalars)
 
 
 def softshrink(x: Tensor, bound: float = 0.5) -> Tensor:

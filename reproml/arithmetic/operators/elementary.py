@@ -42,9 +42,7 @@ def odd_function(
     return operator
 
 
-def _function(
-    formula: Formula, low: float = -torch.inf, high: float = torch.inf
-) -> Callable[[Any], Tensor]:
+def _function(formula: Formula, low: float, high: float = torch.inf) -> Callable[[Any], Tensor]:
     """Return the operator of a function from `low` to `high`."""
     return lambda x: within(low, high, partial(elementwise, formula), *float32_operands(x))
 

@@ -269,11 +269,12 @@ def xlogy(x: Any, y: Any) -> Tensor:
 _CONSTANT_BEYOND = {"tanh": (-20, 20), "exp": (-120, 100), "expm1": (-120, 100), "erfc": (-20, 100)}
 _ODD = ("sin", "tanh", "erf", "erfinv", "expm1", "log1p")
 _DOMAIN = {"log": (0, torch.inf), "log1p": (-1, torch.inf), "erfinv": (-1, 1)}  # NaN outside
+_EVERYWHERE = (-torch.inf, torch.inf)
 
 
 def within(low: float, high: float, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return function(x), and NaN outside of its domain, which only float64 finds element by element."""
-    if target() is not BINARY64:
+    if target() is not BINARY64 or (low, high) == _EVERYWHERE:
         return function(x)
     outside = (x < low) | (x > high)
     return torch.where(outside, torch.nan, function(torch.where(outside, 0.5, x)))
@@ -295,7 +296,7 @@ def elementary_function(name: str) -> Callable[..., Any]:
         if name in _CONSTANT_BEYOND:
             x = x.clamp(*map(reach, _CONSTANT_BEYOND[name]))
         value: Formula = lambda ctx, x: getattr(ctx, name)(x)  # noqa: E731
-        low, high = _DOMAIN.get(name, (-torch.inf, torch.inf))
+        low, high = _DOMAIN.get(name, _EVERYWHERE)
         y = within(low, high, partial(elementwise, value), x)
         return torch.where(x == 0, x, y) if odd else y
 
