@@ -246,9 +246,9 @@ INLINE pair logarithm_of_1_plus(pair p, int tiny) {
 static const pair HALF_PI_LOW = {0x1.313198a2e0370p-61, 0x1.cd129024e088ap-115, 0x1p-165};
 static const pair PI = {0x1.921fb54442d18p+1, 0x1.1a62633145c07p-53, 0x1p-107};
 
-/* sin(r + (k + quarter) pi / 2) for an integer k; without a bound if |r| >= 0.8. The Taylor series end at r^27 / 27! and
+/* sin and cos of r + k pi / 2 for an integer k; without a bound if |r| >= 0.8. The Taylor series end at r^27 / 27! and
    r^28 / 28!; the terms from r^17 and r^18 on have one double each. No slope exceeds 1. */
-INLINE pair turned(pair r, double k, int64_t quarter) {
+INLINE void turned(pair r, double k, pair *sin_of, pair *cos_of) {
     const pair x = {r.s, r.t, 0}, r2 = light_mul(x, x);
     double s = -0x1.d1ab1c2dccea3p-94, c = 0x1.0a18a2635085dp-98;
     s = s * r2.s + 0x1.3f3ccdd165fa9p-84;
@@ -280,10 +280,13 @@ INLINE pair turned(pair r, double k, int64_t quarter) {
     const double least = r.rad + (r.s == 0 ? 0 : TINY);
     sine.rad = fabs(sine.s) * FUNCTION_ERROR + least;
     cosine.rad = fabs(cosine.s) * FUNCTION_ERROR + least;
-    const int64_t q = last_bits(k) + quarter;
-    const pair y = select((double)(q & 1), add1(cosine, 1), sine);
-    const double sign = q & 2 ? -1 : 1;
-    return (pair){sign * y.s, sign * y.t, fabs(r.s) < 0.8 ? y.rad : INFINITY};
+    cosine = add1(cosine, 1);
+    const int64_t q = last_bits(k);
+    const double odd = (double)(q & 1), sign = q & 2 ? -1 : 1, other = (q + 1) & 2 ? -1 : 1;
+    const pair y = select(odd, cosine, sine), z = select(odd, sine, cosine);
+    const int known = fabs(r.s) < 0.8;
+    *sin_of = (pair){sign * y.s, sign * y.t, known ? y.rad : INFINITY};
+    *cos_of = (pair){other * z.s, other * z.t, known ? z.rad : INFINITY};
 }
 
 /* x less the nearest multiple k of pi / 2; without a bound if |x| >= 2^23. */

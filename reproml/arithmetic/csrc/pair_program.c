@@ -49,25 +49,33 @@ static void fill(pairs *to, pair p) {
     for (integer i = 0; i < PAIR_BLOCK; i++) to->s[i] = p.s, to->t[i] = p.t, to->rad[i] = p.rad;
 }
 
+INLINE pair get(const pairs *x, integer i) { return (pair){x->s[i], x->t[i], x->rad[i]}; }
+
+INLINE pair get_without_bound(const pairs *x, integer i) { return (pair){x->s[i], x->t[i], 0}; }
+
+INLINE void set(pairs *x, integer i, pair y) { x->s[i] = y.s, x->t[i] = y.t, x->rad[i] = y.rad; }
+
 /* ---- functions of many steps, each compiled once ---- */
 
-/* quarter 0: sin, 1: cos; of x, or of pi x. */
-VECTORISED static void turn(const pairs *restrict a, pairs *restrict to, integer count, int of_pi, int64_t quarter) {
+/* sin and cos of x, or of pi x. */
+VECTORISED static void turn(const pairs *restrict a, pairs *restrict sine, pairs *restrict cosine, integer count,
+                            int of_pi) {
     pairs r;
     double k[PAIR_BLOCK];
     EACH {
-        const pair p = {a->s[i], a->t[i], a->rad[i]};
+        const pair p = get(a, i);
         pair rest;
         if (of_pi) {
             k[i] = rint(clamp(p.s, -0x1p49, 0x1p49) * 2);
             rest = mul(add1(p, -0.5 * k[i]), PI);
         } else
             rest = without_turns(p, &k[i]);
-        r.s[i] = rest.s, r.t[i] = rest.t, r.rad[i] = rest.rad;
+        set(&r, i, rest);
     }
     EACH {
-        const pair y = turned((pair){r.s[i], r.t[i], r.rad[i]}, k[i], quarter);
-        to->s[i] = y.s, to->t[i] = y.t, to->rad[i] = y.rad;
+        pair s, c;
+        turned(get(&r, i), k[i], &s, &c);
+        set(sine, i, s), set(cosine, i, c);
     }
 }
 
@@ -77,14 +85,12 @@ VECTORISED static void arctangent(const pairs *restrict a, pairs *restrict to, i
     pairs near, sine, cosine;
     fill(&near, single(0));
     EACH near.s[i] = atan(a->s[i]);
-    turn(&near, &sine, count, 0, 0);
-    turn(&near, &cosine, count, 0, 1);
+    turn(&near, &sine, &cosine, count, 0);
     EACH {
-        const pair p = {a->s[i], a->t[i], a->rad[i]}, s = {sine.s[i], sine.t[i], sine.rad[i]};
-        const pair c = {cosine.s[i], cosine.t[i], cosine.rad[i]};
+        const pair p = get(a, i), s = get(&sine, i), c = get(&cosine, i);
         const pair w = divide(add(mul(p, c), negative(s)), add(mul(p, s), c)), y = add1(w, near.s[i]);
         const double size = fabs(w.s) + fabs(w.t) + w.rad;
-        to->s[i] = y.s, to->t[i] = y.t, to->rad[i] = size < 0x1p-20 ? y.rad + size * size * size : INFINITY;
+        set(to, i, (pair){y.s, y.t, size < 0x1p-20 ? y.rad + size * size * size : INFINITY});
     }
 }
 
@@ -104,9 +110,8 @@ VECTORISED static void erf_series(const pairs *restrict z, pairs *restrict y, in
         const double d = 2 * n + 1, high = 1 / d;
         const pair c = {high, fma(-high, d, 1.0) / d, 0};
         EACH {
-            const pair term = light_mul(light_mul((pair){z->s[i], z->t[i], 0}, c), (pair){y->s[i], y->t[i], 0});
-            const pair sum = light_add(single(1), term);
-            y->s[i] = sum.s, y->t[i] = sum.t;
+            const pair term = light_mul(light_mul(get_without_bound(z, i), c), get_without_bound(y, i));
+            set(y, i, light_add(single(1), term));
         }
     }
 }
@@ -119,77 +124,69 @@ VECTORISED static void erfc_fraction(const pairs *restrict x, pairs *restrict y,
     for (int n = 90; n > 25; n--) EACH y->s[i] = x->s[i] + 0.5 * n / y->s[i];
     for (int n = 25; n > 0; n--) EACH {
             const double d = y->s[i], high = 0.5 * n / d, rest = fma(-high, d, 0.5 * n) - high * y->t[i];
-            const pair sum = light_add((pair){x->s[i], x->t[i], 0}, quick_pair(high, rest / d, 0));
-            y->s[i] = sum.s, y->t[i] = sum.t;
+            set(y, i, light_add(get_without_bound(x, i), quick_pair(high, rest / d, 0)));
         }
 }
 
-/* The slope is 2 / sqrt(pi) exp(-x^2). Beyond 40 the value at 40, where exp(-x^2) is 0 within 2^-864, has the same bound. */
-VECTORISED static void error_function(const pairs *restrict a, pairs *restrict to, integer count, int complement) {
+/* erf and erfc. The slope is 2 / sqrt(pi) exp(-x^2). Beyond 40 the value at 40, where exp(-x^2) is 0 within 2^-864, has
+   the same bound. */
+VECTORISED static void error_functions(const pairs *restrict a, pairs *restrict erf_of, pairs *restrict erfc_of,
+                                       integer count) {
     pairs x, z, series, fraction;
     int any_below = 0, any_above = 0;
+    fill(&series, single(1));
+    fill(&fraction, single(1));
     EACH {
-        const pair p = absolute((pair){a->s[i], a->t[i], 0});
-        x.s[i] = p.s < 40 ? p.s : 40, x.t[i] = p.s < 40 ? p.t : 0, x.rad[i] = 0;
-        any_below |= x.s[i] < SERIES_END, any_above |= x.s[i] >= SERIES_END;
-        const pair square = light_mul((pair){x.s[i], x.t[i], 0}, (pair){x.s[i], x.t[i], 0});
-        z.s[i] = 2 * square.s, z.t[i] = 2 * square.t;
-        series.s[i] = fraction.s[i] = 1, series.t[i] = fraction.t[i] = 0;
+        const pair size = absolute(get_without_bound(a, i)), p = select(size.s < 40, size, single(40));
+        const pair square = light_mul(p, p);
+        any_below |= p.s < SERIES_END, any_above |= p.s >= SERIES_END;
+        set(&x, i, p), set(&z, i, (pair){2 * square.s, 2 * square.t, 0});
     }
     if (any_below) erf_series(&z, &series, count);
     if (any_above) erfc_fraction(&x, &fraction, count);
     EACH {
-        const pair p = {x.s[i], x.t[i], 0}, e = mul(exponential(negative(mul(p, p)), 0), TWO_BY_ROOT_PI);
+        const pair p = get(&x, i), e = mul(exponential(negative(mul(p, p)), 0), TWO_BY_ROOT_PI);
         const pair sum = {series.s[i], series.t[i], FUNCTION_ERROR * series.s[i]};
         const pair quotient = divide(e, (pair){fraction.s[i], fraction.t[i], FUNCTION_ERROR * fraction.s[i]});
         const pair of_below = mul(mul(e, sum), p), of_above = {quotient.s / 2, quotient.t / 2, quotient.rad / 2};
         const int below = p.s < SERIES_END, minus = a->s[i] < 0;
-        pair y;
-        if (complement) {
-            y = select(below, add1(negative(of_below), 1), of_above);
-            y = select(minus, add1(negative(y), 2), y);
-        } else {
-            y = select(below, of_below, add1(negative(of_above), 1));
-            y = select(minus, negative(y), y);
-        }
+        pair y = select(below, of_below, add1(negative(of_above), 1));
+        pair c = select(below, add1(negative(of_below), 1), of_above);
+        y = select(minus, negative(y), y);
+        c = select(minus, add1(negative(c), 2), c);
         const double rad = a->rad[i] * 1.25 * (fabs(e.s) + e.rad);
-        y.rad += a->rad[i] * (1 + fabs(a->s[i])) < 0x1p-10 ? rad : INFINITY;
-        to->s[i] = y.s, to->t[i] = y.t, to->rad[i] = y.rad;
+        const double more = a->rad[i] * (1 + fabs(a->s[i])) < 0x1p-10 ? rad : INFINITY;
+        y.rad += more, c.rad += more;
+        set(erf_of, i, y), set(erfc_of, i, c);
     }
 }
 
 /* erfinv(p) = y + d + y d^2 + ..., where y is about erfinv(p) and d = (p - erf(y)) sqrt(pi) / 2 exp(y^2). The third
-   derivative of erfinv is (2 + 8 y^2) erfinv'^3, so the rest is below (1 + 2 y^2) |d|^3; twice that is taken, as the derivatives
-   change on the way. From 1/2 on, p and erf(y) are subtracted from 1 first. */
+   derivative of erfinv is (2 + 8 y^2) erfinv'^3, so the rest is below (1 + 2 y^2) |d|^3; twice that is taken, as the
+   derivatives change on the way. From 1/2 on, p and erf(y) are subtracted from 1 first. */
 VECTORISED static void inverse_error_function(const pairs *restrict a, pairs *restrict to, integer count) {
     pairs near, below, above;
     fill(&near, single(0));
     EACH near.s[i] = erfinv_(fabs(a->s[i]));
-    error_function(&near, &below, count, 0);
-    error_function(&near, &above, count, 1);
+    error_functions(&near, &below, &above, count);
     EACH {
         const double y = near.s[i];
-        const pair p = absolute((pair){a->s[i], a->t[i], a->rad[i]});
-        const pair rest = select(p.s < 0.5, add(p, (pair){-below.s[i], -below.t[i], below.rad[i]}),
-                                 add(add1(p, -1), (pair){above.s[i], above.t[i], above.rad[i]}));
+        const pair p = absolute(get(a, i));
+        const pair rest = select(p.s < 0.5, add(p, negative(get(&below, i))), add(add1(p, -1), get(&above, i)));
         const pair d = mul(divide(rest, TWO_BY_ROOT_PI), exponential(mul11(y, y), 0));
         const pair z = add1(add(d, mul1(mul(d, d), y)), y);
         const double size = fabs(d.s) + fabs(d.t) + d.rad, last = (2 + 4 * y * y) * (size * size * size);
         const double sign = a->s[i] < 0 ? -1 : 1;
-        to->s[i] = sign * z.s, to->t[i] = sign * z.t, to->rad[i] = size < 0x1p-30 ? z.rad + last : INFINITY;
+        set(to, i, (pair){sign * z.s, sign * z.t, size < 0x1p-30 ? z.rad + last : INFINITY});
     }
 }
 
 /* ---- the interpreter ---- */
 
-#define P ((pair){a->s[i], a->t[i], a->rad[i]})
-#define Q ((pair){b->s[i], b->t[i], b->rad[i]})
-#define R ((pair){c->s[i], c->t[i], c->rad[i]})
-#define STORE(VALUE)                                        \
-    EACH {                                                  \
-        const pair y = VALUE;                               \
-        to->s[i] = y.s, to->t[i] = y.t, to->rad[i] = y.rad; \
-    }
+#define P get(a, i)
+#define Q get(b, i)
+#define R get(c, i)
+#define STORE(VALUE) EACH set(to, i, VALUE);
 #define CASE(OP, VALUE) \
     case OP: STORE(VALUE) break;
 #define FUNCTION(OP, NAME)      \
@@ -207,6 +204,7 @@ INLINE int are_tiny(const pairs *x, integer count) {
 }
 
 VECTORISED static void run_pair_instructions(const pair_program *p, pairs *restrict registers, integer count) {
+    pairs other; /* what is computed as well */
     for (integer j = 0; j < p->length; j++) {
         const pair_instruction *in = p->code + j;
         pairs *restrict const to = registers + p->operands + p->constants + j;
@@ -228,13 +226,13 @@ VECTORISED static void run_pair_instructions(const pair_program *p, pairs *restr
             FUNCTION(EXPM1, exponential_less_1)
             CASE(LOG, logarithm(P, 0))
             FUNCTION(LOG1P, logarithm_of_1_plus)
-        case SIN: turn(a, to, count, 0, 0); break;
-        case COS: turn(a, to, count, 0, 1); break;
-        case SINPI: turn(a, to, count, 1, 0); break;
-        case COSPI: turn(a, to, count, 1, 1); break;
+        case SIN: turn(a, to, &other, count, 0); break;
+        case COS: turn(a, &other, to, count, 0); break;
+        case SINPI: turn(a, to, &other, count, 1); break;
+        case COSPI: turn(a, &other, to, count, 1); break;
         case ATAN: arctangent(a, to, count); break;
-        case ERF: error_function(a, to, count, 0); break;
-        case ERFC: error_function(a, to, count, 1); break;
+        case ERF: error_functions(a, to, &other, count); break;
+        case ERFC: error_functions(a, &other, to, count); break;
         case ERFINV:
             inverse_error_function(a, to, count);
             break;
