@@ -197,6 +197,7 @@ def _numbers_beside(dtype: torch.dtype, args: Any, values: frozenset[int]) -> li
     return given
 
 
+_NUMBERS = frozenset([int, float, bool, type(None)])
 _WIDE = (torch.float64, torch.int64, torch.int32)
 
 
@@ -229,12 +230,12 @@ def _run_definition(name: str, operator: Any, outputs: Sequence[str] = ()) -> Fu
 
     def exact(*args: Any, **kwargs: Any) -> Any:
         run = definitions[name]
-        if not kwargs and _all_of(usual, args):
+        if _all_of(usual, args) and (not kwargs or _NUMBERS.issuperset(map(type, kwargs.values()))):
             if not outputs:
-                return arrange(run(*args), args)
-            if in_place and name in table.IN_PLACE:
+                return arrange(run(*args, **kwargs), args)
+            if in_place and not kwargs and name in table.IN_PLACE:
                 return table.IN_PLACE[name](*args)
-            return _copy_into(args[0], run(*args))
+            return _copy_into(args[0], run(*args, **kwargs))
         if _is_on_meta(args, kwargs):
             return operator(*args, **kwargs)
         dtypes.require_defined_mixture(name, args)

@@ -8,6 +8,7 @@ strides as well, because PyTorch derives the memory format of later results from
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, Callable, Optional
 
@@ -72,16 +73,19 @@ def arrangement(name: str) -> Callable[[Any, Sequence[Any]], Any]:
     known: set[Any] = set()  # layouts of results and operands that are as they should be
 
     def arrange(result: Any, operands: Sequence[Any]) -> Any:
-        if isinstance(result, (tuple, list)):
-            return type(result)(_arranged(name, x, operands) for x in result)
-        layout = (*[(x.shape, x.stride()) for x in (result, *operands) if isinstance(x, Tensor)],)
-        if layout not in known:
-            arranged = _arranged(name, result, operands)
-            if arranged is not result:
-                return arranged
+        several = isinstance(result, (tuple, list))
+        results = result if several else (result,)
+        layout = (
+            *[(x.shape, x.stride()) if isinstance(x, Tensor) else None for x in (*results, *operands)],
+        )
+        if layout in known:
+            return result
+        arranged = [_arranged(name, x, operands) for x in results]
+        if all(map(operator.is_, arranged, results)):
             if len(known) < 10_000:
                 known.add(layout)
-        return result
+            return result
+        return type(result)(arranged) if several else arranged[0]
 
     return arrange
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from functools import cache, partial
@@ -51,7 +51,8 @@ _set_in_kernel = interception.set_in_kernel
 _modes = len_torch_dispatch_stack
 
 # Types of operands among which no tensor subclass can be.
-_PLAIN = frozenset([Tensor, Parameter, int, float, bool, type(None), torch.dtype])
+_PLAIN = frozenset([Tensor, Parameter, int, float, bool, type(None), str])
+_PLAIN |= {torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 Kernel = Callable[..., Any]
 
@@ -179,7 +180,11 @@ def make_kernel(
             handler = handler_of(operator)
             decomposed = handler.kind is Kind.DECOMPOSED
             run = handler.run  # last, as another thread may test it
-        if _modes() or kwargs or not _PLAIN.issuperset(map(type, args)):
+        if (
+            _modes()
+            or (not _PLAIN.issuperset(map(type, args)) and _may_have_subclasses(args))
+            or (kwargs and _may_have_subclasses(kwargs.values()))
+        ):
             result = call_modes_and_subclasses(operator, args, kwargs)
             if result is not NotImplemented:
                 return result
@@ -197,6 +202,14 @@ def make_kernel(
             _set_in_kernel(False)
 
     return intercept
+
+
+def _may_have_subclasses(operands: Iterable[Any]) -> bool:
+    """Return whether operands, or the elements of a list of them, may be of a tensor subclass."""
+    for x in operands:
+        if type(x) not in _PLAIN and not (type(x) is list and _PLAIN.issuperset(map(type, x))):
+            return True
+    return False
 
 
 def _aten_names() -> Iterator[str]:
