@@ -53,7 +53,7 @@ static integer run_rows(const call *c, integer row, integer rows, row_table *t, 
         float *to = (float *)c->pointers[c->operands] + row_start(c->dims, c->sizes, strides, row + r);
         for (integer i = 0; i < c->n; i++) to[i * step] = t->out[r * c->n + i];
     }
-    return list_failures(t->failed, rows * c->n, row * c->n, list);
+    return t->any_failed ? list_failures(t->failed, rows * c->n, row * c->n, list) : 0;
 }
 
 static void run_items(integer task, void *data) {

@@ -59,13 +59,14 @@ typedef struct {
     const float *x, *y;
     float *out;
     integer rows, n;
-    double mid[ROW_MAX], rad[ROW_MAX];             /* of each number */
+    double mid[ROW_MAX];                           /* of each number */
     double of_row[ROW_MAX], error_of_row[ROW_MAX]; /* one number for each row, and a bound of its error */
     float x_copy[ROW_MAX], y_copy[ROW_MAX], out_copy[ROW_MAX];
+    int any_failed;
     int32_t failed[ROW_MAX];
 } row_table;
 
-/* softmax.c: fill out and failed. */
+/* softmax.c: fill out and, where any failed, failed. */
 void reproml_softmax_rows(int which, row_table *t);
 
 #endif

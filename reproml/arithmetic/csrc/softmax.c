@@ -23,8 +23,15 @@ INLINE double sum(const double *x, integer n) {
     return part[0] + total;
 }
 
-/* The sum of x y, whose terms are exact, or of x alone if y is null, with a bound of its error. A sum without rounding
-   errors is exact. */
+/* The sum of x y, whose terms are exact, or of x alone if y is null, with a bound of its error. */
+INLINE ball quick_sum(const float *x, const float *y, integer n) {
+    const runs r = {.x = x, .y = y, .runs = 1, .length = n};
+    double total[2];
+    const integer height = y ? sum_runs(PRODUCTS, &r, total) : sum_runs(NUMBERS, &r, total);
+    return (ball){total[0], (double)height * U * SLACK * total[1]};
+}
+
+/* The same with a smaller bound. A sum without rounding errors is exact. */
 INLINE ball exact_sum(const float *x, const float *y, integer n) {
     const pair total = sum_with_errors(x, y, 0, 0, 1, n);
     return (ball){total.s, fabs(total.t) + total.rad};
@@ -96,15 +103,19 @@ INLINE void log_softmax(row_table *t) {
     for (integer r = 0; r < t->rows; r++) t->of_row[r] = log1p_(t->of_row[r]);
 }
 
-INLINE void sums(row_table *t, int product) {
+INLINE void sums(row_table *t, int product, int exact) {
     for (integer r = 0; r < t->rows; r++) {
-        ball s = exact_sum(t->x + r * t->n, product ? t->y + r * t->n : 0, t->n);
+        const float *x = t->x + r * t->n, *y = product ? t->y + r * t->n : 0;
+        const ball s = exact ? exact_sum(x, y, t->n) : quick_sum(x, y, t->n);
         t->of_row[r] = s.mid, t->error_of_row[r] = s.rad;
     }
 }
 
 INLINE void exponentials(row_table *t) {
-    for (integer i = 0; i < t->rows * t->n; i++) t->mid[i] = t->y[i] == -INFINITY ? 0 : exp_(t->y[i]);
+    for (integer i = 0; i < t->rows * t->n; i++) {
+        const double y = t->y[i], e = fast_exp(y);
+        t->mid[i] = y > 700 ? INFINITY : y == -INFINITY ? 0 : y == 0 ? 1 : e;
+    }
 }
 
 /* Round the elements of one row that failed the tests by pairs. */
@@ -122,45 +133,54 @@ static void finish_row_by_pairs(row_table *t, integer r, int which) {
         }
 }
 
-/* The midpoints and bounds of the results of one row, from mid, of_row and error_of_row. */
-INLINE void finish_row(row_table *t, integer r, int which) {
-    const float *x = t->x + r * t->n, *y = t->y ? t->y + r * t->n : 0;
-    double *mid = t->mid + r * t->n, *rad = t->rad + r * t->n;
-    const double s = t->of_row[r], e = t->error_of_row[r];
-    for (integer i = 0; i < t->n; i++) {
-        double c;
-        if (which == SOFTMAX) {
-            c = mid[i] * s;
-            rad[i] = c * e;
-        } else if (which == LOG_SOFTMAX) {
-            c = mid[i] - s;
-            rad[i] = fabs(c) * e;
-        } else if (which == SOFTMAX_BACKWARD) { /* y (g - s) */
-            c = y[i] * (x[i] - s);
-            rad[i] = fabs((double)y[i]) * e + 3 * U * fabs(c);
-        } else { /* g - exp(y) s; mid is exp(y), with an error of 2^-51, or none where it is 0 or 1 */
-            double p = mid[i] * s;
-            c = x[i] - p;
-            rad[i] = mid[i] * e + (y[i] == 0 ? 0 : fabs(p) * (0x1p-51 + U)) + 2 * U * fabs(c);
-        }
-        mid[i] = c + 0.0; /* an exact zero of a row is +0 */
+/* A result of a row with the sum s and its error e. before: what was calculated of the element. */
+INLINE ball result(int which, double before, double x, double y, double s, double e) {
+    double c, rad;
+    if (which == SOFTMAX) {
+        c = before * s;
+        rad = c * e;
+    } else if (which == LOG_SOFTMAX) {
+        c = before - s;
+        rad = fabs(c) * e;
+    } else if (which == SOFTMAX_BACKWARD) { /* y (g - s) */
+        c = y * (x - s);
+        rad = fabs(y) * e + 3 * U * fabs(c);
+    } else { /* g - exp(y) s; the exponential errs by EXP_ERROR, and not at all where it is 0 or 1 */
+        const double p = before * s;
+        c = x - p;
+        rad = before * e + (y == 0 ? 0 : fabs(p) * (EXP_ERROR + U)) + 2 * U * fabs(c);
     }
+    return (ball){c + 0.0, rad}; /* an exact zero of a row is +0 */
+}
+
+INLINE int32_t finish_row(row_table *t, integer r, int which) {
+    const double s = t->of_row[r], e = t->error_of_row[r];
+    int32_t any = 0;
+    for (integer i = r * t->n; i < (r + 1) * t->n; i++) {
+        const ball v = result(which, t->mid[i], t->x[i], t->y[i], s, e);
+        any |= round_normal_ball(v.mid, v.rad, &t->out[i]);
+    }
+    return any;
+}
+
+/* Test with exact sums, and round what fails by pairs. */
+INLINE void finish_row_again(row_table *t, integer r, int which) {
+    const double s = t->of_row[r], e = t->error_of_row[r];
+    for (integer i = r * t->n; i < (r + 1) * t->n; i++) {
+        const ball v = result(which, t->mid[i], t->x[i], t->y[i], s, e);
+        t->failed[i] = round_ball(v.mid, 0, v.rad, &t->out[i]);
+        if (which == LOG_SOFTMAX) t->failed[i] &= v.mid != -INFINITY;
+    }
+    finish_row_by_pairs(t, r, which);
 }
 
 INLINE void finish_rows(row_table *t, int which) {
-    const integer count = t->rows * t->n;
     int32_t any = 0;
-    for (integer r = 0; r < t->rows; r++) finish_row(t, r, which);
-    for (integer i = 0; i < count; i++) {
-        t->failed[i] = round_normal_ball(t->mid[i], t->rad[i], &t->out[i]);
-        any |= t->failed[i];
-    }
+    for (integer r = 0; r < t->rows; r++) any |= finish_row(t, r, which);
+    t->any_failed = any != 0;
     if (!any) return;
-    for (integer i = 0; i < count; i++) {
-        t->failed[i] = round_ball(t->mid[i], 0, t->rad[i], &t->out[i]);
-        if (which == LOG_SOFTMAX) t->failed[i] &= t->mid[i] != -INFINITY;
-    }
-    for (integer r = 0; r < t->rows; r++) finish_row_by_pairs(t, r, which);
+    if (which >= SOFTMAX_BACKWARD) sums(t, which == SOFTMAX_BACKWARD, 1);
+    for (integer r = 0; r < t->rows; r++) finish_row_again(t, r, which);
 }
 
 #define FORMULA(NAME, BEFORE) \
@@ -173,8 +193,8 @@ VECTORISED static void softmax_rows(int which, row_table *t) {
     switch (which) {
         FORMULA(SOFTMAX, softmax(t))
         FORMULA(LOG_SOFTMAX, log_softmax(t))
-        FORMULA(SOFTMAX_BACKWARD, sums(t, 1))
-        FORMULA(LOG_SOFTMAX_BACKWARD, (sums(t, 0), exponentials(t)))
+        FORMULA(SOFTMAX_BACKWARD, sums(t, 1, 0))
+        FORMULA(LOG_SOFTMAX_BACKWARD, (sums(t, 0, 0), exponentials(t)))
     }
 }
 
