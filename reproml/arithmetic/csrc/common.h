@@ -44,6 +44,12 @@ INLINE int32_t bits(float x) {
     return b;
 }
 
+INLINE float from_bits(int32_t b) {
+    float x;
+    memcpy(&x, &b, sizeof x);
+    return x;
+}
+
 INLINE int64_t pattern(double x) {
     int64_t b;
     memcpy(&b, &x, sizeof b);

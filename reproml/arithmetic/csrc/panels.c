@@ -332,15 +332,52 @@ VECTORISED static void add_with_errors(integer depth, const float *restrict a, c
         add_rows_with_errors(depth, a, b, 8, sums);
 }
 
+/* Of each line of a panel: the largest absolute value, and the largest power of two that divides all numbers. */
+typedef struct {
+    float largest[TILE_COLUMNS], unit[TILE_COLUMNS];
+} ranges;
+
+VECTORISED static void find_ranges(integer depth, const float *restrict x, int pitch, ranges *restrict of) {
+    for (integer p = 0; p < depth; p++, x += pitch)
+        for (int j = 0; j < pitch; j++) {
+            const int32_t b = bits(x[j]) & INT32_MAX, shorter = b & (b - 1); /* without the last bit */
+            const float size = fabsf(x[j]), unit = b & 0x7FFFFF ? size - from_bits(shorter) : size;
+            of->largest[j] = size > of->largest[j] ? size : of->largest[j];
+            of->unit[j] = (unit < of->unit[j]) & (size > 0) ? unit : of->unit[j];
+        }
+}
+
+/* Find which sums of a tile are exact, as those of whole numbers and with a gradient of ones mostly are: every partial sum
+   is a multiple of the product of two units, and a binary64 number if it is at most 2^53 of them. */
+static void find_exact(const product *x, integer item, integer i, integer j, int m, int n, int *exact) {
+    float a[SLICE * TILE_ROWS], b[SLICE * TILE_COLUMNS];
+    ranges of_a, of_b;
+    for (int t = 0; t < TILE_COLUMNS; t++)
+        of_a.largest[t] = of_b.largest[t] = 0, of_a.unit[t] = of_b.unit[t] = INFINITY;
+    for (integer p = 0; p < x->k; p += SLICE) {
+        const integer depth = smaller(x->k - p, SLICE);
+        pack(x, &x->a, item, i, m, p, depth, TILE_ROWS, a);
+        pack(x, &x->b, item, j, n, p, depth, x->pitch, b);
+        find_ranges(depth, a, TILE_ROWS, &of_a), find_ranges(depth, b, (int)x->pitch, &of_b);
+    }
+    for (int r = 0; r < m; r++)
+        for (int c = 0; c < n; c++) {
+            const double largest = (double)x->k * of_a.largest[r] * of_b.largest[c];
+            exact[r * TILE_COLUMNS + c] = !x->single && largest <= 0x1p53 * of_a.unit[r] * of_b.unit[c];
+        }
+}
+
 /* Round the elements of a tile that failed, of which there are many: whole rows at once. */
 static void round_rows_with_errors(const product *x, integer item, integer i, integer j, int m, int n,
-                                   const int *failed, int count) {
+                                   const double *quick, const int *failed, int count) {
     float a[SLICE * TILE_ROWS], b[SLICE * TILE_COLUMNS];
     row_of_sums sums[TILE_ROWS];
-    int used[TILE_ROWS] = {0};
+    int used[TILE_ROWS] = {0}, exact[TILE], any = 0;
     memset(sums, 0, sizeof sums);
-    for (int t = 0; t < count; t++) used[failed[t] / TILE_COLUMNS] = 1;
-    for (integer p = 0; p < x->k; p += SLICE) {
+    find_exact(x, item, i, j, m, n, exact);
+    for (int t = 0; t < count; t++)
+        if (!exact[failed[t]]) any = used[failed[t] / TILE_COLUMNS] = 1;
+    for (integer p = 0; any && p < x->k; p += SLICE) {
         integer depth = smaller(x->k - p, SLICE);
         pack(x, &x->a, item, i, m, p, depth, TILE_ROWS, a);
         pack(x, &x->b, item, j, n, p, depth, x->pitch, b);
@@ -350,6 +387,7 @@ static void round_rows_with_errors(const product *x, integer item, integer i, in
     for (int t = 0; t < count; t++) {
         int r = failed[t] / TILE_COLUMNS, c = failed[t] % TILE_COLUMNS;
         compensated sum = {sums[r].s[c], sums[r].t[c], sums[r].size[c]};
+        if (exact[failed[t]]) sum = (compensated){quick[failed[t]], 0, 0};
         round_with_errors(x, item, i + r, j + c, sum);
     }
 }
@@ -437,7 +475,7 @@ static void store(const product *x, integer item, integer i, integer j, const do
     }
     (void)a, (void)b;
     if (left >= MANY_FAILED)
-        round_rows_with_errors(x, item, i, j, m, n, failed, left);
+        round_rows_with_errors(x, item, i, j, m, n, sums, failed, left);
     else
         for (int t = 0; t < left; t++) {
             integer r = i + failed[t] / TILE_COLUMNS, c = j + failed[t] % TILE_COLUMNS;

@@ -74,6 +74,23 @@ def test_product_is_rounded_once(kind, bias):
         )
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_sums_that_binary64_holds_are_rounded_once(bias):
+    """Half of the sums of whole numbers times powers of two are ties, which need no other sum."""
+    random = torch.Generator().manual_seed(5)
+    a = torch.randint(-(2**24), 2**24, (17, 300), generator=random).float()
+    b = 2.0 ** torch.randint(-3, 4, (300, 25), generator=random)
+    a[3] *= 2.0**-30
+    a[4] = 0
+    a[5] *= 2.0**100  # overflows
+    b[7, 6] = 2.0**-40  # binary64 does not hold the sums of this column, and of the next two
+    b[:, 7] = torch.randn(300, generator=random)
+    b[:, 8] = torch.where(torch.arange(300) % 2 == 0, 1 + 2.0**-23, 2.0**-25)
+    c = torch.randint(-4, 5, (25,), generator=random) * 2.0**-20 if bias else None
+    check(matmul.matmul(a, b, c), exact_product(a, b, c))
+    check(matmul.matmul(b.t(), a.t()), exact_product(b.t(), a.t()))
+
+
 @pytest.mark.parametrize("failing", [0.05, 0.6])
 def test_rows_that_fail_together_are_rounded_once(failing):
     """Few or many elements of a tile fail, in several slices of terms and in tiles that are not full."""
