@@ -15,7 +15,10 @@
    choose between operands.
 
    Nothing underflows: the terms are products of at most three binary32 numbers. Where an operand is infinite or NaN, and
-   for the sign of an exact zero, the result is that of `mid`, by IEEE arithmetic step by step (compiler/evaluate.py). */
+   for the sign of an exact zero, the result is that of `mid`, by IEEE arithmetic step by step (compiler/evaluate.py).
+
+   All this takes several times as long as the rounding test, so a block of numbers takes the test first (the balls below,
+   and QUICKLY), and is computed as above if an element fails. */
 
 #include "rounding.h"
 
@@ -109,32 +112,54 @@ INLINE float maximum(float x, float y) {
     return (((x == 0) & (y == 0)) | (x != x) | (y != y)) ? sum : larger;
 }
 
-#define LOOP(NAME, VALUE)                                            \
-    case NAME:                                                       \
-        for (integer i = 0; i < count; i++) {                        \
-            const float xf = x[i], yf = y[i], zf = z[i];             \
-            const double a = xf, b = yf, c = zf;                     \
-            (void)xf, (void)yf, (void)zf, (void)a, (void)b, (void)c; \
-            out[i] = VALUE;                                          \
-        }                                                            \
+/* Rounded by the test. The roundings of a term of size `of_terms`, or of the result, err by n U of it. */
+INLINE int32_t near(double mid, double of_terms, int n, float *result) {
+    return round_normal_ball(mid, (n + 2) * U * (fabs(mid) + of_terms), result);
+}
+
+INLINE int32_t near_hardswish_backward(float g, float x, float *result) {
+    float middle;
+    const int32_t inside = (x > -3) & (x < 3), failed = near((double)g * (2.0 * x + 3) * SIXTH, 0, 4, &middle);
+    *result = inside ? middle : x <= -3 ? 0.0f : g;
+    return failed & -inside;
+}
+
+#define EACH(BODY)                                               \
+    for (integer i = 0; i < count; i++) {                        \
+        const float xf = x[i], yf = y[i], zf = z[i];             \
+        const double a = xf, b = yf, c = zf;                     \
+        (void)xf, (void)yf, (void)zf, (void)a, (void)b, (void)c; \
+        BODY;                                                    \
+    }
+#define LOOP(NAME, VALUE) \
+    case NAME: EACH(out[i] = VALUE) break;
+#define QUICKLY(NAME, FAILED, VALUE)     \
+    case NAME:                           \
+        EACH(failed |= FAILED)           \
+        if (failed) EACH(out[i] = VALUE) \
         break;
 
 VECTORISED static void run_block(int which, const float *restrict x, const float *restrict y, const float *restrict z,
                                  double scalar, float *restrict out, integer count) {
     const float narrow = (float)scalar;
     const double inverse = 1 / scalar;
+    int32_t failed = 0;
     switch (which) {
-        LOOP(ADD_SCALED, to_target(sum(a, scalar * b)))
-        LOOP(ADDCMUL, or_mid(product_plus(scalar * b, c, a), a + scalar * b * c))
-        LOOP(ADDCDIV, or_mid(quotient(a * c, scalar * b, c, 1 / c), a + scalar * b * (1 / c)))
-        LOOP(LERP, or_mid(sum_of_3(a, -c * a, c * b), a + c * (b - a)))
+        QUICKLY(ADD_SCALED, near(a + scalar * b, 0, 1, out + i), to_target(sum(a, scalar * b)))
+        QUICKLY(ADDCMUL, near(a + scalar * b * c, fabs(scalar * b * c), 1, out + i),
+                or_mid(product_plus(scalar * b, c, a), a + scalar * b * c))
+        QUICKLY(ADDCDIV, near(a + scalar * b / c, fabs(scalar * b / c), 1, out + i),
+                or_mid(quotient(a * c, scalar * b, c, 1 / c), a + scalar * b * (1 / c)))
+        QUICKLY(LERP, near(a + c * (b - a), fabs(c * (b - a)), 2, out + i),
+                or_mid(sum_of_3(a, -c * a, c * b), a + c * (b - a)))
         LOOP(LEAKY_RELU, xf > 0 ? xf : to_target(a * narrow))
         LOOP(LEAKY_RELU_BACKWARD, yf > 0 ? xf : to_target(a * narrow))
-        LOOP(HARDSIGMOID, hardsigmoid(a))
+        QUICKLY(HARDSIGMOID, near((clamped(a) + 3) * SIXTH, 0, 3, out + i), hardsigmoid(a))
         LOOP(HARDSIGMOID_BACKWARD, ((yf > -3) & (yf < 3)) ? to_target(a / 6) : 0.0f)
-        LOOP(HARDSWISH, hardswish(a))
-        LOOP(HARDSWISH_BACKWARD, hardswish_backward(xf, yf))
-        LOOP(MSE_LOSS_BACKWARD, or_mid(quotient(2 * c * a, -2 * c * b, scalar, inverse), c * (a - b)))
+        QUICKLY(HARDSWISH, near(a * (clamped(a) + 3) * SIXTH, 0, 4, out + i), hardswish(a))
+        QUICKLY(HARDSWISH_BACKWARD, near_hardswish_backward(xf, yf, out + i), hardswish_backward(xf, yf))
+        QUICKLY(MSE_LOSS_BACKWARD, near(2 * c * (a - b) * inverse, 0, 4, out + i),
+                or_mid(quotient(2 * c * a, -2 * c * b, scalar, inverse), c * (a - b)))
         LOOP(SQRT, PRECISION == 24 ? sqrtf(xf) : to_target(sqrt(a))) /* see pointwise.sqrt */
         LOOP(MAXIMUM, maximum(xf, yf))
         LOOP(MINIMUM, -maximum(-xf, -yf))

@@ -33,6 +33,7 @@
 
    use                                    function           errors                         in the bound
    -------------------------------------  -----------------  -----------------------------  ---------------------------
+   direct.c: first test                   round_normal_ball  n, of terms and of the sum; + 1  n + 2
    program.c: any formula                 round_ball         those of numerics/balls.py     nothing more
    activations.c, softmax.c: second test  round_ball         as in the first test           as in the first test
    losses.c: gradient of nll_loss         round_ball         1                              2
