@@ -104,9 +104,9 @@ _MANY = 4  # if more than this fraction of all results is left, the next path ta
 _FAST = {
     name: i
     for i, name in enumerate(
-        """exp expm1 erfinv tanh sigmoid silu gelu gelu_tanh softplus log_sigmoid elu
+        """exp expm1 erfinv tanh sigmoid silu gelu gelu_tanh softplus log_sigmoid elu mish
         tanh_backward sigmoid_backward silu_backward gelu_backward gelu_tanh_backward
-        softplus_backward log_sigmoid_backward elu_backward elu_backward_of_result
+        softplus_backward log_sigmoid_backward elu_backward elu_backward_of_result mish_backward
         softmax log_softmax softmax_backward log_softmax_backward""".split()
     )
 }

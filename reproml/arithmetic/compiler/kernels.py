@@ -21,7 +21,7 @@ from reproml.arithmetic.numerics import formats
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
-_VERSION = 17  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
+_VERSION = 18  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
 
 _BINARY32 = "_kernels"  # name of the library that rounds to binary32
 
@@ -47,6 +47,8 @@ _SIGNATURES = {
     ),
     "reproml_scatter": (_LONG, [_LONG] * 4 + [_POINTER] * 3 + [_LONG, _POINTER]),
     "reproml_sum": (_LONG, [_POINTER] * 3 + [_INT, _LONG, _DOUBLE, _POINTER]),
+    "reproml_squared_distance": (_LONG, [_POINTER] * 2 + [_LONG, _DOUBLE, _POINTER]),
+    "reproml_bce_with_logits": (_INT, [_POINTER] * 2 + [_LONG, _DOUBLE, _POINTER]),
     "reproml_rows": (_LONG, [_INT] + [_POINTER] * 2 + [_LONG] * 2 + [_DOUBLE] + [_POINTER] * 2),
     "reproml_normalize": (
         _LONG,

@@ -19,8 +19,8 @@ INLINE lanes widen(const float *x) { return __builtin_convertvector(*(const stor
 
 INLINE lanes magnitude(lanes x) { return (lanes)((lane_bits)x & INT64_MAX); }
 
-/* The terms: x; x y; (x - m)^2; y and y (x - m); w y and w y (x - m). */
-enum { NUMBERS, PRODUCTS, SQUARES, MOMENTS, WEIGHTED_MOMENTS };
+/* The terms: x; x y; (x - y)^2; (x - m)^2; y and y (x - m); w y and w y (x - m). */
+enum { NUMBERS, PRODUCTS, DISTANCES, SQUARES, MOMENTS, WEIGHTED_MOMENTS };
 
 typedef struct {
     const float *x, *y, *w;
@@ -36,6 +36,9 @@ INLINE void add_terms(const int kind, const float *x, const float *y, const floa
         if (kind == PRODUCTS) d *= widen(y);
         sum[0] += d;
         sum[1] += magnitude(d);
+    } else if (kind == DISTANCES) {
+        d -= widen(y);
+        sum[0] += d * d;
     } else if (kind == SQUARES) {
         d -= m;
         for (int t = count; t < LANES; t++) d[t] = 0;
@@ -59,7 +62,7 @@ INLINE const float *padded(const float *x, integer count, float *memory) {
 /* Store each sum, followed by the sum of the absolute values of its terms, in `total`. Returns the height of the
    tree. */
 INLINE integer sum_runs(const int kind, const runs *ctx, double *total) {
-    const int sums = kind < SQUARES ? 2 : kind == SQUARES ? 1 : 4;
+    const int sums = kind < DISTANCES ? 2 : kind <= SQUARES ? 1 : 4;
     const int with_y = kind != NUMBERS && kind != SQUARES, with_w = kind == WEIGHTED_MOMENTS; /* else they are null */
     const lanes zero = {0};
     lanes some[4] = {zero, zero, zero, zero}, all[4] = {zero, zero, zero, zero};

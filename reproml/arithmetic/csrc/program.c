@@ -3,7 +3,7 @@
 
    An elementwise formula runs block by block. For a formula over rows, several short rows fill a block and the
    program runs straight through; a row longer than a block takes one pass for each stage of reductions (sum, max),
-   and each pass recalculates what it needs. Numbers that belong to an entire row have registers too, one number for
+   and each pass recalculates what it needs. The threads share the blocks of a single long row, such as a loss. Numbers that belong to an entire row have registers too, one number for
    each row.
 
    The elements of an elementwise formula that fail the rounding test take the second one at once (pair_program.c). */
@@ -88,7 +88,7 @@ typedef struct {
     const integer *sizes, *strides;
     void *const *pointers;
     integer *failed;
-    integer items, tasks, per_block, blocks;
+    integer items, tasks, per_block, blocks, shares; /* shares: parts of a single long row */
     integer count[TASKS], start[TASKS];
     int dense[64], limits;
 } call;
@@ -408,13 +408,55 @@ static void run_block(state *s, const stage *t, integer row, integer block) {
     run_instructions(s, c->p->code + t->begin, c->p->code + t->body);
 }
 
+static void reset(partial *partials) {
+    for (int i = 0; i < REDUCTIONS; i++) partials[i] = (partial){0, 0, -INFINITY};
+}
+
+/* A pass over the blocks of a row by several threads, each with registers and partial results of its own. */
+typedef struct {
+    state *s;
+    const stage *stage;
+    integer row, count[TASKS], start[TASKS];
+    partial partials[TASKS][REDUCTIONS];
+} pass;
+
+static void run_share(integer share, void *data) {
+    pass *x = data;
+    const call *c = x->s->c;
+    const integer first = c->blocks * share / c->shares, last = c->blocks * (share + 1) / c->shares;
+    double registers[SCRATCH] __attribute__((aligned(64)));
+    state s = *x->s;
+    memcpy(registers, s.registers, sizeof registers);
+    reset(x->partials[share]);
+    x->start[share] = c->p->by_row ? 0 : first * c->p->block; /* one result is not rounded by blocks */
+    s.registers = registers, s.partials = x->partials[share], s.count = 0, s.failed += x->start[share];
+    for (integer block = first; block < last; block++) run_block(&s, x->stage, x->row, block);
+    x->count[share] = s.count;
+}
+
+static void run_shares(state *s, const stage *stage, integer row, partial *partials) {
+    pass x = {.s = s, .stage = stage, .row = row};
+    reproml_parallel(run_share, &x, s->c->shares);
+    s->count += join_failures(s->failed, x.start, x.count, s->c->shares);
+    for (integer share = 0; share < s->c->shares; share++)
+        for (int i = 0; i < REDUCTIONS; i++) {
+            const partial *part = &x.partials[share][i];
+            merge(&partials[i], part->sum);
+            partials[i].lost += part->lost;
+            partials[i].largest = larger(part->largest, partials[i].largest);
+        }
+}
+
 static void run_stages(state *s, integer row) {
     const program *p = s->c->p;
     partial partials[REDUCTIONS];
     for (const stage *t = p->stage; t < p->stage + p->stages; t++) {
-        for (int i = 0; i < REDUCTIONS; i++) partials[i] = (partial){0, 0, -INFINITY};
+        reset(partials);
         s->partials = partials;
-        for (integer block = 0; t->begin < t->body && block < s->c->blocks; block++) run_block(s, t, row, block);
+        if (t->begin < t->body && s->c->shares > 1)
+            run_shares(s, t, row, partials);
+        else
+            for (integer block = 0; t->begin < t->body && block < s->c->blocks; block++) run_block(s, t, row, block);
         for (const instruction *in = p->code + t->begin; in < p->code + t->body; in++)
             if (in->op == 4 * SUM || in->op == 4 * MAX)
                 s->registers[in->to * p->block] =
@@ -462,8 +504,9 @@ integer reproml_program(const program *p, integer dims, const integer *sizes, co
     c.blocks = (c.n + p->block - 1) / p->block;
     c.per_block = c.blocks == 1 ? p->block / c.n : 1;
     c.items = c.blocks > 1 && !p->reduces ? c.rows * c.blocks : (c.rows + c.per_block - 1) / c.per_block;
+    if (tasks > TASKS) tasks = TASKS;
     c.tasks = tasks < c.items ? tasks : c.items;
-    if (c.tasks > TASKS) c.tasks = TASKS;
+    c.shares = c.items > 1 ? 1 : tasks < c.blocks ? tasks : c.blocks;
     reproml_parallel(run_items, &c, c.tasks);
     return join_failures(failed, c.start, c.count, c.tasks);
 }

@@ -1,4 +1,5 @@
-/* Sums and dot products over any axes of strided arrays, by the method of operators/reductions.py.
+/* Sums and dot products over any axes of strided arrays, by the method of operators/reductions.py, and the sum of
+   squared differences of two arrays.
 
    The trees of additions are low (lanes.h), which makes the bound small. A sum that fails the test is added up again
    with its rounding errors. */
@@ -20,6 +21,7 @@ typedef struct {
     const float *x, *y; /* y: null, or the other factor */
     float *out;
     double divisor;
+    int squared;                   /* the terms are (x - y)^2 */
     axis kept[AXES], column, p, q; /* column: the last of the kept axes; p, q: summed */
     int outer;                     /* kept axes but for the column */
     int along;                     /* vectors run along q, not along the column */
@@ -41,6 +43,11 @@ INLINE integer along_q(const sums *ctx, const float *x, const float *y, integer 
                     .runs = ctx->p.size,
                     .length = last - first};
     double total[2];
+    if (ctx->squared) { /* each term has 3 roundings */
+        integer height = sum_runs(DISTANCES, &r, total) + 3;
+        *s = *a = total[0];
+        return height;
+    }
     integer height = y ? sum_runs(PRODUCTS, &r, total) : sum_runs(NUMBERS, &r, total);
     *s = total[0];
     *a = total[1];
@@ -174,7 +181,8 @@ INLINE void round_chunk(sums *ctx, integer chunk, const double *s, const double 
         if (!(fabs(s[i]) <= DBL_MAX))
             out[i] = to_target(mid); /* infinite or NaN in any order */
         else if (round_sum(mid, rad, out + i) &&
-                 round_with_errors(ctx, x + i * ctx->column.x, y ? y + i * ctx->column.y : 0, out + i))
+                 (ctx->squared ||
+                  round_with_errors(ctx, x + i * ctx->column.x, y ? y + i * ctx->column.y : 0, out + i)))
             add_failure(&ctx->failed, first + i);
     }
 }
@@ -261,6 +269,26 @@ static int arrange(sums *ctx, const integer *axes, int rank, integer reduced) {
     return 1;
 }
 
+/* Add up and round. Returns the number of sums for which it failed. */
+static integer add_all(sums *ctx) {
+    integer terms = ctx->p.size * ctx->q.size, rows = 1;
+    ctx->width = ctx->along && terms > PART / WIDTH ? (terms > PART ? 1 : PART / terms) : WIDTH;
+    for (int d = 0; d < ctx->outer; d++) rows *= ctx->kept[d].size;
+    integer work = terms * rows * ctx->column.size;
+    if (ctx->along && work > 2 * PART && ctx->column.size / SLICES < ctx->width)
+        ctx->width = ctx->column.size < SLICES ? 1 : ctx->column.size / SLICES;
+    ctx->chunks = (ctx->column.size + ctx->width - 1) / ctx->width;
+    integer chunks = rows * ctx->chunks;
+    if (chunks && chunks < SLICES && work > 2 * PART && ctx->q.size >= SLICES * LANES) {
+        ctx->slices = work / PART < SLICES ? work / PART : SLICES;
+        ctx->parts = reproml_scratch((size_t)(chunks * ctx->slices * (2 * WIDTH + 1)) * sizeof(double));
+        if (!ctx->parts) ctx->slices = 1;
+    }
+    run_tasks(add_up, ctx, chunks * ctx->slices, work > 2 * PART);
+    if (ctx->parts) join_slices(ctx, chunks);
+    return ctx->failed.count;
+}
+
 /* out = the sum of x, or of x * y, over the axes whose bit is set in `reduced`, divided by `divisor`. axes: the
    sizes, the strides of x and the strides of y, `rank` numbers each. `out` is contiguous. Returns the number of sums
    for which it failed, or -1 if there are too many axes. */
@@ -275,20 +303,12 @@ integer reproml_sum(const float *x, const float *y, const integer *axes, int ran
         ctx.p = ctx.q;
         ctx.q = swapped;
     }
-    integer terms = ctx.p.size * ctx.q.size, rows = 1;
-    ctx.width = ctx.along && terms > PART / WIDTH ? (terms > PART ? 1 : PART / terms) : WIDTH;
-    for (int d = 0; d < ctx.outer; d++) rows *= ctx.kept[d].size;
-    integer work = terms * rows * ctx.column.size;
-    if (ctx.along && work > 2 * PART && ctx.column.size / SLICES < ctx.width)
-        ctx.width = ctx.column.size < SLICES ? 1 : ctx.column.size / SLICES;
-    ctx.chunks = (ctx.column.size + ctx.width - 1) / ctx.width;
-    integer chunks = rows * ctx.chunks;
-    if (chunks && chunks < SLICES && work > 2 * PART && ctx.q.size >= SLICES * LANES) {
-        ctx.slices = work / PART < SLICES ? work / PART : SLICES;
-        ctx.parts = reproml_scratch((size_t)(chunks * ctx.slices * (2 * WIDTH + 1)) * sizeof(double));
-        if (!ctx.parts) ctx.slices = 1;
-    }
-    run_tasks(add_up, &ctx, chunks * ctx.slices, work > 2 * PART);
-    if (ctx.parts) join_slices(&ctx, chunks);
-    return ctx.failed.count;
+    return add_all(&ctx);
+}
+
+/* out = the sum of (x - y)^2 over n numbers, divided by `divisor`. Returns nonzero if it failed. */
+integer reproml_squared_distance(const float *x, const float *y, integer n, double divisor, float *out) {
+    sums ctx = {.x = x, .y = y, .out = out, .divisor = divisor, .squared = 1, .along = 1, .slices = 1};
+    ctx.column = ctx.p = (axis){1, 0, 0}, ctx.q = (axis){n, 1, 1};
+    return add_all(&ctx);
 }

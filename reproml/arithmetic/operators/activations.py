@@ -251,7 +251,8 @@ def softplus_backward(g: Tensor, x: Tensor, beta: float, threshold: float) -> Te
 
 def mish(x: Tensor) -> Tensor:
     """Return x tanh(softplus(x))."""
-    return elementwise(_mish, x, reference=_with_tails(partial(elementwise, _mish), -1024))
+    complete = _with_tails(partial(elementwise, _mish), -1024)
+    return elementwise(_mish, x, reference=complete, fast="mish")
 
 
 def _mish(ctx: Any, x: Any) -> Any:
@@ -265,7 +266,8 @@ def mish_backward(g: Tensor, x: Tensor) -> Tensor:
         t = ctx.tanh(softplus_formula(ctx, x))
         return g * (t + x * ctx.sigmoid(x) * (1 - t * t))
 
-    return elementwise(formula, g, x, reference=_gradient_with_tails(formula, -1024))
+    complete = _gradient_with_tails(formula, -1024)
+    return elementwise(formula, g, x, reference=complete, fast="mish_backward")
 
 
 def log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:

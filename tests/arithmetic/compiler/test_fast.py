@@ -18,10 +18,11 @@ from verification.oracle import bits_of_tensor, same_bits
 pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
 
 ONE = """exp expm1 erfinv tanh sigmoid silu gelu gelu_tanh softplus log_sigmoid
-    elu selu celu""".split()
+    elu selu celu mish""".split()
 TWO = """tanh_backward sigmoid_backward silu_backward gelu_backward gelu_tanh_backward
     softplus_backward log_sigmoid_backward elu_backward selu_backward celu_backward
-    elu_backward_of_result selu_backward_of_result celu_backward_of_result""".split()
+    elu_backward_of_result selu_backward_of_result celu_backward_of_result
+    mish_backward""".split()
 WITH_OPTIONS: dict[str, Any] = {
     f"gelu_tanh{end}": partial(operator_table.EXACT[f"gelu{end}"], approximate="tanh")
     for end in ("", "_backward")

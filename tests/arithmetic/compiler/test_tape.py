@@ -92,7 +92,7 @@ def test_operators_of_two_operands_agree(name):
     assert is_compiled()
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (64, 10), (3, 4, 5), (2, 300), (3, 1000), (300, 1)])
+@pytest.mark.parametrize("shape", [(), (1,), (64, 10), (3, 4, 5), (2, 300), (3, 1000), (300, 1), (9000,)])
 @pytest.mark.parametrize("name", ROWS + ROWS_BACKWARD)
 def test_operators_on_rows_agree(name, shape):
     f, count = operator_table.EXACT[name], 1 + (name in ROWS_BACKWARD)
@@ -109,7 +109,7 @@ def test_operators_on_rows_agree(name, shape):
             agree(f, x, *others, dim, torch.float32) if others else agree(f, x, dim)
 
 
-@pytest.mark.parametrize("n", [1, 5, 255, 256, 257, 1000, 5000])
+@pytest.mark.parametrize("n", [1, 5, 255, 256, 257, 1000, 20_000])  # the last: by several threads
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 def test_losses_agree(name, n, reduction):
@@ -117,7 +117,8 @@ def test_losses_agree(name, n, reduction):
         agree(
             operator_table.EXACT[name], make(n, seed=1), make(n, seed=2).abs(), reduction=reduction
         )
-    assert is_compiled()
+    has_loop = name in ("mse_loss", "binary_cross_entropy_with_logits")
+    assert is_compiled() or (has_loop and reduction)
 
 
 def polynomial(ctx: Any, x: Any, y: Any) -> Any:

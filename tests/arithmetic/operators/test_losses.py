@@ -125,6 +125,36 @@ def test_sum_by_pairs_takes_ties_of_losses(monkeypatch):
     assert found.item() == 1
 
 
+@pytest.mark.parametrize("reduction", [losses.MEAN, losses.SUM])
+@pytest.mark.parametrize("n", [1, 7, 500, 100_003])
+def test_mse_loss_of_many_numbers_is_rounded_once(n, reduction):
+    x, y = (torch.randn(n, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    for target in (y, y[:1].expand(n), x):
+        a, b = ([int(v * 2.0**90) for v in t.tolist()] for t in (x, target))
+        exact = Fraction(sum((v - w) ** 2 for v, w in zip(a, b)), 2**180)
+        found = losses.mse_loss(x, target, reduction)
+        check(found, Real(exact / (n if reduction == losses.MEAN else 1)))
+    x[n // 2] = torch.inf
+    assert losses.mse_loss(x, y, reduction) == torch.inf
+    assert losses.mse_loss(x, x, reduction).isnan()
+
+
+@pytest.mark.parametrize("n", [1, 15, 500, 8_500])  # the last: by several threads
+def test_cross_entropy_of_logits_is_rounded_once(n, monkeypatch):
+    random = torch.Generator().manual_seed(1)
+    x, soft = torch.randn(n, generator=random) * 8, torch.rand(n, generator=random)
+    rest = [o.log1p(o.exp(-u)) for u in reals(x)]
+    for y in (soft, soft.round(), (x > 0).float(), soft * 4 - 2):
+        terms = [(1 - v) * u + w for u, v, w in zip(reals(x), reals(y), rest)]
+        with monkeypatch.context() as patch:
+            patch.setattr(losses, "reduced_loss", None)
+            check(losses.binary_cross_entropy_with_logits(x, y), total(terms) / n)
+            found = losses.binary_cross_entropy_with_logits(x, y, reduction=losses.SUM)
+            check(found, total(terms))
+    x[0] = torch.inf
+    assert losses.binary_cross_entropy_with_logits(x, torch.zeros(n)) == torch.inf
+
+
 def larger(v: Real) -> Real:
     return v if v > 0 else Real(0)
 
