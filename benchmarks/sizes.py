@@ -151,11 +151,28 @@ class Products(TorchDispatchMode):
                 if needed:
                     self._convolution(args[2], args[0], args[9])
             self.seconds += taken
+        elif name.startswith("mkldnn_rnn_layer"):
+            self._recurrent(*args[:3], backward=name.endswith("backward"))
+            self.seconds += taken
         return result
 
     def _convolution(self, weight: Tensor, output: Tensor, groups: int) -> None:
         places = output.shape[0] * math.prod(output.shape[2:])
         self.sizes[(groups, places, math.prod(weight.shape[1:]), weight.shape[0] // groups)] += 1
+
+    def _recurrent(
+        self, inputs: Tensor, of_input: Tensor, of_hidden: Tensor, backward: bool
+    ) -> None:
+        """Count the products of a layer; the gradient of its input is not wanted here."""
+        length, batch, _ = inputs.shape
+        (gates, width), hidden = of_input.shape, of_hidden.shape[1]
+        if backward:
+            self.sizes[(1, gates, length * batch, width)] += 1
+            self.sizes[(1, gates, length * batch, hidden)] += 1
+            self.sizes[(1, batch, gates, hidden)] += length - 1
+        else:
+            self.sizes[(1, length * batch, width, gates)] += 1
+            self.sizes[(1, batch, hidden, gates)] += length
 
 
 def _binary64_seconds(sizes: Counter[tuple[int, int, int, int]]) -> float:
