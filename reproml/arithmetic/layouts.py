@@ -76,7 +76,10 @@ def arrangement(name: str) -> Callable[[Any, Sequence[Any]], Any]:
         several = isinstance(result, (tuple, list))
         results = result if several else (result,)
         layout = (
-            *[(x.shape, x.stride()) if isinstance(x, Tensor) else None for x in (*results, *operands)],
+            *[
+                (x.shape, x.stride()) if isinstance(x, Tensor) else None
+                for x in (*results, *operands)
+            ],
         )
         if layout in known:
             return result

@@ -48,7 +48,7 @@ _SIGNATURES = {
     "reproml_scatter": (_LONG, [_LONG] * 4 + [_POINTER] * 3 + [_LONG, _POINTER]),
     "reproml_sum": (_LONG, [_POINTER] * 3 + [_INT, _LONG, _DOUBLE, _POINTER]),
     "reproml_squared_distance": (_LONG, [_POINTER] * 2 + [_LONG, _DOUBLE, _POINTER]),
-    "reproml_bce_with_logits": (_INT, [_POINTER] * 2 + [_LONG, _DOUBLE, _POINTER]),
+    "reproml_loss": (_INT, [_INT] + [_POINTER] * 2 + [_LONG] + [_DOUBLE] * 2 + [_POINTER]),
     "reproml_rows": (_LONG, [_INT] + [_POINTER] * 2 + [_LONG] * 2 + [_DOUBLE] + [_POINTER] * 2),
     "reproml_normalize": (
         _LONG,

@@ -2,9 +2,6 @@
 
 #include "fast.h"
 
-#include "compensated.h"
-#include "rows.h"
-
 /* Above 100 the value at 100, which rounds to infinity in binary32 as well, replaces the exponential. */
 INLINE double at_most_100(double x) { return x > 100 ? 100 : x; }
 
@@ -122,15 +119,6 @@ INLINE ball gelu_tanh_backward_ball(double g, double x) {
     return times(g, s * (1 + a), s * (1 + fabs(a)) * (2 * sigmoid_error(u) + 16 * U));
 }
 
-/* log(1 + exp(x)) = max(x, 0) + log(1 + t), t = exp(-|x|) <= 1. log(1 + t) is 2 artanh s with s = t / (2 + t), or for
-   t > sqrt 2 - 1 log 2 + 2 artanh s with s = (t - 1) / (t + 3), so that |s| < 0.172: the series is cut after s^23 with
-   less than 2^-65. t errs by EXP_ERROR, and so does log(1 + t), the rest by 10 U. */
-#define SOFTPLUS_ERROR (EXP_ERROR + 16 * U)
-INLINE double softplus_of_minus(double size) {
-    const double t = fast_exp(-size), s = t > 0.4142 ? (t - 1) / (t + 3) : t / (2 + t), log_2 = 0x1.62e42fefa39efp-1;
-    return (t > 0.4142 ? log_2 : 0) + (2 * s + artanh_rest(s));
-}
-
 INLINE double softplus(double x) { return (x > 0 ? x : 0) + softplus_of_minus(fabs(x)); }
 
 /* mish(x) = x n / d, t = exp(x), n = t (t + 2), d = n + 2. t errs by E = EXP_ERROR, n by 2 E + 3 U, d by no more and U.
@@ -229,58 +217,4 @@ int32_t reproml_activation_block(int which, const double *scalars, const float *
     if (!failures) return 0;
     reproml_round_near_zero(which, a, b, out, failed, count);
     return failures;
-}
-
-/* ---- binary cross-entropy of logits ---- */
-
-enum { PART = 1 << 12 }; /* terms that are worth a thread */
-
-/* Add n <= BLOCK terms (1 - y) x + softplus(-x), or -y x + softplus(x) below 0, where nothing cancels for targets in
-   [0, 1]; and their absolute values. */
-VECTORISED static void add_losses(const float *restrict x, const float *restrict y, integer n, double *restrict sum,
-                                  double *restrict size) {
-    double terms[BLOCK] = {0}, sizes[BLOCK] = {0};
-    for (integer i = 0; i < n; i++) {
-        const double linear = (x[i] < 0 ? -(double)y[i] : 1 - (double)y[i]) * x[i];
-        const double rest = softplus_of_minus(fabs((double)x[i]));
-        terms[i] = linear + rest, sizes[i] = fabs(linear) + rest;
-    }
-    for (integer width = BLOCK / 2; width; width /= 2)
-        for (integer i = 0; i < width; i++) terms[i] += terms[i + width], sizes[i] += sizes[i + width];
-    *sum += terms[0], *size += sizes[0];
-}
-
-typedef struct {
-    const float *x, *y;
-    integer n, tasks;
-    compensated sums[TASKS];
-    double sizes[TASKS];
-} losses;
-
-static void add_share(integer task, void *data) {
-    losses *c = data;
-    const integer blocks = (c->n + BLOCK - 1) / BLOCK, last = blocks * (task + 1) / c->tasks * BLOCK;
-    for (integer at = blocks * task / c->tasks * BLOCK; at < last && at < c->n; at += BLOCK) {
-        double sum = 0;
-        add_losses(c->x + at, c->y + at, c->n - at < BLOCK ? c->n - at : BLOCK, &sum, &c->sizes[task]);
-        add_exact(&c->sums[task], sum);
-    }
-}
-
-/* out = the sum over n logits x and targets y, divided by `divisor`. Returns nonzero if the test fails. In units of U and
-   of the terms' absolute values, the linear part errs by 3, a block's sum by 10, and the sum of blocks by less than 1. */
-int reproml_bce_with_logits(const float *x, const float *y, integer n, double divisor, float *out) {
-    losses c = {.x = x, .y = y, .n = n, .tasks = n > 2 * PART ? reproml_threads() : 1};
-    compensated total = {0, 0, 0};
-    double size = 0;
-    if (c.tasks > TASKS) c.tasks = TASKS;
-    run_tasks(add_share, &c, c.tasks, c.tasks > 1);
-    for (integer task = 0; task < c.tasks; task++) {
-        add_exact(&total, c.sums[task].s);
-        total.t += c.sums[task].t, total.size += c.sums[task].size;
-        size += c.sizes[task];
-    }
-    pair s = compensated_pair(&total, n / BLOCK + TASKS);
-    s.rad += size * (SOFTPLUS_ERROR + 16 * U) * SLACK;
-    return round_pair(pair_over(s, divisor), out);
 }

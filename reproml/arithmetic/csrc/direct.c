@@ -35,6 +35,7 @@ enum {
     HARDSWISH,
     HARDSWISH_BACKWARD,
     MSE_LOSS_BACKWARD,
+    SMOOTH_L1_BACKWARD,
     SQRT,
     MAXIMUM,
     MINIMUM,
@@ -106,6 +107,18 @@ INLINE float hardswish_backward(float g, float x) {
     return x <= -3 ? 0.0f : x < 3 ? (float)middle : g;
 }
 
+/* g d / n within (-1, 1), else g sign(d) / n, with d = x - y. */
+INLINE float smooth_l1_backward(double x, double y, double g, double n, double inverse) {
+    const double d = sum(x, -y), one = d > 0 ? g : d < 0 ? -g : g * d;
+    const double within = quotient(g * x, -g * y, n, inverse), beyond = quotient(one, 0, n, inverse);
+    return fabs(d) < 1 ? or_mid(within, g * (x - y)) : or_mid(beyond, one);
+}
+
+INLINE double near_smooth_l1_backward(double x, double y, double g, double inverse) {
+    const double d = x - y, limited = d > 1 ? 1 : d < -1 ? -1 : d;
+    return g * limited * inverse;
+}
+
 /* NaN if either number is; +0 > -0. */
 INLINE float maximum(float x, float y) {
     const float larger = x > y ? x : y, sum = x + y;
@@ -160,6 +173,8 @@ VECTORISED static void run_block(int which, const float *restrict x, const float
         QUICKLY(HARDSWISH_BACKWARD, near_hardswish_backward(xf, yf, out + i), hardswish_backward(xf, yf))
         QUICKLY(MSE_LOSS_BACKWARD, near(2 * c * (a - b) * inverse, 0, 4, out + i),
                 or_mid(quotient(2 * c * a, -2 * c * b, scalar, inverse), c * (a - b)))
+        QUICKLY(SMOOTH_L1_BACKWARD, near(near_smooth_l1_backward(a, b, c, inverse), 0, 4, out + i),
+                smooth_l1_backward(a, b, c, scalar, inverse))
         LOOP(SQRT, PRECISION == 24 ? sqrtf(xf) : to_target(sqrt(a))) /* see pointwise.sqrt */
         LOOP(MAXIMUM, maximum(xf, yf))
         LOOP(MINIMUM, -maximum(-xf, -yf))

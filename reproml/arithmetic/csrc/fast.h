@@ -54,6 +54,15 @@ INLINE double fast_exp(double x) {
     return scale + scale * p;
 }
 
+/* log(1 + exp(x)) = max(x, 0) + log(1 + t), t = exp(-|x|) <= 1. log(1 + t) is 2 artanh s with s = t / (2 + t), or for
+   t > sqrt 2 - 1 log 2 + 2 artanh s with s = (t - 1) / (t + 3), so that |s| < 0.172: the series is cut after s^23 with
+   less than 2^-65. t errs by EXP_ERROR, and so does log(1 + t), the rest by 10 U. */
+#define SOFTPLUS_ERROR (EXP_ERROR + 16 * U)
+INLINE double softplus_of_minus(double size) {
+    const double t = fast_exp(-size), s = t > 0.4142 ? (t - 1) / (t + 3) : t / (2 + t), log_2 = 0x1.62e42fefa39efp-1;
+    return (t > 0.4142 ? log_2 : 0) + (2 * s + artanh_rest(s));
+}
+
 /* Some rows of n <= ROW_MAX numbers each, ROW_MAX numbers at most, and what is calculated from them. */
 typedef struct {
     const float *x, *y;

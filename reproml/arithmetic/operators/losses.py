@@ -7,6 +7,7 @@ PyTorch's schemas.
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any, Callable, Optional
 
@@ -28,7 +29,7 @@ NONE, MEAN, SUM = 0, 1, 2
 
 def mse_loss(x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
     """Return (x - y)^2."""
-    total = _sum_by_loop("reproml_squared_distance", reduction, x, y)
+    total = _sum_by_loop("mse", reduction, x, y)
     if total is not None:
         return total
     return reduced_loss(lambda ctx, x, y: (x - y) * (x - y), reduction, x, y)
@@ -65,17 +66,28 @@ def smooth_l1_loss(x: Tensor, y: Tensor, reduction: int = MEAN, beta: float = 1.
         d = abs(x - y)
         return ctx.choose(near < 1, d - b * HALF, d * d / (2 * b)) if b else d
 
+    total = _sum_by_loop("smooth_l1", reduction, x, y, beta)
+    if total is not None:
+        return total
     return reduced_loss(formula, reduction, x, y, _is_within(x, y, beta))
 
 
 def smooth_l1_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int, beta: float) -> Tensor:
     """Return g d / beta where |d| < beta, else g sign(d), with d = x - y."""
-    b = Fraction(beta)
+    b, z = Fraction(beta), _gradient_by_loop(g, x, y, reduction) if beta == 1 else None
 
     def formula(ctx: Any, x: Any, y: Any, near: Any, sign: Any) -> Any:
         return ctx.choose(near < 1, sign, (x - y) / b) if b else sign
 
+    if z is not None:
+        return z
     return loss_gradient(formula, reduction, g, x, y, _is_within(x, y, beta), _sign(x, y))
+
+
+def _gradient_by_loop(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Optional[Tensor]:
+    """Return the gradient of both losses for a bound of 1; None where the loop cannot take it."""
+    n = _divisor(reduction, x, y)
+    return run_directly("smooth_l1_backward", x, y, g, scalar=n) if n < 2**27 else None
 
 
 def huber_loss(x: Tensor, y: Tensor, reduction: int = MEAN, delta: float = 1.0) -> Tensor:
@@ -86,16 +98,21 @@ def huber_loss(x: Tensor, y: Tensor, reduction: int = MEAN, delta: float = 1.0) 
         d = abs(x - y)
         return ctx.choose(near < 1, b * (d - b * HALF), d * d * HALF)
 
+    total = _sum_by_loop("huber", reduction, x, y, delta)
+    if total is not None:
+        return total
     return reduced_loss(formula, reduction, x, y, _is_within(x, y, delta))
 
 
 def huber_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int, delta: float) -> Tensor:
     """Return g d where |d| <= delta, else g delta sign(d), with d = x - y."""
-    b = Fraction(delta)
+    b, z = Fraction(delta), _gradient_by_loop(g, x, y, reduction) if delta == 1 else None
 
     def formula(ctx: Any, x: Any, y: Any, near: Any, sign: Any) -> Any:
         return ctx.choose(near < 1, b * sign, x - y)
 
+    if z is not None:
+        return z
     return loss_gradient(formula, reduction, g, x, y, _is_within(x, y, delta), _sign(x, y))
 
 
@@ -151,7 +168,7 @@ def binary_cross_entropy_with_logits(
         return w * (linear + (1 + (p - 1) * y) * ctx.log1p(ctx.exp(-abs(x))))
 
     if weight is None and pos_weight is None:
-        total = _sum_by_loop("reproml_bce_with_logits", reduction, x, y)
+        total = _sum_by_loop("bce_with_logits", reduction, x, y)
         if total is not None:
             return total
     return reduced_loss(
@@ -196,17 +213,26 @@ def reduced_loss(formula: Callable[..., Any], reduction: int, *operands: Tensor)
     return rowwise(value, 0, *flat, reference=of_distinct_elements).reshape(())
 
 
-def _sum_by_loop(loop: str, reduction: int, x: Tensor, y: Tensor) -> Optional[Tensor]:
+_LOOPS = ("bce_with_logits", "smooth_l1", "huber")  # in the order of csrc/losses.c
+
+
+def _sum_by_loop(
+    name: str, reduction: int, x: Tensor, y: Tensor, scalar: float = 1
+) -> Optional[Tensor]:
     """Return a reduced loss by its loop in csrc; None where it does not apply or the test fails."""
-    floats = x.dtype is y.dtype is torch.float32
-    if reduction == NONE or not floats or not (x.is_cpu and y.is_cpu) or kernels.loops() is None:
+    loops = kernels.loops()
+    floats = x.dtype is y.dtype is torch.float32 and x.is_cpu and y.is_cpu
+    if reduction == NONE or not floats or not 0 < scalar < math.inf or loops is None:
         return None
     x, y = (t.contiguous() for t in torch.broadcast_tensors(x, y))
     out = x.new_empty(())
-    left = getattr(kernels.loops(), loop)(
-        x.data_ptr(), y.data_ptr(), x.numel(), _divisor(reduction, x), out.data_ptr()
-    )
-    return None if left else out
+    layout = x.data_ptr(), y.data_ptr(), x.numel()
+    divisor = _divisor(reduction, x)
+    if name == "mse":
+        rounded = not loops.reproml_squared_distance(*layout, divisor, out.data_ptr())
+    else:
+        rounded = loops.reproml_loss(_LOOPS.index(name), *layout, scalar, divisor, out.data_ptr())
+    return out if rounded else None
 
 
 def loss_gradient(
@@ -228,15 +254,16 @@ def _is_within(x: Tensor, y: Tensor, bound: float) -> Tensor:
     At the bound itself both branches of a loss agree. The binary64 difference may be rounded, but not
     across the bound, which is a binary64 number.
     """
-    difference, lost = two_sum(x.double(), -y.double())
+    if target() is not BINARY64:
+        return ((x.double() - y.double()).abs() < bound).float()
+    difference, lost = two_sum(x, -y)
     below = difference.abs() < bound
-    if target() is BINARY64:
-        below |= (difference.abs() == bound) & (lost * difference < 0)
-    return below.float()
+    return (below | ((difference.abs() == bound) & (lost * difference < 0))).float()
 
 
 def _sign(x: Tensor, y: Tensor) -> Tensor:
-    return (x > y).float() - (x < y).float()
+    """Return the sign of x - y, NaN where that is."""
+    return torch.where((x - y).isnan(), torch.nan, (x > y).float() - (x < y).float())
 
 
 def _weight_or_one(weight: Optional[Tensor], x: Tensor) -> Tensor:

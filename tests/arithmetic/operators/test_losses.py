@@ -14,7 +14,7 @@ from reproml.arithmetic.compiler.pairs import sum_by_pairs
 from reproml.arithmetic.operators import losses
 from tests.arithmetic.test_operator_table import bce_slope
 from verification import oracle as o
-from verification.oracle import Real, check, reals, total
+from verification.oracle import Real, check, reals, same_bits, total
 
 pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
 
@@ -153,6 +153,51 @@ def test_cross_entropy_of_logits_is_rounded_once(n, monkeypatch):
             check(found, total(terms))
     x[0] = torch.inf
     assert losses.binary_cross_entropy_with_logits(x, torch.zeros(n)) == torch.inf
+
+
+@pytest.mark.parametrize("n", [1, 15, 500, 8_500])
+@pytest.mark.parametrize("b", [1.0, 0.3, 2.0**-30, 1e30])
+def test_smooth_losses_are_rounded_once(n, b, monkeypatch):
+    x, y = (torch.randn(n, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    y[::3] = x[::3] + 2.0**-31
+    distances = [abs(Fraction(u) - Fraction(v)) for u, v in zip(x.tolist(), y.tolist())]
+    bound = Fraction(b)
+    exact = sum(d * d / (2 * bound) if d < bound else d - bound / 2 for d in distances)
+    monkeypatch.setattr(losses, "reduced_loss", None)
+    check(losses.smooth_l1_loss(x, y, losses.SUM, b), Real(exact))
+    check(losses.huber_loss(x, y, losses.MEAN, b), Real(exact * bound / n))
+    assert losses.huber_loss(x, x, losses.SUM, b) == 0
+
+
+@pytest.mark.parametrize("reduction", [losses.NONE, losses.MEAN])
+@pytest.mark.parametrize("b", [1.0, 0.5, 0.3])
+def test_gradients_of_smooth_losses_are_rounded_once(b, reduction):
+    random = torch.Generator().manual_seed(4)
+    x, y = torch.randn(1000, generator=random), torch.randn(1000, generator=random).half().float()
+    x[:4] = torch.tensor([1.0, 1.0, -1.0, 2.0**-149])  # just within the bound
+    y[:4] = torch.tensor([HALF, 2.0**-60, -HALF, 0])
+    n, bound = 1000 if reduction == losses.MEAN else 1, Fraction(b)
+    differences = [Fraction(u) - Fraction(v) for u, v in zip(x.tolist(), y.tolist())]
+    slopes = [max(min(d, bound), -bound) for d in differences]
+    for value in (1.0, -(1 + 2.0**-23), 2.0**-140):
+        g = torch.tensor(value) if n > 1 else torch.full((1000,), value)
+        exact = [Fraction(value) * s / n for s in slopes]
+        check(
+            losses.huber_loss_backward(g, x, y, reduction, b), [Real(s, value < 0) for s in exact]
+        )
+        found = losses.smooth_l1_loss_backward(g, x, y, reduction, b)
+        check(found, [Real(s / bound, value < 0) for s in exact])
+
+
+@pytest.mark.parametrize("b", [1.0, 0.3])
+@pytest.mark.parametrize("name", ["smooth_l1_loss_backward", "huber_loss_backward"])
+def test_gradients_of_smooth_losses_pass_nan(name, b):
+    """They are those of PyTorch where operands are infinite or NaN."""
+    x = torch.tensor([torch.nan, 1, torch.inf, torch.inf, -torch.inf, 3])
+    y = torch.tensor([0, torch.nan, 0, torch.inf, 1, torch.inf])
+    native = getattr(torch.ops.aten, name)(torch.ones(6), x, y, losses.NONE, b)
+    found = getattr(losses, name)(torch.ones(6), x, y, losses.NONE, b)
+    assert same_bits(found, native)
 
 
 def larger(v: Real) -> Real:
