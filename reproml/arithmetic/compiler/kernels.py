@@ -45,6 +45,10 @@ _SIGNATURES = {
         _INT,
         [_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, ctypes.c_float, _POINTER],
     ),
+    "reproml_row_products": (
+        _LONG,
+        [_LONG] * 3 + [_POINTER, _INT] + [_POINTER] * 2 + [_LONG],
+    ),
     "reproml_scatter": (_LONG, [_LONG] * 4 + [_POINTER] * 3 + [_LONG, _POINTER]),
     "reproml_sum": (_LONG, [_POINTER] * 3 + [_INT, _LONG, _DOUBLE, _POINTER]),
     "reproml_squared_distance": (_LONG, [_POINTER] * 2 + [_LONG, _DOUBLE, _POINTER]),

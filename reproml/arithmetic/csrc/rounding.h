@@ -56,6 +56,8 @@
    normalization.c: sums of the backward  round_signed_sum   h, terms 2, factor 1; + 1      h + 8
    normalization.c: gradient              round_signed_sum   w g 2, slope 6, a 4; + 1       5, 9, 9
    normalization.c: given statistics      round_signed_sum   1; + 1                         4
+   products.c                             round_signed_sum   n - 1; + 1                     n + 4
+   products.c: second test                round_pair         2 (n - 1)^2 U                  4 n^2 U; 0 if exact
    compensated.h, indexing.c              round_pair         of t: its additions            4 n + 4, n + 4 or n + 2 of
                                                                                             the sum of |errors|
    near_zero.c                            round_pair         5 of the rest c, the next term 8, more than the next

@@ -357,9 +357,8 @@ def prod_dim(x: Tensor, dim: int, keepdim: bool = False, *, dtype: Any = None) -
     if _is_recorded(x):
         product: Tensor = _Prod.apply(x if dtype is None else x.to(dtype), dim, keepdim)
         return product
-    out = _empty_product(x, dtype)
-    torch.ops.aten.prod.int_out(x, dim, keepdim, dtype=dtype, out=out)
-    return out
+    with AutoDispatchBelowAutograd():
+        return torch.prod(x, dim, keepdim, dtype=dtype)
 
 
 def cumprod(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
@@ -372,9 +371,8 @@ def cumprod(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
     if _is_recorded(x):
         products: Tensor = _Cumprod.apply(x if dtype is None else x.to(dtype), dim)
         return products
-    out = _empty_product(x, dtype)
-    torch.ops.aten.cumprod.out(x, dim, dtype=dtype, out=out)
-    return out
+    with AutoDispatchBelowAutograd():
+        return torch.cumprod(x, dim, dtype=dtype)
 
 
 def _is_recorded(*operands: Tensor) -> bool:
@@ -382,11 +380,6 @@ def _is_recorded(*operands: Tensor) -> bool:
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
     has_tangent = any(unpack_dual(x).tangent is not None for x in operands)
     return recorded or has_tangent or bool(get_interpreter_stack())
-
-
-def _empty_product(x: Tensor, dtype: Any) -> Tensor:
-    """Return an empty tensor for a product: with an output, an operator is not differentiated."""
-    return x.new_empty(0, dtype=dtype or (x.dtype if x.is_floating_point() else torch.int64))
 
 
 def _products_before(x: Tensor, dim: int) -> Tensor:
@@ -470,11 +463,12 @@ class _Cumprod(torch.autograd.Function):
         (x,), dim = ctx.saved_tensors, ctx.dim
         if not x.numel() or not x.dim():
             return g.clone(), None
-        gradients, factors = g.unbind(dim), x.unbind(dim)
+        # In this order the loop of addcmul takes each step's numbers as they lie.
+        gradients, factors = (t.movedim(dim, 0).contiguous().unbind() for t in (g, x))
         sums = [gradients[-1]]
         for i in reversed(range(len(factors) - 1)):
             sums.append(torch.addcmul(gradients[i], factors[i + 1], sums[-1]))
-        return _products_before(x, dim) * torch.stack(sums[::-1], dim), None
+        return _products_before(x, dim) * torch.stack(sums[::-1]).movedim(0, dim), None
 
 
 def _behind_batch(x: Tensor, dim: int) -> int:

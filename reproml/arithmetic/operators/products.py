@@ -7,6 +7,8 @@ together. So are all ties, whose odd part has up to 25 bits: that of k numbers o
 the sum of b_i - 1 bits, which is at least half of the sum of b_i. Products that fail the rounding test are
 multiplied as integers. A zero has the sign that the signs of its factors give.
 
+Products of rows have a loop of their own (csrc/products.c), which leaves hardly any to integers.
+
 Products in float64 are those of integers from the start, of which 160 bits are kept.
 """
 
@@ -19,6 +21,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.numerics.formats import BINARY64, target
 from reproml.arithmetic.numerics.rationals import to_double
 from reproml.arithmetic.numerics.rounding import gamma, nearest, round_ball
@@ -37,8 +40,10 @@ def prod(
     """Compute aten.prod: the product over one axis, or over all."""
     require_float32(dtype)
     x = x.to(target().container)
-    rows = x.reshape(-1) if dim is None else torch.atleast_1d(x).movedim(dim, -1)
-    result = row_products(rows)
+    wide = x.reshape(-1) if dim is None else torch.atleast_1d(x)
+    result = _by_loop(wide, dim or 0, False)
+    if result is None:
+        result = row_products(wide.movedim(dim or 0, -1))
     if dim is None:
         return result
     return result.unsqueeze(dim) if keepdim and x.dim() else result
@@ -72,6 +77,9 @@ def cumprod(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
     x = x.to(target().container)
     if not x.numel():
         return x.clone()
+    result = _by_loop(torch.atleast_1d(x), dim, True)
+    if result is not None:
+        return result.reshape(x.shape)
     rows = torch.atleast_1d(x).movedim(dim, -1)
     n = rows.shape[-1]
     if target() is BINARY64:
@@ -93,6 +101,31 @@ def cumprod(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
 
     result = round_ball(mid, _error(mid, _odd_bits(rows).cumsum(-1), gamma(n)), resolve)
     return result.movedim(-1, dim).reshape(x.shape)
+
+
+def _by_loop(x: Tensor, dim: int, running: bool) -> Optional[Tensor]:
+    """Return the products along `dim`, or those up to each element; None where no loop computes them."""
+    loops = kernels.loops()
+    if loops is None or not x.is_cpu or not x.numel():
+        return None
+    x = x.contiguous()
+    at = dim % x.dim()
+    n, inner = x.shape[at], x.shape[at + 1 :].numel()
+    out = x.new_empty(x.shape if running else x.shape[:at] + x.shape[at + 1 :])
+    arguments = x.numel() // (n * inner), n, inner, x.data_ptr(), running, out.data_ptr()
+    complete, failed = kernels.run_kernel(loops.reproml_row_products, *arguments)
+    if not complete:
+        return None
+    if failed is not None:
+        rows = x.movedim(at, -1).reshape(-1, n)
+        column = failed // inner % n if running else torch.full_like(failed, n - 1)
+        row = failed // (n * inner) * inner + failed % inner if running else failed
+        values = [
+            nearest(exact_product(rows[i, : j + 1].tolist()))
+            for i, j in zip(row.tolist(), column.tolist())
+        ]
+        out.view(-1)[failed] = torch.tensor(values, dtype=torch.float64).to(out.dtype)
+    return out
 
 
 def segment_product(index: Tensor, values: Tensor, size: int) -> Tensor:

@@ -323,6 +323,18 @@ def scatter(library: Any, terms: list[float], width: int) -> list[Found]:
     return [Found(left != 0, value, ABOVE) for value in out.tolist()]
 
 
+def row_products(library: Any, copies: int, ones: int, running: bool) -> list[Found]:
+    """Rows of G, W, R and ones, with the products up to each element or the last of them."""
+    x = torch.ones(copies, 3 + ones)
+    x[:, :3] = torch.tensor([G, W, R])
+    out, failed = torch.empty(x.shape), integers(*[0] * CAPACITY)
+    left = library.reproml_row_products(
+        *(copies, 3 + ones, 1, at(x), running, at(out), failed, CAPACITY)
+    )
+    found = out.flatten()[2 + ones :: 3 + ones] if running else out.flatten()[:copies]
+    return [Found(left != 0, value, BELOW) for value in found.tolist()]
+
+
 def nll(library: Any, terms: list[float], mean: int) -> list[Found]:
     x, target = row(terms, 8) * (8 if mean else 1), torch.zeros(8, dtype=torch.int64)
     loss, weights = torch.empty(1), torch.empty(1)
@@ -561,6 +573,10 @@ LOOPS: dict[str, Callable[[Any, list[float]], list[Found]]] = {
 SINGLE: dict[str, Callable[[Any], list[Found]]] = {
     "output of a normalization": normalized,
     "inverse roots": inverse_roots,
+    "products of rows": lambda c: row_products(c, 9, 2, False),
+    "products up to each element": lambda c: row_products(c, 9, 2, True),
+    "product of a long row": lambda c: row_products(c, 1, 90, False),
+    "products up to each element of a long row": lambda c: row_products(c, 1, 90, True),
     "running means": running_means,
     "input gradient": lambda c: input_gradient(c, True),
     "input gradient, given statistics": lambda c: input_gradient(c, False),

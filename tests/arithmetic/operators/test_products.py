@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import operator
 from fractions import Fraction
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import reproml
+from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.numerics import rounding
 from reproml.arithmetic.operators import products
+from tests.arithmetic.forms import agree, reference, with_threads
 from verification.oracle import Real, check, rounding_to, same_bits
+
+# The product of all three is 1 + 3 * 2^-24 - 2^-70, which binary64 rounds to a midpoint.
+BESIDE_MIDPOINT = [1 + 2.0**-23, 1 + 2.0**-23, 1 - 2.0**-24]
 
 
 def exact(factors: list[float]) -> Real:
@@ -41,14 +50,18 @@ def numbers(kind: str) -> Tensor:
         "large": whole * 2.0**10,  # overflow
         "powers of two": 2.0 ** torch.randint(-15, 15, (60, 12)),
         "many bits": torch.randn(60, 12),
+        "midpoints": torch.tensor(BESIDE_MIDPOINT)[torch.randint(0, 3, (60, 12))],
     }
     return kinds[kind]
 
 
+@pytest.mark.parametrize("path", ["compiled", "reference"])
 @pytest.mark.parametrize(
-    "kind", ["integers", "halves", "below 1", "large", "powers of two", "many bits"]
+    "kind", ["integers", "halves", "below 1", "large", "powers of two", "many bits", "midpoints"]
 )
-def test_products_are_rounded_once(kind):
+def test_products_are_rounded_once(kind, path, monkeypatch):
+    if path == "reference":
+        monkeypatch.setattr(kernels, "library", None)
     x = numbers(kind)
     with reproml.exact():
         check(x.prod(1), of_rows(x, exact), any_zero=True)
@@ -58,7 +71,8 @@ def test_products_are_rounded_once(kind):
     check(found, of_rows(x, exact), any_zero=True)
 
 
-def test_ties_need_no_fractions(monkeypatch):
+@pytest.mark.parametrize("path", ["compiled", "reference"])
+def test_ties_need_no_fractions(path, monkeypatch):
     def refused(*args: Any) -> None:
         raise AssertionError
 
@@ -66,8 +80,68 @@ def test_ties_need_no_fractions(monkeypatch):
     values = [abs(int(y.v)) for row in of_rows(x, prefixes) for y in row]
     assert sum((n // (n & -n)).bit_length() == 25 for n in values) > 5
     monkeypatch.setattr(rounding, "_overwrite_failures", refused)
+    monkeypatch.setattr(products, "exact_product", refused)
+    if path == "reference":
+        monkeypatch.setattr(kernels, "library", None)
     with reproml.exact():
         x.cumprod(1)
+
+
+FACTORS = st.one_of(
+    st.sampled_from([0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -2.0, 3.0, 2.0**-149]),
+    st.sampled_from(BESIDE_MIDPOINT),
+    st.integers(-99, 99).map(lambda n: n / 8),
+    st.floats(width=32),
+    st.floats(0.5, 2.0, width=32),
+)
+
+
+@pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_loop_gives_bits_of_reference_path(dtype, data):
+    """Rows in groups of eight and in parts, along each axis, with all kinds of numbers."""
+    shape = data.draw(st.sampled_from([(3, 5), (9, 7, 2), (2, 67), (130,), (1, 66, 11), (17, 1)]))
+    kinds = data.draw(st.lists(FACTORS, min_size=1, max_size=12))
+    index = torch.randint(len(kinds), shape, generator=torch.Generator().manual_seed(len(kinds)))
+    x = torch.tensor(kinds)[index].to(dtype).float()
+    with rounding_to(dtype):
+        for dim in range(x.dim()):
+            agree(products.prod, x, dim)
+            agree(products.cumprod, x, dim)
+        agree(products.prod, x)
+        agree(products.cumprod, x.mT if x.dim() > 1 else x[::3], 0)
+
+
+@pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
+def test_loop_takes_threads():
+    x = torch.randn(700, 90)
+    with_threads(products.prod, x, 1)
+    with_threads(products.cumprod, x, 1)
+    with_threads(products.cumprod, x.flatten(), 0)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (3, 90), (7, 4, 6)])
+@pytest.mark.parametrize("running", [False, True])
+def test_what_the_loop_reports_is_multiplied_exactly(running, shape, monkeypatch):
+    x = torch.rand(shape) + 0.5
+    function = products.cumprod if running else products.prod
+    expected = reference(function, x, 1).contiguous()
+    wrong = [0, 1, expected.numel() - 1]
+
+    def loop(outer: int, n: int, inner: int, x: int, running: bool, out: int, *rest: Any) -> int:
+        ctypes.memmove(out, expected.data_ptr(), expected.nbytes)
+        for i, at in enumerate(wrong):
+            ctypes.c_float.from_address(out + 4 * at).value = math.nan
+            rest[0][i] = at
+        return len(wrong)
+
+    library = SimpleNamespace(reproml_row_products=loop)
+    monkeypatch.setattr(kernels, "library", library)
+    assert same_bits(function(x, 1), expected)
+    monkeypatch.setattr(kernels, "_CAPACITY", 2)  # too many of them: all by the reference path
+    assert same_bits(function(x, 1), expected)
 
 
 def test_odd_bits():
