@@ -16,7 +16,8 @@ _LOOPS = {
     for i, name in enumerate(
         """add_scaled addcmul addcdiv lerp leaky_relu leaky_relu_backward
         hardsigmoid hardsigmoid_backward hardswish hardswish_backward mse_loss_backward
-        smooth_l1_backward sqrt maximum minimum prelu softshrink shrink_backward""".split()
+        smooth_l1_backward sqrt maximum minimum prelu softshrink shrink_backward
+        fmod remainder floor_divide trunc_divide""".split()
     )
 }
 _MIN_WORK_FOR_THREADS = 1 << 15  # elements

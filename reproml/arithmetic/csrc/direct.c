@@ -12,7 +12,7 @@
                     `quotient`.
 
    Roots are sqrtf's, and in 16 bits those of binary64, rounded again; maximum, minimum and the gradient of shrinking
-   choose between operands.
+   choose between operands. Remainders and whole quotients have steps that are exact.
 
    Nothing underflows: the terms are products of at most three binary32 numbers. Where an operand is infinite or NaN, and
    for the sign of an exact zero, the result is that of `mid`, by IEEE arithmetic step by step (compiler/evaluate.py).
@@ -41,7 +41,11 @@ enum {
     MINIMUM,
     PRELU,
     SOFTSHRINK,
-    SHRINK_BACKWARD
+    SHRINK_BACKWARD,
+    FMOD,
+    REMAINDER,
+    FLOOR_DIVIDE,
+    TRUNC_DIVIDE
 };
 
 enum { DIRECT_BLOCK = 256, DIRECT_TASKS = 64 };
@@ -184,6 +188,59 @@ VECTORISED static void run_block(int which, const float *restrict x, const float
     }
 }
 
+/* r modulo d for 0 <= r < 2^52 d, where each has up to 24 bits. The quotient, rounded, is at most 1 too large, as binary64
+   has all integers below 2^52 and rounding is monotone. Its remainder r - q d is exact: where the last place of d is not
+   above that of r, it is a multiple of that of d and not above d; otherwise q is not too large, as q d - r would be below
+   2^-52 r and a multiple of the last place of r. So the result has up to 24 bits. */
+INLINE double modulo(double r, double d) {
+    const double rest = fma(-trunc(r / d), d, r);
+    return rest < 0 ? rest + d : rest;
+}
+
+/* trunc(r / d) for r >= 0 and d > 0. From 2^52 on, where it would have more than 53 bits, it is r / d: a midpoint m of 25
+   bits is an integer there, and either r = m d or |r - m d| is at least one unit of the last place of m d, at least
+   2^-49 m d, so that m lies on the same side of r / d, of this rounded to binary64 and of the integers around it. */
+INLINE double whole_quotient(double r, double d) {
+    const double q = r / d, whole = trunc(q);
+    return q < 0x1p52 ? (fma(-whole, d, r) < 0 ? whole - 1 : whole) : q;
+}
+
+VECTORISED static void run_remainders(int which, const float *restrict x, const float *restrict y, float *restrict out,
+                                      integer count) {
+    double r[DIRECT_BLOCK], d[DIRECT_BLOCK];
+    int far = 0;
+    for (integer i = 0; i < count; i++) {
+        const int regular = (fabsf(x[i]) <= FLT_MAX) & (fabsf(y[i]) <= FLT_MAX) & (y[i] != 0);
+        r[i] = regular ? fabsf(x[i]) : 0;
+        d[i] = regular ? fabsf(y[i]) : 1;
+        far |= r[i] >= 0x1p52 * d[i];
+    }
+    for (int k = far ? 5 : 0; k >= 0; k--) { /* r < 2^277 d */
+        const double scale = from_pattern((int64_t)(1023 + 52 * k) << 52);
+        for (integer i = 0; i < count; i++) r[i] = modulo(r[i], scale * d[i]);
+    }
+    for (integer i = 0; i < count; i++) {
+        const float a = x[i], b = y[i];
+        const int finite = fabsf(a) <= FLT_MAX, regular = finite & (fabsf(b) <= FLT_MAX) & (b != 0);
+        const float limit = (finite & (fabsf(b) > FLT_MAX)) ? a : NAN;
+        const float rest = regular ? copysignf((float)r[i], a) : limit;
+        const int up = (rest != 0) & ((rest < 0) != (b < 0)); /* trunc(a / b) > floor(a / b) */
+        if (which == FMOD) {
+            out[i] = rest;
+        } else if (which == REMAINDER) {
+            out[i] = up ? to_target(sum(rest, b)) : rest;
+        } else {
+            const int floored = which == FLOOR_DIVIDE;
+            const float ratio = a / b, sign = copysignf(1, a) * copysignf(1, b);
+            const float at_infinity = limit == limit ? (up ? -1 : 0 * sign) : NAN,
+                        at_limit = b == 0 ? ratio : at_infinity;
+            const double q = whole_quotient(regular ? fabsf(a) : 0, d[i]),
+                         size = q < 0x1p52 && floored && up ? q + 1 : q;
+            out[i] = regular ? to_target(sign * size) : floored ? at_limit : truncf(ratio);
+        }
+    }
+}
+
 typedef struct {
     int which;
     integer n, tasks;
@@ -203,8 +260,11 @@ static void run_task(integer task, void *data) {
     for (integer at = blocks * task / c->tasks * DIRECT_BLOCK; at < end; at += DIRECT_BLOCK) {
         const float *x[3];
         for (int j = 0; j < 3; j++) x[j] = c->steps[j] ? c->operands[j] + at : constant[j];
-        run_block(c->which, x[0], x[1], x[2], c->scalar, c->out + at,
-                  end - at < DIRECT_BLOCK ? end - at : DIRECT_BLOCK);
+        const integer count = end - at < DIRECT_BLOCK ? end - at : DIRECT_BLOCK;
+        if (c->which >= FMOD)
+            run_remainders(c->which, x[0], x[1], c->out + at, count);
+        else
+            run_block(c->which, x[0], x[1], x[2], c->scalar, c->out + at, count);
     }
 }
 

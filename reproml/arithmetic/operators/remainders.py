@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.compiler.direct import run_directly
 from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.elementary import power_of_two
 from reproml.arithmetic.numerics.formats import BINARY64, narrow, operate, target
@@ -27,6 +28,9 @@ _STEP = 38  # a remainder of 24 bits is shifted by so many at once, within int64
 def fmod(x: Any, y: Any) -> Tensor:
     """Return x - y trunc(x / y), which is a binary32 number; a zero has the sign of x."""
     x, y = float32_operands(x, y)
+    z = _by_loop("fmod", x, y)
+    if z is not None:
+        return z
     regular = x.isfinite() & y.isfinite() & (y != 0)
     r = _remainder(torch.where(regular, x, 0.0), torch.where(regular, y, 1.0))
     limit = torch.where(x.isfinite() & y.isinf(), x, torch.nan)
@@ -36,6 +40,9 @@ def fmod(x: Any, y: Any) -> Tensor:
 def remainder(x: Any, y: Any) -> Tensor:
     """Return x - y floor(x / y), whose sign is that of y; a zero has the sign of x."""
     x, y = float32_operands(x, y)
+    z = _by_loop("remainder", x, y)
+    if z is not None:
+        return z
     r = fmod(x, y)
     return torch.where(_is_rounded_up(r, y), operate(torch.add, r, y), r)
 
@@ -97,6 +104,9 @@ def rounded_quotient(x: Tensor, y: Tensor, mode: str) -> Tensor:
         raise RuntimeError(
             f"div expected rounding_mode to be one of None, 'trunc', or 'floor' but found '{mode}'"
         )
+    z = _by_loop(f"{mode}_divide", x, y)
+    if z is not None:
+        return z
     r = fmod(x, y)
     down = (_is_rounded_up(r, y) & (mode == "floor")).float()
     regular = x.isfinite() & y.isfinite() & (y != 0)
@@ -112,6 +122,12 @@ def rounded_quotient(x: Tensor, y: Tensor, mode: str) -> Tensor:
         return torch.where(regular, q, (x / y).trunc())
     limit = torch.where(x.isfinite() & y.isinf(), torch.where(down > 0, -1.0, zero), torch.nan)
     return torch.where(regular, q, torch.where(y == 0, x / y, limit))
+
+
+def _by_loop(name: str, x: Tensor, y: Tensor) -> Optional[Tensor]:
+    if x.shape != y.shape and y.numel() != 1:
+        x, y = torch.broadcast_tensors(x, y)
+    return run_directly(name, x, y)
 
 
 def _is_rounded_up(r: Tensor, y: Tensor) -> Tensor:

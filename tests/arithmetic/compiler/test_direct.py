@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, Callable
 
@@ -10,8 +11,11 @@ import torch
 
 from reproml.arithmetic import operator_table
 from reproml.arithmetic.compiler import direct, kernels
+from reproml.arithmetic.numerics import formats
+from reproml.arithmetic.operators import remainders
 from tests.arithmetic.forms import agree, with_threads
 from tests.arithmetic.test_operator_table import larger, smaller
+from verification import functions
 from verification.oracle import Real, check, float32_scalar, reals, same_bits, sqrt
 
 pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
@@ -37,8 +41,12 @@ def soft(x: Any, bound: Any) -> Any:
     return x - bound if x > bound else x + bound if x < -bound else x * 0
 
 
+def truncated(x: Any, y: Any) -> Any:
+    return x / y if y.v == 0 else Real(math.trunc(x.v / y.v), x.minus != y.minus)
+
+
 # operator, its arguments after the tensors, its options, the number of tensors, the definition
-CASES: list[tuple[str, tuple[Any, ...], dict[str, float], int, Callable[..., Any]]] = [
+CASES: list[tuple[str, tuple[Any, ...], dict[str, Any], int, Callable[..., Any]]] = [
     ("add", (), {"alpha": 0.1}, 2, lambda x, y: x + TENTH * y),
     ("sub", (), {"alpha": 0.1}, 2, lambda x, y: x + -TENTH * y),
     ("addcmul", (), {"value": 0.1}, 3, lambda x, a, b: x + TENTH * a * b),
@@ -58,6 +66,10 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, float], int, Callable[..., Any
     ("softshrink", (0.1,), {}, 1, lambda x: soft(x, TENTH)),
     ("hardshrink", (0.1,), {}, 1, lambda x: x if abs(x) > TENTH else Real(0)),
     ("hardshrink_backward", (0.1,), {}, 2, lambda g, x: g if abs(x) > TENTH else Real(0)),
+    ("fmod", (), {}, 2, functions.fmod),
+    ("remainder", (), {}, 2, functions.remainder),
+    ("floor_divide", (), {}, 2, functions.floor_divide),
+    ("div", (), {"rounding_mode": "trunc"}, 2, truncated),
 ]
 
 
@@ -99,6 +111,33 @@ def test_direct_loop_gives_bits_of_oracle(name, arguments, options, operands, fo
     check(found[finite], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["fmod", "remainder", "floor", "trunc"])
+def test_remainders_of_all_numbers_are_those_of_the_reference_path(name, dtype):
+    """They include infinities and NaN, and quotients beside integers, of few bits and above 2^52."""
+    special = torch.tensor([0.0, -0.0, 1.0, -3.0, math.inf, -math.inf, math.nan, 2.0**-149])
+    x, y = (hard_numbers(4000, seed) for seed in (8, 9))
+    near = torch.where(x.abs() < 2.0**60, (x * 1000).trunc() * y, x)
+    pairs = [(x, y), (near, y), tuple(torch.cartesian_prod(special, special).T)]
+    with formats.rounding_to(dtype):
+        for a, b in pairs:
+            a, b = (t.to(dtype).float().contiguous() for t in (a, b))
+            if name in ("floor", "trunc"):
+                agree(partial(remainders.rounded_quotient, mode=name), a, b)
+            else:
+                agree(getattr(remainders, name), a, b)
+
+
+def test_remainders_take_operands_that_broadcast():
+    x, y = hard_numbers(700, 0), hard_numbers(10, 1)
+    for function in (remainders.fmod, remainders.remainder, remainders.floor_divide):
+        agree(function, x.view(70, 10), y)
+        agree(function, y.view(10, 1), y)
+        agree(function, x, 0.75)
+        agree(function, 0.75, x)
+    with_threads(remainders.remainder, hard_numbers(70_001, 0), hard_numbers(70_001, 1))
+
+
 def test_gradient_of_mse_rounds_ties_once(monkeypatch):
     """2 g (x - y) / n for n of one, few and many bits."""
     f = operator_table.EXACT["mse_loss_backward"]
@@ -138,7 +177,7 @@ def test_every_loop_is_used(monkeypatch):
         used.add(name if result is not None else None)
         return result
 
-    for module in ("pointwise", "activations", "losses"):
+    for module in ("pointwise", "activations", "losses", "remainders"):
         monkeypatch.setattr(f"reproml.arithmetic.operators.{module}.run_directly", recorded)
     for name, arguments, options, operands, _ in CASES:
         x = [torch.ones(5)] * operands
