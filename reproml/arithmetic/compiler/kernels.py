@@ -49,7 +49,7 @@ _SIGNATURES = {
         _LONG,
         [_LONG] * 3 + [_POINTER, _INT] + [_POINTER] * 2 + [_LONG],
     ),
-    "reproml_scatter": (_LONG, [_LONG] * 4 + [_POINTER] * 3 + [_LONG, _POINTER]),
+    "reproml_scatter": (_LONG, [_LONG] * 4 + [_POINTER] * 3 + [_LONG, _INT, _POINTER]),
     "reproml_sum": (_LONG, [_POINTER] * 3 + [_INT, _LONG, _DOUBLE, _POINTER]),
     "reproml_squared_distance": (_LONG, [_POINTER] * 2 + [_LONG, _DOUBLE, _POINTER]),
     "reproml_loss": (_INT, [_INT] + [_POINTER] * 2 + [_LONG] + [_DOUBLE] * 2 + [_POINTER]),

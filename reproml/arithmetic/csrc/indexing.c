@@ -12,6 +12,7 @@ typedef struct {
     integer sources, width, rows, padding;
     const integer *index;
     const float *values, *start;
+    int mean;
     float *out;
     int failed, overlap;
 } scatter;
@@ -42,6 +43,19 @@ INLINE int32_t round_sums(sum_array sum, integer n, double terms, float *restric
     for (integer i = 0; i < n; i++)
         if (sum.size[i] != 0 && fabs(sum.s[i]) <= DBL_MAX)
             failed |= round_pair(make_pair(sum.s[i], sum.t[i], sum.size[i] * (terms + 2) * U * SLACK), out + i);
+    return failed;
+}
+
+/* The same for the sums, divided by a count. */
+INLINE int32_t round_means(sum_array sum, integer n, double terms, double count, float *restrict out) {
+    int32_t failed = 0;
+    for (integer i = 0; i < n; i++) {
+        const pair total = make_pair(sum.s[i], sum.t[i], sum.size[i] * (terms + 2) * U * SLACK);
+        const int finite = fabs(sum.s[i]) <= DBL_MAX;
+        const int32_t left = round_pair(pair_over(total, count), out + i);
+        failed |= finite ? left : 0;
+        out[i] = finite ? out[i] : (float)sum.s[i];
+    }
     return failed;
 }
 
@@ -104,20 +118,22 @@ VECTORISED static int32_t add_rows(const scatter *ctx, const int32_t *first, con
                 continue;
             }
             begin(sum, ctx->start ? ctx->start + to : 0, n);
-            for (int32_t source = first[row]; source != NONE; source = next[source])
+            integer count = 0;
+            for (int32_t source = first[row]; source != NONE; source = next[source], count++)
                 for (integer i = 0; i < n; i++) add_to(sum, i, ctx->values[source * ctx->width + at + i]);
-            failed |= round_sums(sum, n, (double)ctx->sources, ctx->out + to);
+            failed |= ctx->mean ? round_means(sum, n, (double)ctx->sources, (double)count, ctx->out + to)
+                                : round_sums(sum, n, (double)ctx->sources, ctx->out + to);
         }
     return failed;
 }
 
 /* For each plane, out [rows, width] = start + the sum of the rows of values [sources, width] with the same index,
-   except for the row `padding`. start: null for zeros. `planes` may exceed 1 only if `width` is 1. Returns 0 if all
-   sums were rounded. */
+   except for the row `padding`. start: null for zeros. `planes` may exceed 1 only if `width` is 1. With `mean`, for one
+   plane without `start`, each sum is divided by the number of its rows. Returns 0 if all sums were rounded. */
 integer reproml_scatter(integer planes, integer sources, integer width, integer rows, const integer *index,
-                        const float *values, const float *start, integer padding, float *out) {
-    scatter ctx = {sources, width, rows, padding, index, values, start, out, 0, 0};
-    if (width == 1) {
+                        const float *values, const float *start, integer padding, int mean, float *out) {
+    scatter ctx = {sources, width, rows, padding, index, values, start, mean, out, 0, 0};
+    if (width == 1 && !mean) {
         run_tasks(add_numbers, &ctx, planes, planes > 1 && planes * (sources + rows) > 4096);
         return ctx.failed;
     }

@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.operators.indexing import segment_sum
+from reproml.arithmetic.operators.indexing import compiled_segment_sums, segment_sum
 from reproml.arithmetic.operators.reductions import reduce_sum
 from reproml.arithmetic.operators.scatter import segment_total
 from reproml.errors import NotExactError
@@ -42,6 +42,11 @@ def embedding_bag(
     sizes = torch.zeros(bags, dtype=torch.int64, device=weight.device)
     sizes = sizes.scatter_add(0, bag, kept.long())
     rows = weight[indices]
+    if mode != MAX and per_sample_weights is None:
+        at = torch.where(kept, bag, bags)
+        total = compiled_segment_sums(1, bags + 1, at, rows, padding=bags, mean=mode == MEAN)
+        if total is not None:
+            return total[0, :-1], bag, sizes, torch.empty_like(sizes)[:0]
     at = bag.unsqueeze(1) * width + torch.arange(width, device=weight.device)
     if mode == MAX:
         low = rows.new_full((bags * width,), -torch.inf)

@@ -227,8 +227,11 @@ def compiled_segment_sums(
     values: Tensor,
     start: Optional[Tensor] = None,
     padding: int = -1,
+    mean: bool = False,
 ) -> Optional[Tensor]:
     """Sum rows of values by csrc/indexing.c; None where it does not apply or a sum fails its tests.
+
+    mean: whether each sum is divided by the number of its rows, for one plane without `start`.
 
     index: int64 [planes, n], from 0 to rows - 1, or `padding` for values to be left out.
     values: float32 [planes, n, width]; start: float32 [planes, rows, width]. Returns that shape.
@@ -248,6 +251,7 @@ def compiled_segment_sums(
         values.data_ptr(),
         None if start is None else start.data_ptr(),
         padding,
+        mean,
         out.data_ptr(),
     )
     return None if left else out

@@ -314,12 +314,13 @@ def total(library: Any, terms: list[float], n: int, columns: int, factor: bool, 
     return [Found(left != 0, value, ABOVE) for value in out.tolist()]
 
 
-def scatter(library: Any, terms: list[float], width: int) -> list[Found]:
+def scatter(library: Any, terms: list[float], width: int, mean: bool = False) -> list[Found]:
     # Rows of more than one number are added last first.
     terms = terms if width == 1 else terms[::-1]
-    values, index = row(terms, 8).unsqueeze(1).repeat(1, width), torch.zeros(8, dtype=torch.int64)
-    out = torch.empty(width)
-    left = library.reproml_scatter(1, 8, width, 1, at(index), at(values), None, -1, at(out))
+    values = row(terms, 8).unsqueeze(1).repeat(1, width) * (8 if mean else 1)
+    index, out = torch.zeros(8, dtype=torch.int64), torch.empty(width)
+    sizes = 1, 8, width, 1
+    left = library.reproml_scatter(*sizes, at(index), at(values), None, -1, mean, at(out))
     return [Found(left != 0, value, ABOVE) for value in out.tolist()]
 
 
@@ -557,6 +558,7 @@ LOOPS: dict[str, Callable[[Any, list[float]], list[Found]]] = {
     "mean of few terms": lambda c, v: total(c, v, 8, 3, False, 8.0),
     "scatter": lambda c, v: scatter(c, v, 1),
     "scatter rows": lambda c, v: scatter(c, v, 3),
+    "mean of scattered rows": lambda c, v: scatter(c, v, 3, True),
     "nll": lambda c, v: nll(c, v, 0),
     "mean nll": lambda c, v: nll(c, v, 1),
     "mean of a normalization": mean_of,

@@ -3,6 +3,7 @@ against each other."""
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -11,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reproml.arithmetic.compiler import kernels
-from reproml.arithmetic.operators import indexing, pooling
+from reproml.arithmetic.numerics import formats
+from reproml.arithmetic.operators import embedding_bag, indexing, pooling, scatter
 from tests.arithmetic.forms import KINDS, agree, numbers, with_threads
 from tests.arithmetic.strategies import FINITE, LAYOUTS, lay_out, tensors
 from tests.arithmetic.test_operator_table import CASES, TESTS, compare
-from verification.oracle import Real, check
+from verification.oracle import Real, check, reals, rounding_to
 
 pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
 aten = torch.ops.aten
@@ -167,6 +169,39 @@ def test_sums_needing_fractions_use_reference_path():
     index = torch.zeros(4, dtype=torch.int64)
     assert indexing.compiled_segment_sums(1, 2, index, values) is None
     agree(indexing.segment_sum, index, values, 2)
+
+
+def mean(terms: list[Real]) -> Real:
+    return Real(sum((t.v for t in terms), Fraction(0)) / max(len(terms), 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 3])
+def test_means_of_bags_need_no_fractions(width, dtype, monkeypatch):
+    """Bags of subnormal numbers, of numbers that cancel and of integers whose means are often ties."""
+    random = torch.Generator().manual_seed(width)
+    whole = torch.randint(-(2**7), 2**7, (12, width), generator=random)
+    offsets, index = torch.tensor([0, 2, 2, 6]), torch.arange(12)
+    bags = [range(2), range(0), [2, 3, 5], range(6, 12)]
+    with formats.rounding_to(dtype), rounding_to(dtype):
+        unit = 2.0 ** formats.target().lowest
+        for weight in (whole * unit, whole.float(), torch.cat([whole[:6], -whole[:6]]) / 8):
+            with monkeypatch.context() as m:
+                m.setattr(scatter, "exact_sum", None)
+                means, *_ = embedding_bag.embedding_bag(
+                    weight, index, offsets, False, 1, padding_idx=4
+                )
+            x = reals(weight)
+            expected = [[mean([x[i, c] for i in bag]) for c in range(width)] for bag in bags]
+            check(means.to(dtype), expected)
+
+
+def test_means_of_bags_are_those_of_the_reference_path():
+    weight = torch.tensor([1.0, math.inf, math.nan, -math.inf, 2.0, 3e38, 3e38, 2.0**80, 1.0])
+    weight = torch.cat([weight, -weight[-2:]]).unsqueeze(1).expand(11, 2).contiguous()
+    offsets = torch.tensor([0, 1, 3, 5, 7])
+    for mode in (0, 1):
+        agree(embedding_bag.embedding_bag, weight, torch.arange(11), offsets, False, mode)
 
 
 def test_index_out_of_range_raises_error():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import reproml
 from reproml.arithmetic.compiler import kernels
-from reproml.arithmetic.numerics import rounding
+from reproml.arithmetic.numerics import formats, rounding
 from reproml.arithmetic.operators import products
 from tests.arithmetic.forms import agree, reference, with_threads
 from verification.oracle import Real, check, rounding_to, same_bits
@@ -106,7 +106,7 @@ def test_loop_gives_bits_of_reference_path(dtype, data):
     kinds = data.draw(st.lists(FACTORS, min_size=1, max_size=12))
     index = torch.randint(len(kinds), shape, generator=torch.Generator().manual_seed(len(kinds)))
     x = torch.tensor(kinds)[index].to(dtype).float()
-    with rounding_to(dtype):
+    with formats.rounding_to(dtype):
         for dim in range(x.dim()):
             agree(products.prod, x, dim)
             agree(products.cumprod, x, dim)
