@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from reproml.arithmetic.numerics import special
 from reproml.arithmetic.numerics.balls import MultiPrecisionContext, TensorContext
 from verification import oracle as o
 
@@ -45,6 +46,20 @@ def test_error_is_below_the_radius(name):
             # `round_ball` adds room for the rounding of the last operation
             assert abs(o.mp.mpf(mid) - value) <= error + 2.0**-52 * abs(mid), at
             assert error <= 2.0**-38 * (1 + abs(mid)), at
+    finally:
+        o.mp.prec = before
+
+
+def test_error_of_lgamma_near_its_zeros_is_below_the_radius():
+    context = TensorContext()
+    t = torch.cat([torch.linspace(-1, 1, 300), 2.0 ** -torch.arange(0, 18)]) * 2.0**-6
+    x = torch.cat([1 + t, 1 - t, 2 + t, 2 - t]).double()
+    y = special.lgamma_near_zero(context, context.exact(x))
+    before, o.mp.prec = o.mp.prec, 300
+    try:
+        for at, mid, error in zip(x.tolist(), y.mid.tolist(), y.error.tolist()):
+            value = o.mp.loggamma(o.mp.mpf(at))
+            assert abs(o.mp.mpf(mid) - value) <= error <= 2.0**-48 * abs(mid), at
     finally:
         o.mp.prec = before
 

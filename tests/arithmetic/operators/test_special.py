@@ -10,6 +10,7 @@ import torch
 from torch import special
 
 import reproml
+from reproml.arithmetic.compiler import evaluate, kernels
 from verification import functions as f
 from verification.oracle import INF, NAN, Real, check, mp, reals, rounding_to, same_bits
 
@@ -82,6 +83,20 @@ def test_gamma_functions_of_extreme_numbers_are_rounded_once_to_binary64(n):
         wanted.append(value)
     with reproml.exact(), rounding_to(torch.float64):
         check(torch.lgamma(x) if n < 0 else torch.polygamma(n, x), wanted)
+
+
+@pytest.mark.parametrize("path", ["compiled", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lgamma_near_its_zeros_needs_no_long_numbers(dtype, path, monkeypatch):
+    t = torch.cat([torch.arange(-70, 71) * 2.0**-12, torch.arange(-40, 41) * 2.0**-23])
+    x = torch.cat([1 + t, 2 + t, torch.tensor([0.0, -3.0, 3.5, math.inf])]).to(dtype)
+    monkeypatch.setattr(evaluate, "exact_elements", None)
+    if path == "reference":
+        monkeypatch.setattr(kernels, "library", None)
+    with reproml.exact(), rounding_to(dtype):
+        check(torch.lgamma(x), [f.lgamma(v) for v in reals(x)])
+        check(torch.lgamma(x[:100]), [f.lgamma(v) for v in reals(x[:100])])
+        assert not torch.signbit(torch.lgamma(torch.tensor([1.0, 2.0], dtype=dtype))).any()
 
 
 @pytest.mark.parametrize("n", [2, 7, 40])
