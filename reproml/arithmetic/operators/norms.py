@@ -19,6 +19,7 @@ from reproml.arithmetic.numerics.formats import operate, storing
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import dims_tuple, require_float32, require_shape
 from reproml.arithmetic.operators.reductions import apply_to_rows, reduce_sum
+from reproml.torch_internals import canonicalize_dims
 
 INFINITY = float("inf")
 
@@ -181,7 +182,8 @@ def pdist_backward(g: Tensor, x: Tensor, p: float, distance: Tensor) -> Tensor:
 
 def renorm(x: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
     """Return x with each slice along `dim` scaled down to a norm of at most `maxnorm`."""
-    others = [d for d in range(x.dim()) if d != dim % x.dim()]
+    kept = canonicalize_dims(x.dim(), dim)
+    others = [d for d in range(x.dim()) if d != kept]
     with storing():
         norm = vector_norm(x, p, others, True)
     return operate(torch.mul, x, _factor(norm, maxnorm))

@@ -26,6 +26,7 @@ from reproml.arithmetic.numerics.formats import BINARY64, target
 from reproml.arithmetic.numerics.rationals import to_double
 from reproml.arithmetic.numerics.rounding import gamma, nearest, round_ball
 from reproml.arithmetic.operators.arguments import require_float32
+from reproml.torch_internals import canonicalize_dims
 
 # As many factors of at least 1/2 do not underflow in binary64.
 _BLOCK = 512
@@ -109,7 +110,7 @@ def _by_loop(x: Tensor, dim: int, running: bool) -> Optional[Tensor]:
     if loops is None or not x.is_cpu or not x.numel():
         return None
     x = x.contiguous()
-    at = dim % x.dim()
+    at = canonicalize_dims(x.dim(), dim)
     n, inner = x.shape[at], x.shape[at + 1 :].numel()
     out = x.new_empty(x.shape if running else x.shape[:at] + x.shape[at + 1 :])
     arguments = x.numel() // (n * inner), n, inner, x.data_ptr(), running, out.data_ptr()

@@ -63,6 +63,7 @@ def _reference_softmax(x: Tensor) -> Tensor:
 
 def safe_softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
     """Compute aten._safe_softmax: softmax, but a row in which every element is -inf gives zeros."""
+    _check_dim(x, dim)
     if not x.numel():
         return x.clone()
     second_test = partial(rows_by_pairs, "softmax", _reference_safe_softmax)

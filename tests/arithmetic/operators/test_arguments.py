@@ -138,3 +138,33 @@ def test_optimizer_refuses_a_gradient_of_another_shape():
     with pytest.raises(RuntimeError, match="gradient"), reproml.exact():
         aten._fused_sgd_([p], [g], [], lr=0.1, momentum=0.0, weight_decay=0.0, dampening=0.0,
                          nesterov=False, maximize=False, is_first_step=True)  # fmt: skip
+
+
+X, INDICES = torch.rand(3, 4), torch.zeros(3, 4, dtype=torch.long)
+ALONG: dict[str, Any] = {
+    "_softmax": lambda d: aten._softmax(X, d, False),
+    "_safe_softmax": lambda d: aten._safe_softmax(X, d),
+    "_log_softmax": lambda d: aten._log_softmax(X, d, False),
+    "_softmax_backward_data": lambda d: aten._softmax_backward_data(X, X, d, torch.float32),
+    "glu": lambda d: aten.glu(X, d),
+    "index_add": lambda d: aten.index_add(X, d, INDICES[0, :3], X[:, :3]),
+    "linalg_cross": lambda d: aten.linalg_cross(X, X, dim=d),
+    "prod": lambda d: aten.prod.dim_int(X, d),
+    "renorm": lambda d: aten.renorm(X, 2, d, 1.0),
+    "scatter_add": lambda d: aten.scatter_add(X, d, INDICES, X),
+    **{
+        name: lambda d, name=name: getattr(aten, name)(X, d)
+        for name in "cumprod cumsum logcumsumexp median mode sort".split()
+    },
+    **{
+        name: lambda d, name=name: getattr(aten, name)(X, [d])
+        for name in "amax logsumexp mean nansum std sum var".split()
+    },
+}
+
+
+@pytest.mark.parametrize("name", ALONG)
+@pytest.mark.parametrize("dim", [2, -3])
+def test_axis_out_of_range_raises_index_error(name, dim):
+    with pytest.raises(IndexError), reproml.exact():
+        ALONG[name](dim)
