@@ -27,27 +27,28 @@ _Pointers, _Steps = ctypes.c_void_p * 3, ctypes.c_int64 * 3
 def run_directly(name: str, *operands: Tensor, scalar: float = 0.0) -> Optional[Tensor]:
     """Return the operator of float32 operands; None where its loop cannot take them.
 
-    It takes operands of one shape, of which all but the first may also be single numbers. The result is
-    contiguous.
+    It takes operands that broadcast to the shape of the first. The result is contiguous.
     """
     first = operands[0]
     loops = kernels.loops()
     if loops is None or name not in _LOOPS or not first.numel():
         return None
-    steps = []
+    steps, dense = [], []
     for x in operands:
-        if x.dtype is not torch.float32 or not x.is_cpu:
+        if x.dtype is not torch.float32 or not x.is_cpu or x.dim() > first.dim():
             return None
-        steps.append(int(x.shape == first.shape))
-        if not steps[-1] and (x.numel() != 1 or x.dim() > first.dim()):
-            return None
-    operands = tuple(x.contiguous() for x in operands)
-    missing = 3 - len(operands)
+        steps.append(int(x.numel() != 1 or x.shape == first.shape))
+        if steps[-1] and x.shape != first.shape:
+            if torch.broadcast_shapes(x.shape, first.shape) != first.shape:
+                return None
+            x = x.expand(first.shape)
+        dense.append(x.contiguous())
+    missing = 3 - len(dense)
     n, out = first.numel(), first.new_empty(first.shape)
     loops.reproml_direct(
         _LOOPS[name],
         n,
-        _Pointers(*[x.data_ptr() for x in operands], *[operands[0].data_ptr()] * missing),
+        _Pointers(*[x.data_ptr() for x in dense], *[dense[0].data_ptr()] * missing),
         _Steps(*steps, *[1] * missing),
         scalar,
         out.data_ptr(),

@@ -96,10 +96,9 @@ static const double SIXTH = 1 / 6.0;
 
 INLINE double clamped(double x) { return x < -3 ? -3 : x > 3 ? 3 : x; }
 
-INLINE float hardsigmoid(double x) {
-    const double c = clamped(x);
-    return or_mid(quotient(c, 3, 6, SIXTH), c + 3);
-}
+/* s / 6, s = c + 3, rounded to binary64, is a midpoint m only if s / 6 is: |s - 6 m| would be at least ulp(s), and the
+   quotient is rounded by at most ulp(s) / 8. Where s is rounded, |c| < 2^-28, and the result is 1 / 2. */
+INLINE float hardsigmoid(double x) { return to_target((clamped(x) + 3) / 6); }
 
 INLINE float hardswish(double x) {
     const double c = clamped(x);
@@ -171,7 +170,7 @@ VECTORISED static void run_block(int which, const float *restrict x, const float
                 or_mid(sum_of_3(a, -c * a, c * b), a + c * (b - a)))
         LOOP(LEAKY_RELU, xf > 0 ? xf : to_target(a * narrow))
         LOOP(LEAKY_RELU_BACKWARD, yf > 0 ? xf : to_target(a * narrow))
-        QUICKLY(HARDSIGMOID, near((clamped(a) + 3) * SIXTH, 0, 3, out + i), hardsigmoid(a))
+        LOOP(HARDSIGMOID, hardsigmoid(a))
         LOOP(HARDSIGMOID_BACKWARD, ((yf > -3) & (yf < 3)) ? to_target(a / 6) : 0.0f)
         QUICKLY(HARDSWISH, near(a * (clamped(a) + 3) * SIXTH, 0, 4, out + i), hardswish(a))
         QUICKLY(HARDSWISH_BACKWARD, near_hardswish_backward(xf, yf, out + i), hardswish_backward(xf, yf))
