@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.compiler.evaluate import rowwise, rowwise_by_balls
+from reproml.arithmetic.compiler.evaluate import elementwise, rowwise, rowwise_by_balls
 from reproml.arithmetic.compiler.pairs import rows_by_pairs
+from reproml.arithmetic.numerics.exact_sums import distilled
 from reproml.arithmetic.numerics.formats import BINARY64, operate, target
 from reproml.arithmetic.operators.arguments import dims_tuple, require_shape
 from reproml.arithmetic.operators.reductions import apply_to_rows
@@ -149,11 +150,34 @@ def _compiled_log_softmax_backward(ctx: Any, g: Any, y: Any) -> Any:
 
 
 def _reference_log_softmax_backward(g: Tensor, y: Tensor) -> Tensor:
-    def formula(ctx: Any, g: Any, y: Any, weight: Any) -> Any:
-        return g - weight * ctx.exp(y) * ctx.sum(g)
+    """Compute it element by element from the exact sums of g: where the largest element of a row cancels, the
+    others need no multi-precision."""
 
-    is_minus_inf = y == -torch.inf
-    return rowwise(formula, -1, g, torch.where(is_minus_inf, 0.0, y), (~is_minus_inf).float())
+    def formula(ctx: Any, g: Any, y: Any, weight: Any, *parts: Any) -> Any:
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return g - weight * ctx.exp(y) * total
+
+    sums = _sums_in_parts(g)
+    weight = y != -torch.inf
+    result = elementwise(formula, g, torch.where(weight, y, 0.0), weight.float(), *sums)
+    # An exact zero is +0. The last part is 0.
+    same = (y == 0) & (g == sums[0]) & (sums[1] == 0)
+    zero = torch.where(weight & (sums[0] != 0), same, g == 0)
+    return torch.where(zero & ~result.isnan(), 0.0, result)
+
+
+def _sums_in_parts(g: Tensor) -> list[Tensor]:
+    """Return float64 tensors [..., 1] that add up to the exact sum of each row, the largest part first."""
+    rows = [
+        distilled(row) if all(map(math.isfinite, row)) else [sum(row)]
+        for row in g.reshape(math.prod(g.shape[:-1]), -1 if g.numel() else 0).tolist()
+    ]
+    longest = max([1, *map(len, rows)]) + 1
+    table = [[*row, *[0.0] * (longest - len(row))] for row in rows]
+    parts = torch.tensor(table, dtype=torch.float64, device=g.device)
+    return list(parts.reshape(*g.shape[:-1], 1, longest).unbind(-1))
 
 
 # ---- logsumexp ---------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from reproml.arithmetic import operator_table
 from reproml.arithmetic.compiler import evaluate, kernels
 from reproml.arithmetic.numerics.rounding import nearest
 from tests.arithmetic.forms import agree
-from verification.oracle import same_bits
+from verification import oracle
+from verification.oracle import Real, check, reals, same_bits
 
 UNIT = Fraction(2) ** -149
 GELU_TANH = partial(F.gelu, approximate="tanh")
@@ -72,6 +73,21 @@ def test_log_softmax_of_distant_logits(no_long_numbers, scale):
     for row, found in zip(x.tolist(), y.tolist()):
         assert found == [nearest(Fraction(v) - Fraction(row[-1])) for v in row]
     assert y[:, -1].signbit().all() and torch.equal(loss, -y[:, 0])
+
+
+@pytest.mark.parametrize("n", [3, 300, 2500])
+def test_gradient_of_saturated_rows_takes_no_row_exactly(n, monkeypatch):
+    """With its own softmax as target, the largest element cancels beyond pairs, but the others do not."""
+    monkeypatch.setattr(evaluate, "exact_rows", None)
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(n)) * 50
+    with reproml.exact():
+        y, g = x.log_softmax(1), -x.softmax(1)
+        found = torch.ops.aten._log_softmax_backward_data(g, y, 1, torch.float32)
+    expected = []
+    for of_g, of_y in zip(g, y):
+        total = Real(sum(map(Fraction, of_g.tolist())))
+        expected += [v - oracle.exp(w) * total for v, w in zip(reals(of_g), reals(of_y))]
+    check(found.flatten(), expected)
 
 
 def test_constant_tensor_is_computed_once(monkeypatch):
