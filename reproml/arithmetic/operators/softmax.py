@@ -150,8 +150,10 @@ def _compiled_log_softmax_backward(ctx: Any, g: Any, y: Any) -> Any:
 
 
 def _reference_log_softmax_backward(g: Tensor, y: Tensor) -> Tensor:
-    """Compute it element by element from the exact sums of g: where the largest element of a row cancels, the
-    others need no multi-precision."""
+    """Compute it element by element from the exact sums of g.
+
+    Where the largest element of a row cancels beyond pairs, the others need no multi-precision.
+    """
 
     def formula(ctx: Any, g: Any, y: Any, weight: Any, *parts: Any) -> Any:
         total = parts[0]
