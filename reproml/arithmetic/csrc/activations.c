@@ -121,8 +121,8 @@ INLINE ball gelu_tanh_backward_ball(double g, double x) {
 
 INLINE double softplus(double x) { return (x > 0 ? x : 0) + softplus_of_minus(fabs(x)); }
 
-/* mish(x) = x n / d, t = exp(x), n = t (t + 2), d = n + 2. t errs by E = EXP_ERROR, n by 2 E + 3 U, d by no more and U.
-   Above 40 the quotient is 1 within U, and so is the derivative: 40 replaces x in both. */
+/* mish(x) = x n / d, t = exp(x), n = t (t + 2), d = n + 2. t errs by E = EXP_ERROR and n by 2 E + 3 U, of
+   which n / (n + 2) takes no more, as d has the same n; the roundings of d and of the results add 4 U. Above 40 the quotient is 1 within U, and so is the derivative: 40 replaces x in both. */
 INLINE double mish_terms(double x, double *n, double *d) {
     const double t = fast_exp(x > 40 ? 40 : x);
     *n = t * (t + 2), *d = *n + 2;
@@ -156,7 +156,8 @@ INLINE ball elu_backward_of_result_ball(double p, double q, double r, double g, 
 INLINE ball mish_backward_ball(double g, double x) {
     double n, d;
     const double t = mish_terms(x, &n, &d), a = (t + 2) * d, factor = t / (d * d);
-    const double b = 4 * ((x > 40) & (x < INFINITY) ? 40 : x) * (t + 1); /* at infinity it is NaN */
+    const double b =
+        4 * ((x > 40) & (x < INFINITY) ? 40 : x) * (t + 1); /* infinite at infinity, where the test fails */
     return times(g, factor * (a + b), factor * (a + fabs(b)) * (8 * EXP_ERROR + 24 * U));
 }
 

@@ -128,7 +128,7 @@ INLINE float maximum(float x, float y) {
     return (((x == 0) & (y == 0)) | (x != x) | (y != y)) ? sum : larger;
 }
 
-/* Rounded by the test. The roundings of a term of size `of_terms`, or of the result, err by n U of it. */
+/* Rounded by the test. mid errs by n U of |mid| + of_terms; one more is for the test, and one is room. */
 INLINE int32_t near(double mid, double of_terms, int n, float *result) {
     return round_normal_ball(mid, (n + 2) * U * (fabs(mid) + of_terms), result);
 }

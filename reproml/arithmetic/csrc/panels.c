@@ -348,8 +348,11 @@ VECTORISED static void find_ranges(integer depth, const float *restrict x, int p
 }
 
 /* Find which sums of a tile are exact, as those of whole numbers and with a gradient of ones mostly are: every partial sum
-   is a multiple of the product of two units, and a binary64 number if it is at most 2^53 of them. */
+   is a multiple of the product of two units, and a binary64 number if it is at most 2^53 of them. (`largest` is rounded, at
+   most from 2^53 + 1 to 2^53, which no partial sum but the last can reach.) */
 static void find_exact(const product *x, integer item, integer i, integer j, int m, int n, int *exact) {
+    memset(exact, 0, TILE * sizeof *exact);
+    if (x->single) return;
     float a[SLICE * TILE_ROWS], b[SLICE * TILE_COLUMNS];
     ranges of_a, of_b;
     for (int t = 0; t < TILE_COLUMNS; t++)
@@ -363,7 +366,7 @@ static void find_exact(const product *x, integer item, integer i, integer j, int
     for (int r = 0; r < m; r++)
         for (int c = 0; c < n; c++) {
             const double largest = (double)x->k * of_a.largest[r] * of_b.largest[c];
-            exact[r * TILE_COLUMNS + c] = !x->single && largest <= 0x1p53 * of_a.unit[r] * of_b.unit[c];
+            exact[r * TILE_COLUMNS + c] = largest <= 0x1p53 * of_a.unit[r] * of_b.unit[c];
         }
 }
 

@@ -3,8 +3,8 @@
 
    An elementwise formula runs block by block. For a formula over rows, several short rows fill a block and the
    program runs straight through; a row longer than a block takes one pass for each stage of reductions (sum, max),
-   and each pass recalculates what it needs. The threads share the blocks of a single long row, such as a loss. Numbers that belong to an entire row have registers too, one number for
-   each row.
+   and each pass recalculates what it needs. Numbers that belong to an entire row have registers too, one number for
+   each row. The threads share the blocks of a single long row, such as a loss.
 
    The elements of an elementwise formula that fail the rounding test take the second one at once (pair_program.c). */
 

@@ -33,19 +33,22 @@
 
    use                                    function           errors                         in the bound
    -------------------------------------  -----------------  -----------------------------  ---------------------------
-   direct.c: first test                   round_normal_ball  n, of terms and of the sum; + 1  n + 2
+   direct.c: first test                   round_normal_ball  n; + 1                         n + 2
    program.c: any formula                 round_ball         those of numerics/balls.py     nothing more
    activations.c, softmax.c: second test  round_ball         as in the first test           as in the first test
    losses.c: gradient of nll_loss         round_ball         1                              2
    activations.c: first test              round_normal_ball  stated at each formula; + 1    at least 1 more
    softmax.c: softmax, log_softmax        round_normal_ball  h + 2; + 1                     h + 4
-   softmax.c: backward                    round_normal_ball  result 2 (log_softmax 1); + 1  3 (2)
+   softmax.c: backward                    round_normal_ball  sum h; result 2 (log_softmax   h; 3 (2 and EXP_ERROR + 1)
+                                                             1 and the exponential); + 1
    optimizers.c: averages                 round_padded_ball  2; + 1                         3; Adam's second average 4
    optimizers.c: parameters               round_padded_ball  Adam 3 and 12, SGD 2; + 1      Adam 5 and 20, SGD 6
    optimizer_formulas.c                   round_padded_ball  those of balls.h; + 1          SLACK and 2 more
    panels.c, convolution.c                round_sum          h, bias 1; + 1                 h + 8 (relative_bound)
    panels.c: blocks in binary32           round_sum_quickly  w of 2^-24, h, bias 1; + 1     w, 2^-40, h + 8
    reductions.c: sums                     round_sum          h, divisor 1; + 1              h + 4
+   reductions.c: squared differences      round_sum          terms 3, h, divisor 1; + 1     h + 7
+   losses.c: sums of losses               round_pair         terms 5, h 8, SOFTPLUS_ERROR   16, SOFTPLUS_ERROR
    reductions.c: few terms                round_sum          divisor 1; + 1                 4; 0 if nothing was rounded
    partial_sums.c: sums of all workers    round_sum          h + W, packing, divisor 1; + 1 h + W + 3, 1.125 of packing
    normalization.c: mean                  round_signed_sum   h, division by n 2; + 1        h + 5
@@ -68,8 +71,8 @@
 
    tests/arithmetic/compiler/test_rounding_bounds.py checks the functions, and the lines from optimizers.c on, with
    numbers just beside a midpoint; in a build whose U is too small, the same numbers must be rounded wrongly. It also
-   checks the gradients of sigmoid, softmax and log_softmax; test_fast.py compares the other formulas with the reference
-   path. */
+   checks the gradients of sigmoid, softmax and log_softmax; test_direct.py has numbers beside a midpoint for direct.c, and
+   test_fast.py and test_losses.py compare the other formulas with the reference path and with an oracle. */
 
 #ifndef REPROML_ROUNDING_H
 #define REPROML_ROUNDING_H

@@ -282,6 +282,7 @@ def cross_entropy_loss(
     label_smoothing = max(label_smoothing, 0.0)  # PyTorch does not smooth by negative numbers
     axis = 1 if x.dim() > 1 else 0
     classes = x.shape[axis]
+    uniform = label_smoothing / classes if classes else math.nan
     logs = x.log_softmax(axis)
     shape = [1] * axis + [classes] + [1] * (x.dim() - axis - 1)
     weights = None if weight is None else weight.view(shape)
@@ -289,7 +290,7 @@ def cross_entropy_loss(
         require(ignore_index < 0, "cross_entropy: ignore_index has no meaning for probabilities")
         require(weight is None or weight.dim() == 1, "cross_entropy: the weight needs one axis")
         if label_smoothing:
-            target = target * (1 - label_smoothing) + label_smoothing / classes
+            target = target * (1 - label_smoothing) + uniform
         terms = logs * target if weights is None else logs * target * weights
         if reduction == _NONE:
             return -terms.sum(axis)
@@ -312,7 +313,7 @@ def cross_entropy_loss(
             smooth = smooth.sum() / used.masked_fill(ignored.flatten(), 0).sum()
     elif reduction == _SUM:
         smooth = smooth.sum()
-    return loss * (1 - label_smoothing) + smooth * (label_smoothing / classes)
+    return loss * (1 - label_smoothing) + smooth * uniform
 
 
 def cosine_similarity(x: Tensor, y: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:

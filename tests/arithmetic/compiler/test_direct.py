@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from functools import partial
 from typing import Any, Callable
 
@@ -136,6 +137,34 @@ def test_remainders_take_operands_that_broadcast():
         agree(function, x, 0.75)
         agree(function, 0.75, x)
     with_threads(remainders.remainder, hard_numbers(70_001, 0), hard_numbers(70_001, 1))
+
+
+UNIT = 2.0**-23
+ABOVE, BELOW = 1 + UNIT, 1 - UNIT
+
+# Results that differ from a midpoint by 2^-70 of it: binary64 rounds them to the midpoint.
+BESIDE: dict[str, tuple[str, list[float], dict[str, float], Any]] = {
+    "add": ("add", [ABOVE, BELOW / 2**24], {"alpha": ABOVE}, lambda x, y: x + Fraction(ABOVE) * y),
+    "addcmul": ("addcmul", [ABOVE, ABOVE, BELOW / 2**24], {}, lambda x, a, b: x + a * b),
+    "addcdiv": (
+        "addcdiv", [ABOVE, BELOW / 2**24, 1.0], {"value": ABOVE},
+        lambda x, a, b: x + Fraction(ABOVE) * a / b),
+    "lerp": ("lerp", [ABOVE, 2 * ABOVE, BELOW / 2**24], {}, lambda x, y, w: x + w * (y - x)),
+    "mse": (
+        "mse_loss_backward", [ABOVE / 2, ABOVE, ABOVE / 2**24], {"reduction": 0},
+        lambda g, x, y: 2 * g * (x - y)),
+    "smooth": (
+        "smooth_l1_loss_backward", [2 * ABOVE, ABOVE / 2, ABOVE / 2**25],
+        {"reduction": 0, "beta": 1.0}, lambda g, x, y: g * (x - y)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_block_of_numbers_beside_a_midpoint(name):
+    """The whole block would pass a test whose bound is too small."""
+    operator, numbers, options, formula = BESIDE[name]
+    found = operator_table.EXACT[operator](*[torch.full((512,), v) for v in numbers], **options)
+    check(found, [Real(formula(*map(Fraction, numbers)))] * 512)
 
 
 def test_gradient_of_mse_rounds_ties_once(monkeypatch):

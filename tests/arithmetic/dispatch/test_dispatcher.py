@@ -50,8 +50,11 @@ class Wrapped(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        inside = [x.held if isinstance(x, Wrapped) else x for x in args]
-        return Wrapped(func(*inside, **(kwargs or {})))
+        def held(x: Any) -> Any:
+            return x.held if isinstance(x, Wrapped) else [*map(held, x)] if type(x) is list else x
+
+        named = {name: held(x) for name, x in (kwargs or {}).items()}
+        return Wrapped(func(*map(held, args), **named))
 
 
 class Modest(Tensor):
@@ -270,3 +273,21 @@ for thread in threads:
 assert not errors, errors
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: torch.cat([x, w]),
+        lambda x, w: torch.ops.aten.index.Tensor(x, [None, Wrapped(torch.tensor([0, 1]))]),
+        lambda x, w: torch.ops.aten.add.out(x, x, alpha=0.3, out=w),
+    ],
+)
+def test_subclass_in_a_list_or_by_name_runs_the_operator(call):
+    with reproml.exact():
+        x = torch.randn(2, 3)
+        found = call(x, Wrapped(x.clone()))
+        expected = call(x, x.clone())
+    assert isinstance(found, Wrapped) and torch.equal(
+        found.held, getattr(expected, "held", expected)
+    )

@@ -90,6 +90,17 @@ def test_gradient_of_saturated_rows_takes_no_row_exactly(n, monkeypatch):
     check(found.flatten(), expected)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("special", [math.nan, math.inf])
+def test_special_result_leaves_other_gradients_of_log_softmax_alone(compiled, special, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(kernels, "library", None)
+    g, y = torch.tensor([[1e18, 1, -1e4, 0.5]]), torch.tensor([[-3e-18, special, -1, -2]])
+    with reproml.exact():
+        found = torch.ops.aten._log_softmax_backward_data(g, y, 1, torch.float32)
+    assert found[0, 0] == 10001.5 and not found[0, 1].isfinite()
+
+
 def test_constant_tensor_is_computed_once(monkeypatch):
     calls = []
     exact_values = evaluate.exact_values

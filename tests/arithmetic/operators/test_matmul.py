@@ -76,19 +76,32 @@ def test_product_is_rounded_once(kind, bias):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_sums_that_binary64_holds_are_rounded_once(bias):
-    """Half of the sums of whole numbers times powers of two are ties, which need no other sum."""
+    """Masses of ties of whole numbers, and lines beside them whose sums binary64 does not hold."""
     random = torch.Generator().manual_seed(5)
-    a = torch.randint(-(2**24), 2**24, (17, 300), generator=random).float()
-    b = 2.0 ** torch.randint(-3, 4, (300, 25), generator=random)
+    a = torch.randint(-8, 9, (17, 300), generator=random).float()
+    a[:, 0], a[:, 1] = 2.0**24, torch.randint(0, 4, (17,), generator=random)
+    b = 2.0 ** torch.randint(0, 2, (300, 49), generator=random)
     a[3] *= 2.0**-30
     a[4] = 0
     a[5] *= 2.0**100  # overflows
-    b[7, 6] = 2.0**-40  # binary64 does not hold the sums of this column, and of the next two
+    b[7, 6] = 2.0**-40
     b[:, 7] = torch.randn(300, generator=random)
     b[:, 8] = torch.where(torch.arange(300) % 2 == 0, 1 + 2.0**-23, 2.0**-25)
-    c = torch.randint(-4, 5, (25,), generator=random) * 2.0**-20 if bias else None
+    c = torch.randint(-4, 5, (49,), generator=random).float() if bias else None
     check(matmul.matmul(a, b, c), exact_product(a, b, c))
     check(matmul.matmul(b.t(), a.t()), exact_product(b.t(), a.t()))
+
+
+@pytest.mark.parametrize("k", [3, 20, 300, 600, 5000])
+@pytest.mark.parametrize("tail", [-52, -53, -54, -60])
+def test_sums_just_beside_a_tie_are_not_taken_for_exact(k, tail):
+    """1 + 2^-24, and a last term that binary64 loses, wherever it stands."""
+    for at in {2, k // 2, k - 1} - {0, 1}:
+        for sign, expected in ((1, 1 + 2.0**-23), (-1, 1.0)):
+            a, b = torch.zeros(17, k), torch.ones(k, 49)
+            a[:, 0], a[:, 1], a[:, at] = 1, 2.0**-24, sign * 2.0**tail
+            assert (matmul.matmul(a, b) == expected).all()
+            assert (matmul.matmul(b.t().contiguous(), a.t()) == expected).all()
 
 
 @pytest.mark.parametrize("failing", [0.05, 0.6])
