@@ -17,6 +17,7 @@ from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
 from reproml.arithmetic.compiler.tape import Tape
 from reproml.arithmetic.numerics import elementary
 from reproml.arithmetic.numerics.rounding import U
+from tests.arithmetic.forms import with_threads
 from tests.arithmetic.numerics.test_elementary import sample
 from tests.arithmetic.strategies import LAYOUTS, NOT_FINITE, SPECIAL, grid, lay_out
 from verification.oracle import bits_of_tensor, same_bits
@@ -120,6 +121,14 @@ def test_losses_agree(name, n, reduction):
             operator_table.EXACT[name], make(n, seed=1), make(n, seed=2).abs(), reduction=reduction
         )
     assert is_compiled() or reduction  # a sum or a mean has a loop of its own
+
+
+def test_threads_share_a_long_row():
+    """The sum of a loss whose terms cancel, and a row whose elements are rounded block by block."""
+    x, y, w = normal(20_000), normal(20_000, seed=1).abs(), normal(20_000, seed=2)
+    with_threads(operator_table.EXACT["binary_cross_entropy_with_logits"], x, y, w, None, 2)
+    with_threads(operator_table.EXACT["_log_softmax"], integers(20_000), 0, False)
+    with_threads(operator_table.EXACT["logsumexp"], x, [0])
 
 
 def polynomial(ctx: Any, x: Any, y: Any) -> Any:
