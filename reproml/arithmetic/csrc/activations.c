@@ -157,7 +157,7 @@ INLINE ball mish_backward_ball(double g, double x) {
     double n, d;
     const double t = mish_terms(x, &n, &d), a = (t + 2) * d, factor = t / (d * d);
     const double b =
-        4 * ((x > 40) & (x < INFINITY) ? 40 : x) * (t + 1); /* infinite at infinity, where the test fails */
+        4 * (((x > 40) & (x < INFINITY)) ? 40 : x) * (t + 1); /* infinite at infinity, where the test fails */
     return times(g, factor * (a + b), factor * (a + fabs(b)) * (8 * EXP_ERROR + 24 * U));
 }
 

@@ -343,7 +343,7 @@ VECTORISED static void find_ranges(integer depth, const float *restrict x, int p
             const int32_t b = bits(x[j]) & INT32_MAX, shorter = b & (b - 1); /* without the last bit */
             const float size = fabsf(x[j]), unit = b & 0x7FFFFF ? size - from_bits(shorter) : size;
             of->largest[j] = size > of->largest[j] ? size : of->largest[j];
-            of->unit[j] = (unit < of->unit[j]) & (size > 0) ? unit : of->unit[j];
+            of->unit[j] = ((unit < of->unit[j]) & (size > 0)) ? unit : of->unit[j];
         }
 }
 
