@@ -284,6 +284,10 @@ def cross_entropy_loss(
     classes = x.shape[axis]
     uniform = label_smoothing / classes if classes else math.nan
     logs = x.log_softmax(axis)
+    require(
+        weight is None or weight.numel() == classes,
+        f"cross_entropy: the weight needs one number for each of the {classes} classes",
+    )
     shape = [1] * axis + [classes] + [1] * (x.dim() - axis - 1)
     weights = None if weight is None else weight.view(shape)
     if target.shape == x.shape and target.is_floating_point():

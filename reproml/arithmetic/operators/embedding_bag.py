@@ -7,6 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.operators.arguments import require
 from reproml.arithmetic.operators.indexing import compiled_segment_sums, segment_sum
 from reproml.arithmetic.operators.reductions import reduce_sum
 from reproml.arithmetic.operators.scatter import segment_total
@@ -33,6 +34,15 @@ def embedding_bag(
     maximum the row that each element is from, or -1 in an empty bag.
     """
     indices, offsets = indices.long(), offsets.long()
+    require(
+        (indices >= 0) & (indices < len(weight)),
+        f"embedding_bag: all indices must be at least 0 and below {len(weight)}, the rows of the table",
+    )
+    ends = torch.cat([offsets, offsets.new_tensor([len(indices)])])
+    require(
+        torch.cat([ends[:1] == 0, ends[1:] >= ends[:-1]]),
+        f"embedding_bag: offsets must begin with 0, not decrease, and end at {len(indices)} or below",
+    )
     if include_last_offset:
         offsets = offsets[:-1]
     bags, width = len(offsets), weight.shape[1]

@@ -60,6 +60,7 @@ def mse_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor
 
 def smooth_l1_loss(x: Tensor, y: Tensor, reduction: int = MEAN, beta: float = 1.0) -> Tensor:
     """Return d^2 / (2 beta) where |d| < beta, else |d| - beta / 2, with d = x - y."""
+    require(beta >= 0, f"smooth_l1_loss: beta must not be negative, but is {beta}")
     b = Fraction(beta)
 
     def formula(ctx: Any, x: Any, y: Any, near: Any) -> Any:
@@ -92,6 +93,7 @@ def _gradient_by_loop(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Option
 
 def huber_loss(x: Tensor, y: Tensor, reduction: int = MEAN, delta: float = 1.0) -> Tensor:
     """Return d^2 / 2 where |d| <= delta, else delta (|d| - delta / 2)."""
+    require(delta > 0, f"huber_loss: delta must be positive, but is {delta}")
     b = Fraction(delta)
 
     def formula(ctx: Any, x: Any, y: Any, near: Any) -> Any:

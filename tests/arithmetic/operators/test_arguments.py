@@ -168,3 +168,26 @@ ALONG: dict[str, Any] = {
 def test_axis_out_of_range_raises_index_error(name, dim):
     with pytest.raises(IndexError), reproml.exact():
         ALONG[name](dim)
+
+
+def bag(indices: list[int], offsets: list[int]) -> Any:
+    return aten._embedding_bag(f(3, 2), torch.tensor(indices), torch.tensor(offsets))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: bag([-1, 2], [0]),
+        lambda: bag([3], [0]),
+        lambda: bag([0, 1], [0, 5]),
+        lambda: bag([1, 2], [1, 2]),
+        lambda: bag([0, 1, 2, 1], [0, 3, 1]),
+        lambda: aten.huber_loss(f(2), f(2), 1, 0.0),
+        lambda: aten.huber_loss(f(2), f(2), 1, -1.0),
+        lambda: aten.smooth_l1_loss(f(2), f(2), 1, -1.0),
+        lambda: torch.nn.functional.cross_entropy(f(2, 3), torch.tensor([0, 1]), weight=f(4)),
+    ],
+)
+def test_value_that_pytorch_refuses_raises_runtime_error(call):
+    with pytest.raises(RuntimeError), reproml.exact():
+        call()
