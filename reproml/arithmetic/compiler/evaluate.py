@@ -309,8 +309,8 @@ def _rows_in_binary64(formula: Formula, operands: Sequence[Tensor]) -> Tensor:
 
 # ---- the exact path --------------------------------------------------------------------------------
 
-# A value that these do not tell from a midpoint of two binary32 numbers is taken to be that midpoint. This
-# is part of the contract: a term that is 2^-1100 times smaller than the rest counts as zero.
+# A value that agrees with a midpoint of two binary32 numbers in all these bits is taken to be that midpoint.
+# This is part of the contract: a term that is 2^-1100 times smaller than the rest counts as zero.
 _BITS = (120, 240, 480, 1100)
 
 

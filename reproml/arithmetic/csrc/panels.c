@@ -332,7 +332,7 @@ VECTORISED static void add_with_errors(integer depth, const float *restrict a, c
         add_rows_with_errors(depth, a, b, 8, sums);
 }
 
-/* Of each line of a panel: the largest absolute value, and the largest power of two that divides all numbers. */
+/* The largest absolute value in each line of a panel, and the largest power of two that divides all its numbers. */
 typedef struct {
     float largest[TILE_COLUMNS], unit[TILE_COLUMNS];
 } ranges;
