@@ -309,7 +309,7 @@ def _rows_in_binary64(formula: Formula, operands: Sequence[Tensor]) -> Tensor:
 
 # ---- the exact path --------------------------------------------------------------------------------
 
-# A value that agrees with a midpoint of two binary32 numbers in all these bits is taken to be that midpoint.
+# A value that agrees with a midpoint of two binary32 numbers in all these bits is taken to be the midpoint.
 # This is part of the contract: a term that is 2^-1100 times smaller than the rest counts as zero.
 _BITS = (120, 240, 480, 1100)
 

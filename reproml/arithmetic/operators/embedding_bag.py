@@ -38,7 +38,7 @@ def embedding_bag(
         (indices >= 0) & (indices < len(weight)),
         f"embedding_bag: all indices must be at least 0 and below {len(weight)}, the rows of the table",
     )
-    ends = torch.cat([offsets, offsets.new_tensor([len(indices)])])
+    ends = torch.cat([offsets, offsets.new_full((1,), len(indices))])
     require(
         torch.cat([ends[:1] == 0, ends[1:] >= ends[:-1]]),
         f"embedding_bag: offsets must begin with 0, not decrease, and end at {len(indices)} or below",
