@@ -15,6 +15,7 @@ from typing import Any, Callable, Optional, Union
 
 import torch
 
+from reproml.arithmetic.numerics import special
 from reproml.arithmetic.numerics.balls import Formula
 
 # The instructions and limits of csrc/pair_program.c.
@@ -106,10 +107,7 @@ class PairFunctions:
     sin, cos, sinpi, cospi, atan = map(_function, ("sin", "cos", "sinpi", "cospi", "atan"))
     erf, erfc, erfinv = map(_function, ("erf", "erfc", "erfinv"))
 
-    def tanh(self, x: Any) -> Any:
-        t = self.expm1(-2 * abs(x))
-        y = -t / (2 + t)
-        return self.choose(x < 0, -y, y)
+    tanh = special.tanh
 
     def sigmoid(self, x: Any) -> Any:
         t = self.exp(-abs(x))

@@ -121,8 +121,9 @@ INLINE ball gelu_tanh_backward_ball(double g, double x) {
 
 INLINE double softplus(double x) { return (x > 0 ? x : 0) + softplus_of_minus(fabs(x)); }
 
-/* mish(x) = x n / d, t = exp(x), n = t (t + 2), d = n + 2. t errs by E = EXP_ERROR and n by 2 E + 3 U, of
-   which n / (n + 2) takes no more, as d has the same n; the roundings of d and of the results add 4 U. Above 40 the quotient is 1 within U, and so is the derivative: 40 replaces x in both. */
+/* mish(x) = x n / d, t = exp(x), n = t (t + 2), d = n + 2. t errs by E = EXP_ERROR and n by 2 E + 3 U, of which
+   n / (n + 2) takes no more, as d has the same n; the roundings of d and of the results add 4 U. Above 40 the quotient is
+   1 within U, and so is the derivative: 40 replaces x in both. */
 INLINE double mish_terms(double x, double *n, double *d) {
     const double t = fast_exp(x > 40 ? 40 : x);
     *n = t * (t + 2), *d = *n + 2;

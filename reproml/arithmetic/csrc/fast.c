@@ -72,8 +72,8 @@ static void run_items(integer task, void *data) {
     c->count[task] = found;
 }
 
-/* As reproml_program, for one of the formulas of activations.h, with three scalars, on float32 operands: elementwise ones dense in one dimension,
-   rows of up to ROW_MAX numbers in any layout. */
+/* As reproml_program, for one of the formulas of activations.h, with three scalars, on float32 operands: elementwise ones
+   dense in one dimension, rows of up to ROW_MAX numbers in any layout. */
 integer reproml_fast(int which, const double *scalars, integer dims, const integer *sizes, const integer *strides,
                      void *const *pointers, integer *failed, integer tasks) {
     const int two = (which >= TANH_BACKWARD && which < SOFTMAX) || which >= SOFTMAX_BACKWARD;

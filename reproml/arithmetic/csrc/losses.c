@@ -101,8 +101,8 @@ VECTORISED static void add_share(integer task, void *data) {
     }
 }
 
-/* out = the sum of n terms, divided by `divisor`. scalar: b > 0. In units of U and of the sizes, a term errs by 5, a block's
-   sum by 8, and the sum of blocks by less than 1. */
+/* out = the sum of n terms, divided by `divisor`. scalar: b > 0. In units of U and of the sizes, a term errs by 5, a
+   block's sum by 8, and the sum of blocks by less than 1. */
 int reproml_loss(int which, const float *x, const float *y, integer n, double scalar, double divisor, float *out) {
     losses c = {.which = which, .x = x, .y = y, .n = n, .scalar = scalar};
     compensated total = {0, 0, 0};

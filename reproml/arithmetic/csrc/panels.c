@@ -347,9 +347,9 @@ VECTORISED static void find_ranges(integer depth, const float *restrict x, int p
         }
 }
 
-/* Find which sums of a tile are exact, as those of whole numbers and with a gradient of ones mostly are: every partial sum
-   is a multiple of the product of two units, and a binary64 number if it is at most 2^53 of them. (`largest` is rounded, at
-   most from 2^53 + 1 to 2^53, which no partial sum but the last can reach.) */
+/* Find which sums of a tile are exact, as those of whole numbers and with a gradient of ones mostly are: every partial
+   sum is a multiple of the product of two units, and a binary64 number if it is at most 2^53 of them. (`largest` is
+   rounded, at most from 2^53 + 1 to 2^53, which no partial sum but the last can reach.) */
 static void find_exact(const product *x, integer item, integer i, integer j, int m, int n, int *exact) {
     memset(exact, 0, TILE * sizeof *exact);
     if (x->single) return;

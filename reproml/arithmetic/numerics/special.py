@@ -104,6 +104,13 @@ def _reflected(ctx: Any, x: Any) -> Any:
     return ctx.choose(x < 0, 1 - x, x)
 
 
+def tanh(ctx: Any, x: Any) -> Any:
+    """Return -t / (2 + t) with t = exp(-2 |x|) - 1, so that nothing cancels, and with x's sign."""
+    t = ctx.expm1(-2 * abs(x))
+    y = -t / (2 + t)
+    return ctx.choose(x < 0, -y, y)
+
+
 def lgamma(ctx: Any, x: Any) -> Any:
     """Return log |Gamma(x)| of an exact number.
 

@@ -31,7 +31,8 @@ def embedding_bag(
 
     Rows are multiplied by the weights of the samples, which belong to the sum. `padding_idx` is left out.
     Returns the bags, float32 [bags, width], the bag of each index, the size of each bag, and for the
-    maximum the row that each element is from, or -1 in an empty bag.
+    maximum the row that each element is from, or -1 in an empty bag. Raises RuntimeError for indices or
+    offsets out of range.
     """
     indices, offsets = indices.long(), offsets.long()
     require(

@@ -231,10 +231,9 @@ def compiled_segment_sums(
 ) -> Optional[Tensor]:
     """Sum rows of values by csrc/indexing.c; None where it does not apply or a sum fails its tests.
 
-    mean: whether each sum is divided by the number of its rows, for one plane without `start`.
-
     index: int64 [planes, n], from 0 to rows - 1, or `padding` for values to be left out.
     values: float32 [planes, n, width]; start: float32 [planes, rows, width]. Returns that shape.
+    mean: whether each sum is divided by the number of its rows, for one plane without `start`.
     """
     if kernels.loops() is None or not (values.is_cpu and index.numel()):
         return None

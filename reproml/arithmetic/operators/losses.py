@@ -37,11 +37,10 @@ def mse_loss(x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
 
 def mse_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:
     """Return 2 g (x - y), for MEAN divided by the number of elements."""
+    z = _gradient_by_loop("mse_loss_backward", g, x, y, reduction)
+    if z is not None:
+        return z
     n = _divisor(reduction, x, y)
-    if n < 2**27:  # see csrc/direct.c
-        z = run_directly("mse_loss_backward", x, y, g, scalar=n)
-        if z is not None:
-            return z
 
     def formula(ctx: Any, g: Any, x: Any, y: Any) -> Any:
         return g * (2 * (x - y)) / n
@@ -75,20 +74,15 @@ def smooth_l1_loss(x: Tensor, y: Tensor, reduction: int = MEAN, beta: float = 1.
 
 def smooth_l1_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int, beta: float) -> Tensor:
     """Return g d / beta where |d| < beta, else g sign(d), with d = x - y."""
-    b, z = Fraction(beta), _gradient_by_loop(g, x, y, reduction) if beta == 1 else None
+    z = _gradient_by_loop("smooth_l1_backward", g, x, y, reduction) if beta == 1 else None
+    if z is not None:
+        return z
+    b = Fraction(beta)
 
     def formula(ctx: Any, x: Any, y: Any, near: Any, sign: Any) -> Any:
         return ctx.choose(near < 1, sign, (x - y) / b) if b else sign
 
-    if z is not None:
-        return z
     return loss_gradient(formula, reduction, g, x, y, _is_within(x, y, beta), _sign(x, y))
-
-
-def _gradient_by_loop(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Optional[Tensor]:
-    """Return the gradient of both losses for a bound of 1; None where the loop cannot take it."""
-    n = _divisor(reduction, x, y)
-    return run_directly("smooth_l1_backward", x, y, g, scalar=n) if n < 2**27 else None
 
 
 def huber_loss(x: Tensor, y: Tensor, reduction: int = MEAN, delta: float = 1.0) -> Tensor:
@@ -108,13 +102,14 @@ def huber_loss(x: Tensor, y: Tensor, reduction: int = MEAN, delta: float = 1.0) 
 
 def huber_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int, delta: float) -> Tensor:
     """Return g d where |d| <= delta, else g delta sign(d), with d = x - y."""
-    b, z = Fraction(delta), _gradient_by_loop(g, x, y, reduction) if delta == 1 else None
+    z = _gradient_by_loop("smooth_l1_backward", g, x, y, reduction) if delta == 1 else None
+    if z is not None:
+        return z
+    b = Fraction(delta)
 
     def formula(ctx: Any, x: Any, y: Any, near: Any, sign: Any) -> Any:
         return ctx.choose(near < 1, b * sign, x - y)
 
-    if z is not None:
-        return z
     return loss_gradient(formula, reduction, g, x, y, _is_within(x, y, delta), _sign(x, y))
 
 
@@ -235,6 +230,14 @@ def _sum_by_loop(
     else:
         rounded = loops.reproml_loss(_LOOPS.index(name), *layout, scalar, divisor, out.data_ptr())
     return out if rounded else None
+
+
+def _gradient_by_loop(
+    name: str, g: Tensor, x: Tensor, y: Tensor, reduction: int
+) -> Optional[Tensor]:
+    """Return the gradient of a loss by its loop in csrc/direct.c; None where that cannot take it."""
+    n = _divisor(reduction, x, y)
+    return run_directly(name, x, y, g, scalar=n) if n < 2**27 else None
 
 
 def loss_gradient(

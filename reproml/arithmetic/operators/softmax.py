@@ -161,15 +161,15 @@ def _reference_log_softmax_backward(g: Tensor, y: Tensor) -> Tensor:
             total = total + part
         return g - weight * ctx.exp(y) * total
 
-    weight = y != -torch.inf
+    used = y != -torch.inf
+    operands = g, torch.where(used, y, 0.0), used.float()
     if not g.is_cpu:  # the exact sums would have to be waited for
-        finite, ones = torch.where(weight, y, 0.0), weight.float()
-        return rowwise(lambda ctx, g, y, w: formula(ctx, g, y, w, ctx.sum(g)), -1, g, finite, ones)
+        return rowwise(lambda ctx, *x: formula(ctx, *x, ctx.sum(x[0])), -1, *operands)
     sums = _sums_in_parts(g)
-    result = elementwise(formula, g, torch.where(weight, y, 0.0), weight.float(), *sums)
+    result = elementwise(formula, *operands, *sums)
     # An exact zero is +0. The last part is 0.
     same = (y == 0) & (g == sums[0]) & (sums[1] == 0)
-    zero = torch.where(weight & (sums[0] != 0), same, g == 0)
+    zero = torch.where(used & (sums[0] != 0), same, g == 0)
     return torch.where(zero & ~result.isnan(), 0.0, result)
 
 
