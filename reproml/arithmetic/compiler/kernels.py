@@ -21,7 +21,7 @@ from reproml.arithmetic.numerics import formats
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
-_VERSION = 18  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
+_VERSION = 19  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
 
 _BINARY32 = "_kernels"  # name of the library that rounds to binary32
 
@@ -49,6 +49,8 @@ _SIGNATURES = {
         _LONG,
         [_LONG] * 3 + [_POINTER, _INT] + [_POINTER] * 2 + [_LONG],
     ),
+    "reproml_solve": (None, [_INT] + [_LONG] * 3 + [_POINTER, _INT] + [_POINTER] * 4),
+    "reproml_factorize": (None, [_INT] * 2 + [_LONG] * 3 + [_POINTER] * 5),
     "reproml_scatter": (_LONG, [_LONG] * 4 + [_POINTER] * 3 + [_LONG, _INT, _POINTER]),
     "reproml_sum": (_LONG, [_POINTER] * 3 + [_INT, _LONG, _DOUBLE, _POINTER]),
     "reproml_squared_distance": (_LONG, [_POINTER] * 2 + [_LONG, _DOUBLE, _POINTER]),
@@ -94,9 +96,9 @@ _SIGNATURES = {
 _BINARY32_ONLY = frozenset(
     """
 reproml_add_products reproml_cell reproml_cell_backward reproml_channel_moments
-reproml_column_moments reproml_fingerprint reproml_layer reproml_layer_backward
-reproml_normalize reproml_normalize_backward reproml_optimizer_step reproml_pack_sums
-reproml_partial_pairs reproml_partial_product reproml_round_sums
+reproml_column_moments reproml_factorize reproml_fingerprint reproml_layer
+reproml_layer_backward reproml_normalize reproml_normalize_backward reproml_optimizer_step
+reproml_pack_sums reproml_partial_pairs reproml_partial_product reproml_round_sums reproml_solve
 """.split()
 )
 

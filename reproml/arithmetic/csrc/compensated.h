@@ -44,14 +44,14 @@ static inline pair compensated_pair(const compensated *sum, integer n) {
     return make_pair(sum->s, sum->t, sum->size * (4 * (double)n + 4) * U * SLACK);
 }
 
-static inline pair pair_times(pair p, double factor) {
+INLINE pair pair_times(pair p, double factor) {
     double high = p.s * factor, low = fma(p.s, factor, -high), rest = p.t * factor;
     double rounded = rest == 0 ? 0 : 4 * U * (fabs(low) + fabs(rest));
     return make_pair(high, low + rest, p.rad * fabs(factor) + rounded);
 }
 
 /* What is lost of the sum's third term is in its bound, which is 0 if the sum is exact. */
-static inline pair pair_plus(pair p, pair q) {
+INLINE pair pair_plus(pair p, pair q) {
     double s, t, low, lost, more;
     two_sum(p.s, q.s, &s, &t);
     two_sum(p.t, q.t, &low, &lost);
@@ -61,7 +61,7 @@ static inline pair pair_plus(pair p, pair q) {
 
 /* A product below 2^-960 may lose more than its bound has, but keeps its sign; such a term counts as zero beside any
    other (docs/contract.md). */
-static inline pair pair_times_pair(pair p, pair q) {
+INLINE pair pair_times_pair(pair p, pair q) {
     double high = p.s * q.s, low = fma(p.s, q.s, -high), a = p.s * q.t, b = p.t * q.s, both = fabs(a) + fabs(b);
     double rounded = both == 0 ? 0 : 4 * U * (fabs(low) + both) + fabs(p.t * q.t);
     double rad = (fabs(p.s) + fabs(p.t)) * q.rad + (fabs(q.s) + fabs(q.t)) * p.rad + p.rad * q.rad;
@@ -70,17 +70,17 @@ static inline pair pair_times_pair(pair p, pair q) {
 
 /* p / d, where the interval of d must not contain 0. With h = p.s / d.s, p / d = h + ((p.s - h d.s) + p.t - h d.t) / d
    exactly; d.s in place of the last d errs by up to 2 U, d.rad by |h| d.rad / |d|. */
-static inline pair pair_over_pair(pair p, pair d) {
+INLINE pair pair_over_pair(pair p, pair d) {
     double high = p.s / d.s, rest = fma(-high, d.s, p.s), product = high * d.t; /* the remainder is exact */
     double rad = p.rad + fabs(high) * d.rad + 8 * U * (fabs(rest) + fabs(p.t) + fabs(product));
     return make_pair(high, (rest + p.t - product) / d.s, rad / (fabs(d.s) - fabs(d.t) - d.rad) * SLACK);
 }
 
-static inline pair pair_over(pair p, double divisor) { return pair_over_pair(p, (pair){divisor, 0, 0}); }
+INLINE pair pair_over(pair p, double divisor) { return pair_over_pair(p, (pair){divisor, 0, 0}); }
 
 /* The square root of p > 0. With s = sqrt(p.s), which has one rounding, and r = (p.s - s^2) + p.t, it is
    s + r / (2 s) - r^2 / (8 s^3) + ...; the remainder p.s - s^2 is exact. */
-static inline pair pair_sqrt(pair p) {
+INLINE pair pair_sqrt(pair p) {
     double s = sqrt(p.s), rest = fma(-s, s, p.s), r = rest + p.t;
     double rounded = 4 * U * (fabs(rest) + fabs(p.t)) / s + r * r / (s * s * s);
     return make_pair(s, r / (2 * s), (rounded + p.rad / s) * SLACK);

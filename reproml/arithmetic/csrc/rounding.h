@@ -242,7 +242,7 @@ typedef struct {
     double s, t, rad;
 } pair;
 
-static inline pair make_pair(double s, double t, double rad) {
+INLINE pair make_pair(double s, double t, double rad) {
     pair p = {0, 0, rad};
     two_sum(s, t, &p.s, &p.t);
     return p;

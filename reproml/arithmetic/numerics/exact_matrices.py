@@ -93,23 +93,17 @@ def _solved(a: Array, b: Array) -> tuple[Array, int]:
     return form.rows[:, len(a) :], form.d
 
 
-def solve(a: Array, b: Array) -> Array:
-    """Return a^-1 b for matrices [n, n] and [n, k]. Raises Singular."""
-    (m, e), (right, f) = integers(a), integers(b)
-    x, d = _solved(m, right)
+def solve(factors: list[Array], b: Array) -> Array:
+    """Return x with f x = b, or f g x = b for two factors, rounded once in all. Raises Singular.
+
+    factors: matrices [n, n]. b: [n, k].
+    """
+    (a, e), (right, f) = integers(factors[0]), integers(b)
+    for factor in factors[1:]:
+        g, exponent = integers(factor)
+        a, e = a.dot(g), e + exponent
+    x, d = _solved(a, right)
     return rounded(x, d, f - e)
-
-
-def inverse(a: Array) -> Array:
-    """Return a^-1. Raises Singular."""
-    return solve(a, np.eye(len(a)))
-
-
-def solve_product(factors: list[Array], b: Array) -> Array:
-    """Return x with f g x = b for two factors f and g, rounded once in all. Raises Singular."""
-    (f, e), (g, e2), (right, e3) = integers(factors[0]), integers(factors[1]), integers(b)
-    x, d = _solved(f.dot(g), right)
-    return rounded(x, d, e3 - e - e2)
 
 
 # ---- determinants ----------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reproml
+from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.numerics import exact_matrices
+from reproml.arithmetic.operators import small_matrices_compiled as compiled
 from tests.arithmetic.strategies import FINITE, MODERATE, SMALL_INTEGERS, tensors
 from verification import oracle as o
 from verification.oracle import NAN, Real, check, dot, reals, rounded, same_bits
@@ -346,3 +349,96 @@ def test_transforms_of_determinants_and_systems():
         leaf: Any = a.clone().requires_grad_()
         torch.linalg.det(leaf).sum().backward()
     assert same_bits(gradients, leaf.grad)
+
+
+# ---- the loops ----------------------------------------------------------------------------------------
+
+needs_loops = pytest.mark.skipif(kernels.library is None, reason="the compiled loops are not built")
+
+
+@needs_loops
+@few
+@given(st.integers(1, 6), st.integers(0, 1000), st.booleans(), st.booleans())
+def test_ends_enclose_the_exact_numbers(n, seed, whole, nearly_singular):
+    """`whole`: matrices of whole numbers, for both methods of elimination."""
+    random = torch.Generator().manual_seed(seed)
+    a = torch.randint(-9, 10, (n, n + 2), generator=random).float()
+    a = a if whole else a * torch.rand(n, n + 2, generator=random)
+    if nearly_singular:
+        a[-1, :n] = a[:-1, :n].sum(0) + 2.0**-20 * a[-1, :n]
+    augmented = a.double().numpy()[None] / 256
+    exact = eliminated(each_matrix(a[:, :n])[0], each_matrix(a[:, n:])[0])
+    for method in (0, 1):
+        ends, determinant = np.zeros((2, n, 2)), np.zeros(2)
+        info = np.zeros(1, np.int32)
+        kernels.library.reproml_solve(
+            *(method, 1, n, 2, compiled._pointers([augmented]), 0),
+            *[x.ctypes.data for x in (*ends, determinant, info)],
+        )
+        if exact is None:
+            assert info[0] != 0
+        elif info[0] == 0:
+            for low, x, high in zip(ends[0].flat, exact.flat, ends[1].flat):
+                assert low <= x <= high and high - low <= 2.0**-40 * abs(x)
+            d = determinant_of(each_matrix(a[:, :n])[0]) / Fraction(256) ** n
+            assert determinant[0] <= d <= determinant[1]
+        else:
+            assert info[0] == -1 and nearly_singular or method == 0
+
+
+def determinant_of(a: Any) -> Fraction:
+    d, m = Fraction(1), a.copy()
+    for k in range(len(a)):
+        row = next(i for i in range(k, len(a)) if m[i, k] != 0)
+        if row != k:
+            m[[k, row]], d = m[[row, k]], -d
+        d *= m[k, k]
+        for i in range(k + 1, len(a)):
+            m[i] = m[i] - m[i, k] / m[k, k] * m[k]
+    return d
+
+
+@needs_loops
+@pytest.mark.parametrize("n", [1, 8, 40, 64])
+def test_loops_decide_every_random_matrix(n):
+    torch.manual_seed(n)
+    a = np.asarray(torch.randn(3, n, n).double())
+    symmetric = np.asarray((torch.from_numpy(a) @ torch.from_numpy(a).mT).float().double())
+    right = np.asarray(torch.randn(3, n, 2).double())
+    found = compiled.solve([a], [right])
+    lower = np.tril(a) + 8 * np.eye(n)
+    assert not found.left.any() and not compiled.solve([a], [a[..., :0]]).left.any()
+    assert not compiled.solve([lower, lower.transpose(0, 2, 1)], [right]).left.any()
+    factors, cholesky = compiled.factorize(a), compiled.factorize(symmetric, cholesky=True)
+    assert not factors.left.any() and not cholesky.left.any()
+    if n <= 40:
+        assert (found.x[0] == exact_matrices.solve([a[0]], right[0])).all()
+        lu = exact_matrices.lu(a[1])
+        assert (factors.factors[1] == lu.lu).all() and factors.pivots[1].tolist() == lu.pivots
+        assert (cholesky.factors[2] == exact_matrices.cholesky(symmetric[2])[0]).all()
+
+
+@needs_loops
+def test_loops_decide_matrices_of_whole_numbers():
+    """Zeros and ties are among their results: 2^24 + 1 is a midpoint of two binary32 numbers."""
+    torch.manual_seed(1)
+    a = np.asarray(torch.randint(-4, 5, (50, 8, 8)).double())
+    a[0] = np.eye(8) - np.eye(8, k=1)
+    a[1, :, 5] = a[1, :, 2]
+    right = np.ones((50, 8, 1))
+    right[0, :, 0] = [2.0**24, 0, 0, 0, 0, 0, 0, 1]
+    found = compiled.solve([a], [right])
+    adjugate = compiled.solve([a], [np.broadcast_to(np.eye(8), a.shape)], adjugate=True)
+    assert not found.left.any() and not adjugate.left.any() and not compiled.factorize(a).left.any()
+    assert found.x[0, 0] == 2.0**24
+    for i in np.nonzero(found.info == 0)[0]:
+        assert (found.x[i] == exact_matrices.solve([a[i]], right[i])).all()
+        assert (adjugate.x[i].T == exact_matrices.cofactors(a[i])).all()
+    assert found.info[1] == 6 and np.isnan(found.x[1]).all()
+
+
+def test_logarithm_of_determinant_beyond_the_range_of_numbers():
+    small, large = torch.eye(64) * 2.0**-149, torch.eye(64) * 2.0**127
+    with reproml.exact():
+        _, logs = torch.linalg.slogdet(torch.stack([small, large]))
+    check(logs, [o.log(Real(Fraction(2) ** e)) for e in (-149 * 64, 127 * 64)])
