@@ -36,7 +36,7 @@ class Solution(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What `factorize` finds. pivots [count, steps] and info [count], int32: as exact_matrices.LU has them."""
+    """What `factorize` finds. pivots, info: as those of exact_matrices.LU, [count, steps] and [count]."""
 
     factors: Array
     pivots: Array
