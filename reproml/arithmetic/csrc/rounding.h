@@ -67,6 +67,8 @@
    pairs.c, pair_program.c,
    softmax_pairs.c                        round_pair         those of the pairs' operations nothing more
    normalization.c: second test           round_pair         those of the pairs' operations nothing more
+   grid_sampling.c: samples               round_sum          n, weight its t and rad; + 1   n + 4, both
+   grid_sampling.c: second test           round_pair         those of compensated.h         4 n + 4, rad of the weights
    pooling.c: one rounding                round_sum          divisor 1, lost by sums; + 1   3, 2 of the sum of |errors|
 
    tests/arithmetic/compiler/test_rounding_bounds.py checks the functions, and the lines from optimizers.c on, with

@@ -8,6 +8,7 @@ binary32. A place that is infinite or NaN gives NaN.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import TENSORS, elementwise, rowwise
 from reproml.arithmetic.numerics.balls import Formula, RationalContext
-from reproml.arithmetic.numerics.formats import operate
+from reproml.arithmetic.numerics.formats import narrow, operate
 from reproml.arithmetic.numerics.rationals import Rationals
 from reproml.arithmetic.numerics.rounding import SLACK, gamma, nearest, round_sum, two_sum
 from reproml.arithmetic.operators.arguments import require_container, require_shape
@@ -217,6 +219,51 @@ def _is_known(samples: _Samples) -> Tensor:
     return ~torch.stack(samples.offsets[::2]).isnan().any(0)
 
 
+def _values_at(x: Tensor, samples: _Samples, n: Tensor, c: Tensor, p: Tensor) -> list[Tensor]:
+    """Return the neighbors' values of some places, k tensors of the shape to which the indices broadcast."""
+    found = x.flatten(2)[n.unsqueeze(-1), c.unsqueeze(-1), samples.flat[n, p]]
+    return list(torch.where(samples.inside[n, p], found, 0.0).unbind(-1))
+
+
+# ---- the compiled loops ------------------------------------------------------------------------------
+
+_SAMPLES, _OF_IMAGE, _OF_GRID = range(3)  # as in csrc/grid_sampling.c
+
+
+def _by_loop(
+    kind: int, samples: _Samples, x: Tensor, g: Optional[Tensor]
+) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+    """Compute samples or a gradient by csrc/grid_sampling.c; None where it does not apply.
+
+    g: float32 [n, c, p]. Returns the samples [n, c, p], the gradient [n, c, area] of x or [n, p, axes] of
+    the grid, and a bool tensor of its shape, where it failed; None: nowhere.
+    """
+    loops = kernels.loops()
+    n, p, k = samples.flat.shape
+    axes, c, area = len(samples.slopes), x.shape[1], math.prod(x.shape[2:])
+    if loops is None or not x.is_cpu or not p:
+        return None
+    shape = {_SAMPLES: (n, c, p), _OF_IMAGE: (n, c, area), _OF_GRID: (n, p, axes)}[kind]
+    out = torch.empty(shape, dtype=torch.float32, device="cpu")
+    failed = torch.empty(shape, dtype=torch.bool, device="cpu")
+    index = torch.where(samples.inside & _is_known(samples).unsqueeze(-1), samples.flat, -1)
+    dense = [t.contiguous() for t in (*samples.offsets, *samples.slopes)]
+    x, g = x.contiguous(), None if g is None else g.contiguous()
+    count = loops.reproml_grid_sampling(
+        kind,
+        axes,
+        round(k ** (1 / axes)),
+        (ctypes.c_int64 * 4)(n, c, p, area),
+        (ctypes.c_void_p * len(dense))(*[t.data_ptr() for t in dense]),
+        index.contiguous().data_ptr(),
+        x.data_ptr(),
+        None if g is None else g.data_ptr(),
+        out.data_ptr(),
+        failed.data_ptr(),
+    )
+    return out, failed if count else None
+
+
 # ---- PyTorch's operators -----------------------------------------------------------------------------
 
 _WEIGHTS = {BILINEAR: (_linear, _linear_slopes), BICUBIC: (_cubic, _cubic_slopes)}
@@ -229,17 +276,25 @@ def grid_sampler(x: Tensor, grid: Tensor, mode: int, padding: int, align: bool) 
     """
     _require(x, grid, mode)
     samples = _samples(x, grid, mode, padding, align)
-    values = _values(x, samples)
     shape = (*x.shape[:2], *grid.shape[1:-1])
     if mode == NEAREST:
-        return torch.where(_is_known(samples).unsqueeze(1), values[0], torch.nan).reshape(shape)
+        (values,) = _values(x, samples)
+        return torch.where(_is_known(samples).unsqueeze(1), values, torch.nan).reshape(shape)
     axes, weights = grid.shape[-1], _combined(*[_WEIGHTS[mode][0]] * grid.shape[-1])
 
     def formula(ctx: Any, *operands: Any) -> Any:
         return _dot(weights(ctx, *operands[: 2 * axes]), operands[2 * axes :])
 
-    offsets = [d.unsqueeze(1) for d in samples.offsets]
-    return elementwise(formula, *offsets, *values).reshape(shape)
+    compiled = _by_loop(_SAMPLES, samples, x, None)
+    if compiled is None:
+        offsets = [d.unsqueeze(1) for d in samples.offsets]
+        return elementwise(formula, *offsets, *_values(x, samples)).reshape(shape)
+    result, failed = compiled
+    if failed is not None:
+        n, c, p = failed.nonzero(as_tuple=True)
+        few = [d[n, p] for d in samples.offsets]
+        result[n, c, p] = elementwise(formula, *few, *_values_at(x, samples, n, c, p))
+    return result.reshape(shape)
 
 
 def grid_sampler_backward(
@@ -287,7 +342,17 @@ def affine_grid(theta: Tensor, size: Sequence[int], align: bool) -> Tensor:
 def _gradient_of_grid(g: Tensor, x: Tensor, samples: _Samples, mode: int) -> Tensor:
     """[n, c, p] -> [n, p, axes]"""
     axes = len(samples.slopes)
-    values = _values(x, samples)
+    compiled = _by_loop(_OF_GRID, samples, x, g)
+    if compiled is not None and compiled[1] is None:
+        return compiled[0]
+    if compiled is None:
+        values = _values(x, samples)
+        offsets = [d.unsqueeze(1) for d in (*samples.slopes, *samples.offsets)]
+    else:  # the rows of the places that failed
+        n, p = compiled[1].any(-1).nonzero(as_tuple=True)
+        at = n.unsqueeze(1), torch.arange(x.shape[1], device=x.device), p.unsqueeze(1)
+        values, g = _values_at(x, samples, *at), g[at]
+        offsets = [d[n, p].unsqueeze(1) for d in (*samples.slopes, *samples.offsets)]
     grads = []
     for axis in reversed(range(axes)):  # the grid has x first
         weights = _combined(*[_WEIGHTS[mode][a == axis] for a in range(axes)])
@@ -296,9 +361,13 @@ def _gradient_of_grid(g: Tensor, x: Tensor, samples: _Samples, mode: int) -> Ten
             ws = weights(ctx, *operands[: 2 * axes])  # noqa: B023
             return ctx.sum(_dot(ws, operands[2 * axes :]) * g * slope)
 
-        offsets = [d.unsqueeze(1) for d in (samples.slopes[axis], *samples.offsets)]
-        grads.append(rowwise(formula, 1, g, *offsets, *values).squeeze(1))
-    return torch.stack(grads, -1)
+        row = rowwise(formula, 1, g, offsets[axis], *offsets[axes:], *values)
+        grads.append(row.squeeze(1))
+    result = torch.stack(grads, -1)
+    if compiled is None:
+        return result
+    compiled[0][n, p] = result
+    return compiled[0]
 
 
 def _gradient_of_image(g: Tensor, x: Tensor, samples: _Samples, mode: int) -> Tensor:
@@ -310,6 +379,20 @@ def _gradient_of_image(g: Tensor, x: Tensor, samples: _Samples, mode: int) -> Te
         every = index.unsqueeze(1).expand(n, c, p).reshape(n * c, p)
         return sums_in_planes(every, g.reshape(n * c, p), area + 1)[:, :-1].reshape(x.shape)
     weights = _combined(*[_WEIGHTS[mode][0]] * len(samples.slopes))
+    finite = g.isfinite()
+    terms = torch.where(finite, g, 0.0).double().unsqueeze(-1)
+
+    def resolve(failed: Tensor) -> Any:
+        return _exact_gradients(weights, samples, index, terms, failed, area)
+
+    compiled = _by_loop(_OF_IMAGE, samples, x, g) if finite.all() else None
+    if compiled is not None:
+        result, left = compiled
+        if left is not None:
+            at = left.reshape(-1).nonzero().squeeze(1)
+            exact = torch.as_tensor(resolve(at), dtype=torch.float64)
+            result.view(-1)[at] = narrow(exact)
+        return result.reshape(x.shape)
     balls = weights(TENSORS, *[TENSORS.exact(d) for d in samples.offsets])
     w = torch.where(inside, torch.stack([b.mid for b in balls], -1), 0.0).unsqueeze(1)
     e = torch.where(inside, torch.stack([b.error for b in balls], -1), 0.0).unsqueeze(1)
@@ -321,14 +404,9 @@ def _gradient_of_image(g: Tensor, x: Tensor, samples: _Samples, mode: int) -> Te
             ..., :area
         ]
 
-    finite = g.isfinite()
-    terms = torch.where(finite, g, 0.0).double().unsqueeze(-1)
     mid = scattered(terms * w) + 0.0
     counts = scattered(torch.ones_like(w)) + 1
     error = scattered((terms * w).abs()) * gamma(counts) + scattered(terms.abs() * e) * SLACK
-
-    def resolve(failed: Tensor) -> Any:
-        return _exact_gradients(weights, samples, index, terms, failed, area)
 
     result = round_sum(mid, error, resolve)
     limits = scattered(torch.where(finite, 0.0, g.double()).unsqueeze(-1) * w)

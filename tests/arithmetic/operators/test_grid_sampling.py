@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reproml
+from reproml.arithmetic.operators import grid_sampling
 from tests.arithmetic.strategies import FINITE, tensors
-from verification.oracle import check, reals, rounding_to, total
+from verification.oracle import check, reals, rounding_to, same_bits, total
 
 aten = torch.ops.aten
 TESTS = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
@@ -140,6 +141,53 @@ def test_sampling_is_rounded_once(axes, mode, data):
     check(y, expected, any_zero=True)
     check(grad_x, sums)
     check(grad_grid, of_grid, any_zero=True)
+
+
+def sampled_with_gradients(x: Any, grid: Any, g: Any, *options: Any) -> Any:
+    backward = getattr(aten, f"grid_sampler_{x.dim() - 2}d_backward")
+    y = getattr(aten, f"grid_sampler_{x.dim() - 2}d")(x, grid, *options)
+    return (y, *backward(g, x, grid, *options, [True, True]))
+
+
+@pytest.mark.parametrize(("axes", "mode"), [(2, BILINEAR), (2, BICUBIC), (3, BILINEAR)])
+@pytest.mark.parametrize("bits", [3, 12, 24])
+def test_ties_and_zeros_of_whole_tensors_are_exact(axes, mode, bits):
+    """Weights are short at such places, so that native sums in float64 are exact."""
+    draw = torch.Generator().manual_seed(bits)
+    size = [4, 8, 4][:axes]
+    x = torch.randint(-(2**bits), 2**bits, (3, 2, *size), generator=draw).float() * 2.0**-149
+    x[0] = 0.1 * 2.0**-100  # whose differences are 0
+    grid = torch.randint(-4, 5, (3, *[5] * axes, axes), generator=draw).float() / 4
+    g = torch.randint(-3, 4, (3, 2, *[5] * axes), generator=draw).float()
+    with reproml.exact():
+        found = sampled_with_gradients(x, grid, g, mode, ZEROS, False)
+    wide = sampled_with_gradients(x.double(), grid.double(), g.double(), mode, ZEROS, False)
+    for a, b in zip(found, wide):
+        assert torch.equal(a, b.float())
+
+
+@pytest.mark.parametrize(("axes", "mode"), CASES)
+def test_loops_agree_with_reference_path(axes, mode, monkeypatch):
+    """Zeros keep their signs, and what is not finite reaches the same elements."""
+    draw = torch.Generator().manual_seed(axes)
+    few = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, math.nan, 2.0**-149, -3e38])
+    odds = torch.tensor([20, 20, 10, 10, 1, 1, 5, 5]).double()
+
+    def numbers(*shape: int) -> Any:
+        return few[odds.multinomial(math.prod(shape), True, generator=draw)].reshape(shape)
+
+    x, g = numbers(4, 3, *[3] * axes), numbers(4, 3, *[4] * axes)
+    grid = torch.rand(4, *[4] * axes, axes, generator=draw) * 3 - 1.5
+    grid = torch.where(grid > 1, numbers(*grid.shape), grid)
+    for padding in (ZEROS, BORDER, REFLECTION):
+        with reproml.exact():
+            found = sampled_with_gradients(x, grid, g, mode, padding, False)
+            with monkeypatch.context() as patch:
+                patch.setattr(grid_sampling, "_by_loop", lambda *_: None)
+                expected = sampled_with_gradients(x, grid, g, mode, padding, False)
+        for a, b in zip(found, expected):
+            assert torch.equal(a.isnan(), b.isnan())
+            assert same_bits(a.nan_to_num(1.5), b.nan_to_num(1.5))
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
