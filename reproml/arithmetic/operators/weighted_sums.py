@@ -116,20 +116,23 @@ def _sums_of_planes(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
     if target() is BINARY64:
         result = _in_pairs(wide, matrices, resolve)
         return result if limits is None else torch.where(limits.isfinite(), result, limits)
-    mid, magnitude = _apply(wide, matrices), _apply(wide.abs(), matrices, absolute=True)
+    mid = _apply(wide, matrices, [m.weights for m in matrices])
+    magnitude = _apply(wide.abs(), matrices, [abs(m.weights) for m in matrices])
     # Each sum has a rounding for each term, and a weight and a product are rounded for each axis.
     count = sum(m.index.shape[1] + 2 for m in matrices)
     result = round_sum(mid + 0.0, magnitude * gamma(count), resolve)
     return result if limits is None else torch.where(limits.isfinite(), result, limits.float())
 
 
-def _apply(x: Tensor, matrices: Sequence[SparseMatrix], absolute: bool = False) -> Tensor:
-    for axis, m in enumerate(matrices, 1):
-        weights = to_device(torch.from_numpy(abs(m.weights) if absolute else m.weights), x.device)
+def _apply(
+    x: Tensor, matrices: Sequence[SparseMatrix], weights: Sequence[NDArray[np.float64]]
+) -> Tensor:
+    for axis, (m, numbers) in enumerate(zip(matrices, weights), 1):
+        factors = to_device(torch.from_numpy(numbers), x.device)
         index = to_device(torch.from_numpy(m.index), x.device)
         shape = [-1] + [1] * (len(matrices) - axis)
         terms = [
-            x.index_select(axis, index[:, k]).mul_(weights[:, k].reshape(shape))
+            x.index_select(axis, index[:, k]).mul_(factors[:, k].reshape(shape))
             for k in range(index.shape[1])
         ]
         x = terms[0]
@@ -184,28 +187,71 @@ def _in_order(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
 
 def _exact_values(x: Tensor, matrices: Sequence[SparseMatrix], at: Tensor) -> Any:
     """Return the correctly rounded sums at these flat indices of the result, float64 [k]."""
-    x, shape = x.cpu(), (len(x), *map(len, matrices))
-    plane, *places = np.unravel_index(at.cpu().numpy(), shape)
-    index, n, d = plane[:, None], np.ones((len(plane), 1), object), np.ones(len(plane), object)
+    x, at = x.cpu(), at.cpu()
     small = target() is not BINARY64 and math.prod(m.largest for m in matrices) < _WEIGHT
-    small = small and math.prod(m.largest_divisor for m in matrices) < _DIVISOR
-    if small:
-        n, d = n.astype(np.float64), d.astype(np.float64)
+    if not small or math.prod(m.largest_divisor for m in matrices) >= _DIVISOR:
+        return _by_fractions(*_terms(x, matrices, at, object))
+    values = np.empty(len(at))
+    rest = torch.ones_like(at, dtype=torch.bool)
+    area = math.prod(map(len, matrices))
+    if len(at) > len(x) * area // 16:  # all sums of a plane cost less than its failures one by one
+        planes = (at // area).unique()
+        planes = planes[_are_short(x[planes], matrices)]
+        place = torch.full((len(x),), -1, device="cpu").index_copy(
+            0, planes, torch.arange(len(planes), device="cpu")
+        )[at // area]
+        rest = place < 0
+        every = _of_planes(x[planes], matrices).reshape(len(planes), area)
+        values[~rest.numpy()] = every[place[~rest], at[~rest] % area].numpy()
+    if rest.any():
+        terms, n, d = _terms(x, matrices, at[rest], np.float64)
+        values[rest.numpy()] = nearest_of_quotients(
+            torch.from_numpy(terms * n), torch.from_numpy(d)
+        )
+    return values
+
+
+def _terms(
+    x: Tensor, matrices: Sequence[SparseMatrix], at: Tensor, dtype: Any
+) -> tuple[Any, Any, Any]:
+    """Return the elements that each sum adds up, their integer weights, [k, terms], and divisors, [k]."""
+    plane, *places = np.unravel_index(at.numpy(), (len(x), *map(len, matrices)))
+    index, n, d = plane[:, None], np.ones((len(plane), 1), dtype), np.ones(len(plane), dtype)
     for m, i in zip(matrices, places):
         here = (index[:, :, None] * m.columns + m.index[i][:, None, :]).reshape(len(i), -1)
-        numerators, divisors = m.numerators[i], m.divisors[i]
-        if small:
-            numerators, divisors = numerators.astype(np.float64), divisors.astype(np.float64)
-        index, n, d = (
-            here,
-            (n[:, :, None] * numerators[:, None, :]).reshape(len(i), -1),
-            d * divisors,
-        )
-    values = x.reshape(-1).numpy()[index]
-    if small:
-        return nearest_of_quotients(torch.from_numpy(values * n), torch.from_numpy(d))
-    rows = zip(values.tolist(), n.tolist(), d.tolist())
+        numerators, divisors = m.numerators[i].astype(dtype), m.divisors[i].astype(dtype)
+        n = (n[:, :, None] * numerators[:, None, :]).reshape(len(i), -1)
+        index, d = here, d * divisors
+    return x.reshape(-1).numpy()[index], n, d
+
+
+def _by_fractions(values: Any, weights: Any, divisors: Any) -> Any:
+    rows = zip(values.tolist(), weights.tolist(), divisors.tolist())
     return np.array([nearest(sum(Fraction(v) * w for v, w in zip(a, b)) / c) for a, b, c in rows])
+
+
+def _are_short(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
+    """Return for which planes binary64 holds all sums with integer weights exactly, in any order.
+
+    All of these are multiples of the last bit of any element, and not larger than `largest`.
+    """
+    bits = x.flatten(1).view(torch.int64)
+    whole = (bits & (1 << 52) - 1) | 1 << 52
+    exponents = ((bits >> 52) & 0x7FF) - 1075
+    last = ((whole & -whole).double().view(torch.int64) + (exponents << 52)).view(torch.float64)
+    last = torch.where(bits << 1 == 0, torch.inf, last).amin(1)
+    growth = math.prod(max(abs(m.numerators).sum(1)) for m in matrices)
+    largest = x.flatten(1).abs().amax(1) * float(growth)
+    return largest <= last * 2.0**53
+
+
+def _of_planes(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
+    """Return all sums of planes for which `_are_short` holds, rounded once: float64 [planes, *rows]."""
+    sums = _apply(x, matrices, [m.numerators.astype(np.float64) for m in matrices])
+    divisors = torch.ones((), dtype=torch.float64, device="cpu")
+    for m in matrices:
+        divisors = divisors.unsqueeze(-1) * torch.from_numpy(m.divisors.astype(np.float64))
+    return _quotients(sums, torch.zeros_like(divisors), divisors)
 
 
 def nearest_of_quotients(terms: Tensor, divisors: Tensor) -> Any:
@@ -213,12 +259,8 @@ def nearest_of_quotients(terms: Tensor, divisors: Tensor) -> Any:
 
     divisors: float64, positive and below _DIVISOR. Returns a float64 numpy array of numbers of the target.
 
-    A row becomes s + t exactly, by TwoSum (Knuth, The Art of Computer Programming 2, section 4.2.2). Let m
-    be the number nearest to s / d that has one bit more than the target's. If it is a midpoint of numbers
-    of the target, the sign of s + t - m d decides: m d is exact, s - m d too as the two are close
-    (Sterbenz), and the sign of a rounded sum is right. Otherwise no midpoint is near, and s / d rounds
-    correctly. Rows that are too long for two numbers, and results that may be subnormal, are computed by
-    fractions.
+    A row becomes s + t exactly, by TwoSum (Knuth, The Art of Computer Programming 2, section 4.2.2). Rows
+    that are too long for two numbers are computed by fractions.
     """
     s, t = terms[:, 0], torch.zeros_like(divisors)
     inexact = torch.zeros_like(divisors, dtype=torch.bool)
@@ -226,19 +268,34 @@ def nearest_of_quotients(terms: Tensor, divisors: Tensor) -> Any:
         s, lost = two_sum(s, terms[:, k])
         t, rest = two_sum(t, lost)
         inexact |= rest != 0
-    s, t = two_sum(s, t)
+    values = _quotients(*two_sum(s, t), divisors).numpy()
+    for i in inexact.nonzero().squeeze(1).tolist():
+        total = sum(map(Fraction, terms[i].tolist()), Fraction(0))
+        values[i] = nearest(total / int(divisors[i]))
+    return values
+
+
+def _quotients(s: Tensor, t: Tensor, divisors: Tensor) -> Tensor:
+    """Return (s + t) / divisors, rounded once to the target: float64, s is s + t rounded.
+
+    The arguments broadcast; the divisors are those of `nearest_of_quotients`. Let m be the number nearest
+    to s / d that has one bit more than the target's; below the normal numbers, half of their last place.
+    If it is a midpoint of numbers of the target, the sign of s + t - m d decides: m d is exact, s - m d too
+    as the two are close (Sterbenz) or m is 0, and the sign of a rounded sum is right. Otherwise no midpoint
+    is near, and s / d rounds correctly.
+    """
     quotient = s / divisors
     to = target()
     last = 1 << (52 - to.precision)  # the last place of a midpoint
     middle = ((quotient.view(torch.int64) + last // 2) & -last).view(torch.float64)
     is_midpoint = (middle.view(torch.int64) & last) != 0
+    small = quotient.abs() < 2.0 ** (to.lowest + to.precision)
+    if small.any():
+        unit = 2.0 ** (to.lowest - 1)
+        count = (quotient / unit).round()
+        middle = torch.where(small, count * unit, middle)
+        is_midpoint = torch.where(small, count % 2 != 0, is_midpoint)
     beyond = (s - middle * divisors) + t
     side = torch.nextafter(middle, beyond.sign() * torch.inf)
     value = torch.where(is_midpoint, torch.where(beyond == 0, middle, side), quotient)
-    value = torch.where(s == 0, 0.0, value)  # an exact zero is +0
-    values = narrow(value).double().numpy()
-    inexact |= (quotient.abs() < 2.0 ** (to.lowest + to.precision)) & ((s != 0) | (t != 0))
-    for i in inexact.nonzero().squeeze(1).tolist():
-        total = sum(map(Fraction, terms[i].tolist()), Fraction(0))
-        values[i] = nearest(total / int(divisors[i]))
-    return values
+    return narrow(torch.where(s == 0, 0.0, value)).double()  # an exact zero is +0

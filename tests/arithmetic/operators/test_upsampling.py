@@ -218,6 +218,37 @@ def test_quotients_of_sums_are_rounded_once(rows, divisor):
     check(found, np.array([total(r) / divisor for r in reals(terms)], dtype=object))
 
 
+@pytest.mark.parametrize("divisor", [1, 2, 3, 6, 1000, 2**27 - 1])
+def test_small_quotients_are_rounded_once(divisor):
+    """Below the normal numbers, and beside the smallest of them, midpoints are multiples of one number."""
+    counts = torch.arange(-40, 41).double().repeat_interleave(5)
+    beside = torch.tensor([0.0, 2.0**-60, -(2.0**-60), 0.25, 2.0**-20]).repeat(81).double()
+    for scale in (2.0**-150, 2.0**-125):
+        offset = 0.0 if scale == 2.0**-150 else 2.0**-125
+        terms = (
+            torch.stack([counts * 2.0**-150, beside * 2.0**-150, 0 * counts + offset], 1) * divisor
+        )
+        found = weighted_sums.nearest_of_quotients(terms, torch.full_like(counts, divisor))
+        check(torch.from_numpy(found).float(), [total(r) / divisor for r in reals(terms)])
+
+
+@pytest.mark.parametrize("scale", [2.0**-149, 1.0, 2.0**-30])
+@pytest.mark.parametrize("name", ["upsample_bilinear2d", "_upsample_bilinear2d_aa"])
+def test_planes_of_short_and_of_long_numbers(name, scale):
+    """All sums of a plane are computed at once where binary64 holds them, and one by one otherwise."""
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randint(-50, 50, (1, 4, 6, 5), generator=draw).float() * scale
+    x[0, 1] *= torch.rand(6, 5, generator=draw)
+    x[0, 2, ::2] = 0
+    x[0, 3, 0, 0] = 1e30
+    args = ([9, 7], False, None, None)
+    kind = "linear aa" if name.endswith("aa") else "linear"
+    rows = [weights(kind, n, m, False, None) for n, m in ((6, 9), (5, 7))]
+    with reproml.exact():
+        found = getattr(aten, name)(x, *args)
+    check(found, applied(reals(x), rows))
+
+
 def test_underflow_of_tie_keeps_sign():
     terms = torch.tensor([[-(2.0**-149), 0.0], [-0.0, -0.0], [1.0, -1.0]], dtype=torch.float64)
     found = weighted_sums.nearest_of_quotients(terms, torch.full((3,), 2.0, dtype=torch.float64))
