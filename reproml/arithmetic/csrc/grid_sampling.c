@@ -2,8 +2,8 @@
 
    A weight is computed as a pair, once for each place; its bound is 0 where all of its bits fit in. A sample is summed
    in binary64 first and, where that fails the test, with its rounding errors, as the gradients are at once: places that
-   are simple fractions give ties in whole tensors. No sum underflows: a weight other than 0 is at least 2^-620, as it has
-   at most four factors that are as small as 2^-150, and those of one place are at least that part of one another. */
+   are simple fractions give ties in whole tensors. Nothing underflows: a weight other than 0 is at
+   least 2^-620, as at most four of its factors are as small as 2^-150. */
 
 #include "compensated.h"
 

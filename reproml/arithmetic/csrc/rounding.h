@@ -67,6 +67,9 @@
    pairs.c, pair_program.c,
    softmax_pairs.c                        round_pair         those of the pairs' operations nothing more
    normalization.c: second test           round_pair         those of the pairs' operations nothing more
+   distances.c: distances                 round_sum          h + 3, half; root 1; + 1       h + 11, half; 3
+   distances.c: gradients                 round_sum          m - 1, terms 3; + 1            m + 11
+   distances.c: second tests              round_pair         those of compensated.h         4 n + 4, rad of the quotients
    grid_sampling.c: samples               round_sum          n, weight its t and rad; + 1   n + 4, both
    grid_sampling.c: second test           round_pair         those of compensated.h         4 n + 4, rad of the weights
    pooling.c: one rounding                round_sum          divisor 1, lost by sums; + 1   3, 2 of the sum of |errors|

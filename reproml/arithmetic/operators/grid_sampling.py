@@ -220,7 +220,7 @@ def _is_known(samples: _Samples) -> Tensor:
 
 
 def _values_at(x: Tensor, samples: _Samples, n: Tensor, c: Tensor, p: Tensor) -> list[Tensor]:
-    """Return the neighbors' values of some places, k tensors of the shape to which the indices broadcast."""
+    """Return the neighbors' values of some places, k tensors of the indices' common shape."""
     found = x.flatten(2)[n.unsqueeze(-1), c.unsqueeze(-1), samples.flat[n, p]]
     return list(torch.where(samples.inside[n, p], found, 0.0).unbind(-1))
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
 from reproml.arithmetic.numerics.formats import operate, storing
 from reproml.arithmetic.numerics.scalars import float32_scalar
@@ -114,7 +115,44 @@ def dist(x: Tensor, y: Tensor, p: float = 2) -> Tensor:
 
 def cdist(x: Tensor, y: Tensor, p: float, compute_mode: Any = None) -> Tensor:
     """Compute aten._cdist_forward: the distance of each row of x [..., n, k] from each of y [..., m, k]."""
-    return row_norms(x.unsqueeze(-2), y.unsqueeze(-3), p).squeeze(-1)
+    result = _euclidean_distances(x, y) if p == 2 else None
+    return row_norms(x.unsqueeze(-2), y.unsqueeze(-3), p).squeeze(-1) if result is None else result
+
+
+def _euclidean_distances(x: Tensor, y: Tensor, of_pairs: bool = False) -> Optional[Tensor]:
+    """Compute the Euclidean `cdist` by csrc/distances.c, or with of_pairs `pdist` of y = x [n, k].
+
+    Returns None where that does not apply.
+    """
+    operands, batch = _in_one_batch(x, y)
+    if operands is None or x.shape[-1] != y.shape[-1]:
+        return None
+    x, y = operands
+    n, m, k = x.shape[1], y.shape[1], x.shape[2]
+    i, j = torch.triu_indices(n, n, 1, device="cpu") if of_pairs else (None, None)
+    shape = (len(x), n, m) if i is None else i.shape
+    out = torch.empty(shape, dtype=torch.float32, device="cpu")
+    failed = torch.empty(shape, dtype=torch.bool, device="cpu")
+    pointers = [t.data_ptr() for t in (x, y, out, failed)]
+    if kernels.loops().reproml_distances(len(x), n, m, k, of_pairs, *pointers):
+        at = failed.nonzero().unbind(1)
+        of_x, of_y = (x[0, i[at]], x[0, j[at]]) if of_pairs else (x[at[0], at[1]], y[at[0], at[2]])
+        out[at] = row_norms(of_x, of_y, 2).squeeze(-1)
+    return out if of_pairs else out.reshape(*batch, n, m)
+
+
+def _in_one_batch(*matrices: Tensor) -> tuple[Optional[list[Tensor]], torch.Size]:
+    """Return matrices [..., rows, columns] as contiguous [batches, rows, columns], and the shape of `...`.
+
+    Returns None for the matrices where the compiled loops do not take them.
+    """
+    if kernels.loops() is None or not all(
+        t.is_cpu and t.dtype is torch.float32 and t.dim() > 1 and t.numel() for t in matrices
+    ):
+        return None, torch.Size()
+    batch = torch.broadcast_tensors(*[t[..., 0, 0] for t in matrices])[0].shape
+    wide = [t.expand(*batch, *t.shape[-2:]) for t in matrices]
+    return [t.reshape(-1, *t.shape[-2:]).contiguous() for t in wide], batch
 
 
 def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, distance: Tensor) -> Tensor:
@@ -126,6 +164,9 @@ def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, distance: Tensor) 
     require_shape("the gradient", g, distance.shape)
     if not g.numel() or not x.numel():
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    result = _euclidean_gradients(g, x, y, distance) if p == 2 else None
+    if result is not None:
+        return result
     # The last axis has the terms of a sum: the rows of y. A batch that shares x is added up by autograd.
     a, b, weight, length = torch.broadcast_tensors(
         x.unsqueeze(-1), y.mT.unsqueeze(-3), g.unsqueeze(-2), distance.unsqueeze(-2)
@@ -138,12 +179,11 @@ def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, distance: Tensor) 
         chosen = sign if p == 1 else torch.where(difference.abs() == length, sign, 0.0)
         terms = torch.where(chosen == 0, 0.0, weight * chosen)
         return reduce_sum(terms, (-1,))
+    if p == 2:
+        return _sums_of_directions(weight, a, b, length)
     use = (difference != 0) & (length != 0)
     a, b, length = torch.where(use, a, 1.0), torch.where(use, b, 0.0), torch.where(use, length, 1.0)
     weight = torch.where(use, weight, 0.0)
-    if p == 2:
-        total = rowwise(lambda ctx, g, x, y, d: ctx.sum(g * (x - y) / d), -1, weight, a, b, length)
-        return total.squeeze(-1)
     q = float32_scalar(p) - 1
     weight = weight * torch.where(use, sign, 0.0)
     # About the largest power comes out of the sum, whose other terms may be far below all numbers.
@@ -160,8 +200,39 @@ def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, distance: Tensor) 
     return rowwise(formula, -1, weight, a, b, length, *largest).squeeze(-1)
 
 
+def _sums_of_directions(g: Tensor, x: Tensor, y: Tensor, distance: Tensor) -> Tensor:
+    """Return the sum of g (x - y) / distance over the last axis; a term is 0 where a divisor or x - y is."""
+    use = (x - y != 0) & (distance != 0)
+    g, x, y, d = (
+        torch.where(use, t, other) for t, other in ((g, 0.0), (x, 1.0), (y, 0.0), (distance, 1.0))
+    )
+    total = rowwise(lambda ctx, g, x, y, d: ctx.sum(g * (x - y) / d), -1, g, x, y, d)
+    return total.squeeze(-1)
+
+
+def _euclidean_gradients(g: Tensor, x: Tensor, y: Tensor, distance: Tensor) -> Optional[Tensor]:
+    """Compute the Euclidean `cdist_backward` by csrc/distances.c; None where that does not apply."""
+    operands, batch = _in_one_batch(g, x, y, distance)
+    sides = (x.shape[-2:-1] + y.shape[-2:-1], x.shape[-1:])
+    if operands is None or sides != (distance.shape[-2:], y.shape[-1:]):
+        return None
+    g, x, y, distance = operands
+    out = torch.empty_like(x)
+    failed = torch.empty(x.shape, dtype=torch.bool, device="cpu")
+    pointers = [t.data_ptr() for t in (*operands, out, failed)]
+    sizes = (len(x), x.shape[1], y.shape[1], x.shape[2])
+    if kernels.loops().reproml_distances_backward(*sizes, *pointers):
+        at = b, i, k = failed.nonzero().unbind(1)
+        terms = g[b, i], x[at].unsqueeze(1), y[b, :, k], distance[b, i]
+        out[at] = _sums_of_directions(*torch.broadcast_tensors(*terms))
+    return out.reshape(*batch, *x.shape[1:])
+
+
 def pdist(x: Tensor, p: float = 2) -> Tensor:
     """Compute aten._pdist_forward: the distances of all pairs of rows of x [n, k]."""
+    result = _euclidean_distances(x, x, True) if p == 2 else None
+    if result is not None:
+        return result
     i, j = torch.triu_indices(len(x), len(x), 1, device=x.device)
     return row_norms(x[i], x[j], p).squeeze(-1)
 

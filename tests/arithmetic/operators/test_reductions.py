@@ -5,16 +5,18 @@ from __future__ import annotations
 from fractions import Fraction
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reproml.arithmetic.compiler import kernels
-from reproml.arithmetic.operators import reductions
+from reproml.arithmetic.operators import norms, reductions
 from tests.arithmetic.forms import KINDS, agree, numbers, with_threads
 from tests.arithmetic.strategies import ANY, LAYOUTS, lay_out, tensors
-from verification.oracle import Real, check, same_bits
+from verification import oracle as o
+from verification.oracle import Real, check, reals, same_bits
 
 pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
 
@@ -99,3 +101,61 @@ def test_invalid_axes_raise_pytorch_error():
     for dims in ((2,), (-3,), (0, 0)):
         with pytest.raises((IndexError, RuntimeError)):
             reductions.reduce_sum(torch.ones(2, 3), dims)
+
+
+def rows_of(kind: str) -> torch.Tensor:
+    """Return rows whose distances, or the sums of whose gradients, are midpoints, zeros or near those."""
+    draw = torch.Generator().manual_seed(3)
+    whole = torch.randint(-9, 10, (7, 67), generator=draw).float()
+    return {
+        "whole": whole,
+        "few": whole[:, :2],
+        "equal": whole[:1].expand(7, -1),
+        "subnormal": whole * 2.0**-149,
+        "large": whole * 2.0**120,
+        "wide": whole * torch.exp2(torch.arange(67.0) * 3 - 100),
+        "like 100": -100 - torch.rand(7, 67, generator=draw) * 20,
+        "near ties": torch.tensor(
+            [[0.0, 0.0], [2.0**24 + 2, 0.0], [2.0**12, 2.0**24], [1, 2.0**-20]]
+        ),
+    }[kind].contiguous()
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize(
+    "kind", ["whole", "few", "equal", "subnormal", "large", "wide", "like 100", "near ties"]
+)
+def test_distances_and_their_gradients_are_rounded_once(kind):
+    x = rows_of(kind)
+    y, a = x[2:], reals(x)
+    found = norms.cdist(x, y, 2.0)
+    expected = [[o.sqrt(o.total((r - q) * (r - q))) for q in a[2:]] for r in a]
+    check(found, np.array(expected, dtype=object))
+    i, j = torch.triu_indices(len(x), len(x), 1)
+    assert same_bits(norms.pdist(x), norms.cdist(x, x, 2.0)[i, j])
+    for g in (torch.ones_like(found), found, 1 / (found + 1)):
+        b, d = reals(g), reals(found)
+        sums = np.empty(x.shape, dtype=object)
+        for i, k in np.ndindex(*x.shape):
+            terms = [
+                b[i, j] * (a[i, k] - a[2 + j, k]) / d[i, j] for j in range(len(y)) if d[i, j].v
+            ]
+            sums[i, k] = o.total(terms)
+        check(norms.cdist_backward(g, x, y, 2.0, found), sums)
+
+
+def test_distances_of_batches_match_reference(monkeypatch):
+    """Infinite and NaN elements reach the same distances; the batches of x and y broadcast."""
+    x, y = numbers((3, 1, 5, 9), "normal", 1), numbers((2, 4, 9), "normal", 2)
+    x[0, 0, 1, 2], x[1, 0, 0, 0], y[0, 3, 8] = torch.inf, torch.nan, -torch.inf
+    g = numbers((3, 2, 5, 4), "normal", 3)
+    distance = norms.cdist(x, y, 2.0)
+    found = distance, norms.cdist_backward(g, x.expand(3, 2, 5, 9), y, 2.0, distance)
+    monkeypatch.setattr(kernels, "library", None)
+    expected = (
+        norms.cdist(x, y, 2.0),
+        norms.cdist_backward(g, x.expand(3, 2, 5, 9), y, 2.0, distance),
+    )
+    for one, other in zip(found, expected):
+        assert one.shape == other.shape and torch.equal(one.isnan(), other.isnan())
+        assert same_bits(one.nan_to_num(1.5), other.nan_to_num(1.5))
