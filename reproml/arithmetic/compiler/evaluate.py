@@ -177,7 +177,13 @@ def rowwise_by_balls(formula: Formula, dim: int, *operands: Tensor) -> Tensor:
         # The value of a row with an infinity is a limit: nothing to round.
         finite = np.isfinite(picked).all((1, 2))
         wanted = finite[at[0]]
-        values[wanted] = exact_rows(formula, picked, at[0][wanted], at[1][wanted])
+        found = pair_arrays.narrow_rows_by_pairs(formula, torch.from_numpy(picked).unbind(1))
+        if found is not None:
+            rounded, failed = (x.expand(len(rows), n).numpy()[at] for x in found)
+            values = np.where(wanted & ~failed, rounded, values)
+            wanted &= failed
+        if wanted.any():
+            values[wanted] = exact_rows(formula, picked, at[0][wanted], at[1][wanted])
         return values
 
     # + 0.0: an exact zero is +0, as its sign may depend on the order of a sum in native arithmetic

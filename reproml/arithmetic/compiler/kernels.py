@@ -51,6 +51,7 @@ _SIGNATURES = {
     ),
     "reproml_solve": (None, [_INT] + [_LONG] * 3 + [_POINTER, _INT] + [_POINTER] * 4),
     "reproml_factorize": (None, [_INT] * 2 + [_LONG] * 3 + [_POINTER] * 5),
+    "reproml_segment_products": (_LONG, [_LONG] * 2 + [_POINTER] * 4 + [_LONG]),
     "reproml_scatter": (_LONG, [_LONG] * 4 + [_POINTER] * 3 + [_LONG, _INT, _POINTER]),
     "reproml_sum": (_LONG, [_POINTER] * 3 + [_INT, _LONG, _DOUBLE, _POINTER]),
     "reproml_squared_distance": (_LONG, [_POINTER] * 2 + [_LONG, _DOUBLE, _POINTER]),

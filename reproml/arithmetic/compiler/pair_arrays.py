@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
-from typing import Any, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ from reproml.arithmetic.compiler.pair_program import (
 )
 from reproml.arithmetic.numerics import special
 from reproml.arithmetic.numerics.balls import Formula
-from reproml.arithmetic.numerics.rounding import SLACK, U
+from reproml.arithmetic.numerics.formats import sum_to_odd
+from reproml.arithmetic.numerics.rounding import SLACK, U, rounding_test
 
 Number = Union[int, float, Fraction]
 
@@ -226,8 +227,20 @@ def rows_by_pairs(formula: Formula, operands: Sequence[Tensor]) -> Optional[tupl
     return _by_operations(formula, operands, None)
 
 
+def narrow_rows_by_pairs(
+    formula: Formula, operands: Sequence[Tensor]
+) -> Optional[tuple[Tensor, Tensor]]:
+    """The same, rounded to a target that is narrower than binary64; the values are float64."""
+    if kernels.library is None:
+        return None
+    return _by_operations(formula, operands, None, _round_to_target)
+
+
 def _by_operations(
-    formula: Formula, operands: Sequence[Tensor], shape: Optional[torch.Size]
+    formula: Formula,
+    operands: Sequence[Tensor],
+    shape: Optional[torch.Size],
+    rounded: Callable[..., tuple[Tensor, Tensor]] = lambda *pair: round_pairs(*pair),
 ) -> Optional[tuple[Tensor, Tensor]]:
     ctx = PairArrays()
     try:
@@ -235,7 +248,7 @@ def _by_operations(
     except _UNSUPPORTED:
         return None
     y = y if isinstance(y, PairArray) else ctx.constant(y)
-    value, failed = round_pairs(y.s, y.t, y.rad)
+    value, failed = rounded(y.s, y.t, y.rad)
     if shape is not None:
         value, failed = value.expand(shape).clone(), failed.expand(shape).clone()
     for x in operands:
@@ -252,10 +265,26 @@ def round_pairs(s: Tensor, t: Tensor, rad: Tensor) -> tuple[Tensor, Tensor]:
 
     A bound of 0 needs no test: the sum of two binary64 numbers is rounded by IEEE arithmetic.
     """
-    rad = torch.where(rad == 0, rad, rad * SLACK + t.abs() * (2 * U))
-    low, high = s + (t - rad), s + (t + rad)
+    low, high = _ends(t, rad)
+    low, high = s + low, s + high
     failed = ~((low == high) & high.isfinite() & rad.isfinite())
-    return high, failed | ((t != 0) & (t.abs() < _FAR * s.abs()))
+    return high, failed | _is_far(s, t)
+
+
+def _round_to_target(s: Tensor, t: Tensor, rad: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for a narrower target. The ends are rounded to odd first, so that they are rounded once."""
+    ends = [sum_to_odd(s, end) + 0.0 for end in _ends(t, rad)]  # an exact zero is +0
+    value, failed = rounding_test(*ends)
+    return value.double(), failed | ~(s.isfinite() & rad.isfinite()) | _is_far(s, t)
+
+
+def _ends(t: Tensor, rad: Tensor) -> tuple[Tensor, Tensor]:
+    rad = torch.where(rad == 0, rad, rad * SLACK + t.abs() * (2 * U))
+    return t - rad, t + rad
+
+
+def _is_far(s: Tensor, t: Tensor) -> Tensor:
+    return (t != 0) & (t.abs() < _FAR * s.abs())
 
 
 # ---- sums and products ---------------------------------------------------------------------------------

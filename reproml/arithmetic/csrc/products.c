@@ -236,3 +236,52 @@ integer reproml_row_products(integer outer, integer n, integer inner, const floa
     run_tasks(run_products, &c, in_parts(&c) ? c.rows : (c.rows + LANES - 1) / LANES, c.rows * n > 32768);
     return c.failed.count;
 }
+
+/* ---- products of the numbers that have the same index ---- */
+
+typedef struct {
+    double s, t;
+    int64_t e, lost;
+} segment;
+
+INLINE void multiply_segment(segment *p, double y) {
+    const double s = p->s * y, t = fma(p->t, y, fma(p->s, y, -s));
+    const int64_t change = change_of(s);
+    p->s = s * power(-change);
+    p->t = t * power(-change);
+    p->e += change;
+    p->lost |= pattern(t);
+}
+
+VECTORISED static void multiply_segments(integer n, integer size, const integer *index, const float *x,
+                                         segment *segments, float *out, failure_list *failed) {
+    memory m;
+    for (integer i = 0; i < size; i++) segments[i] = (segment){1, 0, 0, 0};
+    for (integer i = 0; i < n; i++) multiply_segment(segments + index[i], x[i]);
+    for (integer first = 0; first < size; first += TILE * LANES) {
+        const integer count = size - first < TILE * LANES ? size - first : TILE * LANES;
+        for (integer i = 0; i < TILE * LANES; i++) {
+            const segment p = i < count ? segments[first + i] : (segment){1, 0, 0, 0};
+            m.s[i / LANES][i % LANES] = p.s * limited_power(p.e);
+            m.t[i / LANES][i % LANES] = p.t * limited_power(p.e);
+            m.lost[i / LANES][i % LANES] = p.lost;
+        }
+        const int32_t left = round_columns(&m, TILE, n);
+        for (integer i = 0; i < count; i++) {
+            out[first + i] = m.out[i / LANES][i % LANES];
+            if (left && m.failed[i / LANES][i % LANES]) add_failure(failed, first + i);
+        }
+    }
+}
+
+/* out [size] = the products of x [n] at each index, 1 where there is none. */
+integer reproml_segment_products(integer n, integer size, const integer *index, const float *x, float *out,
+                                 integer *failed, integer capacity) {
+    failure_list list = {failed, capacity, 0};
+    segment *segments = reproml_scratch((size_t)size * sizeof(segment));
+    for (integer i = 0; i < n; i++)
+        if (index[i] < 0 || index[i] >= size) return -1;
+    if (!segments) return -1;
+    multiply_segments(n, size, index, x, segments, out, &list);
+    return list.count;
+}

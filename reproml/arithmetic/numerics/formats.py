@@ -158,16 +158,20 @@ def operate(operation: Callable[[Tensor, Tensor], Tensor], x: Any, y: Any) -> Te
 def _operate_in_binary64(operation: Callable[[Tensor, Tensor], Tensor], x: Any, y: Any) -> Tensor:
     """Return torch.add, sub, mul or div in float64 such that `binary32_to_odd` rounds to odd once."""
     x, y = (t.double() if isinstance(t, Tensor) else t for t in (x, y))
-    z = operation(x, y)
     if operation in (torch.add, torch.sub):
-        y = y if operation is torch.add else -y
-        back = z - x
-        lost = (x - (z - back)) + (y - back)  # of two_sum
-        even = (z.view(torch.int64) & 1) == 0
-        away = torch.where((lost > 0) == (z > 0), 1, -1)
-        odd = (z.view(torch.int64) + away).view(torch.float64)
-        z = torch.where(even & ((lost > 0) | (lost < 0)), odd, z)
-    return z
+        return sum_to_odd(x, y if operation is torch.add else -y)
+    return operation(x, y)
+
+
+def sum_to_odd(x: Any, y: Any) -> Tensor:
+    """Return x + y rounded to odd to binary64, of float64 tensors or one of them and a Python number."""
+    z: Tensor = x + y
+    back = z - x
+    lost = (x - (z - back)) + (y - back)  # of two_sum
+    even = (z.view(torch.int64) & 1) == 0
+    away = torch.where((lost > 0) == (z > 0), 1, -1)
+    odd = (z.view(torch.int64) + away).view(torch.float64)
+    return torch.where(even & ((lost > 0) | (lost < 0)), odd, z)
 
 
 def reach(bound: float) -> float:

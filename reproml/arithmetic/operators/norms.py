@@ -201,7 +201,7 @@ def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, distance: Tensor) 
 
 
 def _sums_of_directions(g: Tensor, x: Tensor, y: Tensor, distance: Tensor) -> Tensor:
-    """Return the sum of g (x - y) / distance over the last axis; a term is 0 where a divisor or x - y is."""
+    """Return the sum of g (x - y) / distance over the last axis, without terms of 0 / 0."""
     use = (x - y != 0) & (distance != 0)
     g, x, y, d = (
         torch.where(use, t, other) for t, other in ((g, 0.0), (x, 1.0), (y, 0.0), (distance, 1.0))

@@ -7,7 +7,8 @@ together. So are all ties, whose odd part has up to 25 bits: that of k numbers o
 the sum of b_i - 1 bits, which is at least half of the sum of b_i. Products that fail the rounding test are
 multiplied as integers. A zero has the sign that the signs of its factors give.
 
-Products of rows have a loop of their own (csrc/products.c), which leaves hardly any to integers.
+Products of rows, and those at indices, have loops of their own (csrc/products.c), which leave hardly any to
+integers.
 
 Products in float64 are those of integers from the start, of which 160 bits are kept.
 """
@@ -131,6 +132,19 @@ def _by_loop(x: Tensor, dim: int, running: bool) -> Optional[Tensor]:
 
 def segment_product(index: Tensor, values: Tensor, size: int) -> Tensor:
     """Return the product of the values of each index: int64 [n], float32 [n] -> float32 [size]."""
+    loops = kernels.loops()
+    if loops is not None and values.is_cpu and size:
+        index, values = index.contiguous(), values.contiguous()
+        out = torch.empty(size, dtype=torch.float32, device="cpu")
+        pointers = index.data_ptr(), values.data_ptr(), out.data_ptr()
+        complete, left = kernels.run_kernel(
+            loops.reproml_segment_products, len(index), size, *pointers
+        )
+        if complete:
+            if left is not None:
+                exact = [nearest(exact_product(group)) for group in groups(index, values, left)]
+                out[left] = torch.tensor(exact, dtype=torch.float64).float()
+            return out
     m, e = _parts(values)
     ones = torch.ones(size, dtype=torch.float64, device=values.device)
     counts = (ones * 0).scatter_add(0, index, torch.ones_like(m))

@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 
 import reproml
 from reproml.arithmetic import operator_table
+from reproml.arithmetic.compiler import evaluate, kernels
 from reproml.arithmetic.compiler.evaluate import TENSORS, elementwise, exact_values, rowwise
+from reproml.arithmetic.compiler.pair_arrays import narrow_rows_by_pairs
 from reproml.arithmetic.numerics.balls import Ball, MultiPrecisionContext
+from reproml.arithmetic.numerics.formats import rounding_to
 from reproml.arithmetic.numerics.rounding import TINY
 from tests.arithmetic.forms import agree
 from tests.arithmetic.strategies import ANY, MODERATE, tensors
@@ -28,7 +31,7 @@ from verification.oracle import Real, check, reals, same_bits
 FORMULAS: dict[str, Any] = {
     "polynomial": (lambda ctx, x, y: x * x * y - 3 * x + y, lambda x, y: x * x * y - 3 * x + y),
     "quotient": (lambda ctx, x, y: (x + 1) / (y * y + 2), lambda x, y: (x + 1) / (y * y + 2)),
-    "thirds": (lambda ctx, x, y: x * Fraction(1, 3) - y / 3, lambda x, y: x * Fraction(1, 3) - y / 3),
+    "sevenths": (lambda ctx, x, y: x * Fraction(1, 3) - y / 3, lambda x, y: x * Fraction(1, 3) - y / 3),
     "exp": (lambda ctx, x, y: ctx.exp(x - y) - ctx.exp(y), lambda x, y: o.exp(x - y) - o.exp(y)),
     "log": (lambda ctx, x, y: ctx.log(x * x + abs(y) + 1), lambda x, y: o.log(x * x + abs(y) + 1)),
     "sqrt": (
@@ -209,3 +212,44 @@ def test_sign_of_a_sum_that_underflows_is_that_of_its_largest_term():
     for p in (1e4, 1e6, 1e16, 1e18):
         found = agree(operator_table.EXACT["_cdist_backward"], g, x, y, p, distance)
         assert found[0, 0].item() == 0 and found[0, 0].signbit()
+
+
+@pytest.mark.usefixtures("path")
+def test_rows_that_cancel_are_rounded_once(monkeypatch):
+    """Where a gradient is parallel to its weights, all of binary64's bits cancel; pairs have enough."""
+    draw = torch.Generator().manual_seed(2)
+    v = torch.cat([torch.ones(2, 30), torch.randn(2, 30, generator=draw), torch.zeros(1, 30)])
+    g, scale = torch.rand(5, 1, generator=draw), 2.0 ** torch.arange(-2, 3).float().unsqueeze(1)
+    operator = torch.ops.aten._weight_norm_interface_backward
+    if kernels.library is not None:
+        monkeypatch.setattr(evaluate, "exact_rows", None)
+    with reproml.exact():
+        norms = v[:4].norm(dim=1, keepdim=True)
+        found = operator(v[:4] * scale[:4], v[:4], g[:4], norms, 0)[0]
+    a, b, n = reals(v[:4]), reals(g[:4]), reals(norms)
+    for i in range(4):
+        grads = a[i] * Real(Fraction(float(scale[i])))
+        slope = o.total(grads * a[i]) / (n[i, 0] * n[i, 0])
+        check(found[i], (grads - a[i] * slope) * (b[i, 0] / n[i, 0]))
+    with reproml.exact():  # nothing divided by nothing
+        assert torch._weight_norm_interface(v[4:], g[4:], 0)[0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
+def test_pairs_of_rows_are_rounded_to_narrow_targets_once(dtype):
+    """A sum of sevenths is not known to be exact; midpoints that are exact, and what is beside them, pass."""
+    one = 1 + 2.0 ** -{torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}[dtype]
+    rows = [[one, 0], [one, 2.0**-80], [one, -(2.0**-80)], [1, -1], [-(2.0**-160), 0]]
+    rows += [[one, 2.0**-1000], [math.nan, 0], [math.inf, 0]]
+    x = torch.tensor(rows, dtype=torch.float64)
+    with rounding_to(dtype):
+        found = narrow_rows_by_pairs(lambda ctx, x: ctx.sum(x), [x])
+        sevenths = narrow_rows_by_pairs(
+            lambda ctx, x: ctx.sum(x / 7), [torch.full_like(x[:1, :1], one).expand(1, 7)]
+        )
+    up = 2 * one - 1
+    assert found[0][:5].flatten().tolist() == [1, up, 1, 0, 0]
+    assert [math.copysign(1, v) for v in found[0][3:5]] == [1, -1]
+    assert found[1].flatten().tolist() == [False] * 5 + [True] * 3
+    assert sevenths[1].all()

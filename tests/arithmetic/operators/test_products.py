@@ -112,6 +112,8 @@ def test_loop_gives_bits_of_reference_path(dtype, data):
             agree(products.cumprod, x, dim)
         agree(products.prod, x)
         agree(products.cumprod, x.mT if x.dim() > 1 else x[::3], 0)
+        at = torch.arange(x.numel()) * 7 % 11
+        agree(products.segment_product, at, x.flatten(), 13)
 
 
 @pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
@@ -150,6 +152,7 @@ def test_odd_bits():
 
 
 @pytest.mark.parametrize("count", [1010, 1060, 1100, 2300])
+@pytest.mark.usefixtures("path")
 def test_many_factors_of_one_index_keep_their_bits(count):
     """The product of as many numbers between 1/2 and 1 is subnormal in binary64, or 0."""
     torch.manual_seed(count)
@@ -220,3 +223,17 @@ def test_many_factors_in_binary64_take_no_quadratic_time(monkeypatch):
     assert running[-1] == total
     with rounding_to(torch.float64):
         check(total, exact(x.tolist()))
+
+
+@pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
+def test_many_factors_of_many_indices_need_no_fractions(monkeypatch):
+    x = (1 + torch.randn(90000, generator=torch.Generator().manual_seed(1)) * 1e-3).reshape(
+        60, 1500
+    )
+    index = torch.arange(60).unsqueeze(1).expand(x.shape).T.reshape(-1)
+    expected = of_rows(x, exact)
+    monkeypatch.setattr(products, "exact_product", None)
+    with reproml.exact():
+        found = torch.ones(70).scatter_reduce(0, index, x.T.reshape(-1), "prod")
+    check(found[:60], expected)
+    assert found[60:].eq(1).all()
