@@ -65,6 +65,7 @@ _SIGNATURES = {
     "reproml_column_moments": (_LONG, [_LONG] * 2 + [_POINTER] * 6),
     "reproml_adaptive_pool_backward": (_LONG, [_LONG] * 5 + [_POINTER] * 3 + [_LONG]),
     "reproml_grid_sampling": (_LONG, [_INT] + [_LONG] * 2 + [_POINTER] * 7),
+    "reproml_weighted_sums": (_LONG, [_LONG] + [_POINTER] * 3 + [_DOUBLE, _LONG] + [_POINTER] * 3),
     "reproml_distances": (_LONG, [_LONG] * 4 + [_INT] + [_POINTER] * 4),
     "reproml_distances_backward": (_LONG, [_LONG] * 4 + [_POINTER] * 6),
     "reproml_channel_moments": (_LONG, [_LONG] * 4 + [_POINTER] * 5),

@@ -273,8 +273,8 @@ def round_pairs(s: Tensor, t: Tensor, rad: Tensor) -> tuple[Tensor, Tensor]:
 
 def _round_to_target(s: Tensor, t: Tensor, rad: Tensor) -> tuple[Tensor, Tensor]:
     """The same for a narrower target. The ends are rounded to odd first, so that they are rounded once."""
-    ends = [sum_to_odd(s, end) + 0.0 for end in _ends(t, rad)]  # an exact zero is +0
-    value, failed = rounding_test(*ends)
+    low, high = (sum_to_odd(s, end) + 0.0 for end in _ends(t, rad))  # an exact zero is +0
+    value, failed = rounding_test(low, high)
     return value.double(), failed | ~(s.isfinite() & rad.isfinite()) | _is_far(s, t)
 
 

@@ -67,6 +67,9 @@
    pairs.c, pair_program.c,
    softmax_pairs.c                        round_pair         those of the pairs' operations nothing more
    normalization.c: second test           round_pair         those of the pairs' operations nothing more
+   weighted_sums.c: first test            round_sum          n - 1 and 2 for each axis; + 1 n + 2 for each axis, + 8
+   weighted_sums.c: quotients             round_sum          1; + 1                         3; 0 if exact
+   weighted_sums.c: single results        round_pair         of t: its additions            4 n + 4, those of the quotient
    distances.c: distances                 round_sum          h + 3, half; root 1; + 1       h + 11, half; 3
    distances.c: gradients                 round_sum          m - 1, terms 3; + 1            m + 11
    distances.c: second tests              round_pair         those of compensated.h         4 n + 4, rad of the quotients

@@ -343,13 +343,14 @@ def _gradient_of_grid(g: Tensor, x: Tensor, samples: _Samples, mode: int) -> Ten
     """[n, c, p] -> [n, p, axes]"""
     axes = len(samples.slopes)
     compiled = _by_loop(_OF_GRID, samples, x, g)
-    if compiled is not None and compiled[1] is None:
+    failed = None if compiled is None else compiled[1]
+    if compiled is not None and failed is None:
         return compiled[0]
-    if compiled is None:
+    if failed is None:
         values = _values(x, samples)
         offsets = [d.unsqueeze(1) for d in (*samples.slopes, *samples.offsets)]
     else:  # the rows of the places that failed
-        n, p = compiled[1].any(-1).nonzero(as_tuple=True)
+        n, p = failed.any(-1).nonzero(as_tuple=True)
         at = n.unsqueeze(1), torch.arange(x.shape[1], device=x.device), p.unsqueeze(1)
         values, g = _values_at(x, samples, *at), g[at]
         offsets = [d[n, p].unsqueeze(1) for d in (*samples.slopes, *samples.offsets)]

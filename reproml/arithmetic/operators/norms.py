@@ -129,8 +129,9 @@ def _euclidean_distances(x: Tensor, y: Tensor, of_pairs: bool = False) -> Option
         return None
     x, y = operands
     n, m, k = x.shape[1], y.shape[1], x.shape[2]
-    i, j = torch.triu_indices(n, n, 1, device="cpu") if of_pairs else (None, None)
-    shape = (len(x), n, m) if i is None else i.shape
+    side = n if of_pairs else 0
+    i, j = torch.triu_indices(side, side, 1, device="cpu")
+    shape = i.shape if of_pairs else (len(x), n, m)
     out = torch.empty(shape, dtype=torch.float32, device="cpu")
     failed = torch.empty(shape, dtype=torch.bool, device="cpu")
     pointers = [t.data_ptr() for t in (x, y, out, failed)]

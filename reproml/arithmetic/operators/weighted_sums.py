@@ -1,18 +1,19 @@
 """Sums of few elements with rational weights, rounded once: interpolation, and its gradients.
 
 `separable_sums` applies a sparse matrix of rational numbers to each of the last axes of a tensor. It
-computes in float64 with rounded weights, or in pairs of float64 numbers if the result is float64, and takes
-what passes the rounding test; the rest is summed exactly, with integers as weights. A weight of zero leaves
-its element out, even if that is infinite or NaN.
+computes in float64 with rounded weights (csrc/weighted_sums.c), or in pairs of float64 numbers if the
+result is float64, and takes what passes the rounding test; the rest is summed exactly, with integers as
+weights. A weight of zero leaves its element out, even if that is infinite or NaN.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -76,13 +77,22 @@ class SparseMatrix:
                 pairs[:, i, k] = s, t, 0.0 if exact else abs(s) * 2.0**-105
         return pairs
 
-    @property
+    @cached_property
+    def integers(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the numerators and the divisors as float64, which small ones are exactly."""
+        return self.numerators.astype(np.float64), self.divisors.astype(np.float64)
+
+    @cached_property
     def transposed(self) -> SparseMatrix:
         rows: list[Row] = [{} for _ in range(self.columns)]
         for i, row in enumerate(self._rows):
             for j, w in row.items():
                 rows[j][i] = w
         return SparseMatrix(rows, len(self))
+
+
+_AXES = 3  # of the compiled loop
+_NO_AXIS = SparseMatrix([{0: Fraction(1)}], 1)
 
 
 def separable_sums(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
@@ -93,12 +103,79 @@ def separable_sums(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
     inner, outer = [m.columns for m in matrices], [len(m) for m in matrices]
     leading = x.shape[: x.dim() - len(matrices)]
     planes = x.reshape(-1, *inner) if x.numel() else x.new_zeros(math.prod(leading), *inner)
-    result = x.new_empty(len(planes), *outer)
-    size = max(1, math.prod(inner), math.prod(outer))
+    compiled = _by_loop(planes, matrices)
+    if compiled is None:
+        result = _in_chunks(planes, matrices)
+    else:
+        result, left = compiled
+        if left is not None:
+            result[left] = _in_chunks(planes[left], matrices)
+    return result.reshape(*leading, *outer)
+
+
+def _by_loop(
+    x: Tensor, matrices: Sequence[SparseMatrix]
+) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+    """Compute the sums of planes by csrc/weighted_sums.c; None where it does not apply.
+
+    Returns the sums and the planes with a sum that failed, int64 [k]; None: no plane.
+    """
+    shape = (len(x), *map(len, matrices))
+    loops = kernels.loops()
+    if loops is None or not (x.is_cpu and x.numel() and math.prod(shape)) or len(matrices) > _AXES:
+        return None
+    axes = [*[_NO_AXIS] * (_AXES - len(matrices)), *matrices]
+    arrays: list[tuple[Any, ...]] = [(m.index, m.weights) for m in axes]
+    growth, divisors = 0.0, None
+    if _are_small(matrices):
+        growth = float(_growth(matrices))
+        arrays = [(m.index, m.weights, m.integers[0]) for m in axes]
+        first, second, third = (m.integers[1] for m in axes)
+        divisors = first[:, None, None] * second[:, None] * third
+    pointers = [a.ctypes.data for of_axis in zip(*arrays) for a in of_axis]
+    sizes = [size for m in axes for size in (len(m), m.columns, m.index.shape[1])]
+    x = x.contiguous()
+    out = torch.empty(shape, dtype=torch.float32, device="cpu")
+    failed = torch.empty(shape, dtype=torch.bool, device="cpu")
+    count = loops.reproml_weighted_sums(
+        len(x),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        (ctypes.c_void_p * 9)(*pointers),
+        None if divisors is None else divisors.ctypes.data,
+        growth,
+        _roundings(matrices),
+        *[t.data_ptr() for t in (x, out, failed)],
+    )
+    return out, failed.flatten(1).any(1).nonzero().squeeze(1) if count else None
+
+
+def _roundings(matrices: Sequence[SparseMatrix]) -> int:
+    """Each sum has a rounding for each term, and a weight and a product are rounded for each axis."""
+    return sum(m.index.shape[1] + 2 for m in matrices)
+
+
+def _are_small(matrices: Sequence[SparseMatrix]) -> bool:
+    """Return whether products with integer weights, and with divisors, are exact in binary64."""
+    return (
+        target() is not BINARY64
+        and math.prod(m.largest for m in matrices) < _WEIGHT
+        and math.prod(m.largest_divisor for m in matrices) < _DIVISOR
+    )
+
+
+def _growth(matrices: Sequence[SparseMatrix]) -> int:
+    """Return how large a sum with integer weights may be, relative to the largest element."""
+    return math.prod(max(abs(m.numerators).sum(1)) for m in matrices)
+
+
+def _in_chunks(planes: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
+    outer = list(map(len, matrices))
+    result = planes.new_empty(len(planes), *outer)
+    size = max(1, math.prod(planes.shape[1:]), math.prod(outer))
     for part in zip(*[t.split(max(1, _CHUNK // size)) for t in (planes, result)]):
         if part[1].numel():
             part[1].copy_(_sums_of_planes(part[0], matrices))
-    return result.reshape(*leading, *outer)
+    return result
 
 
 def _sums_of_planes(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
@@ -118,9 +195,7 @@ def _sums_of_planes(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
         return result if limits is None else torch.where(limits.isfinite(), result, limits)
     mid = _apply(wide, matrices, [m.weights for m in matrices])
     magnitude = _apply(wide.abs(), matrices, [abs(m.weights) for m in matrices])
-    # Each sum has a rounding for each term, and a weight and a product are rounded for each axis.
-    count = sum(m.index.shape[1] + 2 for m in matrices)
-    result = round_sum(mid + 0.0, magnitude * gamma(count), resolve)
+    result = round_sum(mid + 0.0, magnitude * gamma(_roundings(matrices)), resolve)
     return result if limits is None else torch.where(limits.isfinite(), result, limits.float())
 
 
@@ -188,8 +263,7 @@ def _in_order(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
 def _exact_values(x: Tensor, matrices: Sequence[SparseMatrix], at: Tensor) -> Any:
     """Return the correctly rounded sums at these flat indices of the result, float64 [k]."""
     x, at = x.cpu(), at.cpu()
-    small = target() is not BINARY64 and math.prod(m.largest for m in matrices) < _WEIGHT
-    if not small or math.prod(m.largest_divisor for m in matrices) >= _DIVISOR:
+    if not _are_small(matrices):
         return _by_fractions(*_terms(x, matrices, at, object))
     values = np.empty(len(at))
     rest = torch.ones_like(at, dtype=torch.bool)
@@ -240,17 +314,16 @@ def _are_short(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
     exponents = ((bits >> 52) & 0x7FF) - 1075
     last = ((whole & -whole).double().view(torch.int64) + (exponents << 52)).view(torch.float64)
     last = torch.where(bits << 1 == 0, torch.inf, last).amin(1)
-    growth = math.prod(max(abs(m.numerators).sum(1)) for m in matrices)
-    largest = x.flatten(1).abs().amax(1) * float(growth)
+    largest = x.flatten(1).abs().amax(1) * float(_growth(matrices))
     return largest <= last * 2.0**53
 
 
 def _of_planes(x: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
     """Return all sums of planes for which `_are_short` holds, rounded once: float64 [planes, *rows]."""
-    sums = _apply(x, matrices, [m.numerators.astype(np.float64) for m in matrices])
+    sums = _apply(x, matrices, [m.integers[0] for m in matrices])
     divisors = torch.ones((), dtype=torch.float64, device="cpu")
     for m in matrices:
-        divisors = divisors.unsqueeze(-1) * torch.from_numpy(m.divisors.astype(np.float64))
+        divisors = divisors.unsqueeze(-1) * torch.from_numpy(m.integers[1])
     return _quotients(sums, torch.zeros_like(divisors), divisors)
 
 

@@ -238,7 +238,7 @@ def test_rows_that_cancel_are_rounded_once(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
 def test_pairs_of_rows_are_rounded_to_narrow_targets_once(dtype):
-    """A sum of sevenths is not known to be exact; midpoints that are exact, and what is beside them, pass."""
+    """Midpoints that are exact pass, and what is beside them; a sum of sevenths is not known to be one."""
     one = 1 + 2.0 ** -{torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}[dtype]
     rows = [[one, 0], [one, 2.0**-80], [one, -(2.0**-80)], [1, -1], [-(2.0**-160), 0]]
     rows += [[one, 2.0**-1000], [math.nan, 0], [math.inf, 0]]
@@ -248,6 +248,7 @@ def test_pairs_of_rows_are_rounded_to_narrow_targets_once(dtype):
         sevenths = narrow_rows_by_pairs(
             lambda ctx, x: ctx.sum(x / 7), [torch.full_like(x[:1, :1], one).expand(1, 7)]
         )
+    assert found is not None and sevenths is not None
     up = 2 * one - 1
     assert found[0][:5].flatten().tolist() == [1, up, 1, 0, 0]
     assert [math.copysign(1, v) for v in found[0][3:5]] == [1, -1]

@@ -107,7 +107,7 @@ def rows_of(kind: str) -> torch.Tensor:
     """Return rows whose distances, or the sums of whose gradients, are midpoints, zeros or near those."""
     draw = torch.Generator().manual_seed(3)
     whole = torch.randint(-9, 10, (7, 67), generator=draw).float()
-    return {
+    x: torch.Tensor = {
         "whole": whole,
         "few": whole[:, :2],
         "equal": whole[:1].expand(7, -1),
@@ -118,7 +118,8 @@ def rows_of(kind: str) -> torch.Tensor:
         "near ties": torch.tensor(
             [[0.0, 0.0], [2.0**24 + 2, 0.0], [2.0**12, 2.0**24], [1, 2.0**-20]]
         ),
-    }[kind].contiguous()
+    }[kind]
+    return x.contiguous()
 
 
 @pytest.mark.usefixtures("path")

@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reproml
+from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.numerics import formats
 from reproml.arithmetic.operators import weighted_sums
 from tests.arithmetic.strategies import ANY, FINITE, tensors
 from tests.arithmetic.test_operator_table import widened
@@ -232,6 +234,26 @@ def test_small_quotients_are_rounded_once(divisor):
         check(torch.from_numpy(found).float(), [total(r) / divisor for r in reals(terms)])
 
 
+@pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", sorted({*KINDS} - {"_upsample_bicubic2d_aa"}))
+def test_ties_of_whole_tensors_stay_in_the_loop(name, dtype, monkeypatch):
+    kind, axes = KINDS[name]
+    inner, outer = [4, 3, 5][:axes], [8, 9, 10][:axes]
+    draw = torch.Generator().manual_seed(axes)
+    x = torch.randint(-9, 10, (3, 2, *inner), generator=draw).double()
+    x = (x * 2.0 ** formats.FORMATS[dtype].lowest).to(dtype)  # subnormal
+    monkeypatch.setattr(weighted_sums, "_in_chunks", None)
+    rows = [weights(kind, n, m, False, None) for n, m in zip(inner, outer)]
+    with reproml.exact(), o.rounding_to(dtype):
+        none = [None] * axes
+        check(getattr(aten, name)(x, outer, False, *none), applied(reals(x), rows))
+        g = getattr(aten, name)(x, outer, False, *none)
+        found = getattr(aten, f"{name}_backward")(g, outer, [3, 2, *inner], False, *none)
+        check(found, applied(reals(g), [transposed(r, n) for r, n in zip(rows, inner)]))
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("scale", [2.0**-149, 1.0, 2.0**-30])
 @pytest.mark.parametrize("name", ["upsample_bilinear2d", "_upsample_bilinear2d_aa"])
 def test_planes_of_short_and_of_long_numbers(name, scale):
@@ -241,6 +263,7 @@ def test_planes_of_short_and_of_long_numbers(name, scale):
     x[0, 1] *= torch.rand(6, 5, generator=draw)
     x[0, 2, ::2] = 0
     x[0, 3, 0, 0] = 1e30
+    x[0, 3, 3, 2:4] = torch.tensor([-1e30, 1e-30])
     args = ([9, 7], False, None, None)
     kind = "linear aa" if name.endswith("aa") else "linear"
     rows = [weights(kind, n, m, False, None) for n, m in ((6, 9), (5, 7))]
