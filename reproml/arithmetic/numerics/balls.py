@@ -493,13 +493,15 @@ def polygamma(mp: Any, n: int, x: Any) -> Any:
         return mp.psi(n, x)
     with mp.workprec(2 * mp.prec):  # the difference has zeros for even n
         cot = mp.cospi(x) / mp.sinpi(x)
-        derivative = mp.pi ** (n + 1) * mp.polyval(_derivative_of_cot(n), cot)
+        derivative = mp.pi ** (n + 1) * mp.polyval(derivative_of_cot(n), cot)
         return (-1) ** n * mp.psi(n, 1 - x) - derivative
 
 
 @lru_cache(maxsize=16)
-def _derivative_of_cot(n: int) -> list[int]:
-    """Return the n-th derivative of cot as a polynomial of cot, highest power first; all signs agree."""
+def derivative_of_cot(n: int) -> list[int]:
+    """Return the n-th derivative of cot as a polynomial of cot, highest power first.
+
+    All signs agree, and every second coefficient is 0."""
     p = [1, 0]
     for _ in range(n):  # that of cot^k is -k cot^(k - 1) (1 + cot^2)
         slope = [-k * c for k, c in zip(range(len(p) - 1, 0, -1), p)]

@@ -72,11 +72,11 @@ def _bernoulli(count: int) -> list[Fraction]:
     return numbers
 
 
-_EVEN = _bernoulli(30)[2::2]
-_TERMS = range(1, len(_EVEN) + 1)
-_LGAMMA = [_EVEN[k - 1] / (2 * k * (2 * k - 1)) for k in _TERMS]
-_DIGAMMA = [_EVEN[k - 1] / (2 * k) for k in _TERMS]
-_TRIGAMMA = [_EVEN[k - 1] for k in _TERMS]
+EVEN_BERNOULLI = _bernoulli(30)[2::2]
+_TERMS = range(1, len(EVEN_BERNOULLI) + 1)
+_LGAMMA = [EVEN_BERNOULLI[k - 1] / (2 * k * (2 * k - 1)) for k in _TERMS]
+_DIGAMMA = [EVEN_BERNOULLI[k - 1] / (2 * k) for k in _TERMS]
+_TRIGAMMA = [EVEN_BERNOULLI[k - 1] for k in _TERMS]
 
 
 def _series(ctx: Any, z: Any, coefficients: list[Fraction], power: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Callable
@@ -10,10 +11,11 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.compiler.evaluate import TENSORS, elementwise
+from reproml.arithmetic.numerics.balls import Ball, Formula
 from reproml.arithmetic.numerics.formats import NARROW, target
 from reproml.arithmetic.operators.arguments import require, require_float32
-from reproml.arithmetic.operators.special import by_long_numbers
+from reproml.arithmetic.operators.special import by_long_numbers, scaled_i
 from reproml.errors import NotExactError
 
 
@@ -71,39 +73,54 @@ def logspace(
         )
     a, b = Fraction(float(start)), Fraction(float(end))
 
+    step = (b - a) / max(steps - 1, 1)
+
     def value(mp: Any, i: float) -> Any:
-        x = a + int(i) * ((b - a) / max(steps - 1, 1))
+        x = a + int(i) * step
         return mp.power(mp.mpf(base), mp.mpf(x.numerator) / x.denominator)
 
-    return by_long_numbers(value, torch.arange(steps).double()).to(device or "cpu")
+    def quick(i: Tensor) -> Ball:
+        log = TENSORS.log(TENSORS.exact(torch.full_like(i[:1], base)))
+        return TENSORS.exp((TENSORS.exact(i) * step + a) * log)
+
+    normal = base >= sys.float_info.min  # see elementary.log
+    i = torch.arange(steps, dtype=torch.float64, device="cpu")
+    return by_long_numbers(value, i, quick if normal else None).to(device or "cpu")
 
 
 # ---- windows -----------------------------------------------------------------------------------------
 
-# A window: (mpmath, the place in the window as a fraction from 0 to 1, parameters) -> number.
-_Window = Callable[..., Any]
+# A window: (n, parameters) -> the function (context, i) of number i, at i / n. Windows are symmetric, so
+# that i is at most n / 2 here.
+_Window = Callable[..., Formula]
 
 
-def _hann(mp: Any, t: Any) -> Any:
-    return mp.sinpi(t) ** 2
+def _hann(n: int) -> Formula:
+    def formula(ctx: Any, i: Any) -> Any:
+        s = ctx.sinpi(i / n)
+        return s * s
+
+    return formula
 
 
-def _hamming(mp: Any, t: Any, alpha: float = 0.54, beta: float = 0.46) -> Any:
-    return mp.mpf(alpha) - mp.mpf(beta) * mp.cospi(2 * t)
+def _hamming(n: int, alpha: float = 0.54, beta: float = 0.46) -> Formula:
+    a, b = Fraction(alpha), Fraction(beta)
+    return lambda ctx, i: a - ctx.cospi(2 * i / n) * b
 
 
-def _blackman(mp: Any, t: Any) -> Any:
+def _blackman(n: int) -> Formula:
     """(1 - c) (0.34 - 0.16 c) / 2 = 0.42 - 0.5 c + 0.08 cos(4 pi t), without cancellation at the ends."""
-    s = mp.sinpi(t) ** 2
-    return s * (mp.mpf(18) + 32 * s) / 50
+
+    def formula(ctx: Any, i: Any) -> Any:
+        s = ctx.sinpi(i / n)
+        s = s * s
+        return s * (18 + 32 * s) / 50
+
+    return formula
 
 
-def _bartlett(mp: Any, t: Any) -> Any:
-    return 1 - abs(2 * t - 1)
-
-
-def _kaiser(mp: Any, t: Any, beta: float = 12.0) -> Any:
-    return mp.besseli(0, beta * mp.sqrt(4 * t * (1 - t))) / mp.besseli(0, mp.mpf(beta))
+def _bartlett(n: int) -> Formula:
+    return lambda ctx, i: 2 * i / n
 
 
 def window(formula: _Window) -> Callable[..., Tensor]:
@@ -112,39 +129,59 @@ def window(formula: _Window) -> Callable[..., Tensor]:
     Number i is at i / length, or at i / (length - 1) with periodic=False. A single number is 1.
     """
 
-    def operator(length: int, periodic: bool = True, *parameters: Any, **options: Any) -> Tensor:
-        return _window(formula, length, periodic, parameters, **options)
+    def value(n: int, i: Tensor, parameters: Sequence[float]) -> Tensor:
+        return elementwise(formula(n, *parameters), i)
 
-    return operator
+    return _operator(value)
 
 
-def _window(
-    formula: _Window,
-    length: int,
-    periodic: bool,
-    parameters: Sequence[Any],
-    *,
-    dtype: Any = None,
-    device: Any = None,
-    **_: Any,
-) -> Tensor:
-    require_float32(dtype or _default_dtype())
-    require(length >= 0, f"a window needs a length of at least 0, not {length}")
-    if length == 1:
-        return torch.ones(1, dtype=target().container, device=device)
-    last = length if periodic else length - 1
+def _kaiser(n: int, i: Tensor, parameters: Sequence[float]) -> Tensor:
+    """I0(x) / I0(beta) with x = 2 beta sqrt(i (n - i)) / n; both are taken times exp(-beta) in binary64."""
+    (beta,) = parameters or (12.0,)
 
     def value(mp: Any, i: float) -> Any:
-        return formula(mp, mp.mpf(int(i)) / last, *parameters)
+        t = mp.mpf(int(i)) / n
+        return mp.besseli(0, beta * mp.sqrt(4 * t * (1 - t))) / mp.besseli(0, mp.mpf(beta))
 
-    return by_long_numbers(value, torch.arange(length).double()).to(device or "cpu")
+    def quick(i: Tensor) -> Ball:
+        m, size = TENSORS.exact(i), abs(beta)
+        x = TENSORS.sqrt(m * (n - m)) * (2 * Fraction(size)) / n
+        y = scaled_i(0, x.mid)
+        # The slope of log(exp(-x) I0(x)) lies between -1 and 0, and exp(d) - 1 < 2 d for d < 1.
+        moved = torch.where(x.error < 1, 2 * x.error * y.mid, torch.inf)
+        y = TENSORS.ball(y.mid, y.error + moved)
+        return y * TENSORS.exp(x - Fraction(size)) / scaled_i(0, torch.full_like(i[:1], size))
+
+    return by_long_numbers(value, i, quick)
+
+
+def _operator(value: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def operator(
+        length: int,
+        periodic: bool = True,
+        *parameters: float,
+        dtype: Any = None,
+        device: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        require_float32(dtype or _default_dtype())
+        require(length >= 0, f"a window needs a length of at least 0, not {length}")
+        if not all(math.isfinite(p) for p in parameters):
+            raise NotExactError(f"a window has no exact definition for the parameters {parameters}")
+        if length == 1:
+            return torch.ones(1, dtype=target().container, device=device)
+        n = length if periodic else length - 1
+        i = torch.arange(length, dtype=torch.float64, device="cpu")
+        return value(n, torch.minimum(i, n - i), parameters).to(device or "cpu")
+
+    return operator
 
 
 hann_window = window(_hann)
 hamming_window = window(_hamming)
 blackman_window = window(_blackman)
 bartlett_window = window(_bartlett)
-kaiser_window = window(_kaiser)
+kaiser_window = _operator(_kaiser)
 
 
 def _default_dtype() -> torch.dtype:

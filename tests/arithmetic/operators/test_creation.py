@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reproml
+from reproml.arithmetic.operators import special
 from verification.functions import i0
 from verification.oracle import Real, check, mp, rounding_to, sqrt
 
@@ -55,6 +56,36 @@ def test_parameters_of_windows_are_used():
     assert hamming.tolist() == [0.5, 0.75, 1.0, 0.75]
     places = [Fraction(i, 3) for i in range(4)]
     check(kaiser, [i0(2.5 * sqrt(Real(4 * t * (1 - t)))) / i0(Real(2.5)) for t in places])
+
+
+@pytest.mark.parametrize("name", [*WINDOWS, "logspace"])
+def test_long_windows_need_few_long_numbers(name, monkeypatch):
+    found, value = [], special._value
+    monkeypatch.setattr(special, "_value", lambda *args: found.append(1) or value(*args))
+    n = 3000
+    with reproml.exact():
+        if name == "logspace":
+            x = torch.logspace(0.1, 0.7, n)
+        else:
+            x = getattr(torch, f"{name}_window")(n)
+    assert len(found) < 4
+    places = [0, 1, 2, 499, 500, 749, 750, 751, 1000, 1499, 1500, 1501, 2250, 2998, 2999]
+    if name == "logspace":
+        slope = (Fraction(0.7) - Fraction(0.1)) / (n - 1)
+        wanted = [Real(mp.power(10, Real(Fraction(0.1) + i * slope).mpf)) for i in places]
+    else:
+        wanted = [WINDOWS[name](Fraction(i, n)) for i in places]
+    check(x[places], wanted, True)
+
+
+def test_infinite_parameters_of_windows_are_refused():
+    with reproml.exact(), pytest.raises(reproml.NotExactError, match="parameters"):
+        torch.hamming_window(4, True, float("inf"), 0.5)
+
+
+def test_zeros_of_windows_are_positive():
+    with reproml.exact():
+        assert torch.hamming_window(12, True, 0.0, 1.0)[[3, 9]].signbit().tolist() == [False] * 2
 
 
 @few

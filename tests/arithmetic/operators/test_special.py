@@ -1,4 +1,4 @@
-"""Functions that mpmath computes: orders of polygamma, arguments far from 0, and values near midpoints."""
+"""Special functions: bounds of their errors, arguments far from 0, and values near midpoints."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import special
 
 import reproml
 from reproml.arithmetic.compiler import evaluate, kernels
+from reproml.arithmetic.operators import special as operators
 from verification import functions as f
 from verification.oracle import INF, NAN, Real, check, mp, reals, rounding_to, same_bits
 
@@ -110,3 +111,111 @@ def test_erfc_far_from_zero():
     x = torch.tensor([1e300, -1e300, 1e160, 28.0, 26.5, -7.0], dtype=torch.float64)
     with reproml.exact(), rounding_to(torch.float64):
         check(torch.erfc(x), [Real(mp.erfc(mp.mpf(min(v, 1e3)))) for v in x.tolist()])
+
+
+def _i(order, scaled):
+    return lambda x: mp.besseli(order, x) * (mp.exp(-abs(x)) if scaled else 1)
+
+
+def _scaled_erfc(x):
+    return mp.exp(x * x) * mp.erfc(x)
+
+
+def _log_ndtr(x):
+    return mp.log(_scaled_erfc(-x / mp.sqrt(2)) / 2) - x * x / 2
+
+
+# name -> the operator, its approximation, the function, and bounds of the arguments
+QUICK: dict[str, Any] = {
+    "i0": (torch.i0, operators._i(0, False), _i(0, False), -90, 90),
+    "i1": (special.i1, operators._i(1, False), _i(1, False), -90, 90),
+    "i0e": (special.i0e, operators._i(0, True), _i(0, True), -1e5, 1e5),
+    "i1e": (special.i1e, operators._i(1, True), _i(1, True), -1e5, 1e5),
+    "erfcx": (special.erfcx, operators._quick_erfcx, _scaled_erfc, -9, 1e4),
+    "log_ndtr": (special.log_ndtr, operators._quick_log_ndtr, _log_ndtr, -1e4, 12),
+    "bessel_j0": (special.bessel_j0, operators._j(0), lambda x: mp.besselj(0, x), -1e6, 1e6),
+    "bessel_j1": (special.bessel_j1, operators._j(1), lambda x: mp.besselj(1, x), -1e6, 1e6),
+    "airy_ai": (special.airy_ai, operators._quick_airy, lambda x: mp.airyai(x), -1e7, 20),
+    **{
+        f"polygamma({n})": (
+            lambda x, n=n: torch.polygamma(n, x),
+            lambda x, n=n: operators._quick_polygamma(n, x),
+            lambda x, n=n: f.polygamma(n, x),
+            -1e4 if n < 4 else -10,
+            1e4,
+        )
+        for n in (2, 3, 20)
+    },
+}
+
+
+def _arguments(low, high):
+    """Return binary32 numbers: of all sizes, beside powers of 2 and edges of intervals, and even ones."""
+    draw = torch.Generator().manual_seed(3)
+    size = torch.exp(torch.rand(40, generator=draw) * 120 - 60)
+    beside = torch.tensor([2.0, 8, 12, 16, 26, 1024, 37.336308]).repeat(3)
+    beside = beside * (1 + torch.arange(-1, 2).repeat_interleave(7) * 2.0**-23)
+    even = torch.linspace(-30, 30, 41) + 0.125
+    x = torch.cat([size, -size, beside, -beside, even, even / 100, torch.tensor([1e-40, -1e-45])])
+    x = x[(x >= low) & (x <= high)]
+    return x[(x > 0) | (x != x.floor())]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_approximations_are_within_their_bounds(name):
+    _, approximation, function, low, high = QUICK[name]
+    x = _arguments(low, high).double()
+    y = approximation(x)
+    error = torch.as_tensor(y.error, dtype=torch.float64).expand_as(y.mid)
+    for v, mid, bound in zip(x.tolist(), y.mid.tolist(), error.tolist()):
+        # One step of binary64, as numbers beside a midpoint may lie on the same side of it instead.
+        room = abs(mid) * 2.0**-52 + 2.0**-1000
+        assert math.isinf(mid) or abs(function(mp.mpf(v)) - mid) <= bound + room, v
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_special_functions_are_rounded_once(name):
+    operator, _, function, low, high = QUICK[name]
+    x = _arguments(low, high)
+    for dtype in (torch.float32, torch.bfloat16):
+        narrow = x.to(dtype)
+        narrow = narrow[(narrow > 0) | (narrow != narrow.floor())]
+        with reproml.exact(), rounding_to(dtype):
+            check(operator(narrow), [Real(function(v.mpf)) for v in reals(narrow)])
+
+
+def _normal_quantile(p):
+    return mp.findroot(lambda x: mp.ncdf(x) / p - 1, special.ndtri(torch.tensor(p).double()).item())
+
+
+def test_quantiles_of_normal_distribution_are_rounded_once():
+    p = torch.tensor([1e-45, 1e-38, 3e-20, 1e-9, 1e-4, 0.099999994, 0.1, 0.3, 0.7, 0.9, 0.99999994])
+    p = torch.cat([p, 0.5 + torch.tensor([-(2.0**-25), 2.0**-24, 2.0**-12])])
+    wanted = [_normal_quantile(v) for v in p.tolist()]
+    y = operators._quick_ndtri(p.double())
+    for v, mid, bound in zip(wanted, y.mid.tolist(), y.error.tolist()):
+        assert abs(v - mid) <= bound + abs(mid) * 2.0**-52 and bound < abs(mid) * 2.0**-40
+    with reproml.exact():
+        check(special.ndtri(p), [Real(v) for v in wanted])
+        ends = special.ndtri(torch.tensor([0.0, 1.0, 0.5, -0.1, 1.1, math.nan]))
+    check(ends, [Real(v) for v in (-INF, INF, 0, NAN, NAN, NAN)])
+
+
+@pytest.mark.parametrize("name", [*QUICK, "ndtri"])
+def test_few_elements_need_long_numbers(name, monkeypatch):
+    found = []
+    long_numbers = operators._in_long_numbers
+
+    def counted(function, x):
+        found.append(x.numel())
+        return long_numbers(function, x)
+
+    monkeypatch.setattr(operators, "_in_long_numbers", counted)
+    operator = QUICK[name][0] if name in QUICK else special.ndtri
+    draw = torch.Generator().manual_seed(0)
+    subnormal = torch.randint(1, 2**23, (2000,), generator=draw).int().view(torch.float32)
+    with reproml.exact():
+        for x in (torch.rand(2000, generator=draw), torch.randn(2000, generator=draw), subnormal):
+            operator(x)
+            operator(x * -60)
+    assert sum(found) <= 4
