@@ -220,6 +220,19 @@ def elements_by_pairs(
     return value, failed
 
 
+def elements_in_pairs(
+    program: Optional[PairProgram], operands: Sequence[Tensor]
+) -> Optional[tuple[Tensor, Tensor, Tensor]]:
+    """Return s, t and rad of an elementwise formula of float64 tensors [n]; None where it cannot run."""
+    if kernels.library is None or program is None or not all(x.is_cpu for x in operands):
+        return None
+    zero = torch.zeros_like(operands[0])
+    arrays = [y for x in operands for y in (x.contiguous(), zero, zero)]
+    s, t, rad = (torch.empty_like(zero) for _ in range(3))
+    _call(program, arrays, [1] * len(operands), [s, t, rad])
+    return s, t, rad
+
+
 def rows_by_pairs(formula: Formula, operands: Sequence[Tensor]) -> Optional[tuple[Tensor, Tensor]]:
     """The same of a formula on rows, which lie along the last axis. An exact zero is +0."""
     if kernels.library is None or not all(x.is_cpu for x in operands):
@@ -285,6 +298,18 @@ def _ends(t: Tensor, rad: Tensor) -> tuple[Tensor, Tensor]:
 
 def _is_far(s: Tensor, t: Tensor) -> Tensor:
     return (t != 0) & (t.abs() < _FAR * s.abs())
+
+
+def round_pairs_to_odd(s: Tensor, t: Tensor, rad: Tensor) -> tuple[Tensor, Tensor]:
+    """Round s + t to binary64, but to an odd number unless it is exact, and find what fails.
+
+    s is the nearest number to s + t. So of the two numbers around the exact value it is one, and the sign
+    of t tells the other.
+    """
+    failed = ~((t.abs() > 2 * rad) | ((t == 0) & (rad == 0))) | ~s.isfinite()
+    even = (s.view(torch.int64) & 1) == 0
+    other = torch.nextafter(s, torch.where(t > 0, torch.inf, -torch.inf).double())
+    return torch.where((t != 0) & even, other, s), failed
 
 
 # ---- sums and products ---------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from reproml.arithmetic.numerics.formats import (
     storing,
     target,
 )
-from reproml.arithmetic.numerics.libm import EXACT_MATH, power, rounded_to_nearest, rounded_to_odd
+from reproml.arithmetic.numerics.libm import EXACT_MATH, rounded_to_nearest, rounded_to_odd
 from reproml.arithmetic.numerics.rounding import nearest
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.activations import leaky_relu
@@ -54,7 +54,7 @@ def rand(
 ) -> Tensor:
     """Draw multiples of 2^-24 in [0, 1), or 16-bit numbers nearest to them, with 0 in place of 1."""
     _require_float32(dtype)
-    _require_cpu(generator)
+    require_cpu(generator)
     u = torch.rand(size, generator=generator, dtype=target().container, device="cpu")
     return _to(_below(narrow_float32(u), 0.0, 1.0) if target().dtype in NARROW else u, device)
 
@@ -92,7 +92,7 @@ def rrelu(
     """
     if not training:
         return leaky_relu(x, (low + high) / 2)
-    _require_cpu(generator)
+    require_cpu(generator)
     if is_on_accelerator(x):
         replay_log.flush()
     negative = x <= 0
@@ -162,7 +162,7 @@ def normal_(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None
 
     Raises RuntimeError for std < 0.
     """
-    _require_cpu(generator)
+    require_cpu(generator)
     require(std >= 0, f"normal_ expects std >= 0, not {std}")
     m, s = float32_scalar(mean), float32_scalar(std)
 
@@ -185,7 +185,7 @@ def normal_(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None
                 torch.rand(16, generator=generator, dtype=target().container, device="cpu")
             )
     elif n:
-        spare = _take_spare(generator)
+        spare = take_spare(generator)
         count = n - len(spare)
         draws = torch.rand(
             (count + 1) // 2, 2, generator=generator, dtype=torch.float64, device="cpu"
@@ -193,7 +193,7 @@ def normal_(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None
         pairs = torch.stack(box_muller(draws[:, 1], draws[:, 0]), 1).reshape(-1)
         flat = torch.cat([elementwise(lambda ctx, z: z * s + m, spare), pairs[:count]])
         if count % 2:
-            _keep_spare(generator, *draws[-1].tolist())
+            keep_spare(generator, *draws[-1].tolist())
     else:
         return x
     return x.copy_(_to(flat.reshape(x.shape), x.device))
@@ -203,7 +203,7 @@ def normal_(x: Tensor, mean: float = 0, std: float = 1, *, generator: Any = None
 _STATE, _SPARE, _HAS_SPARE = 5056, slice(5024, 5032), slice(5040, 5044)
 
 
-def _take_spare(generator: Optional[torch.Generator]) -> Tensor:
+def take_spare(generator: Optional[torch.Generator]) -> Tensor:
     """Remove the normal number that a generator keeps. Returns float64 [1], or [0] if there is none."""
     generator = generator or torch.default_generator
     state = _state_of(generator)
@@ -215,7 +215,7 @@ def _take_spare(generator: Optional[torch.Generator]) -> Tensor:
     return spare
 
 
-def _keep_spare(generator: Optional[torch.Generator], v: float, u: float) -> None:
+def keep_spare(generator: Optional[torch.Generator], v: float, u: float) -> None:
     """Let a generator keep sqrt(-2 log(1 - u)) sin(2 pi v), rounded to odd, or to float64 for float64."""
     generator = generator or torch.default_generator
     state = _state_of(generator)
@@ -344,7 +344,7 @@ def multinomial(
 
     Raises RuntimeError if x is not a tensor of probabilities or has too few of them.
     """
-    _require_cpu(generator)
+    require_cpu(generator)
     require((x >= 0) & x.isfinite(), "multinomial: a probability is inf, NaN or negative")
     require(x.sum(-1) > 0, "multinomial: the sum of the probabilities is 0")
     if replacement and count > 1:
@@ -361,7 +361,7 @@ def multinomial(
 
 def _multinomial_with_replacement(x: Tensor, count: int, generator: Any) -> Tensor:
     """Return the indices, which the CPU computes with integers of any length."""
-    rows = _numbers(x.reshape(-1, x.shape[-1]))
+    rows = numbers_of(x.reshape(-1, x.shape[-1]))
     u = torch.rand(len(rows), count, generator=generator, dtype=torch.float64, device="cpu")
     indices = []
     for row, draws in zip(rows, (u * 2.0**53).long().tolist()):
@@ -373,82 +373,6 @@ def _multinomial_with_replacement(x: Tensor, count: int, generator: Any) -> Tens
     return _to(torch.tensor(indices, device="cpu").reshape(*x.shape[:-1], count), x.device)
 
 
-def standard_gamma(x: Tensor, generator: Any = None) -> Tensor:
-    """Draw from the gamma distribution with the shapes x and scale 1.
-
-    Each number is one of `_gamma`, rounded and at least the smallest normal number. Raises RuntimeError
-    unless 0 <= x < inf.
-    """
-    _require_cpu(generator)
-    require(
-        (x >= 0) & x.isfinite(), "_standard_gamma expects shapes that are finite and not negative"
-    )
-    draws = [_gamma(a, generator) for a in _numbers(x.reshape(-1))]
-    smallest = torch.finfo(target().dtype).tiny
-    result = narrow(torch.tensor(draws, dtype=torch.float64, device="cpu")).clamp(min=smallest)
-    return _to(result.reshape(x.shape), x.device)
-
-
-def sample_dirichlet(x: Tensor, generator: Any = None) -> Tensor:
-    """Draw from the Dirichlet distributions with the concentrations in the last axis of x.
-
-    The numbers g / sum(g), with g of `_gamma`, are rounded once, but at least the smallest normal number
-    and below 1. Raises RuntimeError unless 0 < x < inf.
-    """
-    _require_cpu(generator)
-    require(
-        (x > 0) & x.isfinite(), "_sample_dirichlet expects concentrations that are finite and > 0"
-    )
-    smallest, largest = torch.finfo(torch.float32).tiny, 1 - 2.0**-24
-    result = []
-    for row in _numbers(x.reshape(-1, x.shape[-1])):
-        draws = [Fraction(_gamma(a, generator)) for a in row]
-        total = sum(draws) or 1
-        result.append([min(largest, max(smallest, nearest(g / total))) for g in draws])
-    return _to(torch.tensor(result, dtype=torch.float32, device="cpu").reshape(x.shape), x.device)
-
-
-def _gamma(shape: float, generator: Any) -> float:
-    """Draw a binary64 number from the gamma distribution, by rejection.
-
-    G. Marsaglia and W. W. Tsang, A simple method for generating gamma variables, ACM Transactions on
-    Mathematical Software 26(3), 2000, in binary64 numbers: each operation, log and power is rounded once,
-    from left to right. PyTorch does the same; it first tries a bound that makes most logarithms
-    superfluous and accepts no other numbers.
-    """
-    if not shape:
-        return 0.0
-    scale = 1.0
-    if shape < 1:
-        scale = power(1 - _uniform(generator), 1 / shape)
-        shape += 1
-    d = shape - 1 / 3
-    c = 1 / math.sqrt(9 * d)
-    while True:
-        z = _standard_normal(generator)
-        y = 1 + c * z
-        if y <= 0:
-            continue
-        v = y * y * y
-        u = 1 - _uniform(generator)
-        if EXACT_MATH.log(u) < 0.5 * (z * z) + d * (1 - v + EXACT_MATH.log(v)):
-            return scale * d * v
-
-
-def _uniform(generator: Any) -> float:
-    return torch.rand((), generator=generator, dtype=torch.float64, device="cpu").item()
-
-
-def _standard_normal(generator: Any) -> float:
-    """Draw one number as `normal_` does, rounded to binary64 to odd."""
-    spare: list[float] = _take_spare(generator).tolist()
-    if spare:
-        return spare[0]
-    v, u = _uniform(generator), _uniform(generator)
-    _keep_spare(generator, v, u)
-    return rounded_to_odd(lambda mp: mp.sqrt(-2 * mp.log1p(-mp.mpf(u))) * mp.cospi(2 * mp.mpf(v)))
-
-
 # ---- integers ----------------------------------------------------------------------------------------
 
 
@@ -456,7 +380,7 @@ def drawn_on_cpu(draw: Any) -> Any:
     """Return the definition of randint or randperm: PyTorch's function, always called on the CPU."""
 
     def drawn(*args: Any, device: Any = None, pin_memory: Any = None, **options: Any) -> Tensor:
-        _require_cpu(options.get("generator"))
+        require_cpu(options.get("generator"))
         _require_narrow_bounds(options.get("dtype"), args)
         return _to(draw(*args, **options), device)
 
@@ -467,7 +391,7 @@ def randint_like(
     x: Tensor, *bounds: Any, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any
 ) -> Tensor:
     """Return random integers in the shape of x, as randint draws them."""
-    _require_cpu(generator)
+    require_cpu(generator)
     low, high = map(int, bounds if len(bounds) > 1 else (0, *bounds))
     _require_narrow_bounds(dtype or x.dtype, (low, high))
     draws = torch.randint(low, high, x.shape, generator=generator, dtype=dtype or x.dtype)
@@ -476,7 +400,7 @@ def randint_like(
 
 def random_(x: Tensor, *bounds: int, generator: Any = None) -> Tensor:
     """Write random integers within the bounds to x."""
-    _require_cpu(generator)
+    require_cpu(generator)
     _require_narrow_bounds(x.dtype, bounds)
     draws = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     return x.copy_(_to(draws.random_(*bounds, generator=generator), x.device))
@@ -487,12 +411,12 @@ def random_(x: Tensor, *bounds: int, generator: Any = None) -> Tensor:
 
 def _uniform_like(x: Tensor, dtype: torch.dtype, generator: Any) -> Tensor:
     """Draw numbers of `rand` in the shape of x."""
-    _require_cpu(generator)
+    require_cpu(generator)
     u = torch.rand(x.shape, generator=generator, dtype=dtype, device="cpu")
     return _to(u, x.device)
 
 
-def _numbers(x: Tensor) -> Any:
+def numbers_of(x: Tensor) -> Any:
     """Return the numbers of a tensor, after all those of a device have been confirmed."""
     if is_on_accelerator(x):
         replay_log.flush()
@@ -517,7 +441,7 @@ def _require_narrow_bounds(dtype: Any, bounds: Sequence[Any]) -> None:
         )
 
 
-def _require_cpu(generator: Optional[torch.Generator]) -> None:
+def require_cpu(generator: Optional[torch.Generator]) -> None:
     if generator is not None and generator.device.type != "cpu":
         raise NotExactError(
             f"A generator on {generator.device} draws other numbers than the CPU's; use a CPU generator."

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reproml
-from reproml.arithmetic.operators import random
+from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.numerics.rounding import gamma
+from reproml.arithmetic.operators import gamma_draws, random
 from reproml.torch_internals import UnknownPyTorchError
 from tests.arithmetic.strategies import LAYOUTS, lay_out
 from verification import oracle as o
@@ -349,7 +351,7 @@ def test_samplers_and_categorical_distributions_match_pytorch():
 
 
 class GammaOracle:
-    """Draw as `_gamma` is documented, with mpmath's numbers and roundings of our own."""
+    """Draw as `gamma_draws._draws` is documented, with mpmath's numbers and roundings of our own."""
 
     def __init__(self):
         self.spare = None
@@ -414,6 +416,67 @@ def test_gamma_is_the_rejection_method_in_rounded_steps(seed):
     oracle = GammaOracle()
     expected = [max(oracle.draw(a), tiny) for a in x.reshape(-1).tolist()]
     check(exact.reshape(-1), [Real(v) for v in expected])
+
+
+def _every_shape():
+    draw = torch.Generator().manual_seed(2)
+    size = torch.exp(torch.rand(30, generator=draw) * 40 - 5)
+    return torch.cat([size, torch.tensor([0.0, 1.0, 0.999, 2.0**-20, 1e20, 1e30, 0.34, 4e12])])
+
+
+@pytest.mark.parametrize("path", ["usual", "exact decisions", "reference"])
+def test_gamma_of_every_shape_takes_as_many_numbers_as_single_draws(path, monkeypatch):
+    x, oracle, tiny = _every_shape(), GammaOracle(), torch.finfo(torch.float32).tiny
+    torch.manual_seed(3)
+    expected = [max(oracle.draw(a), tiny) for a in x.tolist()]
+    following = torch.rand(2)
+    if path == "exact decisions":
+        monkeypatch.setattr(gamma_draws, "_passes", lambda *_: gamma_draws._UNKNOWN)
+    if path == "reference":
+        monkeypatch.setattr(kernels, "library", None)
+    torch.manual_seed(3)
+    with reproml.exact():
+        check(torch._standard_gamma(x), [Real(v) for v in expected])
+        if oracle.spare is not None:
+            check(torch.empty(1).normal_(), [Real(oracle.spare)])
+        assert torch.equal(torch.rand(2), following)
+
+
+def test_decisions_about_gammas_are_known_but_for_few(monkeypatch):
+    found = []
+
+    def passes(*numbers):
+        found.append(numbers)
+        return True
+
+    monkeypatch.setattr(gamma_draws, "_passes_exactly", passes)
+    with reproml.exact():
+        for x in (torch.rand(500) + 1e-3, torch.rand(500) * 1e7, torch.rand(500) * 1e30):
+            torch._standard_gamma(x)
+    assert len(found) < 3
+
+
+def test_near_logarithm_is_within_its_bound():
+    for x in [1 + k * 2.0**-52 for k in (-9, -1, 1, 9)] + [
+        0.7071,
+        0.7072,
+        1.5,
+        80.0,
+        1e-9,
+        1 - 1e-9,
+    ]:
+        exact = o.mp.log(o.mp.mpf(x))
+        assert abs(gamma_draws._near_log(x) - exact) < abs(exact) * o.mp.mpf(2) ** -48
+
+
+def test_ratios_that_fail_the_test_are_rounded_once(monkeypatch):
+    results = []
+    for bound in (gamma, lambda n: 1.0):
+        monkeypatch.setattr(gamma_draws, "gamma", bound)
+        torch.manual_seed(1)
+        with reproml.exact():
+            results.append(torch._sample_dirichlet(torch.rand(40, 7) + 0.01))
+    assert same_bits(*results)
 
 
 @pytest.mark.parametrize("seed", [0, 5])
