@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels, pair_arrays
+from reproml.arithmetic.compiler.direct import run_directly
 from reproml.arithmetic.numerics.exact_sums import MANY, ONE, exact_sum, nearest_of_rows
 from reproml.arithmetic.numerics.formats import BINARY64, target
 from reproml.arithmetic.numerics.rationals import Rationals
@@ -206,8 +207,9 @@ def mv(a: Tensor, b: Tensor) -> Tensor:
 
 def addmv(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """Return alpha * (a @ b) + beta * bias for a vector b, rounded once."""
-    bias = bias.expand(len(a)).unsqueeze(1)
-    return matmul(a, b.unsqueeze(1), bias, float32_scalar(alpha), float32_scalar(beta)).squeeze(1)
+    bias = bias.expand(len(a))
+    # As a row, because the compiled loop adds one number to each column.
+    return baddbmm(bias, b.unsqueeze(0), a.t(), beta=beta, alpha=alpha).squeeze(0)
 
 
 def addbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -222,6 +224,13 @@ def addbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float 
 def addr(x: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """Return alpha * (the outer product of a and b) + beta * x, rounded once."""
     x = x.expand(len(a), len(b))
+    if beta == 1 and x.dtype is torch.float32:
+        # + 0.0: an exact zero is +0.
+        sums = run_directly(
+            "addcmul", x + 0.0, a.unsqueeze(1), b, scalar=float(float32_scalar(alpha))
+        )
+        if sums is not None:
+            return sums
     return baddbmm(x, a.unsqueeze(1), b.unsqueeze(0), beta=beta, alpha=alpha)
 
 
