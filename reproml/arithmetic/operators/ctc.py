@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
+from reproml.arithmetic.numerics.formats import reach
+from reproml.arithmetic.numerics.rounding import U, two_sum
 from reproml.arithmetic.operators.arguments import require, require_shape
 from reproml.arithmetic.operators.indexing import scatter_add
 
@@ -147,7 +149,10 @@ def _step(a: Tensor, b: Tensor, c: Tensor, y: Tensor) -> Tensor:
     middle = torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
     last = torch.minimum(torch.minimum(a, b), c)
     reached = (top != -INFINITY) & (y != -INFINITY)
-    use = [x != -INFINITY for x in (middle, last)]
+    # The logarithm of 1 + exp(-1000) is below 2^-1440: it rounds to 0, and beside any other binary32 number
+    # it counts as zero (compiler/evaluate.py).
+    negligible = [(x < top.double() - reach(1000)) & top.isfinite() for x in (middle, last)]
+    use = [(x != -INFINITY) & ~small for x, small in zip((middle, last), negligible)]
     top = torch.where(reached, top, 0.0)
 
     def formula(ctx: Any, a: Any, b: Any, c: Any, with_b: Any, with_c: Any, y: Any) -> Any:
@@ -163,6 +168,21 @@ def _step(a: Tensor, b: Tensor, c: Tensor, y: Tensor) -> Tensor:
         torch.where(reached, y, 0.0),
     )
     return torch.where(reached, value, -INFINITY)
+
+
+def _exp_of_sum(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """Return exp(a + b + c + d), rounded once."""
+    s, lost = two_sum(a.double(), b.double())
+    r, more = two_sum(c.double(), d.double())
+    total, last = two_sum(s, r)
+    error = 4 * U * (lost.abs() + more.abs() + last.abs())  # of the three additions to `total`
+    total = total + lost + more + last
+    error = error + 4 * U * total.abs()
+    # Terms of 1e30 seldom cancel: where the sum is far from 0, no more than its sign is needed.
+    below, beyond = total + error < -reach(110), total - error > reach(100)
+    terms = [torch.where(below | beyond, 0.0, x) for x in (a, b, c, d)]
+    value = elementwise(lambda ctx, a, b, c, d: ctx.exp(a + b + c + d), *terms)
+    return torch.where(below, 0.0, torch.where(beyond, INFINITY, value))
 
 
 def ctc_loss_backward(
@@ -198,10 +218,7 @@ def ctc_loss_backward(
         beta = torch.where(ends, torch.where(at_end, y, -INFINITY), beta)
         alpha = log_alpha[:, t]
         used = (alpha != -INFINITY) & (beta != -INFINITY) & loss.isfinite()
-        p = elementwise(
-            lambda ctx, a, b, loss, y: ctx.exp(a + b + loss - y),
-            *[torch.where(used, x, 0.0) for x in (alpha, beta, loss, y)],
-        )
+        p = _exp_of_sum(*[torch.where(used, x, 0.0) for x in (alpha, beta, loss, -y)])
         zeros = log_probs.new_zeros(n, classes)
         sums.append(scatter_add(zeros, 1, problem.labels, torch.where(used, p, 0.0)))
     if not sums:
