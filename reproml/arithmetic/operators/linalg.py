@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
 from reproml.arithmetic.dispatch.deferred import replay_log
+from reproml.arithmetic.numerics.formats import BINARY32, target
 from reproml.arithmetic.operators.matmul import matmul
 from reproml.arithmetic.operators.norms import vector_norm
 from reproml.errors import NotExactError
@@ -80,9 +82,12 @@ def trilinear(
         for axis in axes:
             t = t.unsqueeze(axis)
         operands.append(t)
-    last = range(-len(sumdim), 0)
+    product = _as_matrix_product(operands, sumdim)
+    if product is not None:
+        return product
+    last = range(-len(sumdim) - 1, -1)
     rows = [
-        t.movedim(tuple(sumdim), tuple(last)).flatten(-len(sumdim))
+        t.unsqueeze(-1).movedim([i % t.dim() for i in sumdim], tuple(last)).flatten(last.start)
         for t in torch.broadcast_tensors(*operands)
     ]
 
@@ -92,3 +97,82 @@ def trilinear(
     if not rows[0].numel():
         return x.new_zeros(rows[0].shape[:-1])
     return rowwise(formula, -1, *rows).squeeze(-1)
+
+
+def _as_matrix_product(operands: list[Tensor], sumdim: Sequence[int]) -> Optional[Tensor]:
+    """Compute `trilinear` as a product of matrices. Returns None where it is not exactly one."""
+    shape = torch.broadcast_shapes(*[t.shape for t in operands])
+    if target() is not BINARY32 or not all(t.is_cpu and t.numel() for t in operands):
+        return None
+    i, j, k = min(  # x y is the smallest of the three products
+        ((0, 1, 2), (0, 2, 1), (1, 2, 0)),
+        key=lambda of: torch.broadcast_shapes(operands[of[0]].shape, operands[of[1]].shape).numel(),
+    )
+    x, y, z = (operands[n].double() for n in (i, j, k))
+    summed = [n % len(shape) for n in sumdim]
+    left, right = torch.broadcast_shapes(x.shape, y.shape), z.shape
+    kept = [n for n in range(len(shape)) if n not in summed]
+    batch = [n for n in kept if left[n] > 1 and right[n] > 1]
+    columns = [n for n in kept if n not in batch and right[n] > 1]
+    lines = [n for n in kept if n not in batch and n not in columns]
+
+    def matrices(t: Tensor, *groups: list[int]) -> Tensor:
+        """Expand a tensor to all axes of these groups and make an axis of each group."""
+        axes = [n for group in groups for n in group]
+        t = t.expand([shape[n] if n in axes else 1 for n in range(len(shape))])
+        t = t.permute(axes + [n for n in range(len(shape)) if n not in axes])
+        return t.reshape([math.prod(shape[n] for n in group) for group in groups])
+
+    finite = all(bool(t.isfinite().all()) for t in (x, y, z))
+    numbers = [x, y, z] if finite else [t.nan_to_num(0.0, 0.0, 0.0) for t in (x, y, z)]
+    parts = _scaled_factors(*numbers)
+    if parts is None:
+        return None
+    high, low, factors, exponent = parts
+    a = torch.cat([matrices(t, batch, lines, summed) for t in (high, low)], 2)
+    b = matrices(factors, batch, summed, columns)
+    product = _shifted(matmul(a, torch.cat([b, b], 1)), exponent)
+    if product is None:
+        return None
+    if not finite:  # the sums of terms that are infinite or NaN are so in any order
+        a, b = matrices(x * y, batch, lines, summed), matrices(z, batch, summed, columns)
+        limits = a @ b
+        product = torch.where(limits.isfinite(), product, limits.float())
+    order = batch + lines + columns
+    unordered = product.reshape([shape[n] for n in order])
+    return unordered.permute([order.index(n) for n in kept]).contiguous()
+
+
+def _scaled_factors(
+    x: Tensor, y: Tensor, z: Tensor
+) -> Optional[tuple[Tensor, Tensor, Tensor, int]]:
+    """Return float32 h, l and f and an exponent e with x y z = (h + l) f 2^e, for binary32 numbers.
+
+    The product of two binary32 numbers is the sum of two others, unless one of these underflows. So powers
+    of two bring x and y near 1, and z to the other side, so that e = 0, or near 1 where that is too far.
+    Returns None where a number underflows nevertheless.
+    """
+    largest = [float(t.abs().amax()) for t in (x, y, z)]
+    of_x, of_y, of_z = (math.frexp(n)[1] for n in largest)
+    exponent = 0 if abs(of_x + of_y + of_z) < 100 else of_x + of_y + of_z
+    if 0 in largest:
+        z, exponent = torch.zeros_like(z), 0
+    both = (x * 2.0**-of_x) * (y * 2.0**-of_y)
+    scaled = z * 2.0 ** (of_x + of_y - exponent)
+    high, factors = both.float(), scaled.float()
+    low = (both - high).float()
+    exact = (high.double() + low == both).all() & (factors == scaled).all()
+    return (high, low, factors, exponent) if exact else None
+
+
+def _shifted(x: Tensor, exponent: int) -> Optional[Tensor]:
+    """Return x 2^exponent, where x is rounded to binary32; None where that may round it again.
+
+    It does not round a normal number that becomes another one, or that becomes too small for any.
+    """
+    if not exponent:
+        return x
+    shifted = x.double() * 2.0**exponent
+    normal = x.double().abs().minimum(shifted.abs()) >= 2.0**-126
+    exact = (normal | (shifted.abs() < 2.0**-150)) & (exponent < 0 or x != 0)
+    return shifted.float() if exact.all() else None

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reproml.arithmetic.numerics import exact_sums
-from reproml.arithmetic.operators import matmul, reductions
+from reproml.arithmetic.operators import linalg, matmul, reductions
 from tests.arithmetic import forms
 from tests.arithmetic.strategies import ANY, FINITE, LAYOUTS, SMALL_INTEGERS, lay_out, tensors
 from verification.oracle import Real, check, reals, same_bits, total
@@ -284,3 +284,81 @@ def test_training_is_independent_of_threads_and_instructions(path, request):
         assert result.returncode == 0, result.stderr
         lines.add(result.stdout)
     assert len(lines) == 1
+
+
+def outer_sum(x, a, b, alpha=1):
+    """Return x + alpha a b in real numbers; an exact zero is +0."""
+    rows, columns, terms = reals(a), reals(b), reals(x)
+    out = np.empty((len(a), len(b)), dtype=object)
+    for i, j in np.ndindex(out.shape):
+        value = terms[i, j] + rows[i] * columns[j] * Real(float(torch.tensor(alpha)))
+        out[i, j] = Real(0) if value.v == 0 else value
+    return out
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-24, 2.0**-75, 2.0**60])
+@pytest.mark.parametrize("alpha", [1, 0.3])
+def test_added_outer_product_is_rounded_once(scale, alpha):
+    random = torch.Generator().manual_seed(5)
+    a, b = (torch.randint(-4, 5, (n,), generator=random) * scale for n in (9, 11))
+    x = torch.randint(-(2**24), 2**24, (9, 11), generator=random).float()
+    x[0], x[1], x[2] = -0.0, -a[1] * b, 1.0
+    check(matmul.addr(x, a, b, alpha=alpha), outer_sum(x, a, b, alpha))
+    limits = torch.tensor([math.inf, -math.inf, math.nan, 3e38, -0.0])
+    check(matmul.addr(x[:5, :5], limits, limits), outer_sum(x[:5, :5], limits, limits))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vector_with_bias_is_rounded_once(layout):
+    random = torch.Generator().manual_seed(6)
+    a = lay_out(torch.randint(-9, 10, (5, 40), generator=random).float(), layout)
+    b, bias = (torch.randint(-9, 10, (n,), generator=random) * 2.0**-20 for n in (40, 5))
+    check(matmul.addmv(bias, a, b), exact_product(a, b[:, None], bias[:, None])[:, 0])
+    check(matmul.addmv(bias[:1], a, b), exact_product(a, b[:, None], bias[:1])[:, 0])
+
+
+TRIPLES = {  # the numbers of x, y and z, drawn from -20 to 19
+    "normal": (1, 1, 1),
+    "whole": (1, 1, 1),
+    "one underflows": (2.0**-70, 2.0**-70, 1),
+    "all underflow": (2.0**-149, 2.0**-149, 2.0**-149),
+    "subnormal": (2.0**-60, 2.0**-70, 2.0**-14),
+    "small beside large": (2.0**100, 2.0**-100, 2.0**-3),
+    "large": (2.0**100, 2.0**20, 2.0**-100),
+    "overflow": (2.0**110, 2.0**110, 2.0**110),
+    "zero": (2.0**110, 0, 2.0**110),
+}
+
+
+@pytest.mark.parametrize("kind", TRIPLES)
+@pytest.mark.parametrize("axes", [(1, 2), (0, 2), (-1,), (), (0, 1, 2)])
+def test_sum_of_triple_products_is_rounded_once(kind, axes):
+    random = torch.Generator().manual_seed(7)
+    shapes, inserted = [(3, 4), (3, 5), (4, 5)], [[2], [1], [0]]
+    draw = [
+        torch.randn(s, generator=random)
+        if kind == "normal"
+        else torch.randint(-20, 20, s, generator=random).float()
+        for s in shapes
+    ]
+    x, y, z = (t * scale for t, scale in zip(draw, TRIPLES[kind]))
+    if kind == "small beside large":
+        x[0], x[1], y[2] = x[0] * 2.0**-200, x[1] * 2.0**-240, y[2] * 2.0**-40
+    a, b, c = (reals(t) for t in (x, y, z))
+    terms = a[:, :, None] * b[:, None, :] * c[None]
+    kept = [n for n in range(3) if n not in [i % 3 for i in axes]]
+    rows = terms.transpose(kept + [i % 3 for i in axes])
+    expected = np.empty([3 * (n == 0) or 4 * (n == 1) or 5 for n in kept], dtype=object)
+    for at in np.ndindex(expected.shape):
+        value = total(np.ravel(rows[at]))
+        expected[at] = Real(0) if value.v == 0 else value
+    check(linalg.trilinear(x, y, z, *inserted, list(axes)), expected)
+
+
+def test_sum_of_infinite_triple_products():
+    x = torch.tensor([[1.0, math.inf], [0, 2], [3, 4], [math.nan, 5]])
+    y, z = torch.tensor([[1.0, 0, -1], [2, 3, math.inf]]), torch.tensor([[1.0, 0.1, 2]])
+    # The sum over j and k of x[i, j] y[j, k] z[k].
+    found = linalg.trilinear(x, y, z, [2], [0], [1], [1, 2])
+    wide = (x.double()[:, :, None] * y.double() * z.double()).sum((1, 2))
+    assert same_bits(found, torch.where(wide.isnan(), torch.nan, wide).float())
