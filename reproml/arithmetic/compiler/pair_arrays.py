@@ -303,8 +303,8 @@ def _is_far(s: Tensor, t: Tensor) -> Tensor:
 def round_pairs_to_odd(s: Tensor, t: Tensor, rad: Tensor) -> tuple[Tensor, Tensor]:
     """Round s + t to binary64, but to an odd number unless it is exact, and find what fails.
 
-    s is the nearest number to s + t. So it is one of the two numbers around the exact value, and the sign of
-    t tells the other.
+    s is the nearest number to s + t. So it is one of the two numbers around the exact value, and the other
+    one lies on the side of the sign of t.
     """
     failed = ~((t.abs() > 2 * rad) | ((t == 0) & (rad == 0))) | ~s.isfinite()
     even = (s.view(torch.int64) & 1) == 0

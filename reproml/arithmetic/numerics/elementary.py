@@ -115,7 +115,8 @@ def sin_cos_reduced(r: Tensor, quadrant: Tensor) -> tuple[Tensor, Tensor]:
     r2 = r * r
     s = r + r * (horner(r2, _SIN) * r2)
     c = 1 + horner(r2, _COS) * r2
-    odd, q = quadrant.remainder(2) == 1, quadrant.remainder(4)
+    q = quadrant - torch.floor(quadrant * 0.25) * 4  # exact, and faster than the remainder
+    odd = (q == 1) | (q == 3)
     sine = torch.where(odd, c, s) * torch.where(q >= 2, -1.0, 1.0)
     cosine = torch.where(odd, s, c) * torch.where((q == 1) | (q == 2), -1.0, 1.0)
     return sine, cosine
@@ -130,7 +131,7 @@ _tables: dict[torch.device, Tensor] = {}
 
 
 def _two_over_pi(device: torch.device) -> Tensor:
-    """Return 2^e 2 / pi modulo 4 for e = -4, ..., 104, in parts of 29 bits: float64 [109, 4].
+    """Return 2^e 2 / pi modulo 4 for e = -4, ..., 104, in parts of 29 bits: float64 [4, 109].
 
     The last bit of the parts is 2^-27, 2^-56, 2^-85 and 2^-114.
     """
@@ -143,7 +144,7 @@ def _two_over_pi(device: torch.device) -> Tensor:
         values += [ldexp(part, _PART_BITS * i - 114) for i, part in enumerate(parts)][::-1]
     # Each number is written on the device: a copy from the host would make it wait.
     numbers = [torch.full((), value, dtype=torch.float64, device=device) for value in values]
-    table = torch.stack(numbers).view(-1, _PARTS)
+    table = torch.stack(numbers).view(-1, _PARTS).T.contiguous()
     if type(table) is Tensor:  # and not of a mode, such as one of tensors without numbers
         _tables[device] = table
     return table
@@ -163,8 +164,10 @@ def _reduced(x: Tensor) -> tuple[Tensor, Tensor]:
     m, e = torch.frexp(x)
     m = m * 2.0**24
     rows = (e - 20).clamp(0, 108).reshape(-1)
-    parts = _two_over_pi(x.device).index_select(0, rows).view(*x.shape, _PARTS)
-    first, second, third, fourth = (m * parts[..., i] for i in range(_PARTS))
+    table = _two_over_pi(x.device)
+    first, second, third, fourth = (
+        m * table[i].index_select(0, rows).view(x.shape) for i in range(_PARTS)
+    )
     k = torch.round(first + second)
     return (((first - k) + second) + third + fourth) * (3.141592653589793 * 0.5), k
 
@@ -174,6 +177,8 @@ def sin_cos(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Cody & Waite's reduction, beyond 2^19 that of Payne & Hanek.
     """
+    if x.is_cpu and bool(((x.abs() > SIN_MAX) & x.isfinite()).all()):
+        return sin_cos_reduced(*_reduced(x))
     k = torch.round(x.clamp(-SIN_MAX, SIN_MAX) * (1 / _PIO2[0]))
     r = ((x - k * _PIO2[0]) - k * _PIO2[1]) - k * _PIO2[2]
     far = (x.abs() > SIN_MAX) & x.isfinite()

@@ -286,11 +286,20 @@ def _lgamma(ctx: Any, x: Any) -> Any:
     return ctx.lgamma(x)
 
 
+def _regular(formula: Formula, pole: Tensor, x: Tensor) -> Tensor:
+    """Evaluate a formula where there is no pole, and elsewhere at 1 or not at all."""
+    if x.is_cpu and pole.sum() * 4 > x.numel():
+        y = torch.ones_like(x)
+        y[~pole] = elementwise(formula, x[~pole])
+        return y
+    return elementwise(formula, torch.where(pole, 1.0, x))
+
+
 def digamma(x: Any) -> Tensor:
     """Return the derivative of lgamma: infinite at 0, NaN at negative integers."""
     (x,) = float32_operands(x)
     pole = (x <= 0) & (x == x.trunc())
-    y = elementwise(lambda ctx, x: ctx.digamma(x), torch.where(pole | x.isinf(), 1.0, x))
+    y = _regular(lambda ctx, x: ctx.digamma(x), pole | x.isinf(), x)
     at_pole = torch.where(x == 0, torch.copysign(torch.full_like(y, torch.inf), -x), torch.nan)
     return torch.where(pole, at_pole, torch.where(x.isinf(), x, y))
 
@@ -304,7 +313,7 @@ def polygamma(n: int, x: Any) -> Tensor:
     if n > 1:
         return higher_polygamma(n, x)
     pole = (x <= 0) & (x == x.trunc()) & x.isfinite()
-    y = elementwise(lambda ctx, x: ctx.trigamma(x), torch.where(pole | x.isinf(), 1.0, x))
+    y = _regular(lambda ctx, x: ctx.trigamma(x), pole | x.isinf(), x)
     y = torch.where(pole, torch.inf, y)
     return torch.where(x.isinf(), torch.where(x > 0, 0.0, torch.nan).to(y.dtype), y)
 

@@ -404,7 +404,19 @@ _A = [
 
 
 def _j(order: int) -> Callable[[Tensor], Ball]:
+    # The series of (-x^2 / 4)^k / (k! (k + order)! 2^order) is cut after k = 5, with a remainder below
+    # 2^-66.
+    series = [
+        0.5**order / (math.factorial(k) * math.factorial(k + order)) for k in range(5, -1, -1)
+    ]
+
     def near(size: Tensor) -> Ball:
+        return _of_parts(size < 0.125, size, small, middle)
+
+    def small(size: Tensor) -> Ball:
+        return Ball(elementary.horner(size * size * -0.25, series), 2.0**-51, 0, TENSORS)
+
+    def middle(size: Tensor) -> Ball:
         return TENSORS.ball(*_J[order](size))
 
     def far(size: Tensor) -> Ball:

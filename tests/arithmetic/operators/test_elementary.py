@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import reproml
 from verification.op_db import difference
-from verification.oracle import same_bits
+from verification.oracle import Real, check, mp, reals, rounding_to, same_bits
 
 aten = torch.ops.aten
 UNIT = torch.linspace(-0.9, 0.9, 24)
@@ -98,3 +99,36 @@ def test_many_rational_values_are_exact(name, values, exact):
     expected = torch.tensor([float(exact(v)) for v in values]).repeat(2000)
     with reproml.exact():
         assert same_bits(getattr(aten, name)(x), expected)
+
+
+@pytest.mark.parametrize("name", ["sin", "cos"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sin_and_cos_of_many_large_numbers_are_rounded_once(name, dtype):
+    draw = torch.Generator().manual_seed(1)
+    far = (
+        torch.exp(torch.rand(60, generator=draw) * 74 + 14) * torch.randn(60, generator=draw).sign()
+    )
+    x = torch.cat([far, torch.tensor([2.0**19, 0.0, -0.0, 1.5, math.inf, math.nan])]).to(dtype)
+    with mp.workprec(400):
+        wanted = [Real(getattr(mp, name)(mp.mpf(v))) for v in x[:64].tolist()]
+    with reproml.exact(), rounding_to(dtype):
+        found = getattr(torch, name)(x)
+        # Far numbers and zeros: the oracle's zero has no sign.
+        zeros = [Real(1)] * 2 if name == "cos" else list(reals(x[61:63]))
+        check(found[:64], [*wanted[:61], *zeros, wanted[63]])
+        assert found[64:].isnan().all()
+        columns = x[:60].view(12, 5).t()
+        transposed = getattr(torch, name)(columns)
+        assert transposed.stride() == columns.stride() and torch.equal(
+            transposed, found[:60].view(12, 5).t()
+        )
+
+
+def test_digamma_among_many_poles_is_rounded_once():
+    x = torch.tensor([0.0, -0.0, -1.0, -7.0, 0.5, 3.0, -1.5, math.inf, -math.inf])
+    wanted = [Real(v) for v in (-math.inf, math.inf, math.nan, math.nan)]
+    wanted += [Real(mp.psi(0, v)) for v in (0.5, 3.0, -1.5)]
+    with reproml.exact():
+        check(torch.digamma(x)[:7], wanted)
+        assert torch.digamma(x)[7] == math.inf and torch.digamma(x)[8].isnan()
+        assert same_bits(torch.digamma(x), torch.cat([torch.digamma(v.view(1)) for v in x]))
