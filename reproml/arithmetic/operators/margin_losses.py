@@ -12,7 +12,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
+from reproml.arithmetic.compiler.evaluate import elementwise, rowwise, rowwise_by_balls
+from reproml.arithmetic.compiler.pairs import sum_by_pairs
 from reproml.arithmetic.numerics.formats import BINARY64, target
 from reproml.arithmetic.numerics.rounding import two_sum
 from reproml.arithmetic.numerics.scalars import float32_scalar
@@ -159,7 +160,17 @@ def _summed(formula: Any, reduction: int, classes: int, *operands: Tensor) -> Te
         return rowwise(lambda ctx, *x: ctx.sum(formula(ctx, *x)) / classes, 1, *rows)
     n = classes * (len(rows[0]) if reduction == MEAN else 1)
     flat = [x.reshape(-1) for x in rows]
-    return rowwise(lambda ctx, *x: ctx.sum(formula(ctx, *x)) / n, 0, *flat).reshape(())
+
+    def value(ctx: Any, *x: Any) -> Any:
+        return ctx.sum(formula(ctx, *x)) / n
+
+    def second_test(*rows: Tensor) -> Tensor:
+        total = None
+        if target() is not BINARY64 and rows[0].is_cpu:
+            total = sum_by_pairs(formula, n, *[x.contiguous() for x in rows])
+        return rowwise_by_balls(value, -1, *rows) if total is None else total.reshape(1)
+
+    return rowwise(value, 0, *flat, reference=second_test).reshape(())
 
 
 # ---- several classes a row ---------------------------------------------------------------------------
@@ -171,44 +182,49 @@ def multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int) -> tuple[T
     The loss is sum max(0, 1 - x[t] + x[j]) / classes over all t of a row of `target` up to its first -1,
     and all j that are not among them.
     """
-    pairs = _Pairs(x, target)
+    counts = _Counts(x, target)
     loss = _summed(
-        lambda ctx, own, other, active: active * (1 - own + other),
+        lambda ctx, x, slope, ones: slope * x + ones,
         reduction,
-        pairs.operands[1].shape[2],
-        *(t.flatten(1) for t in pairs.operands),
+        counts.slope.shape[1],
+        *(torch.where(counts.slope == 0, 0.0, counts.rows), counts.slope, counts.ones),
     )
-    return (loss.reshape(x.shape[:-1]) if reduction == NONE else loss), pairs.is_target
+    return (loss.reshape(x.shape[:-1]) if reduction == NONE else loss), counts.is_target
 
 
 def multilabel_margin_loss_backward(
     g: Tensor, x: Tensor, target: Tensor, reduction: int, is_target: Tensor
 ) -> Tensor:
     """Return g / classes times the number of terms that have x as x[j], minus that as x[t]."""
-    pairs = _Pairs(x, target)
-    active = pairs.operands[2].long()
-    count = active.sum(1).scatter_add(1, pairs.index, -active.sum(2))
-    divisor = count.shape[1] * (len(count) if reduction == MEAN else 1)
-    out = elementwise(lambda ctx, g, n: g * n / divisor, g.reshape(-1, 1), count.double())
+    slope = _Counts(x, target).slope
+    divisor = slope.shape[1] * (len(slope) if reduction == MEAN else 1)
+    out = elementwise(lambda ctx, g, n: g * n / divisor, g.reshape(-1, 1), slope.double())
     return out.reshape(x.shape)
 
 
-class _Pairs:
-    """All pairs of a target and another class, as operands [n, targets, classes]."""
+class _Counts:
+    """In how many terms each class is, so that the terms of a row add up to the sum of slope x + ones.
+
+    A class that is a target is in `ones` terms as x[t], where slope = -ones. Any other is in `slope` terms
+    as x[j], where ones = 0. Both are [n, classes], and rows is x in that shape.
+    """
 
     def __init__(self, x: Tensor, target: Tensor) -> None:
-        rows = _as_rows(x)
+        self.rows = rows = _as_rows(x)
         _require_same_count(target.numel(), x.numel())
         index, classes = target.reshape(rows.shape), rows.shape[1]
         require((index >= -1) & (index < classes), "target is out of range")
         listed = (index >= 0).long().cumprod(1)
-        self.index = index * listed
-        marks = torch.zeros_like(index).scatter_add(1, self.index, listed)
+        index = index * listed
+        marks = torch.zeros_like(index).scatter_add(1, index, listed)
         self.is_target = (marks > 0).to(x.dtype).reshape(target.shape)
-        own, other = rows.gather(1, self.index).unsqueeze(2), rows.unsqueeze(1)
-        active = _exceeds(Fraction(1), own, other) & (listed.unsqueeze(2) > 0)
-        active = active & (marks == 0).unsqueeze(1)
-        self.operands = (
-            *(torch.where(active, t, 0.0) for t in (own, other)),
-            active.float(),
-        )
+        # A term is above 0 if x[j] > bound, where the bound is x[t] - 1, rounded down. NaN is in no term.
+        bound, lost = two_sum(rows.gather(1, index).double(), torch.full_like(rows.double(), -1.0))
+        below = torch.nextafter(bound, torch.full_like(bound, -torch.inf))
+        bound = torch.where(lost < 0, below, bound)
+        bound = torch.where((listed > 0) & ~bound.isnan(), bound, torch.inf)
+        other = torch.where((marks > 0) | rows.isnan(), -torch.inf, rows.double())
+        of_targets = classes - torch.searchsorted(other.sort(1)[0], bound, right=True)
+        of_others = torch.searchsorted(bound.sort(1)[0], other)
+        ones = torch.zeros_like(index).scatter_add(1, index, of_targets)
+        self.ones, self.slope = ones.to(x.dtype), (of_others - ones).to(x.dtype)
