@@ -230,11 +230,10 @@ def _complete(
         out.copy_(_slower(plan, call, ordered, False))
         return
     n = out.shape[-1]
-    rows, row_of = torch.unique(index // n, return_inverse=True)
-    at = torch.unravel_index(rows, out.shape[:-1])
-    values = _slower(plan, call, [x[at] for x in ordered], False)
-    column = index % n
-    out[(*[a[row_of] for a in at], column)] = values[row_of, column]
+    is_left = torch.zeros(out.shape[:-1], dtype=torch.bool)
+    is_left.view(-1)[index // n if is_left.numel() > 1 else 0] = True
+    # Complete rows are written, as elements that have passed have the same bits on every path.
+    out[is_left] = _slower(plan, call, [x[is_left] for x in ordered], False)
 
 
 def _slower(plan: _Plan, call: FormulaCall, operands: list[Tensor], exact: bool) -> Tensor:
