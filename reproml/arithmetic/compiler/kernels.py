@@ -40,6 +40,7 @@ _SIGNATURES = {
     "reproml_binary64_sums": (None, [_LONG] * 2 + [_POINTER] * 2 + [_INT, _POINTER]),
     "reproml_binary64_products": (None, [_LONG] * 4 + [_POINTER] * 3),
     "reproml_direct": (None, [_INT, _LONG, _POINTER, _POINTER, _DOUBLE, _POINTER, _LONG]),
+    "reproml_recurrence": (None, [_LONG] * 2 + [_POINTER] * 3),
     "reproml_nll": (_INT, [_POINTER] * 3 + [_LONG] * 3 + [_INT, _POINTER, _POINTER]),
     "reproml_nll_backward": (
         _INT,
@@ -57,6 +58,7 @@ _SIGNATURES = {
     "reproml_squared_distance": (_LONG, [_POINTER] * 2 + [_LONG, _DOUBLE, _POINTER]),
     "reproml_loss": (_INT, [_INT] + [_POINTER] * 2 + [_LONG] + [_DOUBLE] * 2 + [_POINTER]),
     "reproml_rows": (_LONG, [_INT] + [_POINTER] * 2 + [_LONG] * 2 + [_DOUBLE] + [_POINTER] * 2),
+    "reproml_logcumsumexp": (_LONG, [_LONG] * 2 + [_POINTER] * 3 + [_LONG]),
     "reproml_normalize": (
         _LONG,
         [_POINTER] * 4 + [_DOUBLE] + [_POINTER] * 3 + [_DOUBLE] + [_POINTER] * 4 + [_LONG],

@@ -273,3 +273,22 @@ void reproml_direct(int which, integer n, const float *const *operands, const in
     direct_call c = {which, n, tasks < DIRECT_TASKS ? tasks : DIRECT_TASKS, operands, steps, scalar, out};
     reproml_parallel(run_task, &c, c.tasks);
 }
+
+VECTORISED static void run_recurrence(const float *restrict g, const float *restrict x, integer n, integer inner,
+                                      float *restrict out) {
+    memcpy(out + (n - 1) * inner, g + (n - 1) * inner, (size_t)inner * sizeof(float));
+    for (integer i = n - 2; i >= 0; i--) {
+        const float *restrict term = g + i * inner, *restrict factor = x + (i + 1) * inner;
+        const float *before = out + (i + 1) * inner;
+        float *to = out + i * inner;
+        for (integer j = 0; j < inner; j++) {
+            const double a = term[j], b = factor[j], c = before[j];
+            to[j] = or_mid(product_plus(b, c, a), a + b * c);
+        }
+    }
+}
+
+/* out[i] = g[i] + x[i + 1] out[i + 1], each rounded once, from the last to the first; all are [n, inner], n > 0. */
+void reproml_recurrence(integer n, integer inner, const float *g, const float *x, float *out) {
+    run_recurrence(g, x, n, inner, out);
+}

@@ -36,6 +36,7 @@
    direct.c: first test                   round_normal_ball  n; + 1                         n + 2
    program.c: any formula                 round_ball         those of numerics/balls.py     nothing more
    activations.c, softmax.c: second test  round_ball         as in the first test           as in the first test
+   softmax_pairs.c: running logsumexp     round_ball         log1p's, and that of its pair   the same
    losses.c: gradient of nll_loss         round_ball         1                              2
    activations.c: first test              round_normal_ball  stated at each formula; + 1    at least 1 more
    softmax.c: softmax, log_softmax        round_normal_ball  h + 2; + 1                     h + 4

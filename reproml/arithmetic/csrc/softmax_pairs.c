@@ -4,6 +4,7 @@
 #include "softmax_pairs.h"
 
 #include "compensated_runs.h"
+#include "elementary.h"
 
 enum { BLOCK = 128 };
 
@@ -284,4 +285,109 @@ integer reproml_softmax_row(int which, const float *x, const float *y, integer n
     case PAIRS_SOFTMAX_BACKWARD: return softmax_backward(x, y, n, out, failed);
     default: return log_softmax_backward(x, y, n, out, failed);
     }
+}
+
+/* ---- running logsumexp ---- */
+
+#define LOG1P_ERROR 0x1p-49 /* of log1p_ (numerics/elementary.py) */
+
+typedef struct {
+    integer n;
+    const float *x;
+    float *out;
+    failure_list failed;
+} running;
+
+/* The numbers of a row up to some element: the largest one, and the sum of exp(x - top) over the others. */
+typedef struct {
+    double top;
+    pair others;
+} state;
+
+/* Add a number v, given exp(-|v - top|). */
+static inline void add_number(state *up_to, double v, pair e) {
+    if (v > up_to->top) {
+        if (up_to->top == -INFINITY) {
+            up_to->others = (pair){0, 0, 0};
+        } else {
+            pair scaled = pair_times_pair(pair_plus((pair){1, 0, 0}, up_to->others), e);
+            if (scaled.s < BELOW) /* before it underflows */
+                scaled = (pair){0, 0, scaled.s + fabs(scaled.t) + scaled.rad};
+            scaled.rad += TINY;
+            up_to->others = scaled;
+        }
+        up_to->top = v;
+    } else if (v != -INFINITY) {
+        up_to->others = pair_plus(up_to->others, e);
+    }
+}
+
+/* Round top + log(1 + others). Where the others decide less than a unit of the last place of any number, it is `top`,
+   and beside 0 it is +0. */
+static int32_t round_state(const state *up_to, float *out) {
+    const double top = up_to->top;
+    const pair others = up_to->others;
+    *out = to_target(top) + 0.0f;
+    if (top == -INFINITY) return 0;
+    if (others.s + others.rad < 0x1p-800) return *out != top;
+    if (!(others.s > 2 * others.rad)) return 1;
+    return round_pair(pair_plus((pair){top, 0, 0}, log1p_of_pair(others)), out);
+}
+
+/* The first test, for a block of states. */
+VECTORISED static void round_block(const double *restrict top, const double *restrict s, const double *restrict rad,
+                                   int count, float *restrict out, int32_t *restrict failed) {
+    for (int i = 0; i < count; i++) {
+        const double log = log1p_(s[i]);
+        failed[i] = round_ball(top[i] + log, U, log * LOG1P_ERROR + rad[i] * SLACK, out + i);
+    }
+}
+
+VECTORISED static void run_row(integer task, void *data) {
+    running *c = data;
+    const float *x = c->x + task * c->n;
+    float *out = c->out + task * c->n;
+    int is_nan = 0; /* from the first NaN or +infinity on */
+    state up_to[BLOCK], now = {-INFINITY, {0, 0, 0}};
+    block b;
+    double top[BLOCK], s[BLOCK], rad[BLOCK];
+    int32_t failed[BLOCK];
+    for (integer at = 0; at < c->n; at += BLOCK) {
+        const int count = (int)(c->n - at < BLOCK ? c->n - at : BLOCK);
+        double before = now.top;
+        for (int i = 0; i < count; i++) { /* the differences from the largest number before each one */
+            const double v = x[at + i];
+            double d, lost;
+            two_sum(v, -before, &d, &lost);
+            b.d[i] = d > 0 ? -d : d;
+            b.lost[i] = d > 0 ? -lost : lost;
+            before = v > before ? v : before;
+        }
+        exponentials(b.d, b.lost, count, b.s, b.t);
+        for (int i = 0; i < count; i++) {
+            pair e = {b.s[i], b.t[i], b.s[i] * EXP_OF_PAIR_ERROR};
+            if (b.d[i] == 0) e = (pair){1, 0, 0};
+            if (b.d[i] < -FAR) e = (pair){0, 0, BELOW};
+            add_number(&now, x[at + i], e);
+            up_to[i] = now;
+            top[i] = now.top;
+            s[i] = now.others.s;
+            rad[i] = fabs(now.others.t) + now.others.rad;
+        }
+        round_block(top, s, rad, count, out + at, failed);
+        for (int i = 0; i < count; i++) {
+            is_nan |= !(x[at + i] < INFINITY);
+            if (is_nan)
+                out[at + i] = NAN;
+            else if (failed[i] && round_state(up_to + i, out + at + i))
+                add_failure(&c->failed, task * c->n + at + i);
+        }
+    }
+}
+
+/* out = the logarithms of the sums of exp(x) up to each number of a row; x, out: [rows, n]. */
+integer reproml_logcumsumexp(integer rows, integer n, const float *x, float *out, integer *failed, integer capacity) {
+    running c = {n, x, out, {failed, capacity, 0}};
+    run_tasks(run_row, &c, rows, rows * n > 4096);
+    return c.failed.count;
 }

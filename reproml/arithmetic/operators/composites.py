@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.numerics.formats import NARROW
 from reproml.arithmetic.operators.arguments import require
+from reproml.arithmetic.operators.recurrent_steps import are_plain
 from reproml.torch_internals import (
     AutoDispatchBelowAutograd,
     TransformType,
@@ -469,11 +471,24 @@ class _Cumprod(torch.autograd.Function):
         if not x.numel() or not x.dim():
             return g.clone(), None
         # In this order the loop of addcmul takes each step's numbers as they lie.
-        gradients, factors = (t.movedim(dim, 0).contiguous().unbind() for t in (g, x))
-        sums = [gradients[-1]]
-        for i in reversed(range(len(factors) - 1)):
-            sums.append(torch.addcmul(gradients[i], factors[i + 1], sums[-1]))
-        return _products_before(x, dim) * torch.stack(sums[::-1]).movedim(0, dim), None
+        first, second = (t.movedim(dim, 0).contiguous() for t in (g, x))
+        sums = _sums_after(first, second).movedim(0, dim)
+        return _products_before(x, dim) * sums, None
+
+
+def _sums_after(g: Tensor, x: Tensor) -> Tensor:
+    """Return t with t[i] = g[i] + x[i + 1] t[i + 1] along the first axis, each rounded once."""
+    if not torch.is_grad_enabled() and not get_interpreter_stack() and are_plain((g, x)):
+        out = torch.empty_like(g)
+        kernels.library.reproml_recurrence(
+            *(len(g), g.numel() // len(g), g.data_ptr(), x.data_ptr(), out.data_ptr())
+        )
+        return out
+    gradients, factors = g.unbind(), x.unbind()
+    sums = [gradients[-1]]
+    for i in reversed(range(len(factors) - 1)):
+        sums.append(torch.addcmul(gradients[i], factors[i + 1], sums[-1]))
+    return torch.stack(sums[::-1])
 
 
 def _behind_batch(x: Tensor, dim: int) -> int:

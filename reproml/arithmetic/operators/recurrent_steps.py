@@ -138,7 +138,7 @@ def relu_gradients(of: Values, c: Any, g: Values) -> Gradients:
 _PLAIN = (Tensor, Parameter)
 
 
-def _are_plain(operands: Sequence[Maybe]) -> bool:
+def are_plain(operands: Sequence[Maybe]) -> bool:
     """Return whether C can read these operands, and nothing else has to see the operators."""
     for x in operands:
         if x is not None and not (
@@ -155,7 +155,7 @@ def _are_plain(operands: Sequence[Maybe]) -> bool:
 
 def _has_node(*operands: Maybe) -> bool:
     """Return whether a node of this module can take the place of the expression."""
-    if not _are_plain(operands) or get_interpreter_stack() is not None:
+    if not are_plain(operands) or get_interpreter_stack() is not None:
         return False
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
@@ -216,7 +216,7 @@ class _Step(torch.autograd.Function):
 
 def _compiled_gradients(cell: Cell, of: Values, c: Maybe, g: Values) -> Optional[Gradients]:
     g_h, g_c = (None if x is None else x.contiguous() for x in (g.h, g.c))
-    if not _are_plain((*of, c, g_h, g_c)):
+    if not are_plain((*of, c, g_h, g_c)):
         return None
     rows, n = of.h.shape
     x = of.h.new_empty(rows, cell.gates * n)
@@ -400,7 +400,7 @@ class _LayerGradient:
         g_y, g_c = (None if x is None else x.contiguous() for x in (self.g_y, self.g_c))
         weight = self.weights[0].t()
         saved = (weight, self.h, self.c, self.gates, self.all_c, self.kept, self.y, self.last)
-        if self.g_h is None or not _are_plain((*saved, g_y, self.g_h.contiguous(), g_c)):
+        if self.g_h is None or not are_plain((*saved, g_y, self.g_h.contiguous(), g_c)):
             return None
         wide = cell.gates * n
         g_h = self.g_h.clone(memory_format=torch.contiguous_format)

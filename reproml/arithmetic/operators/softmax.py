@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import elementwise, rowwise, rowwise_by_balls
 from reproml.arithmetic.compiler.pairs import rows_by_pairs
 from reproml.arithmetic.numerics.exact_sums import distilled
@@ -210,14 +211,38 @@ def logcumsumexp(x: Tensor, dim: int) -> Tensor:
         return x.clone()
     rows = torch.atleast_1d(x).movedim(dim, -1)
     flat = rows.reshape(-1, rows.shape[-1])
+    y = _logcumsumexp_by_loop(flat)
+    if y is None:
+        y = _logcumsumexp_by_definition(flat)
+    return y.reshape(rows.shape).movedim(-1, dim).reshape(x.shape)
+
+
+def _logcumsumexp_by_loop(x: Tensor) -> Optional[Tensor]:
+    """Compute `logcumsumexp` of each row [rows, n] by csrc/softmax_pairs.c; None where it does not apply."""
+    loops = kernels.loops()
+    if loops is None or not x.is_cpu or x.dtype is not torch.float32:
+        return None
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    result = kernels.run_kernel(loops.reproml_logcumsumexp, *x.shape, x.data_ptr(), out.data_ptr())
+    if not result.complete:
+        return None
+    if result.failed is not None:
+        for at in result.failed.tolist():
+            i, j = divmod(at, x.shape[1])
+            out[i, j] = logsumexp(x[i, : j + 1], 0)
+    return out
+
+
+def _logcumsumexp_by_definition(flat: Tensor) -> Tensor:
     n = flat.shape[-1]
-    place = torch.arange(n, device=x.device)
+    place = torch.arange(n, device=flat.device)
     parts = []
     together = max(1, _TOGETHER // (n * len(flat)))
     for at in place.split(together):
         up_to = torch.where(place <= at.unsqueeze(1), flat.unsqueeze(1), -torch.inf)
         parts.append(logsumexp(up_to, -1))
-    return torch.cat(parts, -1).reshape(rows.shape).movedim(-1, dim).reshape(x.shape)
+    return torch.cat(parts, -1)
 
 
 def _compiled_logsumexp(ctx: Any, x: Any) -> Any:

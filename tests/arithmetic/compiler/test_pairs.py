@@ -270,3 +270,49 @@ def test_exponential_and_logarithm_of_a_pair_stay_within_their_bounds(tmp_path: 
                 exact = o.mp.log1p(value) if log else o.mp.exp(value)
                 error = abs(o.mp.mpf(out[0]) + out[1] - exact)
                 assert error <= out[2] <= exact * 2.0**-49, (x, lost)
+
+
+RUNNING = {
+    "zeros": torch.zeros(2, 40),
+    "descending": -torch.arange(80.0).view(2, 40) * 30,
+    "ascending": torch.arange(80.0).view(2, 40) * 30,  # each number leaves those before it behind
+    "far": torch.tensor([0.0, -700, -599, -601, 0, 1e30, -1e30, 2.0**24, 1e30] * 4).view(2, 18),
+    "from 0": torch.tensor([[-1e4, -2e3, -900, -0.0, -1, 0], [-0.0, -900, -900, -1e5, 0, 800]]),
+    "cancelling": torch.tensor([[-math.log(2)] * 4 + [-math.log(3)] * 4] * 2),
+    "minus infinity": torch.tensor([[-torch.inf, -torch.inf, 1, -torch.inf, 3, -2]]),
+    "subnormal": torch.tensor([[2.0**-149, -(2.0**-149), 2.0**-126, -200, -110]]),
+}
+
+
+@pytest.mark.parametrize("kind", [*RUNNING, *KINDS])
+def test_running_logsumexp_is_rounded_once(kind: str, monkeypatch: Any) -> None:
+    x = RUNNING[kind] if kind in RUNNING else numbers((3, 40), kind)
+
+    def refused(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(softmax_operators, "logsumexp", refused)  # no element needs it
+    out = softmax_operators.logcumsumexp(x, 1)
+    for found, row in zip(out, x):
+        for i in range(len(row)):
+            numbers_before = o.reals(row[: i + 1][row[: i + 1] > -torch.inf])
+            if len(numbers_before):
+                o.check(found[i : i + 1], logsumexp(numbers_before), any_zero=True)
+            else:
+                assert found[i] == -torch.inf
+
+
+@settings(max_examples=60)
+@given(tensors((2, 5), ANY))
+def test_running_logsumexp_is_that_of_its_definition(x: Tensor) -> None:
+    agree(softmax_operators.logcumsumexp, x, 1)
+    agree(softmax_operators.logcumsumexp, x, 0)
+
+
+def test_running_logsumexp_of_long_rows() -> None:
+    """Blocks of 128 numbers continue the sums of those before them."""
+    x = numbers((2, 700), "normal") * torch.linspace(0, 400, 700)
+    agree(softmax_operators.logcumsumexp, x, 1)
+    x[1, 300] = torch.inf
+    x[0, 20] = torch.nan
+    agree(softmax_operators.logcumsumexp, x, 1)

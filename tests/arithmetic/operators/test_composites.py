@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten
 import reproml
 from reproml.arithmetic import operator_table
 from reproml.arithmetic.operators import composites
+from tests.arithmetic.forms import KINDS, numbers
 from verification.oracle import Real, check, real, reals, rounded, same_bits
 
 LAYOUTS = ["contiguous", "transposed", "inner", "sliced", "offset"]
@@ -303,6 +304,23 @@ def test_gradients_of_products_are_the_defined_ones(zeros):
             check(found.reshape(1), [sum(terms[1:], terms[0])], any_zero=True)
             _, found = torch.func.jvp(lambda x: x.cumprod(0), (x,), (g,))
             check(found, forward, any_zero=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_of_cumulative_products_has_the_bits_of_its_steps(kind):
+    """A loop runs the steps where nothing else has to see them, as a TorchDispatchMode does."""
+    x, g = numbers((40, 6), kind), numbers((40, 6), kind, 1)
+    x[3], x[20, :2], g[5] = 0.0, -0.0, -0.0
+    x[30, 0], g[30, 1], x[30, 2] = math.inf, math.nan, 2.0**-140
+    for operands in ((x, g), (x[:, :1], g[:, :1]), (x.view(5, 8, 6), g.view(5, 8, 6))):
+        for dim in (0, 1):
+            leaf, of_result = operands[0].clone().requires_grad_(), operands[1]
+            with reproml.exact():
+                (found,) = torch.autograd.grad(leaf.cumprod(dim), leaf, of_result)
+                with Unchanged():
+                    (expected,) = torch.autograd.grad(leaf.cumprod(dim), leaf, of_result)
+            assert same_bits(found, expected)
+            assert found.stride() == expected.stride()
 
 
 def test_forward_derivative_of_an_angle_is_the_sum_of_its_gradients():

@@ -74,11 +74,9 @@ def loss_and_gradient(y: Any, target: Any, blank: int) -> tuple[Any, Any]:
 
 # Beside these most terms vanish. None differ by 750 to 850, where the contract's 2^-1100 and the oracle's 1,200
 # bits may decide a tie differently.
-DISTANT = [0, -1, -2.0**-24, -2.0**-149, -30, -103, -110, -2000, -(2.0**24) + 1]
+DISTANT = [0, -1, -(2.0**-24), -(2.0**-149), -30, -103, -110, -2000, -(2.0**24) + 1]
 DISTANT += [-3.0 * 2**23, -(2.0**45), -1e30 - 2.0**80, -1e30]
-NUMBERS = st.floats(-6, 0, width=32) | st.sampled_from(
-    [float(torch.tensor(x)) for x in DISTANT]
-)
+NUMBERS = st.floats(-6, 0, width=32) | st.sampled_from([float(torch.tensor(x)) for x in DISTANT])
 
 
 @st.composite
@@ -135,7 +133,9 @@ def test_exponential_of_a_sum_is_rounded_once():
     """The terms cancel, or leave what decides whether the exponential underflows or overflows."""
     random = torch.Generator().manual_seed(3)
     large = torch.randn(40, generator=random) * 1e30
-    rests = torch.tensor([0, -0.0, 1, -90, -103.5, -104, -109, -111, 88.7, 88.8, 99, 101, -1e8, 1e8])
+    rests = torch.tensor(
+        [0, -0.0, 1, -90, -103.5, -104, -109, -111, 88.7, 88.8, 99, 101, -1e8, 1e8]
+    )
     a = torch.cat([large, rests, rests])
     c = torch.cat([-large * 2**-20, -rests, rests * 2**-25])
     d = torch.cat([torch.zeros(40), rests, -rests.flip(0)])
