@@ -91,9 +91,10 @@ def multi_margin_loss_backward(
     """Return g times the derivative of each term, and at the target minus their sum."""
     terms = _MultiMargin(x, target, p, margin, weight)
     divisor = terms.classes * (len(terms.own) if reduction == MEAN else 1)
+    of_term = terms.slope  # a compiled formula may refer to functions, but not to objects
 
     def slope(ctx: Any, g: Any, *operands: Any) -> Any:
-        return g * terms.slope(ctx, *operands) / divisor
+        return g * of_term(ctx, *operands) / divisor
 
     g = g.reshape(-1, 1)
     others = elementwise(slope, g, *terms.operands)

@@ -218,7 +218,7 @@ def logcumsumexp(x: Tensor, dim: int) -> Tensor:
 
 
 def _logcumsumexp_by_loop(x: Tensor) -> Optional[Tensor]:
-    """Compute `logcumsumexp` of each row [rows, n] by csrc/softmax_pairs.c; None where it does not apply."""
+    """Compute `logcumsumexp` of rows [rows, n] by csrc/softmax_pairs.c; None where it does not apply."""
     loops = kernels.loops()
     if loops is None or not x.is_cpu or x.dtype is not torch.float32:
         return None

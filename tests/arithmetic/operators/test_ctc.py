@@ -72,8 +72,8 @@ def loss_and_gradient(y: Any, target: Any, blank: int) -> tuple[Any, Any]:
     return loss, gradient
 
 
-# Beside these most terms vanish. None differ by 750 to 850, where the contract's 2^-1100 and the oracle's 1,200
-# bits may decide a tie differently.
+# Beside these most terms vanish. None differ by 750 to 850, where the contract's 2^-1100 and the oracle's
+# 1,200 bits may decide a tie differently.
 DISTANT = [0, -1, -(2.0**-24), -(2.0**-149), -30, -103, -110, -2000, -(2.0**24) + 1]
 DISTANT += [-3.0 * 2**23, -(2.0**45), -1e30 - 2.0**80, -1e30]
 NUMBERS = st.floats(-6, 0, width=32) | st.sampled_from([float(torch.tensor(x)) for x in DISTANT])
