@@ -167,6 +167,9 @@ def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
     elif len(of_a) == len(of_b) == 3:
         (batch, m, k), (batches, inner, n) = a.shape, b.shape
         a_batch, b_batch, shape = of_a[0], of_b[0], (batch, m, n)
+    elif len(of_a) == len(of_b) > 3 and a.shape[:-2] == b.shape[:-2]:
+        product = _compiled(a.flatten(0, -3), b.flatten(0, -3), bias)
+        return None if product is None else product.unflatten(0, a.shape[:-2])
     else:
         return None
     if inner != k or batches != batch or not batch * m * n:

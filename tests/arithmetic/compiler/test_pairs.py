@@ -239,7 +239,8 @@ def library_of(source: str, tmp_path: Path) -> ctypes.CDLL:
     file.write_text(source)
     folder = Path(reproml.__file__).parent / "arithmetic/csrc"
     flags = ["-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wno-unused-function", "-Wno-psabi"]
-    subprocess.run(["cc", *flags, f"-I{folder}", file, "-o", library, "-lm"], check=True)
+    sources = [file, folder / "parallel.c"]
+    subprocess.run(["cc", *flags, f"-I{folder}", *sources, "-o", library, "-lm"], check=True)
     return ctypes.CDLL(str(library))
 
 
