@@ -391,7 +391,7 @@ def _gradient_of_image(g: Tensor, x: Tensor, samples: _Samples, mode: int) -> Te
         result, left = compiled
         if left is not None:
             at = left.reshape(-1).nonzero().squeeze(1)
-            exact = torch.as_tensor(resolve(at), dtype=torch.float64)
+            exact = torch.as_tensor(resolve(at), dtype=torch.float64, device="cpu")
             result.view(-1)[at] = narrow(exact)
         return result.reshape(x.shape)
     balls = weights(TENSORS, *[TENSORS.exact(d) for d in samples.offsets])

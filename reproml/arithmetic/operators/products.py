@@ -143,7 +143,7 @@ def segment_product(index: Tensor, values: Tensor, size: int) -> Tensor:
         if complete:
             if left is not None:
                 exact = [nearest(exact_product(group)) for group in groups(index, values, left)]
-                out[left] = torch.tensor(exact, dtype=torch.float64).float()
+                out[left] = torch.tensor(exact, dtype=torch.float64, device="cpu").float()
             return out
     m, e = _parts(values)
     ones = torch.ones(size, dtype=torch.float64, device=values.device)
