@@ -72,6 +72,15 @@ def sample_dirichlet(x: Tensor, generator: Any = None) -> Tensor:
 # ---- the rejection method ----------------------------------------------------------------------------
 
 
+_CHUNK = 1 << 15  # numbers at once, so that the temporary ones stay in a processor's cache
+
+
+def _approximations(u: Tensor) -> tuple[Tensor, ...]:
+    log = elementary.log1p(-u)
+    sin, cos = elementary.sin_cos_pi(2 * u)
+    return log, torch.sqrt(-2 * log), cos, sin
+
+
 class _Stream:
     """Numbers of `rand` in float64, drawn ahead.
 
@@ -90,9 +99,8 @@ class _Stream:
     def draw(self) -> None:
         more = torch.rand(self.count, generator=self.generator, dtype=torch.float64, device="cpu")
         self.u = torch.cat([self.u, more])
-        log = elementary.log1p(-self.u)
-        sin, cos = elementary.sin_cos_pi(2 * self.u)
-        self.approximations = [x.tolist() for x in (log, torch.sqrt(-2 * log), cos, sin)]
+        found = [_approximations(u) for u in self.u.split(_CHUNK)]
+        self.approximations = [torch.cat(x).tolist() for x in zip(*found)]
 
     def leave(self, used: int) -> None:
         """Let the generator have drawn only so many numbers."""
