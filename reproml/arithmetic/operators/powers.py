@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.evaluate import elementwise
-from reproml.arithmetic.numerics import elementary
 from reproml.arithmetic.numerics.formats import BINARY64, narrow, operate, reach, target
 from reproml.arithmetic.numerics.libm import EXACT_MATH
 from reproml.arithmetic.numerics.scalars import float32_scalar
@@ -49,8 +48,9 @@ def _check_logarithm(base: float) -> None:
 def _power_of_tensors(x: Tensor, y: Tensor) -> Tensor:
     """Return x^y with the zeros, infinities and NaN of C's pow (ISO C99, F.9.4.4)."""
     size = x.abs()
-    log_of_power = y.double() * elementary.log(size.double())
-    # Beyond these bounds the power overflows or underflows; NaN is 0 times infinity, or of an operand.
+    # Beyond these bounds the power overflows or underflows; NaN is 0 times infinity, or of an operand. The
+    # bounds are so wide that the machine's logarithm decides no result.
+    log_of_power = y.double() * size.double().log()
     regular = log_of_power.abs() <= reach(150)
     base, exponent = torch.where(regular, size, 1.0), torch.where(regular, y, 1.0)
     power = elementwise(lambda ctx, x, y: ctx.exp(y * ctx.log(x)), base, exponent)
@@ -83,9 +83,11 @@ def _power_of_number(x: Tensor, exponent: float) -> Tensor:
         return torch.where(torch.signbit(x) & (p % 2 == 1), -y, y)
     if p.denominator == 1:
         return _large_integer_power(x.float(), int(p))
-    y = elementwise(lambda ctx, x: ctx.exp(p * ctx.log(x)), torch.where(x > 0, x, 1.0))
-    at_zero = torch.where(x == 0, 0.0 if p > 0 else torch.inf, torch.nan)
-    return torch.where(x > 0, y, at_zero.to(y.dtype))
+    ordinary = (x > 0) & x.isfinite()
+    y = elementwise(lambda ctx, x: ctx.exp(p * ctx.log(x)), torch.where(ordinary, x, 1.0))
+    at_zero, at_infinity = (0.0, torch.inf) if p > 0 else (torch.inf, 0.0)
+    limit = torch.where(x > 0, at_infinity, torch.where(x == 0, at_zero, torch.nan))
+    return torch.where(ordinary, y, limit.to(y.dtype))
 
 
 def _integer_power(x: Any, n: int) -> Any:
