@@ -334,7 +334,7 @@ TRIPLES = {  # the numbers of x, y and z, drawn from -20 to 19
 @pytest.mark.parametrize("axes", [(1, 2), (0, 2), (-1,), (), (0, 1, 2)])
 def test_sum_of_triple_products_is_rounded_once(kind, axes):
     random = torch.Generator().manual_seed(7)
-    shapes, inserted = [(3, 4), (3, 5), (4, 5)], [[2], [1], [0]]
+    shapes = [(3, 4), (3, 5), (4, 5)]
     draw = [
         torch.randn(s, generator=random)
         if kind == "normal"
@@ -352,7 +352,7 @@ def test_sum_of_triple_products_is_rounded_once(kind, axes):
     for at in np.ndindex(expected.shape):
         value = total(np.ravel(rows[at]))
         expected[at] = Real(0) if value.v == 0 else value
-    check(linalg.trilinear(x, y, z, *inserted, list(axes)), expected)
+    check(linalg.trilinear(x, y, z, [2], [1], [0], list(axes)), expected)
 
 
 def test_sum_of_infinite_triple_products():
