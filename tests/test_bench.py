@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import bench, sizes, worst
+from benchmarks.worst_cases import CASES
 from reproml.pipeline import train
 from reproml.pipeline.recipe import recipe_names
 from tests import tiny
@@ -59,11 +60,11 @@ def test_a_floor_replaces_the_products_of_native():
     assert products.sizes == {(1, 2 * 16, 27, 8): 2}  # forward, and the gradient of the weight
 
 
-@pytest.mark.parametrize("name", worst.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_the_hardest_inputs_are_searched_for_every_case(name, monkeypatch):
     x = torch.randn(30_000, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(worst, "kinds", lambda n: [("normal", x)])
-    ratio, kind, seconds = worst.worst(worst.CASES[name], len(x), (None,))
+    ratio, kind, seconds = worst.worst(CASES[name], len(x), (None,))
     assert ratio > 0 and kind == "normal" and seconds > 0
 
 

@@ -66,11 +66,6 @@ def elementwise(
     return call.by_reference(*operands) if result is None else result
 
 
-def elementwise_by_balls(formula: Formula, *operands: Tensor) -> Tensor:
-    """Evaluate as `elementwise` does, on the reference path alone."""
-    return _Elementwise(formula, None, None, None).by_reference(*operands)
-
-
 def rowwise(
     formula: Formula,
     dim: int,

@@ -343,6 +343,20 @@ VECTORISED static void round_block(const double *restrict top, const double *res
     }
 }
 
+/* As fill_block, for the differences of each number from the largest one before it. */
+static int fill_running(block *b, const float *x, integer left, double before) {
+    const int count = (int)(left < BLOCK ? left : BLOCK);
+    for (int i = 0; i < count; i++) {
+        double d, lost;
+        two_sum(x[i], -before, &d, &lost);
+        b->d[i] = d > 0 ? -d : d;
+        b->lost[i] = d > 0 ? -lost : lost;
+        before = x[i] > before ? x[i] : before;
+    }
+    exponentials(b->d, b->lost, count, b->s, b->t);
+    return count;
+}
+
 VECTORISED static void run_row(integer task, void *data) {
     running *c = data;
     const float *x = c->x + task * c->n;
@@ -353,17 +367,7 @@ VECTORISED static void run_row(integer task, void *data) {
     double top[BLOCK], s[BLOCK], rad[BLOCK];
     int32_t failed[BLOCK];
     for (integer at = 0; at < c->n; at += BLOCK) {
-        const int count = (int)(c->n - at < BLOCK ? c->n - at : BLOCK);
-        double before = now.top;
-        for (int i = 0; i < count; i++) { /* the differences from the largest number before each one */
-            const double v = x[at + i];
-            double d, lost;
-            two_sum(v, -before, &d, &lost);
-            b.d[i] = d > 0 ? -d : d;
-            b.lost[i] = d > 0 ? -lost : lost;
-            before = v > before ? v : before;
-        }
-        exponentials(b.d, b.lost, count, b.s, b.t);
+        const int count = fill_running(&b, x + at, c->n - at, now.top);
         for (int i = 0; i < count; i++) {
             pair e = {b.s[i], b.t[i], b.s[i] * EXP_OF_PAIR_ERROR};
             if (b.d[i] == 0) e = (pair){1, 0, 0};

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from reproml.arithmetic.compiler.direct import run_directly
-from reproml.arithmetic.compiler.evaluate import elementwise, elementwise_by_balls
+from reproml.arithmetic.compiler.evaluate import elementwise
 from reproml.arithmetic.numerics.balls import Formula
 from reproml.arithmetic.numerics.devices import to_device
-from reproml.arithmetic.numerics.elementary import SIN_MAX
 from reproml.arithmetic.numerics.formats import BINARY64, narrow, operate, reach, target
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import float32_operands
@@ -307,22 +306,9 @@ def elementary_function(name: str) -> Callable[..., Any]:
         (x,) = float32_operands(x)
         if target() is BINARY64:
             return reference(x)
-        if name in ("sin", "cos") and x.is_cpu:
-            far = (x.abs() > SIN_MAX) & x.isfinite()
-            if far.sum() * 4 > x.numel():
-                return _beyond(far, name, operator, x)
         return elementwise(formula, x, reference=complete, fast=name)
 
     return operator
-
-
-def _beyond(far: Tensor, name: str, operator: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Compute numbers beyond SIN_MAX, which only the reference path knows, apart from the others."""
-    y = torch.empty_like(x)
-    y[far] = elementwise_by_balls(lambda ctx, x: getattr(ctx, name)(x), x[far])
-    if not far.all():
-        y[~far] = operator(x[~far])
-    return y
 
 
 def nextafter(x: Tensor, y: Tensor) -> Tensor:
