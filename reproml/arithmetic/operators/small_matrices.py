@@ -214,7 +214,7 @@ def slogdet(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sign = np.sign(found.low)
     known = (sign * found.high > 0) & np.isfinite(found.low - found.high) & (found.info == 0)
     low, high = (np.where(known, abs(x), 1.0) for x in (found.low, found.high))
-    inside = abs(found.exponent) < 500  # then one logarithm, which may be near 0, says it all
+    inside = abs(found.exponent) < 500  # then it is one logarithm, which may be near 0
     low, high = (np.ldexp(x, np.where(inside, found.exponent, 0)) for x in (low, high))
     width = np.where(known, abs(high - low), math.inf)
     size, exponent = np.minimum(low, high), np.where(inside, 0, found.exponent)
