@@ -55,7 +55,7 @@ def floor_divide(x: Any, y: Any) -> Tensor:
 
 def frac(x: Tensor) -> Tensor:
     """Return x - trunc(x), which is a binary32 number."""
-    return x - x.trunc()
+    return torch.frac(x)
 
 
 def round_to_decimals(x: Tensor, *, decimals: int = 0) -> Tensor:
