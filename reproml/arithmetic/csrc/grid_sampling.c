@@ -27,9 +27,9 @@ static const pair ONE = {1, 0, 0};
 INLINE pair near_factor(pair x) { return pair_plus(pair_plus(ONE, x), pair_times(pair_times_pair(x, x), -1.25)); }
 
 /* The weights of the neighbors along an axis, for a place at u = d + t behind the second of four or the first of two,
-   and their derivatives but for the first, as all of them add up to 0. 1 - d is exact. */
+   and their derivatives but for the first, as all of them add up to 0. */
 INLINE void weights_along(integer near, double d, double t, pair *w, pair *slopes) {
-    const pair u = make_pair(d, t, 0), v = make_pair(1 - d, -t, 0);
+    const pair u = make_pair(d, t, 0), v = pair_plus(ONE, (pair){-u.s, -u.t, 0});
     if (near == 2) {
         w[0] = v, w[1] = u;
         slopes[1] = ONE;

@@ -81,25 +81,28 @@ static void exchange_rows(const matrix *m, integer i, integer j) {
 /* Change the numbers x of row i from column k + 1 on, with the numbers y of the pivot's row k; p and f are those of column
    k: x - (f / p) y, or (p x - f y) / d if `whole`, where d is the pivot before. */
 INLINE void eliminate_row(int whole, const matrix *m, integer i, integer k, pair p, pair d) {
-    const pair f = opposite(get(m, i, k)), multiple = quotient(f, p);
-    if (!whole && is_zero(f)) return;
+    const pair f = opposite(get(m, i, k));
     double *restrict s = m->s + i * m->width, *restrict t = m->t + i * m->width, *restrict rad = m->rad + i * m->width;
     const double *restrict ys = m->s + k * m->width, *restrict yt = m->t + k * m->width;
     const double *restrict yrad = m->rad + k * m->width;
-    for (integer j = k + 1; !whole && j < m->width; j++) {
-        const pair x = {s[j], t[j], rad[j]}, y = {ys[j], yt[j], yrad[j]};
-        const pair z = limited(pair_plus(x, pair_times_pair(multiple, y)), x.rad + bounds_of(multiple, y));
-        s[j] = z.s;
-        t[j] = z.t;
-        rad[j] = z.rad;
-    }
-    for (integer j = k + 1; whole && j < m->width; j++) {
-        const pair x = {s[j], t[j], rad[j]}, y = {ys[j], yt[j], yrad[j]};
-        const pair z = pair_plus(pair_times_pair(p, x), pair_times_pair(f, y));
-        const pair q = limited(quotient(z, d), bounds_of(p, x) + bounds_of(f, y));
-        s[j] = q.s;
-        t[j] = q.t;
-        rad[j] = q.rad;
+    if (whole) {
+        for (integer j = k + 1; j < m->width; j++) {
+            const pair x = {s[j], t[j], rad[j]}, y = {ys[j], yt[j], yrad[j]};
+            const pair z = pair_plus(pair_times_pair(p, x), pair_times_pair(f, y));
+            const pair q = limited(quotient(z, d), bounds_of(p, x) + bounds_of(f, y));
+            s[j] = q.s;
+            t[j] = q.t;
+            rad[j] = q.rad;
+        }
+    } else if (!is_zero(f)) {
+        const pair multiple = quotient(f, p);
+        for (integer j = k + 1; j < m->width; j++) {
+            const pair x = {s[j], t[j], rad[j]}, y = {ys[j], yt[j], yrad[j]};
+            const pair z = limited(pair_plus(x, pair_times_pair(multiple, y)), x.rad + bounds_of(multiple, y));
+            s[j] = z.s;
+            t[j] = z.t;
+            rad[j] = z.rad;
+        }
     }
 }
 
@@ -111,7 +114,8 @@ static integer largest_row(const matrix *m, integer k) {
     return best;
 }
 
-/* Copy matrix `index` of a batch to the memory of this thread. `t` and `rad` may be null for exact numbers. */
+/* Copy matrix `index` of a batch to the memory of this thread. `t` and `rad` are null for binary32 numbers, which are
+   within the limits, as each is a multiple of 2^-277 of the largest. */
 static int load(matrix *m, const double *const *parts, integer index) {
     const integer size = m->rows * m->width;
     m->s = reproml_scratch(3 * (size_t)size * sizeof(double));
@@ -120,6 +124,8 @@ static int load(matrix *m, const double *const *parts, integer index) {
     m->rad = m->t + size;
     for (int v = 0; v < 3; v++)
         for (integer i = 0; i < size; i++) m->s[v * size + i] = parts[v] ? parts[v][index * size + i] : 0;
+    for (integer i = 0; parts[1] && i < size; i++)
+        m->rad[i] = limited((pair){m->s[i], m->t[i], m->rad[i]}, m->rad[i]).rad;
     return 1;
 }
 

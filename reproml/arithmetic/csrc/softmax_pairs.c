@@ -335,8 +335,8 @@ static int32_t round_state(const state *up_to, float *out) {
 }
 
 /* The first test, for a block of states. */
-VECTORISED static void round_block(const double *restrict top, const double *restrict s, const double *restrict rad,
-                                   int count, float *restrict out, int32_t *restrict failed) {
+VECTORISED static void round_states(const double *restrict top, const double *restrict s, const double *restrict rad,
+                                    int count, float *restrict out, int32_t *restrict failed) {
     for (int i = 0; i < count; i++) {
         const double log = log1p_(s[i]);
         failed[i] = round_ball(top[i] + log, U, log * LOG1P_ERROR + rad[i] * SLACK, out + i);
@@ -378,7 +378,7 @@ VECTORISED static void run_row(integer task, void *data) {
             s[i] = now.others.s;
             rad[i] = fabs(now.others.t) + now.others.rad;
         }
-        round_block(top, s, rad, count, out + at, failed);
+        round_states(top, s, rad, count, out + at, failed);
         for (int i = 0; i < count; i++) {
             is_nan |= !(x[at + i] < INFINITY);
             if (is_nan)

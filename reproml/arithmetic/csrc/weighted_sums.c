@@ -143,9 +143,8 @@ VECTORISED static void sum_plane(integer plane, void *data) {
 }
 
 /* out [planes, *rows of the three axes] = the sums of x [planes, *columns]. sizes: rows, columns and width of each axis;
-   pointers: index of
-   each, weights, and numerators or null. additions: how many roundings a sum has. Planes with an infinite or
-   NaN number fail. `failed` has one element for each of `out`. Returns how many failed. */
+   pointers: index of each, weights, and numerators or null. additions: how many roundings a sum has. Planes with an
+   infinite or NaN number fail. `failed` has one element for each of `out`. Returns how many failed. */
 integer reproml_weighted_sums(integer planes, const integer *sizes, const void *const *pointers, const double *divisors,
                               double growth, integer additions, const float *x, float *out, uint8_t *failed) {
     call c = {.inner = 1,

@@ -121,7 +121,6 @@ def round_ball(mid: Tensor, error: Tensor, resolve: Resolve) -> Tensor:
     # Where the result underflows to zero, its sign must be certain as well.
     failed |= (result == 0) & (size <= error) & (error > 2 * TINY)
     if not defer_test(failed, mid) and failed.any():
-        failed &= mid.isfinite()
         _overwrite_failures(result, mid, failed.reshape(-1).nonzero().squeeze(1), resolve)
     return result
 

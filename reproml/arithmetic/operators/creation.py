@@ -166,10 +166,10 @@ def _operator(value: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         require_float32(dtype or _default_dtype())
         require(length >= 0, f"a window needs a length of at least 0, not {length}")
-        if not all(math.isfinite(p) for p in parameters):
-            raise NotExactError(f"a window has no exact definition for the parameters {parameters}")
         if length == 1:
             return torch.ones(1, dtype=target().container, device=device)
+        if not all(math.isfinite(p) for p in parameters):
+            raise NotExactError(f"a window has no exact definition for the parameters {parameters}")
         n = length if periodic else length - 1
         i = torch.arange(length, dtype=torch.float64, device="cpu")
         return value(n, torch.minimum(i, n - i), parameters).to(device or "cpu")

@@ -108,8 +108,8 @@ def _padded(place: Place, n: int, padding: int, align: bool) -> tuple[Place, Ten
 
 # ---- weights as formulas -----------------------------------------------------------------------------
 
-# Each takes d = s - floor and t, whose sum is the fraction u of a place, and returns the weights of the
-# neighbors. 1 - d is exact, so that nothing cancels.
+# Each takes d and t, |t| <= U d, whose sum is the fraction u of a place, and returns the weights of the
+# neighbors. 1 - d is exact where d is not tiny, so that nothing cancels.
 
 
 def _linear(ctx: Any, d: Any, t: Any) -> list[Any]:
@@ -182,7 +182,7 @@ def _samples(x: Tensor, grid: Tensor, mode: int, padding: int, align: bool) -> _
         if mode != BICUBIC:
             place, slope = _padded(place, n, padding, align)
         floor = place.floor()
-        d, t = place.s - floor, place.t
+        d, t = place.plus(-floor)
         if mode == NEAREST:  # ties to even
             odd = floor % 2 == 1
             upper = (2 * d > 1) | ((2 * d == 1) & ((t > 0) | ((t == 0) & odd)))
@@ -191,8 +191,8 @@ def _samples(x: Tensor, grid: Tensor, mode: int, padding: int, align: bool) -> _
             neighbors = [floor, floor + 1]
         else:
             # From 2^52 on, s is an integer, and t may have more of them.
-            more = torch.where(floor.abs() >= 2.0**52, t.floor(), 0.0)
-            t = t - more
+            more = torch.where(floor.abs() >= 2.0**52, place.t.floor(), 0.0)
+            d, t = Place(d, t).plus(-more)
             places = [Place(floor, more).plus(k) for k in (-1, 0, 1, 2)]
             neighbors = [_padded(p, n, padding, align)[0].s for p in places]
         within = torch.stack([(m >= 0) & (m < n) for m in neighbors], -1)
@@ -452,7 +452,13 @@ def _require(x: Tensor, grid: Tensor, mode: int) -> None:
         if t.dtype is not torch.float32:
             raise NotExactError(f"it is defined for float32, not for {t.dtype}")
     axes = x.dim() - 2
-    if grid.dim() != x.dim() or grid.shape[-1] != axes or len(grid) != len(x) or not x[0:1].numel():
+    if (
+        axes not in (2, 3)
+        or grid.dim() != x.dim()
+        or grid.shape[-1] != axes
+        or len(grid) != len(x)
+        or not x[0:1].numel()
+    ):
         raise RuntimeError(
             f"a grid of shape {list(grid.shape)} does not fit an input of shape {list(x.shape)}"
         )

@@ -210,6 +210,10 @@ def mv(a: Tensor, b: Tensor) -> Tensor:
 
 def addmv(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """Return alpha * (a @ b) + beta * bias for a vector b, rounded once."""
+    if a.shape[1] != len(b):
+        raise RuntimeError(
+            f"a matrix of shape {list(a.shape)} and a vector of {len(b)} cannot be multiplied"
+        )
     bias = bias.expand(len(a))
     # As a row, because the compiled loop adds one number to each column.
     return baddbmm(bias, b.unsqueeze(0), a.t(), beta=beta, alpha=alpha).squeeze(0)

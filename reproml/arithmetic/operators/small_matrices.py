@@ -368,7 +368,10 @@ def lstsq(
     left = np.ones(len(matrices), dtype=bool)
     if rows >= columns and not with_residuals:
         transposed = matrices.transpose(0, 2, 1)
-        found = compiled.solve([transposed, matrices], [transposed, given])
+        if rows == columns:
+            found = compiled.solve([matrices], [given])
+        else:
+            found = compiled.solve([transposed, matrices], [transposed, given])
         values, left = found.x, found.left | (found.info != 0)
     for i in np.nonzero(left)[0].tolist():
         values[i], squares[i] = exact.least_squares(matrices[i], given[i])
@@ -403,7 +406,10 @@ def pinv(
 def _pseudoinverses(a: Array, atol: Sequence[Any], rtol: Sequence[Any], rank: int = 0) -> Array:
     """Return _certain_pseudoinverse(...) of each matrix."""
     tall = a if a.shape[1] >= a.shape[2] else a.transpose(0, 2, 1)
-    found = compiled.solve([tall.transpose(0, 2, 1), tall], [tall.transpose(0, 2, 1)])
+    if a.shape[1] == a.shape[2]:
+        found = compiled.solve([a], [_identity(a)])
+    else:
+        found = compiled.solve([tall.transpose(0, 2, 1), tall], [tall.transpose(0, 2, 1)])
     values = found.x if tall is a else found.x.transpose(0, 2, 1).copy()
     left = found.left | (found.info != 0)
     for i in range(len(a)):

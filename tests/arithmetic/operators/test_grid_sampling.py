@@ -114,6 +114,11 @@ def test_sampling_is_rounded_once(axes, mode, data):
     x, grid = data.draw(tensors(shape, FINITE)), data.draw(tensors(out, PLACES))
     g = data.draw(tensors((*shape[:2], *out[1:-1]), FINITE))
     options = (mode, data.draw(st.integers(0, 2)), data.draw(st.booleans()))
+    check_sampling(x, grid, g, options)
+
+
+def check_sampling(x: Any, grid: Any, g: Any, options: Any) -> None:
+    shape, out, axes = x.shape, tuple(grid.shape), grid.shape[-1]
     a, b, channels = reals(x), reals(g), range(shape[1])
     expected, of_grid = np.empty(g.shape, dtype=object), np.empty(out, dtype=object)
     of_x: Any = {i: [] for i in np.ndindex(*shape)}
@@ -141,6 +146,17 @@ def test_sampling_is_rounded_once(axes, mode, data):
     check(y, expected, any_zero=True)
     check(grad_x, sums)
     check(grad_grid, of_grid, any_zero=True)
+
+
+@pytest.mark.parametrize("mode", [BILINEAR, BICUBIC])
+@pytest.mark.parametrize("padding", [ZEROS, BORDER, REFLECTION])
+def test_places_beside_the_only_element_keep_their_last_bits(mode, padding):
+    """On an axis of length 1 a place is half of its number, however small, and 1 - u needs all of its bits."""
+    tiny = [2.0**-149, -(2.0**-149), 2.0**-60, -(2.0**-60), 2.0**-53, 0.0]
+    grid = torch.tensor([[a, b] for a in tiny for b in (1.0, 0.5, 2.0**-149)]).reshape(1, 6, 3, 2)
+    for number in (3 * 2.0**-149, 2.0**-149, 1 + 2.0**-23):
+        x = torch.full((1, 1, 1, 1), number)
+        check_sampling(x, grid, torch.ones(1, 1, 6, 3), (mode, padding, False))
 
 
 def sampled_with_gradients(x: Any, grid: Any, g: Any, *options: Any) -> Any:
@@ -224,6 +240,11 @@ def test_affine_grid_is_product_of_rounded_places(align, size, dtype):
     with rounding_to(dtype):
         check(grid, expected)
     assert theta.grad is not None
+
+
+def test_sampling_of_four_axes_is_refused():
+    with reproml.exact(), pytest.raises(RuntimeError, match="does not fit"):
+        aten.grid_sampler_3d(torch.rand(1, 1, *[2] * 4), torch.rand(1, *[2] * 4, 4), 0, 0, False)
 
 
 def test_bicubic_sampling_of_volumes_is_refused():
