@@ -151,7 +151,7 @@ def check_sampling(x: Any, grid: Any, g: Any, options: Any) -> None:
 @pytest.mark.parametrize("mode", [BILINEAR, BICUBIC])
 @pytest.mark.parametrize("padding", [ZEROS, BORDER, REFLECTION])
 def test_places_beside_the_only_element_keep_their_last_bits(mode, padding):
-    """On an axis of length 1 a place is half of its number, however small, and 1 - u needs all of its bits."""
+    """On an axis of length 1 a place is half of its number, however small, and 1 - u needs all its bits."""
     tiny = [2.0**-149, -(2.0**-149), 2.0**-60, -(2.0**-60), 2.0**-53, 0.0]
     grid = torch.tensor([[a, b] for a in tiny for b in (1.0, 0.5, 2.0**-149)]).reshape(1, 6, 3, 2)
     for number in (3 * 2.0**-149, 2.0**-149, 1 + 2.0**-23):
