@@ -401,7 +401,9 @@ def determinant_of(a: Any) -> Fraction:
 def test_products_of_factors_far_apart_are_not_taken_for_singular():
     """Products of two binary32 numbers reach down to 2^-298, and those of two such products underflow."""
     random = torch.Generator().manual_seed(0)
-    exponents = torch.tensor([-149, -145, 0, 60, 127])[torch.randint(5, (40, 3, 3), generator=random)]
+    exponents = torch.tensor([-149, -145, 0, 60, 127])[
+        torch.randint(5, (40, 3, 3), generator=random)
+    ]
     lower = torch.tril(torch.exp2(exponents.double()).float())
     lower[0] = torch.tensor([[2.0**-149, 0, 0], [2.0**-149, 2.0**-149, 0], [0, 0, 2.0**127]])
     b = torch.tensor([[0.0], [1.0], [2.0**127]])
