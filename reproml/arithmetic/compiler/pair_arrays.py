@@ -209,7 +209,7 @@ def elements_by_pairs(
         return None
     shape = torch.broadcast_shapes(*[x.shape for x in operands])
     if program is None:
-        return _by_operations(formula, operands, shape)
+        return _by_operations(formula, operands, shape, round_pairs)
     steps = [int(x.numel() != 1) for x in operands]
     arrays = [(x.expand(shape) if s else x).contiguous() for x, s in zip(operands, steps)]
     value, rad = (torch.empty(shape, dtype=torch.float64, device="cpu") for _ in range(2))
@@ -237,7 +237,7 @@ def rows_by_pairs(formula: Formula, operands: Sequence[Tensor]) -> Optional[tupl
     """The same of a formula on rows, which lie along the last axis. An exact zero is +0."""
     if kernels.library is None or not all(x.is_cpu for x in operands):
         return None
-    return _by_operations(formula, operands, None)
+    return _by_operations(formula, operands, None, round_pairs)
 
 
 def narrow_rows_by_pairs(
@@ -253,7 +253,7 @@ def _by_operations(
     formula: Formula,
     operands: Sequence[Tensor],
     shape: Optional[torch.Size],
-    rounded: Callable[..., tuple[Tensor, Tensor]] = lambda *pair: round_pairs(*pair),
+    rounded: Callable[..., tuple[Tensor, Tensor]],
 ) -> Optional[tuple[Tensor, Tensor]]:
     ctx = PairArrays()
     try:
@@ -307,9 +307,7 @@ def round_pairs_to_odd(s: Tensor, t: Tensor, rad: Tensor) -> tuple[Tensor, Tenso
     one lies on the side of the sign of t.
     """
     failed = ~((t.abs() > 2 * rad) | ((t == 0) & (rad == 0))) | ~s.isfinite()
-    even = (s.view(torch.int64) & 1) == 0
-    other = torch.nextafter(s, torch.where(t > 0, torch.inf, -torch.inf).double())
-    return torch.where((t != 0) & even, other, s), failed
+    return sum_to_odd(s, t), failed
 
 
 # ---- sums and products ---------------------------------------------------------------------------------

@@ -67,20 +67,31 @@ INLINE int weigh(const samples *c, integer place, pair w[AXES][4], pair slopes[A
 
 INLINE float value_at(const float *image, integer index) { return index < 0 ? 0 : image[index]; }
 
+/* A sum of numbers times weights. rad: what the bounds of the weights add up to. */
+typedef struct {
+    compensated sum;
+    double rad;
+} weighted_sum;
+
+INLINE void add_weighted(weighted_sum *to, pair w, double x) {
+    add_product(&to->sum, w.s, x);
+    add_small(&to->sum, w.t * x);
+    to->rad += w.rad * fabs(x);
+}
+
+INLINE int32_t round_weighted(const weighted_sum *of, integer terms, float *out) {
+    pair value = compensated_pair(&of->sum, terms);
+    value.rad += of->rad * SLACK;
+    return round_pair(value, out);
+}
+
 /* ---- samples ---- */
 
 /* One sample whose first test failed. */
 INLINE int32_t sample_with_errors(const samples *c, const pair *w, const float *v, float *out) {
-    compensated sum = {0, 0, 0};
-    double rad = 0;
-    for (integer k = 0; k < c->all; k++) {
-        add_product(&sum, w[k].s, v[k]);
-        add_small(&sum, w[k].t * v[k]);
-        rad += w[k].rad * fabs(v[k]);
-    }
-    pair value = compensated_pair(&sum, c->all);
-    value.rad += rad * SLACK;
-    return round_pair(value, out);
+    weighted_sum sum = {{0, 0, 0}, 0};
+    for (integer k = 0; k < c->all; k++) add_weighted(&sum, w[k], v[k]);
+    return round_weighted(&sum, c->all, out);
 }
 
 /* Whether a sum of zeros may be -0: it is +0 unless all terms are -0. Linear weights are not negative, and of cubic
@@ -124,24 +135,11 @@ VECTORISED static void sample_places(integer task, void *data) {
 
 /* ---- the gradient of the image ---- */
 
-typedef struct {
-    double s, t, size, rad;
-} scattered_sum;
-
-INLINE void add_weighted(scattered_sum *sum, pair w, double g) {
-    const double product = w.s * g, low = fma(w.s, g, -product), rest = w.t * g;
-    double error;
-    two_sum(sum->s, product, &sum->s, &error);
-    sum->t += error + (low + rest);
-    sum->size += fabs(error) + (fabs(low) + fabs(rest));
-    sum->rad += w.rad * fabs(g);
-}
-
 VECTORISED static void scatter_image(integer image, void *data) {
     samples *c = data;
     const size_t weights = (size_t)(c->places * c->all) * sizeof(pair);
-    pair *w = reproml_scratch(weights + (size_t)c->area * sizeof(scattered_sum));
-    scattered_sum *sums = (scattered_sum *)(w + c->places * c->all);
+    pair *w = reproml_scratch(weights + (size_t)c->area * sizeof(weighted_sum));
+    weighted_sum *sums = (weighted_sum *)(w + c->places * c->all);
     const integer *index = c->index + image * c->places * c->all;
     integer failures = 0;
     for (integer place = 0; w && place < c->places; place++) {
@@ -151,19 +149,13 @@ VECTORISED static void scatter_image(integer image, void *data) {
     for (integer channel = 0; channel < c->channels; channel++) {
         const integer plane = image * c->channels + channel;
         const float *g = c->g + plane * c->places;
-        for (integer i = 0; w && i < c->area; i++) sums[i] = (scattered_sum){0, 0, 0, 0};
+        for (integer i = 0; w && i < c->area; i++) sums[i] = (weighted_sum){{0, 0, 0}, 0};
         for (integer place = 0; w && place < c->places; place++)
             for (integer term = place * c->all; term < (place + 1) * c->all; term++)
                 if (index[term] >= 0) add_weighted(sums + index[term], w[term], g[place]);
         for (integer i = 0; i < c->area; i++) {
             const integer at = plane * c->area + i;
-            int32_t left = 1;
-            if (w) {
-                const compensated sum = {sums[i].s, sums[i].t, sums[i].size};
-                pair value = compensated_pair(&sum, c->places * c->all);
-                value.rad += sums[i].rad * SLACK;
-                left = round_pair(value, c->out + at);
-            }
+            const int32_t left = !w || round_weighted(sums + i, c->places * c->all, c->out + at);
             failures += c->failed[at] = left != 0;
         }
     }

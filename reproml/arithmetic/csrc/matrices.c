@@ -10,7 +10,7 @@
 
 #include "compensated.h"
 
-/* Nothing underflows or overflows: the caller scales each matrix so that its largest number is in [1/2, 1), and parts of
+/* Nothing underflows or overflows: the caller scales each matrix so that its largest number is in [1/4, 1), and parts of
    a pair outside these limits make it unknown. Products of two are at least 2^-906, and those with bounds 2^-1000. What
    is lost below that, even after a division, is far below FLOOR, which every bound but 0 has. */
 #define SMALLEST 0x1p-400
@@ -68,14 +68,19 @@ INLINE void store_ends(pair p, double *low, double *high) {
     if (!(rad <= DBL_MAX)) *low = *high = NAN;
 }
 
+static void exchange(double *a, double *b, integer n) {
+    for (integer i = 0; i < n; i++) {
+        const double x = a[i];
+        a[i] = b[i];
+        b[i] = x;
+    }
+}
+
 static void exchange_rows(const matrix *m, integer i, integer j) {
-    double *parts[3] = {m->s, m->t, m->rad};
-    for (int v = 0; i != j && v < 3; v++)
-        for (integer c = 0; c < m->width; c++) {
-            const double x = parts[v][i * m->width + c];
-            parts[v][i * m->width + c] = parts[v][j * m->width + c];
-            parts[v][j * m->width + c] = x;
-        }
+    const integer a = i * m->width, b = j * m->width;
+    exchange(m->s + a, m->s + b, m->width);
+    exchange(m->t + a, m->t + b, m->width);
+    exchange(m->rad + a, m->rad + b, m->width);
 }
 
 /* Change the numbers x of row i from column k + 1 on, with the numbers y of the pivot's row k; p and f are those of column
@@ -224,14 +229,8 @@ VECTORISED static void factorize_lu(integer index, factor_call *c) {
         const pair p = get(&m, best, k);
         c->pivots[index * steps + k] = (int32_t)best + 1;
         exchange_rows(&m, k, best);
-        for (integer j = 0; j < k; j++) { /* the part of L that is there already */
-            double *ends[2] = {low, high};
-            for (int v = 0; v < 2; v++) {
-                const double x = ends[v][k * c->width + j];
-                ends[v][k * c->width + j] = ends[v][best * c->width + j];
-                ends[v][best * c->width + j] = x;
-            }
-        }
+        exchange(low + k * c->width, low + best * c->width, k); /* the part of L that is there already */
+        exchange(high + k * c->width, high + best * c->width, k);
         for (integer j = k; j < c->width; j++) {
             const integer to = k * c->width + j;
             store_ends(quotient(get(&m, k, j), d), low + to, high + to);

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reproml.arithmetic.numerics.elementary import horner
 from reproml.arithmetic.numerics.rounding import SLACK, U
 
 _BITS = 200  # a power of 2 for each degree is lost to cancellation
@@ -80,10 +81,7 @@ class Interpolated:
             piece = self._pieces[i]
             at = (piece_of == i).nonzero().squeeze(1)
             u = (x[at] - piece.centre) * (1 / piece.half)
-            y = torch.full_like(u, piece.coefficients[0])
-            for coefficient in piece.coefficients[1:]:
-                y.mul_(u).add_(coefficient)
-            mid[at], error[at] = y, piece.bound
+            mid[at], error[at] = horner(u, piece.coefficients), piece.bound
         return mid, error
 
 

@@ -367,11 +367,7 @@ def lstsq(
     with_residuals = rows > columns and driver == "gels"
     left = np.ones(len(matrices), dtype=bool)
     if rows >= columns and not with_residuals:
-        transposed = matrices.transpose(0, 2, 1)
-        if rows == columns:
-            found = compiled.solve([matrices], [given])
-        else:
-            found = compiled.solve([transposed, matrices], [transposed, given])
+        found = _solve_normal_equations(matrices, given)
         values, left = found.x, found.left | (found.info != 0)
     for i in np.nonzero(left)[0].tolist():
         values[i], squares[i] = exact.least_squares(matrices[i], given[i])
@@ -406,10 +402,7 @@ def pinv(
 def _pseudoinverses(a: Array, atol: Sequence[Any], rtol: Sequence[Any], rank: int = 0) -> Array:
     """Return _certain_pseudoinverse(...) of each matrix."""
     tall = a if a.shape[1] >= a.shape[2] else a.transpose(0, 2, 1)
-    if a.shape[1] == a.shape[2]:
-        found = compiled.solve([a], [_identity(a)])
-    else:
-        found = compiled.solve([tall.transpose(0, 2, 1), tall], [tall.transpose(0, 2, 1)])
+    found = _solve_normal_equations(tall)
     values = found.x if tall is a else found.x.transpose(0, 2, 1).copy()
     left = found.left | (found.info != 0)
     for i in range(len(a)):
@@ -419,6 +412,14 @@ def _pseudoinverses(a: Array, atol: Sequence[Any], rtol: Sequence[Any], rank: in
         if left[i]:
             values[i] = _certain_pseudoinverse(a[i], atol[i], rtol[i], rank)
     return values
+
+
+def _solve_normal_equations(a: Array, b: Optional[Array] = None) -> compiled.Solution:
+    """Find x with a^T a x = a^T b, or a x = b if a is square. b: None for the identity."""
+    if a.shape[1] == a.shape[2]:
+        return compiled.solve([a], [_identity(a) if b is None else b])
+    transposed = a.transpose(0, 2, 1)
+    return compiled.solve([transposed, a], [transposed] if b is None else [transposed, b])
 
 
 def _lowest(a: Array, atol: Any, rtol: Any, own: Any) -> Any:

@@ -59,8 +59,8 @@ def solve(left: Sequence[Array], right: Sequence[Array], adjugate: bool = False)
     return found
 
 
-def _put(found: Solution, where: Array, other: Solution) -> None:
-    """Replace the results of the matrices `where` by those that the other solution decides."""
+def _put(found: Any, where: Array, other: Any) -> None:
+    """Replace the results of the matrices `where` by those that `other`, of the same type, decides."""
     into = np.nonzero(where)[0][~other.left]
     for mine, new in zip(found, other):
         mine[into] = new[~other.left]
@@ -127,10 +127,8 @@ def factorize(a: Array, cholesky: bool = False) -> Factors:
     """Find L and U in one matrix, with P a = L U; or L with L L^T = a, from the lower triangle of a."""
     found = _factorize(a, cholesky)
     if found.left.any() and kernels.library is not None:
-        other = _factorize(a[found.left], cholesky, whole=True)
-        into = np.nonzero(found.left)[0]
-        for mine, new in zip(found, other):
-            mine[into] = new
+        some = found.left.copy()
+        _put(found, some, _factorize(a[some], cholesky, whole=True))
     return found
 
 
