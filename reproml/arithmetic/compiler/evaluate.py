@@ -150,6 +150,12 @@ def _elements_by_balls(formula: Formula, *operands: Union[Tensor, float, int]) -
         rows = torch.stack([x.expand(shape)[where] for x in wide], 1).cpu().numpy()
         values = y.mid.expand(shape)[where].cpu().numpy().copy()
         finite = np.isfinite(rows).all(1)  # the others are limits: nothing to round
+        found = pair_arrays.narrow_elements_by_pairs(formula, torch.from_numpy(rows).unbind(1))
+        if found is not None:
+            in_pairs, left = (x.numpy() for x in found)
+            passed = finite & ~left & (in_pairs != 0)
+            values[passed] = in_pairs[passed]
+            finite &= ~passed
         exact = exact_elements(formula, rows[finite])
         # An exact zero has the sign that IEEE arithmetic gives it step by step, where that gives 0.
         signed = (values[finite] == 0) & (exact == 0) & ~np.signbit(exact)

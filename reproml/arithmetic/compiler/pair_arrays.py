@@ -249,6 +249,15 @@ def narrow_rows_by_pairs(
     return _by_operations(formula, operands, None, _round_to_target)
 
 
+def narrow_elements_by_pairs(
+    formula: Formula, operands: Sequence[Tensor]
+) -> Optional[tuple[Tensor, Tensor]]:
+    """The same of an elementwise formula of float64 tensors of one shape."""
+    if kernels.library is None:
+        return None
+    return _by_operations(formula, operands, operands[0].shape, _round_to_target)
+
+
 def _by_operations(
     formula: Formula,
     operands: Sequence[Tensor],

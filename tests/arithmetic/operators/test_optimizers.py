@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reproml
-from reproml.arithmetic.compiler import kernels
+from reproml.arithmetic.compiler import evaluate, kernels
 from reproml.arithmetic.numerics.rounding import nearest
 from reproml.arithmetic.operators import optimizers
 from tests.arithmetic.strategies import FINITE, MODERATE, NOT_FINITE, SPECIAL, tensors
@@ -123,7 +123,7 @@ def test_adam(kind, values, dtype, data):
 def compare_adam(kind, c, start, grads):
     found, state = train(kind, start, grads, **c)
     c["decoupled"] = kind == "AdamW"
-    states: Any = [[Real(0)] * 3 for _ in range(4)]
+    states: Any = [[Real(0)] * 3 for _ in start]
     p = elements(start)
     for t, g in enumerate(grads, 1):
         p, states = zip(*[adam_step(*a, t, c) for a in zip(p, elements(g), states)])
@@ -131,6 +131,19 @@ def compare_adam(kind, c, start, grads):
     for name, i in [("exp_avg", 0), ("exp_avg_sq", 1), *[("max_exp_avg_sq", 2)] * c["amsgrad"]]:
         check(state[name], [s[i] for s in states])
     assert state["step"].item() == len(grads)
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_adam_beside_midpoints(kind, amsgrad, monkeypatch):
+    """With a rate of 1/2 a whole number of 24 bits comes to lie 10^-15 of it beside a midpoint."""
+    draw = torch.Generator().manual_seed(1)
+    n = 40 if kernels.library is not None else 8
+    start = torch.randint(-(2**24), 2**24, (n,), generator=draw).float()
+    if kernels.library is not None:  # pairs decide them all
+        monkeypatch.setattr(evaluate, "_exact_values_of_rows", None)
+    c = {"lr": 0.5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    compare_adam(kind, {**c, "amsgrad": amsgrad, "maximize": False}, start, [start.clone()])
 
 
 @pytest.mark.parametrize("values", [MODERATE, FINITE], ids=["moderate", "finite"])
@@ -188,7 +201,7 @@ def test_step_in_float64_is_rounded_to_binary64(kind, data):
             c = data.draw(ADAM)
             found, _ = train(kind, start, grads, **c)
             c["decoupled"] = kind == "AdamW"
-            states: Any = [[Real(0)] * 3 for _ in range(4)]
+            states: Any = [[Real(0)] * 3 for _ in start]
             for t, g in enumerate(grads, 1):
                 p, states = zip(*[adam_step(*a, t, c) for a in zip(p, elements(g), states)])
         check(found, p)
