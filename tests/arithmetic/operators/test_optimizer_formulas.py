@@ -246,6 +246,22 @@ def test_loop_leaves_few_numbers(kind, options, monkeypatch, request):
     assert len(left) < 20
 
 
+@pytest.mark.parametrize("kind", ["RMSprop", "Adagrad", "Adadelta", "NAdam"])
+def test_loop_decides_beside_an_infinite_average(kind, monkeypatch, request):
+    """The average of the squares overflows: what is divided by its root is a zero."""
+    start = torch.tensor([1.5, -0.0, 0.0, -(2.0**-149), 3e38])
+    grad = torch.tensor([1e30, 1e30, -1e30, -3e38, 2e25])
+    if "reference" not in request.node.name:
+        monkeypatch.setattr(formulas, "redo", None)
+    found, state = train(kind, start, [grad], **({"lr": 0.5} if kind != "Adadelta" else {}))
+    assert torch.isinf(torch.cat([x for x in state.values() if x.dim()])).any()
+    assert same_bits(found[[0, 2, 3, 4]], start[[0, 2, 3, 4]])
+    monkeypatch.undo()
+    monkeypatch.setattr(formulas, "has_kernel", lambda state: False)
+    expected, _ = train(kind, start, [grad], **({"lr": 0.5} if kind != "Adadelta" else {}))
+    assert same_bits(found, expected)
+
+
 def test_a_gradient_in_the_memory_of_a_state_takes_the_definition():
     """Its formulas are evaluated one after the other, and one of them overwrites the gradient."""
     results = []
