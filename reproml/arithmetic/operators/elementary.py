@@ -260,7 +260,9 @@ rad2deg = odd_function(lambda ctx, x: x * 180 / ctx.pi)
 def angle(x: Any) -> Tensor:
     """Return the angle of a real number: pi below 0, else 0."""
     (x,) = float32_operands(x)
-    return torch.where(x.isnan(), x, torch.where(x < 0, torch.full_like(x, _PI), 0.0))
+    below = x.sign().clamp_(-1, 0).abs_()  # 1 or 0; `torch.where` takes ten times as long
+    found: Tensor = below.mul_(_PI) + x.clamp(0, 0)  # a NaN remains one
+    return found
 
 
 # ---- the gamma function ------------------------------------------------------------------------------

@@ -132,3 +132,14 @@ def test_digamma_among_many_poles_is_rounded_once():
         check(torch.digamma(x)[:7], wanted)
         assert torch.digamma(x)[7] == math.inf and torch.digamma(x)[8].isnan()
         assert same_bits(torch.digamma(x), torch.cat([torch.digamma(v.view(1)) for v in x]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_angle_of_a_real_number_is_pi_or_zero(dtype):
+    numbers = [0.0, -0.0, -6e-8, 3.0, -math.inf, math.inf, math.nan, -5.0]
+    angles = [0.0, 0.0, math.pi, 0.0, math.pi, 0.0, math.nan, math.pi]
+    with reproml.exact():
+        found = torch.angle(torch.tensor(numbers, dtype=dtype))
+        of_integers = torch.angle(torch.tensor([-2, 0, 2]))
+    assert found.dtype is dtype and same_bits(found, torch.tensor(angles, dtype=dtype))
+    assert same_bits(of_integers, torch.tensor([math.pi, 0.0, 0.0]))
