@@ -30,7 +30,7 @@ _SIGNATURES = {
     "reproml_limit_vectors": (None, [_INT]),
     "reproml_product": (
         _LONG,
-        [_POINTER] + [_LONG] * 4 + ([_POINTER] + [_LONG] * 3) * 2 + [_POINTER] * 3 + [_LONG],
+        [_POINTER] + [_LONG] * 4 + ([_POINTER] + [_LONG] * 3) * 2 + [_POINTER] * 4 + [_LONG],
     ),
     "reproml_program": (_LONG, [_POINTER, _LONG] + [_POINTER] * 4 + [_LONG, _INT]),
     "reproml_fast": (_LONG, [_INT, _POINTER, _LONG] + [_POINTER] * 4 + [_LONG]),

@@ -579,7 +579,8 @@ static void round_weights(integer output, void *data) {
     for (integer j = 0; j < s->k; j += TILE_COLUMNS) {
         int n = (int)(s->k - j < TILE_COLUMNS ? s->k - j : TILE_COLUMNS), failed[TILE_COLUMNS];
         for (int t = 0; t < n; t++) column[t] = bound[(j + t) / (g->kh * g->kw)];
-        int count = reproml_round_tile(sums + j, 1, n, s->relative, &norm, column, NULL, NULL, out + j, s->k, failed);
+        int count =
+            reproml_round_tile(sums + j, 1, n, s->relative, &norm, column, NULL, NULL, 0, out + j, s->k, failed);
         for (int t = 0; t < count; t++)
             if (round_weight_with_errors(s, output, j + failed[t], out + j + failed[t]))
                 add_failure(s->failed, output * s->k + j + failed[t]);

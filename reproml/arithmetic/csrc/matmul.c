@@ -24,16 +24,17 @@ double reproml_squares(const float *x, integer n, integer stride) { return squar
 /* Round a tile. Returns nonzero if the test fails for an element; differ[i * TILE_COLUMNS + j] is nonzero for those. */
 INLINE int32_t round_rows(const double *restrict sums, int m, int n, double g, const double *restrict row_bound,
                           const double *restrict column_bound, const float *restrict row_bias,
-                          const float *restrict column_bias, float *restrict out, integer stride,
+                          const float *restrict column_bias, integer column_biases, float *restrict out, integer stride,
                           int32_t *restrict differ) {
     int32_t failed[TILE_COLUMNS] = {0}, any = 0;
     for (int i = 0; i < m; i++) {
         const double *restrict from = sums + i * TILE_COLUMNS;
+        const float *restrict of_columns = column_bias + i * column_biases;
         int32_t row[TILE_COLUMNS]; /* of its own: GCC does not see that differ and out never overlap */
         float rounded[TILE_COLUMNS];
         double bound = g * row_bound[i], constant = row_bias ? row_bias[i] : 0;
         for (int j = 0; j < n; j++) {
-            double bias = constant + (double)column_bias[j]; /* one of them is zero */
+            double bias = constant + (double)of_columns[j]; /* one of them is zero */
             double rad = bound * column_bound[j];
 #if PRECISION < 24 /* a minimum compiles to one instruction, a branch does not */
             rad += 0x1p900 * rad < SINGLE_LOST ? 0x1p900 * rad : SINGLE_LOST;
@@ -51,19 +52,23 @@ INLINE int32_t round_rows(const double *restrict sums, int m, int n, double g, c
 VECTORISED static int32_t round_tile(const double *restrict sums, int m, int n, double g,
                                      const double *restrict row_bound, const double *restrict column_bound,
                                      const float *restrict row_bias, const float *restrict column_bias,
-                                     float *restrict out, integer stride, int32_t *restrict differ) {
+                                     integer column_biases, float *restrict out, integer stride,
+                                     int32_t *restrict differ) {
     static const float zeros[TILE_COLUMNS];
     if (!column_bias) column_bias = zeros; /* a vector load from the null pointer is slow even if it is masked */
     if (n == TILE_COLUMNS)                 /* most tiles; with a constant number of columns the loop has no remainder */
-        return round_rows(sums, m, TILE_COLUMNS, g, row_bound, column_bound, row_bias, column_bias, out, stride,
-                          differ);
-    return round_rows(sums, m, n, g, row_bound, column_bound, row_bias, column_bias, out, stride, differ);
+        return round_rows(sums, m, TILE_COLUMNS, g, row_bound, column_bound, row_bias, column_bias, column_biases, out,
+                          stride, differ);
+    return round_rows(sums, m, n, g, row_bound, column_bound, row_bias, column_bias, column_biases, out, stride,
+                      differ);
 }
 
 int reproml_round_tile(const double *sums, int m, int n, double g, const double *row_bound, const double *column_bound,
-                       const float *row_bias, const float *column_bias, float *out, integer stride, int *failed) {
+                       const float *row_bias, const float *column_bias, integer column_biases, float *out,
+                       integer stride, int *failed) {
     int32_t differ[TILE_ROWS * TILE_COLUMNS];
-    int32_t any = round_tile(sums, m, n, g, row_bound, column_bound, row_bias, column_bias, out, stride, differ);
+    int32_t any =
+        round_tile(sums, m, n, g, row_bound, column_bound, row_bias, column_bias, column_biases, out, stride, differ);
     int count = 0;
     for (int i = 0; any && i < m; i++) {
         int32_t in_row = 0;
@@ -71,7 +76,7 @@ int reproml_round_tile(const double *sums, int m, int n, double g, const double 
         for (int j = 0; in_row && j < n; j++)
             if (differ[i * TILE_COLUMNS + j]) {
                 const double sum = sums[i * TILE_COLUMNS + j];
-                const float bias = row_bias ? row_bias[i] : column_bias ? column_bias[j] : 0;
+                const float bias = row_bias ? row_bias[i] : column_bias ? column_bias[i * column_biases + j] : 0;
                 if (fabs(sum) == INFINITY)
                     out[i * stride + j] = to_target(sum) + bias; /* in any order */
                 else
@@ -94,16 +99,16 @@ static void describe(product *x, int swapped, integer m, integer n, integer k, o
     x->row = swapped ? column : row, x->column = swapped ? row : column;
 }
 
-/* out = a @ b + bias. a [batch, m, k] and b [batch, k, n] with any strides; bias null or [n]; out contiguous; no
-   size but k is 0. kept: the panels of b, or null. failed: memory for `capacity` flat indices. Returns the number of
+/* out = a @ b + bias. a [batch, m, k] and b [batch, k, n] with any strides; bias null or [n], or as `added`, contiguous
+   [batch, m, n]; out contiguous; no size but k is 0. kept: the panels of b, or null. failed: memory for `capacity` flat indices. Returns the number of
    elements for which the test failed. If that exceeds `capacity`, or is negative for lack of memory, the caller has to
    calculate the entire result. */
 integer reproml_product(const packed *kept, integer batch, integer m, integer n, integer k, const float *a,
                         integer a_batch, integer a_row, integer a_column, const float *b, integer b_batch,
-                        integer b_row, integer b_column, const float *bias, float *out, integer *failed,
-                        integer capacity) {
+                        integer b_row, integer b_column, const float *bias, const float *added, float *out,
+                        integer *failed, integer capacity) {
     failure_list list = {failed, capacity, 0};
-    product x = {.batch = batch, .k = k, .out = out, .out_step = m * n, .failed = &list};
+    product x = {.batch = batch, .k = k, .out = out, .out_step = m * n, .added = added, .failed = &list};
     /* The operand with fewer lines is widened, and kept while the other is multiplied with it. */
     int swapped = m > n;
     x.m = swapped ? n : m, x.n = swapped ? m : n;

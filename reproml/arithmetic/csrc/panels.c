@@ -292,6 +292,7 @@ static void round_with_errors(const product *x, integer item, integer i, integer
     integer at = item * x->out_step + x->row[i] + x->column[j];
     if (x->row_bias) add_exact(&s, x->row_bias[item * x->bias_step + i]);
     if (x->column_bias) add_exact(&s, x->column_bias[item * x->bias_step + j]);
+    if (x->added) add_exact(&s, x->added[at]);
     if (round_compensated(&s, x->k + 1, x->out + at)) add_failure(x->failed, at);
 }
 
@@ -424,13 +425,23 @@ static int32_t round_in_binary64(const product *x, integer item, integer i, inte
     } else
         sum = a_step == 1 && b_step == 1 ? sum_products(of_a, of_b, x->k)
                                          : sum_distant_products(of_a, a_step, of_b, b_step, x->k);
+    const integer at = item * x->out_step + x->row[i] + x->column[j];
     double bias = x->row_bias      ? x->row_bias[item * x->bias_step + i]
                   : x->column_bias ? x->column_bias[item * x->bias_step + j]
+                  : x->added       ? x->added[at]
                                    : 0;
-    return round_sum(sum + bias, relative_bound((double)x->k) * (norms + fabs(bias)),
-                     x->out + item * x->out_step + x->row[i] + x->column[j]);
+    return round_sum(sum + bias, relative_bound((double)x->k) * (norms + fabs(bias)), x->out + at);
 }
 #endif
+
+/* Copy what is added to the elements of a tile to `to`, and return that. */
+static const float *gather_added(const product *x, integer item, const integer *row, const integer *column, int m,
+                                 int n, float *to) {
+    const float *from = x->added + item * x->out_step;
+    for (int r = 0; r < m; r++)
+        for (int c = 0; c < n; c++) to[r * TILE_COLUMNS + c] = from[row[r] + column[c]];
+    return to;
+}
 
 /* Round and store one tile. a, b: its panels, if blocks of its terms were summed in binary32 and the panels have all
    terms. */
@@ -445,10 +456,13 @@ static void store(const product *x, integer item, integer i, integer j, const do
     /* A sum is a sequence of a slice's terms, then of the slices and the sections. */
     double g = relative_bound((double)(smaller(x->k, SLICE) + x->k / SLICE + 2 * x->sections));
     if (x->single) g += 0x1p-24 * (1 + 0x1p-16); /* (1 + 2^-24)^w - 1 < w g for w <= SINGLE_BLOCK, with room */
-    int count = reproml_round_tile(sums, m, n, g, norm_a + i, norm_b,
-                                   x->row_bias ? x->row_bias + item * x->bias_step + i : NULL,
-                                   x->column_bias ? x->column_bias + item * x->bias_step + j : NULL,
-                                   direct ? out + row[0] + column[0] : tile, direct ? stride : TILE_COLUMNS, failed);
+    float added[TILE];
+    const float *column_bias = x->added         ? gather_added(x, item, row, column, m, n, added)
+                               : x->column_bias ? x->column_bias + item * x->bias_step + j
+                                                : NULL;
+    int count = reproml_round_tile(
+        sums, m, n, g, norm_a + i, norm_b, x->row_bias ? x->row_bias + item * x->bias_step + i : NULL, column_bias,
+        x->added ? TILE_COLUMNS : 0, direct ? out + row[0] + column[0] : tile, direct ? stride : TILE_COLUMNS, failed);
     if (!direct) {
         static const integer lines[8] = {0,
                                          TILE_COLUMNS,

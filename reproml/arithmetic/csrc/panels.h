@@ -31,6 +31,7 @@ typedef struct {
     const integer *row, *column;
     const float *row_bias, *column_bias; /* of each row or column, or null */
     integer bias_step;
+    const float *added;   /* to each element, at the same offset as in `out`, or null */
     failure_list *failed; /* offsets in `out` */
     /* Set by reproml_plan. */
     const tiling *tiles;

@@ -19,8 +19,8 @@ enum { LSTM, GRU, RNN_TANH, RNN_RELU };
 
 integer reproml_product(const void *kept, integer batch, integer m, integer n, integer k, const float *a,
                         integer a_batch, integer a_row, integer a_column, const float *b, integer b_batch,
-                        integer b_row, integer b_column, const float *bias, float *out, integer *failed,
-                        integer capacity);
+                        integer b_row, integer b_column, const float *bias, const float *added, float *out,
+                        integer *failed, integer capacity);
 void *reproml_pack_matrix(integer m, integer n, integer k, const float *b, integer b_row, integer b_column);
 integer reproml_sum(const float *x, const float *y, const integer *axes, int dims, integer reduced, double divisor,
                     float *out);
@@ -252,7 +252,7 @@ int reproml_cell_backward(int cell, integer rows, integer n, float *const *p) {
 static int product(const void *panels, integer m, integer n, integer k, const float *a, integer a_row, integer a_column,
                    const float *b, const float *bias, float *c) {
     integer failed[1];
-    return reproml_product(panels, 1, m, n, k, a, 0, a_row, a_column, b, 0, n, 1, bias, c, failed, 1) != 0;
+    return reproml_product(panels, 1, m, n, k, a, 0, a_row, a_column, b, 0, n, 1, bias, NULL, c, failed, 1) != 0;
 }
 
 /* Run the steps from `first` on. pointers: x [steps, rows, gates n]; the transposed weight [n, gates n] and its bias or

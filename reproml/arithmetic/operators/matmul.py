@@ -168,6 +168,8 @@ def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
         (batch, m, k), (batches, inner, n) = a.shape, b.shape
         a_batch, b_batch, shape = of_a[0], of_b[0], (batch, m, n)
     elif len(of_a) == len(of_b) > 3 and a.shape[:-2] == b.shape[:-2]:
+        if bias is not None and bias.dim() > 1:
+            bias = bias.expand(*a.shape[:-1], b.shape[-1]).flatten(0, -3)
         product = _compiled(a.flatten(0, -3), b.flatten(0, -3), bias)
         return None if product is None else product.unflatten(0, a.shape[:-2])
     else:
@@ -176,14 +178,19 @@ def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
         return None
     if a.dtype is not f32 or b.dtype is not f32 or not (a.is_cpu and b.is_cpu):
         return None
-    if bias is not None and not (bias.shape == (n,) and bias.dtype is f32 and kernels.usable(bias)):
-        return None
+    added = None  # to each element, while `bias` is added to each row
+    if bias is not None:
+        if bias.dtype is not f32 or not bias.is_cpu:
+            return None
+        bias = bias.contiguous() if bias.shape == (n,) else bias.expand(shape).contiguous()
+        bias, added = (bias, None) if bias.dim() == 1 else (None, bias)
     out = a.new_empty(shape)
     result = kernels.run_kernel(
         kernels.loops().reproml_product,
         *(None, batch, m, n, k),
         *(a.data_ptr(), a_batch, of_a[-2], of_a[-1], b.data_ptr(), b_batch, of_b[-2], of_b[-1]),
-        *(None if bias is None else bias.data_ptr(), out.data_ptr()),
+        *(None if x is None else x.data_ptr() for x in (bias, added)),
+        out.data_ptr(),
     )
     if not result.complete:
         return None
@@ -191,7 +198,8 @@ def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
         left = result.failed
         *of, i, j = torch.unravel_index(left, out.shape)
         rows, columns = a[(*of, i)].unsqueeze(1), b.transpose(-1, -2)[(*of, j)].unsqueeze(2)
-        rest = None if bias is None else bias[j].reshape(-1, 1, 1)
+        rest = added.view(-1)[left] if added is not None else None if bias is None else bias[j]
+        rest = None if rest is None else rest.reshape(-1, 1, 1)
         out.view(-1)[left] = _reference(rows, columns, rest).reshape(-1)
     return out
 

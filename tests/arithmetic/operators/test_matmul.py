@@ -46,11 +46,11 @@ def exact_product(a, b, bias=None):
 
 
 @pytest.mark.parametrize("kind", ["ties", "cancelling", "integers", "normal"])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", [False, "row", "matrix", "column"])
 def test_product_is_rounded_once(kind, bias):
     """Many of the elements fail the rounding test at the same time, so that every path is taken."""
     random = torch.Generator().manual_seed(3)
-    m, k, n = 17, 40, 19
+    m, k, n = (19, 40, 17) if bias == "column" else (17, 40, 19)
     if kind == "integers":
         a, b = (torch.randint(-4, 5, s, generator=random).float() for s in ((m, k), (k, n)))
         c = torch.randint(-4, 5, (n,), generator=random).float()
@@ -65,6 +65,10 @@ def test_product_is_rounded_once(kind, bias):
     if kind == "cancelling":  # row times column is almost 0
         a, b = torch.cat([a, -a * (1 + 2.0**-23)], 1), torch.cat([b, b], 0)
         c = c * 2.0**-40
+    if bias == "matrix":
+        c = c[torch.arange(m * n) % n].view(m, n) * torch.arange(m).unsqueeze(1)
+    if bias == "column":
+        c = c[torch.arange(m) % n].unsqueeze(1)
     expected = exact_product(a, b, c if bias else None)
     found = matmul.matmul(a, b, c if bias else None)
     check(found, expected)
@@ -137,6 +141,20 @@ def test_every_tile_shape_matches_reference(path, monkeypatch, m, n, k):
         for y in (b, b.t().contiguous().t(), b.repeat(1, 2)[:, n:]):
             assert same_bits(matmul.matmul(x, y), expected[0])
             assert same_bits(matmul.matmul(x, y, c), expected[1])
+
+
+@pytest.mark.parametrize("m, k, n", [(3, 40, 70), (70, 40, 3), (12, 500, 12), (1, 9, 1)])
+def test_matrix_is_added_to_each_product_of_a_batch(m, k, n):
+    draw = torch.Generator().manual_seed(4)
+    shapes = (2, 3, m, k), (2, 3, k, n), (2, 3, m, n)
+    a, b, c = (torch.randint(-9, 9, s, generator=draw).float() for s in shapes)
+    c = c + 2.0**24  # midpoints
+    a[0, 0, 0], c[0, 1, 0, 0], c[0, 2, 0, 0] = 0.0, torch.inf, torch.nan
+    found = matmul.matmul(a, b, c)
+    expected = a.double() @ b.double() + c.double()
+    assert same_bits(found, expected.float())
+    one = matmul.matmul(a, b, c[1:, :1])
+    assert same_bits(one, (a.double() @ b.double() + c[1:, :1].double()).float())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
