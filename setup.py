@@ -48,6 +48,7 @@ class BuildAtOnce(build_ext):
 # Their functions are called for float32 operands alone (kernels.py lists them).
 BINARY32_ONLY = {
     "fingerprint.c",
+    "gamma_draws.c",
     "matrices.c",
     "normalization.c",
     "optimizer_formulas.c",

@@ -91,6 +91,11 @@ _SIGNATURES = {
         None,
         [_LONG] * 2 + [ctypes.c_char_p, _POINTER, ctypes.c_uint64, _POINTER],
     ),
+    "reproml_gamma_approximations": (None, [_LONG] + [_POINTER] * 2),
+    "reproml_gamma_decisions": (
+        _INT,
+        [_LONG] + [_POINTER] * 3 + [_LONG, _POINTER, _DOUBLE] + [_POINTER] * 3,
+    ),
     "reproml_cell": (_INT, [_INT] + [_LONG] * 2 + [_POINTER]),
     "reproml_cell_backward": (_INT, [_INT] + [_LONG] * 2 + [_POINTER]),
     "reproml_layer": (_LONG, [_INT] + [_LONG] * 4 + [_POINTER]),
@@ -103,9 +108,10 @@ _SIGNATURES = {
 _BINARY32_ONLY = frozenset(
     """
 reproml_add_products reproml_cell reproml_cell_backward reproml_channel_moments
-reproml_column_moments reproml_factorize reproml_fingerprint reproml_layer
-reproml_layer_backward reproml_normalize reproml_normalize_backward reproml_optimizer_step
-reproml_pack_sums reproml_partial_pairs reproml_partial_product reproml_round_sums reproml_solve
+reproml_column_moments reproml_factorize reproml_fingerprint reproml_gamma_approximations
+reproml_gamma_decisions reproml_layer reproml_layer_backward reproml_normalize
+reproml_normalize_backward reproml_optimizer_step reproml_pack_sums reproml_partial_pairs
+reproml_partial_product reproml_round_sums reproml_solve
 """.split()
 )
 

@@ -1,8 +1,8 @@
 """Random numbers from the gamma and Dirichlet distributions, by rejection.
 
 Which numbers of the stream belong to an element depends on all decisions before it. So the decisions are
-taken one by one, nearly all of them from approximations in binary64 with a bound of their errors, and the
-results are computed together afterwards.
+taken one by one, by csrc/gamma_draws.c where it is built, nearly all of them from approximations in
+binary64 with a bound of their errors, and the results are computed together afterwards.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from reproml.arithmetic.compiler import executor, pair_arrays
+from reproml.arithmetic.compiler import executor, kernels, pair_arrays
 from reproml.arithmetic.numerics import elementary
 from reproml.arithmetic.numerics.devices import to_device
 from reproml.arithmetic.numerics.formats import BINARY64, narrow, target
 from reproml.arithmetic.numerics.libm import EXACT_MATH, power, rounded_to_nearest, rounded_to_odd
 from reproml.arithmetic.numerics.rounding import gamma, nearest, round_ball
 from reproml.arithmetic.operators.arguments import require
-from reproml.arithmetic.operators.random import keep_spare, numbers_of, require_cpu, take_spare
+from reproml.arithmetic.operators.random import confirmed, keep_spare, require_cpu, take_spare
 
 
 def standard_gamma(x: Tensor, generator: Any = None) -> Tensor:
@@ -36,7 +37,7 @@ def standard_gamma(x: Tensor, generator: Any = None) -> Tensor:
     require(
         (x >= 0) & x.isfinite(), "_standard_gamma expects shapes that are finite and not negative"
     )
-    draws = _draws(numbers_of(x.reshape(-1)), generator)
+    draws = _draws(confirmed(x).reshape(-1), generator)
     smallest = torch.finfo(target().dtype).tiny
     return to_device(narrow(draws).clamp(min=smallest).reshape(x.shape), x.device)
 
@@ -51,7 +52,7 @@ def sample_dirichlet(x: Tensor, generator: Any = None) -> Tensor:
     require(
         (x > 0) & x.isfinite(), "_sample_dirichlet expects concentrations that are finite and > 0"
     )
-    draws = _draws(numbers_of(x.reshape(-1)), generator).reshape(-1, *x.shape[-1:])
+    draws = _draws(confirmed(x).reshape(-1), generator).reshape(-1, *x.shape[-1:])
     total = draws.sum(-1, keepdim=True)
     ratio = draws / torch.where(total == 0, 1.0, total)
 
@@ -75,18 +76,25 @@ def sample_dirichlet(x: Tensor, generator: Any = None) -> Tensor:
 _CHUNK = 1 << 15  # numbers at once, so that the temporary ones stay in a processor's cache
 
 
-def _approximations(u: Tensor) -> tuple[Tensor, ...]:
-    log = elementary.log1p(-u)
-    sin, cos = elementary.sin_cos_pi(2 * u)
-    return log, torch.sqrt(-2 * log), cos, sin
+def _approximations(u: Tensor) -> Tensor:
+    if kernels.library is not None:
+        found = torch.empty((4, len(u)), dtype=torch.float64, device="cpu")
+        kernels.library.reproml_gamma_approximations(len(u), u.data_ptr(), found.data_ptr())
+        return found
+    parts = []
+    for part in u.split(_CHUNK):
+        log = elementary.log1p(-part)
+        sin, cos = elementary.sin_cos_pi(2 * part)
+        parts.append(torch.stack([log, torch.sqrt(-2 * log), cos, sin]))
+    return torch.cat(parts, 1)
 
 
 class _Stream:
     """Numbers of `rand` in float64, drawn ahead.
 
-    u: the numbers. approximations: of log(1 - u), sqrt(-2 log(1 - u)), cos(2 pi u) and sin(2 pi u). Two
-    numbers v, u give two normal ones, sqrt(-2 log(1 - u)) times cos(2 pi v) and sin(2 pi v), with a
-    relative error below 2^-47 (see elementary.py).
+    u: the numbers. approximations [4, count]: of log(1 - u), sqrt(-2 log(1 - u)), cos(2 pi u) and
+    sin(2 pi u). Two numbers v, u give two normal ones, sqrt(-2 log(1 - u)) times cos(2 pi v) and
+    sin(2 pi v), with a relative error below 2^-47 (see elementary.py).
     """
 
     def __init__(self, generator: Optional[torch.Generator], count: int) -> None:
@@ -99,18 +107,16 @@ class _Stream:
     def draw(self) -> None:
         more = torch.rand(self.count, generator=self.generator, dtype=torch.float64, device="cpu")
         self.u = torch.cat([self.u, more])
-        found = [_approximations(u) for u in self.u.split(_CHUNK)]
-        self.approximations = [torch.cat(x).tolist() for x in zip(*found)]
+        self.approximations = _approximations(self.u)
 
     def leave(self, used: int) -> None:
         """Let the generator have drawn only so many numbers."""
         self.generator.set_state(self.before)
         torch.rand(used, generator=self.generator, dtype=torch.float64, device="cpu")
 
-    def normals(self, which: Sequence[int]) -> Tensor:
+    def normals(self, found: Tensor) -> Tensor:
         """Return normal numbers as `normal_` draws single ones: 2 times the place of v, plus 1 for sin."""
-        found = torch.tensor(which, dtype=torch.int64, device="cpu")
-        z = torch.empty(len(which), dtype=torch.float64, device="cpu")
+        z = torch.empty(len(found), dtype=torch.float64, device="cpu")
         for second in (False, True):
             at = ((found & 1) == second).nonzero().squeeze(1)
             place = found[at] >> 1
@@ -118,7 +124,7 @@ class _Stream:
         return z
 
 
-def _draws(shapes: list[float], generator: Optional[torch.Generator]) -> Tensor:
+def _draws(shapes: Tensor, generator: Optional[torch.Generator]) -> Tensor:
     """Draw binary64 numbers from gamma distributions of any shapes, by rejection.
 
     G. Marsaglia and W. W. Tsang, A simple method for generating gamma variables, ACM Transactions on
@@ -129,23 +135,62 @@ def _draws(shapes: list[float], generator: Optional[torch.Generator]) -> Tensor:
     log(1 - u) < z^2 / 2 + d (1 - v + log(v)). PyTorch does the same; it first tries a bound that makes most
     logarithms superfluous and accepts no other numbers.
     """
-    elements = [i for i, shape in enumerate(shapes) if shape]
-    if not elements:
-        return torch.zeros(len(shapes), dtype=torch.float64, device="cpu")
-    below_1 = [shapes[i] < 1 for i in elements]
-    ds = [shapes[i] + small - 1 / 3 for i, small in zip(elements, below_1)]
-    cs = [1 / math.sqrt(9 * d) for d in ds]
+    shapes = shapes.to(device="cpu", dtype=torch.float64)
+    result = torch.zeros_like(shapes)
+    positive = shapes != 0
+    a = shapes[positive].numpy()
+    if not len(a):
+        return result
+    below_1 = a < 1
+    d = a + below_1 - 1 / 3
+    c = 1 / np.sqrt(9 * d)  # NumPy's root is that of IEEE 754
+    spare = take_spare(generator).tolist()
+    stream = _Stream(generator, 64 + 9 * len(a) // 4 + int(below_1.sum()))
+    decide = _decisions_one_by_one if kernels.library is None else _compiled_decisions
+    normals, uniforms, at, left = decide(stream, d, c, below_1, spare)
+    if normals[0] == _SPARE:
+        z = torch.cat([_float64(spare), stream.normals(normals[1:])])
+    else:
+        z = stream.normals(normals)
+    stream.leave(at)
+    if left != _NONE:
+        keep_spare(generator, *stream.u[left >> 1 :][:2].tolist())
+    y = 1 + torch.from_numpy(c) * z
+    scale = torch.ones_like(y)
+    if len(uniforms):
+        small = torch.from_numpy(below_1)
+        scale[small] = _powers(1 - stream.u[uniforms], torch.from_numpy(1 / a[below_1]))
+    result[positive] = scale * torch.from_numpy(d) * (y * y * y)
+    return result
+
+
+_NONE, _SPARE = -1, -2  # no normal number, and that which the generator kept
+_UNKNOWN: Any = object()
+_exact_log = lru_cache(maxsize=4096)(EXACT_MATH.log)
+
+
+class _Decisions(NamedTuple):
+    """The places of the numbers that the elements take: of the normal number, and of u for the powers."""
+
+    normals: Tensor
+    uniforms: Tensor
+    used: int  # numbers of the stream
+    left: int  # the normal number that is left over, see `_Stream.normals`
+
+
+def _decisions_one_by_one(
+    stream: _Stream, ds: Any, cs: Any, below_1: Any, spare: list[float]
+) -> _Decisions:
+    """Decide which numbers the elements take. spare: the normal number that the generator kept, if any."""
     # For |t| < 1/2 the right side is at least d (-3/4 t^4 - 6/5 |t|^5), by the series of log(1 + t). All
     # errors together are below 2^-20 for d < 10^6, see `_passes`.
-    bounds = [-1.35 * d if d < 1e6 else -math.inf for d in ds]
-    spare = take_spare(generator).tolist()
-    stream = _Stream(generator, 64 + 9 * len(elements) // 4 + sum(below_1))
-    log, radius, cos, sin = stream.approximations
+    bounds = np.where(ds < 1e6, -1.35 * ds, -math.inf).tolist()
+    log, radius, cos, sin = stream.approximations.tolist()
     at = 0
-    left = _SPARE if spare else _NONE  # the normal number that is left over, see `_Stream.normals`
+    left = _SPARE if spare else _NONE
     normals: list[int] = []
-    uniforms: list[int] = []  # the places of u for the powers
-    for small, d, c, bound in zip(below_1, ds, cs, bounds):
+    uniforms: list[int] = []
+    for small, d, c, bound in zip(below_1.tolist(), ds.tolist(), cs.tolist(), bounds):
         if small:
             uniforms.append(at)
             at += 1
@@ -153,7 +198,7 @@ def _draws(shapes: list[float], generator: Optional[torch.Generator]) -> Tensor:
         while not passed:
             if len(log) - at < 5:
                 stream.draw()
-                log, radius, cos, sin = stream.approximations
+                log, radius, cos, sin = stream.approximations.tolist()
             if left == _NONE:
                 z = radius[at + 1] * cos[at]
                 normal, left = 2 * at, 2 * at + 1
@@ -168,31 +213,59 @@ def _draws(shapes: list[float], generator: Optional[torch.Generator]) -> Tensor:
                 break
             passed = _passes(z, c, d, log[at])
             if passed is _UNKNOWN:
-                exact = spare[0] if normal == _SPARE else stream.normals([normal]).item()
-                passed = _passes_exactly(exact, c, d, stream.u[at].item())
+                passed = _decided_exactly(stream, normal, at, c, d, spare)
             at += passed is not None
         normals.append(normal)
-    if normals[0] == _SPARE:
-        z = torch.cat([_float64(spare), stream.normals(normals[1:])])
-    else:
-        z = stream.normals(normals)
-    stream.leave(at)
-    if left != _NONE:
-        keep_spare(generator, *stream.u[left >> 1 :][:2].tolist())
-    y = 1 + _float64(cs) * z
-    scale = torch.ones_like(y)
-    if uniforms:
-        exponents = [1 / shapes[i] for i, small in zip(elements, below_1) if small]
-        u = stream.u[torch.tensor(uniforms, device="cpu")]
-        scale[torch.tensor(below_1, device="cpu")] = _powers(1 - u, _float64(exponents))
-    result = torch.zeros(len(shapes), dtype=torch.float64, device="cpu")
-    result[torch.tensor(elements, device="cpu")] = scale * _float64(ds) * (y * y * y)
-    return result
+    return _Decisions(_int64(normals), _int64(uniforms), at, left)
 
 
-_NONE, _SPARE = -1, -2  # no normal number, and that which the generator kept
-_UNKNOWN: Any = object()
-_exact_log = lru_cache(maxsize=4096)(EXACT_MATH.log)
+# In the order of csrc/gamma_draws.c: why its loop ended, its state, and a verdict about one attempt.
+_ALL_DECIDED, _NUMBERS_MISSING, _UNDECIDED = range(3)
+_ELEMENT, _AT, _LEFT, _BEGUN, _VERDICT = range(5)
+_VERDICTS = {False: 1, True: 2, None: 3}
+
+
+def _compiled_decisions(
+    stream: _Stream, d: Any, c: Any, below_1: Any, spare: list[float]
+) -> _Decisions:
+    """Take the same decisions by csrc/gamma_draws.c, which leaves few of them open."""
+    n = len(d)
+    normals, uniforms = (torch.empty(n, dtype=torch.int64, device="cpu") for _ in range(2))
+    state = np.array([0, 0, _SPARE if spare else _NONE, 0, 0], dtype=np.int64)
+    reason = _NUMBERS_MISSING
+    while reason != _ALL_DECIDED:
+        reason = kernels.library.reproml_gamma_decisions(
+            n,
+            *(x.ctypes.data for x in (d, c, below_1)),
+            len(stream.u),
+            stream.approximations.data_ptr(),
+            spare[0] if spare else 0.0,
+            state.ctypes.data,
+            normals.data_ptr(),
+            uniforms.data_ptr(),
+        )
+        if reason == _NUMBERS_MISSING:
+            stream.draw()
+        elif reason == _UNDECIDED:
+            i, at, left = state[:3].tolist()
+            normal, at = (2 * at, at + 2) if left == _NONE else (left, at)
+            verdict = _decided_exactly(stream, normal, at, float(c[i]), float(d[i]), spare)
+            state[_VERDICT] = _VERDICTS[verdict]
+    return _Decisions(
+        normals, uniforms[torch.from_numpy(below_1)], int(state[_AT]), int(state[_LEFT])
+    )
+
+
+def _decided_exactly(
+    stream: _Stream, normal: int, at: int, c: float, d: float, spare: list[float]
+) -> Optional[bool]:
+    """Return whether `_draws` accepts a normal number with u at a place, or None for y <= 0."""
+    z = spare[0] if normal == _SPARE else stream.normals(_int64([normal])).item()
+    return _passes_exactly(z, c, d, stream.u[at].item())
+
+
+def _int64(x: Sequence[int]) -> Tensor:
+    return torch.tensor(x, dtype=torch.int64, device="cpu")
 
 
 def _float64(x: Sequence[float]) -> Tensor:

@@ -416,11 +416,16 @@ def _uniform_like(x: Tensor, dtype: torch.dtype, generator: Any) -> Tensor:
     return _to(u, x.device)
 
 
-def numbers_of(x: Tensor) -> Any:
-    """Return the numbers of a tensor, after all those of a device have been confirmed."""
+def confirmed(x: Tensor) -> Tensor:
+    """Return a tensor after all numbers of a device have been confirmed."""
     if is_on_accelerator(x):
         replay_log.flush()
-    return x.tolist()
+    return x
+
+
+def numbers_of(x: Tensor) -> Any:
+    """Return the numbers of a tensor, after all those of a device have been confirmed."""
+    return confirmed(x).tolist()
 
 
 def _require_float32(dtype: Any) -> None:

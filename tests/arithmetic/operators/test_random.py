@@ -432,6 +432,8 @@ def test_gamma_of_every_shape_takes_as_many_numbers_as_single_draws(path, monkey
     following = torch.rand(2)
     if path == "exact decisions":
         monkeypatch.setattr(gamma_draws, "_passes", lambda *_: gamma_draws._UNKNOWN)
+        decide = gamma_draws._decisions_one_by_one
+        monkeypatch.setattr(gamma_draws, "_compiled_decisions", decide)
     if path == "reference":
         monkeypatch.setattr(kernels, "library", None)
     torch.manual_seed(3)
@@ -454,6 +456,32 @@ def test_decisions_about_gammas_are_known_but_for_few(monkeypatch):
         for x in (torch.rand(500) + 1e-3, torch.rand(500) * 1e7, torch.rand(500) * 1e30):
             torch._standard_gamma(x)
     assert len(found) < 3
+
+
+@pytest.mark.skipif(kernels.library is None, reason="needs the C library")
+@pytest.mark.parametrize("size", [0.5, 1.0, 1e5, 1e12, 1e30, 3e38])
+@pytest.mark.parametrize("kept", [False, True])
+def test_compiled_decisions_are_those_taken_one_by_one(size, kept, monkeypatch):
+    """They take the same numbers of the stream, also if more are drawn in between."""
+    x = torch.rand(3000, generator=torch.Generator().manual_seed(1)) * size
+    x[::100] = 0
+    stream = gamma_draws._Stream
+
+    def draw():
+        torch.manual_seed(4)
+        if kept:
+            torch.empty(1).normal_()
+        return torch._standard_gamma(x), torch.empty(1).normal_(), torch.rand(2)
+
+    with reproml.exact():
+        found = draw()
+        monkeypatch.setattr(gamma_draws, "_Stream", lambda generator, count: stream(generator, 40))
+        again = draw() if size == 1.0 else found
+        monkeypatch.setattr(gamma_draws, "_compiled_decisions", gamma_draws._decisions_one_by_one)
+        monkeypatch.setattr(gamma_draws, "_Stream", stream)
+        expected = draw()
+    for a, b, c in zip(found, again, expected):
+        assert same_bits(a, c) and same_bits(b, c)
 
 
 def test_near_logarithm_is_within_its_bound():
