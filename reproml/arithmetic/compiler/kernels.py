@@ -100,6 +100,8 @@ _SIGNATURES = {
     "reproml_cell_backward": (_INT, [_INT] + [_LONG] * 2 + [_POINTER]),
     "reproml_layer": (_LONG, [_INT] + [_LONG] * 4 + [_POINTER]),
     "reproml_layer_backward": (_LONG, [_INT] + [_LONG] * 4 + [_INT] * 2 + [_POINTER]),
+    "reproml_weight_norm": (_LONG, [_LONG] * 2 + [_POINTER] * 4),
+    "reproml_weight_norm_backward": (_LONG, [_LONG] * 2 + [_POINTER] * 7),
     "reproml_sgd": (_LONG, [_LONG] + [_POINTER] * 3 + [_INT] * 2 + [_DOUBLE] * 5 + [_POINTER]),
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.compiler.evaluate import elementwise, rowwise
-from reproml.arithmetic.numerics.formats import operate, storing
+from reproml.arithmetic.numerics.formats import BINARY64, operate, storing, target
 from reproml.arithmetic.numerics.scalars import float32_scalar
 from reproml.arithmetic.operators.arguments import dims_tuple, require_float32, require_shape
 from reproml.arithmetic.operators.reductions import apply_to_rows, reduce_sum
@@ -279,7 +279,17 @@ def _factor(norm: Tensor, largest: float) -> Tensor:
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     """Compute aten._weight_norm_interface: g v / |v| for each slice along `dim`, and the norms."""
     rows, of_rows = _slices(v, g, dim)
-    w = rowwise(lambda ctx, v, g: g * v / ctx.sqrt(ctx.sum(v * v)), 1, rows, of_rows)
+
+    def scaled(v: Tensor, g: Tensor) -> Tensor:
+        return rowwise(lambda ctx, v, g: g * v / ctx.sqrt(ctx.sum(v * v)), 1, v, g)
+
+    result = _by_weight_norm_loop("reproml_weight_norm", rows, of_rows)
+    if result is None:
+        w = scaled(rows, of_rows)
+    else:
+        w, _, failed = result
+        if failed is not None:
+            w[failed] = scaled(rows[failed], of_rows[failed])
     with storing():
         norms = vector_norm(rows, 2, [1]).reshape(g.shape)
     return _from_slices(w, v, dim), norms
@@ -294,14 +304,50 @@ def weight_norm_backward(
     """
     rows, of_rows = _slices(v, g, dim)
     grads, lengths = _slices(grad, norms, dim)
+    operands = grads, rows, of_rows, lengths
+    result = _by_weight_norm_loop("reproml_weight_norm_backward", *operands)
+    if result is None:
+        grad_v, grad_g = _weight_norm_gradients(*operands)
+    else:
+        grad_v, grad_g, failed = result
+        if failed is not None:
+            found = _weight_norm_gradients(*[x[failed] for x in operands])
+            grad_v[failed], grad_g[failed] = found
+    return _from_slices(grad_v, v, dim), grad_g.reshape(g.shape)
 
+
+def _weight_norm_gradients(
+    grad: Tensor, v: Tensor, g: Tensor, norms: Tensor
+) -> tuple[Tensor, Tensor]:
     def of_v(ctx: Any, grad: Any, v: Any, g: Any, n: Any) -> Any:
         return g / n * (grad - v * ctx.sum(grad * v) / (n * n))
 
-    grad_v = rowwise(of_v, 1, grads, rows, of_rows, lengths)
-    grad_g = rowwise(lambda ctx, grad, v, n: ctx.sum(grad * v) / n, 1, grads, rows, lengths)
-    grad_g = grad_g[:, :1].reshape(g.shape)
-    return _from_slices(grad_v, v, dim), grad_g
+    grad_v = rowwise(of_v, 1, grad, v, g, norms)
+    grad_g = rowwise(lambda ctx, grad, v, n: ctx.sum(grad * v) / n, 1, grad, v, norms)
+    return grad_v, grad_g[:, 0]
+
+
+def _by_weight_norm_loop(
+    loop: str, *operands: Tensor
+) -> Optional[tuple[Tensor, Tensor, Optional[Tensor]]]:
+    """Run a loop of csrc/weight_norm.c on operands [rows, n], the last of which have equal columns.
+
+    Returns a result [rows, n], one [rows] and the rows that failed the test; None where it does not apply.
+    """
+    rows = operands[0]
+    matrices = len(operands) // 2
+    taken = [
+        x.contiguous() for x in (*operands[:matrices], *[x[:, :1] for x in operands[matrices:]])
+    ]
+    single = all(x.dtype is torch.float32 for x in taken)
+    if target() is BINARY64 or not (single and rows.numel() and kernels.usable(*taken)):
+        return None
+    out, of_rows = torch.empty_like(taken[0]), taken[0].new_empty(len(rows))
+    failed = torch.empty(len(rows), dtype=torch.bool, device="cpu")
+    results = [out, of_rows, failed] if matrices == 2 else [out, failed]
+    pointers = [x.data_ptr() for x in (*taken, *results)]
+    left = getattr(kernels.loops(), loop)(*rows.shape, *pointers)
+    return out, of_rows, failed if left else None
 
 
 def _slices(x: Tensor, of_slices: Tensor, dim: int) -> tuple[Tensor, Tensor]:

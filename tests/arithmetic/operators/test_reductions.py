@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import reproml
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.operators import norms, reductions
 from tests.arithmetic.forms import KINDS, agree, numbers, with_threads
@@ -143,6 +144,40 @@ def test_distances_and_their_gradients_are_rounded_once(kind):
             ]
             sums[i, k] = o.total(terms)
         check(norms.cdist_backward(g, x, y, 2.0, found), sums)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("kind", ["whole", "few", "subnormal", "large", "wide", "like 100"])
+def test_scaled_rows_and_their_gradients_are_rounded_once(kind):
+    v = rows_of(kind)
+    a, g = reals(v), torch.tensor([[1.0], [-0.3], [2.0**-140], [3.0], [2.0**20], [0.1], [7.0]])
+    b = reals(g)[:, 0]
+    with reproml.exact():
+        w, n = torch._weight_norm_interface(v, g, 0)
+        n = n.clamp(max=3e38)
+        lengths = reals(n)[:, 0]
+        rows = [r * x / o.sqrt(o.total(r * r)) for r, x in zip(a, b)]
+        check(w, np.array(rows, dtype=object), any_zero=True)
+        for e in (torch.ones_like(v), w.clone(), v * 0.5):  # the last two cancel
+            sums = [o.total(r * x) for r, x in zip(reals(e), a)]
+            of_v = [(q - r * (s / (m * m))) * (x / m)
+                    for q, r, s, m, x in zip(reals(e), a, sums, lengths, b)]  # fmt: skip
+            found = torch.ops.aten._weight_norm_interface_backward(e, v, g, n, 0)
+            check(found[0], np.array(of_v, dtype=object), any_zero=True)
+            of_g = [s / m for s, m in zip(sums, lengths)]
+            check(found[1][:, 0], np.array(of_g, dtype=object), any_zero=True)
+
+
+def test_rows_that_have_no_length_are_nan():
+    """As on the reference path, also beside rows that have one, and with infinities."""
+    v, g = torch.zeros(4, 3), torch.ones(4, 1)
+    v[1], v[2, 0] = 1.0, torch.inf
+    with reproml.exact():
+        w, n = torch._weight_norm_interface(v, g, 0)
+        of_v, of_g = torch.ops.aten._weight_norm_interface_backward(torch.ones(4, 3), v, g, n, 0)
+    for x in (w, of_v):
+        assert x[0].isnan().all() and x[3].isnan().all() and x[1].isfinite().all()
+    assert of_g[0].isnan().all() and of_g[1].item() == pytest.approx(3**0.5)
 
 
 def test_distances_of_batches_match_reference(monkeypatch):
