@@ -283,7 +283,7 @@ def product(library: Any, terms: list[float], k: int, columns: int) -> list[Foun
     strides = (k, k, 1, k * columns, *((1, k) if columns > 1 else (1, 1)))
     left = library.reproml_product(
         *(None, 1, 1, columns, k, at(a), *strides[:3], at(b), *strides[3:]),
-        *(None, at(out), failed, CAPACITY),
+        *(None, None, at(out), failed, CAPACITY),
     )
     return listed(left, failed, out, [ABOVE] * columns)
 
@@ -299,7 +299,7 @@ def packed_product(library: Any, terms: list[float], n: int, k: int) -> list[Fou
     panels, failed = pack(n, n, k, at(b), n, 1), integers(*[0] * CAPACITY)
     assert panels
     left = library.reproml_product(
-        *(panels, 1, n, n, k, at(a), 0, k, 1, at(b), 0, n, 1, None, at(out), failed, CAPACITY)
+        *(panels, 1, n, n, k, at(a), 0, k, 1, at(b), 0, n, 1, None, None, at(out), failed, CAPACITY)
     )
     ctypes.CDLL(None).free(ctypes.c_void_p(panels))
     return listed(left, failed, out, [ABOVE] * n * n)
@@ -506,6 +506,15 @@ def other_optimizer(library: Any) -> list[Found]:
     return [Found(left != 0, p.item(), ABOVE)]
 
 
+def weight_norm_gradient(library: Any) -> list[Found]:
+    """1 - b sum, where b sum is -2^-24 - 2^-64."""
+    grad, v = torch.tensor([1.0, -(2.0**16), -(2.0**-24)]), torch.tensor([2.0**-40, 1.0, 1.0])
+    one, of_g, out, failed = torch.ones(1), torch.ones(1), torch.ones(3), torch.ones(1)
+    pointers = map(at, (grad, v, one, one, out, of_g, failed))
+    left = library.reproml_weight_norm_backward(1, 3, *pointers)
+    return [Found(left != 0, out[0].item(), ABOVE)]
+
+
 def factors() -> tuple[int, int, int]:
     """p, q and p q: an odd multiple of half an ulp whose tie goes up."""
     for n in range(2**24 + 3, 2**24 + 1000, 4):
@@ -588,6 +597,7 @@ SINGLE: dict[str, Callable[[Any], list[Found]]] = {
     "adam, average": lambda c: adam(c, 2),
     "adam, average of squares": lambda c: adam(c, 3),
     "other optimizers": other_optimizer,
+    "gradient of scaled rows": weight_norm_gradient,
     "sigmoid gradient": lambda c: small_factor(c, "sigmoid_backward"),
     "softmax gradient": lambda c: small_factor(c, "softmax_backward"),
 }
