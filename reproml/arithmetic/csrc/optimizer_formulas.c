@@ -68,9 +68,20 @@ INLINE int32_t store(ball x, float *to) {
     return round_padded_ball(x.mid, x.rad * SLACK + (any < room ? any : room), to);
 }
 
+/* a - b; again: by the second test. */
+INLINE int32_t store_difference(const int again, ball a, ball b, float *to) {
+    return again ? round_difference(a.mid, b.mid, a.rad + b.rad, to) : store(minus(a, b), to);
+}
+
+/* x / d for an exact x, with the rounding error itself, which is 0 for a quotient in binary64. */
+INLINE ball quotient(double x, double d) {
+    const double q = x / d;
+    return (ball){q, fabs(fma(-q, d, x) / d) * SLACK};
+}
+
 /* The new numbers of one element: s [STATES], replaced. c: the constants of the optimizer, in the order in which Python
-   gives them. `which` is a constant, so that one case remains. */
-INLINE int32_t new_numbers(const int which, const double *c, ball d, float *s) {
+   gives them. `which` is a constant, so that one case remains. again: with the second test of the parameter. */
+INLINE int32_t new_numbers(const int which, const int again, const double *c, ball d, float *s) {
     const ball p = exact(s[0]);
     int32_t failed = 0;
     switch (which) {
@@ -91,15 +102,16 @@ INLINE int32_t new_numbers(const int which, const double *c, ball d, float *s) {
         if (momentum) {
             float *buffer = s + 2 + centered;
             failed |= store(plus(exact_product(mu, *buffer), u), buffer);
-            failed |= store(minus(p, exact_product(rate, *buffer)), &s[0]);
+            failed |= store_difference(again, p, exact_product(rate, *buffer), &s[0]);
         } else
-            failed |= store(minus(p, scaled(rate, u)), &s[0]);
+            failed |= store_difference(again, p, scaled(rate, u), &s[0]);
         return failed;
     }
     case ADAGRAD: {
         const double rate = c[0], eps = c[1];
         failed |= store(plus(exact(s[1]), square(d)), &s[1]);
-        return failed | store(minus(p, times(near(rate), over(d, plus(root(s[1]), exact(eps))))), &s[0]);
+        const ball change = times(near(rate), over(d, plus(root(s[1]), exact(eps))));
+        return failed | store_difference(again, p, change, &s[0]);
     }
     case ADADELTA: {
         const double rate = c[0], keep = c[1], rest = c[2], eps = c[3];
@@ -107,7 +119,7 @@ INLINE int32_t new_numbers(const int which, const double *c, ball d, float *s) {
         failed |= store(average_square(keep, s[1], rest, d), &s[1]);
         failed |= store(times(over(root(s[2] + eps), root(s[1] + eps)), d), &u);
         failed |= store(plus(exact_product(keep, s[2]), scaled(rest, exact_product(u, u))), &s[2]);
-        return failed | store(minus(p, exact_product(rate, u)), &s[0]);
+        return failed | store_difference(again, p, exact_product(rate, u), &s[0]);
     }
     case NADAM:
     case RADAM:
@@ -116,12 +128,13 @@ INLINE int32_t new_numbers(const int which, const double *c, ball d, float *s) {
         failed |= store(average(c[0], s[1], c[1], d), &s[1]);
         failed |= store(average_square(c[2], s[2], c[3], d), &s[2]);
         const ball kept = exact_product(shrinkage, s[0]);
-        if (which == RADAM_PLAIN) return failed | store(minus(kept, exact_product(c[5], s[1])), &s[0]);
+        if (which == RADAM_PLAIN) return failed | store_difference(again, kept, exact_product(c[5], s[1]), &s[0]);
         const double eps = c[6], variance = which == NADAM ? s[2] / c[8] : s[2];
         const ball denominator = plus(root(variance), exact(eps));
-        if (which == RADAM) return failed | store(minus(kept, scaled(c[5], over(exact(s[1]), denominator))), &s[0]);
+        if (which == RADAM)
+            return failed | store_difference(again, kept, scaled(c[5], over(exact(s[1]), denominator)), &s[0]);
         const ball ahead = plus(multiple(c[7], d), exact_product(c[5], s[1]));
-        return failed | store(minus(kept, over(ahead, denominator)), &s[0]);
+        return failed | store_difference(again, kept, over(ahead, denominator), &s[0]);
     }
     case ADAMAX: {
         const double keep = c[0], rest = c[1], fade = c[2], eps = c[3], rate = c[4];
@@ -131,7 +144,8 @@ INLINE int32_t new_numbers(const int which, const double *c, ball d, float *s) {
         failed |= store(plus((ball){fabs(d.mid), d.rad}, exact(eps)), &size);
         failed |= !(fabsf(faded) <= FLT_MAX);
         s[2] = faded > size ? faded : size;
-        return failed | store(minus(p, scaled(rate, over(exact(s[1]), exact(s[2])))), &s[0]);
+        const ball change = again ? quotient(rate * s[1], s[2]) : scaled(rate, over(exact(s[1]), exact(s[2])));
+        return failed | store_difference(again, p, change, &s[0]);
     }
     case ASGD:
     case ASGD_COPY: {
@@ -161,7 +175,8 @@ INLINE int32_t new_numbers(const int which, const double *c, ball d, float *s) {
     return 1;
 }
 
-INLINE int32_t run_loop(const int which, const int states, const step *x, integer at, int n, rounded *restrict r) {
+INLINE int32_t run_loop(const int which, const int again, const int states, const step *x, integer at, int n,
+                        rounded *restrict r) {
     const float *restrict p = x->state[0] + at, *restrict a = x->state[1] + at, *restrict g = x->g + at;
     const float *restrict b = states > 2 ? x->state[2] + at : NULL;
     const float *restrict c = states > 3 ? x->state[3] + at : NULL;
@@ -173,7 +188,7 @@ INLINE int32_t run_loop(const int which, const int states, const step *x, intege
     for (int i = 0; i < n; i++) {
         float s[STATES] = {p[i], a[i], states > 2 ? b[i] : 0, states > 3 ? c[i] : 0};
         const ball d = direction(sign * g[i], decay, decayed_sign * decayed[i]);
-        const int32_t failed = new_numbers(which, number, d, s);
+        const int32_t failed = new_numbers(which, again, number, d, s);
         for (int k = 0; k < states; k++) r->value[k][i] = s[k];
         r->failed[i] = failed;
         any |= failed;
@@ -182,9 +197,9 @@ INLINE int32_t run_loop(const int which, const int states, const step *x, intege
 }
 
 #define LOOP(which, states) \
-    case which: return run_loop(which, states, x, at, n, r);
+    case which: return run_loop(which, again, states, x, at, n, r);
 
-VECTORISED static int32_t optimizer_block(const step *x, integer at, int n, rounded *restrict r) {
+INLINE int32_t run_block(const step *x, integer at, int n, rounded *restrict r, const int again) {
     switch (x->loop) {
         LOOP(RMSPROP, 2)
         LOOP(RMSPROP_CENTERED, 3)
@@ -203,14 +218,27 @@ VECTORISED static int32_t optimizer_block(const step *x, integer at, int n, roun
     return 0;
 }
 
+VECTORISED static int32_t optimizer_block(const step *x, integer at, int n, rounded *restrict r) {
+    return run_block(x, at, n, r, 0);
+}
+
+VECTORISED static void optimizer_block_again(const step *x, integer at, int n, rounded *restrict r) {
+    run_block(x, at, n, r, 1);
+}
+
 static void optimizer_task(integer task, void *data) {
     step *x = data;
     int states = 1;
     while (states < STATES && x->state[states]) states++;
-    rounded r;
+    rounded r, again;
     for (integer at = task * TASK; at < (task + 1) * TASK && at < x->n; at += BLOCK) {
         int n = (int)(x->n - at < BLOCK ? x->n - at : BLOCK);
-        write_back(at, n, &r, x->state, states, optimizer_block(x, at, n, &r), &x->failed);
+        int32_t any = optimizer_block(x, at, n, &r);
+        if (any) {
+            optimizer_block_again(x, at, n, &again);
+            any = take_passed(&r, &again, states, n);
+        }
+        write_back(at, n, &r, x->state, states, any, &x->failed);
     }
 }
 

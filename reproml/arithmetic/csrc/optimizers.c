@@ -21,8 +21,9 @@ typedef struct {
     failure_list failed; /* parameter * 2^40 + element */
 } adam;
 
-INLINE int32_t adam_loop(const adam *x, const parameter *of, integer at, int n, rounded *restrict r,
-                         const int amsgrad) {
+/* again: with the second test of the parameter. */
+INLINE int32_t adam_loop(const adam *x, const parameter *of, integer at, int n, rounded *restrict r, const int amsgrad,
+                         const int again) {
     const float *restrict p = of->p + at, *restrict g = of->g + at, *restrict m = of->m + at, *restrict v = of->v + at;
     const float *restrict v_max = amsgrad ? of->v_max + at : NULL;
     const double decay = x->decay, sign = x->sign, keep = x->keep, b1 = x->b1, rest1 = x->rest1, b2 = x->b2;
@@ -45,7 +46,11 @@ INLINE int32_t adam_loop(const adam *x, const parameter *of, integer at, int n, 
         }
         double kept = keep * old_p, denominator = sqrt((double)largest) * scale + eps;
         double change = rate * (new_m / denominator);
-        failed |= round_padded_ball(kept - change, 5 * U * fabs(kept) + 20 * U * fabs(change), &new_p);
+        if (again)
+            failed |=
+                round_difference(kept, change, (keep == 1 ? 0 : 3 * U * fabs(kept)) + 20 * U * fabs(change), &new_p);
+        else
+            failed |= round_padded_ball(kept - change, 5 * U * fabs(kept) + 20 * U * fabs(change), &new_p);
         r->value[0][i] = new_p, r->value[1][i] = new_m, r->value[2][i] = new_v;
         r->failed[i] = failed;
         any |= failed;
@@ -54,7 +59,14 @@ INLINE int32_t adam_loop(const adam *x, const parameter *of, integer at, int n, 
 }
 
 VECTORISED static int32_t adam_block(const adam *x, const parameter *of, integer at, int n, rounded *restrict r) {
-    return of->v_max ? adam_loop(x, of, at, n, r, 1) : adam_loop(x, of, at, n, r, 0);
+    return of->v_max ? adam_loop(x, of, at, n, r, 1, 0) : adam_loop(x, of, at, n, r, 0, 0);
+}
+
+VECTORISED static void adam_block_again(const adam *x, const parameter *of, integer at, int n, rounded *restrict r) {
+    if (of->v_max)
+        adam_loop(x, of, at, n, r, 1, 1);
+    else
+        adam_loop(x, of, at, n, r, 0, 1);
 }
 
 static void adam_task(integer task, void *data) {
@@ -63,10 +75,16 @@ static void adam_task(integer task, void *data) {
     while (x->of[i].first > task) i--;
     const parameter *of = x->of + i;
     float *const state[STATES] = {of->p, of->m, of->v, of->v_max};
-    rounded r;
+    const int states = of->v_max ? 4 : 3;
+    rounded r, again;
     for (integer at = (task - of->first) * TASK; at < (task - of->first + 1) * TASK && at < of->n; at += BLOCK) {
         int n = (int)(of->n - at < BLOCK ? of->n - at : BLOCK);
-        write_back((i << 40) + at, n, &r, state, of->v_max ? 4 : 3, adam_block(x, of, at, n, &r), &x->failed);
+        int32_t any = adam_block(x, of, at, n, &r);
+        if (any) {
+            adam_block_again(x, of, at, n, &again);
+            any = take_passed(&r, &again, states, n);
+        }
+        write_back((i << 40) + at, n, &r, state, states, any, &x->failed);
     }
 }
 
@@ -122,8 +140,11 @@ INLINE int32_t sgd_loop(const sgd *x, integer at, int n, rounded *restrict r, co
             size = nesterov ? size + fabs(ahead) : fabs(b);
             e = nesterov ? e + 3 * U * size : 0;
         }
-        failed |= round_padded_ball(old_p - rate * step, 6 * U * (fabs(old_p) + fabs(rate) * size) + 2 * fabs(rate) * e,
-                                    &new_p);
+        /* A step that is one number has an exact product; half of a subnormal one makes midpoints. */
+        const int one_number = with_buffer ? !nesterov : !with_decay;
+        const double change = rate * step, sum = old_p - change;
+        const double error = 2 * fabs(rate) * e + (one_number ? 0 : 6 * U * fabs(rate) * size);
+        failed |= round_padded_ball(sum, bound_of_sum(old_p, -change, sum, error), &new_p);
         r->value[0][i] = new_p;
         if (with_buffer) r->value[1][i] = new_b;
         r->failed[i] = failed;

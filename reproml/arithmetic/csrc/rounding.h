@@ -43,8 +43,9 @@
    softmax.c: backward                    round_normal_ball  sum h; result 2 (log_softmax   h; 3 (2 and EXP_ERROR + 1)
                                                              1 and the exponential); + 1
    optimizers.c: averages                 round_padded_ball  2; + 1                         3; Adam's second average 4
-   optimizers.c: parameters               round_padded_ball  Adam 3 and 12, SGD 2; + 1      Adam 5 and 20, SGD 6
+   optimizers.c: parameters               round_padded_ball  Adam 3 and 12, SGD 2; + 1      Adam 5 and 20, SGD 3 and 6
    optimizer_formulas.c                   round_padded_ball  those of balls.h; + 1          SLACK and 2 more
+   optimizers.h: second test              round_pair         Adam 2 and 12; balls.h         3 (0 if exact) and 20
    panels.c, convolution.c                round_sum          h, bias 1; + 1                 h + 8 (relative_bound)
    panels.c: blocks in binary32           round_sum_quickly  w of 2^-24, h, bias 1; + 1     w, 2^-40, h + 8
    reductions.c: sums                     round_sum          h, divisor 1; + 1              h + 4

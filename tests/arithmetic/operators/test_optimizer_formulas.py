@@ -17,6 +17,7 @@ from torch import Tensor
 import reproml
 from reproml.arithmetic.compiler import kernels
 from reproml.arithmetic.operators import optimizer_formulas as formulas
+from reproml.arithmetic.operators import optimizers
 from reproml.errors import NotExactError
 from tests.arithmetic.operators.test_optimizers import OTHERS, in_each_dtype, narrowed, train
 from tests.arithmetic.strategies import FINITE, MODERATE, NOT_FINITE, SPECIAL, tensors
@@ -259,6 +260,33 @@ def test_loop_decides_beside_an_infinite_average(kind, monkeypatch, request):
     monkeypatch.undo()
     monkeypatch.setattr(formulas, "has_kernel", lambda state: False)
     expected, _ = train(kind, start, [grad], **({"lr": 0.5} if kind != "Adadelta" else {}))
+    assert same_bits(found, expected)
+
+
+@pytest.mark.skipif(kernels.library is None, reason="needs the C library")
+@pytest.mark.parametrize("lr", [0.5, 0.3])
+@pytest.mark.parametrize("unit", [1.0, 2.0**-149])
+@pytest.mark.parametrize("kind", ["Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "SGD"])
+def test_second_test_decides_beside_midpoints(kind, unit, lr, monkeypatch):
+    """A change of about half a unit in the last place; the definition finds the same bits."""
+    draw = torch.Generator().manual_seed(6)
+    start = torch.randint(-(2**24), 2**24, (600,), generator=draw).float()
+    start = start % 2**20 * unit if unit < 1 else start
+    options: Any = {"lr": lr, **({"momentum": 0.5} if kind == "SGD" else {})}
+    left: list[Any] = []
+    redo = formulas.redo
+
+    def counted(step: Any, states: Any, failed: Any) -> None:
+        left.extend(failed)
+        redo(step, states, failed)
+
+    for module in (formulas, optimizers):
+        monkeypatch.setattr(module, "redo", counted)
+    found, _ = train(kind, start, [start.clone()], **options)
+    assert len(left) < 3 or (kind, unit) not in {("Adam", 1.0), ("Adamax", 1.0), ("SGD", unit)}
+    for module in (formulas, optimizers):
+        monkeypatch.setattr(module, "has_kernel", lambda state: False)
+    expected, _ = train(kind, start, [start.clone()], **options)
     assert same_bits(found, expected)
 
 
