@@ -54,6 +54,7 @@ BINARY32_ONLY = {
     "optimizer_formulas.c",
     "partial_sums.c",
     "recurrent.c",
+    "residues.c",
 }
 
 

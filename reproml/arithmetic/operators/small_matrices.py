@@ -139,6 +139,8 @@ def _solution(
     """
     batch = torch.broadcast_shapes(*[x.shape[:-2] for x in (*factors, right)])
     _require_fit(factors[0], right)
+    if prepare and not right.numel():  # nobody asks for the info
+        return _tensor(np.empty(0), right, (*batch, *right.shape[-2:])), right.new_zeros(0)
     *arrays, b = _batches(*factors, right)
     x, info = _solved(prepare(*arrays) if prepare else arrays, b)
     shape = (*batch, *right.shape[-2:])
@@ -197,7 +199,8 @@ def det(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     found = compiled.solve([matrices], [_identity(matrices)], adjugate=True)
     values, unsure = compiled.rounded(found.low, found.high, found.exponent)
     cofactors = found.x.transpose(0, 2, 1).copy()
-    left = unsure | found.left | (found.info != 0)
+    values[found.info > 0] = 0
+    left = (unsure | found.left | (found.info != 0)) & (found.rank >= a.shape[-1] - 1)
     for i in np.nonzero(left)[0].tolist():
         values[i] = _nearest(exact.determinant(matrices[i]))
         cofactors[i] = exact.cofactors(matrices[i])
@@ -222,7 +225,7 @@ def slogdet(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def resolve(failed: Tensor) -> list[float]:
         logs = []
         for i in failed.tolist():
-            d = exact.determinant(matrices[i])
+            d = Fraction(0) if found.info[i] > 0 else exact.determinant(matrices[i])
             sign[i] = (d > 0) - (d < 0)
             logs.append(log_of_fraction(abs(d)) if d else -math.inf)
         return logs
@@ -405,10 +408,20 @@ def _pseudoinverses(a: Array, atol: Sequence[Any], rtol: Sequence[Any], rank: in
     found = _solve_normal_equations(tall)
     values = found.x if tall is a else found.x.transpose(0, 2, 1).copy()
     left = found.left | (found.info != 0)
+    norms = (tall**2).sum((1, 2)), (values**2).sum((1, 2))
+    exponents = np.zeros(len(a), dtype=np.int64)
+    far = ~left & ~((norms[1] > 2.0**-240) & np.isfinite(norms[1]))
+    if far.any():  # rounded to infinity or subnormal; the norms are those of matrices of about 1
+        scaled, exponents[far] = compiled.normalized(tall[far])
+        second = _solve_normal_equations(scaled)
+        norms[0][far], norms[1][far] = (scaled**2).sum((1, 2)), (second.x**2).sum((1, 2))
+        left[far] = second.left | (second.info != 0)
     for i in range(len(a)):
         if not left[i]:  # the norms err by far less than the factor 1/2
-            own, inverse = float((a[i] ** 2).sum()), float((values[i] ** 2).sum())
-            left[i] = not _lowest(a[i], atol[i], rtol[i], own) * inverse < 0.5
+            own, inverse = float(norms[0][i]), float(norms[1][i])
+            scale = Fraction(2) ** int(-exponents[i])
+            bound = atol[i] and atol[i] * scale
+            left[i] = not float(_lowest(a[i], bound, rtol[i], own)) * inverse < 0.5
         if left[i]:
             values[i] = _certain_pseudoinverse(a[i], atol[i], rtol[i], rank)
     return values

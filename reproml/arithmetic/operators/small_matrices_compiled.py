@@ -24,7 +24,9 @@ class Solution(NamedTuple):
     """What `solve` finds for a batch. left: which matrices it does not decide, bool [count].
 
     x: [count, n, k]. info: int32 [count], 0 or the first dependent column, from 1. low, high, exponent:
-    the determinant is between low 2^exponent and high 2^exponent, float64 and int64 [count].
+    the determinant is between low 2^exponent and high 2^exponent, float64 and int64 [count]. unsure: which
+    numbers of x are not decided; candidate: what they are if they are short. rank: that of a where it is
+    known to be less than n, else n.
     """
 
     x: Array
@@ -33,6 +35,9 @@ class Solution(NamedTuple):
     high: Array
     exponent: Array
     left: Array
+    unsure: Array
+    candidate: Array
+    rank: Array
 
 
 class Factors(NamedTuple):
@@ -50,20 +55,58 @@ def solve(left: Sequence[Array], right: Sequence[Array], adjugate: bool = False)
     adjugate: find x times the determinant of a.
     """
     found = _eliminate(left, right, adjugate)
-    if found.left.any() and kernels.library is not None:
+    if kernels.library is None:
+        return found
+    if len(left) == len(right) == 1:  # of a product, `whole` takes less time
+        _settle(found, left, right[0], adjugate)
+    if found.left.any():
         some = found.left.copy()
         a, b = ([x[some] for x in factors] for factors in (left, right))
         _put(found, some, _eliminate(a, b, adjugate, whole=True))
         if len(left) == 1 and not adjugate:
             _solve_near_identity(found, left[0], right[0])
+        if len(right) == 1:
+            _settle(found, left, right[0], adjugate)
     return found
 
 
 def _put(found: Any, where: Array, other: Any) -> None:
-    """Replace the results of the matrices `where` by those that `other`, of the same type, decides."""
-    into = np.nonzero(where)[0][~other.left]
+    """Replace the results of the matrices `where` by those that `other`, of the same type, decides.
+
+    Those that are not decided but eliminated replace others that are not.
+    """
+    better = ~other.left | ((other.info == 0) & (found.info[where] < 0))
+    into = np.nonzero(where)[0][better]
     for mine, new in zip(found, other):
-        mine[into] = new[~other.left]
+        mine[into] = new[better]
+
+
+def _settle(found: Solution, left: Sequence[Array], b: Array, adjugate: bool) -> None:
+    """Decide which matrices that are left are singular, and which numbers are their candidates."""
+    some = np.nonzero(found.left | (adjugate & (found.info != 0)))[0]
+    if not len(some) or not left[0].size:
+        return
+    n = left[0].shape[1]
+    factors = [np.ascontiguousarray(f[some]) for f in left]
+    given, candidate = np.ascontiguousarray(b[some]), found.candidate[some]
+    unsure, rank = found.unsure[some].astype(np.uint8), found.rank[some]
+    info = np.where(found.info[some] == 0, 0, -1).astype(np.int32)
+    pointers = [f.ctypes.data for f in factors] + [None] * (2 - len(factors))
+    kernels.library.reproml_settle(
+        *(len(some), n, b.shape[2], *pointers),
+        *[x.ctypes.data for x in (given, candidate, unsure, info, rank)],
+    )
+    settled = found.unsure[some] & (unsure == 0)
+    with np.errstate(over="ignore", under="ignore"):
+        x = np.where(settled, candidate.astype(np.float32), found.x[some])
+    singular = info > 0
+    x[singular] = np.nan
+    if adjugate:  # all its numbers are minors, which are 0
+        x[rank < n - 1] = 0
+    found.x[some], found.unsure[some], found.rank[some] = x, unsure != 0, rank
+    found.info[some] = np.where(singular, info, found.info[some])
+    found.low[some[singular]] = found.high[some[singular]] = 0
+    found.left[some] = (found.info[some] < 0) | ((info == 0) & (unsure != 0).any((1, 2)))
 
 
 def _solve_near_identity(found: Solution, a: Array, b: Array) -> None:
@@ -105,7 +148,9 @@ def _eliminate(
         shape = len(left[0]), left[0].shape[1], right[-1].shape[2]
         none = np.full(len(left[0]), np.inf)
         info = np.zeros(len(none), np.int32)
-        return Solution(np.empty(shape), info, -none, none, info.astype(np.int64), none > 0)
+        exponents, unsure = info.astype(np.int64), np.ones(shape, dtype=bool)
+        x, rank = np.empty(shape), np.full(len(none), shape[1], np.int32)
+        return Solution(x, info, -none, none, exponents, none > 0, unsure, x, rank)
     (a, e), (b, f) = _product(left), _product(right)
     count, n, k = b[0].shape
     pairs = zip(*_of_equal_length(a, b))
@@ -120,7 +165,12 @@ def _eliminate(
     x, unsure = rounded(ends[0], ends[1], shift[:, None, None])
     x[info > 0] = np.nan
     left_over = (info < 0) | ((info == 0) & unsure.any((1, 2)))
-    return Solution(x, info, determinants[:, 0], determinants[:, 1], e * n, left_over)
+    candidate = _short(ends[0], ends[1], shift[:, None, None])
+    if adjugate:  # a number other than 0 is an equality of another kind
+        candidate[candidate != 0] = np.nan
+    low, high = determinants.T.copy()
+    rank = np.full(count, n, np.int32)
+    return Solution(x, info, low, high, e * n, left_over, unsure, candidate, rank)
 
 
 def factorize(a: Array, cholesky: bool = False) -> Factors:
@@ -138,7 +188,7 @@ def _factorize(a: Array, cholesky: bool, whole: bool = False) -> Factors:
     pivots = np.zeros((count, min(rows, width)), dtype=np.int32)
     if kernels.library is None or not a.size:
         return Factors(ends[0], pivots, info, np.ones(count, dtype=bool))
-    scaled, e = _scaled(a, even=cholesky)
+    scaled, e = normalized(a, even=cholesky)
     kernels.library.reproml_factorize(
         *(whole, cholesky, count, rows, width),
         *[x.ctypes.data for x in (scaled, *ends, pivots, info)],
@@ -149,7 +199,7 @@ def _factorize(a: Array, cholesky: bool, whole: bool = False) -> Factors:
     return Factors(factors, pivots, info, (info < 0) | unsure.any((1, 2)))
 
 
-def _scaled(a: Array, even: bool = False) -> tuple[Array, Array]:
+def normalized(a: Array, even: bool = False) -> tuple[Array, Array]:
     """Return a 2^-e and e, [count], so that the largest number of each matrix is in [1/4, 1)."""
     e = np.frexp(np.abs(a).max((1, 2), initial=0))[1].astype(np.int64)
     e += e % 2 if even else 0
@@ -158,11 +208,11 @@ def _scaled(a: Array, even: bool = False) -> tuple[Array, Array]:
 
 def _product(factors: Sequence[Array]) -> tuple[list[Array], Array]:
     """Return one batch, or the product of two as pairs with their bounds, and its exponents of 2."""
-    scaled = [_scaled(f) for f in factors]
+    scaled = [normalized(f) for f in factors]
     if len(factors) == 1:
         return [scaled[0][0]], scaled[0][1]
     pairs = pair_arrays.products(*[torch.from_numpy(x) for x, _ in scaled])
-    s, e = _scaled(pairs[0].numpy())
+    s, e = normalized(pairs[0].numpy())
     rest = [np.ldexp(p.numpy(), -e[:, None, None]) for p in pairs[1:]]
     return [s, *rest], sum(e for _, e in scaled) + e
 
@@ -178,6 +228,18 @@ def rounded(low: Array, high: Array, shift: Any = 0) -> tuple[Array, Array]:
         ends = [np.ldexp(x, shift).astype(np.float32) for x in (low, high)]
     unsure = (ends[0].view(np.int32) != ends[1].view(np.int32)) | np.isnan(ends[1])
     return ends[1].astype(np.float64), unsure
+
+
+def _short(low: Array, high: Array, shift: Any) -> Array:
+    """Return 0 if it is between low and high, else the middle times 2^shift, to the bits that both share.
+
+    These are at least 24 and at most 50.
+    """
+    mantissa, e = np.frexp(low / 2 + high / 2)
+    width = np.ldexp(high / 2 - low / 2, 1 - e)
+    bits = (-np.frexp(width)[1] - 1).clip(24, 50)
+    short = np.ldexp(np.rint(np.ldexp(mantissa, bits)), e - bits + shift)
+    return np.where((low <= 0) & (high >= 0), 0.0, short)
 
 
 def _pointers(parts: list[Array]) -> Any:

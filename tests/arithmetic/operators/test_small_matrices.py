@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -457,3 +459,84 @@ def test_logarithm_of_determinant_beyond_the_range_of_numbers():
     with reproml.exact():
         _, logs = torch.linalg.slogdet(torch.stack([small, large]))
     check(logs, [o.log(Real(Fraction(2) ** e)) for e in (-149 * 64, 127 * 64)])
+
+
+def with_exact_zeros(n: int) -> Any:
+    """Return systems of normal numbers whose solutions have exact zeros and ties among others."""
+    torch.manual_seed(n)
+    a = torch.randn(20, n, n).triu().double()
+    return np.asarray(a), np.asarray(torch.randn(20, n, n).tril(-1).double() + a)
+
+
+@needs_loops
+@pytest.mark.parametrize("scale", [2.0**-130, 1.0, 2.0**100])
+def test_short_numbers_of_solutions_are_proven(scale):
+    a, b = with_exact_zeros(5)
+    a[0], b[0] = np.diag([1.0, 3, 5, 7, 9]), np.diag([1, 3 * (1 + 2.0**-24), 0, 7, 1])
+    b[0, 1, 1] = np.float32(3.0)
+    a, b = (np.float32(x * scale).astype(np.float64) for x in (a, b))
+    a += (a == 0) * np.eye(5) * scale
+    found = compiled.solve([a], [b])
+    assert not found.left.any()
+    for i in range(len(a)):
+        assert (found.x[i] == exact_matrices.solve([a[i]], b[i])).all()
+    assert (found.x == 0).any()
+
+
+@needs_loops
+def test_wrong_candidates_are_refuted():
+    """The numbers of the solution are changed by 2^-40, and zeros to 2^-90."""
+    a, b = with_exact_zeros(4)
+    found = compiled.solve([a], [b])
+    for change in (0.0, 2.0**-40):
+        x = np.where(found.x == 0, change and 2.0**-90, found.x * (1 + change))
+        unsure = np.ones(x.shape, dtype=np.uint8)
+        info, rank = np.zeros((2, len(a)), dtype=np.int32)
+        pointers = [y.ctypes.data for y in (b, x, unsure, info, rank)]
+        kernels.library.reproml_settle(len(a), 4, 4, a.ctypes.data, None, *pointers)
+        assert ((unsure == 0) == exact_equal(a, b, x)).all()
+
+
+def exact_equal(a: Any, b: Any, x: Any) -> Any:
+    """Return which numbers of x are exactly those of the solution."""
+    fractions = np.vectorize(Fraction, otypes=[object])
+    return np.array(
+        [eliminated(fractions(p), fractions(q)) == fractions(r) for p, q, r in zip(a, b, x)]
+    )
+
+
+@needs_loops
+@pytest.mark.parametrize(("n", "rank"), [(6, 3), (6, 5), (64, 62)])
+def test_singular_matrices_are_recognized_by_remainders(n, rank):
+    torch.manual_seed(rank)
+    a = torch.randn(3, n, n).double().numpy()
+    a[:, :, rank:] = a[:, :, :1] * 2.0 ** np.arange(n - rank)
+    found = compiled.solve([a], [np.broadcast_to(np.eye(n), a.shape)], adjugate=True)
+    assert found.info.tolist() == [rank + 1] * 3 and found.rank.tolist() == [rank] * 3
+    assert rank == n - 1 or not found.x.any()
+    assert not compiled.solve([a], [a[..., :1]]).left.any()
+    with reproml.exact():
+        sign, log = torch.linalg.slogdet(torch.from_numpy(a).float())
+    assert not sign.any() and (log == -np.inf).all()
+
+
+def test_moduli_are_primes():
+    path = Path(exact_matrices.__file__).parents[1] / "csrc" / "residues.c"
+    table = re.search(r"BELOW_2_62\[PRIMES\] = \{([^}]*)\}", path.read_text())
+    assert table
+    primes = [2**62 - int(x) for x in table[1].split(",")]
+    assert len(set(primes)) == 64 and min(primes) > 2**61
+    assert all(pow(b, p - 1, p) == 1 for p in primes for b in (2, 3, 5, 7, 11, 13))
+
+
+@pytest.mark.parametrize("scale", [2.0**-149, 2.0**-128, 2.0**100])
+@pytest.mark.parametrize("shape", [(3, 3), (5, 3), (3, 5)])
+def test_pseudoinverse_far_from_one_is_rounded_once(shape, scale):
+    torch.manual_seed(0)
+    a = (torch.randint(-40, 40, (10, *shape)).double() * scale).float()
+    with reproml.exact():
+        found = torch.linalg.pinv(a)
+    for x, y in zip(found, a.double().numpy()):
+        assert same_bits(x, torch.from_numpy(exact_matrices.pseudoinverse(y)[0]).float())
+    with reproml.exact(), pytest.raises(reproml.NotExactError, match="no certain rank"):
+        torch.linalg.pinv(a, atol=100 * scale)
