@@ -3,6 +3,7 @@
    which a test fails is left to Python. */
 
 #include "activations.h"
+#include "rows.h"
 
 #include <stdlib.h>
 
@@ -22,8 +23,8 @@ integer reproml_product(const void *kept, integer batch, integer m, integer n, i
                         integer b_row, integer b_column, const float *bias, const float *added, float *out,
                         integer *failed, integer capacity);
 void *reproml_pack_matrix(integer m, integer n, integer k, const float *b, integer b_row, integer b_column);
-integer reproml_sum(const float *x, const float *y, const integer *axes, int dims, integer reduced, double divisor,
-                    float *out);
+
+static inline integer smaller(integer a, integer b) { return a < b ? a : b; }
 
 static integer gates_of(int cell) { return cell == LSTM ? 4 : cell == GRU ? 3 : 1; }
 
@@ -133,8 +134,7 @@ static void step_rows(integer task, void *data) {
 }
 
 static integer tasks_for(integer rows, integer wide) {
-    integer threads = rows * wide > SERIAL ? reproml_threads() : 1;
-    return threads < rows ? threads : rows;
+    return smaller(rows * wide > SERIAL ? reproml_threads() : 1, rows);
 }
 
 static int run_step(step *s) {
@@ -247,75 +247,120 @@ int reproml_cell_backward(int cell, integer rows, integer n, float *const *p) {
 
 /* ---- all steps of a layer ---- */
 
-/* c = a @ b, a [m, k] and b [k, n] with these strides; panels: those of b, or null. Returns nonzero if an element
-   failed its tests. */
-static int product(const void *panels, integer m, integer n, integer k, const float *a, integer a_row, integer a_column,
-                   const float *b, const float *bias, float *c) {
+/* A row of a batch depends on no other row, so each thread takes some rows through all steps and waits for nobody. This
+   pays where a thread has enough rows for its products, and a weight of KEPT numbers stays in the cache of its core. */
+#define ROWS 8
+#define KEPT (1 << 18)
+
+static integer threads_for(integer rows, integer wide, integer n) {
+    const integer threads = reproml_threads(), enough = wide * n <= KEPT ? ROWS : 4 * ROWS;
+    return rows >= enough * threads ? smaller(threads, TASKS) : 1;
+}
+
+/* c = a @ b, a [m, k] and b [k, n], both contiguous; panels: those of b, or null. Returns nonzero if an element failed
+   its tests. */
+static int product(const void *panels, integer m, integer n, integer k, const float *a, const float *b,
+                   const float *bias, float *c) {
     integer failed[1];
-    return reproml_product(panels, 1, m, n, k, a, 0, a_row, a_column, b, 0, n, 1, bias, NULL, c, failed, 1) != 0;
+    return reproml_product(panels, 1, m, n, k, a, 0, k, 1, b, 0, n, 1, bias, NULL, c, failed, 1) != 0;
+}
+
+/* What the threads share. */
+typedef struct {
+    int cell, has_state, with_h;
+    integer steps, rows, n, from, tasks; /* from: the first step of a layer, or the number of steps that are left */
+    void *panels;
+    float *const *p;
+    integer reached[TASKS];
+} layer;
+
+static void run_layer(integer task, void *data) {
+    layer *l = data;
+    float *const *p = l->p;
+    const integer n = l->n, wide = gates_of(l->cell) * n, size = l->rows * n, size_x = l->rows * wide;
+    const integer row = l->rows * task / l->tasks, rows = l->rows * (task + 1) / l->tasks - row;
+    const integer at = row * n, at_x = row * wide;
+    integer t = l->from;
+    for (; t < l->steps; t++) {
+        const int last = t == l->steps - 1;
+        step s = {.cell = l->cell, .rows = rows, .n = n, .x = p[0] + t * size_x + at_x, .z = p[3] + at_x};
+        s.h = (t ? p[9] + (t - 1) * size : p[4]) + at;
+        if (l->cell == LSTM) s.c = (t ? p[7] + (t - 1) * size : p[5]) + at;
+        if (l->cell <= GRU) s.gates = p[6] + t * size_x + at_x, s.kept = p[8] + t * size + at;
+        if (l->cell <= GRU) s.new_c = (last && l->cell == LSTM ? p[11] : p[7] + t * size) + at;
+        s.new_h = (last ? p[10] : p[9] + t * size) + at;
+        if (product(l->panels, rows, wide, n, s.h, p[1], p[2], p[3] + at_x) || run_step(&s)) break;
+    }
+    l->reached[task] = t;
 }
 
 /* Run the steps from `first` on. pointers: x [steps, rows, gates n]; the transposed weight [n, gates n] and its bias or
    null; z, memory for [rows, gates n]; h and c before the first step; gates, c and kept of all steps; h of all steps but
-   the last; h of the last step; c of the last step. Returns the number of steps that are done. */
+   the last; h of the last step; c of the last step. Returns the number of steps that are done for all rows. */
 integer reproml_layer(int cell, integer steps, integer rows, integer n, integer first, float *const *p) {
-    const integer wide = gates_of(cell) * n, size = rows * n, size_x = rows * wide;
-    void *const panels = steps - first > 1 ? reproml_pack_matrix(rows, wide, n, p[1], wide, 1) : NULL;
-    integer t = first;
-    for (; t < steps; t++) {
-        const int last = t == steps - 1;
-        step s = {.cell = cell, .rows = rows, .n = n, .x = p[0] + t * size_x, .z = p[3]};
-        s.h = t ? p[9] + (t - 1) * size : p[4];
-        if (cell == LSTM) s.c = t ? p[7] + (t - 1) * size : p[5];
-        if (cell <= GRU) s.gates = p[6] + t * size_x, s.kept = p[8] + t * size;
-        if (cell <= GRU) s.new_c = last && cell == LSTM ? p[11] : p[7] + t * size;
-        s.new_h = last ? p[10] : p[9] + t * size;
-        if (product(panels, rows, wide, n, s.h, n, 1, p[1], p[2], p[3]) || run_step(&s)) break;
+    const integer wide = gates_of(cell) * n;
+    layer l = {.cell = cell, .steps = steps, .rows = rows, .n = n, .from = first, .p = p};
+    l.tasks = threads_for(rows, wide, n);
+    l.panels = steps - first > 1 ? reproml_pack_matrix(rows / l.tasks, wide, n, p[1], wide, 1) : NULL;
+    run_tasks(run_layer, &l, l.tasks, l.tasks > 1);
+    free(l.panels);
+    integer done = steps;
+    for (integer i = 0; i < l.tasks; i++) done = smaller(done, l.reached[i]);
+    return done;
+}
+
+static void run_layer_backward(integer task, void *data) {
+    layer *l = data;
+    float *const *p = l->p;
+    const integer n = l->n, wide = gates_of(l->cell) * n, size = l->rows * n, size_x = l->rows * wide;
+    const integer row = l->rows * task / l->tasks, rows = l->rows * (task + 1) / l->tasks - row;
+    const integer at = row * n, at_x = row * wide, count = rows * n;
+    const float *g_y = p[9];
+    float *through = p[14] + at;
+    integer t = l->from - 1;
+    for (; t >= 0; t--) {
+        const int last = t == l->steps - 1;
+        gradient s = {.cell = l->cell, .rows = rows, .n = n, .g_x = p[12] + t * size_x + at_x};
+        s.h = (last ? p[8] : p[6] + t * size) + at;
+        s.g_h = p[10] + t * size + at, s.g_state = p[11] + t * size + at;
+        if (l->cell <= GRU) s.gates = p[3] + t * size_x + at_x, s.kept = p[5] + t * size + at;
+        if (l->cell == LSTM) s.c = (t ? p[4] + (t - 1) * size : p[2]) + at;
+        if (l->cell == LSTM && (l->has_state || !last)) s.g_c = s.g_state + size;
+        if (l->cell == GRU) s.c = p[4] + t * size + at, s.g_z = p[13] + t * size_x + at_x;
+        const float *g_z = p[13] + t * size_x + at_x;
+        if (run_gradient(&s)) break;
+        if ((t || l->with_h) && product(l->panels, rows, n, wide, g_z, p[0], NULL, through)) break;
+        if (!t) continue;
+        float *g_h = p[10] + (t - 1) * size + at;
+        const float *of_y = g_y ? g_y + (t - 1) * size + at : NULL;
+        if (l->cell != GRU)
+            of_y ? add(of_y, through, g_h, count) : (void)memcpy(g_h, through, (size_t)count * sizeof(float));
+        else if (of_y)
+            add(of_y, s.g_state, g_h, count), add_to(g_h, through, count);
+        else
+            add(s.g_state, through, g_h, count);
     }
-    free(panels);
-    return t;
+    l->reached[task] = t + 1;
 }
 
 /* Run the last `left` steps that are left backward, from the last to the first. pointers: the weight [gates n, n]; h and
    c before the first step; gates, c, kept and h as for reproml_layer, and the last c and h; the gradient of h of all
-   steps but the last, or null; that of h of step left - 1, which is overwritten; memory for two gradients of states [2,
-   rows, n], of which step t reads that of t + 1 (if has_state) and writes t % 2; the gradients of x and z (one memory,
-   but for a GRU); that of h before the step through its product [rows, n]; those of the weight and the bias in each
-   step, or null. with_h: whether the gradient of h before the first step is wanted. Returns the number of steps that are
-   left. */
+   steps but the last, or null; memory for those of h of all steps, of which step left - 1 is given; memory for the
+   gradients of states [steps + 1, rows, n], of which step t reads that of t + 1 (if has_state, also the last step) and
+   writes t; the gradients of x and z (one memory, but for a GRU); that of h before the step through its product [rows,
+   n]. with_h: whether the gradient of h before the first step is wanted. Returns the number of steps that are left for
+   any row. */
 integer reproml_layer_backward(int cell, integer steps, integer rows, integer n, integer left, int has_state,
                                int with_h, float *const *p) {
-    const integer wide = gates_of(cell) * n, size = rows * n, size_x = rows * wide;
-    const float *weight = p[0], *g_y = p[9];
-    float *g_h = p[10], *through = p[14];
-    void *const panels = left > 1 ? reproml_pack_matrix(rows, n, wide, weight, n, 1) : NULL;
-    integer t = left - 1;
-    for (; t >= 0; t--) {
-        const int last = t == steps - 1;
-        const float *h = t ? p[6] + (t - 1) * size : p[1];
-        gradient s = {.cell = cell, .rows = rows, .n = n, .g_h = g_h, .g_x = p[12] + t * size_x};
-        s.h = last ? p[8] : p[6] + t * size;
-        s.g_state = p[11] + t % 2 * size;
-        if (cell <= GRU) s.gates = p[3] + t * size_x, s.kept = p[5] + t * size;
-        if (cell == LSTM) s.c = t ? p[4] + (t - 1) * size : p[2];
-        if (cell == LSTM && (has_state || !last)) s.g_c = p[11] + (t + 1) % 2 * size;
-        if (cell == GRU) s.c = p[4] + t * size, s.g_z = p[13] + t * size_x;
-        if (run_gradient(&s)) break;
-        const float *g_z = p[13] + t * size_x;
-        const integer axes[] = {rows, wide, wide, 1, wide, 1};
-        if ((t || with_h) && product(panels, rows, n, wide, g_z, wide, 1, weight, NULL, through)) break;
-        if (p[15] && product(NULL, wide, n, rows, g_z, 1, wide, h, NULL, p[15] + t * wide * n)) break;
-        if (p[16] && reproml_sum(g_z, NULL, axes, 2, 1, 1, p[16] + t * wide)) break;
-        if (!t) continue;
-        if (cell == GRU)
-            g_y ? add(g_y + (t - 1) * size, s.g_state, g_h, size) : (void)memcpy(g_h, s.g_state, (size_t)size * 4);
-        else if (g_y)
-            memcpy(g_h, g_y + (t - 1) * size, (size_t)size * 4);
-        if (cell == GRU || g_y)
-            add_to(g_h, through, size);
-        else
-            memcpy(g_h, through, (size_t)size * 4);
-    }
-    free(panels);
-    return t + 1;
+    const integer wide = gates_of(cell) * n;
+    layer l = {.cell = cell, .steps = steps, .rows = rows, .n = n, .from = left, .p = p};
+    l.has_state = has_state, l.with_h = with_h;
+    l.tasks = threads_for(rows, wide, n);
+    l.panels = left > 1 ? reproml_pack_matrix(rows / l.tasks, n, wide, p[0], n, 1) : NULL;
+    run_tasks(run_layer_backward, &l, l.tasks, l.tasks > 1);
+    free(l.panels);
+    integer most = 0;
+    for (integer i = 0; i < l.tasks; i++)
+        if (l.reached[i] > most) most = l.reached[i];
+    return most;
 }

@@ -403,16 +403,15 @@ class _LayerGradient:
         if self.g_h is None or not are_plain((*saved, g_y, self.g_h.contiguous(), g_c)):
             return None
         wide = cell.gates * n
-        g_h = self.g_h.clone(memory_format=torch.contiguous_format)
+        g_h = self.last.new_empty(steps, batch, n)
+        g_h[-1] = self.g_h
         g_y = g_y if steps > 1 else None
-        states = g_h.new_empty(2, batch, n)
+        states = g_h.new_empty(steps + 1, batch, n)
         if g_c is not None:
-            states[steps % 2] = g_c
-        x, through = g_h.new_empty(steps, batch, wide), torch.empty_like(g_h)
+            states[-1] = g_c
+        x, through = g_h.new_empty(steps, batch, wide), torch.empty_like(self.last)
         z = torch.empty_like(x) if cell.gates == 3 else x
-        weights = x.new_empty(steps, wide, n) if self.needs_weight else None
-        biases = x.new_empty(steps, wide) if self.needs_bias else None
-        memory = g_y, g_h, states, x, z, through, weights, biases
+        memory = g_y, g_h, states, x, z, through
         pointers = _pointers(*saved[:7], self.last_c, self.last, *memory)
         options = g_c is not None, self.needs_h, pointers
         run, left = kernels.library.reproml_layer_backward, steps
@@ -420,25 +419,23 @@ class _LayerGradient:
         while left := run(cell.number, steps, batch, n, left, *options):
             t = left = left - 1
             values = values or self._values()
-            of, h, c = values[t]
-            state = (
-                states[(t + 1) % 2] if cell.is_lstm and (g_c is not None or t < steps - 1) else None
-            )
-            found, g, weight, bias = self._step(t, of, h, c, Values(g_h, state))
+            of, _, c = values[t]
+            state = states[t + 1] if cell.is_lstm and (g_c is not None or t < steps - 1) else None
+            found = cell.gradients(of, c, Values(g_h[t], state))
             x[t], z[t] = found.x, found.z
-            for target, value in ((states[t % 2], found.state), (through, g)):
-                if value is not None:
-                    target.copy_(value)
-            if weights is not None:
-                weights[t] = weight
-            if biases is not None:
-                biases[t] = bias
+            if found.state is not None:
+                states[t] = found.state
+            if t or self.needs_h:
+                through.copy_(found.z @ weight)
             if not t:
                 break
-            direct = states[t % 2] if cell.gates == 3 else None
-            total: Any = _plus(_plus(None if g_y is None else g_y[t - 1], direct), through)
-            g_h.copy_(total)
+            direct = states[t] if cell.gates == 3 else None
+            g_h[t - 1] = _plus(_plus(None if g_y is None else g_y[t - 1], direct), through)
         state = states[0] if cell.has_gates else None
-        last_first = [] if biases is None else [*biases.unbind(0)][::-1]
         g_z = through if self.needs_h else None
-        return x, state, g_z, [] if weights is None else weights.unbind(0), last_first
+        weights: list[Tensor] = []
+        if self.needs_weight:
+            before = torch.cat([self.h.unsqueeze(0), self.y])
+            weights = list(torch.bmm(z.transpose(1, 2), before).unbind(0))
+        biases = [*z.sum(1).unbind(0)][::-1] if self.needs_bias else []  # the last step first
+        return x, state, g_z, weights, biases
