@@ -21,7 +21,7 @@ from reproml.arithmetic.numerics import formats
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
-_VERSION = 19  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
+_VERSION = 20  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
 
 _BINARY32 = "_kernels"  # name of the library that rounds to binary32
 
