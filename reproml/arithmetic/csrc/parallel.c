@@ -19,7 +19,8 @@ extern int omp_in_parallel(void) __attribute__((weak));
 /* The number set by torch.set_num_threads; 1 in a forked worker of a DataLoader, which has no other threads, and within a
    task, as each of the threads runs one. */
 int reproml_threads(void) {
-    const int found = GOMP_parallel && omp_get_thread_num && omp_get_num_threads && omp_get_max_threads && omp_in_parallel;
+    const int found =
+        GOMP_parallel && omp_get_thread_num && omp_get_num_threads && omp_get_max_threads && omp_in_parallel;
     return found && !omp_in_parallel() ? omp_get_max_threads() : 1;
 }
 
