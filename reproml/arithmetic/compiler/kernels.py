@@ -51,7 +51,7 @@ _SIGNATURES = {
         [_LONG] * 3 + [_POINTER, _INT] + [_POINTER] * 2 + [_LONG],
     ),
     "reproml_solve": (None, [_INT] + [_LONG] * 3 + [_POINTER, _INT] + [_POINTER] * 4),
-    "reproml_settle": (None, [_LONG] * 3 + [_POINTER] * 7),
+    "reproml_decide": (None, [_LONG] * 3 + [_POINTER] * 7),
     "reproml_factorize": (None, [_INT] * 2 + [_LONG] * 3 + [_POINTER] * 5),
     "reproml_segment_products": (_LONG, [_LONG] * 2 + [_POINTER] * 4 + [_LONG]),
     "reproml_scatter": (_LONG, [_LONG] * 4 + [_POINTER] * 3 + [_LONG, _INT, _POINTER]),
@@ -117,7 +117,7 @@ reproml_normalize_backward reproml_optimizer_step reproml_pack_sums reproml_part
 reproml_partial_product reproml_round_sums reproml_solve
 reproml_column_moments reproml_factorize reproml_fingerprint reproml_layer
 reproml_layer_backward reproml_normalize reproml_normalize_backward reproml_optimizer_step
-reproml_pack_sums reproml_partial_pairs reproml_partial_product reproml_round_sums reproml_settle
+reproml_pack_sums reproml_partial_pairs reproml_partial_product reproml_round_sums reproml_decide
 reproml_solve
 """.split()
 )

@@ -96,7 +96,7 @@ typedef struct {
     const double *f, *g, *b, *candidates;
     uint8_t *unsure;
     int32_t *column, *rank;
-} settle_call;
+} decision;
 
 /* Eliminate m [n, width] modulo q in all rows but the pivot's. Each row is multiplied by a number other than 0. Returns the
    rank of the first n columns and sets `first` to the first that depends on those before it, from 1, or 0. */
@@ -129,7 +129,7 @@ static integer eliminate(residue *m, integer n, integer width, const modulus *q,
     return rank;
 }
 
-static void settle(integer index, settle_call *c) {
+static void decide(integer index, decision *c) {
     const integer n = c->n, size = n * n;
     const double *f = c->f + index * size, *g = c->g ? c->g + index * size : 0, *b = c->b + index * n * c->k;
     const double *candidates = c->candidates + index * n * c->k;
@@ -160,7 +160,7 @@ static void settle(integer index, settle_call *c) {
             const number x = split(candidates[at]);
             const int exponent = x.whole ? abs(x.exponent + shift) : 0;
             if (exponent >= POWERS) continue;
-            unsure[at] = 2; /* may be settled */
+            unsure[at] = 2; /* may be decided */
             largest = exponent > largest ? exponent : largest;
             here++;
         }
@@ -243,13 +243,13 @@ static void settle(integer index, settle_call *c) {
     }
 }
 
-static void run_settle(integer index, void *call) { settle(index, call); }
+static void run_decide(integer index, void *call) { decide(index, call); }
 
 /* Decide what `count` systems a x = b leave open, where a = f, or f g (g may be null), [n, n], and b [n, k]. unsure: 1
    where x is perhaps the candidate; set to 0 where it is one. column: 0 if a is certainly not singular; others are set to
    the first column, from 1, that depends on those before, with the rank of a, if a is singular. */
-void reproml_settle(integer count, integer n, integer k, const double *f, const double *g, const double *b,
+void reproml_decide(integer count, integer n, integer k, const double *f, const double *g, const double *b,
                     const double *candidates, uint8_t *unsure, int32_t *column, int32_t *rank) {
-    settle_call c = {n, k, f, g, b, candidates, unsure, column, rank};
-    run_tasks(run_settle, &c, count, count * n * n * (n + k) > 1024);
+    decision c = {n, k, f, g, b, candidates, unsure, column, rank};
+    run_tasks(run_decide, &c, count, count * n * n * (n + k) > 1024);
 }

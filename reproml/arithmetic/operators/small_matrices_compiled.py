@@ -58,7 +58,7 @@ def solve(left: Sequence[Array], right: Sequence[Array], adjugate: bool = False)
     if kernels.library is None:
         return found
     if len(left) == len(right) == 1:  # of a product, `whole` takes less time
-        _settle(found, left, right[0], adjugate)
+        _decide(found, left, right[0], adjugate)
     if found.left.any():
         some = found.left.copy()
         a, b = ([x[some] for x in factors] for factors in (left, right))
@@ -66,7 +66,7 @@ def solve(left: Sequence[Array], right: Sequence[Array], adjugate: bool = False)
         if len(left) == 1 and not adjugate:
             _solve_near_identity(found, left[0], right[0])
         if len(right) == 1:
-            _settle(found, left, right[0], adjugate)
+            _decide(found, left, right[0], adjugate)
     return found
 
 
@@ -81,7 +81,7 @@ def _put(found: Any, where: Array, other: Any) -> None:
         mine[into] = new[better]
 
 
-def _settle(found: Solution, left: Sequence[Array], b: Array, adjugate: bool) -> None:
+def _decide(found: Solution, left: Sequence[Array], b: Array, adjugate: bool) -> None:
     """Decide which matrices that are left are singular, and which numbers are their candidates."""
     some = np.nonzero(found.left | (adjugate & (found.info != 0)))[0]
     if not len(some) or not left[0].size:
@@ -92,13 +92,13 @@ def _settle(found: Solution, left: Sequence[Array], b: Array, adjugate: bool) ->
     unsure, rank = found.unsure[some].astype(np.uint8), found.rank[some]
     info = np.where(found.info[some] == 0, 0, -1).astype(np.int32)
     pointers = [f.ctypes.data for f in factors] + [None] * (2 - len(factors))
-    kernels.library.reproml_settle(
+    kernels.library.reproml_decide(
         *(len(some), n, b.shape[2], *pointers),
         *[x.ctypes.data for x in (given, candidate, unsure, info, rank)],
     )
-    settled = found.unsure[some] & (unsure == 0)
+    decided = found.unsure[some] & (unsure == 0)
     with np.errstate(over="ignore", under="ignore"):
-        x = np.where(settled, candidate.astype(np.float32), found.x[some])
+        x = np.where(decided, candidate.astype(np.float32), found.x[some])
     singular = info > 0
     x[singular] = np.nan
     if adjugate:  # all its numbers are minors, which are 0

@@ -492,7 +492,7 @@ def test_wrong_candidates_are_refuted():
         unsure = np.ones(x.shape, dtype=np.uint8)
         info, rank = np.zeros((2, len(a)), dtype=np.int32)
         pointers = [y.ctypes.data for y in (b, x, unsure, info, rank)]
-        kernels.library.reproml_settle(len(a), 4, 4, a.ctypes.data, None, *pointers)
+        kernels.library.reproml_decide(len(a), 4, 4, a.ctypes.data, None, *pointers)
         assert ((unsure == 0) == exact_equal(a, b, x)).all()
 
 
