@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import reproml
 from reproml.arithmetic import operator_table
-from reproml.arithmetic.compiler import evaluate, kernels
+from reproml.arithmetic.compiler import evaluate, pair_arrays, kernels
 from reproml.arithmetic.numerics.rounding import nearest
 from tests.arithmetic.forms import agree
 from verification import oracle
@@ -110,7 +110,6 @@ def test_constant_tensor_is_computed_once(monkeypatch):
         return exact_values(*args)
 
     monkeypatch.setattr(evaluate, "exact_values", counted)
-    pair_arrays = evaluate.pair_arrays
     monkeypatch.setattr(pair_arrays, "narrow_elements_by_pairs", lambda *args: None)
     x = torch.full((3000,), -2.4570248)  # next to a zero, where binary64 has few bits
     with reproml.exact():
