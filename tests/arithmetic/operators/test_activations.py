@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import reproml
 from reproml.arithmetic import operator_table
-from reproml.arithmetic.compiler import evaluate, pair_arrays, kernels
+from reproml.arithmetic.compiler import evaluate, kernels, pair_arrays
 from reproml.arithmetic.numerics.rounding import nearest
 from tests.arithmetic.forms import agree
 from verification import oracle
