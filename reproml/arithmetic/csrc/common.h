@@ -81,6 +81,8 @@ static inline void add_failure(failure_list *list, integer at) {
     if (i < list->capacity) list->index[i] = at;
 }
 
+static inline integer smaller(integer a, integer b) { return a < b ? a : b; }
+
 /* Set a flag that other threads may set as well. */
 static inline void set_flag(int *flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
 

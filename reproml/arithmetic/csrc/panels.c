@@ -24,7 +24,6 @@
 #define SHORT 32       /* terms, fewer than which cost less across the columns than along the terms */
 #define WIDE 480       /* columns that are multiplied with few lines of a at once: a multiple of every tile */
 
-static inline integer smaller(integer a, integer b) { return a < b ? a : b; }
 static inline integer parts(integer n, integer size) { return (n + size - 1) / size; }
 
 /* ---- packing ---- */

@@ -27,12 +27,10 @@ typedef struct {
 
 #define TASK_MEMORY (DEPTH * (TILE_COLUMNS + TILE_ROWS)) /* doubles: two panels of floats, one of doubles */
 
-static inline int smaller(integer a, integer b) { return (int)(a < b ? a : b); }
-
 VECTORISED static void widen_lines(integer panel, void *data) {
     const products *x = data;
     integer i = panel * x->tiles->rows;
-    int m = smaller(x->m - i, x->tiles->rows);
+    int m = (int)smaller(x->m - i, x->tiles->rows);
     double *restrict to = x->wide_a + i * x->depth;
     for (int r = 0; r < m; r++) {
         const float *from = x->a + x->a_row[i + r];
@@ -109,10 +107,10 @@ static void multiply(integer task, void *data) {
     double squares_b[TILE_COLUMNS];
     for (integer t = task; t < x->column_panels; t += x->tasks) {
         integer j = t * x->tiles->columns;
-        int n = smaller(x->n - j, x->tiles->columns), has_ones = 0;
+        int n = (int)smaller(x->n - j, x->tiles->columns), has_ones = 0;
         pack(x, j, n, panel, squares_b);
         for (integer i = 0; i < x->m; i += x->tiles->rows) {
-            int m = smaller(x->m - i, x->tiles->rows);
+            int m = (int)smaller(x->m - i, x->tiles->rows);
             const double *a = x->wide_a + i * x->depth;
             double sums[TILE_ROWS * TILE_COLUMNS];
             sum_tile(x, a, panel, m, n, sums);
@@ -227,7 +225,7 @@ VECTORISED static void add_terms_exactly(const running *x, const float *a, const
 static void add_row_of_products(integer i, void *data) {
     running *x = data;
     for (integer j = 0; j < x->n; j += PANEL) {
-        int n = smaller(x->n - j, PANEL);
+        int n = (int)smaller(x->n - j, PANEL);
         double s[PANEL], t[PANEL], lost[PANEL] = {0}, *to_s = x->s + i * x->n + j, *to_t = x->t + i * x->n + j;
         memcpy(s, to_s, (size_t)n * sizeof *s);
         memcpy(t, to_t, (size_t)n * sizeof *t);

@@ -24,8 +24,6 @@ integer reproml_product(const void *kept, integer batch, integer m, integer n, i
                         integer *failed, integer capacity);
 void *reproml_pack_matrix(integer m, integer n, integer k, const float *b, integer b_row, integer b_column);
 
-static inline integer smaller(integer a, integer b) { return a < b ? a : b; }
-
 static integer gates_of(int cell) { return cell == LSTM ? 4 : cell == GRU ? 3 : 1; }
 
 /* One step of a batch. x, z: the products of the input and of the hidden state, [rows, gates n]. Everything else is
