@@ -129,6 +129,37 @@ static integer eliminate(residue *m, integer n, integer width, const modulus *q,
     return rank;
 }
 
+/* to [n, n], in rows of `width`: the integers x / 2^low. */
+static void set_matrix(integer n, residue *to, integer width, const number *x, int low, const modulus *q) {
+    for (integer i = 0; i < n; i++)
+        for (integer j = 0; j < n; j++) to[i * width + j] = of_number(x[i * n + j], low, q);
+}
+
+/* to = a b / 2^64, for a and b [n, n], in rows of `width`. */
+static void multiply(integer n, const residue *a, const residue *b, residue *to, integer width, const modulus *q) {
+    for (integer i = 0; i < n; i++)
+        for (integer j = 0; j < n; j++) {
+            residue sum = 0;
+            for (integer l = 0; l < n; l++) {
+                sum += reduced((wide)a[i * n + l] * b[l * n + j], q);
+                sum = sum >= q->p ? sum - q->p : sum;
+            }
+            to[i * width + j] = sum;
+        }
+}
+
+/* Returns whether value = x.whole 2^exponent d. */
+INLINE int is_quotient(number x, int exponent, residue value, residue d, const modulus *q) {
+    const residue size = (residue)(x.whole < 0 ? -x.whole : x.whole);
+    d = reduced((wide)d * size, q);
+    d = x.whole < 0 ? negative(d, q) : d;
+    value = reduced(value, q);
+    if (!x.whole) return value == d;
+    d = exponent > 0 ? reduced((wide)d * q->power[exponent], q) : d;
+    value = exponent < 0 ? reduced((wide)value * q->power[-exponent], q) : value;
+    return value == d;
+}
+
 static void decide(integer index, decision *c) {
     const integer n = c->n, size = n * n;
     const double *f = c->f + index * size, *g = c->g ? c->g + index * size : 0, *b = c->b + index * n * c->k;
@@ -179,28 +210,15 @@ static void decide(integer index, decision *c) {
     integer first = 0, rank = 0;
     for (int prime = 0; bound < PRIMES * BITS_OF_PRIME && prime < PRIMES && known <= bound; prime++) {
         set_modulus(q, prime, powers);
-        for (integer i = 0; i < n; i++)
-            for (integer j = 0; j < n; j++) {
-                const residue x = of_number(in_f[i * n + j], of_f.low, q);
-                if (g)
-                    first_factor[i * n + j] = x, second[i * n + j] = of_number(in_g[i * n + j], of_g.low, q);
-                else
-                    m[i * width + j] = x;
-            }
-        /* a product of two factors has 2^-64 in each number, so f and b are given as much */
-        for (integer i = 0; g && i < n; i++)
-            for (integer j = 0; j < n; j++) {
-                residue sum = 0;
-                for (integer l = 0; l < n; l++) {
-                    sum += reduced((wide)first_factor[i * n + l] * second[l * n + j], q);
-                    sum = sum >= q->p ? sum - q->p : sum;
-                }
-                m[i * width + j] = sum;
-            }
+        set_matrix(n, g ? first_factor : m, g ? n : width, in_f, of_f.low, q);
+        if (g) {
+            set_matrix(n, second, n, in_g, of_g.low, q);
+            multiply(n, first_factor, second, m, width, q);
+        }
         for (integer i = 0; i < n; i++)
             for (integer j = 0; j < columns; j++) {
                 const residue x = of_number(in_b[i * c->k + which[j]], of_b.low, q);
-                m[i * width + n + j] = g ? reduced(x, q) : x;
+                m[i * width + n + j] = g ? reduced(x, q) : x; /* divided by 2^64, as the product is */
             }
         integer here;
         const integer found = eliminate(m, n, width, q, &here);
@@ -214,16 +232,7 @@ static void decide(integer index, decision *c) {
                     const integer at = i * c->k + which[j];
                     if (unsure[at] != 2) continue;
                     const number x = split(candidates[at]);
-                    const int64_t whole = x.whole;
-                    const int exponent = whole ? x.exponent + shift : 0;
-                    residue value = m[i * width + n + j], d = m[i * width + i];
-                    const residue absolute = (residue)(whole < 0 ? -whole : whole);
-                    d = reduced((wide)d * absolute, q);
-                    d = whole < 0 ? negative(d, q) : d;
-                    value = reduced(value, q);
-                    d = exponent > 0 ? reduced((wide)d * q->power[exponent], q) : d;
-                    value = exponent < 0 ? reduced((wide)value * q->power[-exponent], q) : value;
-                    if (value != d) {
+                    if (!is_quotient(x, x.exponent + shift, m[i * width + n + j], m[i * width + i], q)) {
                         unsure[at] = 1;
                         pending--;
                     }
