@@ -100,9 +100,9 @@ static void describe(product *x, int swapped, integer m, integer n, integer k, o
 }
 
 /* out = a @ b + bias. a [batch, m, k] and b [batch, k, n] with any strides; bias null or [n], or as `added`, contiguous
-   [batch, m, n]; out contiguous; no size but k is 0. kept: the panels of b, or null. failed: memory for `capacity` flat indices. Returns the number of
-   elements for which the test failed. If that exceeds `capacity`, or is negative for lack of memory, the caller has to
-   calculate the entire result. */
+   [batch, m, n]; out contiguous; no size but k is 0. kept: the panels of b, or null. failed: memory for `capacity` flat
+   indices. Returns the number of elements for which the test failed. If that exceeds `capacity`, or is negative for lack
+   of memory, the caller has to calculate the entire result. */
 integer reproml_product(const packed *kept, integer batch, integer m, integer n, integer k, const float *a,
                         integer a_batch, integer a_row, integer a_column, const float *b, integer b_batch,
                         integer b_row, integer b_column, const float *bias, const float *added, float *out,

@@ -75,8 +75,8 @@
    distances.c: distances                 round_sum          h + 3, half; root 1; + 1       h + 11, half; 3
    distances.c: gradients                 round_sum          m - 1, terms 3; + 1            m + 11
    distances.c: second tests              round_pair         those of compensated.h         4 n + 4, rad of the quotients
-   weight_norm.c: scaled rows             round_sum          2; product 1; + 1            4, rad of the factor
-   weight_norm.c: gradients               round_sum          of 3; sum and factor 4; + 1   3, 6 and rad of both factors
+   weight_norm.c: scaled rows             round_sum          2; product 1; + 1              4, rad of the factor
+   weight_norm.c: gradients               round_sum          3; sum and factor 4; + 1       3, 6 and rad of both factors
    weight_norm.c: second tests            round_pair         those of the pairs' operations nothing more
    grid_sampling.c: samples               round_sum          n, weight its t and rad; + 1   n + 4, both
    grid_sampling.c: second test           round_pair         those of compensated.h         4 n + 4, rad of the weights

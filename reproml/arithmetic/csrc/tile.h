@@ -76,10 +76,10 @@ static inline void fold(const double *restrict sums, int n, int lanes, double *r
 double reproml_squares(const float *x, integer n, integer stride);
 
 /* Round a tile of sums to binary32. Each exact sum lies within g * row_bound[i] * column_bound[j] of its element, and for
-   PRECISION < 24 within another SINGLE_LOST unless the first is 0,
-   and the bias of its row or column (either may be null) is one more term; column_biases: elements from those of one row
-   to those of the next, 0 if they are the same; g: the relative bound of a sum (relative_bound). sums: rows of TILE_COLUMNS. out: [m][n] with `stride` elements between rows. Returns the number
-   of elements for which the test failed; their row * TILE_COLUMNS + column is in `failed`. */
+   PRECISION < 24 within another SINGLE_LOST unless the first is 0, and the bias of its row or column (either may be null)
+   is one more term; column_biases: elements from those of one row to those of the next, 0 if they are the same; g: the
+   relative bound of a sum (relative_bound). sums: rows of TILE_COLUMNS. out: [m][n] with `stride` elements between rows.
+   Returns the number of elements for which the test failed; their row * TILE_COLUMNS + column is in `failed`. */
 int reproml_round_tile(const double *sums, int m, int n, double g, const double *row_bound, const double *column_bound,
                        const float *row_bias, const float *column_bias, integer column_biases, float *out,
                        integer stride, int *failed);

@@ -178,18 +178,20 @@ def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
         return None
     if a.dtype is not f32 or b.dtype is not f32 or not (a.is_cpu and b.is_cpu):
         return None
-    added = None  # to each element, while `bias` is added to each row
+    row = added = None  # to each row of the product, and to all of it
     if bias is not None:
         if bias.dtype is not f32 or not bias.is_cpu:
             return None
-        bias = bias.contiguous() if bias.shape == (n,) else bias.expand(shape).contiguous()
-        bias, added = (bias, None) if bias.dim() == 1 else (None, bias)
+        if bias.shape == (n,):
+            row = bias.contiguous()
+        else:
+            added = bias.expand(shape).contiguous()
     out = a.new_empty(shape)
     result = kernels.run_kernel(
         kernels.loops().reproml_product,
         *(None, batch, m, n, k),
         *(a.data_ptr(), a_batch, of_a[-2], of_a[-1], b.data_ptr(), b_batch, of_b[-2], of_b[-1]),
-        *(None if x is None else x.data_ptr() for x in (bias, added)),
+        *(None if x is None else x.data_ptr() for x in (row, added)),
         out.data_ptr(),
     )
     if not result.complete:
@@ -198,8 +200,7 @@ def _compiled(a: Tensor, b: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
         left = result.failed
         *of, i, j = torch.unravel_index(left, out.shape)
         rows, columns = a[(*of, i)].unsqueeze(1), b.transpose(-1, -2)[(*of, j)].unsqueeze(2)
-        rest = added.view(-1)[left] if added is not None else None if bias is None else bias[j]
-        rest = None if rest is None else rest.reshape(-1, 1, 1)
+        rest = None if bias is None else bias.expand(shape)[(*of, i, j)].reshape(-1, 1, 1)
         out.view(-1)[left] = _reference(rows, columns, rest).reshape(-1)
     return out
 
