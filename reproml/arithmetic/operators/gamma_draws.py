@@ -102,12 +102,13 @@ class _Stream:
         self.before = self.generator.get_state()
         self.count = count
         self.u = torch.empty(0, dtype=torch.float64, device="cpu")
+        self.approximations = self.u.new_empty(4, 0)
         self.draw()
 
     def draw(self) -> None:
         more = torch.rand(self.count, generator=self.generator, dtype=torch.float64, device="cpu")
         self.u = torch.cat([self.u, more])
-        self.approximations = _approximations(self.u)
+        self.approximations = torch.cat([self.approximations, _approximations(more)], 1)
 
     def leave(self, used: int) -> None:
         """Let the generator have drawn only so many numbers."""
