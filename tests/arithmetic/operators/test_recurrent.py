@@ -190,6 +190,29 @@ def test_packed_weight_has_the_bits_of_its_products(name, monkeypatch):
     assert all(map(same_bits, found, expected))
 
 
+@pytest.mark.parametrize("number", [0.5, 0.0, 2.0**-12, math.nan])
+@pytest.mark.parametrize("name", ["lstm", "gru", "tanh", "relu"])
+def test_rows_of_several_threads_have_the_bits_of_one(name, number, monkeypatch):
+    """Each thread takes its rows through all steps. A test may fail in the rows of one of them."""
+
+    def constant_rows(layer: Any, x: Tensor, states: Any) -> Any:
+        rows = torch.arange(x.shape[1]).unsqueeze(1) < 9
+        return plain(layer, torch.where(rows, number, x), states)
+
+    with expressions():
+        expected = run(name, constant_rows, batch=40)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with nodes():
+                assert all(map(same_bits, run(name, constant_rows, batch=40), expected))
+        monkeypatch.setattr(kernels, "library", Failing(kernels.library, [6, 3]))
+        assert all(map(same_bits, run(name, constant_rows, batch=40), expected))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("name", ["lstm", "gru", "tanh", "relu"])
 def test_several_nodes_have_the_bits_of_one(name, monkeypatch):
     """A layer with a large weight is one node for each few steps."""
