@@ -4,16 +4,19 @@
    (panels.h). Where images have padding or a gradient has margins, patches are packed from planes: copies of the
    image with its padding, split by the stride, so that the numbers which one weight multiplies at successive places
    are contiguous. Where a group has few outputs, packing costs more than it saves. Then the planes themselves are the
-   rows of a product, each at its own offset (tile.h). Places are counted through the padding at the end of a row;
-   results there are dropped. */
+   rows of a product, each at its own offset (tile.h), for all outputs of a tile at once. Places are counted through the
+   padding at the end of a row; results there are dropped. */
 
 #include "panels.h"
 
 #include <stdlib.h>
 
-#define SERIAL (1 << 17)  /* multiplications, some microseconds, that are not worth a second thread */
-#define ROW 256           /* places of a row that are calculated at once */
-#define FEW 8             /* outputs of a group for which packing patches costs more than it saves */
+#define SERIAL (1 << 17) /* multiplications, some microseconds, that are not worth a second thread */
+#define ROW 256          /* places of a row that are calculated at once */
+#define GAP 32           /* places between two images that are worth leaving out */
+#define FEW 8            /* outputs of a group for which packing patches costs more than it saves */
+#define SOME 32          /* outputs for which it does so only where rows have LONG places or more */
+#define LONG 24
 #define AT_ONCE (1 << 21) /* numbers of the planes that are filled at once: 8 MB */
 #define COPIED (1 << 24)  /* numbers of the planes of all images: 64 MB, beyond which only one image is copied */
 #define BATCH (1 << 16)   /* numbers of several small images copied at once, within the second-level cache */
@@ -91,7 +94,7 @@ typedef struct {
     integer k, rows, columns;                               /* terms; places */
     integer first_row, first_column, row_step, column_step; /* of the places in the output */
     integer *offset, *term;                                 /* [k], into the planes and into the weights */
-    double *weights;                                        /* [groups, outputs, k] */
+    double *weights; /* [groups, outputs / m, k, m], where m outputs are calculated together */
 } pass;
 
 /* How patches are packed from a source image, or from planes if it has padding. */
@@ -143,50 +146,76 @@ VECTORISED static int32_t round_row(const double *restrict sums, const int32_t *
     return any;
 }
 
-/* Calculate all places of one pass for one output in `count` images. `first`: its first number in the first image.
-   Returns nonzero if a number is NaN or infinite. */
-static int slide_over(const slide *s, const pass *p, integer output, integer count, const float *buffer,
-                      integer first) {
-    integer pitch = s->from.pitch, rows = s->from.rows, image = s->groups * s->outputs * s->out_h * s->out_w;
-    integer places = p->rows && p->columns ? ((count - 1) * rows + p->rows - 1) * pitch + p->columns : 0;
-    const double *weights = p->weights + output * p->k;
-    double bias = s->bias ? s->bias[output] : 0, size = 0, sums[ROW];
+/* Calculate the places from `begin` to `end` of the planes, for the m outputs of a group from `output` on. `first`: the
+   first number of the first of these outputs in the first image. Returns nonzero if a number is NaN or infinite. */
+static int slide_over(const slide *s, const pass *p, integer output, integer m, integer begin, integer end,
+                      const float *buffer, integer first) {
+    integer pitch = s->from.pitch, rows = s->from.rows, size = s->out_h * s->out_w,
+            image = s->groups * s->outputs * size;
+    const double *weights = p->weights + output * p->k, g = relative_bound((double)p->k);
+    double sums[TILE_ROWS * ROW], total[TILE_ROWS] = {0};
     float row[ROW];
     int32_t differ[ROW], largest[ROW];
-    for (integer k = 0; k < p->k; k++) size += fabs(weights[k]);
-    for (integer q = 0; q < places; q += ROW) {
-        integer n = least(places - q, ROW);
-        s->tiles->row(p->k, weights, buffer + q, p->offset, n, sums, largest);
-        int32_t any = round_row(sums, largest, n, relative_bound((double)p->k), size, bias, row, differ);
-        for (integer j = 0; any && j < n; j++) {
-            integer at = q + j, x = at % pitch, y = at / pitch % rows;
-            if (!differ[j] || x >= p->columns || y >= p->rows) continue;
-            if (largest[j] > bits(FLT_MAX)) return 1;
-            compensated sum = {0, 0, 0};
-            for (integer k = 0; k < p->k; k++) add_exact(&sum, weights[k] * buffer[p->offset[k] + at]);
-            add_exact(&sum, bias);
-            if (round_compensated(&sum, p->k + 1, row + j))
-                add_failure(s->failed, first + at / pitch / rows * image + (p->first_row + y * p->row_step) * s->out_w +
-                                           p->first_column + x * p->column_step);
+    for (integer k = 0; k < p->k; k++)
+        for (integer i = 0; i < m; i++) total[i] += fabs(weights[k * m + i]);
+    for (integer q = begin; q < end; q += ROW) {
+        integer n = least(end - q, ROW);
+        s->tiles->sliding[m](p->k, weights, buffer + q, p->offset, n, sums, ROW, largest);
+        for (integer i = 0; i < m; i++, first += size) {
+            double bias = s->bias ? s->bias[output + i] : 0;
+            int32_t any = round_row(sums + i * ROW, largest, n, g, total[i], bias, row, differ);
+            for (integer j = 0; any && j < n; j++) {
+                integer at = q + j, x = at % pitch, y = at / pitch % rows;
+                if (!differ[j] || x >= p->columns || y >= p->rows) continue;
+                if (largest[j] > bits(FLT_MAX)) return 1;
+                compensated sum = {0, 0, 0};
+                for (integer k = 0; k < p->k; k++) add_exact(&sum, weights[k * m + i] * buffer[p->offset[k] + at]);
+                add_exact(&sum, bias);
+                if (round_compensated(&sum, p->k + 1, row + j))
+                    add_failure(s->failed, first + at / pitch / rows * image +
+                                               (p->first_row + y * p->row_step) * s->out_w + p->first_column +
+                                               x * p->column_step);
+            }
+            store(s, p, q, n, row, s->out + first);
         }
-        store(s, p, q, n, row, s->out + first);
+        first -= m * size;
     }
     return 0;
+}
+
+/* Calculate all places of one pass for the m outputs from `output` on in `count` images. */
+static int slide_over_images(const slide *s, const pass *p, integer output, integer m, integer count,
+                             const float *buffer, integer first) {
+    if (!p->rows || !p->columns) return 0;
+    integer step = s->from.rows * s->from.pitch, places = (p->rows - 1) * s->from.pitch + p->columns;
+    if (step - places < GAP) /* the images are one row of places */
+        return slide_over(s, p, output, m, 0, (count - 1) * step + places, buffer, first);
+    int infinite = 0;
+    for (integer i = 0; i < count; i++)
+        infinite |= slide_over(s, p, output, m, i * step, i * step + places, buffer, first);
+    return infinite;
+}
+
+/* The outputs of a group whose sums are taken together. */
+static integer together(const slide *s) {
+    integer most_rows = s->tiles->rows, tiles = (s->outputs + most_rows - 1) / most_rows;
+    return (s->outputs + tiles - 1) / tiles;
 }
 
 static void slide_task(integer task, void *data) {
     const slide *s = data;
     integer images = s->from.images, items = (s->n + images - 1) / images * s->groups;
-    integer length = s->from.channels * s->from.h * s->from.w;
+    integer length = s->from.channels * s->from.h * s->from.w, m = together(s);
     float *buffer = s->buffer + task * planes_size(&s->from);
     int infinite = 0;
     for (integer item = task * items / s->tasks; item < (task + 1) * items / s->tasks; item++) {
         integer group = item % s->groups, first = item / s->groups * images, count = least(s->n - first, images);
         fill_planes(&s->from, s->source + (first * s->groups + group) * length, count, s->groups * length, buffer);
         for (integer i = 0; i < s->count; i++)
-            for (integer o = 0; o < s->outputs; o++)
-                infinite |= slide_over(s, s->passes + i, group * s->outputs + o, count, buffer,
-                                       ((first * s->groups + group) * s->outputs + o) * s->out_h * s->out_w);
+            for (integer o = 0; o < s->outputs; o += m)
+                infinite |=
+                    slide_over_images(s, s->passes + i, group * s->outputs + o, least(m, s->outputs - o), count, buffer,
+                                      ((first * s->groups + group) * s->outputs + o) * s->out_h * s->out_w);
     }
     /* The reference path determines the products of NaN or infinity with zeros. */
     for (integer i = 0; infinite && i <= s->failed->capacity; i++) add_failure(s->failed, 0);
@@ -194,10 +223,12 @@ static void slide_task(integer task, void *data) {
 
 /* Gather the weights of a pass. Returns 0 if one is NaN or infinite. */
 static int gather(const slide *s, const pass *p) {
-    double *to = p->weights;
+    integer m = together(s);
     for (integer o = 0; o < s->groups * s->outputs; o++) {
         const float *from = s->w + o / s->outputs * s->group_step + o % s->outputs * s->output_step;
-        for (integer t = 0; t < p->k; t++, to++) {
+        integer i = o % s->outputs % m, count = least(m, s->outputs - (o % s->outputs - i));
+        double *to = p->weights + (o - i) * p->k + i;
+        for (integer t = 0; t < p->k; t++, to += count) {
             *to = from[p->term[t]];
             if (!(fabs(*to) <= DBL_MAX)) return 0;
         }
@@ -217,6 +248,9 @@ static integer image_size(const slide *s) {
 static integer images_at_once(const slide *s) {
     return most(1, least(s->n, AT_ONCE / most(image_size(s), 32 * s->out_h * s->out_w)));
 }
+
+/* Whether patches are packed, for this number of outputs of a group and of places in a row. */
+static int packs(integer outputs, integer places) { return outputs > (places < LONG ? FEW - 1 : SOME); }
 
 /* Choose how to pack patches. They are packed straight from the source if it has no margins; `h_step` and
    `w_step`: of the places there. */
@@ -369,7 +403,7 @@ integer reproml_convolution(const integer *sizes, const float *x, const float *w
                .group_step = g.o * p.k,
                .output_step = p.k};
     if (wasteful(&s.from)) return -1;
-    if (g.o >= FEW) plan_packing(&s, images_at_once(&s), !g.pad_h && !g.pad_w, g.stride_h, g.stride_w);
+    if (packs(g.o, g.out_w)) plan_packing(&s, images_at_once(&s), !g.pad_h && !g.pad_w, g.stride_h, g.stride_w);
     start(&s, &g, g.n * g.groups * g.o * p.k * g.out_h * g.out_w);
     integer outputs = g.groups * g.o;
     size_t plan = 0, bytes = s.packed.used ? packed_bytes(&s, &plan)
@@ -449,7 +483,7 @@ integer reproml_transposed(const integer *sizes, const float *x, const float *w,
     for (integer i = 0; i < g.stride_h; i++) s.from.rows = most(s.from.rows, of_h[i].count);
     for (integer i = 0; i < g.stride_w; i++) s.from.pitch = most(s.from.pitch, of_w[i].count);
     const planes *from = &s.from;
-    if (g.c >= FEW)
+    if (packs(g.c, g.w / g.stride_w))
         plan_packing(&s, images_at_once(&s),
                      !from->pad_h && !from->pad_w && from->rows == from->h && from->pitch == from->w, 1, 1);
     start(&s, &g, g.n * outputs * k * g.out_h * g.out_w);

@@ -170,25 +170,30 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
         STORE(full_##lanes, sum, m, n, sums, n * lanes)                                                    \
     }
 
-/* One row; 4 vectors of columns at a time. A NaN is larger than every number. */
-#define ROW(lanes, target)                                                                                 \
-    target static void row_##lanes(integer k, const double *restrict w, const float *restrict x,           \
-                                   const integer *restrict offset, integer n, double *restrict sums,       \
-                                   int32_t *restrict largest) {                                            \
-        for (integer j = 0; j < n; j += 4 * lanes) {                                                       \
-            full_##lanes sum[4] = {{0}};                                                                   \
-            bits_##lanes size[2] = {{0}};                                                                  \
+/* m rows; v vectors of columns at a time, where v is even. A NaN is larger than every number. */
+#define SLIDING(lanes, m, v, target)                                                                       \
+    target static void sliding_##lanes##_##m(integer k, const double *restrict w, const float *restrict x,\
+                                             const integer *restrict offset, integer n,                    \
+                                             double *restrict out, integer pitch,                          \
+                                             int32_t *restrict largest) {                                  \
+        for (integer at = 0; at < n; at += v * lanes) {                                                     \
+            full_##lanes sum[m][v], row[v];                                                                \
+            bits_##lanes size[v / 2] = {{0}};                                                              \
+            ZERO(full_##lanes, sum, m, v)                                                                  \
             for (integer p = 0; p < k; p++) {                                                              \
-                const float *from = x + offset[p] + j;                                                     \
-                _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)                                        \
-                    sum[i] += w[p] * WIDE(lanes, from + i * lanes);                                        \
-                _Pragma("GCC unroll 2") for (int i = 0; i < 2; i++) {                                      \
-                    bits_##lanes y = *(const bits_##lanes *)(from + 2 * i * lanes) & INT32_MAX;            \
-                    size[i] = LARGER(lanes, size[i], y);                                                   \
+                const float *from = x + offset[p] + at;                                                    \
+                _Pragma("GCC unroll 4") for (int t = 0; t < v; t++) row[t] = WIDE(lanes, from + t * lanes); \
+                _Pragma("GCC unroll 8") for (int i = 0; i < m; i++) {                                      \
+                    double y = w[p * m + i];                                                               \
+                    _Pragma("GCC unroll 4") for (int t = 0; t < v; t++) sum[i][t] += y * row[t];           \
+                }                                                                                          \
+                _Pragma("GCC unroll 2") for (int t = 0; t < v / 2; t++) {                                  \
+                    bits_##lanes y = *(const bits_##lanes *)(from + 2 * t * lanes) & INT32_MAX;            \
+                    size[t] = LARGER(lanes, size[t], y);                                                   \
                 }                                                                                          \
             }                                                                                              \
-            memcpy(sums + j, sum, sizeof sum);                                                             \
-            memcpy(largest + j, size, sizeof size);                                                        \
+            STORE(full_##lanes, sum, m, v, out + at, pitch)                                                \
+            memcpy(largest + at, size, sizeof size);                                                       \
         }                                                                                                  \
     }
 
@@ -205,7 +210,8 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
 
 /* 4 rows of 3 vectors fit into 16 registers, 8 rows into 32. */
 #define NARROW(lanes, target)                                                                              \
-    ROW(lanes, target)                                                                                     \
+    SLIDING(lanes, 1, 4, target) SLIDING(lanes, 2, 2, target) SLIDING(lanes, 3, 2, target)                 \
+    SLIDING(lanes, 4, 2, target)                                                                           \
     ACROSS_ROWS(lanes, 1, target) ACROSS_ROWS(lanes, 2, target) ACROSS_ROWS(lanes, 3, target)              \
     ACROSS_ROWS(lanes, 4, target) SINGLE_4_ROWS(lanes, target)                                             \
     ALONG(lanes, 1, 1, target) ALONG(lanes, 1, 2, target) ALONG(lanes, 1, 3, target)                       \
@@ -221,7 +227,8 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
          {0, along_##lanes##_4_1, along_##lanes##_4_2, along_##lanes##_4_3}},                              \
         SINGLE_TABLE(6 * lanes, {{0}, SINGLE_NAMES(lanes, 1), SINGLE_NAMES(lanes, 2), SINGLE_NAMES(lanes, 3), \
                                  SINGLE_NAMES(lanes, 4)},)                                                 \
-        row_##lanes, transpose_##lanes};
+        {0, sliding_##lanes##_1, sliding_##lanes##_2, sliding_##lanes##_3, sliding_##lanes##_4},           \
+        transpose_##lanes};
 
 NARROW(2, )
 
@@ -229,7 +236,14 @@ NARROW(2, )
 NARROW(4, __attribute__((target("avx2,fma"))))
 
 #define AVX512 __attribute__((target("avx512f,avx512dq,fma")))
-ROW(8, AVX512)
+SLIDING(8, 1, 4, AVX512)
+SLIDING(8, 2, 2, AVX512)
+SLIDING(8, 3, 2, AVX512)
+SLIDING(8, 4, 2, AVX512)
+SLIDING(8, 5, 2, AVX512)
+SLIDING(8, 6, 2, AVX512)
+SLIDING(8, 7, 2, AVX512)
+SLIDING(8, 8, 2, AVX512)
 ACROSS_ROWS(8, 1, AVX512)
 ACROSS_ROWS(8, 2, AVX512)
 ACROSS_ROWS(8, 3, AVX512)
@@ -259,7 +273,8 @@ static const tiling TILING_8 = {
     {{0}, ALONG_NAMES(8, 1), ALONG_NAMES(8, 2), ALONG_NAMES(8, 3), ALONG_NAMES(8, 4)},
     SINGLE_TABLE(16, {{0}, {0, single_8_1_1}, {0, single_8_2_1}, {0, single_8_3_1}, {0, single_8_4_1},
                       {0, single_8_5_1}, {0, single_8_6_1}, {0, single_8_7_1}, {0, single_8_8_1}},)
-    row_8, transpose_4};
+    {0, sliding_8_1, sliding_8_2, sliding_8_3, sliding_8_4, sliding_8_5, sliding_8_6, sliding_8_7, sliding_8_8},
+    transpose_4};
 #endif
 
 /* clang-format on */

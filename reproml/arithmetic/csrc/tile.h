@@ -27,10 +27,11 @@ typedef void single_loop(integer k, const float *a, const float *b, integer pitc
 typedef void along_loop(integer k, const float *a, integer a_row, const float *b, const integer *b_offset,
                         double *sums);
 
-/* For j < n, with largest[j] the bit pattern of the largest absolute value of x in the terms of sums[j] = sum over p < k
-   of w[p] * x[offset[p] + j]. Numbers of x beyond n are read, and results beyond n are stored, to a multiple of 32. */
-typedef void row_loop(integer k, const double *w, const float *x, const integer *offset, integer n, double *sums,
-                      int32_t *largest);
+/* out[i * pitch + j] = sum over p < k of w[p * m + i] * x[offset[p] + j] for i < m and j < n, with largest[j] the bit
+   pattern of the largest absolute value of x in its terms. Numbers of x beyond n are read, and results beyond n are
+   stored, to a multiple of 32. */
+typedef void rows_loop(integer k, const double *w, const float *x, const integer *offset, integer n, double *out,
+                       integer pitch, int32_t *largest);
 
 /* to[p * pitch + r] = from[line[r] + p] for r < 8 and p < count, where count >= 8. */
 typedef void transpose_loop(const float *from, const integer *line, integer count, float *to, integer pitch);
@@ -45,7 +46,7 @@ typedef struct {
     int single_columns;                    /* of a full tile of single_loop, which has `rows` too */
     single_loop *single[TILE_ROWS + 1][4]; /* [rows][vectors of 2 * lanes floats] */
 #endif
-    row_loop *row;
+    rows_loop *sliding[TILE_ROWS + 1]; /* [m] */
     transpose_loop *transpose;
 } tiling;
 
