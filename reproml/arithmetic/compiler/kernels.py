@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import sys
+import threading
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -21,7 +22,7 @@ from reproml.arithmetic.numerics import formats
 
 _LONG, _DOUBLE, _POINTER, _INT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.c_int
 
-_VERSION = 20  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
+_VERSION = 21  # REPROML_VERSION of csrc/parallel.c; raise both with any change of the interface
 
 _BINARY32 = "_kernels"  # name of the library that rounds to binary32
 
@@ -50,7 +51,7 @@ _SIGNATURES = {
         _LONG,
         [_LONG] * 3 + [_POINTER, _INT] + [_POINTER] * 2 + [_LONG],
     ),
-    "reproml_solve": (None, [_INT] + [_LONG] * 3 + [_POINTER, _INT] + [_POINTER] * 4),
+    "reproml_solve": (None, [_INT] + [_LONG] * 3 + [_POINTER, _INT] + [_POINTER] * 5),
     "reproml_decide": (None, [_LONG] * 3 + [_POINTER] * 7),
     "reproml_factorize": (None, [_INT] * 2 + [_LONG] * 3 + [_POINTER] * 5),
     "reproml_segment_products": (_LONG, [_LONG] * 2 + [_POINTER] * 4 + [_LONG]),
@@ -179,13 +180,19 @@ class KernelResult(NamedTuple):
 
 _CAPACITY = 256  # failures; with more of them the reference path calculates all elements
 _FailureList = ctypes.c_int64 * _CAPACITY
+_local = (
+    threading.local()
+)  # a list for each thread: a new one for each call takes as long as the call
 _ROUNDED = KernelResult(True, None)
 _INCOMPLETE = KernelResult(False, None)
 
 
 def run_kernel(kernel: Any, *arguments: Any) -> KernelResult:
     """Call a kernel whose last two arguments are its list of failures and the list's capacity."""
-    failed = _FailureList()
+    try:
+        failed = _local.failed
+    except AttributeError:
+        failed = _local.failed = _FailureList()
     count = kernel(*arguments, failed, _CAPACITY)
     if not count:
         return _ROUNDED

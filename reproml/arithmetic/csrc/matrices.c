@@ -57,6 +57,12 @@ INLINE double bounds_of(pair p, pair q) { return is_zero(p) | is_zero(q) ? 0 : p
 
 INLINE pair product(pair p, pair q) { return limited(pair_times_pair(p, q), bounds_of(p, q)); }
 
+/* p 2^e, for a p with |s| in [1/2, 1); unknown if it is far from 1. */
+INLINE pair shifted(pair p, integer e) {
+    const int n = e < -300 || e > 300 ? 0 : (int)e;
+    return (pair){ldexp(p.s, n), ldexp(p.t, n), n == e ? ldexp(p.rad, n) : INFINITY};
+}
+
 INLINE int has_sign(pair p) { return fabs(p.s) > 2 * p.rad; } /* |t| <= U |s| */
 
 /* The ends of p, rounded outward. */
@@ -141,6 +147,7 @@ typedef struct {
     const double *const *parts;
     int whole, adjugate;
     double *low, *high, *determinant;
+    integer *exponent;
     int32_t *info;
 } system_call;
 
@@ -148,7 +155,8 @@ typedef struct {
 VECTORISED static void solve(integer index, system_call *c) {
     const integer n = c->n;
     matrix m = {0, 0, 0, n, n + c->k};
-    pair d = {1, 0, 0}, determinant = d;
+    pair d = {1, 0, 0}, determinant = d; /* the determinant without its power of two */
+    integer exponent = 0;
     double sign = 1;
     c->info[index] = UNDECIDED;
     if (!load(&m, c->parts, index)) return;
@@ -165,9 +173,17 @@ VECTORISED static void solve(integer index, system_call *c) {
         sign = best != k ? -sign : sign;
         for (integer i = 0; i < n; i++)
             if (i != k && (i > k || c->k)) eliminate_row(c->whole, &m, i, k, p, d);
-        determinant = c->whole ? p : product(determinant, p);
-        d = c->whole ? p : d;
+        if (c->whole) {
+            determinant = d = p;
+        } else { /* of wide matrices it would leave the limits */
+            int e;
+            determinant = product(determinant, p);
+            frexp(determinant.s, &e);
+            determinant = shifted(determinant, -e);
+            exponent += e;
+        }
     }
+    c->exponent[index] = exponent;
     c->info[index] = 0;
     determinant = sign < 0 ? opposite(determinant) : determinant;
     store_ends(determinant, c->determinant + 2 * index, c->determinant + 2 * index + 1);
@@ -176,7 +192,8 @@ VECTORISED static void solve(integer index, system_call *c) {
             const pair x = get(&m, i, n + j), pivot = c->whole ? d : get(&m, i, i);
             const integer to = (index * n + i) * c->k + j;
             pair result = quotient(x, pivot);
-            if (c->adjugate) result = !c->whole ? product(result, determinant) : sign < 0 ? opposite(x) : x;
+            if (c->adjugate)
+                result = !c->whole ? product(result, shifted(determinant, exponent)) : sign < 0 ? opposite(x) : x;
             store_ends(result, c->low + to, c->high + to);
         }
 }
@@ -184,11 +201,11 @@ VECTORISED static void solve(integer index, system_call *c) {
 static void run_solve(integer index, void *call) { solve(index, call); }
 
 /* Solve a x = b for `count` matrices [n, n + k], a beside b, which are s + t within rad. Stores the ends of x [n, k], or
-   of x times the determinant of a (`adjugate`), and those of the determinant. info: 0; or the first column of a, from 1,
+   of x times the determinant of a (`adjugate`), and those of the determinant without 2^exponent. info: 0; or the first column of a, from 1,
    that depends on those before; or UNDECIDED. */
 void reproml_solve(int whole, integer count, integer n, integer k, const double *const *parts, int adjugate,
-                   double *low, double *high, double *determinant, int32_t *info) {
-    system_call c = {n, k, parts, whole, adjugate, low, high, determinant, info};
+                   double *low, double *high, double *determinant, integer *exponent, int32_t *info) {
+    system_call c = {n, k, parts, whole, adjugate, low, high, determinant, exponent, info};
     run_tasks(run_solve, &c, count, count * n * n * (n + k) > 16384);
 }
 

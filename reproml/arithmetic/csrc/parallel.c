@@ -88,6 +88,6 @@ void *reproml_scratch(size_t bytes) {
     return memory ? memory + HEAD : NULL;
 }
 
-#define REPROML_VERSION 20 /* raise it with any change of the interface, together with _VERSION in kernels.py */
+#define REPROML_VERSION 21 /* raise it with any change of the interface, together with _VERSION in kernels.py */
 
 int reproml_version(void) { return REPROML_VERSION; }

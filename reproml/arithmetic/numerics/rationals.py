@@ -65,7 +65,8 @@ class Rationals:
         """Return the nearest numbers of the target format, as float64; infinity on overflow."""
         if target() is BINARY64:
             return _nearest(self.fractions()).astype(np.float64)
-        odd = _odd(np.atleast_1d(self.n), self.d, self.exponent).astype(np.float64)
+        with np.errstate(over="ignore", under="ignore"):
+            odd = _odd(np.atleast_1d(self.n), self.d, self.exponent).astype(np.float64)
         return narrow(torch.from_numpy(odd)).double().numpy()
 
     def __getitem__(self, at: Any) -> Rationals:

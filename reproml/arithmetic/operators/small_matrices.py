@@ -284,6 +284,8 @@ def lu_solve(
     """Compute aten.linalg_lu_solve: x with P L U x = b for the factors as they are given."""
     _require_small(factors, square=True)
     batch = torch.broadcast_shapes(factors.shape[:-2], b.shape[:-2])
+    if pivots.numel() and not 1 <= pivots.min() <= pivots.max() <= factors.shape[-1]:
+        raise RuntimeError(f"pivots must be between 1 and {factors.shape[-1]}, the number of rows")
     order = pivots.expand(*batch, -1).reshape(math.prod(batch), pivots.shape[-1]).tolist()
     right = b if left else b.mT
     _require_fit(factors, right)
@@ -358,7 +360,7 @@ def lstsq(
         )
     _require_small(a)
     rows, columns = a.shape[-2:]
-    relative = None if driver == "gels" or rcond is None or rcond < 0 else Fraction(rcond)
+    relative = None if driver == "gels" or rcond is None or rcond < 0 else _tolerance(rcond)
     vector = is_vector(a, b)
     right = b.unsqueeze(-1) if vector else b
     batch = torch.broadcast_shapes(a.shape[:-2], right.shape[:-2])
@@ -396,10 +398,16 @@ def pinv(
     def bounds(x: Optional[Tensor]) -> list[Optional[Fraction]]:
         if x is None:
             return [None] * math.prod(a.shape[:-2])
-        return [Fraction(v) for v in x.expand(a.shape[:-2]).reshape(-1).tolist()]
+        return [_tolerance(v) for v in x.expand(a.shape[:-2]).reshape(-1).tolist()]
 
     (matrices,) = _batches(a)
     return _tensor(_pseudoinverses(matrices, bounds(atol), bounds(rtol)), a, a.mT.shape)
+
+
+def _tolerance(x: float) -> Fraction:
+    if not math.isfinite(x):
+        raise NotExactError(f"A tolerance of {x} leaves no certain rank; give a finite one")
+    return Fraction(x)
 
 
 def _pseudoinverses(a: Array, atol: Sequence[Any], rtol: Sequence[Any], rank: int = 0) -> Array:
@@ -408,7 +416,8 @@ def _pseudoinverses(a: Array, atol: Sequence[Any], rtol: Sequence[Any], rank: in
     found = _solve_normal_equations(tall)
     values = found.x if tall is a else found.x.transpose(0, 2, 1).copy()
     left = found.left | (found.info != 0)
-    norms = (tall**2).sum((1, 2)), (values**2).sum((1, 2))
+    with np.errstate(over="ignore"):
+        norms = (tall**2).sum((1, 2)), (values**2).sum((1, 2))
     exponents = np.zeros(len(a), dtype=np.int64)
     far = ~left & ~((norms[1] > 2.0**-240) & np.isfinite(norms[1]))
     if far.any():  # rounded to infinity or subnormal; the norms are those of matrices of about 1
@@ -421,7 +430,10 @@ def _pseudoinverses(a: Array, atol: Sequence[Any], rtol: Sequence[Any], rank: in
             own, inverse = float(norms[0][i]), float(norms[1][i])
             scale = Fraction(2) ** int(-exponents[i])
             bound = atol[i] and atol[i] * scale
-            left[i] = not float(_lowest(a[i], bound, rtol[i], own)) * inverse < 0.5
+            try:
+                left[i] = not float(_lowest(a[i], bound, rtol[i], own)) * inverse < 0.5
+            except OverflowError:
+                left[i] = True
         if left[i]:
             values[i] = _certain_pseudoinverse(a[i], atol[i], rtol[i], rank)
     return values

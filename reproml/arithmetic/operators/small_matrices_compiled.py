@@ -135,6 +135,8 @@ def _solve_near_identity(found: Solution, a: Array, b: Array) -> None:
     if len(r):
         second = _eliminate([r, a[where]], [r, b[where]])
         low, high = np.sort([sign * second.low, sign * second.high], 0)
+        if b.shape[2]:  # the determinant of r is not known
+            low, high = np.full((2, len(r)), [[-np.inf], [np.inf]])
         _put(
             found, where, second._replace(low=low, high=high, left=second.left | (second.info != 0))
         )
@@ -156,10 +158,10 @@ def _eliminate(
     pairs = zip(*_of_equal_length(a, b))
     parts = [np.ascontiguousarray(np.concatenate([x, y], 2)) for x, y in pairs]
     ends, determinants = np.zeros((2, count, n, k)), np.zeros((count, 2))
-    info = np.empty(count, dtype=np.int32)
+    exponents, info = np.zeros(count, np.int64), np.empty(count, np.int32)
     kernels.library.reproml_solve(
         *(whole, count, n, k, _pointers(parts), adjugate),
-        *[x.ctypes.data for x in (*ends, determinants, info)],
+        *[x.ctypes.data for x in (*ends, determinants, exponents, info)],
     )
     shift = f + (e * (n - 1) if adjugate else -e)
     x, unsure = rounded(ends[0], ends[1], shift[:, None, None])
@@ -170,7 +172,7 @@ def _eliminate(
         candidate[candidate != 0] = np.nan
     low, high = determinants.T.copy()
     rank = np.full(count, n, np.int32)
-    return Solution(x, info, low, high, e * n, left_over, unsure, candidate, rank)
+    return Solution(x, info, low, high, e * n + exponents, left_over, unsure, candidate, rank)
 
 
 def factorize(a: Array, cholesky: bool = False) -> Factors:
@@ -236,9 +238,10 @@ def _short(low: Array, high: Array, shift: Any) -> Array:
     These are at least 24 and at most 50.
     """
     mantissa, e = np.frexp(low / 2 + high / 2)
-    width = np.ldexp(high / 2 - low / 2, 1 - e)
-    bits = (-np.frexp(width)[1] - 1).clip(24, 50)
-    short = np.ldexp(np.rint(np.ldexp(mantissa, bits)), e - bits + shift)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        width = np.ldexp(high / 2 - low / 2, 1 - e)
+        bits = (-np.frexp(width)[1] - 1).clip(24, 50)
+        short = np.ldexp(np.rint(np.ldexp(mantissa, bits)), e - bits + shift)
     return np.where((low <= 0) & (high >= 0), 0.0, short)
 
 

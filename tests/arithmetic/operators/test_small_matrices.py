@@ -372,10 +372,10 @@ def test_ends_enclose_the_exact_numbers(n, seed, whole, nearly_singular):
     exact = eliminated(each_matrix(a[:, :n])[0], each_matrix(a[:, n:])[0])
     for method in (0, 1):
         ends, determinant = np.zeros((2, n, 2)), np.zeros(2)
-        info = np.zeros(1, np.int32)
+        exponent, info = np.zeros(1, np.int64), np.zeros(1, np.int32)
         kernels.library.reproml_solve(
             *(method, 1, n, 2, compiled._pointers([augmented]), 0),
-            *[x.ctypes.data for x in (*ends, determinant, info)],
+            *[x.ctypes.data for x in (*ends, determinant, exponent, info)],
         )
         if exact is None:
             assert info[0] != 0
@@ -383,7 +383,8 @@ def test_ends_enclose_the_exact_numbers(n, seed, whole, nearly_singular):
             for low, x, high in zip(ends[0].flat, exact.flat, ends[1].flat):
                 assert low <= x <= high and high - low <= 2.0**-40 * abs(x)
             d = determinant_of(each_matrix(a[:, :n])[0]) / Fraction(256) ** n
-            assert determinant[0] <= d <= determinant[1]
+            low, high = (Fraction(x) * Fraction(2) ** int(exponent[0]) for x in determinant)
+            assert low <= d <= high
         else:  # a number that may be 0; plain elimination does not find all zeros of whole numbers
             assert info[0] == -1 and (nearly_singular or (whole and method == 0))
 
@@ -524,7 +525,7 @@ def test_moduli_are_primes():
     table = re.search(r"BELOW_2_62\[PRIMES\] = \{([^}]*)\}", path.read_text())
     assert table
     primes = [2**62 - int(x) for x in table[1].split(",")]
-    assert len(set(primes)) == 64 and min(primes) > 2**61
+    assert len(set(primes)) == 320 and min(primes) > 2**61
     assert all(pow(b, p - 1, p) == 1 for p in primes for b in (2, 3, 5, 7, 11, 13))
 
 
@@ -539,3 +540,56 @@ def test_pseudoinverse_far_from_one_is_rounded_once(shape, scale):
         assert same_bits(x, torch.from_numpy(exact_matrices.pseudoinverse(y)[0]).float())
     with reproml.exact(), pytest.raises(reproml.NotExactError, match="no certain rank"):
         torch.linalg.pinv(a, atol=100 * scale)
+
+
+@needs_loops
+def test_systems_of_a_wide_range_are_decided_in_the_loop():
+    """The identity has exact zeros, which are proven modulo primes, more of them for a wider range."""
+    torch.manual_seed(0)
+    a = torch.randn(1, 64, 64).double()
+    a[0, 3, 4] *= 2.0**-40
+    a = a.float().double()
+    found = compiled.solve([a.numpy()], [a.numpy()])
+    assert not found.left.any() and (found.x == np.eye(64)).all()
+
+
+@needs_loops
+@pytest.mark.parametrize("scale", [2.0**-100, 1.0, 2.0**100])
+def test_determinants_do_not_leave_the_range_of_binary64(scale):
+    torch.manual_seed(0)
+    a = (torch.randn(4, 30, 30) * scale).double().numpy()
+    a[:2, :, ::2] *= 2.0**-26
+    found = compiled.solve([a], [a[..., :0]])
+    assert not found.left.any()
+    for i, exact in enumerate(map(exact_matrices.determinant, a)):
+        unit = Fraction(2) ** int(found.exponent[i])
+        low, high = (Fraction(float(x[i])) * unit for x in (found.low, found.high))
+        assert low <= exact <= high and high - low < abs(exact) / 2**50
+
+
+@needs_loops
+def test_the_determinant_of_a_preconditioned_matrix_is_not_that_of_the_product():
+    a = torch.randn(1, 5, 5).double().numpy()
+    found = compiled.solve([a], [np.eye(5)[None]])
+    found.left[:] = True
+    compiled._solve_near_identity(found, a, np.eye(5)[None])
+    assert not found.left.any() and np.isinf(found.low).all() and np.isinf(found.high).all()
+
+
+@pytest.mark.parametrize(
+    "given", [{"atol": 1e200}, {"rtol": 1e300}, {"atol": np.inf}, {"rtol": np.nan}]
+)
+def test_tolerances_without_a_certain_rank_are_refused(given):
+    a = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    with reproml.exact():
+        with pytest.raises(reproml.NotExactError, match="certain rank"):
+            torch.linalg.pinv(a, **given)
+        with pytest.raises(reproml.NotExactError, match="certain rank"):
+            torch.linalg.lstsq(a, a, rcond=max(given.values()))
+
+
+@pytest.mark.parametrize("pivots", [[-1, 2], [0, 1], [1, 3]])
+def test_pivots_out_of_range_are_refused(pivots):
+    a = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    with reproml.exact(), pytest.raises(RuntimeError, match="between 1 and 2"):
+        torch.linalg.lu_solve(a, torch.tensor(pivots, dtype=torch.int32), a)
