@@ -71,6 +71,8 @@ def arrangement(name: str) -> Callable[[Any, Sequence[Any]], Any]:
         return lambda result, operands: result
 
     known: set[Any] = set()  # layouts of results and operands that are as they should be
+    by_operands = name in ELEMENTWISE or name in LIKE_FIRST or name in MEMORY_FORMAT
+    by_operands = by_operands or name in ("max", "min")
 
     def arrange(result: Any, operands: Sequence[Any]) -> Any:
         several = isinstance(result, (tuple, list))
@@ -78,7 +80,7 @@ def arrangement(name: str) -> Callable[[Any, Sequence[Any]], Any]:
         layout = (
             *[
                 (x.shape, x.stride()) if isinstance(x, Tensor) else None
-                for x in (*results, *operands)
+                for x in ((*results, *operands) if by_operands else results)
             ],
         )
         if layout in known:
