@@ -230,6 +230,8 @@ def _adam(
         lr=float32_scalar(lr),
     )
     floats = _Hyperparameters(*map(float, exact))
+    if floats.shrinkage == 1 != exact.shrinkage:  # csrc/optimizers.c takes a factor of 1 as exact
+        floats = floats._replace(shrinkage=math.nextafter(1, 0))
     return _Adam(exact, floats, (beta1, beta2), -1 if maximize else 1)
 
 
@@ -412,14 +414,19 @@ def _python_step(
         _check(*lists)
         for container in {FORMATS[p.dtype].container for p in lists[0]}:
             for name in names:
-                if isinstance(given[name], float):  # before anything is changed
-                    _check_number(given[name], container)
+                if not isinstance(given[name], bool):  # before anything is changed
+                    _check_number(float(given[name]), container)
         if counters:
             for count in counts:
                 count += 1
             if takes_steps:
                 lists = (*lists, _integers(counts))
-        formats_step(*lists, **{name: given[name] for name in names})
+        try:
+            formats_step(*lists, **{name: given[name] for name in names})
+        except NotExactError:  # of a number that follows from the options, such as a rate
+            for count in counts if counters else ():
+                count -= 1
+            raise
 
     return step
 

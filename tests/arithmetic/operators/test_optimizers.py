@@ -579,3 +579,28 @@ def test_learning_rate_may_be_a_tensor(kind, dtype):
     for form in ("fused", "foreach"):
         options = {form: form == "fused"}
         assert same_bits(train(kind, start, grads, lr=torch.tensor(0.1), **options)[0], expected)
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_weight_decay_is_not_lost_where_its_factor_rounds_to_one(library, monkeypatch):
+    """1 - 2^-60 is 1 in binary64. The parameter comes out just below a midpoint, not above it."""
+    if not library:
+        monkeypatch.setattr(kernels, "library", None)
+    p = torch.nn.Parameter(torch.tensor([1 + 2.0**-22]))
+    p.grad = torch.ones(1)
+    options: dict[str, Any] = {"lr": 2.0**-24, "weight_decay": 2.0**-36, "betas": (0.0, 0.0)}
+    with reproml.exact():
+        torch.optim.AdamW([p], eps=2.0**-40, **options).step()
+    value = (1 + Fraction(1, 2**22)) * (1 - Fraction(1, 2**60))
+    value -= Fraction(1, 2**24) / (1 + Fraction(1, 2**40))
+    assert p.item() == nearest(value) == 1 + 2.0**-23
+
+
+@pytest.mark.parametrize("lr", [torch.tensor(math.inf), 10**60, 3e38])
+def test_a_refused_step_is_not_counted(lr):
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = torch.optim.RAdam([p], lr=lr)
+    with reproml.exact(), pytest.raises(reproml.NotExactError, match="not finite"):
+        optimizer.step()
+    assert p.tolist() == [1, 1] and optimizer.state[p]["step"] == 0
