@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
@@ -193,16 +193,26 @@ def logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
     """Return log(sum(exp(x))) over one axis or several, computed as max + log1p(...) like log_softmax."""
     dims = dims_tuple(dim)
     second_test = partial(rows_by_pairs, "logsumexp", _reference_logsumexp)
+
+    def along(x: Tensor, dim: int) -> Tensor:
+        y = rowwise(_compiled_logsumexp, dim, x, reference=second_test)
+        return _with_infinities(y, lambda: x.amax(dim, keepdim=bool(x.dim())))
+
     if len(dims) == 1 and x.numel():
-        y = rowwise(_compiled_logsumexp, dims[0], x, reference=second_test)
+        y = along(x, dims[0])
         return y if keepdim or not x.dim() else y.squeeze(dims[0])
 
     def of_rows(rows: Tensor) -> Tensor:
-        if not rows.numel():
-            return rows.new_full((len(rows), 1), -torch.inf)
-        return rowwise(_compiled_logsumexp, 1, rows, reference=second_test)
+        return along(rows, 1) if rows.numel() else rows.new_full((len(rows), 1), -torch.inf)
 
     return apply_to_rows(of_rows, x.to(target().container), dim, keepdim)
+
+
+def _with_infinities(y: Tensor, largest: Callable[[], Tensor]) -> Tensor:
+    """Return infinity for the sums whose largest element is +inf, and y, where they are NaN, for others."""
+    if y.is_cpu and not y.isnan().any():
+        return y
+    return torch.where(largest() == torch.inf, torch.inf, y)
 
 
 def logcumsumexp(x: Tensor, dim: int) -> Tensor:
@@ -214,6 +224,7 @@ def logcumsumexp(x: Tensor, dim: int) -> Tensor:
     y = _logcumsumexp_by_loop(flat)
     if y is None:
         y = _logcumsumexp_by_definition(flat)
+    y = _with_infinities(y, lambda: flat.cummax(1).values)
     return y.reshape(rows.shape).movedim(-1, dim).reshape(x.shape)
 
 
