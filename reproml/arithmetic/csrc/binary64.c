@@ -8,6 +8,8 @@
 #include "compensated.h"
 #include "lanes.h"
 
+#include <limits.h>
+
 static const double LEAST = 0x1p-900, LOST = 0x1p-1073;
 
 typedef struct {
@@ -51,6 +53,7 @@ typedef struct {
     const double *a, *b; /* [batch, m, k] and [batch, k, n] */
     double *s, *t, *rad; /* [batch, m, n] */
     double lost;
+    double exact; /* below it, a sum of the absolute values of all errors has no error of its own */
 } product;
 
 /* One row of a with LANES columns of b. */
@@ -84,7 +87,7 @@ VECTORISED static void multiply_panel(const product *c, integer task, double *pa
             const integer at = (batch * c->m + i) * c->n + first + j;
             const compensated sum = {s[j], t[j], size[j]};
             const pair p = compensated_pair(&sum, k);
-            c->s[at] = p.s, c->t[at] = p.t, c->rad[at] = p.rad + c->lost;
+            c->s[at] = p.s, c->t[at] = p.t, c->rad[at] = (size[j] < c->exact ? 0 : p.rad) + c->lost;
         }
     }
 }
@@ -112,10 +115,28 @@ VECTORISED static double smallest(const double *x, integer n) {
     return least;
 }
 
+/* The largest e for which all numbers are integers times 2^e. */
+static int common_exponent(const double *x, integer n) {
+    int least = INT_MAX;
+    for (integer i = 0; i < n; i++) {
+        uint64_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        const int e = (int)(bits >> 52 & 2047);
+        const uint64_t whole = (bits & (((uint64_t)1 << 52) - 1)) | (e ? (uint64_t)1 << 52 : 0);
+        if (!whole) continue;
+        const int here = (e ? e : 1) - 1075 + __builtin_ctzll(whole);
+        least = here < least ? here : least;
+    }
+    return least;
+}
+
 /* Products of dense matrices, a [batch, m, k] and b [batch, k, n]. */
 void reproml_binary64_products(integer batch, integer m, integer n, integer k, const double *a, const double *b,
                                double *const *out) {
-    product c = {m, n, k, (n + LANES - 1) / LANES, a, b, out[0], out[1], out[2], 0};
+    product c = {m, n, k, (n + LANES - 1) / LANES, a, b, out[0], out[1], out[2], 0, 0};
+    const int e_a = common_exponent(a, batch * m * k), e_b = common_exponent(b, batch * k * n);
+    /* The errors are integers times 2^(e_a + e_b). Numbers that were rounded to binary32 make masses of midpoints. */
+    if (e_a < INT_MAX && e_b < INT_MAX) c.exact = ldexp(0x1p50, e_a + e_b);
     if (smallest(a, batch * m * k) * smallest(b, batch * k * n) < LEAST) c.lost = (double)k * LOST;
     run_tasks(multiply, &c, batch * c.panels, batch * m * n * k > 32768);
 }
