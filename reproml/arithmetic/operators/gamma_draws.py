@@ -52,6 +52,8 @@ def sample_dirichlet(x: Tensor, generator: Any = None) -> Tensor:
     require(
         (x > 0) & x.isfinite(), "_sample_dirichlet expects concentrations that are finite and > 0"
     )
+    if not x.numel():
+        return torch.empty_like(x)
     draws = _draws(confirmed(x).reshape(-1), generator).reshape(-1, *x.shape[-1:])
     total = draws.sum(-1, keepdim=True)
     ratio = draws / torch.where(total == 0, 1.0, total)

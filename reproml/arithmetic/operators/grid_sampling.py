@@ -275,8 +275,10 @@ def grid_sampler(x: Tensor, grid: Tensor, mode: int, padding: int, align: bool) 
     x: float32 [n, c, *size]; grid: float32 [n, *out, axes]. Returns float32 [n, c, *out].
     """
     _require(x, grid, mode)
-    samples = _samples(x, grid, mode, padding, align)
     shape = (*x.shape[:2], *grid.shape[1:-1])
+    if 0 in shape:
+        return x.new_empty(shape)
+    samples = _samples(x, grid, mode, padding, align)
     if mode == NEAREST:
         (values,) = _values(x, samples)
         return torch.where(_is_known(samples).unsqueeze(1), values, torch.nan).reshape(shape)
@@ -309,6 +311,9 @@ def grid_sampler_backward(
     """Return the gradients of x, if mask[0], and of the grid: each element is one sum, rounded once."""
     _require(x, grid, mode)
     require_shape("the gradient", g, (*x.shape[:2], *grid.shape[1:-1]))
+    if not g.numel():
+        zeros = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, grid)]
+        return zeros[0] if mask[0] else None, zeros[1]
     samples = _samples(x, grid, mode, padding, align)
     g = g.flatten(2)
     grad_x = _gradient_of_image(g, x, samples, mode) if mask[0] else None
@@ -457,7 +462,7 @@ def _require(x: Tensor, grid: Tensor, mode: int) -> None:
         or grid.dim() != x.dim()
         or grid.shape[-1] != axes
         or len(grid) != len(x)
-        or not x[0:1].numel()
+        or 0 in x.shape[2:]
     ):
         raise RuntimeError(
             f"a grid of shape {list(grid.shape)} does not fit an input of shape {list(x.shape)}"

@@ -62,11 +62,11 @@ def row_norms(x: Tensor, y: Tensor, order: float) -> Tensor:
     if order == 0:
         return reduce_sum((x != y).float(), (-1,), True)
     size = (x - y).abs()  # 0 only if x = y
+    if not x.shape[-1] and order > -INFINITY:
+        return x.new_full((*x.shape[:-1], 1), 0.0 if order > 0 else INFINITY)
     if order in (INFINITY, -INFINITY):
         size = operate(torch.sub, x, y).abs()
         return size.amax(-1, True) if order > 0 else size.amin(-1, True)
-    if not x.shape[-1]:
-        return x.new_full((*x.shape[:-1], 1), 0.0 if order > 0 else INFINITY)
     if order == 2:
         return rowwise(lambda ctx, x, y: ctx.sqrt(ctx.sum((x - y) * (x - y))), -1, x, y)
     if order == 1:
@@ -160,7 +160,8 @@ def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, distance: Tensor) 
     """Compute aten._cdist_backward, the gradient of x, from the rounded distances.
 
     It is the sum over the rows of y of g sign(d) (|d| / distance)^(p - 1), where d = x - y; a term is 0
-    where d is 0. The largest elements get g for p = inf, those with fl(|d|) equal to the distance.
+    where d is 0. The largest elements get g for p = inf, those with fl(|d|) equal to the distance. Of an
+    infinite distance the quotient is 0.
     """
     require_shape("the gradient", g, distance.shape)
     if not g.numel() or not x.numel():
@@ -182,10 +183,13 @@ def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, distance: Tensor) 
         return reduce_sum(terms, (-1,))
     if p == 2:
         return _sums_of_directions(weight, a, b, length)
+    q = float32_scalar(p) - 1
     use = (difference != 0) & (length != 0)
+    far = use & length.isinf() & a.isfinite() & b.isfinite() & weight.isfinite()
+    infinities = torch.where(far & (q < 0), weight * sign * torch.inf, 0.0).sum(-1)
+    use &= ~far
     a, b, length = torch.where(use, a, 1.0), torch.where(use, b, 0.0), torch.where(use, length, 1.0)
     weight = torch.where(use, weight, 0.0)
-    q = float32_scalar(p) - 1
     weight = weight * torch.where(use, sign, 0.0)
     # About the largest power comes out of the sum, whose other terms may be far below all numbers.
     power = float(q) * ((a.double() - b.double()).abs() / length.double()).log()
@@ -198,7 +202,8 @@ def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, distance: Tensor) 
         terms = g * ctx.exp(q * (ctx.log(abs(x - y) / length) - top))
         return ctx.exp(q * top) * ctx.sum(terms)
 
-    return rowwise(formula, -1, weight, a, b, length, *largest).squeeze(-1)
+    result = rowwise(formula, -1, weight, a, b, length, *largest).squeeze(-1)
+    return result if q > 0 else result + infinities
 
 
 def _sums_of_directions(g: Tensor, x: Tensor, y: Tensor, distance: Tensor) -> Tensor:
@@ -303,6 +308,8 @@ def weight_norm_backward(
     The gradient of v is g / n (grad - v sum(grad v) / n^2), that of g is sum(grad v) / n.
     """
     rows, of_rows = _slices(v, g, dim)
+    if not len(rows):
+        return torch.zeros_like(v), torch.zeros_like(g)
     grads, lengths = _slices(grad, norms, dim)
     operands = grads, rows, of_rows, lengths
     result = _by_weight_norm_loop("reproml_weight_norm_backward", *operands)
@@ -352,7 +359,8 @@ def _by_weight_norm_loop(
 
 def _slices(x: Tensor, of_slices: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Return x as [slices, n], and a number for each slice as [slices, n]."""
-    rows = x.movedim(dim, 0).reshape(x.shape[dim], -1)
+    slices = x.shape[dim]
+    rows = x.movedim(dim, 0).reshape(slices, x.numel() // max(slices, 1))
     return rows, of_slices.reshape(-1, 1).expand(rows.shape)
 
 

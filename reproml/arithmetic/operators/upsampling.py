@@ -135,6 +135,8 @@ def interpolation(axes: int, weights: Weights) -> Callable[..., Tensor]:
     def interpolate(x: Tensor, size: Any, align: bool, *scales: Any) -> Tensor:
         size, scales = _size_and_scales(x, size, scales, axes)
         _require(x, axes, size)
+        if not len(x):
+            return x.new_empty((*x.shape[:2], *size))
         sides = zip(x.shape[2:], size, scales)
         return separable_sums(x, [_matrix(weights, n, m, align, s, False) for n, m, s in sides])
 
@@ -148,6 +150,8 @@ def interpolation_backward(axes: int, weights: Weights) -> Callable[..., Tensor]
         size, input_size, scales = list(size), list(input_size), _padded(scales, axes)
         require_shape("the gradient", g, (*input_size[:2], *size))
         _require(g, axes, input_size[2:])
+        if not len(g):
+            return g.new_empty(input_size)
         sides = zip(input_size[2:], size, scales)
         return separable_sums(g, [_matrix(weights, n, m, align, s, True) for n, m, s in sides])
 
@@ -172,7 +176,7 @@ def _padded(scales: Sequence[Any], axes: int) -> tuple[Any, ...]:
 
 def _require(x: Tensor, axes: int, size: Sequence[int]) -> None:
     require_container(x)
-    if x.dim() != axes + 2 or len(size) != axes or not x[0:1].numel() or min(size) < 1:
+    if x.dim() != axes + 2 or len(size) != axes or 0 in x.shape[1:] or min(size) < 1:
         raise RuntimeError(f"cannot interpolate from an input of shape {list(x.shape)} to {size}")
 
 
@@ -205,6 +209,8 @@ def nearest_backward(is_exact: bool = False) -> Callable[..., Tensor]:
         size, outer, inner = list(size), list(input_size)[:2], list(input_size)[2:]
         require_shape("the gradient", g, (*outer, *size))
         _require(g, len(size), inner)
+        if not len(g):
+            return g.new_empty(input_size)
         sides = list(zip(inner, size, _padded(scales, len(size))))
         places = [_nearest_places(*side, is_exact) for side in sides]
         if all(torch.equal(p, torch.arange(m) * n // m) for p, (n, m, _) in zip(places, sides)):

@@ -251,3 +251,14 @@ def test_bicubic_sampling_of_volumes_is_refused():
     x, grid = torch.rand(1, 1, 2, 2, 2), torch.rand(1, 2, 2, 2, 3)
     with reproml.exact(), pytest.raises(reproml.NotExactError, match="for images, not for volumes"):
         F.grid_sample(x, grid, "bicubic", align_corners=False)
+
+
+@pytest.mark.parametrize("shape", [(0, 1), (2, 0)])
+def test_samples_of_nothing(shape):
+    x = torch.empty(*shape, 3, 3, requires_grad=True)
+    grid = torch.zeros(shape[0], 2, 4, 2, requires_grad=True)
+    with reproml.exact():
+        y = F.grid_sample(x, grid, align_corners=False)
+        gradients = torch.autograd.grad(y.sum(), [x, grid])
+    assert y.shape == (*shape, 2, 4) and gradients[0].shape == x.shape
+    assert not gradients[1].any()

@@ -195,3 +195,23 @@ def test_distances_of_batches_match_reference(monkeypatch):
     for one, other in zip(found, expected):
         assert one.shape == other.shape and torch.equal(one.isnan(), other.isnan())
         assert same_bits(one.nan_to_num(1.5), other.nan_to_num(1.5))
+
+
+@pytest.mark.parametrize("p", [1.5, 3.0, 0.5])
+def test_gradient_of_an_infinite_distance(p):
+    x, y = torch.tensor([[2.0**127, 1.0]]), torch.tensor([[-(2.0**127), 0.0], [2.0**126, 1.0]])
+    of_both = norms.cdist_backward(torch.ones(1, 2), x, y, p, torch.tensor([[torch.inf, 2.0**126]]))
+    of_first = norms.cdist_backward(torch.ones(1, 1), x, y[:1], p, torch.tensor([[torch.inf]]))
+    assert of_first.tolist() == [[0.0, 0.0] if p > 1 else [torch.inf, torch.inf]]
+    assert of_both.tolist() == [[1.0, 0.0] if p > 1 else [torch.inf, torch.inf]]
+
+
+def test_norms_and_draws_of_nothing():
+    empty, wide = torch.empty(3, 0), torch.empty(0, 3, requires_grad=True)
+    with reproml.exact():
+        assert torch.cdist(empty, empty, p=torch.inf).tolist() == [[0.0] * 3] * 3
+        assert torch.nn.functional.pdist(empty, torch.inf).tolist() == [0.0] * 3
+        assert torch._sample_dirichlet(empty).shape == (3, 0)
+        w = torch._weight_norm(wide, torch.empty(0, 1), 0)
+        (gradient,) = torch.autograd.grad(w.sum(), wide)
+    assert w.shape == gradient.shape == (0, 3)

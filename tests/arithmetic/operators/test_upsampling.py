@@ -282,3 +282,12 @@ def test_other_dtypes_are_refused():
     x = torch.ones(1, 1, 2, 2, dtype=torch.uint8)
     with reproml.exact(), pytest.raises(reproml.NotExactError, match="not for torch.uint8"):
         F.interpolate(x, scale_factor=2, mode="bilinear")
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+def test_an_empty_batch_has_an_empty_result(mode):
+    x = torch.empty(0, 2, 3, 3, requires_grad=True)
+    with reproml.exact():
+        y = F.interpolate(x, size=(4, 5), mode=mode)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert y.shape == (0, 2, 4, 5) and gradient.shape == x.shape
