@@ -327,8 +327,8 @@ def run_command(args: argparse.Namespace, terminal: Terminal) -> Result:
     if lines and result.get("unseeded"):
         complain(
             f"the script drew numbers from {' and '.join(result['unseeded'])} without a seed: if the "
-            "training uses them, each run has another digest; seed each generator in the script, or give "
-            "--seed N"
+            "training uses them, each run has another digest; seed each generator in the script, or put "
+            "--seed N before SCRIPT.py"
         )
     if first and not lines and exit_request is None:
         complain(
@@ -649,7 +649,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--seed": {
         "type": _seed,
         "metavar": "N",
-        "help": "seed Python's random, NumPy's global generator and PyTorch's before the script starts",
+        "help": "seed Python's random, NumPy's global generator and PyTorch's before the script starts; "
+        "must precede SCRIPT.py",
     },
     "--script": {
         "metavar": "'SCRIPT.py ARGS'",

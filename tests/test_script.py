@@ -299,7 +299,7 @@ def test_draws_without_a_seed_are_reported(tmp_path, reproml_run):
     assert found.returncode == 0 and found.stderr == (
         "reproml: the script drew numbers from Python's random and NumPy's global generator and PyTorch's "
         "generator without a seed: if the training uses them, each run has another digest; seed each "
-        "generator in the script, or give --seed N\n"
+        "generator in the script, or put --seed N before SCRIPT.py\n"
     )
     assert len(json.loads((tmp_path / "d.json").read_text())["unseeded"]) == 3
 

@@ -693,6 +693,10 @@ _REJECTION = (
     "its algorithm draws until it accepts a number, and accepting depends on rounding; draw these numbers "
     "before reproml.exact(), or use rand, randn, exponential_ or bernoulli"
 )
+_OF_DRAWS = (
+    "the derivative of a drawn number by its concentration has no definition; draw by sample() instead of "
+    "rsample(), and take the gradient of log_prob()"
+)
 _QUANTIZED = "quantized tensors have no exact definition; use torch.round(x / scale) * scale"
 _NESTED = (
     "nested tensors have no exact definition; pad to one length and mask the rest "
@@ -730,7 +734,7 @@ ALTERNATIVES: dict[str, str] = {
         "it has no definition; use torch.linalg.qr, which returns Q and R",
     ),
     "linalg_ldl": "it has no definition; use torch.linalg.lu_factor or torch.linalg.cholesky",
-    **dict.fromkeys(["_standard_gamma", "_sample_dirichlet", "_dirichlet_grad"], _REJECTION),
+    **dict.fromkeys(["_standard_gamma_grad", "_dirichlet_grad"], _OF_DRAWS),
     **dict.fromkeys(["poisson", "binomial"], _REJECTION),
     "log_normal": "it has no definition; use x.normal_(mean, std).exp_()",
     "geometric": "it has no definition; use torch.ceil(torch.log(1 - torch.rand_like(x)) / math.log1p(-p))",
