@@ -38,8 +38,9 @@ INLINE ball scaled_closely(double c, ball x) {
 
 INLINE ball exact_product(double a, double b) { return exact(a * b); }
 
-/* By the inverse of d, with three roundings. It lies within 2 / |d.mid| if d.rad is at most |d.mid| / 2. By an infinity,
-   as which the root of an infinite average counts, it is a zero; 0 (|x| + rad) is NaN if x is not finite. */
+/* By the inverse of d, with three roundings. It lies within 2 / |d.mid| if d.rad is at most |d.mid| / 2. Divided by
+   an infinity, such as the root of an infinite average, a finite x gives 0 without an error: of_limit is 0, or NaN if x is
+   not finite. */
 INLINE ball over(ball x, ball d) {
     double inverse = 1 / d.mid, q = x.mid * inverse;
     double rad = 3 * U * fabs(q) + 2 * fabs(inverse) * (x.rad + fabs(q) * d.rad);

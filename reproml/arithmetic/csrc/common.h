@@ -95,6 +95,8 @@ int reproml_threads(void);
 /* Run work(task, data) for task = 0 ... tasks - 1 on PyTorch's threads. */
 void reproml_parallel(void (*work)(integer task, void *data), void *data, integer tasks);
 
+#define WORTH_A_THREAD 16384 /* operations of some nanoseconds that are worth a second thread */
+
 /* The same, but on this thread alone unless `parallel`. */
 static inline void run_tasks(void (*work)(integer task, void *data), void *data, integer tasks, int parallel) {
     if (parallel)

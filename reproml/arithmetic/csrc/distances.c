@@ -5,7 +5,7 @@
 #include "compensated.h"
 #include "lanes.h"
 
-enum { WIDTH = 64, WORK = 16384 }; /* columns at once; terms that are worth a second thread */
+enum { WIDTH = 64 }; /* columns at once */
 
 typedef struct {
     integer n, m, k;
@@ -55,7 +55,7 @@ VECTORISED static void distances_of_row(integer task, void *data) {
 integer reproml_distances(integer batches, integer n, integer m, integer k, int triangle, const float *x,
                           const float *y, float *out, uint8_t *failed) {
     call c = {.n = n, .m = m, .k = k, .triangle = triangle, .x = x, .y = y, .out = out, .failed = failed};
-    run_tasks(distances_of_row, &c, batches * n, batches * n * m * k > WORK);
+    run_tasks(distances_of_row, &c, batches * n, batches * n * m * k > WORTH_A_THREAD);
     return c.failures;
 }
 
@@ -122,10 +122,11 @@ VECTORISED static void gradients_of_row(integer task, void *data) {
     __atomic_fetch_add(&c->failures, failures, __ATOMIC_RELAXED);
 }
 
-/* out [batches, n, k] = the gradients of x, with g and the distances [batches, n, m]. Else as above. */
+/* out [batches, n, k] = the gradients of x, with g and the distances [batches, n, m]; failed [batches, n, k] marks the
+   elements for which the test failed. Returns their number. */
 integer reproml_distances_backward(integer batches, integer n, integer m, integer k, const float *g, const float *x,
                                    const float *y, const float *distance, float *out, uint8_t *failed) {
     call c = {.n = n, .m = m, .k = k, .x = x, .y = y, .g = g, .distance = distance, .out = out, .failed = failed};
-    run_tasks(gradients_of_row, &c, batches * n, batches * n * m * k > WORK);
+    run_tasks(gradients_of_row, &c, batches * n, batches * n * m * k > WORTH_A_THREAD);
     return c.failures;
 }

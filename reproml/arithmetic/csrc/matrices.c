@@ -206,7 +206,7 @@ static void run_solve(integer index, void *call) { solve(index, call); }
 void reproml_solve(int whole, integer count, integer n, integer k, const double *const *parts, int adjugate,
                    double *low, double *high, double *determinant, integer *exponent, int32_t *info) {
     system_call c = {n, k, parts, whole, adjugate, low, high, determinant, exponent, info};
-    run_tasks(run_solve, &c, count, count * n * n * (n + k) > 16384);
+    run_tasks(run_solve, &c, count, count * n * n * (n + k) > WORTH_A_THREAD);
 }
 
 typedef struct {
@@ -308,5 +308,5 @@ void reproml_factorize(int whole, int cholesky, integer count, integer rows, int
                        double *low, double *high, int32_t *pivots, int32_t *info) {
     const double *parts[3] = {a, 0, 0};
     factor_call c = {whole, cholesky, rows, width, parts, low, high, pivots, info};
-    run_tasks(run_factorize, &c, count, count * rows * rows * width > 16384);
+    run_tasks(run_factorize, &c, count, count * rows * rows * width > WORTH_A_THREAD);
 }

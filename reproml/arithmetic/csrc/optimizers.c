@@ -140,7 +140,8 @@ INLINE int32_t sgd_loop(const sgd *x, integer at, int n, rounded *restrict r, co
             size = nesterov ? size + fabs(ahead) : fabs(b);
             e = nesterov ? e + 3 * U * size : 0;
         }
-        /* A step that is one number has an exact product; half of a subnormal one makes midpoints. */
+        /* If the step is one binary32 number, its product with the rate, which is another, is exact. The bound is 0 then,
+           as half of a subnormal step makes midpoints. */
         const int one_number = with_buffer ? !nesterov : !with_decay;
         const double change = rate * step, sum = old_p - change;
         const double error = 2 * fabs(rate) * e + (one_number ? 0 : 6 * U * fabs(rate) * size);
@@ -170,6 +171,9 @@ static void sgd_task(integer task, void *data) {
     }
 }
 
+/* One step of SGD on n elements. buffer: null without momentum. first: the buffer starts as the gradient; later it keeps
+   `momentum` of itself and takes `fresh` of the gradient. failed: memory for n elements. Returns the number of elements
+   for which the test failed, listed in `failed`. */
 integer reproml_sgd(integer n, float *p, const float *g, float *buffer, int first, int nesterov, double sign,
                     double decay, double rate, double momentum, double fresh, integer *failed) {
     sgd x = {n,

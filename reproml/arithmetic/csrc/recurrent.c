@@ -341,7 +341,7 @@ static void run_layer_backward(integer task, void *data) {
     l->reached[task] = t + 1;
 }
 
-/* Run the last `left` steps that are left backward, from the last to the first. pointers: the weight [gates n, n]; h and
+/* Compute the gradients of steps left - 1 to 0, in this order. pointers: the weight [gates n, n]; h and
    c before the first step; gates, c, kept and h as for reproml_layer, and the last c and h; the gradient of h of all
    steps but the last, or null; memory for those of h of all steps, of which step left - 1 is given; memory for the
    gradients of states [steps + 1, rows, n], of which step t reads that of t + 1 (if has_state, also the last step) and

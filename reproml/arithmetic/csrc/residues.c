@@ -276,5 +276,5 @@ static void run_decide(integer index, void *call) { decide(index, call); }
 void reproml_decide(integer count, integer n, integer k, const double *f, const double *g, const double *b,
                     const double *candidates, uint8_t *unsure, int32_t *column, int32_t *rank) {
     decision c = {n, k, f, g, b, candidates, unsure, column, rank};
-    run_tasks(run_decide, &c, count, count * n * n * (n + k) > 1024);
+    run_tasks(run_decide, &c, count, count * n * n * (n + k) > WORTH_A_THREAD / 16);
 }

@@ -4,8 +4,6 @@
 
 #include "compensated_runs.h"
 
-enum { WORK = 16384 }; /* numbers that are worth a second thread */
-
 typedef struct {
     integer n;
     const float *v, *g, *grad, *norm;
@@ -97,7 +95,7 @@ VECTORISED static void gradient_of_row(integer row, void *data) {
    the test. Returns how many rows did. */
 integer reproml_weight_norm(integer rows, integer n, const float *v, const float *g, float *out, uint8_t *failed) {
     call c = {.n = n, .v = v, .g = g, .out = out, .failed = failed};
-    run_tasks(scale_row, &c, rows, rows * n > WORK);
+    run_tasks(scale_row, &c, rows, rows * n > WORTH_A_THREAD);
     return c.failures;
 }
 
@@ -105,6 +103,6 @@ integer reproml_weight_norm(integer rows, integer n, const float *v, const float
 integer reproml_weight_norm_backward(integer rows, integer n, const float *grad, const float *v, const float *g,
                                      const float *norm, float *out, float *of_g, uint8_t *failed) {
     call c = {.n = n, .v = v, .g = g, .grad = grad, .norm = norm, .out = out, .of_g = of_g, .failed = failed};
-    run_tasks(gradient_of_row, &c, rows, rows * n > WORK);
+    run_tasks(gradient_of_row, &c, rows, rows * n > WORTH_A_THREAD);
     return c.failures;
 }

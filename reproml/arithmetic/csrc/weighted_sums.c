@@ -8,7 +8,7 @@
 
 #include "compensated.h"
 
-enum { AXES = 3, WORK = 16384 }; /* numbers that are worth a second thread */
+enum { AXES = 3 };
 
 /* A sparse matrix: weight k of a row belongs to a column. Rows with fewer weights have zeros at the end. */
 typedef struct {
@@ -19,7 +19,7 @@ typedef struct {
 
 typedef struct {
     axis axes[AXES];
-    integer inner, outer, most; /* numbers of a plane: of the input, the output, and the most on the way */
+    integer inner, outer, most; /* numbers of a plane: of the input, the output, and the largest product on the way */
     const double *divisors;     /* [outer]: a sum of integer multiples is divided by it */
     double growth, bound;       /* of sums of integer multiples, relative to the largest number; 0 without integers */
     const float *x;
@@ -163,6 +163,6 @@ integer reproml_weighted_sums(integer planes, const integer *sizes, const void *
         c.outer *= rows;
         c.most *= rows > columns ? rows : columns;
     }
-    run_tasks(sum_plane, &c, planes, planes > 1 && planes * c.most > WORK);
+    run_tasks(sum_plane, &c, planes, planes > 1 && planes * c.most > WORTH_A_THREAD);
     return c.failures;
 }

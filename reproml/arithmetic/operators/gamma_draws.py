@@ -225,7 +225,8 @@ def _decisions_one_by_one(
 # In the order of csrc/gamma_draws.c: why its loop ended, its state, and a verdict about one attempt.
 _ALL_DECIDED, _NUMBERS_MISSING, _UNDECIDED = range(3)
 _ELEMENT, _AT, _LEFT, _BEGUN, _VERDICT = range(5)
-_VERDICTS = {False: 1, True: 2, None: 3}
+_REJECTED, _ACCEPTED, _NOT_POSITIVE = range(1, 4)
+_VERDICTS = {False: _REJECTED, True: _ACCEPTED, None: _NOT_POSITIVE}
 
 
 def _compiled_decisions(

@@ -122,7 +122,7 @@ def cdist(x: Tensor, y: Tensor, p: float, compute_mode: Any = None) -> Tensor:
 def _euclidean_distances(x: Tensor, y: Tensor, of_pairs: bool = False) -> Optional[Tensor]:
     """Compute the Euclidean `cdist` by csrc/distances.c, or with of_pairs `pdist` of y = x [n, k].
 
-    Returns None where that does not apply.
+    Returns float32 [..., n, m], or [n (n - 1) / 2] of pairs; None where that does not apply.
     """
     operands, batch = _in_one_batch(x, y)
     if operands is None or x.shape[-1] != y.shape[-1]:
@@ -217,7 +217,10 @@ def _sums_of_directions(g: Tensor, x: Tensor, y: Tensor, distance: Tensor) -> Te
 
 
 def _euclidean_gradients(g: Tensor, x: Tensor, y: Tensor, distance: Tensor) -> Optional[Tensor]:
-    """Compute the Euclidean `cdist_backward` by csrc/distances.c; None where that does not apply."""
+    """Compute the Euclidean `cdist_backward` by csrc/distances.c.
+
+    Returns float32 of the shape of x, [..., n, k]; None where that does not apply.
+    """
     operands, batch = _in_one_batch(g, x, y, distance)
     sides = (x.shape[-2:-1] + y.shape[-2:-1], x.shape[-1:])
     if operands is None or sides != (distance.shape[-2:], y.shape[-1:]):
@@ -326,6 +329,8 @@ def weight_norm_backward(
 def _weight_norm_gradients(
     grad: Tensor, v: Tensor, g: Tensor, norms: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Return the gradients of v [slices, n] and of g [slices] from operands [slices, n]."""
+
     def of_v(ctx: Any, grad: Any, v: Any, g: Any, n: Any) -> Any:
         return g / n * (grad - v * ctx.sum(grad * v) / (n * n))
 

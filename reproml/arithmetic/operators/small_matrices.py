@@ -193,7 +193,11 @@ def triangular_solve(
 
 
 def det(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute aten._linalg_det: the determinant; in the place of LU, its derivatives by each element."""
+    """Compute aten._linalg_det of a [..., n, n]: the determinant [...] and its derivatives by each element.
+
+    The derivatives are in the place of LU. Raises NotExactError for more than 64 rows or another dtype than
+    float32.
+    """
     _require_small(a, square=True)
     (matrices,) = _batches(a)
     found = compiled.solve([matrices], [_identity(matrices)], adjugate=True)

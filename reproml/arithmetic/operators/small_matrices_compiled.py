@@ -71,9 +71,9 @@ def solve(left: Sequence[Array], right: Sequence[Array], adjugate: bool = False)
 
 
 def _put(found: Any, where: Array, other: Any) -> None:
-    """Replace the results of the matrices `where` by those that `other`, of the same type, decides.
+    """Replace the results of the matrices `where` by those of `other`, of the same type, that are better.
 
-    Those that are not decided but eliminated replace others that are not.
+    These are the decided ones and, where no elimination succeeded before, those that are eliminated.
     """
     better = ~other.left | ((other.info == 0) & (found.info[where] < 0))
     into = np.nonzero(where)[0][better]

@@ -1,7 +1,7 @@
 """Special functions, which are computed on the host.
 
-Each has an approximation in binary64 with a bound of its error. What fails the rounding test, and all
-results in float64, are computed in mpmath's long numbers: 500 bits, of which 420 are kept. An element takes
+Each has an approximation in binary64 with a bound of its error. What fails the rounding test, and results in
+float64, which only some have (docs/operators.md), are computed in mpmath's long numbers: 500 bits, of which 420 are kept. An element takes
 a tenth of a millisecond or more then; equal elements are computed once.
 """
 

@@ -1,4 +1,4 @@
-"""Test convolutions whose patches are packed into panels against exact sums of fractions."""
+"""Test convolutions by panels of packed patches and by rows of planes against exact sums of fractions."""
 
 from __future__ import annotations
 
@@ -63,6 +63,8 @@ CASES = {
     "depthwise": Case(5, 9, 1, 1, (3, 5), (3, 3), padding=(1, 1)),
     "depthwise with stride": Case(3, 9, 1, 2, (6, 5), (3, 3), stride=(2, 2), padding=(1, 1)),
     "few outputs": Case(3, 1, 9, 7, (4, 4), (3, 3), padding=(1, 1)),
+    "long rows": Case(2, 1, 2, 11, (4, 27), (3, 3), padding=(1, 1)),
+    "long rows of several channels": Case(2, 1, 10, 3, (3, 26), (3, 2)),
     "several sections": Case(3, 1, 1, 8, (27, 29), (2, 2)),
     "long sums": Case(1, 1, 260, 8, (2, 2), (3, 3), padding=(1, 1)),
 }
