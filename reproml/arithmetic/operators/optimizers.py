@@ -414,8 +414,9 @@ def _python_step(
         _check(*lists)
         for container in {FORMATS[p.dtype].container for p in lists[0]}:
             for name in names:
-                if not isinstance(given[name], bool):  # before anything is changed
-                    _check_number(float(given[name]), container)
+                x = given[name]
+                if isinstance(x, (int, float, Tensor)) and not isinstance(x, bool):
+                    _check_number(float(x), container)  # before anything is changed
         if counters:
             for count in counts:
                 count += 1
