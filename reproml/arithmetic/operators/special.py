@@ -1,8 +1,8 @@
 """Special functions, which are computed on the host.
 
-Each has an approximation in binary64 with a bound of its error. What fails the rounding test, and results in
-float64, which only some have (docs/operators.md), are computed in mpmath's long numbers: 500 bits, of which 420 are kept. An element takes
-a tenth of a millisecond or more then; equal elements are computed once.
+Each has an approximation in binary64 with a bound of its error. What fails the rounding test, and results
+in float64, which only some have (docs/operators.md), are computed in mpmath's long numbers: 500 bits, of
+which 420 are kept. An element takes a tenth of a millisecond or more then; equal ones are computed once.
 """
 
 from __future__ import annotations
