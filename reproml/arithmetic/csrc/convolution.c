@@ -11,12 +11,12 @@
 
 #include <stdlib.h>
 
-#define SERIAL (1 << 17) /* multiplications, some microseconds, that are not worth a second thread */
-#define ROW 256          /* places of a row that are calculated at once */
-#define GAP 32           /* places between two images that are worth leaving out */
-#define FEW 8            /* outputs of a group for which packing patches costs more than it saves */
-#define SOME 32          /* outputs for which it does so only where rows have LONG places or more */
-#define LONG 24
+#define SERIAL (1 << 17)  /* multiplications, some microseconds, that are not worth a second thread */
+#define ROW 256           /* places of a row that are calculated at once */
+#define GAP 32            /* places between two images that are worth leaving out */
+#define FEW 8             /* outputs of a group from which on packing patches saves more than it costs */
+#define MANY 33           /* outputs from which on it does so where rows are long */
+#define LONG 24           /* places of a long row */
 #define AT_ONCE (1 << 21) /* numbers of the planes that are filled at once: 8 MB */
 #define COPIED (1 << 24)  /* numbers of the planes of all images: 64 MB, beyond which only one image is copied */
 #define BATCH (1 << 16)   /* numbers of several small images copied at once, within the second-level cache */
@@ -35,7 +35,6 @@ typedef struct {
     integer images;      /* in each plane, one below the other */
 } planes;
 
-static inline integer least(integer a, integer b) { return a < b ? a : b; }
 static inline integer most(integer a, integer b) { return a > b ? a : b; }
 
 /* A multiple of the length of every vector, with zeros at the end. */
@@ -61,11 +60,11 @@ VECTORISED static void fill_channel(const planes *p, const float *restrict first
     memset(to, 0, (size_t)(p->step_h * p->step_w * size) * sizeof(float));
     for (integer a = 0; a < p->step_h; a++) {
         integer y = p->pad_h > a ? (p->pad_h - a + p->step_h - 1) / p->step_h : 0, top = y * p->step_h + a - p->pad_h;
-        integer rows = top < p->h ? least(p->rows - y, (p->h - 1 - top) / p->step_h + 1) : 0;
+        integer rows = top < p->h ? smaller(p->rows - y, (p->h - 1 - top) / p->step_h + 1) : 0;
         for (integer b = 0; b < p->step_w; b++, to += size) {
             integer x = p->pad_w > b ? (p->pad_w - b + p->step_w - 1) / p->step_w : 0;
             integer left = x * p->step_w + b - p->pad_w;
-            integer columns = left < p->w ? least(pitch - x, (p->w - 1 - left) / p->step_w + 1) : 0;
+            integer columns = left < p->w ? smaller(pitch - x, (p->w - 1 - left) / p->step_w + 1) : 0;
             for (integer i = 0; i < count; i++)
                 for (integer r = 0; r < rows; r++) {
                     const float *restrict line = first + i * step + (top + r * p->step_h) * p->w + left;
@@ -123,7 +122,7 @@ typedef struct {
 static void store(const slide *s, const pass *p, integer q, integer count, const float *row, float *out) {
     integer pitch = s->from.pitch, line = q / pitch, x = q % pitch, step = s->groups * s->outputs * s->out_h * s->out_w;
     for (integer j = 0; j < count; line++, x = 0) {
-        integer run = least(count - j, pitch - x), y = line % s->from.rows, end = least(run, p->columns - x);
+        integer run = smaller(count - j, pitch - x), y = line % s->from.rows, end = smaller(run, p->columns - x);
         if (y < p->rows) {
             float *to = out + line / s->from.rows * step + (p->first_row + y * p->row_step) * s->out_w +
                         p->first_column + x * p->column_step;
@@ -146,20 +145,22 @@ VECTORISED static int32_t round_row(const double *restrict sums, const int32_t *
     return any;
 }
 
-/* Calculate the places from `begin` to `end` of the planes, for the m outputs of a group from `output` on. `first`: the
-   first number of the first of these outputs in the first image. Returns nonzero if a number is NaN or infinite. */
-static int slide_over(const slide *s, const pass *p, integer output, integer m, integer begin, integer end,
-                      const float *buffer, integer first) {
-    integer pitch = s->from.pitch, rows = s->from.rows, size = s->out_h * s->out_w,
-            image = s->groups * s->outputs * size;
+/* Calculate all places of one pass for the m outputs of a group from `output` on in `count` images. `first`: the first
+   number of the first of these outputs in the first image. Returns nonzero if a number is NaN or infinite. */
+static int slide_over(const slide *s, const pass *p, integer output, integer m, integer count, const float *buffer,
+                      integer first) {
+    if (!p->rows || !p->columns) return 0;
+    integer pitch = s->from.pitch, rows = s->from.rows, size = s->out_h * s->out_w;
+    integer image = s->groups * s->outputs * size, step = rows * pitch, places = (p->rows - 1) * pitch + p->columns;
+    const int one_row = step - places < GAP; /* the images are one row of places */
     const double *weights = p->weights + output * p->k, g = relative_bound((double)p->k);
     double sums[TILE_ROWS * ROW], total[TILE_ROWS] = {0};
     float row[ROW];
     int32_t differ[ROW], largest[ROW];
     for (integer k = 0; k < p->k; k++)
         for (integer i = 0; i < m; i++) total[i] += fabs(weights[k * m + i]);
-    for (integer q = begin; q < end; q += ROW) {
-        integer n = least(end - q, ROW);
+    for (integer q = 0, end = one_row ? (count - 1) * step + places : places; q < count * step;) {
+        integer n = smaller(end - q, ROW);
         s->tiles->sliding[m](p->k, weights, buffer + q, p->offset, n, sums, ROW, largest);
         for (integer i = 0; i < m; i++, first += size) {
             double bias = s->bias ? s->bias[output + i] : 0;
@@ -179,21 +180,11 @@ static int slide_over(const slide *s, const pass *p, integer output, integer m, 
             store(s, p, q, n, row, s->out + first);
         }
         first -= m * size;
+        q += n;
+        if (q == end) /* the next image */
+            q = one_row ? count * step : end + step - places, end += step;
     }
     return 0;
-}
-
-/* Calculate all places of one pass for the m outputs from `output` on in `count` images. */
-static int slide_over_images(const slide *s, const pass *p, integer output, integer m, integer count,
-                             const float *buffer, integer first) {
-    if (!p->rows || !p->columns) return 0;
-    integer step = s->from.rows * s->from.pitch, places = (p->rows - 1) * s->from.pitch + p->columns;
-    if (step - places < GAP) /* the images are one row of places */
-        return slide_over(s, p, output, m, 0, (count - 1) * step + places, buffer, first);
-    int infinite = 0;
-    for (integer i = 0; i < count; i++)
-        infinite |= slide_over(s, p, output, m, i * step, i * step + places, buffer, first);
-    return infinite;
 }
 
 /* The outputs of a group whose sums are taken together. */
@@ -209,13 +200,12 @@ static void slide_task(integer task, void *data) {
     float *buffer = s->buffer + task * planes_size(&s->from);
     int infinite = 0;
     for (integer item = task * items / s->tasks; item < (task + 1) * items / s->tasks; item++) {
-        integer group = item % s->groups, first = item / s->groups * images, count = least(s->n - first, images);
+        integer group = item % s->groups, first = item / s->groups * images, count = smaller(s->n - first, images);
         fill_planes(&s->from, s->source + (first * s->groups + group) * length, count, s->groups * length, buffer);
         for (integer i = 0; i < s->count; i++)
             for (integer o = 0; o < s->outputs; o += m)
-                infinite |=
-                    slide_over_images(s, s->passes + i, group * s->outputs + o, least(m, s->outputs - o), count, buffer,
-                                      ((first * s->groups + group) * s->outputs + o) * s->out_h * s->out_w);
+                infinite |= slide_over(s, s->passes + i, group * s->outputs + o, smaller(m, s->outputs - o), count,
+                                       buffer, ((first * s->groups + group) * s->outputs + o) * s->out_h * s->out_w);
     }
     /* The reference path determines the products of NaN or infinity with zeros. */
     for (integer i = 0; infinite && i <= s->failed->capacity; i++) add_failure(s->failed, 0);
@@ -226,7 +216,7 @@ static int gather(const slide *s, const pass *p) {
     integer m = together(s);
     for (integer o = 0; o < s->groups * s->outputs; o++) {
         const float *from = s->w + o / s->outputs * s->group_step + o % s->outputs * s->output_step;
-        integer i = o % s->outputs % m, count = least(m, s->outputs - (o % s->outputs - i));
+        integer i = o % s->outputs % m, count = smaller(m, s->outputs - (o % s->outputs - i));
         double *to = p->weights + (o - i) * p->k + i;
         for (integer t = 0; t < p->k; t++, to += count) {
             *to = from[p->term[t]];
@@ -246,11 +236,11 @@ static integer image_size(const slide *s) {
 
 /* Returns the number of images whose patches are packed at once; their tables should not be larger than the planes. */
 static integer images_at_once(const slide *s) {
-    return most(1, least(s->n, AT_ONCE / most(image_size(s), 32 * s->out_h * s->out_w)));
+    return most(1, smaller(s->n, AT_ONCE / most(image_size(s), 32 * s->out_h * s->out_w)));
 }
 
 /* Whether patches are packed, for this number of outputs of a group and of places in a row. */
-static int packs(integer outputs, integer places) { return outputs > (places < LONG ? FEW - 1 : SOME); }
+static int packs(integer outputs, integer places) { return outputs >= (places < LONG ? FEW : MANY); }
 
 /* Choose how to pack patches. They are packed straight from the source if it has no margins; `h_step` and
    `w_step`: of the places there. */
@@ -280,7 +270,7 @@ static integer offset_of(const slide *s, integer channel, integer y, integer x) 
 static product pass_product(const slide *s, const pass *p, integer images) {
     integer places = images * p->rows * p->columns;
     product x = {.batch = s->groups,
-                 .m = least(s->outputs, places),
+                 .m = smaller(s->outputs, places),
                  .n = s->outputs < places ? places : s->outputs,
                  .k = p->k,
                  .out = s->out,
@@ -330,7 +320,7 @@ static integer slide_packed(const slide *s, char *work, size_t plan) {
     float *planes = (float *)(work + plan);
     integer *tables = (integer *)(planes + copies + copies % 2);
     for (integer first = 0; first < s->n; first += from->images) {
-        integer count = least(s->n - first, from->images);
+        integer count = smaller(s->n - first, from->images);
         filling f = {s, s->source + first * channels * s->from.h * s->from.w, count, planes};
         if (!from->direct) run_tasks(fill_task, &f, channels, copies > SERIAL);
         for (integer i = 0; i < s->count; i++) {
@@ -365,8 +355,9 @@ static void start(slide *s, const geometry *g, integer multiplications) {
     integer threads = multiplications > SERIAL ? reproml_threads() : 1;
     s->tiles = reproml_tiling();
     if (!s->packed.used) /* several small images at once, but something for every thread */
-        s->from.images = most(1, least(g->n * g->groups / threads, least(g->n, BATCH / (image_size(s) / g->groups))));
-    s->tasks = least((g->n + s->from.images - 1) / s->from.images * g->groups, threads);
+        s->from.images =
+            most(1, smaller(g->n * g->groups / threads, smaller(g->n, BATCH / (image_size(s) / g->groups))));
+    s->tasks = smaller((g->n + s->from.images - 1) / s->from.images * g->groups, threads);
 }
 
 static integer finish(slide *s) {
@@ -627,7 +618,7 @@ static integer correlate_packed(const geometry *g, const slide *s, const float *
     integer channels = g->groups * g->c, copies = from->direct ? 0 : channels * channel_size(&s->from);
     integer image = g->out_h * g->out_w, k = g->c * g->kh * g->kw, terms = g->n * image;
     product x = {.batch = g->groups,
-                 .m = least(g->o, k),
+                 .m = smaller(g->o, k),
                  .n = most(g->o, k),
                  .k = terms,
                  .out = s->out,

@@ -208,12 +208,15 @@ __attribute__((target("avx2"))) static void transpose_4(const float *from, const
     {0, along_##lanes##_##m##_1, along_##lanes##_##m##_2, along_##lanes##_##m##_3,                         \
      along_##lanes##_##m##_4, along_##lanes##_##m##_5, along_##lanes##_##m##_6}
 
-/* 4 rows of 3 vectors fit into 16 registers, 8 rows into 32. */
-#define NARROW(lanes, target)                                                                              \
+#define FOUR_ROWS(lanes, target)                                                                           \
     SLIDING(lanes, 1, 4, target) SLIDING(lanes, 2, 2, target) SLIDING(lanes, 3, 2, target)                 \
     SLIDING(lanes, 4, 2, target)                                                                           \
     ACROSS_ROWS(lanes, 1, target) ACROSS_ROWS(lanes, 2, target) ACROSS_ROWS(lanes, 3, target)              \
-    ACROSS_ROWS(lanes, 4, target) SINGLE_4_ROWS(lanes, target)                                             \
+    ACROSS_ROWS(lanes, 4, target)
+
+/* 4 rows of 3 vectors fit into 16 registers, 8 rows into 32. */
+#define NARROW(lanes, target)                                                                              \
+    FOUR_ROWS(lanes, target) SINGLE_4_ROWS(lanes, target)                                                  \
     ALONG(lanes, 1, 1, target) ALONG(lanes, 1, 2, target) ALONG(lanes, 1, 3, target)                       \
     ALONG(lanes, 2, 1, target) ALONG(lanes, 2, 2, target) ALONG(lanes, 2, 3, target)                       \
     ALONG(lanes, 3, 1, target) ALONG(lanes, 3, 2, target) ALONG(lanes, 3, 3, target)                       \
@@ -236,18 +239,11 @@ NARROW(2, )
 NARROW(4, __attribute__((target("avx2,fma"))))
 
 #define AVX512 __attribute__((target("avx512f,avx512dq,fma")))
-SLIDING(8, 1, 4, AVX512)
-SLIDING(8, 2, 2, AVX512)
-SLIDING(8, 3, 2, AVX512)
-SLIDING(8, 4, 2, AVX512)
+FOUR_ROWS(8, AVX512)
 SLIDING(8, 5, 2, AVX512)
 SLIDING(8, 6, 2, AVX512)
 SLIDING(8, 7, 2, AVX512)
 SLIDING(8, 8, 2, AVX512)
-ACROSS_ROWS(8, 1, AVX512)
-ACROSS_ROWS(8, 2, AVX512)
-ACROSS_ROWS(8, 3, AVX512)
-ACROSS_ROWS(8, 4, AVX512)
 ACROSS_ROWS(8, 5, AVX512)
 ACROSS_ROWS(8, 6, AVX512)
 ACROSS_ROWS(8, 7, AVX512)
