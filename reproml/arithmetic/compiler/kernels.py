@@ -180,9 +180,7 @@ class KernelResult(NamedTuple):
 
 _CAPACITY = 256  # failures; with more of them the reference path calculates all elements
 _FailureList = ctypes.c_int64 * _CAPACITY
-_local = (
-    threading.local()
-)  # a list for each thread: a new one for each call takes as long as the call
+_local = threading.local()  # has a list for each thread, as making one takes as long as a call
 _ROUNDED = KernelResult(True, None)
 _INCOMPLETE = KernelResult(False, None)
 

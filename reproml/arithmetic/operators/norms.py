@@ -186,11 +186,10 @@ def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, distance: Tensor) 
     q = float32_scalar(p) - 1
     use = (difference != 0) & (length != 0)
     far = use & length.isinf() & a.isfinite() & b.isfinite() & weight.isfinite()
-    infinities = torch.where(far & (q < 0), weight * sign * torch.inf, 0.0).sum(-1)
     use &= ~far
     a, b, length = torch.where(use, a, 1.0), torch.where(use, b, 0.0), torch.where(use, length, 1.0)
-    weight = torch.where(use, weight, 0.0)
-    weight = weight * torch.where(use, sign, 0.0)
+    slope = weight * sign
+    weight = torch.where(use, slope, 0.0)
     # About the largest power comes out of the sum, whose other terms may be far below all numbers.
     power = float(q) * ((a.double() - b.double()).abs() / length.double()).log()
     at = torch.where(weight == 0, -torch.inf, power).argmax(-1, keepdim=True)
@@ -203,7 +202,7 @@ def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, distance: Tensor) 
         return ctx.exp(q * top) * ctx.sum(terms)
 
     result = rowwise(formula, -1, weight, a, b, length, *largest).squeeze(-1)
-    return result if q > 0 else result + infinities
+    return result if q > 0 else result + torch.where(far, slope * torch.inf, 0.0).sum(-1)
 
 
 def _sums_of_directions(g: Tensor, x: Tensor, y: Tensor, distance: Tensor) -> Tensor:

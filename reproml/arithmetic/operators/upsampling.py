@@ -135,8 +135,6 @@ def interpolation(axes: int, weights: Weights) -> Callable[..., Tensor]:
     def interpolate(x: Tensor, size: Any, align: bool, *scales: Any) -> Tensor:
         size, scales = _size_and_scales(x, size, scales, axes)
         _require(x, axes, size)
-        if not len(x):
-            return x.new_empty((*x.shape[:2], *size))
         sides = zip(x.shape[2:], size, scales)
         return separable_sums(x, [_matrix(weights, n, m, align, s, False) for n, m, s in sides])
 
@@ -150,8 +148,6 @@ def interpolation_backward(axes: int, weights: Weights) -> Callable[..., Tensor]
         size, input_size, scales = list(size), list(input_size), _padded(scales, axes)
         require_shape("the gradient", g, (*input_size[:2], *size))
         _require(g, axes, input_size[2:])
-        if not len(g):
-            return g.new_empty(input_size)
         sides = zip(input_size[2:], size, scales)
         return separable_sums(g, [_matrix(weights, n, m, align, s, True) for n, m, s in sides])
 
